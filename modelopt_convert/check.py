@@ -1,0 +1,53 @@
+"""The structure check of a finished stage: headers, index and config against the plan and each other. No torch."""
+
+from pathlib import Path
+
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.dialects.modelopt import check_nvfp4_config, find_nvfp4_modules
+from modelopt_convert.patterns import module_of
+from modelopt_convert.plan import BuildPlan
+from modelopt_convert.shard_writer import METADATA
+
+
+def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
+    """Open what was written as any reader would, and compare.
+
+    Returns:
+        What is wrong, in words; empty if nothing is.
+
+    Raises:
+        InputError: The folder cannot even be opened as a checkpoint.
+    """
+    faults: list[str] = []
+    with CheckpointReader(folder) as reader:
+        planned = {name: (step.output.dtype, step.output.shape) for name, step in plan.steps.items()}
+        written = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+        for name in sorted(planned.keys() | written.keys()):
+            if planned.get(name) != written.get(name):
+                faults.append(f"tensor {name!r}: planned {planned.get(name)}, written {written.get(name)}")
+        for file, metadata in reader.metadata.items():
+            if metadata != dict(METADATA):
+                faults.append(f"{file}: header metadata {metadata}")
+        modules = find_nvfp4_modules(reader.tensors, path=str(folder))
+        faults += [module.fault.message for module in modules.values() if module.fault is not None]
+        if sorted(modules) != sorted(plan.packed):
+            faults.append("the packed modules are not the planned ones")
+        for group in plan.fused:
+            if not set(group) <= modules.keys():
+                faults.append(f"fused group {', '.join(group)} is not whole")
+        faults += _config_faults(reader, set(modules), str(folder))
+    return faults
+
+
+def _config_faults(reader: CheckpointReader, packed: set[str], path: str) -> list[str]:
+    config = check_nvfp4_config(reader.config, path=path)
+    ignore = set(config["ignore"])
+    faults = [f"`ignore` lists the packed module {name}" for name in sorted(ignore & packed)]
+    for name, info in reader.tensors.items():
+        module = module_of(name)
+        linear = name.endswith(".weight") and len(info.shape) >= 2
+        if linear and module not in packed and module not in ignore:
+            faults.append(f"`ignore` does not list {module}, which is not packed")
+    if config["swap_weight_nibbles"] is not False or config["checkpoint_weight_scale_layout"] != "linear":
+        faults.append("the declared layout is not the canonical one")
+    return faults

@@ -1,0 +1,364 @@
+"""Open a checkpoint folder: find its files, check headers and index, read tensor bytes with pread. No torch.
+
+pread and not mmap: a file that is truncated while it is mapped kills the reader with SIGBUS, where pread returns a
+short count that becomes an error message.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+from modelopt_convert.errors import InputError
+from modelopt_convert.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
+from modelopt_convert.strict_json import parse_json_object
+
+MAX_INDEX_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 16_000_000
+INDEX_SUFFIX = ".safetensors.index.json"
+COMPONENTS = ("transformer", "transformer_2")
+
+_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    fd: int
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+
+
+def resolve_component(path: Path, *, what: str) -> Path:
+    """The transformer folder that a user means: ``path`` itself, or its ``transformer/``.
+
+    Args:
+        path: A component folder, or a pipeline folder holding one transformer.
+        what: How messages call it: ``export`` or ``base``.
+
+    Raises:
+        InputError: Not a folder, nothing in it to load, or two transformers to choose from.
+    """
+    if not path.is_dir():
+        raise InputError(
+            f"{what} {path}: no such folder",
+            code="input.missing",
+            path=str(path),
+            hint="give a local folder: the transformer itself, or the pipeline that holds transformer/",
+        )
+    if (path / "config.json").is_file():
+        return path
+    found = [name for name in COMPONENTS if (path / name / "config.json").is_file()]
+    if len(found) == 1:
+        return path / found[0]
+    if found:
+        raise InputError(
+            f"{what} {path}: expected one transformer, found {' and '.join(found)}",
+            code="input.ambiguous",
+            path=str(path),
+            hint=f"name the one to build: {path / found[0]}",
+        )
+    raise InputError(
+        f"{what} {path}: expected config.json here or in transformer/, found neither",
+        code="input.missing",
+        path=str(path),
+        hint="give a diffusers transformer folder, or the pipeline that holds transformer/",
+    )
+
+
+class CheckpointReader:
+    """A checkpoint folder, opened and checked; a context manager that holds its files open.
+
+    Attributes:
+        path: The folder.
+        tensors: Every tensor by name.
+        config: config.json as an object.
+        skipped: Names in the folder that are neither read nor copied.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder: headers, index and config are read and cross-checked; no tensor is.
+
+        Raises:
+            InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
+        """
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        self.skipped: tuple[str, ...] = ()
+        self._files: dict[str, _OpenFile] = {}
+        self._identity = hashlib.sha256()
+        try:
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> Self:
+        """The reader itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files; report those that changed meanwhile, unless something else already failed."""
+        try:
+            if error is None:
+                self.check_unchanged()
+        finally:
+            self._release()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the safetensors files, sorted."""
+        return tuple(sorted(self._files))
+
+    @property
+    def num_bytes(self) -> int:
+        """Total size of the safetensors files."""
+        return sum(file.num_bytes for file in self._files.values())
+
+    def identity(self) -> dict[str, str]:
+        """What this checkpoint is, without its path: a digest of its headers, and the commit in a Hub cache."""
+        found = {"headers_sha256": self._identity.hexdigest()}
+        if match := _SNAPSHOT.search(self.path.resolve().as_posix()):
+            found["commit"] = match[1]
+        return found
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``."""
+        return self.read_range(name, 0, self.tensors[name].num_bytes)
+
+    def read_range(self, name: str, begin: int, num_bytes: int) -> bytes:
+        """``num_bytes`` bytes of a tensor from its byte ``begin``.
+
+        Raises:
+            InputError: ``input.changed`` if the file has become shorter, ``input.unreadable`` on an I/O error.
+        """
+        info = self.tensors[name]
+        file = self._files[info.file]
+        return self._pread(file, info.start + begin, num_bytes)
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
+        """A tensor's bytes in pieces of at most ``chunk_bytes``."""
+        total = self.tensors[name].num_bytes
+        for begin in range(0, total, chunk_bytes):
+            yield self.read_range(name, begin, min(chunk_bytes, total - begin))
+
+    def check_unchanged(self) -> None:
+        """Compare size and modification time with those at opening.
+
+        Raises:
+            InputError: ``input.changed``.
+        """
+        for file in self._files.values():
+            now = os.fstat(file.fd)
+            if (now.st_size, now.st_mtime_ns) != (file.num_bytes, file.mtime_ns):
+                raise _changed(file.path)
+
+    def _release(self) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(file.fd)
+        self._files.clear()
+
+    def _open(self) -> None:
+        names = sorted(os.listdir(self.path))
+        raw_config = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
+        self.config: dict[str, Any] = parse_json_object(raw_config, code="config", path=str(self.path / "config.json"))
+        indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+        shards = [name for name in names if name.endswith(".safetensors")]
+        weight_map = self._weight_map(indexes, shards)
+        listed = sorted(set(weight_map.values())) if weight_map is not None else shards
+        for shard in listed:
+            self._open_shard(shard)
+        if weight_map is not None:
+            self._check_index(indexes[0], weight_map)
+        used = {"config.json", *indexes, *listed}
+        self.skipped = tuple(name for name in names if name not in used)
+
+    def _weight_map(self, indexes: list[str], shards: list[str]) -> dict[str, str] | None:
+        where = str(self.path)
+        if len(indexes) > 1:
+            raise InputError(
+                f"{where}: expected one index, found {', '.join(indexes)}",
+                code="input.ambiguous",
+                path=where,
+                hint="move the one that does not belong to this checkpoint out of the folder",
+            )
+        if not shards:
+            raise InputError(
+                f"{where}: expected a .safetensors file, found none",
+                code="input.missing",
+                path=where,
+                hint="give the folder that holds the weights; .bin and .pt files are not read",
+            )
+        if not indexes:
+            if len(shards) > 1:
+                raise InputError(
+                    f"{where}: expected one .safetensors file or an index, found {', '.join(shards[:10])}",
+                    code="input.ambiguous",
+                    path=where,
+                    hint="move the files that do not belong to this checkpoint out of the folder",
+                )
+            return None
+        index_path = self.path / indexes[0]
+        raw = self._read_small(indexes[0], MAX_INDEX_BYTES, code="index")
+        weight_map = parse_json_object(raw, code="index", path=str(index_path)).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(
+                f"{index_path}: weight_map must map tensor names to file names",
+                code="index.weight_map",
+                path=str(index_path),
+                hint="rebuild the index, or export again",
+            )
+        for file in set(weight_map.values()):
+            if not _is_shard_name(file):
+                raise InputError(
+                    f"{index_path}: {file[:200]!r} is not the name of a .safetensors file in this folder",
+                    code="index.path_escape",
+                    path=str(index_path),
+                    hint="an index may only name files beside it; do not use this checkpoint",
+                )
+        stray = sorted(set(shards) - set(weight_map.values()))
+        if stray:
+            raise InputError(
+                f"{where}: {indexes[0]} does not name {', '.join(stray[:10])}",
+                code="input.ambiguous",
+                path=where,
+                hint="two checkpoints in one folder; move the files that the index does not name elsewhere",
+            )
+        return weight_map
+
+    def _check_index(self, index: str, weight_map: dict[str, str]) -> None:
+        where = str(self.path / index)
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise InputError(
+                    f"{where}: tensor {name!r} should be in {file}, its header does not list it",
+                    code="index.mismatch",
+                    path=where,
+                    hint="the index is stale; rebuild it, or export again",
+                )
+        for name, info in self.tensors.items():
+            if name not in weight_map:
+                raise InputError(
+                    f"{where}: {info.file} holds tensor {name!r}, the index does not list it",
+                    code="index.mismatch",
+                    path=where,
+                    hint="the index is stale; rebuild it, or export again",
+                )
+
+    def _open_shard(self, name: str) -> None:
+        file = self._open_regular(name)
+        self._files[name] = file
+        where = str(file.path)
+        prefix = self._pread(file, 0, min(PREFIX_BYTES, file.num_bytes))
+        length = read_header_length(prefix, file=where, file_bytes=file.num_bytes)
+        raw = self._pread(file, PREFIX_BYTES, length)
+        header = parse_header(raw, file=where, file_bytes=file.num_bytes)
+        self._identity.update(f"{name}\0{length}\0".encode() + raw)
+        self.metadata[name] = header.metadata
+        for tensor, info in header.tensors.items():
+            if tensor in self.tensors:
+                raise InputError(
+                    f"{where}: tensor {tensor!r} is also in {self.tensors[tensor].file}",
+                    code="index.mismatch",
+                    path=where,
+                    hint="two checkpoints are mixed in one folder; export again into an empty one",
+                )
+            self.tensors[tensor] = TensorInfo(tensor, info.dtype, info.shape, name, info.start, info.num_bytes)
+
+    def _read_small(self, name: str, limit: int, *, code: str) -> bytes:
+        file = self._open_regular(name)
+        try:
+            if file.num_bytes > limit:
+                raise InputError(
+                    f"{file.path}: expected at most {limit} bytes, found {file.num_bytes}",
+                    code=f"{code}.too_large",
+                    path=str(file.path),
+                    hint="this is not the file its name says",
+                )
+            return self._pread(file, 0, file.num_bytes)
+        finally:
+            os.close(file.fd)
+
+    def _open_regular(self, name: str) -> _OpenFile:
+        path = self.path / name
+        try:
+            _check_link(self.path, path)
+            # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be opened: {error.strerror}",
+                code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
+                path=str(path),
+                hint="the checkpoint is incomplete or not readable; download or export it again",
+            ) from error
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise InputError(
+                f"{path}: expected a regular file, found {stat.filemode(status.st_mode)}",
+                code="input.not_regular",
+                path=str(path),
+                hint="checkpoints are made of plain files",
+            )
+        return _OpenFile(fd, path, status.st_size, status.st_mtime_ns)
+
+    def _pread(self, file: _OpenFile, offset: int, num_bytes: int) -> bytes:
+        parts: list[bytes] = []
+        missing = num_bytes
+        while missing:
+            try:
+                part = os.pread(file.fd, missing, offset)
+            except OSError as error:
+                raise InputError(
+                    f"{file.path}: reading {missing} bytes at {offset} failed: {error.strerror}",
+                    code="input.unreadable",
+                    path=str(file.path),
+                    hint="check the disk or the mount, then run again",
+                ) from error
+            if not part:
+                raise _changed(file.path)
+            parts.append(part)
+            missing -= len(part)
+            offset += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        f"{path}: the file changed while it was read",
+        code="input.changed",
+        path=str(path),
+        hint="wait until whatever writes it has finished, then run again",
+    )
+
+
+def _is_shard_name(name: str) -> bool:
+    plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
+    return plain and PurePosixPath(name).name == name
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of."""
+    if not path.is_symlink():
+        return
+    target, root = path.resolve(), folder.resolve()
+    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
+    if target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs")):
+        return
+    raise InputError(
+        f"{path}: a link to {target}, outside the checkpoint",
+        code="input.symlink_escape",
+        path=str(path),
+        hint="replace the link by the file itself",
+    )

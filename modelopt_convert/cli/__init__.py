@@ -1,0 +1,55 @@
+"""The command line. Nothing here or above imports torch, so that help, usage errors and refusals are fast."""
+
+import sys
+
+import typer
+
+from modelopt_convert import __version__
+from modelopt_convert.cli import build_nvfp4, presets
+from modelopt_convert.errors import ExitCode
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("build-nvfp4")(build_nvfp4.build_nvfp4)
+app.command("presets")(presets.presets)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Convert NVIDIA ModelOpt exports of diffusion transformers into repos that serving engines load right.
+
+    \b
+    Examples:
+      mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE
+      mopt presets flux1-dev
+
+    \b
+    Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;
+    5 storage failed; 70 a bug in mopt; 130 and 143 interrupted. Treat any other code as failure.
+    """
+
+
+def main() -> None:
+    """Entry point: whatever nobody foresaw ends with exit code 70, since Python's own 1 means a failed check here."""
+    try:
+        app()
+    except Exception as error:
+        from modelopt_convert.cli._output import debugging
+
+        if debugging():
+            raise
+        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+        typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
+        sys.exit(ExitCode.INTERNAL)

@@ -1,0 +1,40 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME|FILE",
+        help="What stays in BF16; chosen by config.json if left out; 'none' for nothing.",
+    ),
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option("--keep-bf16", metavar="PATTERN", help="Keep these modules in BF16 too; may be given several times."),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing checkpoint; the old one stands until the new is whole.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Open, plan, refuse, print; write nothing.")]
+ShardSizeOption = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, such as 5GB or 500MB.")
+]
+MaxErrorOption = Annotated[
+    float,
+    typer.Option(
+        "--max-error", min=0.0, help="Largest relative error of a module whose codes are not reproduced from the base."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report-json", metavar="PATH", help="Write the JSON report there, whatever the outcome."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stdout, no progress; errors on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor on stderr.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="No colors.")]

@@ -1,0 +1,240 @@
+"""What a command prints and where: the result on stdout, everything else on stderr; and how a run ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn, Self
+
+import typer
+
+from modelopt_convert.errors import CheckFailedError, ExitCode, InternalError, Interrupted, MoptError, StorageError
+from modelopt_convert.report import ErrorReport, Report, Status
+from modelopt_convert.staging import canonical_output
+
+
+def debugging() -> bool:
+    """Whether the user asked for tracebacks."""
+    return os.environ.get("MOPT_DEBUG") == "1"
+
+
+def printable(text: str) -> str:
+    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The user's choice of how to be told.
+
+    Attributes:
+        json: One report object on stdout.
+        report_path: Where the same object is written too.
+        quiet: Nothing on stdout but JSON, no progress.
+        verbose: One line per tensor.
+        no_color: No colors, whatever the terminal.
+    """
+
+    json: bool
+    report_path: Path | None
+    quiet: bool
+    verbose: bool
+    no_color: bool
+
+    def line(self, text: str) -> None:
+        """One line of the result, for people."""
+        if not (self.json or self.quiet):
+            typer.echo(printable(text))
+
+    def aside(self, text: str) -> None:
+        """One line on stderr."""
+        typer.echo(printable(text), err=True)
+
+    def table(self, columns: list[str], rows: list[list[str]]) -> None:
+        """A table of the result; the columns but the first and the last hold numbers."""
+        if self.json or self.quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if 0 < number < len(columns) - 1 else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        width = None if sys.stdout.isatty() else 160  # a pipe has no width; do not fold what scripts may read
+        Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
+
+    def check_report_path(self, output: Path | None) -> None:
+        """Refuse a report path that could not be written in the end, or that lies in OUT."""
+        if self.report_path is None:
+            return
+        folder = self.report_path.absolute().parent
+        inside = output is not None and folder.resolve().is_relative_to(canonical_output(output))
+        if inside or not folder.is_dir() or self.report_path.is_dir():
+            raise typer.BadParameter(f"{self.report_path} must name a file in an existing folder outside --output")
+
+
+class ProgressBar:
+    """Progress by bytes: a bar if stderr is a terminal, else a line per phase; nothing if quiet."""
+
+    def __init__(self, output: Output) -> None:
+        """Draw nothing yet."""
+        self._output = output
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar = None
+        if terminal and not output.quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+            console = Console(stderr=True, markup=False, highlight=False, no_color=output.no_color or None)
+            self._bar = Progress(*columns, TransferSpeedColumn(), console=console, transient=True)
+
+    def __enter__(self) -> Self:
+        """Begin drawing."""
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Clear the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """A phase begins."""
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(printable(what), total=total_bytes)
+        elif not self._output.quiet:
+            self._output.aside(f"{what}: {human_bytes(total_bytes)}")
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes are done."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[-1], num_bytes)
+
+    def detail(self, text: str) -> None:
+        """One line for those who asked for more."""
+        if self._output.verbose:
+            self._output.aside(text)
+
+
+def human_bytes(count: int) -> str:
+    """Decimal units, as file sizes on the Hub."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def run(output: Output, report: Report, work: Callable[[ProgressBar], None], show: Callable[[], None]) -> NoReturn:
+    """Do the work, say how it ended, and exit with the documented code.
+
+    Args:
+        output: How the user wants to be told.
+        report: Filled by the work; status, exit code and error are filled here.
+        work: Raises a MoptError if it cannot be done.
+        show: Prints the result for people, after success.
+    """
+    try:
+        with _signals(), ProgressBar(output) as progress:
+            work(progress)
+    except MoptError as error:
+        if debugging() and isinstance(error, InternalError):
+            raise
+        _note_error(report, error)
+    except Interrupted as stop:
+        _end(
+            report, "interrupted", ExitCode(128 + stop.signum), "interrupted", f"stopped by signal {stop.signum}", None
+        )
+    except Exception as error:
+        if debugging():
+            raise
+        hint = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows"
+        _end(report, "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}", hint)
+    _tell(output, report, show)
+    raise typer.Exit(report.exit_code)
+
+
+def _note_error(report: Report, error: MoptError) -> None:
+    status: Status = "refused"
+    if isinstance(error, CheckFailedError):
+        status = "mismatch"
+    elif isinstance(error, StorageError | InternalError):
+        status = "error"
+    if isinstance(error, StorageError):
+        report.output.published = error.published
+        report.output.kept_at = error.kept_at
+    _end(report, status, error.exit_code, error.code, error.message, error.hint, error.path)
+
+
+def _end(
+    report: Report,
+    status: Status,
+    exit_code: ExitCode,
+    code: str,
+    message: str,
+    hint: str | None,
+    path: str | None = None,
+) -> None:
+    report.status = status
+    report.exit_code = int(exit_code)
+    report.error = ErrorReport(code=code, message=message, hint=hint, path=path)
+
+
+def _tell(output: Output, report: Report, show: Callable[[], None]) -> None:
+    try:
+        for warning in report.warnings:
+            output.aside(f"warning: {warning['message']} [{warning['code']}]")
+        if report.error is None:
+            show()
+        else:
+            output.aside(f"error: {report.error.message} [{report.error.code}]")
+            if report.error.hint:
+                output.aside(f"hint: {report.error.hint}")
+        text = report.to_json()
+        if output.report_path is not None:
+            _write_report(output, report, text)
+        if output.json:
+            typer.echo(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read us has gone; the exit code still tells what happened
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write_report(output: Output, report: Report, text: str) -> None:
+    assert output.report_path is not None
+    try:
+        output.report_path.write_text(text + "\n", encoding="ascii")
+    except OSError as error:
+        output.aside(f"error: {output.report_path}: the report could not be written: {error.strerror}")
+        report.exit_code = report.exit_code or int(ExitCode.STORAGE)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """The first SIGINT or SIGTERM unwinds and cleans up; a second one ends the process at once."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        signal.signal(signum, lambda number, _: os._exit(128 + number))
+        os.write(2, b"interrupted: cleaning up; once more to leave at once\n")
+        raise Interrupted(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

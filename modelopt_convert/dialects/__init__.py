@@ -1,0 +1,1 @@
+"""What producers write: tensor names, packing, config. One file each, pure."""

@@ -1,0 +1,98 @@
+"""The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What the process tells its caller; README.md documents each code."""
+
+    OK = 0
+    MISMATCH = 1
+    USAGE = 2
+    INPUT = 3
+    OUTPUT = 4
+    STORAGE = 5
+    INTERNAL = 70
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class MoptError(Exception):
+    """A failure with a stable dotted ``code``; the message may change between releases, the code may not.
+
+    Args:
+        message: What failed, what was expected and what was found, in one line.
+        code: Stable name such as ``header.size_mismatch``, for scripts and tests.
+        path: The file concerned, if one is.
+        hint: What to do about it.
+    """
+
+    exit_code: ClassVar[ExitCode]
+
+    def __init__(self, message: str, *, code: str, path: str | None = None, hint: str | None = None) -> None:
+        """Keep the parts apart so that the terminal and the JSON report can each show them."""
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.path = path
+        self.hint = hint
+
+
+class InputError(MoptError):
+    """The source, the base or the preset is malformed, unsupported or unsafe."""
+
+    exit_code = ExitCode.INPUT
+
+
+class OutputRefusedError(MoptError):
+    """mopt will not write there: it exists, is not a checkpoint, overlaps an input, or another run holds it."""
+
+    exit_code = ExitCode.OUTPUT
+
+
+class StorageError(MoptError):
+    """The disk said no.
+
+    Args:
+        published: Whether the new checkpoint is already in place.
+        kept_at: Where a finished but unpublished checkpoint was left.
+    """
+
+    exit_code = ExitCode.STORAGE
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        path: str | None = None,
+        hint: str | None = None,
+        published: bool = False,
+        kept_at: str | None = None,
+    ) -> None:
+        """As MoptError, with what stands on disk after the failure."""
+        super().__init__(message, code=code, path=path, hint=hint)
+        self.published = published
+        self.kept_at = kept_at
+
+
+class CheckFailedError(MoptError):
+    """Everything ran and the answer is no: a check failed, nothing was published."""
+
+    exit_code = ExitCode.MISMATCH
+
+
+class InternalError(MoptError):
+    """A bug in mopt: what was planned and what was done disagree."""
+
+    exit_code = ExitCode.INTERNAL
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; context managers unwind and remove the stage."""
+
+    def __init__(self, signum: int) -> None:
+        """Remember which signal, for the exit code 128 + signum."""
+        super().__init__(signum)
+        self.signum = signum

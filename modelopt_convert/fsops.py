@@ -1,0 +1,113 @@
+"""The few file-system calls that change anything: one place for tests to record, fail or cut short.
+
+Everything that mopt creates, renames, synchronises or removes goes through here.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_NO_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+
+
+def make_dir(path: Path, mode: int) -> None:
+    """Create one directory."""
+    path.mkdir(mode=mode)
+
+
+def create_file(path: Path) -> int:
+    """Create a file that must not exist and return its descriptor; mode 0o666 less the umask."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def preallocate(fd: int, num_bytes: int) -> None:
+    """Reserve the file's whole size now, so that a full disk is found before the work."""
+    if num_bytes:
+        os.posix_fallocate(fd, 0, num_bytes)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """``pwrite`` until every byte is down; a short write is continued.
+
+    Raises:
+        OSError: As ``pwrite``; ``EIO`` if the kernel takes no bytes and reports no error.
+    """
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the file system accepted no bytes")
+        view = view[written:]
+        offset += written
+
+
+def sync(fd: int) -> bool:
+    """``fsync``, never retried. False where the file system has none (restic's practice)."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in _NO_FSYNC:
+            return False
+        raise
+    return True
+
+
+def sync_dir(path: Path) -> bool:
+    """``fsync`` a directory, so that the names in it are on disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return sync(fd)
+    finally:
+        os.close(fd)
+
+
+def close(fd: int) -> None:
+    """Close a written file; its error counts."""
+    os.close(fd)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """``chmod``."""
+    path.chmod(mode)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Plain rename."""
+    source.rename(target)
+
+
+def rename_noreplace(source: Path, target: Path) -> None:
+    """Rename only if ``target`` does not exist, atomically.
+
+    Raises:
+        OSError: ``EEXIST`` if it does; ``EINVAL`` or ``ENOSYS`` where the file system cannot.
+    """
+    _renameat2(source, target, _RENAME_NOREPLACE)
+
+
+def exchange(left: Path, right: Path) -> None:
+    """Swap two existing names atomically.
+
+    Raises:
+        OSError: ``EINVAL`` or ``ENOSYS`` where the file system cannot.
+    """
+    _renameat2(left, right, _RENAME_EXCHANGE)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory tree without following links; only ever called on trees that mopt made or replaced."""
+    shutil.rmtree(path)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28 and newer
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), os.fspath(target))
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fspath(target))

@@ -1,0 +1,530 @@
+"""Decide what the output will be, from headers and configs alone. Pure: opens no file, imports no torch.
+
+Every tensor of both inputs gets a fate here, and every output tensor a step with its exact size, so that a dry run, the
+free-space check and the report all speak of the same plan.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from modelopt_convert.dialects.modelopt import (
+    BLOCK_SIZE,
+    Nvfp4Module,
+    check_nvfp4_config,
+    find_nvfp4_modules,
+    is_quantizer_state,
+)
+from modelopt_convert.dtypes import HALF_AND_FLOAT
+from modelopt_convert.errors import InputError
+from modelopt_convert.header import TensorInfo, TensorSpec
+from modelopt_convert.patterns import PatternMatcher, check_pattern, module_of, rename
+from modelopt_convert.preset import KeepRules, Preset
+
+CHUNK_BYTES = 8 << 20
+SAMPLED_ROWS = 16
+FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+
+# Of an export's quantization_config these mean what they say in the output too; the rest is rebuilt or left out.
+_KEPT_CONFIG_KEYS = ("quant_method", "quant_algo", "config_groups", "producer", "kv_cache_scheme")
+_INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+Op = Literal["copy", "cast_bf16"]
+Origin = Literal["export", "base"]
+Kind = Literal["structural", "quality", "user"]
+
+
+class Source(Protocol):
+    """What the plan needs of an opened checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output tensor: where its bytes come from and what happens to them.
+
+    Attributes:
+        output: Name, dtype and shape to be written.
+        origin: Which input is read.
+        op: ``copy`` moves bytes untouched; ``cast_bf16`` rounds F32 or F16 to BF16.
+    """
+
+    output: TensorSpec
+    origin: Origin
+    op: Op
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file."""
+
+    file: str
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleCount:
+    """What one pattern did.
+
+    Attributes:
+        kind: ``structural`` or ``quality`` from the preset, ``user`` from ``--keep-bf16``.
+        pattern: The glob.
+        matched: Modules it matches, quantized or not.
+        replaced: Packed modules that it, first of all rules, puts back to BF16.
+        num_bytes: Size of all it matches in the output, in bytes.
+    """
+
+    kind: Kind
+    pattern: str
+    matched: int
+    replaced: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """What shall stay in BF16: a preset's sets, and the user's own patterns."""
+
+    preset: Preset | None
+    rules: KeepRules | None
+    user_patterns: tuple[str, ...]
+
+    def patterns(self) -> Iterator[tuple[Kind, str]]:
+        """Every pattern with its kind, in the order in which they are applied."""
+        if self.rules is not None:
+            yield from (("structural", pattern) for pattern in self.rules.structural)
+            yield from (("quality", pattern) for pattern in self.rules.quality)
+        yield from (("user", pattern) for pattern in self.user_patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """Everything that ``build-nvfp4`` will do.
+
+    Attributes:
+        steps: One per output tensor, by name.
+        shards: The output files.
+        config: The output's config.json.
+        modules: Packed modules of the export, by name.
+        replaced: Packed modules that become BF16, with the pattern that says so.
+        fused: Groups of packed modules that the runtime may fuse.
+        rules: What each pattern did.
+        ledger: For each input, every tensor's fate in a few words.
+        must_equal: Tensors whose export value must be the base's, up to a dtype cast.
+        may_differ: Biases of packed modules, kept from the export, compared with the base for a warning only.
+        warnings: What the user should know, as (code, message).
+    """
+
+    steps: Mapping[str, Step]
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any]
+    modules: Mapping[str, Nvfp4Module]
+    replaced: Mapping[str, str]
+    fused: tuple[tuple[str, ...], ...]
+    rules: tuple[RuleCount, ...]
+    ledger: Mapping[Origin, Mapping[str, str]]
+    must_equal: tuple[str, ...]
+    may_differ: tuple[str, ...]
+    warnings: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def total_bytes(self) -> int:
+        """Tensor bytes of the output; headers and small files add less than 1 MB to it."""
+        return sum(step.output.num_bytes for step in self.steps.values())
+
+    @property
+    def packed(self) -> list[str]:
+        """Modules that are NVFP4 in the output, in name order."""
+        return sorted((name for name in self.modules if name not in self.replaced), key=natural_key)
+
+    def index(self) -> dict[str, Any] | None:
+        """The index of a sharded output, as diffusers writes it; None for a single file."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {spec.name: shard.file for shard in self.shards for spec in shard.tensors}
+        return {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def peak_bytes(self) -> int:
+        """Working memory beyond start-up: chunks in flight, or the proof of the largest module."""
+        proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
+        return max(3 * CHUNK_BYTES, proof)
+
+
+def _proof_bytes(module: Nvfp4Module) -> int:
+    scales = module.rows * (module.columns // BLOCK_SIZE)
+    # Scale bytes twice (as read and as masks), and about a dozen float32 or int64 arrays of the sampled rows.
+    return 2 * scales + 64 * (SAMPLED_ROWS + 2) * module.columns
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d{1,9})", name)]
+
+
+def plan_nvfp4(export: Source, base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildPlan:
+    """Plan a mixed BF16+NVFP4 transformer repo.
+
+    Args:
+        export: A ModelOpt NVFP4 diffusers export.
+        base: The unquantized transformer it was made from.
+        keeps: What stays in BF16.
+        max_shard_size: Largest output file, in bytes of tensors.
+
+    Raises:
+        InputError: The export is not plain NVFP4, the base does not fit it, or a pattern does not fit either.
+    """
+    where = str(export.path / "config.json")
+    quant_config = check_nvfp4_config(export.config, path=where)
+    _check_configs(export, base)
+    _check_preset(keeps.preset, export)
+    modules = find_nvfp4_modules(export.tensors, path=str(export.path))
+    if not modules:
+        raise InputError(
+            f"{export.path}: expected NVFP4 modules (U8 weights), found none",
+            code="export.nothing_quantized",
+            path=str(export.path),
+            hint="the export failed half-way or was never calibrated; export again",
+        )
+    _check_base(export, base, modules)
+    plain = {name for name in export.tensors if not is_quantizer_state(name)}
+    matcher = PatternMatcher(sorted({module_of(name) for name in plain | set(base.tensors)}, key=natural_key))
+    replaced, matched = _apply_patterns(keeps, matcher, modules)
+    for module in modules.values():
+        if module.fault is not None and module.name not in replaced:
+            raise module.fault
+    if len(replaced) == len(modules):
+        raise InputError(
+            f"{export.path}: all {len(modules)} packed modules would be kept in BF16, nothing would be quantized",
+            code="preset.nothing_left",
+            path=str(export.path),
+            hint="use the base as it is, or keep fewer modules",
+        )
+    fused = _fused_groups(keeps.preset, modules, replaced, export)
+    keep_fp32 = _keep_fp32(keeps.preset, matcher, base)
+    build = _Build(export, base, modules, replaced, keep_fp32)
+    build.run()
+    steps = dict(sorted(build.steps.items(), key=lambda item: natural_key(item[0])))
+    config = _output_config(export.config, quant_config, steps, keeps.preset)
+    return BuildPlan(
+        steps=steps,
+        shards=split_into_shards([step.output for step in steps.values()], max_shard_size),
+        config=config,
+        modules=modules,
+        replaced=replaced,
+        fused=fused,
+        rules=tuple(_count_rules(keeps, matched, replaced, steps)),
+        ledger={"export": build.export_fates, "base": build.base_fates},
+        must_equal=tuple(build.must_equal),
+        may_differ=tuple(build.may_differ),
+        warnings=tuple(_config_warnings(quant_config, modules, matcher)),
+    )
+
+
+def split_into_shards(specs: Sequence[TensorSpec], max_shard_size: int) -> tuple[ShardPlan, ...]:
+    """Split as huggingface_hub does for diffusers, with diffusers' file names."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        {spec.name: spec for spec in specs},
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern=FILE_PATTERN,
+        max_shard_size=max_shard_size,
+    )
+    by_name = {spec.name: spec for spec in specs}
+    return tuple(
+        ShardPlan(file, tuple(by_name[name] for name in names)) for file, names in split.filename_to_tensors.items()
+    )
+
+
+def _check_configs(export: Source, base: Source) -> None:
+    path = str(base.path / "config.json")
+    if "quantization_config" in base.config:
+        raise InputError(
+            f"{path}: expected an unquantized base, found a quantization_config",
+            code="base.quantized",
+            path=path,
+            hint="give the original model as --base, and the ModelOpt export as --export",
+        )
+    for key in ("_class_name", *sorted(export.config.keys() & base.config.keys())):
+        # Keys with an underscore say who wrote the file, not what the model is.
+        if key.startswith("_") and key != "_class_name":
+            continue
+        left, right = export.config.get(key), base.config.get(key)
+        if left != right:
+            raise InputError(
+                f"{path}: {key}: expected {left!r} as in the export, found {right!r}",
+                code="base.config",
+                path=path,
+                hint="give the base that the export was made from",
+            )
+
+
+def _check_preset(preset: Preset | None, export: Source) -> None:
+    if preset is None:
+        return
+    expected = {"_class_name": preset.class_name, **preset.config}
+    for key, value in expected.items():
+        found = export.config.get(key)
+        if found != value:
+            raise InputError(
+                f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {value!r}, found {found!r}",
+                code="preset.wrong_model",
+                path=str(export.path / "config.json"),
+                hint="leave --preset out to have it chosen, or name the model's own",
+            )
+
+
+def _check_base(export: Source, base: Source, modules: Mapping[str, Nvfp4Module]) -> None:
+    """Require that both inputs are the same model: same tensors, same shapes, and a base in plain dtypes."""
+    logical = {
+        name: info.shape for name, info in export.tensors.items() if not is_quantizer_state(name)
+    }  # what the export's tensors were before quantization
+    for module in modules.values():
+        for role in module.scales:
+            del logical[f"{module.name}.{role}"]
+        logical[module.weight.name] = (module.rows, module.columns)
+    if not logical.keys() & base.tensors.keys():
+        raise InputError(
+            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one)",
+            code="base.naming",
+            path=str(base.path),
+            hint="the names follow another convention; give the base in the export's own (diffusers) naming",
+        )
+    _raise_first(_base_faults(logical, base))
+    for name, info in base.tensors.items():
+        if name not in logical:
+            raise InputError(
+                f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
+                code="export.missing_tensor",
+                path=str(export.path),
+                hint="the export is incomplete, or was made from another base",
+            )
+
+
+def _base_faults(logical: Mapping[str, tuple[int, ...]], base: Source) -> Iterator[InputError]:
+    for name, shape in logical.items():
+        info = base.tensors.get(name)
+        if info is None:
+            yield InputError(
+                f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor",
+                code="base.missing_tensor",
+                path=str(base.path),
+                hint="give the base that the export was made from, whole",
+            )
+        elif info.shape != shape:
+            rows = len(shape) == 2 and shape == (-(-info.shape[0] // 16) * 16, *info.shape[1:])
+            yield InputError(
+                f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
+                f"found {list(info.shape)}" + (" (the export's rows look padded to 16)" if rows else ""),
+                code="base.shape",
+                path=f"{base.path}/{info.file}",
+                hint="give the base that the export was made from; post-processed (padded) exports do not fit theirs",
+            )
+        elif info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
+            yield InputError(
+                f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                code="base.dtype",
+                path=f"{base.path}/{info.file}",
+                hint="give an unquantized base",
+            )
+
+
+def _raise_first(faults: Iterable[InputError]) -> None:
+    found = list(faults)
+    if not found:
+        return
+    first = found[0]
+    same = sum(fault.code == first.code for fault in found)
+    more = f" ({same} tensors in all)" if same > 1 else ""
+    raise InputError(first.message + more, code=first.code, path=first.path, hint=first.hint)
+
+
+def _apply_patterns(
+    keeps: Keeps, matcher: PatternMatcher, modules: Mapping[str, Nvfp4Module]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Packed modules to replace with their first pattern, and every pattern's matches."""
+    replaced: dict[str, str] = {}
+    matched: dict[str, list[str]] = {}
+    for _, pattern in keeps.patterns():
+        check_pattern(pattern)
+        matched[pattern] = matcher.find(pattern)
+        for module in matched[pattern]:
+            if module in modules:
+                replaced.setdefault(module, pattern)
+    return replaced, matched
+
+
+def _count_rules(
+    keeps: Keeps, matched: Mapping[str, Sequence[str]], replaced: Mapping[str, str], steps: Mapping[str, Step]
+) -> Iterator[RuleCount]:
+    sizes: dict[str, int] = {}
+    for name, step in steps.items():
+        sizes[module_of(name)] = sizes.get(module_of(name), 0) + step.output.num_bytes
+    for kind, pattern in dict((pattern, (kind, pattern)) for kind, pattern in keeps.patterns()).values():
+        yield RuleCount(
+            kind,
+            pattern,
+            matched=len(matched[pattern]),
+            replaced=sum(by == pattern for by in replaced.values()),
+            num_bytes=sum(sizes.get(module, 0) for module in matched[pattern]),
+        )
+
+
+def _fused_groups(
+    preset: Preset | None, modules: Mapping[str, Nvfp4Module], replaced: Mapping[str, str], export: Source
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of sibling modules that stay packed together.
+
+    Raises:
+        InputError: ``preset.fused_group``: a group would be part packed, part BF16; runtimes refuse such a mix.
+    """
+    groups: list[tuple[str, ...]] = []
+    linears = {module_of(name) for name in export.tensors if name.endswith(".weight")}
+    for group in preset.fused if preset else []:
+        parents = sorted({module_of(name) for name in linears if name.rpartition(".")[2] in group}, key=natural_key)
+        for parent in parents:
+            members = [f"{parent}.{leaf}" for leaf in group if f"{parent}.{leaf}" in linears]
+            packed = tuple(member for member in members if member in modules and member not in replaced)
+            if packed and len(packed) < len(members):
+                rest = ", ".join(member for member in members if member not in packed)
+                raise InputError(
+                    f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
+                    code="preset.fused_group",
+                    path=str(export.path),
+                    hint=f"keep the whole group: --keep-bf16 '{parent}.*' or none of it",
+                )
+            if packed:
+                groups.append(packed)
+    return tuple(groups)
+
+
+def _keep_fp32(preset: Preset | None, matcher: PatternMatcher, base: Source) -> frozenset[str]:
+    found: set[str] = set()
+    for pattern in preset.keep_fp32 if preset else []:
+        names = [name for name in base.tensors if matcher.matches(pattern, name)]
+        if not names:
+            raise InputError(
+                f"keep_fp32 pattern {pattern!r} matches no tensor of the base",
+                code="preset.no_match",
+                path=str(base.path),
+                hint="keep_fp32 patterns are matched against whole tensor names",
+            )
+        found.update(names)
+    return frozenset(found)
+
+
+class _Build:
+    """Walks both inputs once and gives every tensor its fate."""
+
+    def __init__(
+        self,
+        export: Source,
+        base: Source,
+        modules: Mapping[str, Nvfp4Module],
+        replaced: Mapping[str, str],
+        keep_fp32: frozenset[str],
+    ) -> None:
+        self._export = export
+        self._base = base
+        self._modules = modules
+        self._replaced = replaced
+        self._keep_fp32 = keep_fp32
+        self.steps: dict[str, Step] = {}
+        self.export_fates: dict[str, str] = {}
+        self.base_fates: dict[str, str] = {}
+        self.must_equal: list[str] = []
+        self.may_differ: list[str] = []
+
+    def run(self) -> None:
+        for name, info in self._export.tensors.items():
+            if is_quantizer_state(name):
+                self.export_fates[name] = "dropped: calibration state"
+                continue
+            module = self._modules.get(module_of(name))
+            if module is None:
+                self._from_base(name, "from base: unquantized")
+                self.must_equal.append(name)
+            elif module.name in self._replaced:
+                self._replace(name, info)
+            elif info is module.bias and info.dtype != "BF16":
+                self._from_base(name, f"from base: {info.dtype} bias of a packed module")
+                self.must_equal.append(name)
+            else:
+                self._keep(info)
+                if info is module.bias:
+                    self.may_differ.append(name)
+        for name in self._base.tensors:
+            self.base_fates.setdefault(name, "unused: packed in the output")
+
+    def _keep(self, info: TensorInfo) -> None:
+        self.steps[info.name] = Step(TensorSpec(info.name, info.dtype, info.shape), "export", "copy")
+        self.export_fates[info.name] = "kept"
+
+    def _replace(self, name: str, info: TensorInfo) -> None:
+        if name in self._base.tensors:
+            self._from_base(name, "replaced: kept in BF16")
+        else:
+            self.export_fates[name] = "dropped: scale of a module kept in BF16"
+
+    def _from_base(self, name: str, fate: str) -> None:
+        info = self._base.tensors[name]
+        as_is = info.dtype not in HALF_AND_FLOAT or info.dtype == "BF16" or name in self._keep_fp32
+        dtype = info.dtype if as_is else "BF16"
+        self.steps[name] = Step(TensorSpec(name, dtype, info.shape), "base", "copy" if as_is else "cast_bf16")
+        exported = self._export.tensors[name].dtype
+        self.export_fates[name] = fate if exported in (dtype, "U8") else f"{fate}, {exported} to {dtype}"
+        self.base_fates[name] = "used" if as_is else f"used: cast {info.dtype} to BF16"
+
+
+def _output_config(
+    config: Mapping[str, Any], quant_config: Mapping[str, Any], steps: Mapping[str, Step], preset: Preset | None
+) -> dict[str, Any]:
+    kept = {key: quant_config[key] for key in _KEPT_CONFIG_KEYS if key in quant_config}
+    ignore = {
+        module_of(name)
+        for name, step in steps.items()
+        if name.endswith(".weight") and step.output.dtype != "U8" and len(step.output.shape) >= 2
+    }
+    runtime = preset.runtime_names if preset else {}
+    renamed = {rename(module, disk, spelled) for module in ignore for disk, spelled in runtime.items()}
+    spellings = ignore | {name for name in renamed if name is not None}
+    quantization = kept | {
+        "quant_type": "NVFP4",
+        "group_size": BLOCK_SIZE,
+        "ignore": sorted(spellings, key=natural_key),
+        "swap_weight_nibbles": False,
+        "checkpoint_weight_scale_layout": "linear",
+    }
+    # _name_or_path is where the exporting machine kept the model.
+    rest = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
+    return rest | {"quantization_config": quantization}
+
+
+def _config_warnings(
+    quant_config: Mapping[str, Any], modules: Mapping[str, Nvfp4Module], matcher: PatternMatcher
+) -> Iterator[tuple[str, str]]:
+    dropped = sorted(quant_config.keys() - {*_KEPT_CONFIG_KEYS, "ignore", "quant_type", "group_size"})
+    if dropped:
+        yield "config.dropped_keys", f"not carried into quantization_config: {', '.join(dropped)}"
+    ignore = quant_config.get("ignore")
+    patterns = [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
+    listed = [name for name in modules if any(matcher.ignores(pattern, name) for pattern in patterns)]
+    if listed:
+        yield (
+            "config.stale_ignore",
+            f"the export's `ignore` lists {len(listed)} modules that are packed ({listed[0]} first); it is rebuilt",
+        )

@@ -1,0 +1,437 @@
+"""Put a new checkpoint in place so that OUT is at every moment either what it was or the whole new one. No torch.
+
+The steps are those of README.md, "What is promised about OUT": refuse, stage beside OUT, look around, recover, write,
+sync, swap, sync, and only then remove the old tree. Every change to the disk goes through ``fsops``.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shlex
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NoReturn, Self
+
+from modelopt_convert import fsops
+from modelopt_convert.errors import OutputRefusedError, StorageError
+from modelopt_convert.header import TensorSpec
+from modelopt_convert.shard_writer import ShardWriter
+
+# What a model repo holds. Anything else in OUT is somebody's work, and OUT is then not replaced.
+ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".md"})
+ALLOWED_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.md"})
+ALLOWED_FOLDERS = frozenset({"transformer", "transformer_2"})
+MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
+
+# Where flock is known to exclude. On Lustre, GPFS and some NFS it succeeds for every caller.
+_LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs", "overlay", "f2fs", "zfs"})
+_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS})
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """How the new checkpoint came into place.
+
+    Attributes:
+        method: ``rename`` (OUT was absent), ``exchange``, or ``two-renames``.
+        durable: False where the file system has no fsync.
+        warnings: What could not be cleaned up.
+    """
+
+    method: Literal["rename", "exchange", "two-renames"]
+    durable: bool
+    warnings: tuple[str, ...]
+
+
+def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an OUT that must not be written; called before any tensor is read, and again before the swap.
+
+    Args:
+        output: Where the checkpoint shall stand.
+        inputs: Folders that are read: OUT may not be one, lie in one, or hold one.
+        overwrite: The user's consent to replace an existing checkpoint.
+
+    Raises:
+        OutputRefusedError: With an ``output.*`` code.
+    """
+    output = canonical_output(output)
+    parent = output.parent
+    if output.is_symlink():
+        raise _refuse(output, "is a symlink", "symlink", "give the folder itself")
+    if not parent.is_dir():
+        raise _refuse(output, f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {parent}")
+    for source in inputs:
+        _refuse_overlap(output, source)
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise _refuse(output, "is a file", "not_a_directory", "give a folder name that is free")
+    here = _inode(output)
+    if os.path.ismount(output):
+        raise _refuse(output, "is a mount point or the root folder", "mount_point", "give a folder inside it")
+    if here in {_inode(place) for place in (Path.home(), Path.cwd()) if place.exists()}:
+        raise _refuse(output, "is the home or the current folder", "special_folder", "give a folder inside it")
+    if not overwrite:
+        raise _refuse(output, "exists", "exists", "give another --output, or --overwrite to replace a checkpoint")
+    if stranger := find_stranger(output):
+        raise _refuse(output, stranger, "not_a_checkpoint", "move it away yourself, or give another --output")
+
+
+def canonical_output(output: Path) -> Path:
+    """OUT with its parent resolved, its own name kept (a link must be seen as one); ``.`` and ``x/..`` resolved."""
+    if output.name in {"", ".."}:
+        return output.resolve()
+    return output.parent.resolve() / output.name
+
+
+def find_stranger(folder: Path) -> str | None:
+    """What makes ``folder`` something else than a plain checkpoint, in words; None if nothing does."""
+    entries = sorted(folder.iterdir())
+    if not any((folder / name).is_file() for name in MANIFEST_NAMES):
+        return f"is not a checkpoint: it has none of {', '.join(MANIFEST_NAMES)}"
+    if not any(folder.rglob("*.safetensors")):
+        return "is not a checkpoint: it holds no .safetensors file"
+    for entry in entries:
+        inner = sorted(entry.iterdir()) if entry.name in ALLOWED_FOLDERS and _is_real_dir(entry) else [entry]
+        for item in inner:
+            known = item.suffix in ALLOWED_SUFFIXES or item.name in ALLOWED_NAMES
+            if not known or item.is_symlink() or not item.is_file():
+                return f"holds {item.relative_to(folder)}, which does not belong to a transformer checkpoint"
+    return None
+
+
+class StagingDir:
+    """A folder beside OUT in which the new checkpoint is built; a context manager.
+
+    It leaves nothing behind unless ``publish`` was called, or the swap was refused after all checks had passed.
+    """
+
+    def __init__(self, output: Path, inputs: Sequence[Path], *, overwrite: bool, need_bytes: int) -> None:
+        """Nothing is touched yet; see ``__enter__``."""
+        self.output = canonical_output(output)
+        self.published: Published | None = None
+        self._inputs = tuple(inputs)
+        self._overwrite = overwrite
+        self._need_bytes = need_bytes
+        self._prefix = f".{self.output.name}.mopt-"
+        self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
+        self._lock: int | None = None
+        self._durable = True
+        self._done = False
+
+    def __enter__(self) -> Self:
+        """Stage, look around, recover.
+
+        Raises:
+            OutputRefusedError: ``output.busy`` if another run holds OUT, or OUT is refused after recovery.
+            StorageError: No space, or the disk failed.
+        """
+        with _storage_errors(self.output.parent):
+            try:
+                self._make_stage()
+                self._sweep_dead_stages()
+                self._recover()
+                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
+                self._check_space()
+            except BaseException:
+                self._discard()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the stage unless it was published or kept."""
+        if not self._done:
+            self._discard()
+        self._unlock()
+
+    def shard(self, name: str, specs: Iterable[TensorSpec]) -> ShardWriter:
+        """Begin a shard in the stage; the result is a context manager."""
+        return ShardWriter(self.path / name, specs)
+
+    def finish_shard(self, writer: ShardWriter) -> None:
+        """Note whether the shard is on disk."""
+        self._durable = self._durable and writer.durable
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write and sync one small file."""
+        fd = fsops.create_file(self.path / name)
+        try:
+            fsops.write_all(fd, data, 0)
+            self._durable = fsops.sync(fd) and self._durable
+        finally:
+            fsops.close(fd)
+
+    def publish(self) -> Published:
+        """Sync the stage, swap it with OUT, sync the parent, remove the old tree.
+
+        SIGINT and SIGTERM are held meanwhile: the run ends with the new checkpoint or with the old one.
+
+        Raises:
+            OutputRefusedError: OUT changed since it was checked.
+            StorageError: The swap was refused (``kept_at`` names the finished checkpoint), or the parent's fsync
+                failed (``published`` is true, the old tree is kept).
+        """
+        with _storage_errors(self.output.parent), _signals_held():
+            try:
+                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
+            except OutputRefusedError as error:
+                self._keep_stage(error.message, error)
+            replaces = self.output.exists()
+            mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask()
+            fsops.set_mode(self.path, mode)
+            self._durable = fsops.sync_dir(self.path) and self._durable
+            method, old = self._swap(replaces)
+            self._done = True
+            self._sync_after_swap(old)
+            self.published = Published(method, self._durable, self._remove_old(old))
+            return self.published
+
+    def _make_stage(self) -> None:
+        while self._lock is None:  # None again only if another run swept the stage before it was locked
+            path = self.output.parent / f"{self._prefix}stage-{secrets.token_hex(4)}"
+            fsops.make_dir(path, 0o700)
+            self.path = path
+            self._lock = _try_lock(path)
+
+    def _sweep_dead_stages(self) -> None:
+        for other in sorted(self.output.parent.glob(f"{_glob_escape(self._prefix)}stage-*")):
+            if other == self.path:
+                continue
+            if _file_system_of(self.output.parent) not in _LOCKING_FILE_SYSTEMS:
+                raise OutputRefusedError(
+                    f"{other}: left by another run, and file locks prove nothing on this file system",
+                    code="output.busy",
+                    path=str(other),
+                    hint=f"if no mopt is running on any host: rm -r {shlex.quote(str(other))}",
+                )
+            lock = _try_lock(other)
+            if lock is None:
+                if not other.exists():  # its owner finished between the listing and the lock
+                    continue
+                raise OutputRefusedError(
+                    f"{self.output}: another mopt is writing it (its stage is {other.name})",
+                    code="output.busy",
+                    path=str(self.output),
+                    hint="wait for it to finish, or give another --output",
+                )
+            try:
+                self._sweep(other)
+            finally:
+                os.close(lock)
+
+    def _recover(self) -> None:
+        """Roll back a two-rename swap that was cut between its renames; remove what a finished one left."""
+        for old in sorted(self.output.parent.glob(f"{_glob_escape(self._prefix)}old-*")):
+            if os.path.lexists(self.output):
+                self._sweep(old)
+            else:
+                fsops.rename(old, self.output)
+                fsops.sync_dir(self.output.parent)
+
+    def _sweep(self, tree: Path) -> None:
+        # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
+        # could lose both in a power cut.
+        fsops.sync_dir(self.output.parent)
+        fsops.remove_tree(tree)
+
+    def _check_space(self) -> None:
+        status = os.statvfs(self.output.parent)
+        free = status.f_bavail * status.f_frsize
+        if free < self._need_bytes:
+            raise StorageError(
+                f"{self.output.parent}: {self._need_bytes} bytes are needed, {free} are free",
+                code="storage.no_space",
+                path=str(self.output.parent),
+                hint="free some space, or give an --output on another disk; an old OUT stands until the new is whole",
+            )
+
+    def _swap(self, replaces: bool) -> tuple[Literal["rename", "exchange", "two-renames"], Path | None]:
+        try:
+            if not replaces:
+                try:
+                    fsops.rename_noreplace(self.path, self.output)
+                except OSError as error:
+                    if error.errno not in _NO_EXCHANGE:
+                        raise
+                    if os.path.lexists(self.output):
+                        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.output)) from None
+                    fsops.rename(self.path, self.output)
+                return "rename", None
+            try:
+                fsops.exchange(self.path, self.output)
+            except OSError as error:
+                if error.errno not in _NO_EXCHANGE:
+                    raise
+                return "two-renames", self._two_renames()
+            return "exchange", self.path
+        except OSError as error:
+            self._keep_stage(error.strerror or str(error), error)
+
+    def _two_renames(self) -> Path:
+        old = self.output.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
+        fsops.rename(self.output, old)
+        try:
+            fsops.rename(self.path, self.output)
+        except OSError:
+            fsops.rename(old, self.output)
+            raise
+        return old
+
+    def _keep_stage(self, why: str, error: Exception) -> NoReturn:
+        """Checked work is not thrown away because of a refused swap: give it a name the user can see."""
+        kept = self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
+        fsops.rename(self.path, kept)
+        self._done = True
+        target = self.output.parent / f"{self.output.name}.new"
+        raise StorageError(
+            f"{self.output}: the finished checkpoint could not take its place: {why}",
+            code="storage.swap_refused",
+            path=str(self.output),
+            hint=f"it is whole in {kept}; move it yourself: mv {shlex.quote(str(kept))} {shlex.quote(str(target))}",
+            kept_at=str(kept),
+        ) from error
+
+    def _sync_after_swap(self, old: Path | None) -> None:
+        try:
+            self._durable = fsops.sync_dir(self.output.parent) and self._durable
+        except OSError as error:
+            left = f"; the old checkpoint is kept in {old}" if old else ""
+            raise StorageError(
+                f"{self.output}: the new checkpoint is in place, but not known to be on disk: {error.strerror}{left}",
+                code="storage.sync_after_swap",
+                path=str(self.output),
+                hint="check the disk; run `sync`, then `mopt` again or verify the checkpoint",
+                published=True,
+            ) from error
+
+    def _remove_old(self, old: Path | None) -> tuple[str, ...]:
+        if old is None:
+            return ()
+        if not old.exists():  # a run that started since has swept it already
+            return ()
+        try:
+            if stranger := find_stranger(old):  # something was put there after the check: not ours to delete
+                return (f"the old checkpoint was kept in {old}: it {stranger}",)
+            fsops.remove_tree(old)
+        except OSError as error:
+            return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
+        return ()
+
+    def _discard(self) -> None:
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):  # the next run sweeps what cannot be removed now
+            fsops.remove_tree(self.path)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _refuse(output: Path, what: str, kind: str, hint: str) -> OutputRefusedError:
+    return OutputRefusedError(f"output {output}: {what}", code=f"output.{kind}", path=str(output), hint=hint)
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _chain(path: Path) -> list[tuple[int, int]]:
+    """Inodes of ``path`` and of every folder above it; ``..`` on the real tree, so bind mounts are seen through."""
+    real = path.resolve()
+    return [_inode(place) for place in (real, *real.parents) if place.exists()]
+
+
+def _refuse_overlap(output: Path, source: Path) -> None:
+    out_chain, source_chain = _chain(output), _chain(source)
+    if output.exists() and out_chain[0] == source_chain[0]:
+        raise _refuse(output, f"is the input {source}", "is_input", "give another --output; inputs are never changed")
+    if source_chain[0] in out_chain:
+        raise _refuse(output, f"lies inside the input {source}", "inside_input", "give an --output outside it")
+    if output.exists() and out_chain[0] in source_chain:
+        raise _refuse(output, f"holds the input {source}", "around_input", "give an --output beside it")
+
+
+def _is_real_dir(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _try_lock(path: Path) -> int | None:
+    """Lock a directory (flock), if the path still names it then; None if somebody else holds or removed it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        named, held = path.stat(), os.fstat(fd)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(fd)
+        return None
+    if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino):
+        os.close(fd)
+        return None
+    return fd
+
+
+def _glob_escape(name: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _file_system_of(path: Path) -> str:
+    """Type of the file system that holds ``path``, from the longest matching mount point."""
+    target = path.resolve()
+    best, kind = -1, "unknown"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        mount = Path(fields.split()[4].encode().decode("unicode_escape"))
+        if target.is_relative_to(mount) and len(mount.parts) >= best:
+            best, kind = len(mount.parts), rest.split()[0]
+    return kind
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    held = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _storage_errors(where: Path) -> Iterator[None]:
+    """Turn what the kernel says into one clear line with the path and the errno."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, where) from error
+
+
+def storage_error(error: OSError, where: Path) -> StorageError:
+    """The StorageError for an OSError of a write: path, errno by name, and what to do."""
+    name = errno.errorcode.get(error.errno or 0, "unknown")
+    space = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return StorageError(
+        f"{error.filename or where}: {error.strerror} ({name})",
+        code="storage.no_space" if space else "storage.failed",
+        path=str(error.filename or where),
+        hint="free some space, then run again" if space else "check the disk and its permissions, then run again",
+    )

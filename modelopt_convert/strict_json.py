@@ -1,0 +1,50 @@
+"""JSON that means one thing only: UTF-8, no duplicate keys, no NaN, bounded depth and integers."""
+
+import json
+from typing import Any
+
+from modelopt_convert.errors import InputError
+
+
+def parse_json_object(raw: bytes, *, code: str, path: str) -> dict[str, Any]:
+    """Parse ``raw`` as one JSON object, refusing what two parsers could read differently.
+
+    Args:
+        raw: The bytes, UTF-8 without a byte order mark.
+        code: Prefix of the error codes: ``<code>.json`` and ``<code>.duplicate_key``.
+        path: The file, for the message.
+
+    Raises:
+        InputError: Not UTF-8, not JSON, not an object, a duplicate key at any level, ``NaN`` or ``Infinity``,
+            a lone surrogate, an over-long integer, or nesting beyond the parser's depth.
+    """
+
+    def refuse(message: str, kind: str = "json") -> InputError:
+        return InputError(
+            f"{path}: {message}",
+            code=f"{code}.{kind}",
+            path=path,
+            hint="the file is damaged or was not written by a known producer; download or export it again",
+        )
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise refuse(f"key {key!r} stands twice in one JSON object", "duplicate_key")
+            found[key] = value
+        return found
+
+    def constant(text: str) -> Any:
+        raise refuse(f"{text} is not JSON")
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        if not isinstance(value, dict):
+            raise refuse(f"expected a JSON object, found {type(value).__name__}")
+        if b"\\u" in raw:
+            # An escaped lone surrogate is JSON to Python and not to the reference parser; it cannot be encoded.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
+        raise refuse(f"not valid JSON ({str(error).splitlines()[0][:120]})") from error
+    return value

@@ -1,0 +1,119 @@
+"""NVFP4: E2M1 codes, two to a byte, under an E4M3 scale per 16 columns and a float32 scale per tensor.
+
+The arithmetic is ModelOpt's, to the bit (``NVFP4QTensor``, modelopt/torch/quantization/qtensor/nvfp4_tensor.py, 0.47).
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 16
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """Split bytes into codes, the low nibble first.
+
+    Args:
+        packed: uint8 [..., K/2].
+
+    Returns:
+        uint8 [..., K] of 0..15; column 2j is the low nibble of byte j.
+
+    Raises:
+        ValueError: Not uint8.
+    """
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed codes must be uint8, found {packed.dtype}")
+    return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
+
+
+def swap_nibbles(packed: Tensor) -> Tensor:
+    """Exchange the two codes of every byte; its own inverse.
+
+    Args:
+        packed: uint8, any shape.
+
+    Raises:
+        ValueError: Not uint8.
+    """
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed codes must be uint8, found {packed.dtype}")
+    return (packed << 4) | (packed >> 4)
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Round to E2M1 codes: nearest, ties to even, saturating at 6.
+
+    A negative value that rounds to zero keeps its sign (code 8); NaN becomes 7, as ModelOpt's searchsorted has it.
+
+    Args:
+        values: float32, any shape.
+
+    Returns:
+        uint8 codes of the same shape: bit 3 the sign, bits 0 to 2 the index into ``E2M1_VALUES``.
+    """
+    magnitude = values.abs()
+    # The bounds between neighbours; a tie goes to the even code, hence the alternation of > and >=.
+    code = (magnitude > 0.25).to(torch.uint8)
+    code += magnitude >= 0.75
+    code += magnitude > 1.25
+    code += magnitude >= 1.75
+    code += magnitude > 2.5
+    code += magnitude >= 3.5
+    code += magnitude > 5.0
+    code[values.isnan()] = 7
+    return code + 8 * (values < 0)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Values of E2M1 codes.
+
+    Args:
+        codes: uint8 of 0..15, any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
+    table = torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=torch.float32, device=codes.device)
+    return table[codes.long()]
+
+
+def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
+    """What a code is multiplied with: the product in float32, as ModelOpt forms it.
+
+    Args:
+        scale: float8_e4m3fn [N, K/16].
+        global_scale: float32 [].
+
+    Returns:
+        float32 [N, K], each block's scale repeated 16 times.
+    """
+    return (scale.to(torch.float32) * global_scale).repeat_interleave(BLOCK_SIZE, dim=-1)
+
+
+def quantize_codes(weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """Codes of a weight under given scales: ``e2m1(weight / (scale * global_scale))``, the quotient in float32.
+
+    Args:
+        weight: [N, K] in the dtype that was quantized.
+        scale: float8_e4m3fn [N, K/16].
+        global_scale: float32 [].
+
+    Returns:
+        uint8 codes [N, K].
+    """
+    return encode_e2m1(weight.to(torch.float32) / block_scales(scale, global_scale))
+
+
+def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """Values of a packed weight: ``e2m1(code) * (scale * global_scale)``.
+
+    Args:
+        packed: uint8 [N, K/2], low nibble first.
+        scale: float8_e4m3fn [N, K/16], row-major.
+        global_scale: float32 [].
+
+    Returns:
+        float32 [N, K].
+    """
+    return decode_e2m1(unpack_e2m1(packed)) * block_scales(scale, global_scale)
