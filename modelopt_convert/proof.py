@@ -27,6 +27,9 @@ Verdict = Literal["reproduced", "within limits", "layout", "unrelated", "mismatc
 GAIN_LIMIT = 0.025
 ROW_LIMIT = 0.3
 COLUMN_LIMIT = 0.7
+# A column that lies far below the outliers of its blocks loses most of itself to any quantizer. It is not held against
+# the export where the base, quantized again with the same scales, fares no better than this many times.
+INHERENT_FACTOR = 1.1
 # A reading is accepted as the explanation of a failure only if it is this many times better than the declared one.
 RUNNER_UP_FACTOR = 3.0
 RELATED_COSINE = 0.5
@@ -40,7 +43,8 @@ class Closeness:
         relative_error: Frobenius norm of the difference over that of the base.
         gain: <dequantized, base> / <base, base>: 1.05 if the global scale is 5% too large.
         worst_row: Largest relative error of a row.
-        worst_column: Largest relative error of a column, over the sampled rows.
+        worst_column: Largest relative error of a column, over the sampled rows; columns that the format itself loses
+            (``INHERENT_FACTOR``) are left out.
         cosine: Cosine of both as vectors.
     """
 
@@ -118,7 +122,9 @@ def judge(
     if equal == codes.numel():
         return Judgement("reproduced", codes.numel(), equal)
     base = base_rows[0].to(torch.float64)
-    declared = closeness(base, decode_e2m1(codes), scale[index], global_scale)
+    again = decode_e2m1(quantize_codes(base_rows[0], scale[index], global_scale))
+    inherent = (again * block_scales(scale[index], global_scale) - base).norm(dim=0)
+    declared = closeness(base, decode_e2m1(codes), scale[index], global_scale, inherent)
     if declared.within(max_error):
         return Judgement("within limits", codes.numel(), equal, declared)
     others = list(_other_readings(base, packed_rows, scale, index, global_scale))
@@ -129,7 +135,9 @@ def judge(
     return Judgement("mismatch" if related >= RELATED_COSINE else "unrelated", codes.numel(), equal, declared)
 
 
-def closeness(base: Tensor, values: Tensor, scale: Tensor, global_scale: Tensor) -> Closeness:
+def closeness(
+    base: Tensor, values: Tensor, scale: Tensor, global_scale: Tensor, inherent: Tensor | None = None
+) -> Closeness:
     """Compare rows with the base.
 
     Args:
@@ -137,15 +145,19 @@ def closeness(base: Tensor, values: Tensor, scale: Tensor, global_scale: Tensor)
         values: float32 [R, K], the decoded codes.
         scale: float8_e4m3fn [R, K/16].
         global_scale: float32 [].
+        inherent: float64 [K], the error of each column that the format itself costs; None to count every column.
     """
     dequantized = (values * block_scales(scale, global_scale)).to(torch.float64)
     difference = dequantized - base
     norm, inner = base.norm(), (dequantized * base).sum()
+    column_error = difference.norm(dim=0)
+    if inherent is not None:
+        column_error = column_error.masked_fill(column_error <= INHERENT_FACTOR * inherent, 0.0)
     return Closeness(
         relative_error=_ratio(difference.norm(), norm),
         gain=_ratio(inner, norm * norm, of_nothing=1.0),
         worst_row=_worst(difference.norm(dim=1), base.norm(dim=1)),
-        worst_column=_worst(difference.norm(dim=0), base.norm(dim=0)),
+        worst_column=_worst(column_error, base.norm(dim=0)),
         cosine=_ratio(inner, norm * dequantized.norm()),
     )
 
