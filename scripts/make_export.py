@@ -40,6 +40,7 @@ class Variant:
     max_shard_size: str = "10GB"
     calibrate: bool = True
     compress: bool = False
+    noise: float = 0.0  # the weights are multiplied by 1 + noise * N(0, 1) first, as further training would change them
 
 
 VARIANTS = {
@@ -48,6 +49,7 @@ VARIANTS = {
     "nvfp4_fp16": Variant("NVFP4_DEFAULT_CFG", dtype="float16"),
     "nvfp4_uncalibrated": Variant("NVFP4_DEFAULT_CFG", calibrate=False),
     "nvfp4_compressed": Variant("NVFP4_DEFAULT_CFG", compress=True),
+    "nvfp4_trained": Variant("NVFP4_DEFAULT_CFG", noise=0.02),
     "fp8": Variant("FP8_DEFAULT_CFG"),
 }
 
@@ -94,6 +96,10 @@ def make_export(base: Path, variant: Variant, path: Path) -> None:
     dtype = getattr(torch, variant.dtype)
     model = FluxTransformer2DModel.from_pretrained(base / "transformer", torch_dtype=dtype)
     run = _calibration(dtype) if variant.calibrate else None
+    torch.manual_seed(21)
+    for name, parameter in model.named_parameters():
+        if variant.noise and parameter.ndim == 2 and not _is_left_alone(name):
+            parameter.data = parameter.data * (1 + variant.noise * torch.randn_like(parameter))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         mtq.quantize(model, _quant_config(getattr(mtq, variant.config)), run)

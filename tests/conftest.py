@@ -1,0 +1,37 @@
+"""Fixtures. Real ModelOpt exports are made once per test run, in a process of their own, and shared by all workers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with ``base`` and every variant of scripts/make_export.py, as ModelOpt wrote them. Do not write to it."""
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        shared = shared.parent
+    folder = shared / "exports"
+    with FileLock(shared / "exports.lock"):
+        if not (folder / "done").exists():
+            from make_export import VARIANTS
+
+            command = [sys.executable, str(ROOT / "scripts" / "make_export.py"), str(folder), *VARIANTS]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture
+def base(exports: Path) -> Path:
+    return exports / "base"
+
+
+@pytest.fixture
+def nvfp4(exports: Path) -> Path:
+    return exports / "nvfp4"
