@@ -193,8 +193,8 @@ def _prove(
             f"worst row {first.worst_row:.3f}, worst column {first.worst_column:.3f})",
             code="check.proof",
             path=str(export.path),
-            hint="the export is damaged, was changed after quantization, or was made with --compress, which rounds scales "
-            "twice; export again. Nothing was written",
+            hint="the export is damaged, was changed after quantization, or was made with --compress (which rounds "
+            "scales twice); export again. Nothing was written",
         )
     return proof
 

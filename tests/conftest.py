@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder with ``base`` and every variant of scripts/make_export.py, as ModelOpt wrote them. Do not write to it."""
+    """A folder with ``base`` and every variant of scripts/make_export.py, as ModelOpt wrote them. Never write there."""
     shared = tmp_path_factory.getbasetemp()
     if worker_id != "master":
         shared = shared.parent

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import build, config_of, load, tree
+from support import build, config_of, load, same_bits, tree
 
 QUANTIZED_LEAVES = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
 
@@ -24,9 +24,7 @@ def test_packed_tensors_are_the_exports_bytes_and_the_rest_is_the_bases(exports:
     for name, tensor in out.items():
         module = name.rpartition(".")[0]
         source = export if module in packed else base
-        assert tensor.dtype == source[name].dtype and torch.equal(
-            tensor.view(torch.uint8), source[name].view(torch.uint8)
-        )
+        assert same_bits(tensor, source[name]), name
     expected = {name for name in base if name.rpartition(".")[0] not in packed}
     expected |= {name for name in export if name.rpartition(".")[0] in packed}
     assert out.keys() == expected
@@ -111,7 +109,7 @@ def test_shards_are_named_and_indexed_as_diffusers_does(exports: Path, tmp_path:
     single, sharded = load(built), load(tmp_path / "out")
     assert single.keys() == sharded.keys()
     for name, tensor in single.items():
-        assert torch.equal(tensor.view(torch.uint8), sharded[name].view(torch.uint8))
+        assert same_bits(tensor, sharded[name])
 
 
 def test_half_export_becomes_bf16_and_is_counted(exports: Path, tmp_path: Path) -> None:
