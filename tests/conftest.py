@@ -1,11 +1,34 @@
-"""Fixtures. Real ModelOpt exports are made once per test run, in a process of their own, and shared by all workers."""
+"""Fixtures. Real ModelOpt exports are made once per test run, in a process of their own, and shared by all workers.
 
+On CI a skipped test fails the run: everything that a test may need is installed there by .ci/run.
+"""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        _skipped.append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _skipped.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped and os.environ.get("CI") and session.exitstatus == pytest.ExitCode.OK:
+        print(f"\nskipped on CI, which counts as failure: {', '.join(_skipped)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 ROOT = Path(__file__).resolve().parent.parent
 

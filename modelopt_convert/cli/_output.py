@@ -194,8 +194,18 @@ def _end(
     report.error = ErrorReport(code=code, message=message, hint=hint, path=path)
 
 
-def _tell(output: Output, report: Report, show: Callable[[], None]) -> None:
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Whoever reads stdout may close it early (``| head``); the exit code still tells what happened."""
     try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(output: Output, report: Report, show: Callable[[], None]) -> None:
+    with reader_may_leave():
         for warning in report.warnings:
             output.aside(f"warning: {warning['message']} [{warning['code']}]")
         if report.error is None:
@@ -209,9 +219,6 @@ def _tell(output: Output, report: Report, show: Callable[[], None]) -> None:
             _write_report(output, report, text)
         if output.json:
             typer.echo(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read us has gone; the exit code still tells what happened
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_report(output: Output, report: Report, text: str) -> None:

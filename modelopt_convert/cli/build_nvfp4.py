@@ -75,10 +75,10 @@ def build_nvfp4(
 
 
 def _shard_bytes(text: str) -> int:
-    from huggingface_hub.serialization._base import parse_size_to_int
+    from pydantic import ByteSize, TypeAdapter
 
     try:
-        size = parse_size_to_int(text)
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except (ValueError, OverflowError) as error:
         raise typer.BadParameter(
             f"{text!r} is not a size such as 5GB or 500MB", param_hint="--max-shard-size"

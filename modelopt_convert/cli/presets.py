@@ -15,22 +15,22 @@ def presets(
       mopt presets
       mopt presets flux1-dev > mine.toml
     """
-    from modelopt_convert.cli._output import printable
+    from modelopt_convert.cli._output import printable, reader_may_leave
     from modelopt_convert.errors import MoptError
     from modelopt_convert.preset import load_preset, preset_names
 
     try:
-        if name is None:
-            for each in preset_names():
-                preset = load_preset(each).preset
-                sets = [f"{kind} {rules.status}" for kind, rules in preset.sets().items()]
-                typer.echo(f"{each:24} {preset.class_name:32} {', '.join(sets)}")
-            return
-        loaded = load_preset(name)
+        loaded = [load_preset(each) for each in ([name] if name is not None else preset_names())]
     except MoptError as error:
         typer.echo(f"error: {printable(error.message)} [{error.code}]", err=True)
         typer.echo(f"hint: {printable(error.hint or '')}", err=True)
         raise typer.Exit(int(error.exit_code)) from error
-    typer.echo(loaded.text, nl=False)
-    for line in loaded.preset.recipe():
-        typer.echo(f"# {line}")
+    with reader_may_leave():
+        if name is None:
+            for preset in (one.preset for one in loaded):
+                sets = [f"{kind} {rules.status}" for kind, rules in preset.sets().items()]
+                typer.echo(f"{preset.name:24} {preset.class_name:32} {', '.join(sets)}")
+            return
+        typer.echo(loaded[0].text, nl=False)
+        for line in loaded[0].preset.recipe():
+            typer.echo(f"# {line}")

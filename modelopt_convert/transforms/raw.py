@@ -16,9 +16,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 def from_bytes(raw: bytes, dtype: str, shape: Sequence[int]) -> Tensor:
     """A tensor of its own memory from the bytes of a safetensors tensor."""
-    if not raw:
-        return torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
-    return torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPES[dtype]).reshape(tuple(shape))
+    torch_dtype = TORCH_DTYPES[dtype]  # frombuffer refuses an empty buffer
+    flat = torch.frombuffer(bytearray(raw), dtype=torch_dtype) if raw else torch.empty(0, dtype=torch_dtype)
+    return flat.reshape(tuple(shape))
 
 
 def to_bytes(tensor: Tensor) -> memoryview:

@@ -1,0 +1,26 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test quality
+
+# torch first, from the pin: a range could bring another build of several gigabytes.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[modelopt,dev]'
+	touch $@
+
+# A real ModelOpt export of a small FLUX.1 on the CPU, and the mixed repo built from it.
+demo: $(INSTALLED)
+	$(BIN)/python scripts/make_export.py demo nvfp4
+	$(BIN)/mopt build-nvfp4 --preset flux1-dev --export demo/nvfp4 --base demo/base --output demo/flux1-dev-nvfp4 --overwrite
+
+test: $(INSTALLED) quality
+	$(BIN)/pytest -n 2
+
+quality: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,42 @@
+"""Write docs/support.md from the presets.
+
+python scripts/make_support.py
+"""
+
+from pathlib import Path
+
+from modelopt_convert.preset import load_preset, preset_names
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "support.md"
+HEAD = """# What is supported
+
+Generated from `presets/*.toml` by `scripts/make_support.py`; do not edit. *validated*: checkpoints made with this set
+are published and served; *candidate*: the set has a source but nobody has shown it yet; *known_broken*: the engine
+named under known limits cannot use it. The FP8 sets are data so far: no command uses them yet.
+
+| preset | family | algorithm | status | load flag | minimum GPU | known limits |
+|---|---|---|---|---|---|---|
+"""
+
+
+def render() -> str:
+    """The page's text."""
+    rows: list[str] = []
+    for name in preset_names():
+        preset = load_preset(name).preset
+        for algorithm, rules in preset.sets().items():
+            limits = "; ".join(rules.known_limits) or "none known"
+            rows.append(
+                f"| `{name}` | {preset.title} | {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
+                f"| {rules.min_gpu} | {limits} |"
+            )
+    sources = [
+        f"- `{name}` {algorithm.upper()}: {rules.source}"
+        for name in preset_names()
+        for algorithm, rules in load_preset(name).preset.sets().items()
+    ]
+    return HEAD + "\n".join(rows) + "\n\n## Sources\n\n" + "\n".join(sources) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(), encoding="utf-8")

@@ -1,0 +1,212 @@
+"""The command line: its frozen surface, its streams, its exit codes, and what it does not import."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from support import Tensors, build, edit, run_mopt
+from typer.main import get_command
+
+from modelopt_convert.cli import app
+
+MAIN = "from modelopt_convert.cli import main; main()"
+
+# Every flag is a promise; a new one is a decision that somebody should see in this list.
+FLAGS = {
+    "build-nvfp4": {
+        "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--max-error", "--overwrite",
+        "--dry-run", "-n", "--json", "--report-json", "--quiet", "-q", "--verbose", "-v", "--no-color",
+    },
+    "presets": {"name"},
+}  # fmt: skip
+
+
+def mopt(*arguments: str | Path, code: str = MAIN, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run mopt in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_flags_are_frozen() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {opt for parameter in command.params for opt in parameter.opts} for name, command in commands.items()
+    }
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("command", [[], ["build-nvfp4"], ["presets"]])
+def test_help_shows_examples(command: list[str]) -> None:
+    for flag in ("--help", "-h"):
+        outcome = run_mopt(*command, flag, json_report=False)
+        assert outcome.exit_code == 0 and "Examples:" in outcome.stdout
+    if not command:
+        assert all(word in outcome.stdout for word in ("Exit codes", "build-nvfp4", "presets"))
+
+
+def test_version() -> None:
+    from modelopt_convert import __version__
+
+    assert run_mopt("--version", json_report=False).stdout == f"mopt {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        (["--help"], 0),
+        (["build-nvfp4", "--help"], 0),
+        (["build-nvfp4", "--no-such-flag"], 2),
+        (["build-nvfp4"], 2),
+        (["build-nvfp4", "--export", "/nowhere", "--base", "/nowhere", "--output", "/nowhere/at/all"], 3),
+        (["presets", "flux1-dev"], 0),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str], exit_code: int) -> None:
+    heavy = "{'torch', 'numpy', 'modelopt', 'diffusers', 'safetensors'}"
+    code = f"import sys, atexit; atexit.register(lambda: print('HEAVY', {heavy} & set(sys.modules))); {MAIN}"
+    result = mopt(*arguments, code=code)
+    assert result.returncode == exit_code, result.stderr
+    assert result.stdout.endswith("HEAVY set()\n")
+
+
+def test_a_dry_run_imports_no_torch_and_writes_nothing(exports: Path, tmp_path: Path) -> None:
+    code = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {MAIN}"
+    arguments = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--output", tmp_path / "out"]
+    result = mopt(*arguments, "--dry-run", code=code)
+    assert result.returncode == 0 and result.stdout.endswith("False\n")
+    assert "would write" in result.stdout and "beyond start-up" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_size_flux1_is_planned_from_headers(tmp_path: Path) -> None:
+    """24 GB of sparse files; names and shapes from diffusers' own class."""
+    from sparse_flux1 import make
+
+    make(tmp_path)
+    outcome = build(tmp_path / "export", tmp_path / "base", tmp_path / "out", "--dry-run")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    report = outcome.report
+    assert report["status"] == "planned"
+    assert sum(rule["replaced"] for rule in report["rules"]) == 19 * 6 + 38 * 2
+    # 19 double blocks with 8 attention projections, 38 single blocks with 3 and proj_out, four tensors and a bias each.
+    assert report["counts"]["export"]["kept"] == (19 * 8 + 38 * 4) * 5
+    # FLUX.1-dev has 11,901,408,320 parameters; a packed one takes 9/16 of a byte, a packed module two more floats.
+    elements = 19 * 8 * 3072**2 + 38 * (3 * 3072**2 + 3072 * 15360)
+    assert report["output"]["bytes"] == 2 * (11_901_408_320 - elements) + elements * 9 // 16 + 8 * (19 * 8 + 38 * 4)
+    assert len(report["output"]["shards"]) == 4
+    assert report["peak_working_bytes"] < 64_000_000
+    assert not (tmp_path / "out").exists()
+
+
+def test_presets_lists_and_prints(tmp_path: Path) -> None:
+    listed = run_mopt("presets", json_report=False)
+    assert listed.exit_code == 0 and "flux1-dev" in listed.stdout and "nvfp4 validated" in listed.stdout
+    printed = run_mopt("presets", "flux1-dev", json_report=False)
+    assert tomllib.loads(printed.stdout)["name"] == "flux1-dev"  # the recipe is a comment: the output is a preset
+    assert "--model flux-dev" in printed.stdout and "--model-dtype BFloat16" in printed.stdout
+    mine = tmp_path / "mine.toml"
+    mine.write_text(printed.stdout)
+    assert run_mopt("presets", mine, json_report=False).exit_code == 0
+    unknown = run_mopt("presets", "flux9", json_report=False)
+    assert unknown.exit_code == 3 and "preset.unknown" in unknown.stderr and "flux1-dev" in unknown.stderr
+
+
+def test_json_is_one_object_whatever_the_outcome(exports: Path, tmp_path: Path) -> None:
+    done = build(exports / "nvfp4", exports / "base", tmp_path / "out")
+    again = build(exports / "nvfp4", exports / "base", tmp_path / "out")
+    planned = build(exports / "nvfp4", exports / "base", tmp_path / "other", "-n")
+    bad = build(exports / "fp8", exports / "base", tmp_path / "third")
+    for outcome, status, code in ((done, "ok", 0), (again, "refused", 4), (planned, "planned", 0), (bad, "refused", 3)):
+        report = json.loads(outcome.stdout)
+        assert outcome.stdout.isascii() and outcome.stdout.count("\n") == 1
+        assert (report["schema"], report["status"], report["exit_code"]) == ("mopt.report/1", status, code)
+        assert outcome.exit_code == code and (report["error"] is None) == (code == 0)
+    assert done.report is not None and done.report["output"]["published"] is True
+
+
+def test_report_json_is_the_same_object(exports: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    outcome = build(exports / "nvfp4", exports / "base", tmp_path / "out", "--report-json", path)
+    assert json.loads(path.read_text()) == outcome.report
+    inside = build(exports / "nvfp4", exports / "base", tmp_path / "out", "--report-json", tmp_path / "out" / "r.json")
+    assert inside.exit_code == 2 and not (tmp_path / "out" / "r.json").exists()
+
+
+def test_people_get_text_without_escapes_and_quiet_gets_nothing(exports: Path, tmp_path: Path) -> None:
+    arguments = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--overwrite"]
+    loud = mopt(*arguments, "--output", tmp_path / "out")
+    assert loud.returncode == 0 and "\x1b" not in loud.stdout + loud.stderr
+    assert (
+        "100.00% of 172800 sampled codes" in loud.stdout and "transformer_blocks.*.ff_context.net.0.proj" in loud.stdout
+    )
+    assert "write diffusion_pytorch_model.safetensors" in loud.stderr
+    quiet = mopt(*arguments, "--output", tmp_path / "out", "-q")
+    assert quiet.returncode == 0 and quiet.stdout == "" and "write diff" not in quiet.stderr
+    verbose = mopt(*arguments, "--output", tmp_path / "out", "-v")
+    assert "transformer_blocks.1.attn.to_q.weight_scale: copy from export" in verbose.stderr
+
+
+def test_what_a_terminal_could_act_on_is_escaped(exports: Path, tmp_path: Path) -> None:
+    def poison(tensors: Tensors) -> None:
+        tensors["evil\x1b[2J\u202e.pre_quant_scale"] = torch.ones(1)
+
+    outcome = build(edit(exports / "nvfp4", tmp_path / "export", poison), exports / "base", tmp_path / "out")
+    assert outcome.exit_code == 3
+    assert "\x1b" not in outcome.stderr and "\u202e" not in outcome.stderr and "\\x1b" in outcome.stderr
+
+
+def test_a_bug_is_exit_70_and_not_a_failed_check(exports: Path, tmp_path: Path) -> None:
+    code = "import modelopt_convert.convert as c; c.plan_nvfp4 = None; " + MAIN
+    arguments = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--output", tmp_path / "out"]
+    result = mopt(*arguments, code=code)
+    assert result.returncode == 70 and "bug in mopt" in result.stderr and "Traceback" not in result.stderr
+    assert "Traceback" in mopt(*arguments, code=code, MOPT_DEBUG="1").stderr
+    early = mopt("presets", code="import modelopt_convert.cli._output as o; del o.printable; " + MAIN)
+    assert early.returncode == 70
+
+
+def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-c", MAIN, "presets"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_preset_is_chosen_and_said(exports: Path, tmp_path: Path) -> None:
+    outcome = build(exports / "nvfp4", exports / "base", tmp_path / "out", preset=None)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert outcome.report["preset"]["name"] == "flux1-dev"
+    assert "preset.chosen" in {warning["code"] for warning in outcome.report["warnings"]}
+
+
+def test_the_output_defaults_to_the_presets_name(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run_mopt(
+        "build-nvfp4", "--preset", "flux1-dev", "--export", exports / "nvfp4", "--base", exports / "base"
+    )
+    assert outcome.exit_code == 0 and (tmp_path / "flux1-dev-nvfp4" / "config.json").is_file()
+
+
+def test_preset_none_keeps_only_what_is_named(exports: Path, tmp_path: Path) -> None:
+    outcome = build(
+        exports / "nvfp4",
+        exports / "base",
+        tmp_path / "out",
+        "--keep-bf16",
+        "transformer_blocks.[:1].**",
+        preset="none",
+    )
+    assert outcome.exit_code == 0 and outcome.report is not None
+    (rule,) = outcome.report["rules"]
+    assert (rule["kind"], rule["replaced"]) == ("user", 14)
+    assert outcome.report["preset"] is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model:" not in card

@@ -1,0 +1,49 @@
+"""Documents that could go stale: what they say is compared with what is."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from conftest import ROOT
+from support import run_mopt
+
+
+def test_support_table_is_current() -> None:
+    from make_support import render
+
+    assert (ROOT / "docs" / "support.md").read_text() == render(), "run scripts/make_support.py"
+
+
+def test_readme_commands_are_real_flags() -> None:
+    text = (ROOT / "README.md").read_text()
+    known = run_mopt("build-nvfp4", "--help", json_report=False).stdout
+    for line in re.findall(r"^mopt build-nvfp4 .*$", text, re.MULTILINE):
+        for flag in re.findall(r"--[a-z0-9-]+", line):
+            assert flag in known, (line, flag)
+
+
+def test_readme_lists_every_exit_code() -> None:
+    from modelopt_convert.errors import ExitCode
+
+    text = (ROOT / "README.md").read_text()
+    for code in ExitCode:
+        assert f"| {int(code)} |" in text, code
+
+
+def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for preset in (ROOT / "presets").glob("*.toml"):
+        assert f"modelopt_convert/presets/{preset.name}" in names
+    assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
+    unpacked = tmp_path / "unpacked"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from modelopt_convert.cli import main; main()"
+    listed = subprocess.run(
+        [sys.executable, "-c", code, str(unpacked), "presets"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "flux1-dev" in listed.stdout, listed.stderr

@@ -1,0 +1,88 @@
+"""Who may import whom, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "modelopt_convert"
+
+# Module: what it may import of ours, itself and its folder aside. Left out: convert.py and cli, the ends of the line.
+ALLOWED = {
+    "errors": set(),
+    "dtypes": set(),
+    "strict_json": {"errors"},
+    "header": {"dtypes", "errors", "strict_json"},
+    "checkpoint": {"errors", "header", "strict_json"},
+    "patterns": {"errors"},
+    "preset": {"errors", "patterns"},
+    "dialects.modelopt": {"errors", "header", "patterns"},
+    "plan": {"dialects.modelopt", "dtypes", "errors", "header", "patterns", "preset"},
+    "transforms.nvfp4": set(),
+    "transforms.scales": set(),
+    "transforms.raw": set(),
+    "proof": {"transforms.nvfp4", "transforms.scales"},
+    "prove": {"checkpoint", "dialects.modelopt", "dtypes", "errors", "patterns", "plan", "proof", "transforms.raw"},
+    "fsops": set(),
+    "shard_writer": {"errors", "fsops", "header"},
+    "staging": {"errors", "fsops", "header", "shard_writer"},
+    "check": {"checkpoint", "dialects.modelopt", "patterns", "plan", "shard_writer"},
+    "card": {"plan", "preset"},
+    "report": set(),
+}
+WITH_TORCH = {"proof", "prove", "transforms.nvfp4", "transforms.scales", "transforms.raw"}
+ENDS = {"convert", "cli", "cli._options", "cli._output", "cli.build_nvfp4", "cli.presets"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+CODE = sorted(MODULES.keys() - {"__init__", "dialects", "transforms"})
+
+
+def imports(path: Path, *, top_level: bool) -> set[str]:
+    body = ast.parse(path.read_text())
+    nodes = body.body if top_level else list(ast.walk(body))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_every_module_is_in_the_table() -> None:
+    assert set(CODE) == ALLOWED.keys() | ENDS
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_point_one_way(module: str) -> None:
+    ours = {name.removeprefix("modelopt_convert.") for name in imports(MODULES[module], top_level=False)}
+    used = {name for name in ours if name in MODULES and name not in ("__init__", "transforms", "dialects")}
+    if module in ("staging", "shard_writer"):
+        used |= {"fsops"} & ours
+    assert used <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_torch_is_imported_only_where_tensors_are(module: str) -> None:
+    top = imports(MODULES[module], top_level=True)
+    heavy = {"torch", "numpy", "safetensors", "modelopt", "flashinfer", "huggingface_hub"} & {
+        name.partition(".")[0] for name in top
+    }
+    assert heavy <= ({"torch"} if module in WITH_TORCH else set())
+    if module not in WITH_TORCH:
+        ours = {name.removeprefix("modelopt_convert.") for name in top}
+        assert not ours & WITH_TORCH
+
+
+def test_transforms_know_nothing_of_the_rest() -> None:
+    for module in (name for name in CODE if name.startswith("transforms.")):
+        assert {name.partition(".")[0] for name in imports(MODULES[module], top_level=False)} <= {
+            "torch",
+            "collections",
+        }
