@@ -32,6 +32,9 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         faults += [module.fault.message for module in modules.values() if module.fault is not None]
         if sorted(modules) != sorted(plan.packed):
             faults.append("the packed modules are not the planned ones")
+        for module in modules.values():
+            if len({info.file for info in module.tensors}) > 1:
+                faults.append(f"{module.name} is spread over several files")
         for group in plan.fused:
             if not set(group) <= modules.keys():
                 faults.append(f"fused group {', '.join(group)} is not whole")

@@ -235,18 +235,25 @@ def plan_nvfp4(export: Source, base: Source, keeps: Keeps, *, max_shard_size: in
 
 
 def split_into_shards(specs: Sequence[TensorSpec], max_shard_size: int) -> tuple[ShardPlan, ...]:
-    """Split as huggingface_hub does for diffusers, with diffusers' file names."""
+    """Split as huggingface_hub does for diffusers, with diffusers' file names, but never within a module.
+
+    SGLang 0.5.23 looks for a packed weight's block scale in the same file; where it is not, the module counts as
+    unquantized (``_build_nvfp4_config_from_safetensors_files``).
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    modules: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        modules.setdefault(module_of(spec.name), []).append(spec)
     split = split_state_dict_into_shards_factory(
-        {spec.name: spec for spec in specs},
-        get_storage_size=lambda spec: spec.num_bytes,
+        modules,
+        get_storage_size=lambda members: sum(spec.num_bytes for spec in members),
         filename_pattern=FILE_PATTERN,
         max_shard_size=max_shard_size,
     )
-    by_name = {spec.name: spec for spec in specs}
     return tuple(
-        ShardPlan(file, tuple(by_name[name] for name in names)) for file, names in split.filename_to_tensors.items()
+        ShardPlan(file, tuple(spec for module in names for spec in modules[module]))
+        for file, names in split.filename_to_tensors.items()
     )
 
 
