@@ -28,7 +28,7 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         for file, metadata in reader.metadata.items():
             if metadata != dict(METADATA):
                 faults.append(f"{file}: header metadata {metadata}")
-        modules = find_nvfp4_modules(reader.tensors, path=str(folder))
+        modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder))
         faults += [module.fault.message for module in modules.values() if module.fault is not None]
         if sorted(modules) != sorted(plan.packed):
             faults.append("the packed modules are not the planned ones")

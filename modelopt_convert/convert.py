@@ -21,6 +21,8 @@ from modelopt_convert.card import model_card
 from modelopt_convert.check import check_structure
 from modelopt_convert.checkpoint import CheckpointReader, resolve_component
 from modelopt_convert.errors import CheckFailedError, InputError
+from modelopt_convert.header import TensorInfo
+from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import CHUNK_BYTES, INDEX_NAME, BuildPlan, Keeps, Step, plan_nvfp4
 from modelopt_convert.preset import LoadedPreset, choose_preset, load_preset
 from modelopt_convert.report import InputReport, ModuleReport, ProofReport, Report, RuleReport
@@ -45,6 +47,19 @@ class Progress(Protocol):
 
     def detail(self, text: str) -> None:
         """One line for those who asked for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """Modules that are not stored as ModelOpt writes them.
+
+    Attributes:
+        swapped: The high nibble holds the even column.
+        swizzled: The scales lie in the 128x4 order.
+    """
+
+    swapped: frozenset[str]
+    swizzled: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +123,14 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
             report.status = "planned"
             return
         proof = _prove(export, base, plan, request.max_error, report, progress)
+        layouts = Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled()))
+        plan = plan.with_layouts(layouts.swapped, layouts.swizzled)
+        _note_fates(report, plan)
+        _note_layouts(report, plan, layouts)
         need = plan.total_bytes + SMALL_FILES_BYTES
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
             with _timed(report, "stream"):
-                digests = _stream(stage, plan, {"export": export, "base": base}, progress)
+                digests = _stream(stage, plan, {"export": export, "base": base}, layouts, progress)
             for reader in (export, base):
                 reader.check_unchanged()
             for name, data in _small_files(plan, loaded, report, proof, digests).items():
@@ -205,16 +224,20 @@ def _module_report(one: "Judgement") -> ModuleReport:
         verdict=one.verdict,
         codes=one.codes,
         codes_equal=one.codes_equal,
-        relative_error=near and near.relative_error,
-        gain=near and near.gain,
-        worst_row=near and near.worst_row,
-        worst_column=near and near.worst_column,
-        reading=one.reading,
+        relative_error=near.relative_error,
+        gain=near.gain,
+        worst_row=near.worst_row,
+        worst_column=near.worst_column,
+        reading=one.reading.in_words() or None,
     )
 
 
 def _stream(
-    stage: StagingDir, plan: BuildPlan, readers: Mapping[str, CheckpointReader], progress: Progress
+    stage: StagingDir,
+    plan: BuildPlan,
+    readers: Mapping[str, CheckpointReader],
+    layouts: Layouts,
+    progress: Progress,
 ) -> dict[str, str]:
     """Write every shard; xxh3-128 of each tensor by name."""
     digests: dict[str, str] = {}
@@ -224,22 +247,52 @@ def _stream(
             for spec in writer.layout:
                 step = plan.steps[spec.name]
                 progress.detail(f"{shard.file}: {spec.name}: {step.op} from {step.origin}")
-                writer.write(spec.name, _chunks(step, readers[step.origin], progress))
+                writer.write(spec.name, _chunks(step, readers[step.origin], layouts, progress))
         stage.finish_shard(writer)
         digests |= writer.digests
     return digests
 
 
-def _chunks(step: Step, reader: CheckpointReader, progress: Progress) -> Iterator[bytes | memoryview]:
-    source = reader.tensors[step.output.name]
-    for chunk in reader.chunks(source.name, CHUNK_BYTES):  # a multiple of every dtype's size
-        if step.op == "copy":
-            yield chunk
-        else:
-            from modelopt_convert.transforms.raw import cast_chunk
+def _chunks(step: Step, reader: CheckpointReader, layouts: Layouts, progress: Progress) -> Iterator[bytes | memoryview]:
+    """The bytes of one output tensor, in pieces; a step's memory is one piece, for scales one tensor."""
+    for chunk in _produce(step, reader, reader.tensors[step.output.name], layouts):
+        yield chunk
+        progress.advance(len(chunk))
 
-            yield cast_chunk(chunk, source.dtype, step.output.dtype)
-        progress.advance(len(chunk) * step.output.num_bytes // source.num_bytes)
+
+def _produce(
+    step: Step, reader: CheckpointReader, source: TensorInfo, layouts: Layouts
+) -> Iterator[bytes | memoryview]:
+    if step.op == "copy":
+        yield from reader.chunks(source.name, CHUNK_BYTES)
+        return
+    from modelopt_convert.transforms import raw
+
+    module = module_of(source.name)
+    try:
+        if step.op == "cast_bf16":
+            for chunk in reader.chunks(source.name, CHUNK_BYTES):  # a multiple of every dtype's size
+                yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)
+        elif step.op == "repack":
+            num_rows, half = step.output.shape
+            stored_rows, stored_half = source.shape
+            height = max(1, CHUNK_BYTES // stored_half)
+            for top in range(0, stored_rows, height):
+                chunk = reader.read_range(source.name, top * stored_half, min(height, stored_rows - top) * stored_half)
+                keep = max(0, min(height, num_rows - top))
+                yield raw.repack_rows(chunk, stored_half, half, keep, swap=module in layouts.swapped)
+        else:
+            order = "128x4" if module in layouts.swizzled else "linear"
+            rows, columns = step.output.shape
+            yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, order)
+    except ValueError as error:
+        where = str(reader.path / source.file)
+        raise InputError(
+            f"{where}: tensor {source.name!r}: {error}",
+            code="export.padding",
+            path=where,
+            hint="what would be cut is not padding; export again without padding options. Nothing was written",
+        ) from error
 
 
 def _small_files(
@@ -334,8 +387,7 @@ def _note_plan(report: Report, plan: BuildPlan, output: Path) -> None:
         )
         for rule in plan.rules
     ]
-    report.ledger = {name: dict(fates) for name, fates in plan.ledger.items()}
-    report.counts = {name: dict(sorted(Counter(fates.values()).items())) for name, fates in plan.ledger.items()}
+    _note_fates(report, plan)
     report.output.tensors = len(plan.steps)
     report.output.bytes = plan.total_bytes
     report.output.shards = [
@@ -350,6 +402,24 @@ def _note_plan(report: Report, plan: BuildPlan, output: Path) -> None:
 def _opened(report: Report, path: Path) -> CheckpointReader:
     with _timed(report, "open"):
         return CheckpointReader(path)
+
+
+def _note_fates(report: Report, plan: BuildPlan) -> None:
+    report.ledger = {name: dict(fates) for name, fates in plan.ledger.items()}
+    report.counts = {name: dict(sorted(Counter(fates.values()).items())) for name, fates in plan.ledger.items()}
+
+
+def _note_layouts(report: Report, plan: BuildPlan, layouts: Layouts) -> None:
+    """Say what was found otherwise than ModelOpt writes it, and is put in order."""
+    total = len(plan.modules)
+    for found, words in (
+        (layouts.swapped, "the even column in the high nibble"),
+        (layouts.swizzled, "the scales in the 128x4 order"),
+    ):
+        if found:
+            report.warn(
+                "export.layout", f"{len(found)} of {total} modules have {words}; written in the canonical layout"
+            )
 
 
 @contextmanager

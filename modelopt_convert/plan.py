@@ -5,8 +5,8 @@ free-space check and the report all speak of the same plan.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from modelopt_convert.dialects.modelopt import (
     Nvfp4Module,
     check_nvfp4_config,
     find_nvfp4_modules,
+    is_layout_marker,
     is_quantizer_state,
 )
 from modelopt_convert.dtypes import HALF_AND_FLOAT
@@ -32,7 +33,7 @@ INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 _KEPT_CONFIG_KEYS = ("quant_method", "quant_algo", "config_groups", "producer", "kv_cache_scheme")
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
-Op = Literal["copy", "cast_bf16"]
+Op = Literal["copy", "cast_bf16", "repack", "reorder_scales"]
 Origin = Literal["export", "base"]
 Kind = Literal["structural", "quality", "user"]
 
@@ -60,7 +61,8 @@ class Step:
     Attributes:
         output: Name, dtype and shape to be written.
         origin: Which input is read.
-        op: ``copy`` moves bytes untouched; ``cast_bf16`` rounds F32 or F16 to BF16.
+        op: ``copy`` moves bytes untouched; ``cast_bf16`` rounds F32 or F16 to BF16; ``repack`` brings packed codes and
+            ``reorder_scales`` block scales into the canonical layout.
     """
 
     output: TensorSpec
@@ -151,6 +153,28 @@ class BuildPlan:
         """Modules that are NVFP4 in the output, in name order."""
         return sorted((name for name in self.modules if name not in self.replaced), key=natural_key)
 
+    def with_layouts(self, swapped: Collection[str], swizzled: Collection[str]) -> "BuildPlan":
+        """The plan once the proof has found the layouts.
+
+        Args:
+            swapped: Modules whose high nibble holds the even column.
+            swizzled: Modules whose scales lie in the 128x4 order.
+        """
+        steps = dict(self.steps)
+        fates = dict(self.ledger["export"])
+        for module in (self.modules[name] for name in self.packed):
+            weight, scale = module.weight, module.scales["weight_scale"]
+            padded = weight.shape != steps[weight.name].output.shape
+            if module.name in swapped or padded:
+                steps[weight.name] = replace(steps[weight.name], op="repack")
+                done = ["nibbles swapped"] * (module.name in swapped) + ["padding cut"] * padded
+                fates[weight.name] = f"kept: {' and '.join(done)}"
+            padded = scale.shape != steps[scale.name].output.shape
+            if module.name in swizzled or padded:
+                steps[scale.name] = replace(steps[scale.name], op="reorder_scales")
+                fates[scale.name] = "kept: 128x4 to row-major" if module.name in swizzled else "kept: padding cut"
+        return replace(self, steps=steps, ledger={**self.ledger, "export": fates})
+
     def index(self) -> dict[str, Any] | None:
         """The index of a sharded output, as diffusers writes it; None for a single file."""
         if len(self.shards) == 1:
@@ -191,7 +215,8 @@ def plan_nvfp4(export: Source, base: Source, keeps: Keeps, *, max_shard_size: in
     quant_config = check_nvfp4_config(export.config, path=where)
     _check_configs(export, base)
     _check_preset(keeps.preset, export)
-    modules = find_nvfp4_modules(export.tensors, path=str(export.path))
+    base_shapes = {name: info.shape for name, info in base.tensors.items()}
+    modules = find_nvfp4_modules(export.tensors, base_shapes, path=str(export.path))
     if not modules:
         raise InputError(
             f"{export.path}: expected NVFP4 modules (U8 weights), found none",
@@ -200,8 +225,9 @@ def plan_nvfp4(export: Source, base: Source, keeps: Keeps, *, max_shard_size: in
             hint="the export failed half-way or was never calibrated; export again",
         )
     _check_base(export, base, modules)
-    plain = {name for name in export.tensors if not is_quantizer_state(name)}
-    matcher = PatternMatcher(sorted({module_of(name) for name in plain | set(base.tensors)}, key=natural_key))
+    matcher = PatternMatcher(
+        sorted({module_of(name) for name in _weights(export) | set(base.tensors)}, key=natural_key)
+    )
     replaced, matched = _apply_patterns(keeps, matcher, modules)
     for module in modules.values():
         if module.fault is not None and module.name not in replaced:
@@ -257,6 +283,11 @@ def split_into_shards(specs: Sequence[TensorSpec], max_shard_size: int) -> tuple
     )
 
 
+def _weights(export: Source) -> set[str]:
+    """Names of the tensors that are part of the model: no calibration state, no markers."""
+    return {name for name in export.tensors if not is_quantizer_state(name) and not is_layout_marker(name)}
+
+
 def _check_configs(export: Source, base: Source) -> None:
     path = str(base.path / "config.json")
     if "quantization_config" in base.config:
@@ -297,9 +328,8 @@ def _check_preset(preset: Preset | None, export: Source) -> None:
 
 def _check_base(export: Source, base: Source, modules: Mapping[str, Nvfp4Module]) -> None:
     """Require that both inputs are the same model: same tensors, same shapes, and a base in plain dtypes."""
-    logical = {
-        name: info.shape for name, info in export.tensors.items() if not is_quantizer_state(name)
-    }  # what the export's tensors were before quantization
+    # What the export's tensors were before quantization.
+    logical = {name: export.tensors[name].shape for name in _weights(export)}
     for module in modules.values():
         for role in module.scales:
             del logical[f"{module.name}.{role}"]
@@ -333,13 +363,12 @@ def _base_faults(logical: Mapping[str, tuple[int, ...]], base: Source) -> Iterat
                 hint="give the base that the export was made from, whole",
             )
         elif info.shape != shape:
-            rows = len(shape) == 2 and shape == (-(-info.shape[0] // 16) * 16, *info.shape[1:])
             yield InputError(
                 f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
-                f"found {list(info.shape)}" + (" (the export's rows look padded to 16)" if rows else ""),
+                f"found {list(info.shape)}",
                 code="base.shape",
                 path=f"{base.path}/{info.file}",
-                hint="give the base that the export was made from; post-processed (padded) exports do not fit theirs",
+                hint="give the base that the export was made from",
             )
         elif info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
             yield InputError(
@@ -461,6 +490,9 @@ class _Build:
             if is_quantizer_state(name):
                 self.export_fates[name] = "dropped: calibration state"
                 continue
+            if is_layout_marker(name):
+                self.export_fates[name] = "dropped: layout marker of another loader"
+                continue
             module = self._modules.get(module_of(name))
             if module is None:
                 self._from_base(name, "from base: unquantized")
@@ -471,14 +503,19 @@ class _Build:
                 self._from_base(name, f"from base: {info.dtype} bias of a packed module")
                 self.must_equal.append(name)
             else:
-                self._keep(info)
+                self._keep(info, module)
                 if info is module.bias:
                     self.may_differ.append(name)
         for name in self._base.tensors:
             self.base_fates.setdefault(name, "unused: packed in the output")
 
-    def _keep(self, info: TensorInfo) -> None:
-        self.steps[info.name] = Step(TensorSpec(info.name, info.dtype, info.shape), "export", "copy")
+    def _keep(self, info: TensorInfo, module: Nvfp4Module) -> None:
+        shape: tuple[int, ...] = info.shape
+        if info is module.weight:
+            shape = (module.rows, module.columns // 2)
+        elif info is module.scales.get("weight_scale"):
+            shape = (module.rows, module.columns // BLOCK_SIZE)
+        self.steps[info.name] = Step(TensorSpec(info.name, info.dtype, shape), "export", "copy")
         self.export_fates[info.name] = "kept"
 
     def _replace(self, name: str, info: TensorInfo) -> None:

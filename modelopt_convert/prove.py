@@ -5,7 +5,7 @@ then the packed weights themselves.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,15 +15,19 @@ from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.modelopt import BLOCK_SIZE, Nvfp4Module, is_quantizer_state
 from modelopt_convert.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
+from modelopt_convert.layout import telling_rows
 from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import CHUNK_BYTES, SAMPLED_ROWS, BuildPlan
 from modelopt_convert.proof import Judgement, judge, sample_rows
 from modelopt_convert.transforms.raw import cast_paths, equal_after, from_bytes
+from modelopt_convert.transforms.scales import scale_readings
 
 METHOD = "base rows quantized again with the export's scales; modelopt NVFP4QTensor arithmetic"
 # Half of the smallest positive E4M3 value, 2^-9: scales up to here round to zero (ties go to the even code).
 _UNDERFLOW = 2.0**-10
 _SHOWN = 10
+# Beside the spread rows, those in which the two orders of the scales differ most.
+TELLING_ROWS = 4
 
 
 @dataclass(slots=True)
@@ -45,11 +49,19 @@ class Proof:
     @property
     def passed(self) -> bool:
         """Whether every module that could be judged is what the base says it should be."""
-        return all(one.verdict in ("reproduced", "within limits") for one in self.modules.values())
+        return not self.failing()
 
     def failing(self) -> list[str]:
-        """Modules whose verdict is neither."""
-        return [name for name, one in self.modules.items() if one.verdict not in ("reproduced", "within limits")]
+        """Modules that are not."""
+        return [name for name, one in self.modules.items() if not one.passed]
+
+    def swapped(self) -> set[str]:
+        """Modules whose high nibble holds the even column."""
+        return {name for name, one in self.modules.items() if one.reading.nibbles == "high"}
+
+    def swizzled(self) -> set[str]:
+        """Modules whose scales lie in the 128x4 order."""
+        return {name for name, one in self.modules.items() if one.reading.scales == "128x4"}
 
 
 def prove(
@@ -84,9 +96,8 @@ def prove(
         for module in plan.modules.values():
             if module.name in proof.unproven:
                 continue
-            rows = sample_rows(module.rows, SAMPLED_ROWS)
-            proof.modules[module.name] = _judge_module(export, base, module, rows, common, scales, max_error)
-            advance(len(rows) * module.columns * 3)
+            proof.modules[module.name] = _judge_module(export, base, module, common, scales, max_error)
+            advance((SAMPLED_ROWS + 2) * module.columns * 3)
     _name_the_cause(export, proof)
     return proof
 
@@ -94,7 +105,7 @@ def prove(
 def proof_bytes(plan: BuildPlan) -> int:
     """Bytes that ``prove`` will report as read, for the progress bar."""
     scales = sum(module.rows * module.columns // BLOCK_SIZE for module in plan.modules.values())
-    rows = sum(min(module.rows, SAMPLED_ROWS + 2) * module.columns * 3 for module in plan.modules.values())
+    rows = sum((SAMPLED_ROWS + 2) * module.columns * 3 for module in plan.modules.values())
     names = (*plan.must_equal, *plan.may_differ)
     return scales + rows + sum(plan.steps[name].output.num_bytes for name in names)
 
@@ -146,11 +157,14 @@ def _usable_scales(export: CheckpointReader, base: CheckpointReader, module: Nvf
     if negative:
         raise refuse("weight_scale", "positive scales", f"{negative} negative of {raw.numel()}")
     global_scale = _load(export, module.scales["weight_scale_2"].name)
-    zero = (raw & 0x7F) == 0
-    if bool(zero.any()):
-        unexplained = _unexplained_zeros(base, module, zero, global_scale)
-        if unexplained:
-            raise refuse("weight_scale", "non-zero scales", f"{unexplained} zero that no underflow explains")
+    if bool(((raw & 0x7F) == 0).any()):
+        # In padding zeros are right; where they are is known for each reading. One reading must explain them all.
+        counts = [
+            _unexplained_zeros(base, module, (reading.view(torch.uint8) & 0x7F) == 0, global_scale)
+            for reading in _scale_readings(export, module).values()
+        ]
+        if min(counts):
+            raise refuse("weight_scale", "non-zero scales", f"{min(counts)} zero that no underflow explains")
     return global_scale
 
 
@@ -222,13 +236,14 @@ def _judge_module(
     export: CheckpointReader,
     base: CheckpointReader,
     module: Nvfp4Module,
-    rows: Sequence[int],
     common_dtype: str,
     scales: dict[str, Tensor],
     max_error: float,
 ) -> Judgement:
-    half = module.columns // 2
-    packed = b"".join(export.read_range(module.weight.name, row * half, half) for row in rows)
+    readings = _scale_readings(export, module)
+    rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
+    half, stored = module.columns // 2, module.weight.shape[1]
+    packed = b"".join(export.read_range(module.weight.name, row * stored, half) for row in rows)
     base_rows = torch.stack([_load_row(base, module, row) for row in rows])
     if not bool(base_rows.to(torch.float32).isfinite().all()):
         info = base.tensors[module.weight.name]
@@ -244,11 +259,24 @@ def _judge_module(
     return judge(
         [_cast(base_rows, dtype) for dtype in dtypes if dtype in HALF_AND_FLOAT],
         from_bytes(packed, "U8", (len(rows), half)),
-        _load(export, module.scales["weight_scale"].name),
+        readings,
         rows,
         scales[module.name],
         max_error=max_error,
     )
+
+
+def _scale_readings(export: CheckpointReader, module: Nvfp4Module) -> dict[str, Tensor]:
+    info = module.scales["weight_scale"]
+    readings = scale_readings(_load(export, info.name), module.rows, module.columns // BLOCK_SIZE)
+    if not readings:
+        raise InputError(
+            f"{export.path / info.file}: tensor {info.name!r}: expected zeros in the padding, found scales",
+            code="export.padding",
+            path=str(export.path / info.file),
+            hint="the scales are not those of this weight; export again",
+        )
+    return readings
 
 
 def _cast(rows: Tensor, dtype: str) -> Tensor:
@@ -280,15 +308,23 @@ def _common_dtype(export: CheckpointReader) -> str:
 
 def _name_the_cause(export: CheckpointReader, proof: Proof) -> None:
     """Turn a failure whose cause is plain into an error that says it."""
-    layouts = {name: one for name, one in proof.modules.items() if one.verdict == "layout"}
-    if layouts:
-        name, one = next(iter(layouts.items()))
+    reciprocal = [name for name, one in proof.modules.items() if one.passed and one.reading.global_scale == "divide"]
+    if reciprocal:
         raise InputError(
-            f"{export.path}: {len(layouts)} of {len(proof.modules)} modules are not laid out as ModelOpt writes them: "
-            f"{one.reading} ({name} first)",
+            f"{export.path}: {len(reciprocal)} of {len(proof.modules)} modules have a reciprocal weight_scale_2 "
+            f"({reciprocal[0]} first)",
             code="export.layout",
             path=str(export.path),
-            hint="the export was post-processed; export again without the swizzle or padding options",
+            hint="that is compressed-tensors' convention under ModelOpt's names; export again with ModelOpt",
+        )
+    unclear = [name for name, one in proof.modules.items() if one.verdict == "undetermined"]
+    if unclear:
+        raise InputError(
+            f"{export.path}: {len(unclear)} of {len(proof.modules)} modules fit the base in several layouts "
+            f"({unclear[0]} first), the nearest being: {proof.modules[unclear[0]].reading.in_words()}",
+            code="export.layout",
+            path=str(export.path),
+            hint="what cannot be proven is not converted; export again without post-processing",
         )
     unrelated = [name for name, one in proof.modules.items() if one.verdict == "unrelated"]
     if 2 * len(unrelated) > len(proof.modules):

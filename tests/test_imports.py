@@ -17,13 +17,27 @@ ALLOWED = {
     "checkpoint": {"errors", "header", "strict_json"},
     "patterns": {"errors"},
     "preset": {"errors", "patterns"},
-    "dialects.modelopt": {"errors", "header", "patterns"},
+    "scale_shapes": set(),
+    "dialects.modelopt": {"errors", "header", "patterns", "scale_shapes"},
     "plan": {"dialects.modelopt", "dtypes", "errors", "header", "patterns", "preset"},
     "transforms.nvfp4": set(),
-    "transforms.scales": set(),
-    "transforms.raw": set(),
-    "proof": {"transforms.nvfp4", "transforms.scales"},
-    "prove": {"checkpoint", "dialects.modelopt", "dtypes", "errors", "patterns", "plan", "proof", "transforms.raw"},
+    "transforms.scales": {"scale_shapes"},
+    "transforms.raw": {"transforms.nvfp4", "transforms.scales"},
+    "closeness": {"transforms.nvfp4"},
+    "layout": {"closeness", "transforms.nvfp4"},
+    "proof": {"closeness", "layout"},
+    "prove": {
+        "checkpoint",
+        "dialects.modelopt",
+        "dtypes",
+        "errors",
+        "layout",
+        "patterns",
+        "plan",
+        "proof",
+        "transforms.raw",
+        "transforms.scales",
+    },
     "fsops": set(),
     "shard_writer": {"errors", "fsops", "header"},
     "staging": {"errors", "fsops", "header", "shard_writer"},
@@ -31,7 +45,7 @@ ALLOWED = {
     "card": {"plan", "preset"},
     "report": set(),
 }
-WITH_TORCH = {"proof", "prove", "transforms.nvfp4", "transforms.scales", "transforms.raw"}
+WITH_TORCH = {"closeness", "layout", "proof", "prove", "transforms.nvfp4", "transforms.scales", "transforms.raw"}
 ENDS = {"convert", "cli", "cli._options", "cli._output", "cli.build_nvfp4", "cli.presets"}
 
 
@@ -82,7 +96,5 @@ def test_torch_is_imported_only_where_tensors_are(module: str) -> None:
 
 def test_transforms_know_nothing_of_the_rest() -> None:
     for module in (name for name in CODE if name.startswith("transforms.")):
-        assert {name.partition(".")[0] for name in imports(MODULES[module], top_level=False)} <= {
-            "torch",
-            "collections",
-        }
+        names = imports(MODULES[module], top_level=False)
+        assert {name.partition(".")[0] for name in names} <= {"torch", "collections", "modelopt_convert"}

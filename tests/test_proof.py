@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modelopt_convert.proof import Closeness, Judgement, judge, sample_rows
+from modelopt_convert.closeness import Closeness
+from modelopt_convert.layout import Reading
+from modelopt_convert.proof import Judgement, judge, sample_rows
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
+from modelopt_convert.transforms.scales import scale_readings
 
 MAX_ERROR = 0.15
 
@@ -28,7 +31,8 @@ class Packed:
     def judge(self) -> Judgement:
         rows = sample_rows(len(self.base), 16)
         index = torch.tensor(rows)
-        return judge([self.base[index]], self.packed[index], self.scale, rows, self.global_scale, max_error=MAX_ERROR)
+        readings = scale_readings(self.scale, len(self.base), self.base.shape[1] // 16)
+        return judge([self.base[index]], self.packed[index], readings, rows, self.global_scale, max_error=MAX_ERROR)
 
 
 def pack(seed: int = 0, shape: tuple[int, int] = (256, 256), noise: float = 0.0) -> Packed:
@@ -63,7 +67,7 @@ def test_what_modelopt_packed_is_reproduced(shape: tuple[int, int]) -> None:
 def test_a_trained_neighbour_is_within_limits() -> None:
     verdict = pack(noise=0.02).judge()
     assert verdict.verdict == "within limits" and verdict.codes_equal < verdict.codes
-    assert verdict.closeness is not None and 0.05 < verdict.closeness.relative_error < 0.12
+    assert 0.05 < verdict.closeness.relative_error < 0.12
 
 
 def _swap(one: Packed) -> None:
@@ -87,17 +91,19 @@ def _reciprocal(one: Packed) -> None:
 @pytest.mark.parametrize(
     ("plant", "reading"),
     [
-        (_swap, "nibbles swapped"),
-        (_swizzle, "128x4"),
-        (_both, "nibbles swapped) and the scales lie in the 128x4"),
-        (_reciprocal, "reciprocal"),
+        (lambda one: None, Reading("low", "linear", "multiply")),
+        (_swap, Reading("high", "linear", "multiply")),
+        (_swizzle, Reading("low", "128x4", "multiply")),
+        (_both, Reading("high", "128x4", "multiply")),
+        (_reciprocal, Reading("low", "linear", "divide")),
     ],
 )
-def test_another_layout_is_named(plant: Callable[[Packed], None], reading: str, noise: float) -> None:
+def test_another_layout_is_found(plant: Callable[[Packed], None], reading: Reading, noise: float) -> None:
     one = pack(noise=noise)
     plant(one)
     verdict = one.judge()
-    assert verdict.verdict == "layout" and verdict.reading is not None and reading in verdict.reading
+    assert verdict.passed and verdict.reading == reading
+    assert verdict.verdict == ("within limits" if noise else "reproduced")
 
 
 def _global_scale_5_percent(one: Packed) -> None:

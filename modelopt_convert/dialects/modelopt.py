@@ -19,6 +19,7 @@ from typing import Any
 from modelopt_convert.errors import InputError
 from modelopt_convert.header import TensorInfo
 from modelopt_convert.patterns import module_of
+from modelopt_convert.scale_shapes import packed_shapes, scale_shapes
 
 BLOCK_SIZE = 16
 SCALE_ROLES = ("weight_scale", "weight_scale_2", "input_scale")
@@ -53,9 +54,9 @@ class Nvfp4Module:
 
     Attributes:
         name: Full module name.
-        rows: N, the number of output features.
-        columns: K, the number of input features.
-        weight: U8 [N, K/2].
+        rows: N, the number of output features, without padding.
+        columns: K, the number of input features, without padding.
+        weight: U8 [N, K/2], or padded as ModelOpt's post-processing does.
         scales: ``weight_scale``, ``weight_scale_2`` and ``input_scale`` as far as they are there.
         bias: The bias, if the module has one.
         fault: Why the scales cannot be used, or None; only a module about to be replaced may have one.
@@ -73,6 +74,11 @@ class Nvfp4Module:
     def tensors(self) -> list[TensorInfo]:
         """Everything but the bias."""
         return [self.weight, *self.scales.values()]
+
+
+def is_layout_marker(name: str) -> bool:
+    """Whether a tensor is ComfyUI's per-module marker, by which loaders guess the layout."""
+    return name.endswith(".comfy_quant")
 
 
 def is_quantizer_state(name: str) -> bool:
@@ -128,8 +134,15 @@ def _group_sizes(groups: Any) -> list[Any]:
     return [part["group_size"] for part in weights if isinstance(part, dict) and "group_size" in part]
 
 
-def find_nvfp4_modules(tensors: Mapping[str, TensorInfo], *, path: str) -> dict[str, Nvfp4Module]:
+def find_nvfp4_modules(
+    tensors: Mapping[str, TensorInfo], true_shapes: Mapping[str, tuple[int, ...]], *, path: str
+) -> dict[str, Nvfp4Module]:
     """Group an export's tensors into packed modules, judged by dtype and shape and not by ``ignore``.
+
+    Args:
+        tensors: All of the export.
+        true_shapes: Shapes [N, K] of weights by tensor name, as far as a base tells them: what lies beyond is padding.
+        path: The export's folder, for messages.
 
     Returns:
         Packed modules by name. Unquantized tensors are in none of them.
@@ -140,7 +153,7 @@ def find_nvfp4_modules(tensors: Mapping[str, TensorInfo], *, path: str) -> dict[
     """
     by_module: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        if is_quantizer_state(name):
+        if is_quantizer_state(name) or is_layout_marker(name):
             continue
         role = name.rpartition(".")[2]
         if role in _TRANSFORM_ROLES:
@@ -152,13 +165,15 @@ def find_nvfp4_modules(tensors: Mapping[str, TensorInfo], *, path: str) -> dict[
             )
         by_module.setdefault(module_of(name), {})[role] = info
     return {
-        module: _nvfp4_module(module, roles, path)
+        module: _nvfp4_module(module, roles, true_shapes.get(f"{module}.weight"), path)
         for module, roles in by_module.items()
         if any(role in roles for role in SCALE_ROLES) or ("weight" in roles and roles["weight"].dtype == "U8")
     }
 
 
-def _nvfp4_module(module: str, roles: Mapping[str, TensorInfo], path: str) -> Nvfp4Module:
+def _nvfp4_module(
+    module: str, roles: Mapping[str, TensorInfo], true_shape: tuple[int, ...] | None, path: str
+) -> Nvfp4Module:
     anything = next(iter(roles.values()))
     weight = roles.get("weight")
     where = f"{path}/{(weight or anything).file}"
@@ -172,6 +187,8 @@ def _nvfp4_module(module: str, roles: Mapping[str, TensorInfo], path: str) -> Nv
             hint="this module is not NVFP4; export again with one algorithm for all modules",
         )
     rows, columns = weight.shape[0], weight.shape[1] * 2
+    if true_shape is not None and len(true_shape) == 2 and weight.shape in packed_shapes(*true_shape):
+        rows, columns = true_shape
     scales = {role: roles[role] for role in SCALE_ROLES if role in roles}
     return Nvfp4Module(
         module, rows, columns, weight, scales, roles.get("bias"), _scale_fault(module, rows, columns, scales, where)
@@ -208,24 +225,15 @@ def _scale_fault(
                 + f", or --keep-bf16 '{module}'",
             )
         info = scales[role]
-        if info.dtype != dtype or info.shape != shape:
+        known = {shape}
+        if role == "weight_scale":
+            known |= {one.stored for one in scale_shapes(rows, columns // BLOCK_SIZE)}
+        if info.dtype != dtype or info.shape not in known:
             return InputError(
                 f"{where}: tensor {name!r}: expected {dtype} {list(shape)}, found {info.dtype} {list(info.shape)}"
-                + _shape_guess(role, rows, columns, info),
+                + (" (blocks of 32)" if info.shape == (rows, columns // 32) else ""),
                 code="export.shape",
                 path=where,
-                hint="export again without padding or swizzling options",
+                hint="the export is cut or mixed up; export again",
             )
     return None
-
-
-def _shape_guess(role: str, rows: int, columns: int, info: TensorInfo) -> str:
-    """Name the layout that a wrong scale shape gives away."""
-    if role != "weight_scale" or len(info.shape) != 2:
-        return ""
-    padded = (-(-rows // 128) * 128, -(-(columns // BLOCK_SIZE) // 4) * 4)
-    if info.shape == padded:
-        return " (the shape of scales in the 128x4 order, padded: the export was post-processed)"
-    if info.shape == (rows, columns // 32):
-        return " (blocks of 32)"
-    return ""

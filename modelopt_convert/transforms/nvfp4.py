@@ -3,10 +3,14 @@
 The arithmetic is ModelOpt's, to the bit (``NVFP4QTensor``, modelopt/torch/quantization/qtensor/nvfp4_tensor.py, 0.47).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 BLOCK_SIZE = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -25,6 +29,23 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed codes must be uint8, found {packed.dtype}")
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
+
+
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """Put two codes into each byte, the first in the low nibble; the inverse of ``unpack_e2m1``.
+
+    Args:
+        codes: uint8 [..., K] of 0..15, K even.
+
+    Returns:
+        uint8 [..., K/2].
+
+    Raises:
+        ValueError: Not uint8, or K odd.
+    """
+    if codes.dtype != torch.uint8 or codes.shape[-1] % 2:
+        raise ValueError(f"codes must be uint8 [..., K] with K even, found {codes.dtype} {list(codes.shape)}")
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def swap_nibbles(packed: Tensor) -> Tensor:
@@ -103,6 +124,44 @@ def quantize_codes(weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tenso
         uint8 codes [N, K].
     """
     return encode_e2m1(weight.to(torch.float32) / block_scales(scale, global_scale))
+
+
+def shared_global_scale(weights: Sequence[Tensor]) -> Tensor:
+    """Global scale of one weight, or of a fused group that shares one: ``amax / (6 * 448)``.
+
+    Args:
+        weights: Any shapes and float dtypes.
+
+    Returns:
+        float32 [].
+    """
+    amax = torch.stack([weight.abs().amax().to(torch.float32) for weight in weights]).amax()
+    return amax / (E2M1_MAX * E4M3_MAX)
+
+
+def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight with max calibration, as ModelOpt 0.45 and newer does, byte for byte.
+
+    The scale of a block is ``amax / (6 * global_scale)``, 1 for a block of zeros, clamped to [2^-9, 448] and rounded to
+    E4M3; codes are ``quantize_codes``.
+
+    Args:
+        weight: [N, K] in BF16, F16 or F32; K a multiple of 16.
+        global_scale: float32 [].
+
+    Returns:
+        Packed codes uint8 [N, K/2], low nibble first, and scales float8_e4m3fn [N, K/16], row-major.
+
+    Raises:
+        ValueError: K is not a multiple of 16.
+    """
+    if weight.shape[-1] % BLOCK_SIZE:
+        raise ValueError(f"K must be a multiple of {BLOCK_SIZE}, found {list(weight.shape)}")
+    amax = weight.reshape(*weight.shape[:-1], -1, BLOCK_SIZE).abs().amax(dim=-1).to(torch.float32)
+    scale = amax / (E2M1_MAX * global_scale)
+    scale[scale == 0] = 1.0
+    scale = scale.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
+    return pack_e2m1(quantize_codes(weight, scale, global_scale)), scale
 
 
 def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modelopt_convert.transforms.nvfp4 import swap_nibbles
+from modelopt_convert.transforms.scales import scale_readings
+
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -48,3 +51,42 @@ def equal_after(base: Tensor, path: Sequence[str], export: Tensor) -> bool:
     for dtype in path:
         base = base.to(TORCH_DTYPES[dtype])
     return torch.equal(base.contiguous().view(torch.uint8), export.contiguous().view(torch.uint8))
+
+
+def repack_rows(raw: bytes, stored_half: int, half: int, num_rows: int, *, swap: bool) -> memoryview:
+    """Bring rows of packed codes into the canonical layout: padding cut, the even column in the low nibble.
+
+    Args:
+        raw: Whole stored rows.
+        stored_half: Bytes of a stored row.
+        half: Bytes of a row without padding, K/2.
+        num_rows: Rows to keep; what follows is padding.
+        swap: Whether the high nibble holds the even column.
+
+    Raises:
+        ValueError: The padding is not zero.
+    """
+    rows = from_bytes(raw, "U8", (-1, stored_half))
+    if bool(rows[num_rows:].any()) or bool(rows[:, half:].any()):
+        raise ValueError("the padding to be cut is not zero")
+    kept = rows[:num_rows, :half].contiguous()
+    return to_bytes(swap_nibbles(kept) if swap else kept)
+
+
+def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, order: str) -> memoryview:
+    """Bring block scales into row-major [rows, columns] from ``order``.
+
+    Args:
+        raw: All bytes of the tensor.
+        stored: Its shape.
+        rows: N.
+        columns: K/16.
+        order: ``linear`` or ``128x4``.
+
+    Raises:
+        ValueError: The stored shape allows no such reading.
+    """
+    readings = scale_readings(from_bytes(raw, "F8_E4M3", stored), rows, columns)
+    if order not in readings:
+        raise ValueError(f"scales {list(stored)} cannot be [{rows}, {columns}] in the {order} order")
+    return to_bytes(readings[order])

@@ -6,13 +6,29 @@ cuBLAS documents it under "1D block scaling factors layout"; flashinfer calls it
 import torch
 from torch import Tensor
 
-ROW_TILE = 128
-COLUMN_TILE = 4
+from modelopt_convert.scale_shapes import COLUMN_TILE, ROW_TILE, padded_shape, scale_shapes
 
 
-def padded_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Shape of [rows, columns] scales in the 128x4 order: rows to 128, columns to 4."""
-    return -(-rows // ROW_TILE) * ROW_TILE, -(-columns // COLUMN_TILE) * COLUMN_TILE
+def swizzle_128x4(scale: Tensor) -> Tensor:
+    """Bring row-major scales into the 128x4 order, padded with zeros; ``unswizzle_128x4`` is its inverse.
+
+    Args:
+        scale: [N, C], any dtype of one byte.
+
+    Returns:
+        ``padded_shape(N, C)``.
+
+    Raises:
+        ValueError: Not two dimensions.
+    """
+    if scale.ndim != 2:
+        raise ValueError(f"scales must be [N, K/16], found {list(scale.shape)}")
+    rows, columns = scale.shape
+    padded_rows, padded_columns = padded_shape(rows, columns)
+    padded = torch.zeros(padded_rows, padded_columns, dtype=torch.uint8, device=scale.device)
+    padded[:rows, :columns] = scale.view(torch.uint8)
+    tiles = padded.view(padded_rows // ROW_TILE, 4, 32, padded_columns // COLUMN_TILE, COLUMN_TILE)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns).view(scale.dtype)
 
 
 def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
@@ -40,3 +56,27 @@ def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
     tiles = tiles.view(padded_rows // ROW_TILE, padded_columns // COLUMN_TILE, 32, 4, COLUMN_TILE)
     linear = tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns)
     return linear[:rows, :columns].contiguous().view(swizzled.dtype)
+
+
+def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """The ways in which stored scales can be meant, by their shape and by zeros in what would be padding.
+
+    Args:
+        stored: float8_e4m3fn as in the file.
+        rows: N of the weight.
+        columns: K/16 of the weight.
+
+    Returns:
+        ``linear`` and ``128x4`` as far as possible, each [N, K/16] row-major; empty if the shape is not a known one or
+        no reading leaves the padding at zero.
+    """
+    found: dict[str, Tensor] = {}
+    for shape in scale_shapes(rows, columns):
+        order = "128x4" if shape.swizzled else "linear"
+        if tuple(stored.shape) != shape.stored or order in found:
+            continue
+        whole = unswizzle_128x4(stored, *shape.grid) if shape.swizzled else stored
+        raw = whole.view(torch.uint8)
+        if not bool(raw[rows:].any()) and not bool(raw[:, columns:].any()):
+            found[order] = whole[:rows, :columns].contiguous()
+    return found
