@@ -1,4 +1,4 @@
-"""Open a checkpoint folder: find its files, check headers and index, read tensor bytes with pread. No torch.
+"""Open a checkpoint, folder or single file: check headers and index, read tensor bytes with pread. No torch.
 
 pread and not mmap: a file that is truncated while it is mapped kills the reader with SIGBUS, where pread returns a
 short count that becomes an error message.
@@ -73,29 +73,39 @@ def resolve_component(path: Path, *, what: str) -> Path:
 
 
 class CheckpointReader:
-    """A checkpoint folder, opened and checked; a context manager that holds its files open.
+    """A checkpoint, opened and checked; a context manager that holds its files open.
 
     Attributes:
-        path: The folder.
+        path: The folder, also for a single file.
         tensors: Every tensor by name.
-        config: config.json as an object.
+        metadata: Header metadata by file.
+        config: config.json as an object; empty for a single file.
         skipped: Names in the folder that are neither read nor copied.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the folder: headers, index and config are read and cross-checked; no tensor is.
+    def __init__(self, path: Path, *, need_config: bool = True) -> None:
+        """Open a folder, or one .safetensors file: headers, index and config are cross-checked, no tensor is read.
+
+        Args:
+            path: The folder or file.
+            need_config: Whether a folder without config.json is an error.
 
         Raises:
             InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
         """
-        self.path = path
+        single = path.is_file()
+        self.path = path.parent if single else path
         self.tensors: dict[str, TensorInfo] = {}
+        self.config: dict[str, Any] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self.skipped: tuple[str, ...] = ()
         self._files: dict[str, _OpenFile] = {}
         self._identity = hashlib.sha256()
         try:
-            self._open()
+            if single:
+                self._open_shard(path.name)
+            else:
+                self._open_folder(need_config)
         except BaseException:
             self._release()
             raise
@@ -168,10 +178,11 @@ class CheckpointReader:
                 os.close(file.fd)
         self._files.clear()
 
-    def _open(self) -> None:
+    def _open_folder(self, need_config: bool) -> None:
         names = sorted(os.listdir(self.path))
-        raw_config = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
-        self.config: dict[str, Any] = parse_json_object(raw_config, code="config", path=str(self.path / "config.json"))
+        if need_config or "config.json" in names:
+            raw_config = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
+            self.config = parse_json_object(raw_config, code="config", path=str(self.path / "config.json"))
         indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
         shards = [name for name in names if name.endswith(".safetensors")]
         weight_map = self._weight_map(indexes, shards)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -21,12 +21,11 @@ from modelopt_convert.card import model_card
 from modelopt_convert.check import check_structure
 from modelopt_convert.checkpoint import CheckpointReader, resolve_component
 from modelopt_convert.errors import CheckFailedError, InputError
-from modelopt_convert.header import TensorInfo
-from modelopt_convert.patterns import module_of
-from modelopt_convert.plan import CHUNK_BYTES, INDEX_NAME, BuildPlan, Keeps, Step, plan_nvfp4
+from modelopt_convert.plan import INDEX_NAME, BuildPlan, Keeps, plan_nvfp4
 from modelopt_convert.preset import LoadedPreset, choose_preset, load_preset
 from modelopt_convert.report import InputReport, ModuleReport, ProofReport, Report, RuleReport
-from modelopt_convert.staging import StagingDir, canonical_output, check_output_allowed
+from modelopt_convert.staging import Published, StagingDir, canonical_output, check_output_allowed
+from modelopt_convert.stream import Layouts, Progress, stream
 
 if TYPE_CHECKING:
     from modelopt_convert.proof import Judgement
@@ -34,32 +33,6 @@ if TYPE_CHECKING:
 
 SMALL_FILES_BYTES = 1 << 20  # room for config, card, index and mopt.json, beside the tensors
 PASSING = ("reproduced", "within limits")
-
-
-class Progress(Protocol):
-    """What the work tells whoever watches."""
-
-    def begin(self, what: str, total_bytes: int) -> None:
-        """A phase begins."""
-
-    def advance(self, num_bytes: int) -> None:
-        """So many more bytes are done."""
-
-    def detail(self, text: str) -> None:
-        """One line for those who asked for more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layouts:
-    """Modules that are not stored as ModelOpt writes them.
-
-    Attributes:
-        swapped: The high nibble holds the even column.
-        swizzled: The scales lie in the 128x4 order.
-    """
-
-    swapped: frozenset[str]
-    swizzled: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +79,8 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
         report.output.path = str(output)
         check_output_allowed(output, inputs, overwrite=request.overwrite)
     with _opened(report, export_path) as export, _opened(report, base_path) as base:
-        _note_input(report, "export", export)
-        _note_input(report, "base", base)
+        note_input(report, "export", export)
+        note_input(report, "base", base)
         loaded = named
         if request.preset is None:
             loaded = _choose(export, report)
@@ -116,7 +89,7 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
             check_output_allowed(output, inputs, overwrite=request.overwrite)
         preset = loaded.preset if loaded else None
         keeps = Keeps(preset, preset.rules("nvfp4") if preset else None, request.keep_bf16)
-        with _timed(report, "plan"):
+        with timed(report, "plan"):
             plan = plan_nvfp4(export, base, keeps, max_shard_size=request.max_shard_size)
         _note_plan(report, plan, output)
         if request.dry_run:
@@ -129,21 +102,16 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
         _note_layouts(report, plan, layouts)
         need = plan.total_bytes + SMALL_FILES_BYTES
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
-            with _timed(report, "stream"):
-                digests = _stream(stage, plan, {"export": export, "base": base}, layouts, progress)
+            with timed(report, "stream"):
+                digests = stream(stage, plan, {"export": export, "base": base}, layouts, progress)
             for reader in (export, base):
                 reader.check_unchanged()
             for name, data in _small_files(plan, loaded, report, proof, digests).items():
                 stage.write_file(name, data)
-            with _timed(report, "check"):
+            with timed(report, "check"):
                 _check(stage, plan, report)
-            with _timed(report, "publish"):
-                published = stage.publish()
-            report.output.published = True
-            report.output.method = published.method
-            report.output.durable = published.durable
-            for text in published.warnings:
-                report.warn("output.old_not_removed", text)
+            with timed(report, "publish"):
+                note_published(report, stage.publish())
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -174,7 +142,7 @@ def _prove(
     from modelopt_convert.prove import METHOD, proof_bytes, prove
 
     progress.begin("prove", proof_bytes(plan))
-    with _timed(report, "prove"):
+    with timed(report, "prove"):
         proof = prove(export, base, plan, max_error=max_error, advance=progress.advance)
     modules = {name: _module_report(one) for name, one in proof.modules.items()}
     modules |= {name: ModuleReport(verdict="not proven: replaced", reason=why) for name, why in proof.unproven.items()}
@@ -232,69 +200,6 @@ def _module_report(one: "Judgement") -> ModuleReport:
     )
 
 
-def _stream(
-    stage: StagingDir,
-    plan: BuildPlan,
-    readers: Mapping[str, CheckpointReader],
-    layouts: Layouts,
-    progress: Progress,
-) -> dict[str, str]:
-    """Write every shard; xxh3-128 of each tensor by name."""
-    digests: dict[str, str] = {}
-    for shard in plan.shards:
-        progress.begin(f"write {shard.file}", sum(spec.num_bytes for spec in shard.tensors))
-        with stage.shard(shard.file, shard.tensors) as writer:
-            for spec in writer.layout:
-                step = plan.steps[spec.name]
-                progress.detail(f"{shard.file}: {spec.name}: {step.op} from {step.origin}")
-                writer.write(spec.name, _chunks(step, readers[step.origin], layouts, progress))
-        stage.finish_shard(writer)
-        digests |= writer.digests
-    return digests
-
-
-def _chunks(step: Step, reader: CheckpointReader, layouts: Layouts, progress: Progress) -> Iterator[bytes | memoryview]:
-    """The bytes of one output tensor, in pieces; a step's memory is one piece, for scales one tensor."""
-    for chunk in _produce(step, reader, reader.tensors[step.output.name], layouts):
-        yield chunk
-        progress.advance(len(chunk))
-
-
-def _produce(
-    step: Step, reader: CheckpointReader, source: TensorInfo, layouts: Layouts
-) -> Iterator[bytes | memoryview]:
-    if step.op == "copy":
-        yield from reader.chunks(source.name, CHUNK_BYTES)
-        return
-    from modelopt_convert.transforms import raw
-
-    module = module_of(source.name)
-    try:
-        if step.op == "cast_bf16":
-            for chunk in reader.chunks(source.name, CHUNK_BYTES):  # a multiple of every dtype's size
-                yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)
-        elif step.op == "repack":
-            num_rows, half = step.output.shape
-            stored_rows, stored_half = source.shape
-            height = max(1, CHUNK_BYTES // stored_half)
-            for top in range(0, stored_rows, height):
-                chunk = reader.read_range(source.name, top * stored_half, min(height, stored_rows - top) * stored_half)
-                keep = max(0, min(height, num_rows - top))
-                yield raw.repack_rows(chunk, stored_half, half, keep, swap=module in layouts.swapped)
-        else:
-            order = "128x4" if module in layouts.swizzled else "linear"
-            rows, columns = step.output.shape
-            yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, order)
-    except ValueError as error:
-        where = str(reader.path / source.file)
-        raise InputError(
-            f"{where}: tensor {source.name!r}: {error}",
-            code="export.padding",
-            path=where,
-            hint="what would be cut is not padding; export again without padding options. Nothing was written",
-        ) from error
-
-
 def _small_files(
     plan: BuildPlan, loaded: LoadedPreset | None, report: Report, proof: "Proof", digests: Mapping[str, str]
 ) -> dict[str, bytes]:
@@ -304,11 +209,11 @@ def _small_files(
     verdicts = report.proof.counts if report.proof else {}
     files = {
         "README.md": model_card(plan, loaded.preset if loaded else None, verdicts, maker).encode(),
-        "config.json": _json_bytes(plan.config),
+        "config.json": json_bytes(plan.config),
     }
     index = plan.index()
     if index is not None:
-        files[INDEX_NAME] = _json_bytes(index)
+        files[INDEX_NAME] = json_bytes(index)
     manifest = {
         "schema": "mopt.manifest/1",
         "tool": {"name": "mopt", "version": __version__},
@@ -331,7 +236,7 @@ def _small_files(
         },
     }
     last = files.pop(INDEX_NAME, None)
-    files["mopt.json"] = _json_bytes(manifest)
+    files["mopt.json"] = json_bytes(manifest)
     return files | ({INDEX_NAME: last} if last is not None else {})
 
 
@@ -343,7 +248,8 @@ def _stable(module: ModuleReport) -> dict[str, Any]:
     return kept
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """JSON as it is written to disk: sorted, ASCII, the same on every machine."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
@@ -358,7 +264,8 @@ def _check(stage: StagingDir, plan: BuildPlan, report: Report) -> None:
         )
 
 
-def _note_input(report: Report, name: str, reader: CheckpointReader) -> None:
+def note_input(report: Report, name: str, reader: CheckpointReader) -> None:
+    """Put an opened input into the report."""
     report.inputs[name] = InputReport(
         path=str(reader.path),
         identity=reader.identity(),
@@ -367,6 +274,15 @@ def _note_input(report: Report, name: str, reader: CheckpointReader) -> None:
         files=list(reader.files),
         skipped_files=list(reader.skipped),
     )
+
+
+def note_published(report: Report, published: Published) -> None:
+    """Put into the report how the output came into place."""
+    report.output.published = True
+    report.output.method = published.method
+    report.output.durable = published.durable
+    for text in published.warnings:
+        report.warn("output.old_not_removed", text)
 
 
 def _note_preset(report: Report, loaded: LoadedPreset) -> None:
@@ -400,7 +316,7 @@ def _note_plan(report: Report, plan: BuildPlan, output: Path) -> None:
 
 
 def _opened(report: Report, path: Path) -> CheckpointReader:
-    with _timed(report, "open"):
+    with timed(report, "open"):
         return CheckpointReader(path)
 
 
@@ -423,7 +339,8 @@ def _note_layouts(report: Report, plan: BuildPlan, layouts: Layouts) -> None:
 
 
 @contextmanager
-def _timed(report: Report, what: str) -> Iterator[None]:
+def timed(report: Report, what: str) -> Iterator[None]:
+    """Add the time that a phase takes to the report."""
     begin = time.monotonic()
     try:
         yield

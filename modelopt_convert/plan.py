@@ -33,7 +33,7 @@ INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 _KEPT_CONFIG_KEYS = ("quant_method", "quant_algo", "config_groups", "producer", "kv_cache_scheme")
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
-Op = Literal["copy", "cast_bf16", "repack", "reorder_scales"]
+Op = Literal["copy", "cast_bf16", "repack", "reorder_scales", "swizzle_scales"]
 Origin = Literal["export", "base"]
 Kind = Literal["structural", "quality", "user"]
 
@@ -62,7 +62,8 @@ class Step:
         output: Name, dtype and shape to be written.
         origin: Which input is read.
         op: ``copy`` moves bytes untouched; ``cast_bf16`` rounds F32 or F16 to BF16; ``repack`` brings packed codes and
-            ``reorder_scales`` block scales into the canonical layout.
+            ``reorder_scales`` block scales into the canonical layout; ``swizzle_scales`` brings scales into the 128x4
+            order.
     """
 
     output: TensorSpec
@@ -72,10 +73,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output file."""
+    """One output file, with its header metadata."""
 
     file: str
     tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
 
 @dataclass(frozen=True, slots=True)

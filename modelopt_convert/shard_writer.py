@@ -23,9 +23,9 @@ class ShardWriter:
         durable: Whether fsync worked; False where the file system has none.
     """
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str] = METADATA) -> None:
         """Create the file at its exact size and write its header."""
-        head, placed, self.num_bytes = build_header(specs, METADATA)
+        head, placed, self.num_bytes = build_header(specs, metadata)
         self.path = path
         self.layout = tuple(spec for spec, _ in placed)
         self.digests: dict[str, str] = {}

@@ -11,7 +11,7 @@ import os
 import secrets
 import shlex
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -151,9 +151,9 @@ class StagingDir:
             self._discard()
         self._unlock()
 
-    def shard(self, name: str, specs: Iterable[TensorSpec]) -> ShardWriter:
+    def shard(self, name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> ShardWriter:
         """Begin a shard in the stage; the result is a context manager."""
-        return ShardWriter(self.path / name, specs)
+        return ShardWriter(self.path / name, specs, metadata)
 
     def finish_shard(self, writer: ShardWriter) -> None:
         """Note whether the shard is on disk."""

@@ -1,34 +1,25 @@
-"""Make a small diffusers transformer and real ModelOpt exports of it, on the CPU.
+"""Make small diffusers transformers and real ModelOpt exports of them, on the CPU.
 
 The weights are seeded, with outlier channels as trained models have them. ModelOpt's own quantizer and exporter do the
-rest, so that what is tested is what users have. Needs the ``modelopt`` extra.
+rest, so that what is tested is what users have. Needs the ``modelopt`` extra. The families are in tiny_models.py.
 
-    python scripts/make_export.py OUT [VARIANT ...]
+    python scripts/make_export.py OUT [--family FAMILY] [VARIANT ...]
 
-writes OUT/base (BF16, three shards) and OUT/<variant>; without variants, nvfp4 alone.
+writes OUT/base (in shards) and OUT/<variant>; without variants, nvfp4 alone; without a family, flux1. The family "all"
+makes every family in one process, as OUT/<family>/base and OUT/<family>/<variant>.
 """
 
 import argparse
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-FLUX1_CONFIG: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 32,
-    "num_attention_heads": 5,
-    "joint_attention_dim": 96,
-    "pooled_projection_dim": 48,
-    "guidance_embeds": True,
-    "axes_dims_rope": (8, 12, 12),
-}
+from tiny_models import FAMILIES, Draw, Family
 
 
 @dataclass(frozen=True)
@@ -53,64 +44,92 @@ VARIANTS = {
     "fp8": Variant("FP8_DEFAULT_CFG"),
 }
 
-# What the diffusers example of ModelOpt leaves alone in FLUX.1: its filter, as wildcards.
-_LEFT_ALONE = ("time_text_embed", "context_embedder", "x_embedder", "norm_out")
-
 
 def main() -> None:
     """Make what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS], default=["nvfp4"])
-    arguments = parser.parse_args()
-    make_base(arguments.out / "base")
-    for name in arguments.variants:
-        make_export(arguments.out / "base", VARIANTS[name], arguments.out / name)
+    parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS], metavar="variant", help=", ".join(VARIANTS))
+    parser.add_argument("--family", choices=[*FAMILIES, "all"], default="flux1")
+    arguments = parser.parse_intermixed_args()
+    variants = arguments.variants or ["nvfp4"]
+    if arguments.family == "all":
+        make_all(arguments.out, FAMILIES, variants)
+    else:
+        make_family(FAMILIES[arguments.family], variants, arguments.out)
 
 
-def make_base(path: Path) -> None:
-    """Save a seeded BF16 FLUX.1 transformer in three shards, as a pipeline folder with transformer/."""
+def make_all(out: Path, families: Iterable[str], variants: Iterable[str]) -> None:
+    """Make several families, each in a folder of its name; importing ModelOpt once is most of what that saves."""
+    variants = list(variants)
+    for name in families:
+        make_family(FAMILIES[name], variants, out / name)
+
+
+def make_family(family: Family, variants: Iterable[str], path: Path) -> None:
+    """Make ``path/base`` and ``path/<variant>``."""
+    make_base(family, path / "base")
+    for name in variants:
+        make_export(family, path / "base", VARIANTS[name], path / name)
+
+
+def make_base(family: Family, path: Path) -> None:
+    """Save a seeded transformer in shards, as a pipeline folder with transformer/."""
+    import diffusers
     import torch
-    from diffusers import FluxTransformer2DModel
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()
     torch.manual_seed(20)
-    model = FluxTransformer2DModel(**FLUX1_CONFIG)
+    model = getattr(diffusers, family.class_name)(**family.config)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             columns = torch.rand(parameter.shape[1]).pow(4) * 8 + 0.5  # a few channels far above the rest
-            parameter.data = torch.randn_like(parameter) * columns / parameter.shape[1] ** 0.5
+            parameter.data = torch.randn_like(parameter) * columns / parameter.shape[1] ** 0.5 * family.gain
         else:
             parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
-    model.to(torch.bfloat16).save_pretrained(path / "transformer", max_shard_size="2400KB")
+    model.to(getattr(torch, family.base_dtype)).save_pretrained(path / "transformer", max_shard_size="2400KB")
 
 
-def make_export(base: Path, variant: Variant, path: Path) -> None:
+def make_export(family: Family, base: Path, variant: Variant, path: Path) -> None:
     """Quantize the base with ModelOpt, calibrated on random inputs, and export it to ``path/transformer``."""
+    import diffusers
     import modelopt.torch.quantization as mtq
     import torch
-    from diffusers import FluxTransformer2DModel
     from diffusers.utils import logging
     from modelopt.torch.export import export_hf_checkpoint
 
     logging.disable_progress_bar()
     dtype = getattr(torch, variant.dtype)
-    model = FluxTransformer2DModel.from_pretrained(base / "transformer", torch_dtype=dtype)
-    run = _calibration(dtype) if variant.calibrate else None
+    model = getattr(diffusers, family.class_name).from_pretrained(base / "transformer", torch_dtype=dtype)
+    run = _calibration(family, dtype) if variant.calibrate else None
     torch.manual_seed(21)
     for name, parameter in model.named_parameters():
-        if variant.noise and parameter.ndim == 2 and not _is_left_alone(name):
+        is_linear = parameter.ndim == 2 and name.endswith(".weight")
+        if variant.noise and is_linear and not family.leaves_alone(name):
             parameter.data = parameter.data * (1 + variant.noise * torch.randn_like(parameter))
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _convolutions_on_cpu():
         warnings.simplefilter("ignore")
-        mtq.quantize(model, _quant_config(getattr(mtq, variant.config)), run)
-        mtq.disable_quantizer(model, _is_left_alone)
+        mtq.quantize(model, _quant_config(getattr(mtq, variant.config), family.attention), run)
+        mtq.disable_quantizer(model, family.leaves_alone)
         if variant.compress:
             mtq.compress(model)
         export_hf_checkpoint(model, export_dir=path / "transformer", max_shard_size=variant.max_shard_size)
 
 
-def _quant_config(library: dict[str, Any]) -> dict[str, Any]:
-    """As ModelOpt's diffusers example has it: all Linears, and FP8 attention that is switched off later.
+def _convolutions_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Keep ModelOpt from running 3-D convolutions in a CUDA kernel even when their quantizers are disabled.
+
+    Without it the forward pass in which the export looks for q, k and v of one attention fails for Wan, ModelOpt only
+    prints a warning, and their scales stay apart.
+    """
+    from modelopt.torch.quantization.nn.modules.quant_conv import _QuantConv3d
+
+    return mock.patch.object(_QuantConv3d, "_should_use_implicit_gemm", return_value=False, create=True)
+
+
+def _quant_config(library: dict[str, Any], with_attention: bool) -> dict[str, Any]:
+    """As ModelOpt's diffusers example has it: all Linears, and for some FP8 attention that is switched off later.
 
     A quantizer that was calibrated and then disabled leaves its amax in the export.
     """
@@ -120,33 +139,16 @@ def _quant_config(library: dict[str, Any]) -> dict[str, Any]:
     attention = [
         {"quantizer_name": name, "cfg": {"num_bits": (4, 3)}}
         for name in ("*[qkv]_bmm_quantizer", "*bmm2_output_quantizer")
+        if with_attention
     ]
     return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *linear, *attention], "algorithm": "max"}
 
 
-def _is_left_alone(name: str) -> bool:
-    return name.startswith("proj_out") or "bmm" in name or any(part in name for part in _LEFT_ALONE)
-
-
-def _calibration(dtype: Any) -> Callable[[Any], None]:
-    import torch
-
+def _calibration(family: Family, dtype: Any) -> Callable[[Any], None]:
     def run(model: Any) -> None:
-        generator = torch.Generator().manual_seed(7)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator).to(dtype)
-
+        draw = Draw(dtype)
         for _ in range(2):
-            model(
-                hidden_states=random(1, 16, FLUX1_CONFIG["in_channels"]),
-                encoder_hidden_states=random(1, 8, FLUX1_CONFIG["joint_attention_dim"]),
-                pooled_projections=random(1, FLUX1_CONFIG["pooled_projection_dim"]),
-                timestep=torch.tensor([0.5], dtype=dtype),
-                img_ids=torch.zeros(16, 3, dtype=dtype),
-                txt_ids=torch.zeros(8, 3, dtype=dtype),
-                guidance=torch.tensor([3.5], dtype=dtype),
-            )
+            model(**family.inputs(model.config, draw))
 
     return run
 

@@ -13,6 +13,7 @@ from typing import NoReturn, Self
 import typer
 
 from modelopt_convert.errors import CheckFailedError, ExitCode, InternalError, Interrupted, MoptError, StorageError
+from modelopt_convert.inspect_report import InspectReport
 from modelopt_convert.report import ErrorReport, Report, Status
 from modelopt_convert.staging import canonical_output
 
@@ -129,6 +130,24 @@ class ProgressBar:
             self._output.aside(text)
 
 
+def show_written(output: Output, report: Report) -> None:
+    """What was or would be written, and the fate of every input tensor, counted."""
+    files = len(report.output.shards)
+    verb = "would write" if report.status == "planned" else "wrote"
+    size = human_bytes(report.output.bytes)
+    plural = "" if files == 1 else "s"
+    output.line(f"{verb} {report.output.path}: {report.output.tensors} tensors, {size} in {files} file{plural}")
+    output.line("")
+    output.table(
+        ["input", "tensors", "fate"],
+        [[name, str(count), fate] for name, fates in report.counts.items() for fate, count in fates.items()],
+    )
+    output.line("")
+
+
+AnyReport = Report | InspectReport
+
+
 def human_bytes(count: int) -> str:
     """Decimal units, as file sizes on the Hub."""
     value = float(count)
@@ -139,7 +158,7 @@ def human_bytes(count: int) -> str:
     return f"{value:.2f} GB"
 
 
-def run(output: Output, report: Report, work: Callable[[ProgressBar], None], show: Callable[[], None]) -> NoReturn:
+def run(output: Output, report: AnyReport, work: Callable[[ProgressBar], None], show: Callable[[], None]) -> NoReturn:
     """Do the work, say how it ended, and exit with the documented code.
 
     Args:
@@ -168,20 +187,20 @@ def run(output: Output, report: Report, work: Callable[[ProgressBar], None], sho
     raise typer.Exit(report.exit_code)
 
 
-def _note_error(report: Report, error: MoptError) -> None:
+def _note_error(report: AnyReport, error: MoptError) -> None:
     status: Status = "refused"
     if isinstance(error, CheckFailedError):
         status = "mismatch"
     elif isinstance(error, StorageError | InternalError):
         status = "error"
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError) and isinstance(report, Report):
         report.output.published = error.published
         report.output.kept_at = error.kept_at
     _end(report, status, error.exit_code, error.code, error.message, error.hint, error.path)
 
 
 def _end(
-    report: Report,
+    report: AnyReport,
     status: Status,
     exit_code: ExitCode,
     code: str,
@@ -204,7 +223,7 @@ def reader_may_leave() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(output: Output, report: Report, show: Callable[[], None]) -> None:
+def _tell(output: Output, report: AnyReport, show: Callable[[], None]) -> None:
     with reader_may_leave():
         for warning in report.warnings:
             output.aside(f"warning: {warning['message']} [{warning['code']}]")
@@ -221,7 +240,7 @@ def _tell(output: Output, report: Report, show: Callable[[], None]) -> None:
             typer.echo(text)
 
 
-def _write_report(output: Output, report: Report, text: str) -> None:
+def _write_report(output: Output, report: AnyReport, text: str) -> None:
     assert output.report_path is not None
     try:
         output.report_path.write_text(text + "\n", encoding="ascii")

@@ -89,24 +89,15 @@ def _shard_bytes(text: str) -> int:
 
 
 def _show(out: "Output", report: "Report") -> None:
-    from modelopt_convert.cli._output import human_bytes
+    from modelopt_convert.cli._output import human_bytes, show_written
 
-    files = len(report.output.shards)
-    verb = "would write" if report.status == "planned" else "wrote"
-    size = human_bytes(report.output.bytes)
-    out.line(f"{verb} {report.output.path}: {report.output.tensors} tensors, {size} in {files} file{'s'[: files != 1]}")
-    out.line("")
+    show_written(out, report)
     out.table(
         ["pattern kept in BF16", "matched", "replaced", "bytes", "kind"],
         [
             [rule.pattern, str(rule.matched), str(rule.replaced), human_bytes(rule.bytes), rule.kind]
             for rule in report.rules
         ],
-    )
-    out.line("")
-    out.table(
-        ["input", "tensors", "fate"],
-        [[name, str(count), fate] for name, fates in report.counts.items() for fate, count in fates.items()],
     )
     out.line("")
     if report.status == "planned":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
-from modelopt_convert.transforms.scales import scale_readings
+from modelopt_convert.transforms.scales import scale_readings, swizzle_128x4
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -90,3 +90,16 @@ def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, o
     if order not in readings:
         raise ValueError(f"scales {list(stored)} cannot be [{rows}, {columns}] in the {order} order")
     return to_bytes(readings[order])
+
+
+def swizzle_scales(raw: bytes, stored: Sequence[int]) -> memoryview:
+    """Bring row-major block scales into the 128x4 order, padded.
+
+    Args:
+        raw: All bytes of the tensor.
+        stored: Its shape [N, K/16].
+
+    Raises:
+        ValueError: Not two dimensions.
+    """
+    return to_bytes(swizzle_128x4(from_bytes(raw, "F8_E4M3", stored)))

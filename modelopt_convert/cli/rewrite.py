@@ -1,0 +1,124 @@
+"""``mopt swap-nibbles`` and ``mopt unswizzle-scales``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from modelopt_convert.cli import _options as options
+
+if TYPE_CHECKING:
+    from modelopt_convert.cli._output import Output
+    from modelopt_convert.report import Report
+    from modelopt_convert.rewrite import Kind
+
+SourceArgument = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="A transformer folder, or one .safetensors file; it is not changed.")
+]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.")]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="BASE", help="The unquantized base: only what needs it is rewritten, and proven."),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force-names", help="Rewrite although loaders guess the old layout from the tensor names.")
+]
+
+
+def swap_nibbles(
+    source: SourceArgument,
+    output: OutputArgument,
+    base: BaseOption = None,
+    force_names: ForceOption = False,
+    max_error: options.MaxErrorOption = 0.15,
+    overwrite: options.OverwriteOption = False,
+    dry_run: options.DryRunOption = False,
+    json: options.JsonOption = False,
+    report_json: options.ReportOption = None,
+    quiet: options.QuietOption = False,
+    verbose: options.VerboseOption = False,
+    no_color: options.NoColorOption = False,
+) -> None:
+    """Exchange the two codes in every byte of the packed weights.
+
+    \b
+    Examples:
+      mopt swap-nibbles high-first low-first --base FLUX.1-dev
+      mopt swap-nibbles comfy.safetensors low-first
+
+    With --base, exits 1 (already in order) rather than make a right file wrong.
+    """
+    from modelopt_convert.cli._output import Output
+
+    out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
+    _run(out, "swap-nibbles", "swap", source, output, base, force_names, max_error, overwrite, dry_run)
+
+
+def unswizzle_scales(
+    source: SourceArgument,
+    output: OutputArgument,
+    base: BaseOption = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="From row-major to the 128x4 order.")] = False,
+    force_names: ForceOption = False,
+    max_error: options.MaxErrorOption = 0.15,
+    overwrite: options.OverwriteOption = False,
+    dry_run: options.DryRunOption = False,
+    json: options.JsonOption = False,
+    report_json: options.ReportOption = None,
+    quiet: options.QuietOption = False,
+    verbose: options.VerboseOption = False,
+    no_color: options.NoColorOption = False,
+) -> None:
+    """Bring block scales from the 128x4 (swizzled) order into row-major order, or back.
+
+    \b
+    Examples:
+      mopt unswizzle-scales post-processed row-major --base FLUX.1-dev
+      mopt unswizzle-scales row-major swizzled --reverse
+
+    With --base, exits 1 (already in order) rather than make a right file wrong.
+    """
+    from modelopt_convert.cli._output import Output
+
+    out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
+    kind: Kind = "swizzle" if reverse else "unswizzle"
+    _run(out, "unswizzle-scales", kind, source, output, base, force_names, max_error, overwrite, dry_run)
+
+
+def _run(
+    out: "Output",
+    command: str,
+    kind: "Kind",
+    source: Path,
+    output: Path,
+    base: Path | None,
+    force_names: bool,
+    max_error: float,
+    overwrite: bool,
+    dry_run: bool,
+) -> NoReturn:
+    from modelopt_convert.cli._output import run
+    from modelopt_convert.report import OutputReport, Report
+    from modelopt_convert.rewrite import RewriteRequest, rewrite
+
+    out.check_report_path(output)
+    report = Report(command=command, output=OutputReport(path=str(output)))
+    request = RewriteRequest(
+        source=source,
+        output=output,
+        base=base,
+        kind=kind,
+        force_names=force_names,
+        max_error=max_error,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    run(out, report, lambda progress: rewrite(request, report, progress), lambda: _show(out, report))
+
+
+def _show(out: "Output", report: "Report") -> None:
+    from modelopt_convert.cli._output import show_written
+
+    show_written(out, report)
+    for check in report.checks:
+        out.line(f"check: {check['name']} {check['status']}")

@@ -1,0 +1,1 @@
+"""What serving engines believe of a checkpoint, as pure tables by version: one file per engine."""

@@ -1,0 +1,201 @@
+"""SGLang Diffusion's view of an NVFP4 checkpoint: how it infers, merges and defaults. Pure, no torch.
+
+Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference from shards, lookup order of configs),
+``runtime/layers/quantization/modelopt_quant.py`` (``from_config`` and its defaults) and
+``runtime/loader/transformer_load_utils.py`` (``_merge_modelopt_fp4_configs``).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelopt_convert.header import TensorInfo
+
+VERSION = "sglang@0.5.23"
+
+# These names, and marker tensors, are the only things from which swapped nibbles and swizzled scales are inferred; both
+# together, and no config key overrides it.
+PACKED_QKV = re.compile(r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.")
+MARKER = ".comfy_quant"
+FLAT_METADATA_KEYS = ("_quantization_metadata", "quantization_config")
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """What the engine will take the checkpoint for.
+
+    Attributes:
+        engine: Name and version.
+        quantized: Whether it will be loaded as NVFP4 at all.
+        nibble_order: Which nibble it reads as the even column.
+        scale_layout: In which order it reads the scales.
+        group_size: Columns per scale.
+        modules: Modules it takes for packed.
+        because: What each belief rests on.
+        refuses: Why it will not load the checkpoint at all, or None.
+    """
+
+    engine: str
+    quantized: bool
+    nibble_order: Literal["low", "high"]
+    scale_layout: Literal["linear", "128x4"]
+    group_size: int | None
+    modules: frozenset[str]
+    because: tuple[str, ...]
+    refuses: str | None
+
+
+def believe(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+) -> Belief:
+    """What SGLang 0.5.23 believes.
+
+    Args:
+        tensors: Every tensor, with the file it lies in.
+        metadata: Header metadata by file.
+        config: config.json.
+    """
+    because: list[str] = []
+    names = list(tensors)
+    packed_qkv = next((name for name in names if PACKED_QKV.match(name)), None)
+    marker = next((name for name in names if name.endswith(MARKER)), None)
+    if packed_qkv is not None:
+        because.append(f"swapped and swizzled, from the packed-QKV name {packed_qkv}")
+    if marker is not None:
+        because.append(f"swapped and swizzled, from the marker {marker}")
+    inferred = packed_qkv is not None or marker is not None
+    modules = _packed_modules(tensors) | _layers(metadata)
+    declared = _declared(metadata, config)
+    swap, layout = inferred, "swizzled" if inferred else "linear"
+    if declared is not None:
+        source, keys = declared
+        said = bool(keys.get("swap_weight_nibbles", keys.get("checkpoint_uses_packed_qkv", False)))
+        if "swap_weight_nibbles" in keys:
+            because.append(f"swap_weight_nibbles {said} in {source}")
+        swap = swap or said
+        said_layout = str(keys.get("checkpoint_weight_scale_layout", "linear"))
+        if "checkpoint_weight_scale_layout" in keys:
+            because.append(f"checkpoint_weight_scale_layout {said_layout} in {source}")
+        layout = said_layout if layout == "linear" else layout
+    if not because:
+        because.append("no key, no marker, no packed-QKV name: the defaults, low nibble first and linear")
+    group_size = _inferred_group_size(tensors, modules)
+    if group_size is None and declared is not None:
+        group_size = _declared_group_size(declared[1])
+    return Belief(
+        engine=VERSION,
+        quantized=bool(modules) or declared is not None,
+        nibble_order="high" if swap else "low",
+        scale_layout="linear" if layout == "linear" else "128x4",
+        group_size=group_size,
+        modules=frozenset(modules),
+        because=tuple(because),
+        refuses=_refusal(config),
+    )
+
+
+def _refusal(config: Mapping[str, Any]) -> str | None:
+    found = config.get("quantization_config")
+    algorithm = (
+        found.get("quant_algo") if isinstance(found, dict) and found.get("quant_method") == "modelopt" else "NVFP4"
+    )
+    return None if algorithm in ("NVFP4", "FP8") else f"{VERSION} refuses quant_algo {algorithm}"
+
+
+def _packed_modules(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Modules with a U8 weight and a block scale in the same file: shards are looked at one by one."""
+    found: set[str] = set()
+    for name, info in tensors.items():
+        module = name.removesuffix(".weight_scale")
+        if module == name or info.dtype != "F8_E4M3" or len(info.shape) < 2:
+            continue
+        weight = tensors.get(f"{module}.weight")
+        if weight is not None and weight.dtype == "U8" and weight.file == info.file:
+            found.add(module)
+    return found
+
+
+def _layers(metadata: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Modules that a ComfyUI header names as nvfp4."""
+    found: set[str] = set()
+    for entries in metadata.values():
+        layers = _json(entries.get("_quantization_metadata")).get("layers")
+        if isinstance(layers, dict):
+            found |= {
+                name for name, layer in layers.items() if isinstance(layer, dict) and layer.get("format") == "nvfp4"
+            }
+    return found
+
+
+def _declared(
+    metadata: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]] | None:
+    """The first declaration in lookup order: config.json, then the header."""
+    found = config.get("quantization_config")
+    if isinstance(found, dict) and _says_nvfp4(found):
+        return "config.json", found
+    for entries in metadata.values():
+        for key in FLAT_METADATA_KEYS:
+            found = _json(entries.get(key))
+            if _says_nvfp4(found):
+                return f"header {key}", found
+    return None
+
+
+def _says_nvfp4(found: Mapping[str, Any]) -> bool:
+    return found.get("quant_method") == "modelopt" and found.get("quant_algo") == "NVFP4"
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _inferred_group_size(tensors: Mapping[str, TensorInfo], modules: set[str]) -> int | None:
+    for module in sorted(modules):
+        weight, scale = tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_scale")
+        if weight is not None and scale is not None and len(weight.shape) == len(scale.shape) == 2 and scale.shape[1]:
+            columns = weight.shape[1] * 2
+            if columns % scale.shape[1] == 0:
+                return columns // scale.shape[1]
+    return None
+
+
+def _declared_group_size(keys: Mapping[str, Any]) -> int | None:
+    size = keys.get("group_size")
+    groups = keys.get("config_groups")
+    if size is None and isinstance(groups, dict) and groups:
+        first = next(iter(groups.values()))
+        weights = first.get("weights") if isinstance(first, dict) else None
+        size = weights.get("group_size") if isinstance(weights, dict) else None
+    return size if isinstance(size, int) else None
+
+
+def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packed: frozenset[str]) -> list[str]:
+    """Where a belief departs from what is known, in words; answers that are not known contradict nothing.
+
+    Args:
+        belief: The engine's.
+        nibbles: ``low`` or ``high`` if known.
+        scales: ``linear`` or ``128x4`` if known.
+        group_size: Columns per scale.
+        packed: Modules that are NVFP4.
+    """
+    found: list[str] = [belief.refuses] if belief.refuses else []
+    if nibbles in ("low", "high") and belief.nibble_order != nibbles:
+        found.append(
+            f"{belief.engine} would read the {belief.nibble_order} nibble as the even column, it is the {nibbles}"
+        )
+    if scales in ("linear", "128x4") and belief.scale_layout != scales:
+        found.append(f"{belief.engine} would read the scales as {belief.scale_layout}, they are {scales}")
+    if belief.group_size not in (None, group_size):
+        found.append(f"{belief.engine} would read groups of {belief.group_size}, they are of {group_size}")
+    missed = sorted(packed - belief.modules)
+    if missed:
+        found.append(f"{belief.engine} would take {len(missed)} packed modules for unquantized ({missed[0]} first)")
+    return found

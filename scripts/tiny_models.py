@@ -1,0 +1,233 @@
+"""The families of make_export.py: small transformers of diffusers, and how ModelOpt's diffusers example treats each.
+
+A new family needs one function that makes the inputs of a forward pass, and one entry of FAMILIES. What to mind:
+
+- Every Linear that is quantized has a number of input features divisible by 16, the block size of NVFP4.
+- Every Linear that is quantized runs in the forward pass; one that does not gets no input_scale in the export.
+- Recipes that leave the outer blocks alone by index are adapted to the depth here, so that inner blocks are quantized.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Mapping[str, Any]
+
+
+class Draw:
+    """Makes the tensors of a calibration run, all in one dtype, the random ones always the same."""
+
+    def __init__(self, dtype: "torch.dtype") -> None:
+        """Start over, with a seed of its own."""
+        import torch
+
+        self.dtype = dtype
+        self._generator = torch.Generator().manual_seed(7)
+
+    def random(self, *shape: int) -> "torch.Tensor":
+        """Normally distributed numbers."""
+        import torch
+
+        return torch.randn(*shape, generator=self._generator).to(self.dtype)
+
+    def full(self, value: float, *shape: int) -> "torch.Tensor":
+        """The same number everywhere."""
+        import torch
+
+        return torch.full(shape, value, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of transformers, a small config of it, and a ModelOpt recipe."""
+
+    class_name: str  # in diffusers
+    config: Config
+    inputs: Callable[[Config, Draw], dict[str, Any]]  # the arguments of a forward pass, given the model's whole config
+    left_alone: str  # what the recipe does not quantize: a regular expression for the start of a parameter's name
+    attention: bool = False  # whether the recipe calibrates FP8 attention, which leaves its amax in the export
+    base_dtype: str = "bfloat16"  # of the base on disk
+    gain: float = 1 / 3  # of the weights; a third keeps activations about as large as they come, within float16
+
+    def leaves_alone(self, name: str) -> bool:
+        """Whether the recipe leaves a parameter or quantizer in the precision that it has."""
+        return "bmm" in name or re.match(self.left_alone, name) is not None
+
+
+def _flux1_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, 16, config["in_channels"]),
+        "encoder_hidden_states": draw.random(1, 8, config["joint_attention_dim"]),
+        "pooled_projections": draw.random(1, config["pooled_projection_dim"]),
+        "timestep": draw.full(0.5, 1),
+        "img_ids": draw.full(0, 16, 3),
+        "txt_ids": draw.full(0, 8, 3),
+        "guidance": draw.full(3.5, 1),
+    }
+
+
+def _flux2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, 16, config["in_channels"]),
+        "encoder_hidden_states": draw.random(1, 8, config["joint_attention_dim"]),
+        "timestep": draw.full(0.5, 1),
+        "img_ids": draw.full(0, 16, 4),
+        "txt_ids": draw.full(0, 8, 4),
+        "guidance": draw.full(3.5, 1),
+    }
+
+
+def _wan_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, config["in_channels"], 2, 8, 8),
+        "timestep": draw.full(500, 1),
+        "encoder_hidden_states": draw.random(1, 8, config["text_dim"]),
+    }
+
+
+def _qwen_image_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, 16, config["in_channels"]),
+        "encoder_hidden_states": draw.random(1, 8, config["joint_attention_dim"]),
+        "encoder_hidden_states_mask": draw.full(1, 1, 8),
+        "timestep": draw.full(0.5, 1),
+        "img_shapes": [[(1, 4, 4)]],
+    }
+
+
+def _hunyuan_video_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, config["in_channels"], 2, 8, 8),
+        "timestep": draw.full(500, 1),
+        "encoder_hidden_states": draw.random(1, 8, config["text_embed_dim"]),
+        "encoder_attention_mask": draw.full(1, 1, 8),
+        "pooled_projections": draw.random(1, config["pooled_projection_dim"]),
+        "guidance": draw.full(6000, 1),
+    }
+
+
+def _ltx2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, 2 * 2 * 4, config["in_channels"]),
+        "audio_hidden_states": draw.random(1, 8, config["audio_in_channels"]),
+        "encoder_hidden_states": draw.random(1, 8, config["caption_channels"]),
+        "audio_encoder_hidden_states": draw.random(1, 8, config["caption_channels"]),
+        "timestep": draw.full(500, 1),
+        "encoder_attention_mask": draw.full(1, 1, 8),
+        "audio_encoder_attention_mask": draw.full(1, 1, 8),
+        "num_frames": 2,
+        "height": 2,
+        "width": 4,
+        "audio_num_frames": 8,
+    }
+
+
+_FLUX_LEFT_ALONE = (
+    r"proj_out|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation)"
+)
+
+FAMILIES = {
+    "flux1": Family(
+        class_name="FluxTransformer2DModel",
+        config={
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 32,
+            "num_attention_heads": 5,
+            "joint_attention_dim": 96,
+            "pooled_projection_dim": 48,
+            "guidance_embeds": True,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        inputs=_flux1_inputs,
+        left_alone=_FLUX_LEFT_ALONE,
+        attention=True,
+        gain=1,
+    ),
+    "flux2": Family(
+        class_name="Flux2Transformer2DModel",
+        config={
+            "in_channels": 64,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 32,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 96,
+            "timestep_guidance_channels": 64,
+            "axes_dims_rope": (8, 8, 8, 8),
+        },
+        inputs=_flux2_inputs,
+        left_alone=_FLUX_LEFT_ALONE,
+        attention=True,
+    ),
+    # The bases on the Hub are F32, and diffusers keeps some of it (_keep_in_fp32_modules) whatever dtype it loads in.
+    "wan": Family(
+        class_name="WanTransformer3DModel",
+        config={
+            "num_attention_heads": 3,
+            "attention_head_dim": 32,
+            "text_dim": 64,
+            "freq_dim": 64,
+            "ffn_dim": 288,
+            "num_layers": 6,
+            "rope_max_seq_len": 64,
+        },
+        inputs=_wan_inputs,
+        left_alone=r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|4|5)\.)",
+        base_dtype="float32",
+    ),
+    "qwen_image": Family(
+        class_name="QwenImageTransformer2DModel",
+        config={
+            "in_channels": 64,
+            "num_layers": 6,
+            "attention_head_dim": 32,
+            "num_attention_heads": 3,
+            "joint_attention_dim": 64,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        inputs=_qwen_image_inputs,
+        left_alone=r"(?!transformer_blocks\.(2|3)\.)",
+    ),
+    "hunyuan_video": Family(
+        class_name="HunyuanVideoTransformer3DModel",
+        config={
+            "num_attention_heads": 3,
+            "attention_head_dim": 32,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 64,
+            "pooled_projection_dim": 48,
+            "rope_axes_dim": (8, 12, 12),
+        },
+        inputs=_hunyuan_video_inputs,
+        left_alone=r".*(time_text_embed|context_embedder|norm_out|x_embedder)",
+    ),
+    "ltx2": Family(
+        class_name="LTX2VideoTransformer3DModel",
+        config={
+            "in_channels": 64,
+            "out_channels": 64,
+            "num_attention_heads": 3,
+            "attention_head_dim": 32,
+            "cross_attention_dim": 96,
+            "audio_in_channels": 64,
+            "audio_out_channels": 64,
+            "audio_num_attention_heads": 3,
+            "audio_attention_head_dim": 16,
+            "audio_cross_attention_dim": 48,
+            "num_layers": 6,
+            "caption_channels": 64,
+            "rope_type": "split",
+        },
+        inputs=_ltx2_inputs,
+        left_alone=r".*(proj_in|time_embed|caption_projection|proj_out|transformer_blocks\.(0|1|4|5)\.)",
+    ),
+}
