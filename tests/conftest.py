@@ -33,21 +33,32 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder with ``base`` and every variant of scripts/make_export.py, as ModelOpt wrote them. Never write there."""
+def _made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str, name: str, *arguments: str) -> Path:
+    """A folder filled by scripts/make_export.py, once for all workers of a test run."""
     shared = tmp_path_factory.getbasetemp()
     if worker_id != "master":
         shared = shared.parent
-    folder = shared / "exports"
-    with FileLock(shared / "exports.lock"):
+    folder = shared / name
+    with FileLock(shared / f"{name}.lock"):
         if not (folder / "done").exists():
-            from make_export import VARIANTS
-
-            command = [sys.executable, str(ROOT / "scripts" / "make_export.py"), str(folder), *VARIANTS]
+            command = [sys.executable, str(ROOT / "scripts" / "make_export.py"), str(folder), *arguments]
             subprocess.run(command, check=True, capture_output=True, text=True)
             (folder / "done").touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with FLUX.1's ``base`` and every variant of make_export.py, as ModelOpt wrote them. Never write there."""
+    from make_export import VARIANTS
+
+    return _made_once(tmp_path_factory, worker_id, "exports", *VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with ``<family>/base``, ``/nvfp4`` and ``/fp8`` for all families. Never write there."""
+    return _made_once(tmp_path_factory, worker_id, "families", "--family", "all", "nvfp4", "fp8")
 
 
 @pytest.fixture
