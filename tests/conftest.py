@@ -49,7 +49,7 @@ def _made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str, name: s
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder with FLUX.1's ``base`` and every variant of make_export.py, as ModelOpt wrote them. Never write there."""
+    """FLUX.1: ``base`` and every variant of make_export.py, as ModelOpt wrote them. Never write there."""
     from make_export import VARIANTS
 
     return _made_once(tmp_path_factory, worker_id, "exports", *VARIANTS)

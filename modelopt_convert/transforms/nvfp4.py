@@ -83,7 +83,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
     code += magnitude >= 3.5
     code += magnitude > 5.0
     code[values.isnan()] = 7
-    return code + 8 * (values < 0)
+    return code | ((values < 0).to(torch.uint8) << 3)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
