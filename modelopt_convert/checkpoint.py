@@ -179,7 +179,7 @@ class CheckpointReader:
         self._files.clear()
 
     def _open_folder(self, need_config: bool) -> None:
-        names = sorted(os.listdir(self.path))
+        names = self._list()
         if need_config or "config.json" in names:
             raw_config = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
             self.config = parse_json_object(raw_config, code="config", path=str(self.path / "config.json"))
@@ -193,6 +193,28 @@ class CheckpointReader:
             self._check_index(indexes[0], weight_map)
         used = {"config.json", *indexes, *listed}
         self.skipped = tuple(name for name in names if name not in used)
+
+    def _list(self) -> list[str]:
+        """Names in the folder, sorted; what is not UTF-8 is escaped, and so is never taken for a file of ours."""
+        try:
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be listed: {error.strerror}",
+                code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
+                path=str(self.path),
+                hint="give a folder that exists and can be read",
+            ) from error
+        plain = sorted(name.encode(errors="backslashreplace").decode() for name in names)
+        odd = [name for name in plain if name not in names and name.endswith((".safetensors", INDEX_SUFFIX))]
+        if odd:
+            raise InputError(
+                f"{self.path}: {odd[0]!r} is not a UTF-8 file name",
+                code="input.name",
+                path=str(self.path),
+                hint="rename the file",
+            )
+        return plain
 
     def _weight_map(self, indexes: list[str], shards: list[str]) -> dict[str, str] | None:
         where = str(self.path)
@@ -306,9 +328,9 @@ class CheckpointReader:
             _check_link(self.path, path)
             # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
             raise InputError(
-                f"{path}: cannot be opened: {error.strerror}",
+                f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}",
                 code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
                 path=str(path),
                 hint="the checkpoint is incomplete or not readable; download or export it again",

@@ -5,6 +5,7 @@ reference's README disallows but its parser lets pass, such as identical duplica
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -206,4 +207,7 @@ def _tensor_info(name: str, entry: Any, file: str, data_start: int) -> TensorInf
         raise _refuse(
             file, name, f"spans {end - begin} bytes, {dtype} {shape} needs {bits // 8}"[:300], "size_mismatch"
         )
+    if math.prod(size for size in shape if size) >= MAX_INT:
+        # Empty, yet refused by the reference or by torch, depending on where the zero stands.
+        raise _refuse(file, name, f"has the shape {str(shape)[:80]}, whose strides overflow 64 bits", "shape")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 
 from modelopt_convert.errors import InputError
 
-_RANGE = re.compile(r"\[(-?\d{1,6})?:(-?\d{1,6})?\]")
+_RANGE = re.compile(r"\[(-?[0-9]{1,6})?:(-?[0-9]{1,6})?\]")
 
 
 def module_of(tensor: str) -> str:

@@ -59,6 +59,13 @@ class Preset(_Strict):
     nvfp4: KeepRules | None = None
     fp8: KeepRules | None = None
 
+    @field_validator("schema_", mode="before")
+    @classmethod
+    def _version(cls, version: object) -> object:
+        if type(version) is not int:  # True and 1.0 equal 1
+            raise ValueError("must be the integer 1")
+        return version
+
     @field_validator("keep_fp32")
     @classmethod
     def _patterns(cls, patterns: list[str]) -> list[str]:
@@ -135,18 +142,23 @@ def parse_preset(text: str, *, path: str) -> LoadedPreset:
     """
     try:
         preset = Preset.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}", code="preset.toml", path=path, hint="mend the file") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"{path}: {where}: {first['msg']} ({error.error_count()} in all)",
-            code="preset.field",
-            path=path,
-            hint="`mopt presets flux1-dev` prints a whole one to start from",
-        ) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            raise _field_error(error, path) from error
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="mend the file") from error
     return LoadedPreset(preset=preset, text=text, path=path)
+
+
+def _field_error(error: ValidationError, path: str) -> InputError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return InputError(
+        f"{path}: {where}: {first['msg']} ({error.error_count()} in all)",
+        code="preset.field",
+        path=path,
+        hint="`mopt presets flux1-dev` prints a whole one to start from",
+    )
 
 
 def preset_names() -> list[str]:

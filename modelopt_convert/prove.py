@@ -116,9 +116,9 @@ def _check_scales(
     plan: BuildPlan,
     proof: Proof,
     advance: Callable[[int], None],
-) -> dict[str, Tensor]:
+) -> dict[str, float]:
     """Global scales by module, after all scales were looked at; modules to be replaced are excused."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
     for module in plan.modules.values():
         try:
             if module.fault is not None:
@@ -132,7 +132,11 @@ def _check_scales(
     return found
 
 
-def _usable_scales(export: CheckpointReader, base: CheckpointReader, module: Nvfp4Module) -> Tensor:
+def _usable_scales(export: CheckpointReader, base: CheckpointReader, module: Nvfp4Module) -> float:
+    """The global scale, after all scales of the module were looked at.
+
+    A float: many small tensors held between large ones keep the allocator from giving memory back.
+    """
     hint = f"the module was all zero or never calibrated; export again, or --keep-bf16 '{module.name}'"
 
     def refuse(role: str, expected: str, found: str) -> InputError:
@@ -165,7 +169,7 @@ def _usable_scales(export: CheckpointReader, base: CheckpointReader, module: Nvf
         ]
         if min(counts):
             raise refuse("weight_scale", "non-zero scales", f"{min(counts)} zero that no underflow explains")
-    return global_scale
+    return float(global_scale)
 
 
 def _unexplained_zeros(base: CheckpointReader, module: Nvfp4Module, zero: Tensor, global_scale: Tensor) -> int:
@@ -177,9 +181,9 @@ def _unexplained_zeros(base: CheckpointReader, module: Nvfp4Module, zero: Tensor
     return count
 
 
-def _note_fused(plan: BuildPlan, scales: dict[str, Tensor], proof: Proof) -> None:
+def _note_fused(plan: BuildPlan, scales: dict[str, float], proof: Proof) -> None:
     for group in plan.fused:
-        values = [float(scales[name]) for name in group if name in scales]
+        values = [scales[name] for name in group if name in scales]
         if len(set(values)) > 1:
             proof.fused_differ[", ".join(group)] = max(values) / min(values)
 
@@ -237,7 +241,7 @@ def _judge_module(
     base: CheckpointReader,
     module: Nvfp4Module,
     common_dtype: str,
-    scales: dict[str, Tensor],
+    scales: dict[str, float],
     max_error: float,
 ) -> Judgement:
     readings = _scale_readings(export, module)
@@ -261,7 +265,7 @@ def _judge_module(
         from_bytes(packed, "U8", (len(rows), half)),
         readings,
         rows,
-        scales[module.name],
+        torch.tensor(scales[module.name], dtype=torch.float32),
         max_error=max_error,
     )
 

@@ -70,13 +70,14 @@ class ShardWriter:
             raise InternalError(f"{name!r} is not planned or written twice", code="internal.shard_write")
         offset, left = self._offsets[name], self._sizes[name]
         digest = xxhash.xxh3_128()
-        for chunk in chunks:
-            left -= len(chunk)
+        for piece in chunks:
+            chunk = memoryview(piece)
+            left -= chunk.nbytes  # len() counts elements
             if left < 0:
                 break
             digest.update(chunk)
             fsops.write_all(self._fd, chunk, offset)
-            offset += len(chunk)
+            offset += chunk.nbytes
         if left != 0:
             raise InternalError(
                 f"{name!r}: {self._sizes[name]} bytes were planned, {self._sizes[name] - left} came",

@@ -38,8 +38,10 @@ def parse_json_object(raw: bytes, *, code: str, path: str) -> dict[str, Any]:
     def constant(text: str) -> Any:
         raise refuse(f"{text} is not JSON")
 
+    # To the reference -0 is a float, to Python the integer 0. The hook costs a call per number, so only if needed.
+    integer = (lambda text: -0.0 if text == "-0" else int(text)) if b"-0" in raw else None
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
         if not isinstance(value, dict):
             raise refuse(f"expected a JSON object, found {type(value).__name__}")
         if b"\\u" in raw:

@@ -90,7 +90,11 @@ def content_of(file: bytes) -> Contents:
 
 def reference(file: bytes) -> Contents:
     """What safetensors makes of it; raises if it refuses."""
-    found = deserialize(file)
-    if all(info["dtype"] in LOADABLE for _, info in found):
-        assert {n: tuple(t.shape) for n, t in load(file).items()} == {n: tuple(i["shape"]) for n, i in found}
-    return {name: (info["dtype"], tuple(info["shape"]), bytes(info["data"])) for name, info in found}
+    found = {name: (info["dtype"], tuple(info["shape"]), bytes(info["data"])) for name, info in deserialize(file)}
+    if all(dtype in LOADABLE for dtype, _, _ in found.values()):
+        loaded = load(file)
+        assert loaded.keys() == found.keys()
+        for name, tensor in loaded.items():
+            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert (tensor.dtype, tuple(tensor.shape), raw) == (TORCH[found[name][0]], *found[name][1:])
+    return found
