@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.dialects.modelopt import check_nvfp4_config, find_nvfp4_modules
+from modelopt_convert.dialects.modelopt import BLOCK_SIZE, check_nvfp4_config, find_nvfp4_modules
+from modelopt_convert.engines.sglang import believe, misread
+from modelopt_convert.errors import InputError
+from modelopt_convert.header import TensorInfo
 from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import BuildPlan
 from modelopt_convert.shard_writer import METADATA
@@ -40,6 +43,29 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
                 faults.append(f"fused group {', '.join(group)} is not whole")
         faults += _config_faults(reader, set(modules), str(folder))
     return faults
+
+
+def refuse_misread(plan: BuildPlan, path: str) -> None:
+    """Refuse, before any work, what the target engine would misread although it is written right.
+
+    Raises:
+        InputError: ``engine.misread``.
+    """
+    tensors = {
+        spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, shard.file, 0, spec.num_bytes)
+        for shard in plan.shards
+        for spec in shard.tensors
+    }
+    metadata = {shard.file: shard.metadata for shard in plan.shards}
+    belief = believe(tensors, metadata, plan.config)
+    faults = misread(belief, nibbles="low", scales="linear", group_size=BLOCK_SIZE, packed=frozenset(plan.packed))
+    if faults:
+        raise InputError(
+            f"{path}: {faults[0]} ({belief.because[0]})",
+            code="engine.misread",
+            path=path,
+            hint="give export and base in diffusers' naming; nothing else can change what the engine believes",
+        )
 
 
 def _config_faults(reader: CheckpointReader, packed: set[str], path: str) -> list[str]:

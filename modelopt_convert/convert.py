@@ -18,7 +18,7 @@ import xxhash
 
 from modelopt_convert import __version__
 from modelopt_convert.card import model_card
-from modelopt_convert.check import check_structure
+from modelopt_convert.check import check_structure, refuse_misread
 from modelopt_convert.checkpoint import CheckpointReader, resolve_component
 from modelopt_convert.errors import CheckFailedError, InputError
 from modelopt_convert.plan import INDEX_NAME, BuildPlan, Keeps, plan_nvfp4
@@ -92,6 +92,7 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
         with timed(report, "plan"):
             plan = plan_nvfp4(export, base, keeps, max_shard_size=request.max_shard_size)
         _note_plan(report, plan, output)
+        refuse_misread(plan, str(export.path))
         if request.dry_run:
             report.status = "planned"
             return

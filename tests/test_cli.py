@@ -17,11 +17,15 @@ from modelopt_convert.cli import app
 MAIN = "from modelopt_convert.cli import main; main()"
 
 # Every flag is a promise; a new one is a decision that somebody should see in this list.
+_WRITING = {"--overwrite", "--dry-run", "-n", "--verbose", "-v", "--max-error"}
+_TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
-        "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--max-error", "--overwrite",
-        "--dry-run", "-n", "--json", "--report-json", "--quiet", "-q", "--verbose", "-v", "--no-color",
+        "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", *_WRITING, *_TELLING,
     },
+    "inspect": {"source", "--base", "--all", "--engine", "--max-error", *_TELLING},
+    "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
+    "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
     "presets": {"name"},
 }  # fmt: skip
 
@@ -40,7 +44,7 @@ def test_flags_are_frozen() -> None:
     assert found == FLAGS
 
 
-@pytest.mark.parametrize("command", [[], ["build-nvfp4"], ["presets"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in FLAGS)])
 def test_help_shows_examples(command: list[str]) -> None:
     for flag in ("--help", "-h"):
         outcome = run_mopt(*command, flag, json_report=False)
