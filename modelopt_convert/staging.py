@@ -28,6 +28,9 @@ ALLOWED_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.
 ALLOWED_FOLDERS = frozenset({"transformer", "transformer_2"})
 MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
 
+_STAGE_SUFFIX = ".mopt-stage-00000000"
+_MAX_NAME_BYTES = 255  # of a file name, on every Linux file system in use
+
 # Where flock is known to exclude. On Lustre, GPFS and some NFS it succeeds for every caller.
 _LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs", "overlay", "f2fs", "zfs"})
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS})
@@ -61,6 +64,8 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
     """
     output = canonical_output(output)
     parent = output.parent
+    if len(os.fsencode(f".{output.name}{_STAGE_SUFFIX}")) > _MAX_NAME_BYTES:
+        raise _refuse(output, "has too long a name for a stage beside it", "name_too_long", "give a shorter --output")
     if output.is_symlink():
         raise _refuse(output, "is a symlink", "symlink", "give the folder itself")
     if not parent.is_dir():

@@ -100,7 +100,7 @@ def small_pair(
     plain = {"norm.weight": torch.ones(8, dtype=torch.bfloat16)}
     packed: Tensors = {}
     for name, weight in weights.items():
-        packed |= quantize(name, weight, global_scale)
+        packed |= quantize(name, weight, None if global_scale is None else global_scale.clone())
     base = {f"{name}.weight": weight for name, weight in weights.items()}
     config = {"_class_name": "SmallTransformer"}
     return (

@@ -1,0 +1,220 @@
+"""Bases that do not fit the export, and exports that were made from another base."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import PACKED, REPLACED, SHARD, refused
+from support import Tensors, build, copy, edit, load, same_bits
+
+KEPT = "time_text_embed.text_embedder.linear_1"  # unquantized in the export
+
+
+def recast(name: str, dtype: torch.dtype) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
+@pytest.mark.parametrize("module", [PACKED, REPLACED, KEPT])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_a_base_in_another_dtype_is_refused(
+    dtype: torch.dtype, module: str, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    other = edit(base, tmp_path / "base", recast(f"{module}.weight", dtype))
+    found = {torch.float8_e4m3fn: "F8_E4M3", torch.float64: "F64"}[dtype]
+    names = (SHARD, f"{module}.weight", "expected BF16, F16 or F32", found)
+    refused(nvfp4, other, tmp_path, code="base.dtype", names=names, hint="unquantized base")
+
+
+@pytest.mark.parametrize("module", [PACKED, REPLACED, KEPT])
+@pytest.mark.parametrize("shape", [(7, 9), (160,), (160, 16, 5), (1, 160)])
+def test_a_base_of_another_shape_is_refused(
+    shape: tuple[int, ...], module: str, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """Another builder took a 7 x 9 tensor for a weight, and [192, 32] F32 tensors for those of a [960, 160] model."""
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{module}.weight"] = torch.zeros(shape)
+
+    other = edit(base, tmp_path / "base", change)
+    names = (SHARD, f"{module}.weight", str(list(shape)))
+    refused(nvfp4, other, tmp_path, code="base.shape", names=names, hint="the base that the export was made from")
+
+
+def test_many_tensors_of_another_shape_are_counted(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def halve(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name] = tensors[name][:16]
+
+    other = edit(base, tmp_path / "base", halve)
+    refused(nvfp4, other, tmp_path, code="base.shape", names=(f"({len(load(other))} tensors in all)",))
+
+
+@pytest.mark.parametrize(
+    "tensor", [f"{module}.{leaf}" for module in (PACKED, REPLACED, KEPT) for leaf in ("weight", "bias")]
+)
+def test_a_tensor_missing_from_the_base_is_refused(tensor: str, nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """A weight or a bias: other builders leave the module packed but listed as BF16, or drop its bias."""
+    other = edit(base, tmp_path / "base", lambda tensors: tensors.pop(tensor))
+    refused(nvfp4, other, tmp_path, code="base.missing_tensor", names=(str(other), tensor), hint="whole")
+
+
+def test_a_base_with_a_tensor_too_many_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    extra = "transformer_blocks.2.norm1.linear.weight"
+    other = edit(base, tmp_path / "base", lambda tensors: tensors.update({extra: torch.zeros(4)}))
+    refused(nvfp4, other, tmp_path, code="export.missing_tensor", names=(SHARD, extra), hint="another base")
+
+
+def set_config(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_class_name", "QwenImageTransformer2DModel"),
+        ("_class_name", None),
+        ("num_layers", 19),
+        ("guidance_embeds", False),
+        ("axes_dims_rope", [16, 56, 56]),
+    ],
+)
+def test_a_base_of_another_class_or_config_is_refused(
+    key: str, value: Any, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    other = edit(base, tmp_path / "base", change_config=set_config(key, value))
+    refused(nvfp4, other, tmp_path, code="base.config", names=(f"{other}/config.json", key, repr(value)))
+
+
+def test_who_wrote_the_base_does_not_matter(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """_diffusers_version and _name_or_path say nothing of the model."""
+    other = edit(base, tmp_path / "base", change_config=set_config("_diffusers_version", "0.30.0"))
+    assert build(nvfp4, other, tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("found", [{"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}])
+def test_a_quantized_base_is_refused(found: Any, nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    other = edit(base, tmp_path / "base", change_config=set_config("quantization_config", found))
+    refused(nvfp4, other, tmp_path, code="base.quantized", names=(f"{other}/config.json",), hint="--base")
+
+
+def test_the_export_as_its_own_base_is_refused(nvfp4: Path, tmp_path: Path) -> None:
+    refused(nvfp4, nvfp4, tmp_path, code="base.quantized", names=("config.json",))
+
+
+def test_packed_weights_are_no_base_even_if_no_config_says_so(nvfp4: Path, tmp_path: Path) -> None:
+    other = edit(nvfp4, tmp_path / "base", change_config=lambda config: config.pop("quantization_config"))
+    refused(nvfp4, other, tmp_path, code="base.shape", names=(SHARD, ".weight"))
+
+
+def test_a_base_that_is_not_finite_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors[f"{PACKED}.weight"][0, 0] = float("nan")
+
+    other = edit(base, tmp_path / "base", spoil)
+    refused(nvfp4, other, tmp_path, code="base.not_finite", names=(SHARD, f"{PACKED}.weight"))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["x_embedder.bias", "x_embedder.weight", "norm_out.linear.weight", "transformer_blocks.0.attn.norm_q.weight"],
+)
+@pytest.mark.parametrize("in_the_base", [False, True])
+def test_unquantized_tensors_that_differ_tell_another_base(
+    tensor: str, in_the_base: bool, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """A merged LoRA, or AWQ, whose exports up to 0.45 look like plain NVFP4 but for this."""
+
+    def change(tensors: Tensors) -> None:
+        changed = tensors[tensor].clone()
+        changed.view(-1)[-1] += 1e-2
+        assert not torch.equal(changed, tensors[tensor])
+        tensors[tensor] = changed
+
+    other = edit(base if in_the_base else nvfp4, tmp_path / "other", change)
+    export, other_base = (nvfp4, other) if in_the_base else (other, base)
+    names = (SHARD, "1 unquantized tensors", tensor)
+    refused(export, other_base, tmp_path, code="export.other_base", names=names, hint="LoRA")
+
+
+def test_many_unquantized_tensors_that_differ_are_counted_and_some_are_named(
+    nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """AWQ's share in a FLUX.1 export: each module left in BF16 is scaled by column."""
+
+    def scale_columns(tensors: Tensors) -> None:
+        for tensor in tensors.values():
+            if tensor.dtype == torch.bfloat16 and tensor.ndim == 2:
+                tensor *= torch.linspace(0.5, 1.5, tensor.shape[1]).to(torch.bfloat16)
+
+    export = edit(nvfp4, tmp_path / "export", scale_columns)
+    names = ("10 unquantized tensors", "context_embedder.weight", "norm_out.linear.weight")
+    refused(export, base, tmp_path, code="export.other_base", names=names, hint="AWQ")
+
+
+def test_other_weights_in_packed_modules_alone_tell_another_base(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """All that is not packed is the same, as after training the packed layers from scratch."""
+    packed = {name for name, tensor in load(nvfp4 / "transformer").items() if tensor.dtype == torch.uint8}
+    generator = torch.Generator().manual_seed(5)
+
+    def replace(tensors: Tensors) -> None:
+        for name in packed:
+            tensors[name] = torch.randn(tensors[name].shape, generator=generator).to(torch.bfloat16)
+
+    other = edit(base, tmp_path / "base", replace)
+    names = (str(nvfp4), "40 of 40 packed weights")
+    refused(
+        nvfp4, other, tmp_path, code="export.other_base", names=names, hint="the base that the export was made from"
+    )
+
+
+def test_a_bias_of_a_packed_module_may_differ_but_is_reported(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """Training after quantization changes biases; runtimes load the export's."""
+    export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors[f"{PACKED}.bias"].add_(0.5))
+    outcome = build(export, base, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert outcome.report["proof"]["biases_differ"] == [PACKED]
+    assert [one["code"] for one in outcome.report["warnings"]] == ["export.biases_differ"]
+    assert same_bits(load(tmp_path / "out")[f"{PACKED}.bias"], load(export)[f"{PACKED}.bias"])
+
+
+def test_a_module_that_no_base_tensor_shares_a_name_with_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """LTX-2 exports have velocity_model. before every name; other builders find nothing to replace and exit 0."""
+
+    def prefix(tensors: Tensors) -> None:
+        renamed = {f"velocity_model.{name}": tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    export = edit(nvfp4, tmp_path / "export", prefix)
+    names = (str(base / "transformer"), "velocity_model.")
+    refused(export, base, tmp_path, code="base.naming", names=names, hint="naming")
+
+
+@pytest.mark.parametrize("which", ["export", "base"])
+def test_a_pipeline_with_two_transformers_is_ambiguous(which: str, nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """Wan2.2: other builders take the first and leave the second out without a word."""
+    pipeline = tmp_path / "pipeline"
+    for name in ("transformer", "transformer_2"):
+        copy(nvfp4 if which == "export" else base, pipeline / name)
+    export, other = (pipeline, base) if which == "export" else (nvfp4, pipeline)
+    names = (which, str(pipeline), "transformer and transformer_2")
+    refused(export, other, tmp_path, code="input.ambiguous", names=names, hint=str(pipeline / "transformer"))
+    # Each of the two can be named.
+    export, other = (pipeline / "transformer_2", base) if which == "export" else (nvfp4, pipeline / "transformer_2")
+    assert build(export, other, tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("which", ["export", "base"])
+@pytest.mark.parametrize("kind", ["absent", "empty", "file"])
+def test_an_input_that_is_no_checkpoint_is_refused(
+    kind: str, which: str, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    nothing = tmp_path / "nothing"
+    if kind == "empty":
+        nothing.mkdir()
+    elif kind == "file":
+        nothing.touch()
+    export, other = (nothing, base) if which == "export" else (nvfp4, nothing)
+    refused(export, other, tmp_path, code="input.missing", names=(which, str(nothing)), hint="transformer")

@@ -1,0 +1,214 @@
+"""Packed weights that are not the base's: a layout that cannot be written (exit 3), and damage (exit 1)."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from faults import PACKED, REPLACED, entries, quantize, refused, small_pair, swap, swizzle
+from support import Tensors, build, edit, load, same_bits
+
+Change = Callable[[Tensors, str], None]
+
+# Scales of these keep their shape when swizzled: rows are a multiple of 128, blocks of 4. One has two tiles each way.
+SHAPES = {"one_tile": (128, 64), "four_tiles": (256, 128), "wide": (128, 256)}
+
+
+def swizzled(tensors: Tensors, module: str) -> None:
+    tensors[f"{module}.weight_scale"] = swizzle(tensors[f"{module}.weight_scale"])
+
+
+def swapped(tensors: Tensors, module: str) -> None:
+    tensors[f"{module}.weight"] = swap(tensors[f"{module}.weight"])
+
+
+def reciprocal(tensors: Tensors, module: str) -> None:
+    tensors[f"{module}.weight_scale_2"] = 1.0 / tensors[f"{module}.weight_scale_2"]
+
+
+LAYOUTS: dict[Change, str] = {
+    swapped: "the even column in the high nibble",
+    swizzled: "the scales in the 128x4 order",
+}
+COMBINATIONS = [[swapped], [swizzled], [swapped, swizzled]]
+
+
+def relaid(export: Path, target: Path, changes: Sequence[Change], modules: Iterable[str]) -> Path:
+    """A copy laid out in another way, of which nothing tells: names, dtypes and shapes are those of a right one."""
+
+    def change(tensors: Tensors) -> None:
+        for one, module in itertools.product(changes, modules):
+            one(tensors, module)
+
+    edit(export, target, change)
+    before, after = load(export), load(target)
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in before.items()}
+    assert kinds == {name: (tensor.dtype, tensor.shape) for name, tensor in after.items()}
+    assert any(not same_bits(tensor, after[name]) for name, tensor in before.items())
+    return target
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS)
+@pytest.mark.parametrize("modules", [tuple(SHAPES), *((name,) for name in SHAPES)])
+def test_other_layouts_are_put_in_order_and_said(
+    modules: tuple[str, ...], changes: list[Change], tmp_path: Path
+) -> None:
+    """In all modules or in one: taken for canonical, any of them would be noise."""
+    right, base = small_pair(tmp_path / "made", SHAPES)
+    export = relaid(right, tmp_path / "export", changes, modules)
+    assert build(right, base, tmp_path / "right", preset="none").exit_code == 0
+    outcome = build(export, base, tmp_path / "out", preset="none")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    warnings = [one["message"] for one in outcome.report["warnings"] if one["code"] == "export.layout"]
+    found = [f"{len(modules)} of 3 modules have {LAYOUTS[one]}" for one in changes]
+    assert [message.partition(";")[0] for message in warnings] == found
+    expected, out = load(tmp_path / "right"), load(tmp_path / "out")
+    assert expected.keys() == out.keys()
+    assert [name for name in expected if not same_bits(expected[name], out[name])] == []
+
+
+@pytest.mark.parametrize("more", [[], [swapped], [swizzled], [swapped, swizzled]])
+@pytest.mark.parametrize("modules", [tuple(SHAPES), ("wide",)])
+def test_a_reciprocal_global_scale_is_refused(modules: tuple[str, ...], more: list[Change], tmp_path: Path) -> None:
+    """compressed-tensors divides by its global scale; under ModelOpt's name that is no mere layout."""
+    right, base = small_pair(tmp_path / "made", SHAPES)
+    export = relaid(right, tmp_path / "export", [reciprocal, *more], modules)
+    names = (str(export), f"{len(modules)} of 3 modules", "reciprocal weight_scale_2 (", min(modules))
+    refused(export, base, tmp_path, code="export.layout", names=names, preset="none")
+
+
+def test_a_real_export_with_reciprocal_global_scales_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    scales = [name for name in load(nvfp4 / "transformer") if name.endswith(".weight_scale_2")]
+    modules = [name.removesuffix(".weight_scale_2") for name in scales]
+    export = relaid(nvfp4 / "transformer", tmp_path / "export", [reciprocal], modules)
+    refused(export, base, tmp_path, code="export.layout", names=("40 of 40 modules", "reciprocal"))
+
+
+def test_a_replaced_module_with_a_reciprocal_global_scale_is_refused_too(
+    nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """Its bytes would not be used, but they tell that the export is not what it seems."""
+    export = relaid(nvfp4 / "transformer", tmp_path / "export", [reciprocal], [REPLACED])
+    refused(export, base, tmp_path, code="export.layout", names=("1 of 40 modules", REPLACED))
+
+
+def test_the_swizzle_of_these_tests_is_cublas_order() -> None:
+    """Positions given in cuBLAS's documentation of the 1D block scaling layout: (row, column) to offset."""
+    scale = torch.arange(256 * 8).to(torch.uint8).view(256, 8)
+    flat = swizzle(scale).flatten()
+    for (row, column), offset in {
+        (0, 0): 0,
+        (0, 3): 3,
+        (1, 0): 16,
+        (31, 0): 496,
+        (32, 0): 4,
+        (127, 3): 511,
+        (0, 4): 512,
+        (128, 0): 1024,
+        (255, 7): 2047,
+    }.items():
+        assert int(flat[offset]) == int(scale[row, column])
+
+
+def rolled_rows(tensors: Tensors) -> None:
+    for role in ("weight", "weight_scale"):
+        raw = tensors[f"{PACKED}.{role}"].view(torch.uint8)
+        tensors[f"{PACKED}.{role}"] = raw.roll(1, dims=0).view(tensors[f"{PACKED}.{role}"].dtype)
+
+
+def global_scale_off(tensors: Tensors) -> None:
+    tensors[f"{PACKED}.weight_scale_2"] *= 1.05
+
+
+def zeroed_row(tensors: Tensors) -> None:
+    tensors[f"{PACKED}.weight"][0] = 0
+
+
+def dropped_columns(tensors: Tensors) -> None:
+    tensors[f"{PACKED}.weight"][:, 3] = 0  # codes of columns 6 and 7
+
+
+def small_scales(tensors: Tensors) -> None:
+    scale = tensors[f"{PACKED}.weight_scale"]
+    scale[0] = (scale[0].float() / 4).to(scale.dtype)
+
+
+@pytest.mark.parametrize("damage", [rolled_rows, global_scale_off, zeroed_row, dropped_columns, small_scales])
+def test_one_damaged_module_fails_the_check_and_is_named(
+    damage: Callable[[Tensors], None], nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    export = edit(nvfp4, tmp_path / "export", damage)
+    before = entries(tmp_path)
+    saved = tmp_path / "report.json"
+    outcome = build(export, base, tmp_path / "out", "--report-json", saved)
+    assert (outcome.exit_code, outcome.error_code) == (1, "check.proof"), outcome.stderr
+    assert "1 of 40 packed modules" in outcome.message and PACKED in outcome.message
+    assert "Nothing was written" in outcome.message
+    # The report is written all the same, and is the only thing that is.
+    report = json.loads(saved.read_text())
+    assert report == outcome.report
+    saved.unlink()
+    assert entries(tmp_path) == before
+    assert (report["status"], report["exit_code"], report["proof"]["status"]) == ("mismatch", 1, "fail")
+    assert report["output"]["published"] is False
+    modules = report["proof"]["modules"]
+    failing = {name for name, module in modules.items() if module["verdict"] != "reproduced"}
+    assert len(modules) == 40 and failing == {PACKED}
+    assert modules[PACKED]["codes_equal"] < modules[PACKED]["codes"]
+    limits = {
+        "rolled_rows": modules[PACKED]["relative_error"] > 1.0,
+        "global_scale_off": modules[PACKED]["gain"] == pytest.approx(1.05, abs=0.01),
+        "zeroed_row": modules[PACKED]["worst_row"] == pytest.approx(1.0),
+        "dropped_columns": modules[PACKED]["worst_column"] == pytest.approx(1.0),
+        "small_scales": modules[PACKED]["worst_row"] > 0.5,
+    }
+    assert limits[damage.__name__]
+
+
+@pytest.mark.parametrize("damage", [global_scale_off, dropped_columns])
+def test_relative_error_alone_would_let_it_pass(
+    damage: Callable[[Tensors], None], nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """Which is why the other limits exist: --max-error cannot loosen them."""
+    export = edit(nvfp4, tmp_path / "export", damage)
+    outcome = build(export, base, tmp_path / "out", "--max-error", "10")
+    assert (outcome.exit_code, outcome.error_code) == (1, "check.proof") and outcome.report is not None
+    assert outcome.report["proof"]["modules"][PACKED]["relative_error"] < 0.15
+
+
+def test_damage_in_a_replaced_module_fails_the_check_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors[f"{REPLACED}.weight"][0].zero_())
+    refused(export, base, tmp_path, code="check.proof", exit_code=1, names=(REPLACED,))
+
+
+def test_a_few_modules_of_other_weights_fail_the_check(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """Not enough of them to say that the whole base is another."""
+    modules = [f"single_transformer_blocks.{block}.{leaf}" for block in (0, 1) for leaf in ("proj_out", "norm.linear")]
+    weights = load(base / "transformer")
+
+    def change(tensors: Tensors) -> None:
+        generator = torch.Generator().manual_seed(3)
+        for module in modules:
+            weight = weights[f"{module}.weight"]
+            other = quantize(module, torch.randn(weight.shape, generator=generator).to(weight.dtype))
+            tensors.update({name: tensor for name, tensor in other.items() if not name.endswith("input_scale")})
+
+    export = edit(nvfp4, tmp_path / "export", change)
+    outcome = refused(export, base, tmp_path, code="check.proof", exit_code=1, names=("4 of 40", *modules))
+    assert outcome.report is not None
+    assert outcome.report["proof"]["counts"] == {"reproduced": 36, "unrelated": 4}
+
+
+def test_max_error_decides_where_codes_are_not_reproduced(exports: Path, base: Path, tmp_path: Path) -> None:
+    """A real export of weights trained a little further: near the base, not quantized from it."""
+    export = exports / "nvfp4_trained"
+    outcome = build(export, base, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert "proof.not_reproduced" in {one["code"] for one in outcome.report["warnings"]}
+    found = [one["relative_error"] for one in outcome.report["proof"]["modules"].values()]
+    (tmp_path / "strict").mkdir()
+    limit = str(sorted(found)[len(found) // 2])
+    names = (f"{len([one for one in found if one > float(limit)])} of 40",)
+    refused(export, base, tmp_path / "strict", "--max-error", limit, code="check.proof", exit_code=1, names=names)
