@@ -10,12 +10,23 @@ from modelopt_convert.transforms.nvfp4 import (
     decode_e2m1,
     dequantize_nvfp4,
     encode_e2m1,
+    pack_e2m1,
     quantize_codes,
+    quantize_nvfp4,
+    shared_global_scale,
     swap_nibbles,
     unpack_e2m1,
 )
-from modelopt_convert.transforms.raw import cast_chunk, cast_paths, equal_after, from_bytes, to_bytes
-from modelopt_convert.transforms.scales import padded_shape, unswizzle_128x4
+from modelopt_convert.transforms.raw import (
+    cast_chunk,
+    cast_paths,
+    equal_after,
+    from_bytes,
+    reorder_scales,
+    repack_rows,
+    to_bytes,
+)
+from modelopt_convert.transforms.scales import padded_shape, swizzle_128x4, unswizzle_128x4
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
@@ -107,6 +118,60 @@ def test_unswizzle_undoes_modelopts_swizzle(rows: int, columns: int, seed: int) 
     assert tuple(swizzled.shape) == padded_shape(rows, columns)
     back = unswizzle_128x4(swizzled, rows, columns)
     assert same_bits(back, scale.view(torch.float8_e4m3fn)) and back.is_contiguous()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 13), st.integers(0, 2**31))
+def test_swizzle_is_comfy_kitchens_and_undone(rows: int, columns: int, seed: int) -> None:
+    from comfy_kitchen.float_utils import to_blocked
+
+    raw = torch.randint(0, 127, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    scale = raw.view(torch.float8_e4m3fn)
+    before = scale.clone()
+    swizzled = swizzle_128x4(scale)
+    assert same_bits(scale, before) and tuple(swizzled.shape) == padded_shape(rows, columns)
+    assert torch.equal(swizzled.view(torch.uint8).flatten(), to_blocked(raw).flatten())
+    assert same_bits(unswizzle_128x4(swizzled, rows, columns), scale)
+    assert torch.equal(swizzle_128x4(scale).view(torch.uint8), swizzled.view(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights)
+def test_quantizer_has_modelopts_bytes(case: tuple[tuple[int, int], torch.dtype, int, float]) -> None:
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    shape, dtype, seed, magnitude = case
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(shape, generator=generator).pow(3) * magnitude).to(dtype)
+    weight[0, :16] = 0 if shape[0] > 1 else weight[0, :16]
+    before = weight.clone()
+    oracle, scale, global_scale = NVFP4QTensor.quantize(weight.clone(), 16)
+    assert same_bits(shared_global_scale([weight]), global_scale)
+    packed, ours = quantize_nvfp4(weight, global_scale)
+    assert same_bits(packed, oracle._quantized_data) and same_bits(ours, scale)
+    assert same_bits(weight, before)
+    # A fused group shares the largest scale.
+    assert same_bits(shared_global_scale([weight / 2, weight]), global_scale)
+
+
+def test_pack_is_compressed_tensors_pack() -> None:
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
+    codes = torch.arange(16, dtype=torch.uint8).repeat(16, 2)
+    codes = torch.cat([codes, codes.flip(0, 1)])
+    assert torch.equal(pack_e2m1(codes), pack_fp4_to_uint8(decode_e2m1(codes).to(torch.bfloat16)))
+
+
+def test_shapes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        quantize_nvfp4(torch.zeros(2, 24), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="N, K/16"):
+        swizzle_128x4(torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="not zero"):
+        repack_rows(b"\x01" * 8, 4, 3, 2, swap=False)
+    assert bytes(repack_rows(b"\x12\x34\x00" * 2, 3, 2, 2, swap=True)) == b"\x21\x43" * 2
+    with pytest.raises(ValueError, match="128x4"):
+        reorder_scales(b"\0" * 6, (2, 3), 2, 3, "128x4")
 
 
 def test_unswizzle_refuses_what_has_another_size() -> None:
