@@ -8,9 +8,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shlex
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Literal, NoReturn, Self
 from modelopt_convert import fsops
 from modelopt_convert.errors import OutputRefusedError, StorageError
 from modelopt_convert.header import TensorSpec
-from modelopt_convert.shard_writer import ShardWriter
+from modelopt_convert.shard_writer import METADATA, ShardWriter
 
 # What a model repo holds. Anything else in OUT is somebody's work, and OUT is then not replaced.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".md"})
@@ -96,12 +98,16 @@ def canonical_output(output: Path) -> Path:
 
 def find_stranger(folder: Path) -> str | None:
     """What makes ``folder`` something else than a plain checkpoint, in words; None if nothing does."""
-    entries = sorted(folder.iterdir())
     if not any((folder / name).is_file() for name in MANIFEST_NAMES):
         return f"is not a checkpoint: it has none of {', '.join(MANIFEST_NAMES)}"
     if not any(folder.rglob("*.safetensors")):
         return "is not a checkpoint: it holds no .safetensors file"
-    for entry in entries:
+    return _foreign_entry(folder)
+
+
+def _foreign_entry(folder: Path) -> str | None:
+    """The first thing in ``folder`` that no checkpoint holds, in words; None if there is none."""
+    for entry in sorted(folder.iterdir()):
         inner = sorted(entry.iterdir()) if entry.name in ALLOWED_FOLDERS and _is_real_dir(entry) else [entry]
         for item in inner:
             known = item.suffix in ALLOWED_SUFFIXES or item.name in ALLOWED_NAMES
@@ -126,6 +132,7 @@ class StagingDir:
         self._prefix = f".{self.output.name}.mopt-"
         self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
         self._lock: int | None = None
+        self._made = False
         self._durable = True
         self._done = False
 
@@ -151,12 +158,14 @@ class StagingDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the stage unless it was published or kept."""
+        """Remove the stage unless it was published or kept; an OSError of a write becomes a StorageError."""
         if not self._done:
             self._discard()
         self._unlock()
+        if isinstance(error, OSError):
+            raise storage_error(error, self.output.parent) from error
 
-    def shard(self, name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> ShardWriter:
+    def shard(self, name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str] = METADATA) -> ShardWriter:
         """Begin a shard in the stage; the result is a context manager."""
         return ShardWriter(self.path / name, specs, metadata)
 
@@ -202,7 +211,7 @@ class StagingDir:
         while self._lock is None:  # None again only if another run swept the stage before it was locked
             path = self.output.parent / f"{self._prefix}stage-{secrets.token_hex(4)}"
             fsops.make_dir(path, 0o700)
-            self.path = path
+            self.path, self._made = path, True
             self._lock = _try_lock(path)
 
     def _sweep_dead_stages(self) -> None:
@@ -244,7 +253,13 @@ class StagingDir:
         # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
         # could lose both in a power cut.
         fsops.sync_dir(self.output.parent)
-        fsops.remove_tree(tree)
+        if _foreign_entry(tree):  # somebody put a file into OUT just before it was swapped out
+            fsops.rename(tree, self._kept_name())
+        else:
+            fsops.remove_tree(tree)
+
+    def _kept_name(self) -> Path:
+        return self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
 
     def _check_space(self) -> None:
         status = os.statvfs(self.output.parent)
@@ -284,14 +299,18 @@ class StagingDir:
         fsops.rename(self.output, old)
         try:
             fsops.rename(self.path, self.output)
-        except OSError:
-            fsops.rename(old, self.output)
+        except OSError as error:
+            try:
+                fsops.rename(old, self.output)
+            except OSError:
+                left = f"{error.strerror}; the old one could not be put back, the next run will: it is in {old}"
+                raise OSError(error.errno, left, error.filename) from error
             raise
         return old
 
     def _keep_stage(self, why: str, error: Exception) -> NoReturn:
         """Checked work is not thrown away because of a refused swap: give it a name the user can see."""
-        kept = self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
+        kept = self._kept_name()
         fsops.rename(self.path, kept)
         self._done = True
         target = self.output.parent / f"{self.output.name}.new"
@@ -319,18 +338,19 @@ class StagingDir:
     def _remove_old(self, old: Path | None) -> tuple[str, ...]:
         if old is None:
             return ()
-        if not old.exists():  # a run that started since has swept it already
-            return ()
         try:
-            if stranger := find_stranger(old):  # something was put there after the check: not ours to delete
-                return (f"the old checkpoint was kept in {old}: it {stranger}",)
+            if stranger := _foreign_entry(old):  # put there after the check: not ours to delete
+                kept = self._kept_name()
+                fsops.rename(old, kept)
+                return (f"the old checkpoint was kept in {kept}: it {stranger}",)
             fsops.remove_tree(old)
         except OSError as error:
-            return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
+            if old.exists():  # else a run that started since has swept it
+                return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
         return ()
 
     def _discard(self) -> None:
-        if self._lock is None:
+        if not self._made:
             return
         with contextlib.suppress(OSError):  # the next run sweeps what cannot be removed now
             fsops.remove_tree(self.path)
@@ -386,13 +406,15 @@ def _try_lock(path: Path) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         named, held = path.stat(), os.fstat(fd)
+        if (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
+            return fd
     except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
         os.close(fd)
-        return None
-    if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino):
-        os.close(fd)
-        return None
-    return fd
+        raise
+    os.close(fd)
+    return None
 
 
 def _glob_escape(name: str) -> str:
@@ -405,7 +427,9 @@ def _file_system_of(path: Path) -> str:
     best, kind = -1, "unknown"
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         fields, _, rest = line.partition(" - ")
-        mount = Path(fields.split()[4].encode().decode("unicode_escape"))
+        # Blanks and the like are written in octal.
+        raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), os.fsencode(fields.split()[4]))
+        mount = Path(os.fsdecode(raw))
         if target.is_relative_to(mount) and len(mount.parts) >= best:
             best, kind = len(mount.parts), rest.split()[0]
     return kind
@@ -413,12 +437,24 @@ def _file_system_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    held = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    """Note SIGINT and SIGTERM, and let them act only at the end.
+
+    Not by a signal mask: that is one thread's, and torch's threads would take the signal for the process. Handlers run
+    in the main thread alone, so elsewhere there is nothing to hold.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in handled}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if noted:
+            signal.raise_signal(noted[0])
 
 
 @contextlib.contextmanager

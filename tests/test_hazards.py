@@ -37,6 +37,7 @@ H27   preset lacks proj_mlp                           h27 here
 
 import ast
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -279,25 +280,28 @@ def run(name, count, n):
     room = Path(sys.argv[1]) / name
     outcome = build(*pair(room, count, n), room / "out", "--keep-bf16", "blocks.0.lin", preset="none")
     assert outcome.exit_code == 0, outcome.stderr
-    return outcome.report["peak_working_bytes"]
+    return peak() * 1024
 
-run("small", 2, 256)
-before = peak()
-planned = max(run("many", 60, 2048), run("large", 2, 8192))
-print(json.dumps([(peak() - before) * 1024, planned]))
+before = run("small", 2, 256)
+print(json.dumps([run("many", 60, 2048) - before, run("large", 2, 8192) - before]))
 """
 
 
-def test_h21_neither_a_shard_nor_a_tensor_is_held_whole(tmp_path: Path) -> None:
-    """A base of 268 MB for an output of 175 MB, one tensor of it 134 MB: other builders hold more than both."""
+def test_h21_memory_grows_neither_with_the_model_nor_with_its_shards(tmp_path: Path) -> None:
+    """60 modules, 503 MB of base; then two, 268 MB of base, with one tensor of 134 MB in a shard of 175 MB.
+
+    Other builders hold all that they replace and a shard.
+    """
     paths = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
     command = [sys.executable, "-c", paths + MEMORY, str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    # One thread: on a busy host, threads that wait for each other take most of the time.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "large" / "out" / SHARD).stat().st_size > 170_000_000
-    rise, planned = json.loads(found.stdout.splitlines()[-1])
-    assert planned < 30_000_000
-    assert rise < 100_000_000
+    many, large = json.loads(found.stdout.splitlines()[-1])
+    assert many < 40_000_000
+    assert large < 100_000_000
 
 
 def test_h22_ignore_has_both_spellings(nvfp4: Path, base: Path, tmp_path: Path) -> None:

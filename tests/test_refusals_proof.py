@@ -94,6 +94,34 @@ def test_a_replaced_module_with_a_reciprocal_global_scale_is_refused_too(
     refused(export, base, tmp_path, code="export.layout", names=("1 of 40 modules", REPLACED))
 
 
+@pytest.mark.parametrize("ambiguous", [False, True])
+def test_a_layout_that_cannot_be_told_is_refused(ambiguous: bool, tmp_path: Path) -> None:
+    """Trained weights whose columns come in pairs: with the nibbles swapped they are as near to the base as without."""
+    _, base = small_pair(tmp_path / "made", {"lin": (64, 64), "other": (64, 64)})
+    generator = torch.Generator().manual_seed(2)
+
+    def pair_columns(tensors: Tensors) -> None:
+        if ambiguous:
+            tensors["lin.weight"][:, 1::2] = tensors["lin.weight"][:, 0::2] * 1.05
+
+    base = edit(base, tmp_path / "base", pair_columns)
+    weight = load(base)["lin.weight"]
+    trained = (weight * (1 + 0.03 * torch.randn(weight.shape, generator=generator))).to(weight.dtype)
+
+    def requantize(tensors: Tensors) -> None:
+        tensors |= quantize("lin", trained)
+        swapped(tensors, "lin")
+
+    export = edit(tmp_path / "made" / "export", tmp_path / "export", requantize)
+    if ambiguous:
+        names = (str(export), "1 of 2 modules", "several layouts", "lin first")
+        refused(export, base, tmp_path, code="export.layout", names=names, hint="proven", preset="none")
+        return
+    outcome = build(export, base, tmp_path / "out", preset="none")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert outcome.report["proof"]["counts"] == {"reproduced": 1, "within limits": 1}
+
+
 def test_the_swizzle_of_these_tests_is_cublas_order() -> None:
     """Positions given in cuBLAS's documentation of the 1D block scaling layout: (row, column) to offset."""
     scale = torch.arange(256 * 8).to(torch.uint8).view(256, 8)
@@ -135,7 +163,15 @@ def small_scales(tensors: Tensors) -> None:
     scale[0] = (scale[0].float() / 4).to(scale.dtype)
 
 
-@pytest.mark.parametrize("damage", [rolled_rows, global_scale_off, zeroed_row, dropped_columns, small_scales])
+def weak_row(tensors: Tensors) -> None:
+    scale = tensors[f"{PACKED}.weight_scale"]
+    scale[0] = (scale[0].float() * 0.65).to(scale.dtype)
+
+
+DAMAGES = [rolled_rows, global_scale_off, zeroed_row, dropped_columns, small_scales, weak_row]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_one_damaged_module_fails_the_check_and_is_named(
     damage: Callable[[Tensors], None], nvfp4: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -163,19 +199,29 @@ def test_one_damaged_module_fails_the_check_and_is_named(
         "zeroed_row": modules[PACKED]["worst_row"] == pytest.approx(1.0),
         "dropped_columns": modules[PACKED]["worst_column"] == pytest.approx(1.0),
         "small_scales": modules[PACKED]["worst_row"] > 0.5,
+        "weak_row": 0.3 < modules[PACKED]["worst_row"] < 0.5,
     }
     assert limits[damage.__name__]
 
 
-@pytest.mark.parametrize("damage", [global_scale_off, dropped_columns])
+@pytest.mark.parametrize(
+    ("damage", "limit"), [(global_scale_off, "gain"), (dropped_columns, "worst_column"), (weak_row, "worst_row")]
+)
 def test_relative_error_alone_would_let_it_pass(
-    damage: Callable[[Tensors], None], nvfp4: Path, base: Path, tmp_path: Path
+    damage: Callable[[Tensors], None], limit: str, nvfp4: Path, base: Path, tmp_path: Path
 ) -> None:
-    """Which is why the other limits exist: --max-error cannot loosen them."""
+    """Which is why the other limits exist, one for each kind of damage; --max-error cannot loosen them."""
     export = edit(nvfp4, tmp_path / "export", damage)
     outcome = build(export, base, tmp_path / "out", "--max-error", "10")
     assert (outcome.exit_code, outcome.error_code) == (1, "check.proof") and outcome.report is not None
-    assert outcome.report["proof"]["modules"][PACKED]["relative_error"] < 0.15
+    found = outcome.report["proof"]["modules"][PACKED]
+    assert found["relative_error"] < 0.15
+    beyond = {
+        "gain": abs(found["gain"] - 1.0) > 0.025,
+        "worst_row": found["worst_row"] > 0.3,
+        "worst_column": found["worst_column"] > 0.7,
+    }
+    assert [name for name, is_beyond in beyond.items() if is_beyond] == [limit]
 
 
 def test_damage_in_a_replaced_module_fails_the_check_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""The real command, killed, interrupted and starved while it replaces a checkpoint made from a real export."""
+
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support import build, tree
+from tracing import DRIVER, OPENING, Call, Ended, calls_under, need_strace, run, strike
+
+PARTS = 3  # of the points of the kill test, so that they spread over the workers
+ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+MOPT = "from modelopt_convert.cli import main; main()"
+
+
+class Site:
+    """A folder with OUT, which holds an older build in several shards; ``command`` replaces it by one in one file."""
+
+    def __init__(self, exports: Path, top: Path) -> None:
+        self.place = top / "place"
+        self.out = self.place / "out"
+        self.log = top / "log"
+        self._old = top / "old"
+        assert build(exports / "nvfp4", exports / "base", self._old, "--max-shard-size", "1MB").exit_code == 0
+        assert build(exports / "nvfp4", exports / "base", top / "new").exit_code == 0
+        self.old, self.new = tree(self._old), tree(top / "new")
+        assert self.old.keys() != self.new.keys()
+        inputs = ["--export", str(exports / "nvfp4"), "--base", str(exports / "base"), "--output", str(self.out)]
+        self.arguments = ["build-nvfp4", "--preset", "flux1-dev", *inputs, "--overwrite", "--json"]
+
+    def command(self, first: str = "") -> list[str]:
+        return [sys.executable, "-c", first + MOPT, *self.arguments]
+
+    def reset(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+        shutil.copytree(self._old, self.out)
+
+    def state(self) -> str:
+        found = tree(self.out)
+        assert found in (self.old, self.new), f"OUT is torn: {sorted(found)}"
+        return "old" if found == self.old else "new"
+
+    def litter(self) -> list[str]:
+        return sorted(path.name for path in self.place.iterdir() if path != self.out)
+
+    def strike(self, call: Call, fault: str) -> Ended:
+        self.reset()
+        return strike(self.command(), call, fault, self.place, self.log, ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def site(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    need_strace()
+    return Site(exports, tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def calls(site: Site) -> list[Call]:
+    """Every changing call of an undisturbed run; opening is left out, since imports open files too, some by chance."""
+    site.reset()
+    ended, found = calls_under(site.command(), site.place, site.log, ENVIRONMENT)
+    assert (ended.code, site.state(), site.litter()) == (0, "new", [])
+    return [call for call in found if call.changes and call.name not in OPENING]
+
+
+def spread(calls: list[Call]) -> list[Call]:
+    """First, middle and last of each kind of call, in the order of the run."""
+    chosen: set[Call] = set()
+    for name in {call.name for call in calls}:
+        same = [call for call in calls if call.name == name]
+        chosen |= {same[0], same[len(same) // 2], same[-1]}
+    return sorted(chosen, key=calls.index)
+
+
+def middle_write(calls: list[Call]) -> Call:
+    writes = [call for call in calls if call.name == "pwrite64"]
+    return writes[len(writes) // 2]
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed(site: Site, calls: list[Call], part: int) -> None:
+    counts: Counter[str] = Counter()
+    points = spread(calls)
+    assert len(points) >= 10
+    for call in points[part::PARTS]:
+        assert site.strike(call, "signal=KILL").code == -9
+        counts[f"{call.name}: {site.state()}"] += 1
+    print(f"\nSIGKILL, part {part}: {counts.total()} of {len(points)} points, OUT afterwards {dict(counts)}")
+    ended = run(site.command(), ENVIRONMENT)
+    assert (ended.code, site.state(), site.litter()) == (0, "new", [])
+
+
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143)])
+def test_interrupted_while_it_writes(site: Site, calls: list[Call], name: str, code: int) -> None:
+    ended = site.strike(middle_write(calls), f"signal={name}")
+    assert ended.code == code
+    assert (site.state(), site.litter()) == ("old", [])
+    assert (ended.told["status"], ended.told["exit_code"]) == ("interrupted", code)
+    assert ended.told["output"]["published"] is False
+
+
+@pytest.mark.parametrize("whom", ["the main thread", "the process"])
+def test_interrupted_at_the_swap(site: Site, calls: list[Call], whom: str) -> None:
+    """It ends with the new checkpoint in place, and says so; whichever of the threads of numpy and torch got it."""
+    if whom == "the process":
+        site.reset()
+        first = f"import sys; sys.path.append({str(DRIVER.parent)!r}); import crash_driver as d; "
+        ended = run(site.command(first + "d.signal_after('exchange'); "), ENVIRONMENT)
+    else:
+        ended = site.strike(next(call for call in calls if "rename" in call.name), "signal=TERM")
+    assert (site.state(), site.litter()) == ("new", [])
+    assert ended.code == 143
+    assert ended.told["status"] == "interrupted"
+    assert ended.told["output"]["published"] is True
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "code"),
+    [
+        ("fallocate", "ENOSPC", "storage.no_space"),
+        ("pwrite64", "EIO", "storage.failed"),
+        ("fsync", "EIO", "storage.failed"),
+    ],
+)
+def test_the_disk_says_no(site: Site, calls: list[Call], call: str, error: str, code: str) -> None:
+    """A full or broken disk is not a bug of mopt: exit 5, with the path, the errno and what to do."""
+    chosen = middle_write(calls) if call == "pwrite64" else next(one for one in calls if one.name == call)
+    ended = site.strike(chosen, f"error={error}")
+    assert (site.state(), site.litter()) == ("old", [])
+    assert ended.code == 5, ended.told["error"]
+    assert ended.told["error"]["code"] == code
+    assert str(site.place) in ended.told["error"]["message"] and error in ended.told["error"]["message"]
+    assert ended.told["error"]["hint"] and "Traceback" not in ended.stderr

@@ -1,0 +1,108 @@
+"""Several runs want one OUT at the same time: one wins or all are refused, and OUT is whole throughout. No torch."""
+
+import random
+import subprocess
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from crash_driver import SHARD, files_of, held_by, lay
+from tracing import ENVIRONMENT, Ended, driver, run, told_in
+
+ROUNDS = 10
+RACERS = 4
+NAMES = [f"round {round_} run {racer}" for round_ in range(ROUNDS) for racer in range(RACERS)]
+VERSIONS = {name: files_of(name) for name in ["first", *NAMES, "last"]}
+
+
+class Reader(threading.Thread):
+    """Reads the files of OUT again and again: each must be that of some version, whole."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+        self.done = threading.Event()
+        self.torn: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.owner = {data: name for name, files in VERSIONS.items() for data in files.values()}
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            owners = set()
+            for file in ("config.json", SHARD, "mopt.json"):
+                try:
+                    data = (self.out / file).read_bytes()
+                except FileNotFoundError:  # opened by way of the old tree while that was being removed
+                    self.counts["missed"] += 1
+                    continue
+                if data not in self.owner:
+                    self.torn.append(f"{file}: {len(data)} bytes")
+                owners.add(self.owner.get(data))
+            self.counts["mixed" if len(owners) > 1 else "of one version"] += 1
+
+
+def race(out: Path, names: list[str], killed: str | None) -> list[Ended]:
+    """Start all at once; kill one of them, if so asked, somewhere on its way."""
+    racers = {
+        name: subprocess.Popen(
+            driver(out, name, "--wait"),
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    for racer in racers.values():
+        assert racer.stdin is not None
+        racer.stdin.close()
+        racer.stdin = None
+    if killed is not None:
+        threading.Event().wait(random.Random(killed).uniform(0.03, 0.06))
+        racers[killed].kill()
+    ended = []
+    for racer in racers.values():
+        stdout, stderr = racer.communicate()
+        ended.append(Ended(racer.returncode, stdout, stderr, told_in(stdout)))
+    return ended
+
+
+def version_in(out: Path) -> str:
+    held = held_by(out)
+    found = [name for name, files in VERSIONS.items() if files == held]
+    assert found, f"OUT is torn: {sorted(held)}"
+    return found[0]
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["all live", "one in each round is killed"])
+def test_race(tmp_path: Path, kill: bool) -> None:
+    (tmp_path / "place").mkdir()
+    out = lay(tmp_path / "place" / "out", "first")
+    reader = Reader(out)
+    reader.start()
+    counts: Counter[str] = Counter()
+    try:
+        for round_ in range(ROUNDS):
+            names = [name for name in NAMES if name.startswith(f"round {round_} ")]
+            killed = names[round_ % RACERS] if kill else None
+            before = version_in(out)
+            ended = dict(zip(names, race(out, names, killed), strict=True))
+            after = version_in(out)
+            for name, end in ended.items():
+                counts[f"exit {end.code}"] += 1
+                assert end.code in {0, 4} or (end.code == -9 and name == killed), end
+                assert end.code != 4 or end.told["code"] == "output.busy", end
+            winners = {name for name, end in ended.items() if end.code == 0}
+            counts["all refused"] += not winners
+            # Whoever says that it published did, and nobody else; the killed one may or may not have.
+            assert after in winners | ({before, killed} if not winners or killed else set())
+    finally:
+        reader.done.set()
+        reader.join()
+    print(f"\n{ROUNDS} rounds: {dict(sorted(counts.items()))}; reads: {dict(sorted(reader.counts.items()))}")
+    assert not reader.torn
+    last = run(driver(out, "last"))
+    assert (last.code, version_in(out)) == (0, "last")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
