@@ -112,7 +112,7 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
             with timed(report, "check"):
                 _check(stage, plan, report)
             with timed(report, "publish"):
-                note_published(report, stage.publish())
+                publish(stage, report)
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -277,8 +277,16 @@ def note_input(report: Report, name: str, reader: CheckpointReader) -> None:
     )
 
 
-def note_published(report: Report, published: Published) -> None:
-    """Put into the report how the output came into place."""
+def publish(stage: StagingDir, report: Report) -> None:
+    """Publish, and put into the report how; also when a signal that was held acts right after the swap."""
+    try:
+        stage.publish()
+    finally:
+        if stage.published is not None:
+            _note_published(report, stage.published)
+
+
+def _note_published(report: Report, published: Published) -> None:
     report.output.published = True
     report.output.method = published.method
     report.output.durable = published.durable

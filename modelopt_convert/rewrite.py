@@ -16,7 +16,7 @@ import xxhash
 
 from modelopt_convert import __version__
 from modelopt_convert.checkpoint import CheckpointReader, resolve_component
-from modelopt_convert.convert import SMALL_FILES_BYTES, json_bytes, note_input, note_published, timed
+from modelopt_convert.convert import SMALL_FILES_BYTES, json_bytes, note_input, publish, timed
 from modelopt_convert.dialects.modelopt import BLOCK_SIZE, is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.errors import CheckFailedError, InputError
@@ -118,7 +118,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
             with timed(report, "check"):
                 _check(stage.path, plan, base_path, request, report)
             with timed(report, "publish"):
-                note_published(report, stage.publish())
+                publish(stage, report)
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

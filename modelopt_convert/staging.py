@@ -12,6 +12,7 @@ import re
 import secrets
 import shlex
 import signal
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,11 @@ def _foreign_entry(folder: Path) -> str | None:
         inner = sorted(entry.iterdir()) if entry.name in ALLOWED_FOLDERS and _is_real_dir(entry) else [entry]
         for item in inner:
             known = item.suffix in ALLOWED_SUFFIXES or item.name in ALLOWED_NAMES
-            if not known or item.is_symlink() or not item.is_file():
+            try:
+                plain = stat.S_ISREG(item.lstat().st_mode)
+            except FileNotFoundError:  # a tree that another run is removing
+                continue
+            if not known or not plain:
                 return f"holds {item.relative_to(folder)}, which does not belong to a transformer checkpoint"
     return None
 
@@ -246,17 +251,31 @@ class StagingDir:
             if os.path.lexists(self.output):
                 self._sweep(old)
             else:
-                fsops.rename(old, self.output)
+                with contextlib.suppress(FileNotFoundError):  # another run has just done it
+                    fsops.rename(old, self.output)
                 fsops.sync_dir(self.output.parent)
 
     def _sweep(self, tree: Path) -> None:
         # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
         # could lose both in a power cut.
         fsops.sync_dir(self.output.parent)
-        if _foreign_entry(tree):  # somebody put a file into OUT just before it was swapped out
-            fsops.rename(tree, self._kept_name())
-        else:
-            fsops.remove_tree(tree)
+        self._remove(tree)
+
+    def _remove(self, tree: Path) -> str | None:
+        """Remove a tree that mopt made or replaced, unless somebody put a file into it; then keep it and say so.
+
+        Another run may be removing the same tree: what vanishes meanwhile is no failure.
+        """
+        while os.path.lexists(tree):
+            try:
+                if stranger := _foreign_entry(tree):
+                    kept = self._kept_name()
+                    fsops.rename(tree, kept)
+                    return f"the old checkpoint was kept in {kept}: it {stranger}"
+                fsops.remove_tree(tree)
+            except FileNotFoundError:
+                continue
+        return None
 
     def _kept_name(self) -> Path:
         return self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
@@ -311,7 +330,10 @@ class StagingDir:
     def _keep_stage(self, why: str, error: Exception) -> NoReturn:
         """Checked work is not thrown away because of a refused swap: give it a name the user can see."""
         kept = self._kept_name()
-        fsops.rename(self.path, kept)
+        try:
+            fsops.rename(self.path, kept)
+        except OSError:
+            kept = self.path  # nothing can be renamed here; the next run would sweep it, so say where it is
         self._done = True
         target = self.output.parent / f"{self.output.name}.new"
         raise StorageError(
@@ -339,15 +361,10 @@ class StagingDir:
         if old is None:
             return ()
         try:
-            if stranger := _foreign_entry(old):  # put there after the check: not ours to delete
-                kept = self._kept_name()
-                fsops.rename(old, kept)
-                return (f"the old checkpoint was kept in {kept}: it {stranger}",)
-            fsops.remove_tree(old)
+            kept = self._remove(old)
         except OSError as error:
-            if old.exists():  # else a run that started since has swept it
-                return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
-        return ()
+            return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
+        return (kept,) if kept else ()
 
     def _discard(self) -> None:
         if not self._made:
