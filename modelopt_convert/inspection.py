@@ -166,6 +166,7 @@ class _Inspection:
         modules |= self._fp8_modules()
         layout = self._layout(modules)
         engine = self._engine(layout) if self._packed else None
+        self._lint_fp8()
         self._lint_fused()
         self._lint_config()
         return ComponentReport(
@@ -187,8 +188,9 @@ class _Inspection:
         if isinstance(keys.get("swap_weight_nibbles"), bool):
             said["nibbles"] = "high" if keys["swap_weight_nibbles"] else "low"
         layouts = {"linear": "linear", "swizzled": "128x4"}
-        if keys.get("checkpoint_weight_scale_layout") in layouts:
-            said["scales"] = layouts[keys["checkpoint_weight_scale_layout"]]
+        layout = layouts.get(str(keys.get("checkpoint_weight_scale_layout")))
+        if layout is not None:
+            said["scales"] = layout
         return said
 
     def _module(self, packed: Packed, *, sampled: bool) -> ModuleLayout:
@@ -392,7 +394,10 @@ class _Inspection:
             if info is None:
                 code = "input_scale.missing" if role == "input_scale" else "global_scale.missing"
                 self._lint.append(LintReport(code=code, message=f"no {role}; SGLang puts 1.0", module=packed.name))
-            elif info.dtype == "F32" and info.num_bytes == 4:
+            elif info.dtype != "F32" or info.num_bytes != 4:
+                message = f"{role} is {info.dtype} {list(info.shape)}, expected F32 []"
+                self._lint.append(LintReport(code="scale.unusable", message=message, module=packed.name))
+            else:
                 value = float(from_bytes(self._reader.read(info.name), "F32", ()))
                 if not 0.0 < value < float("inf"):
                     self._lint.append(
@@ -406,7 +411,7 @@ class _Inspection:
                     module=packed.name,
                 )
             )
-        elif "linear" not in _orders_by_shape(packed) or len(packed.scale.shape) != 2:
+        elif packed.scale.shape != (packed.rows, packed.columns // BLOCK_SIZE):
             self._lint.append(
                 LintReport(
                     code="shape.padded", message=f"scales stored as {list(packed.scale.shape)}", module=packed.name
@@ -420,6 +425,22 @@ class _Inspection:
                     module=packed.name,
                 )
             )
+
+    def _lint_fp8(self) -> None:
+        for name, info in self._reader.tensors.items():
+            module = name.removesuffix(".weight")
+            if module == name or info.dtype != "F8_E4M3":
+                continue
+            for role in ("weight_scale", "input_scale"):
+                scale = self._reader.tensors.get(f"{module}.{role}")
+                if scale is None:
+                    self._lint.append(LintReport(code=f"{role}.missing", message=f"FP8 without {role}", module=module))
+                elif scale.dtype == "F32" and scale.num_bytes == 4:
+                    value = float(from_bytes(self._reader.read(scale.name), "F32", ()))
+                    if not 0.0 < value < float("inf"):
+                        self._lint.append(
+                            LintReport(code="scale.unusable", message=f"{role} is {value}", module=module)
+                        )
 
     def _lint_fused(self) -> None:
         groups = _fused_leaves(self._reader.config)
@@ -441,7 +462,8 @@ class _Inspection:
     def _lint_config(self) -> None:
         found = self._reader.config.get("quantization_config")
         keys = found if isinstance(found, dict) else {}
-        ignore = [entry for entry in keys.get("ignore") or [] if isinstance(entry, str)]
+        listed = keys.get("ignore")
+        ignore = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
         if keys.get("quant_method") == "modelopt":
             linears = [
                 module_of(name)

@@ -208,6 +208,12 @@ def comfyui_fp8_legacy(path: Path) -> Path:
     return write_file(path, tensors | {f"{module}.scale_input": _scalar(1.0) for module in SHAPES})
 
 
+def comfyui_int8(path: Path) -> Path:
+    tensors = {f"{module}.weight": torch.ones(shape, dtype=torch.int8) for module, shape in SHAPES.items()}
+    tensors |= {f"{module}.weight_scale": _scalar(1.0) for module in SHAPES}
+    return write_file(path, tensors | {f"{module}.comfy_quant": _marker("int8_tensorwise") for module in SHAPES})
+
+
 def comfyui_mxfp8(path: Path) -> Path:
     tensors: Tensors = {}
     for module, (rows, columns) in SHAPES.items():
@@ -313,6 +319,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], ...]] = {
     "comfyui": (comfyui, comfyui_both),
     "comfyui-header": (comfyui_header,),
     "comfyui-fp8": (comfyui_fp8, comfyui_fp8_header),
+    "comfyui-int8": (comfyui_int8,),
     "comfyui-fp8-legacy": (comfyui_fp8_legacy,),
     "comfyui-mxfp8": (comfyui_mxfp8,),
     "compressed-tensors": (compressed_tensors,),

@@ -4,7 +4,6 @@ One table, in the order in which evidence is conclusive; nothing more is built h
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from modelopt_convert.header import TensorInfo
 from modelopt_convert.scale_shapes import round_up
 
 _SHOWN = 2
+_PLAIN = frozenset({"BF16", "F16", "F32", "F64", "I64", "BOOL"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,16 @@ class Looked:
         return [name for name in self.tensors if name.endswith(suffixes)]
 
     def quantization(self) -> Mapping[str, Any]:
-        """quantization_config, or nothing."""
+        """quantization_config of config.json or else, as ModelOpt's post-processing writes it too, of a header."""
         found = self.config.get("quantization_config")
-        return found if isinstance(found, dict) else {}
+        headers = [_object(entries.get("quantization_config")) for entries in self.metadata.values()]
+        return found if isinstance(found, dict) else next((one for one in headers if one), {})
 
     def layers(self) -> dict[str, Any]:
         """Layers that a ComfyUI-style header names, over all files."""
         found: dict[str, Any] = {}
         for entries in self.metadata.values():
-            try:
-                parsed = json.loads(entries.get("_quantization_metadata", "{}"))
-            except ValueError:
-                continue
-            layers = parsed.get("layers") if isinstance(parsed, dict) else None
+            layers = _object(entries.get("_quantization_metadata")).get("layers")
             found |= layers if isinstance(layers, dict) else {}
         return found
 
@@ -69,6 +66,14 @@ class Looked:
             for name, info in self.tensors.items()
             if name.endswith(".weight") and info.dtype == "F8_E4M3"
         ]
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def detect_dialect(looked: Looked) -> Dialect:
@@ -102,7 +107,8 @@ def _torchao(looked: Looked) -> list[str]:
 
 
 def _torchao_fp8(looked: Looked) -> list[str]:
-    return _names("end in _weight_qdata", looked.ending("_weight_qdata"))
+    names = [name for name in looked.ending("_weight_qdata") if looked.tensors[name].dtype == "F8_E4M3"]
+    return _names("end in _weight_qdata", names)
 
 
 def _lightx2v(looked: Looked) -> list[str]:
@@ -120,7 +126,7 @@ def _comfyui(looked: Looked) -> list[str]:
 
 
 def _comfyui_header(looked: Looked) -> list[str]:
-    formats = {layer.get("format") for layer in looked.layers().values() if isinstance(layer, dict)}
+    formats = {str(layer.get("format")) for layer in looked.layers().values() if isinstance(layer, dict)}
     if "nvfp4" not in formats or looked.quantization():
         return []
     return [f"header _quantization_metadata names {len(looked.layers())} layers, no marker tensors"]
@@ -139,6 +145,11 @@ def _comfyui_fp8(looked: Looked) -> list[str]:
     layers = [name for name, layer in looked.layers().items() if isinstance(layer, dict) and "float8" in str(layer)]
     header = [f"header _quantization_metadata names {len(layers)} float8 layers"] if layers else []
     return _names("are .comfy_quant markers", markers) + header
+
+
+def _comfyui_int8(looked: Looked) -> list[str]:
+    codes = [name for name in looked.ending(".weight") if looked.tensors[name].dtype == "I8"]
+    return _names("are .comfy_quant markers", looked.ending(".comfy_quant")) if codes else []
 
 
 def _comfyui_fp8_legacy(looked: Looked) -> list[str]:
@@ -217,10 +228,8 @@ def _fp8_unlabelled(looked: Looked) -> list[str]:
 
 
 def _unquantized(looked: Looked) -> list[str]:
-    wide = re.compile(r"(BF|F)(16|32|64)")
-    weights = looked.ending(".weight")
-    plain = [name for name in weights if wide.fullmatch(looked.tensors[name].dtype)]
-    return ["all weights are in 16 bits or more"] * (plain == weights)
+    plain = all(info.dtype in _PLAIN for info in looked.tensors.values())
+    return ["all tensors are floats of 16 bits or more"] * plain
 
 
 DIALECTS: tuple[tuple[str, Callable[[Looked], list[str]]], ...] = (
@@ -235,6 +244,7 @@ DIALECTS: tuple[tuple[str, Callable[[Looked], list[str]]], ...] = (
     ("comfyui-header", _comfyui_header),
     ("comfyui-mxfp8", _comfyui_mxfp8),
     ("comfyui-fp8", _comfyui_fp8),
+    ("comfyui-int8", _comfyui_int8),
     ("comfyui-fp8-legacy", _comfyui_fp8_legacy),
     ("bfl-package", _bfl_package),
     ("modelopt-llm", _modelopt_llm),

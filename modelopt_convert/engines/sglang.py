@@ -19,6 +19,7 @@ VERSION = "sglang@0.5.23"
 # together, and no config key overrides it.
 PACKED_QKV = re.compile(r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.")
 MARKER = ".comfy_quant"
+_CONFIG = "config.json"
 FLAT_METADATA_KEYS = ("_quantization_metadata", "quantization_config")
 
 
@@ -65,9 +66,21 @@ def believe(
         because.append(f"swapped and swizzled, from the packed-QKV name {packed_qkv}")
     if marker is not None:
         because.append(f"swapped and swizzled, from the marker {marker}")
-    inferred = packed_qkv is not None or marker is not None
-    modules = _packed_modules(tensors) | _layers(metadata)
+    refuses = _refusal(config)
     declared = _declared(metadata, config)
+    packed = set() if _is_another(config) else _packed_modules(tensors)
+    modules = packed if _is_another(config) else packed | _layers(metadata)
+    if packed and declared is not None and declared[0] != _CONFIG:
+        declared = None  # where modules are packed, the header is never asked
+    group_size = _inferred_group_size(tensors, modules)
+    if group_size is None and declared is not None:
+        group_size = _declared_group_size(declared[1])
+    if declared is not None and _declared_group_size(declared[1]) is None:
+        refuses = refuses or f"{VERSION} refuses an NVFP4 config without group_size"
+    # Names and markers count only beside a module that is seen as packed, of a known group size.
+    inferred = bool(because) and bool(modules) and group_size is not None
+    if not inferred:
+        because.clear()
     swap, layout = inferred, "swizzled" if inferred else "linear"
     if declared is not None:
         source, keys = declared
@@ -81,9 +94,6 @@ def believe(
         layout = said_layout if layout == "linear" else layout
     if not because:
         because.append("no key, no marker, no packed-QKV name: the defaults, low nibble first and linear")
-    group_size = _inferred_group_size(tensors, modules)
-    if group_size is None and declared is not None:
-        group_size = _declared_group_size(declared[1])
     return Belief(
         engine=VERSION,
         quantized=bool(modules) or declared is not None,
@@ -92,8 +102,14 @@ def believe(
         group_size=group_size,
         modules=frozenset(modules),
         because=tuple(because),
-        refuses=_refusal(config),
+        refuses=refuses,
     )
+
+
+def _is_another(config: Mapping[str, Any]) -> bool:
+    """Whether config.json declares something else than NVFP4, so that nothing is inferred from tensors."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and "quant_method" in found and not _says_nvfp4(found)
 
 
 def _refusal(config: Mapping[str, Any]) -> str | None:
@@ -135,7 +151,7 @@ def _declared(
     """The first declaration in lookup order: config.json, then the header."""
     found = config.get("quantization_config")
     if isinstance(found, dict) and _says_nvfp4(found):
-        return "config.json", found
+        return _CONFIG, found
     for entries in metadata.values():
         for key in FLAT_METADATA_KEYS:
             found = _json(entries.get(key))
@@ -145,13 +161,13 @@ def _declared(
 
 
 def _says_nvfp4(found: Mapping[str, Any]) -> bool:
-    return found.get("quant_method") == "modelopt" and found.get("quant_algo") == "NVFP4"
+    return found.get("quant_method") in ("modelopt", "modelopt_fp4") and found.get("quant_algo") == "NVFP4"
 
 
 def _json(text: str | None) -> dict[str, Any]:
     try:
         found = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -186,7 +202,9 @@ def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packe
         group_size: Columns per scale.
         packed: Modules that are NVFP4.
     """
-    found: list[str] = [belief.refuses] if belief.refuses else []
+    if belief.refuses:
+        return [belief.refuses]
+    found: list[str] = []
     if nibbles in ("low", "high") and belief.nibble_order != nibbles:
         found.append(
             f"{belief.engine} would read the {belief.nibble_order} nibble as the even column, it is the {nibbles}"
