@@ -21,10 +21,12 @@ from modelopt_convert.card import model_card
 from modelopt_convert.check import check_structure, refuse_misread
 from modelopt_convert.checkpoint import CheckpointReader, resolve_component
 from modelopt_convert.errors import CheckFailedError, InputError
-from modelopt_convert.plan import INDEX_NAME, BuildPlan, Keeps, plan_nvfp4
+from modelopt_convert.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.plan import INDEX_NAME, BuildPlan, Keeps
+from modelopt_convert.plan_nvfp4 import plan_nvfp4
 from modelopt_convert.preset import LoadedPreset, choose_preset, load_preset
 from modelopt_convert.report import InputReport, ModuleReport, ProofReport, Report, RuleReport
-from modelopt_convert.staging import Published, StagingDir, canonical_output, check_output_allowed
+from modelopt_convert.staging import Published, StagingDir
 from modelopt_convert.stream import Layouts, Progress, stream
 
 if TYPE_CHECKING:

@@ -3,24 +3,20 @@
 Headers and a few rows only, unless every scale is asked for. A fault found here is data, not a failure.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from modelopt_convert.checkpoint import COMPONENTS, CheckpointReader, resolve_component
 from modelopt_convert.dialects.detect import Dialect, Looked, detect_dialect
-from modelopt_convert.dialects.modelopt import BLOCK_SIZE, SCALE_ROLES
+from modelopt_convert.dialects.modelopt import BLOCK_SIZE
 from modelopt_convert.dtypes import HALF_AND_FLOAT
-from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, Belief, believe, misread
+from modelopt_convert.engines.sglang import Belief, believe, misread
 from modelopt_convert.errors import InputError
-from modelopt_convert.header import TensorInfo
 from modelopt_convert.inspect_report import (
     Basis,
     ComponentReport,
@@ -33,37 +29,15 @@ from modelopt_convert.inspect_report import (
     TotalsReport,
 )
 from modelopt_convert.layout import common_answer, detect_with_base, hint_scale_order, telling_rows
-from modelopt_convert.patterns import PatternMatcher, module_of
-from modelopt_convert.plan import SAMPLED_ROWS, natural_key
-from modelopt_convert.preset import load_preset, preset_names
+from modelopt_convert.lint import Linter, Packed, find_packed, orders_by_shape
+from modelopt_convert.plan import SAMPLED_ROWS
 from modelopt_convert.proof import sample_rows
-from modelopt_convert.scale_shapes import ROW_TILE, packed_shapes, scale_shapes
+from modelopt_convert.scale_shapes import ROW_TILE
 from modelopt_convert.transforms.raw import from_bytes
 from modelopt_convert.transforms.scales import scale_readings
 
 SAMPLED_MODULES = 8
 _ORDER: tuple[Basis, ...] = ("none", "hint", "shape", "declared", "proven")  # from weak to strong
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A packed module as far as it can be made out; what is missing is a fault to report, not to raise.
-
-    Attributes:
-        name: Module name.
-        weight: U8 codes.
-        scale: E4M3 block scales.
-        rows: N, without padding if a base, a bias or a marker tells it.
-        columns: K.
-        others: ``weight_scale_2``, ``input_scale``.
-    """
-
-    name: str
-    weight: TensorInfo
-    scale: TensorInfo
-    rows: int
-    columns: int
-    others: Mapping[str, TensorInfo]
 
 
 def inspect(source: Path, base: Path | None, report: InspectReport, *, every_scale: bool, max_error: float) -> None:
@@ -114,32 +88,6 @@ def _components(source: Path, base: Path | None) -> list[tuple[str, Path, Path |
     return pairs
 
 
-def find_packed(
-    tensors: Mapping[str, TensorInfo], true_shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Packed], list[LintReport]]:
-    """Packed modules by name, and the U8 weights that cannot be one, as lint."""
-    found: dict[str, Packed] = {}
-    lint: list[LintReport] = []
-    for name, weight in tensors.items():
-        if not name.endswith(".weight") or weight.dtype != "U8" or len(weight.shape) != 2:
-            continue
-        module = name.removesuffix(".weight")
-        scale = tensors.get(f"{module}.weight_scale")
-        if scale is None or scale.dtype not in ("F8_E4M3", "U8"):
-            lint.append(LintReport(code="scale.missing", message="packed weight without block scales", module=module))
-            continue
-        rows, columns = weight.shape[0], weight.shape[1] * 2
-        bias = tensors.get(f"{module}.bias")
-        true = true_shapes.get(name)
-        if true is not None and len(true) == 2 and weight.shape in packed_shapes(*true):
-            rows, columns = true
-        elif bias is not None and len(bias.shape) == 1 and weight.shape in packed_shapes(bias.shape[0], columns):
-            rows = bias.shape[0]
-        others = {role: tensors[f"{module}.{role}"] for role in SCALE_ROLES[1:] if f"{module}.{role}" in tensors}
-        found[module] = Packed(module, weight, scale, rows, columns, others)
-    return dict(sorted(found.items(), key=lambda item: natural_key(item[0]))), lint
-
-
 class _Inspection:
     """One component."""
 
@@ -151,7 +99,8 @@ class _Inspection:
         self._every_scale = every_scale
         self._max_error = max_error
         shapes = {name: info.shape for name, info in base.tensors.items()} if base else {}
-        self._packed, self._lint = find_packed(reader.tensors, shapes)
+        self._packed, faults = find_packed(reader.tensors, shapes)
+        self._linter = Linter(reader, self._packed, faults)
         looked = Looked(reader.tensors, reader.metadata, reader.config, reader.skipped)
         self._dialect: Dialect = detect_dialect(looked)
         self._belief: Belief = believe(reader.tensors, reader.metadata, reader.config)
@@ -166,14 +115,14 @@ class _Inspection:
         modules |= self._fp8_modules()
         layout = self._layout(modules)
         engine = self._engine(layout) if self._packed else None
-        self._lint_fp8()
-        self._lint_fused()
-        self._lint_config()
+        self._linter.fp8()
+        self._linter.fused()
+        self._linter.config()
         return ComponentReport(
             dialect=DialectReport(name=self._dialect.name, evidence=list(self._dialect.evidence)),
             layout=layout,
             modules=modules,
-            lint=self._lint,
+            lint=self._linter.found,
             totals=self._totals(),
             engine=engine,
         )
@@ -198,10 +147,10 @@ class _Inspection:
         stored: Tensor | None = None
         if sampled or self._base is not None:
             stored = self._scales(packed)
-        global_scale = self._global_scale(packed)
+        global_scale = self._linter.global_scale(packed)
         if stored is not None:
-            self._lint_scales(packed, stored)
-        self._lint_module(packed)
+            self._linter.scales(packed, stored)
+        self._linter.module(packed)
         if self._base is not None and stored is not None and global_scale is not None:
             proven = self._prove(self._base, packed, stored, global_scale)
             if proven is not None:
@@ -209,7 +158,7 @@ class _Inspection:
         nibbles, scales = self._declared.get("nibbles", "undetermined"), self._declared.get("scales", "undetermined")
         nibble_basis: Basis = "declared" if nibbles != "undetermined" else "none"
         scale_basis: Basis = "declared" if scales != "undetermined" else "none"
-        orders = _orders_by_shape(packed)
+        orders = orders_by_shape(packed)
         if len(orders) == 1:
             scales, scale_basis = next(iter(orders)), "shape"
         elif scale_basis == "none" and stored is not None:
@@ -226,7 +175,7 @@ class _Inspection:
     ) -> ModuleLayout | None:
         info = base.tensors.get(packed.weight.name)
         if info is None or info.shape != (packed.rows, packed.columns) or info.dtype not in HALF_AND_FLOAT:
-            self._lint.append(
+            self._linter.found.append(
                 LintReport(code="base.no_counterpart", message="the base has no such weight", module=packed.name)
             )
             return None
@@ -286,12 +235,6 @@ class _Inspection:
     def _scales(self, packed: Packed) -> Tensor:
         raw = self._reader.read(packed.scale.name)
         return from_bytes(raw, "F8_E4M3", packed.scale.shape)
-
-    def _global_scale(self, packed: Packed) -> float | None:
-        info = packed.others.get("weight_scale_2")
-        if info is None or info.dtype != "F32" or info.num_bytes != 4:
-            return None
-        return float(from_bytes(self._reader.read(info.name), "F32", ()))
 
     def _hint(self, packed: Packed, stored: Tensor) -> str:
         columns = packed.columns // BLOCK_SIZE
@@ -361,7 +304,7 @@ class _Inspection:
         )
         if layout.scale_layout == "mixed":
             faults.append(f"{self._belief.engine} reads all scales as {self._belief.scale_layout}, they are mixed")
-        self._lint += [LintReport(code="engine.misread", message=fault, module=None) for fault in faults]
+        self._linter.found += [LintReport(code="engine.misread", message=fault, module=None) for fault in faults]
         return EngineReport(
             name=self._belief.engine,
             believes={
@@ -374,125 +317,6 @@ class _Inspection:
             misreads=faults,
         )
 
-    def _lint_scales(self, packed: Packed, stored: Tensor) -> None:
-        raw = stored.view(torch.uint8)
-        broken = int(((raw & 0x7F) == 0x7F).sum())
-        if broken:
-            self._lint.append(
-                LintReport(code="scale.nan", message=f"{broken} block scales are NaN", module=packed.name)
-            )
-        readings = scale_readings(stored, packed.rows, packed.columns // BLOCK_SIZE)
-        zero = min((int((one.view(torch.uint8) == 0).sum()) for one in readings.values()), default=0)
-        if zero:
-            self._lint.append(
-                LintReport(code="scale.zero", message=f"{zero} block scales are zero", module=packed.name)
-            )
-
-    def _lint_module(self, packed: Packed) -> None:
-        for role in SCALE_ROLES[1:]:
-            info = packed.others.get(role)
-            if info is None:
-                code = "input_scale.missing" if role == "input_scale" else "global_scale.missing"
-                self._lint.append(LintReport(code=code, message=f"no {role}; SGLang puts 1.0", module=packed.name))
-            elif info.dtype != "F32" or info.num_bytes != 4:
-                message = f"{role} is {info.dtype} {list(info.shape)}, expected F32 []"
-                self._lint.append(LintReport(code="scale.unusable", message=message, module=packed.name))
-            else:
-                value = float(from_bytes(self._reader.read(info.name), "F32", ()))
-                if not 0.0 < value < float("inf"):
-                    self._lint.append(
-                        LintReport(code="scale.unusable", message=f"{role} is {value}", module=packed.name)
-                    )
-        if packed.weight.shape != (packed.rows, packed.columns // 2):
-            self._lint.append(
-                LintReport(
-                    code="shape.padded",
-                    message=f"{list(packed.weight.shape)} stored for [{packed.rows}, {packed.columns}]",
-                    module=packed.name,
-                )
-            )
-        elif packed.scale.shape != (packed.rows, packed.columns // BLOCK_SIZE):
-            self._lint.append(
-                LintReport(
-                    code="shape.padded", message=f"scales stored as {list(packed.scale.shape)}", module=packed.name
-                )
-            )
-        if packed.weight.file != packed.scale.file:
-            self._lint.append(
-                LintReport(
-                    code="module.split",
-                    message=f"weight in {packed.weight.file}, scales in {packed.scale.file}",
-                    module=packed.name,
-                )
-            )
-
-    def _lint_fp8(self) -> None:
-        for name, info in self._reader.tensors.items():
-            module = name.removesuffix(".weight")
-            if module == name or info.dtype != "F8_E4M3":
-                continue
-            for role in ("weight_scale", "input_scale"):
-                scale = self._reader.tensors.get(f"{module}.{role}")
-                if scale is None:
-                    self._lint.append(LintReport(code=f"{role}.missing", message=f"FP8 without {role}", module=module))
-                elif scale.dtype == "F32" and scale.num_bytes == 4:
-                    value = float(from_bytes(self._reader.read(scale.name), "F32", ()))
-                    if not 0.0 < value < float("inf"):
-                        self._lint.append(
-                            LintReport(code="scale.unusable", message=f"{role} is {value}", module=module)
-                        )
-
-    def _lint_fused(self) -> None:
-        groups = _fused_leaves(self._reader.config)
-        for group, parent in itertools.product(groups, sorted({module_of(name) for name in self._packed})):
-            values = {
-                leaf: self._global_scale(self._packed[f"{parent}.{leaf}"])
-                for leaf in group
-                if f"{parent}.{leaf}" in self._packed
-            }
-            if len(set(values.values())) > 1:
-                self._lint.append(
-                    LintReport(
-                        code="fused.global_scale",
-                        message=f"{', '.join(values)} differ in weight_scale_2; SGLang rebases them",
-                        module=parent,
-                    )
-                )
-
-    def _lint_config(self) -> None:
-        found = self._reader.config.get("quantization_config")
-        keys = found if isinstance(found, dict) else {}
-        listed = keys.get("ignore")
-        ignore = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
-        if keys.get("quant_method") == "modelopt":
-            linears = [
-                module_of(name)
-                for name, info in self._reader.tensors.items()
-                if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in HALF_AND_FLOAT
-            ]
-            for name in self._packed:
-                if any(PatternMatcher.ignores(entry, name) for entry in ignore):
-                    self._lint.append(
-                        LintReport(code="ignore.lists_packed", message="in `ignore`, yet packed", module=name)
-                    )
-            for name in linears:
-                if not any(PatternMatcher.ignores(entry, name) for entry in ignore):
-                    self._lint.append(
-                        LintReport(
-                            code="ignore.misses_unpacked", message="not packed, yet not in `ignore`", module=name
-                        )
-                    )
-        for file, entries in self._reader.metadata.items():
-            flat = FLAT_METADATA_KEYS[0] in entries and '"layers"' not in entries[FLAT_METADATA_KEYS[0]]
-            if flat:
-                self._lint.append(
-                    LintReport(
-                        code="metadata.clash",
-                        message=f"{file}: a flat config under _quantization_metadata, where ComfyUI expects layers",
-                        module=None,
-                    )
-                )
-
     def _totals(self) -> TotalsReport:
         counts = Counter(info.dtype for info in self._reader.tensors.values())
         sizes: Counter[str] = Counter()
@@ -503,23 +327,6 @@ class _Inspection:
             bytes=sum(sizes.values()),
             by_dtype={dtype: {"tensors": counts[dtype], "bytes": sizes[dtype]} for dtype in sorted(counts)},
         )
-
-
-def _orders_by_shape(packed: Packed) -> set[Literal["linear", "128x4"]]:
-    """The orders that the shape of the scales allows."""
-    return {
-        "128x4" if shape.swizzled else "linear"
-        for shape in scale_shapes(packed.rows, packed.columns // BLOCK_SIZE)
-        if shape.stored == packed.scale.shape
-    }
-
-
-def _fused_leaves(config: Mapping[str, object]) -> list[list[str]]:
-    for name in preset_names():
-        preset = load_preset(name).preset
-        if preset.class_name == config.get("_class_name"):
-            return preset.fused
-    return []
 
 
 def _spread(names: list[str], count: int) -> list[str]:

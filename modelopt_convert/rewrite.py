@@ -22,10 +22,11 @@ from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.errors import CheckFailedError, InputError
 from modelopt_convert.header import TensorSpec
 from modelopt_convert.inspect_report import InspectReport, ModuleLayout
+from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.plan import INDEX_NAME, ShardPlan, Step, natural_key
 from modelopt_convert.report import Report
 from modelopt_convert.scale_shapes import padded_shape
-from modelopt_convert.staging import StagingDir, canonical_output, check_output_allowed
+from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Layouts, Progress, stream
 
 Kind = Literal["swap", "unswizzle", "swizzle"]

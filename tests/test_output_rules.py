@@ -8,7 +8,7 @@ import pytest
 from crash_driver import lay
 
 from modelopt_convert.errors import ExitCode, MoptError, OutputRefusedError
-from modelopt_convert.staging import canonical_output, check_output_allowed
+from modelopt_convert.output_rules import canonical_output, check_output_allowed
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes | str]]:

@@ -14,8 +14,8 @@ import typer
 
 from modelopt_convert.errors import CheckFailedError, ExitCode, InternalError, Interrupted, MoptError, StorageError
 from modelopt_convert.inspect_report import InspectReport
+from modelopt_convert.output_rules import canonical_output
 from modelopt_convert.report import ErrorReport, Report, Status
-from modelopt_convert.staging import canonical_output
 
 
 def debugging() -> bool:
