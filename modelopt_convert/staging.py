@@ -365,8 +365,9 @@ def _signals_held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if noted:
-            signal.raise_signal(noted[0])
+    # Not after an error: the run ends anyway, and what the error says of the disk matters more.
+    if noted:
+        signal.raise_signal(noted[0])
 
 
 @contextlib.contextmanager

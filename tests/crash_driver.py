@@ -1,6 +1,6 @@
 """Stage and publish one tiny checkpoint: what the crash and race tests run, kill and starve. No torch: starts at once.
 
-    crash_driver.py OUT VERSION [--no-overwrite] [--two-renames] [--wait] [--signal] [--thread]
+    crash_driver.py OUT VERSION [--no-overwrite] [--two-renames] [--wait] [--pause] [--signal] [--thread]
 
 It ends as mopt does, with the exit code of the error, and tells on stdout in one line of JSON what happened.
 """
@@ -98,6 +98,20 @@ def signal_after(name: str) -> None:
     setattr(fsops, name, with_signal)
 
 
+def pause_before_removal() -> None:
+    """Say so and wait for the test before the first tree is removed."""
+    original = fsops.remove_tree
+
+    def remove_tree(path: Path) -> None:
+        fsops.remove_tree = original
+        sys.stdout.write("paused\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+        original(path)
+
+    fsops.remove_tree = remove_tree
+
+
 def stop(signum: int, _frame: FrameType | None) -> None:
     """As mopt's own handler."""
     raise Interrupted(signum)
@@ -117,6 +131,8 @@ def main(words: list[str]) -> int:
             signal_after(name)
     if "--thread" in switches:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
+    if "--pause" in switches:
+        pause_before_removal()
     overwrite = "--no-overwrite" not in switches
     stage = staging.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000)
     if "--wait" in switches:
@@ -126,7 +142,8 @@ def main(words: list[str]) -> int:
     try:
         with stage:
             fill(stage, version)
-            told["method"] = stage.publish().method
+            published = stage.publish()
+            told |= {"method": published.method, "warnings": published.warnings}
     except MoptError as error:
         code = error.exit_code
         told |= {"code": error.code, "message": error.message, "hint": error.hint}

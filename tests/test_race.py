@@ -1,14 +1,19 @@
 """Several runs want one OUT at the same time: one wins or all are refused, and OUT is whole throughout. No torch."""
 
+import os
 import random
 import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_driver import SHARD, files_of, held_by, lay
+from staging_support import litter, publish
 from tracing import ENVIRONMENT, Ended, driver, run, told_in
+
+from modelopt_convert.errors import OutputRefusedError
 
 ROUNDS = 10
 RACERS = 4
@@ -106,3 +111,43 @@ def test_race(tmp_path: Path, kill: bool) -> None:
     last = run(driver(out, "last"))
     assert (last.code, version_in(out)) == (0, "last")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("switches", [[], ["--two-renames"]], ids=["exchange", "two renames"])
+def test_two_runs_remove_the_same_old_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switches: list[str]
+) -> None:
+    """One has swapped and removes what it replaced; to the other, which starts then, that is litter to be swept."""
+    (tmp_path / "place").mkdir()
+    out = lay(tmp_path / "place" / "out", "first")
+    one = subprocess.Popen(
+        driver(out, "last", "--pause", *switches),
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert one.stdout is not None and one.stdout.readline() == "paused\n"
+    told: list[str] = []
+    unlink = os.unlink
+
+    def unlink_late(*where: Any, **how: Any) -> None:
+        """The first file is gone by the time its turn comes, and so is the rest."""
+        if not told:
+            told.append(one.communicate()[0])
+        unlink(*where, **how)
+
+    monkeypatch.setattr(os, "unlink", unlink_late)
+    expected = "new"
+    try:
+        assert publish(out).warnings == ()
+    except OutputRefusedError as error:
+        assert error.code == "output.busy"
+        expected = "last"
+    finally:
+        monkeypatch.undo()
+        told.append(one.communicate()[0] if not told else "")
+    assert one.returncode == 0
+    assert told_in(told[0])["warnings"] == []
+    assert held_by(out) == files_of(expected)
+    assert litter(out) == []

@@ -4,12 +4,13 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with
+from crash_driver import files_of, fill, held_by, lay, refuse_with, stop
 from staging_support import Calls, before, forbid_renameat2, litter, prepare, publish, record
 
 from modelopt_convert import fsops
@@ -173,14 +174,36 @@ def test_a_refused_swap_keeps_what_was_made(out: Path, monkeypatch: pytest.Monke
     is_kept(out, error)  # later runs leave it alone
 
 
-def test_what_cannot_even_be_kept_is_removed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_renamed_at_all_stays_where_it_is_and_is_named(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lay(out, "old")
     for call in ("exchange", "rename"):
         monkeypatch.setattr(fsops, call, refuse_with(errno.EPERM))
     with pytest.raises(StorageError) as failed:
         publish(out)
-    assert failed.value.kept_at is None and failed.value.published is False
-    assert (held_by(out), litter(out)) == (OLD, [])
+    assert failed.value.published is False and failed.value.kept_at is not None
+    assert held_by(Path(failed.value.kept_at)) == NEW and str(failed.value.kept_at) in str(failed.value.hint)
+    assert held_by(out) == OLD and litter(out) == [Path(failed.value.kept_at).name]
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_signal_does_not_hide_where_the_work_was_kept(
+    out: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """SIGTERM while the swap is refused: the run ends anyway, and only its error says what stands where."""
+    prepare(method, out, monkeypatch)
+    fail = failing(errno.EBUSY, lambda source, target: target == out and "stage" in source.name)
+    refused = "exchange" if method == "exchange" else "rename"
+    with monkeypatch.context() as patch:
+        before(patch, refused, lambda *paths: (os.kill(os.getpid(), signal.SIGTERM), fail(*paths)))
+        previous = signal.signal(signal.SIGTERM, stop)
+        try:
+            error = fails(out, "storage.swap_refused")
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    assert error.kept_at is not None
+    assert (held_by(out), held_by(Path(error.kept_at))) == (OLD, NEW)
 
 
 def test_a_failed_second_rename_undoes_the_first(out: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,18 +341,3 @@ def test_nothing_in_the_stage_is_written_over(out: Path) -> None:
     ):
         stage.write_file("config.json", b"{}")
         stage.write_file("config.json", b"")
-
-
-def test_shard_must_be_whole(out: Path) -> None:
-    """A tensor that was never written is a bug of mopt, and is not published as zeros."""
-    from crash_driver import SPECS
-
-    from modelopt_convert.errors import InternalError
-
-    with (
-        pytest.raises(InternalError, match=r"b\.weight"),
-        StagingDir(out, (), overwrite=True, need_bytes=1) as stage,
-        stage.shard(SHARD, SPECS) as writer,
-    ):
-        writer.write("a.weight", [bytes(2048)])
-    assert not out.exists() and litter(out) == []
