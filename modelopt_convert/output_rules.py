@@ -47,12 +47,19 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
     here = _inode(output)
     if os.path.ismount(output):
         raise _refuse(output, "is a mount point or the root folder", "mount_point", "give a folder inside it")
-    if here in {_inode(place) for place in (Path.home(), Path.cwd()) if place.exists()}:
+    if here in {_inode(place) for place in _special_folders() if place.exists()}:
         raise _refuse(output, "is the home or the current folder", "special_folder", "give a folder inside it")
     if not overwrite:
         raise _refuse(output, "exists", "exists", "give another --output, or --overwrite to replace a checkpoint")
     if stranger := find_stranger(output):
         raise _refuse(output, stranger, "not_a_checkpoint", "move it away yourself, or give another --output")
+
+
+def _special_folders() -> list[Path]:
+    try:
+        return [Path.home(), Path.cwd()]
+    except FileNotFoundError:  # the current folder was removed
+        return [Path.home()]
 
 
 def canonical_output(output: Path) -> Path:

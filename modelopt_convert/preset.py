@@ -50,7 +50,9 @@ class Preset(_Strict):
     base_repo: str = Field(description="Hub id of the base model")
     repos: list[str] = Field(description="Hub ids the preset fits")
     pipeline_tag: str = Field(description="the Hub's pipeline tag")
-    modelopt_model: str | None = Field(description="--model of ModelOpt's quantize.py that makes the export")
+    modelopt_model: str | None = Field(
+        default=None, description="--model of ModelOpt's quantize.py that makes the export"
+    )
     load_flag: str = Field(description="SGLang's flag that loads the result")
     fused: list[list[str]] = Field(description="sibling modules that the runtime may fuse")
     keep_fp32: list[str] = Field(description="globs over tensor names that stay in F32 where the base holds F32")

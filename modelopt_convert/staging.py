@@ -12,6 +12,7 @@ import re
 import secrets
 import shlex
 import signal
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from modelopt_convert.shard_writer import METADATA, ShardWriter
 
 # Where flock is known to exclude. On Lustre, GPFS and some NFS it succeeds for every caller.
 _LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs", "overlay", "f2fs", "zfs"})
+_SWEPT = " (until the next run to this output, which sweeps it)"
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS})
 
 
@@ -62,6 +64,7 @@ class StagingDir:
         self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
         self._lock: int | None = None
         self._made = False
+        self._warnings: list[str] = []
         self._durable = True
         self._done = False
 
@@ -117,23 +120,24 @@ class StagingDir:
         SIGINT and SIGTERM are held meanwhile: the run ends with the new checkpoint or with the old one.
 
         Raises:
-            OutputRefusedError: OUT changed since it was checked.
-            StorageError: The swap was refused (``kept_at`` names the finished checkpoint), or the parent's fsync
-                failed (``published`` is true, the old tree is kept).
+            StorageError: OUT changed since it was checked, or the swap was refused (``kept_at`` names the finished
+                checkpoint); or the parent's fsync failed (``published`` is true, the old tree is kept).
         """
         with _storage_errors(self.output.parent), _signals_held():
+            replaces = self.output.exists()
+            inherited = self.path.stat().st_mode & stat.S_ISGID  # from a setgid parent
+            mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask() | inherited
+            fsops.set_mode(self.path, mode)
+            self._durable = fsops.sync_dir(self.path) and self._durable
             try:
                 check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
             except OutputRefusedError as error:
                 self._keep_stage(error.message, error)
             replaces = self.output.exists()
-            mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask()
-            fsops.set_mode(self.path, mode)
-            self._durable = fsops.sync_dir(self.path) and self._durable
             method, old = self._swap(replaces)
             self._done = True
             self._sync_after_swap(old)
-            self.published = Published(method, self._durable, self._remove_old(old))
+            self.published = Published(method, self._durable, (*self._warnings, *self._remove_old(old)))
             return self.published
 
     def _make_stage(self) -> None:
@@ -183,7 +187,8 @@ class StagingDir:
         # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
         # could lose both in a power cut.
         fsops.sync_dir(self.output.parent)
-        self._remove(tree)
+        if kept := self._remove(tree):
+            self._warnings.append(kept)
 
     def _remove(self, tree: Path) -> str | None:
         """Remove a tree that mopt made or replaced, unless somebody put a file into it; then keep it and say so.
@@ -256,15 +261,18 @@ class StagingDir:
         kept = self._kept_name()
         try:
             fsops.rename(self.path, kept)
+            fsops.sync_dir(self.output.parent)
         except OSError:
-            kept = self.path  # nothing can be renamed here; the next run would sweep it, so say where it is
+            if not kept.exists():  # nothing can be renamed here, so say where it is
+                kept = self.path
         self._done = True
         target = self.output.parent / f"{self.output.name}.new"
         raise StorageError(
             f"{self.output}: the finished checkpoint could not take its place: {why}",
             code="storage.swap_refused",
             path=str(self.output),
-            hint=f"it is whole in {kept}; move it yourself: mv {shlex.quote(str(kept))} {shlex.quote(str(target))}",
+            hint=f"it is whole in {kept}{_SWEPT if kept == self.path else ''}; move it yourself: "
+            f"mv {shlex.quote(str(kept))} {shlex.quote(str(target))}",
             kept_at=str(kept),
         ) from error
 
@@ -313,7 +321,7 @@ def _try_lock(path: Path) -> int | None:
     """Lock a directory (flock), if the path still names it then; None if somebody else holds or removed it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # gone, or another user's
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

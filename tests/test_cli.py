@@ -182,6 +182,21 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("streams", "exit_code"),
+    [("2>/dev/full", 0), ("2>&-", 0), (">&-", 0), (">/dev/full", 5), ("2>&1 >/dev/null | head -c1 >/dev/null", 0)],
+)
+def test_streams_that_cannot_be_written_do_not_pass_for_something_else(
+    exports: Path, tmp_path: Path, streams: str, exit_code: int
+) -> None:
+    """Not for a failed check (1), nor for a bug (70); OUT is in place whatever can be said of it."""
+    arguments = f"--export {exports / 'nvfp4'} --base {exports / 'base'} --output {tmp_path / 'out'} --json"
+    script = f"set -o pipefail; {sys.executable} -c '{MAIN}' build-nvfp4 {arguments} {streams}"
+    assert subprocess.run(["bash", "-c", script], check=False).returncode == exit_code
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_preset_is_chosen_and_said(exports: Path, tmp_path: Path) -> None:
     outcome = build(exports / "nvfp4", exports / "base", tmp_path / "out", preset=None)
     assert outcome.exit_code == 0 and outcome.report is not None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import Tensors, build, config_of, copy, edit, load, run_mopt, same_bits, tree
 
 from modelopt_convert.inspect_report import InspectReport
@@ -125,6 +125,31 @@ def test_post_processed_export_is_mended(
     outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", *with_base)
     assert outcome.exit_code == 0, outcome.stderr
     assert same_tensors(tmp_path / "out", family / "nvfp4" / "transformer")
+
+
+def test_sharded_post_processed_export_is_proven_and_mended(exports: Path, base: Path, tmp_path: Path) -> None:
+    """ModelOpt post-processes shard by shard: where a module's weight and scale lie apart, the scale stays linear."""
+    source = copy(exports / "nvfp4_sharded", tmp_path / "source")
+    plain = load(source)
+    for shard in sorted(source.glob("*.safetensors")):
+        tensors = load_file(shard)
+        whole = {name for name in tensors if f"{name.removesuffix('_scale')}" in tensors}
+        part = {name: tensor for name, tensor in tensors.items() if not name.endswith("weight_scale") or name in whole}
+        postprocess(part)
+        save_file({name: tensor.contiguous() for name, tensor in (tensors | part).items()}, shard, {"format": "pt"})
+    apart = sum(
+        same_bits(load(source)[f"{name}.weight_scale"], plain[f"{name}.weight_scale"]) for name in packed(plain)
+    )
+    report = run_mopt("inspect", source, "--base", base).report
+    assert report is not None and 0 < apart < 40
+    assert report["layout"]["scale_layout"] == "mixed" and report["layout"]["modules_contradicting"] == 40 - apart
+    outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", "--base", base)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert outcome.report["counts"]["source"]["rewritten: 128x4 to row-major"] == 40 - apart
+    assert same_tensors(tmp_path / "out", exports / "nvfp4" / "transformer")
+    assert build(source, base, tmp_path / "built").exit_code == 0
+    assert build(exports / "nvfp4", base, tmp_path / "plain").exit_code == 0
+    assert same_tensors(tmp_path / "built", tmp_path / "plain")
 
 
 def test_padding_that_holds_something_is_an_error(nvfp4: Path, base: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_failed_second_rename_undoes_the_first(out: Path, calls: Calls, monkey
     is_kept(out, error)
     assert held_by(out) == OLD and out.stat().st_ino == inode
     first = calls.index(("rename", "out", "old"))
-    assert calls[first + 1 :] == [("rename", "old", "out"), ("rename", "stage", "kept")]
+    assert calls[first + 1 :] == [("rename", "old", "out"), ("rename", "stage", "kept"), ("sync_dir", ".")]
 
 
 def test_where_even_the_undoing_fails_the_user_is_told_where_the_old_one_is(

@@ -1,5 +1,7 @@
 """The command line. Nothing here or above imports torch, so that help, usage errors and refusals are fast."""
 
+import contextlib
+import os
 import sys
 
 import typer
@@ -48,6 +50,7 @@ def _root(
 
 def main() -> None:
     """Entry point: whatever nobody foresaw ends with exit code 70, since Python's own 1 means a failed check here."""
+    _open_standard_streams()
     try:
         app()
     except Exception as error:
@@ -55,6 +58,14 @@ def main() -> None:
 
         if debugging():
             raise
-        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
-        typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
+        with contextlib.suppress(OSError):
+            typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+            typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
         sys.exit(ExitCode.INTERNAL)
+
+
+def _open_standard_streams() -> None:
+    """Fill closed standard descriptors, or the first shard would become stderr and be written into."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)

@@ -1,5 +1,6 @@
 """What a command prints and where: the result on stdout, everything else on stderr; and how a run ends."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -52,8 +53,9 @@ class Output:
             typer.echo(printable(text))
 
     def aside(self, text: str) -> None:
-        """One line on stderr."""
-        typer.echo(printable(text), err=True)
+        """One line on stderr; that nobody can read it must not change how a run ends."""
+        with contextlib.suppress(OSError):
+            typer.echo(printable(text), err=True)
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         """A table of the result; the columns but the first and the last hold numbers."""
@@ -68,7 +70,8 @@ class Output:
             table.add_column(column, justify="right" if 0 < number < len(columns) - 1 else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
-        width = None if sys.stdout.isatty() else 160  # a pipe has no width; do not fold what scripts may read
+        # A pipe has no width; do not fold what scripts may read.
+        width = None if sys.stdout is not None and sys.stdout.isatty() else 160
         Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
 
     def check_report_path(self, output: Path | None) -> None:
@@ -87,7 +90,7 @@ class ProgressBar:
     def __init__(self, output: Output) -> None:
         """Draw nothing yet."""
         self._output = output
-        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = None
         if terminal and not output.quiet:
             from rich.console import Console
@@ -183,7 +186,12 @@ def run(output: Output, report: AnyReport, work: Callable[[ProgressBar], None], 
             raise
         hint = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows"
         _end(report, "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}", hint)
-    _tell(output, report, show)
+    try:
+        _tell(output, report, show)
+    except OSError as error:
+        _drop_stdout()
+        output.aside(f"error: the result could not be printed: {error.strerror}")
+        report.exit_code = report.exit_code or int(ExitCode.STORAGE)
     raise typer.Exit(report.exit_code)
 
 
@@ -215,12 +223,22 @@ def _end(
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Whoever reads stdout may close it early (``| head``); the exit code still tells what happened."""
+    """Whoever reads stdout may close it early (``| head``); the exit code still tells what happened.
+
+    Raises:
+        OSError: stdout cannot be written for another reason.
+    """
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter does not fail on it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell(output: Output, report: AnyReport, show: Callable[[], None]) -> None:
@@ -255,7 +273,8 @@ def _signals() -> Iterator[None]:
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         signal.signal(signum, lambda number, _: os._exit(128 + number))
-        os.write(2, b"interrupted: cleaning up; once more to leave at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted: cleaning up; once more to leave at once\n")
         raise Interrupted(signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
