@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from modelopt_convert.prove import Proof
 
 SMALL_FILES_BYTES = 1 << 20  # room for config, card, index and mopt.json, beside the tensors
-PASSING = ("reproduced", "within limits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ Generated from `presets/*.toml` by `scripts/make_support.py`; do not edit. *vali
 are published and served; *candidate*: the set has a source but nobody has shown it yet; *known_broken*: the engine
 named under known limits cannot use it. The FP8 sets are data so far: no command uses them yet.
 
-| preset | family | algorithm | status | load flag | minimum GPU | known limits |
-|---|---|---|---|---|---|---|
+| preset | family | base | algorithm | status | load flag | minimum GPU | known limits |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -27,7 +27,7 @@ def render() -> str:
         for algorithm, rules in preset.sets().items():
             limits = "; ".join(rules.known_limits) or "none known"
             rows.append(
-                f"| `{name}` | {preset.title} | {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
+                f"| `{name}` | {preset.title} | {', '.join(preset.repos)} | {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
                 f"| {rules.min_gpu} | {limits} |"
             )
     sources = [

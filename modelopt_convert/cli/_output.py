@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import NoReturn, Self
 
 import typer
 
+from modelopt_convert import __version__
 from modelopt_convert.errors import CheckFailedError, ExitCode, InternalError, Interrupted, MoptError, StorageError
 from modelopt_convert.inspect_report import InspectReport
 from modelopt_convert.output_rules import canonical_output
@@ -251,11 +253,19 @@ def _tell(output: Output, report: AnyReport, show: Callable[[], None]) -> None:
             output.aside(f"error: {report.error.message} [{report.error.code}]")
             if report.error.hint:
                 output.aside(f"hint: {report.error.hint}")
+        if isinstance(report, Report):
+            report.versions = _versions()
         text = report.to_json()
         if output.report_path is not None:
             _write_report(output, report, text)
         if output.json:
             typer.echo(text)
+
+
+def _versions() -> dict[str, str]:
+    torch = sys.modules.get("torch")  # not imported for its version's sake
+    found = {"mopt": __version__, "python": platform.python_version()}
+    return found | ({"torch": str(torch.__version__)} if torch is not None else {})
 
 
 def _write_report(output: Output, report: AnyReport, text: str) -> None:

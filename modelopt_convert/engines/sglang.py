@@ -204,6 +204,8 @@ def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packe
     """
     if belief.refuses:
         return [belief.refuses]
+    if packed and not belief.quantized:
+        return [f"{belief.engine} would not load it as NVFP4, {len(packed)} modules are packed"]
     found: list[str] = []
     if nibbles in ("low", "high") and belief.nibble_order != nibbles:
         found.append(
