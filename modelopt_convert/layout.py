@@ -5,6 +5,7 @@ the global scale multiplies or divides. An answer is given only where the others
 ``equivalent`` (the readings decode alike, so it does not matter) or ``undetermined``.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,11 +83,23 @@ class Detection:
         return self.codes_equal == self.codes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Tried:
+    """A reading with what it gives; how near it comes is computed only if asked for."""
+
     reading: Reading
     equal: int
-    closeness: Closeness
+    base: Tensor
+    codes: Tensor
+    scale: Tensor
+    factor: Tensor
+
+    @functools.cached_property
+    def closeness(self) -> Closeness:
+        base = self.base.to(torch.float64)
+        again = decode_e2m1(quantize_codes(self.base, self.scale, self.factor))
+        inherent = (again * block_scales(self.scale, self.factor) - base).norm(dim=0)
+        return closeness(base, decode_e2m1(self.codes), self.scale, self.factor, inherent)
 
 
 def detect_with_base(
@@ -131,7 +144,7 @@ def detect_with_base(
         codes=num_codes,
         codes_equal=best.equal,
         closeness=best.closeness,
-        related=any(abs(one.closeness.cosine) >= RELATED_COSINE for one in tried),
+        related=bool(exact) or any(abs(one.closeness.cosine) >= RELATED_COSINE for one in tried),
     )
 
 
@@ -159,11 +172,25 @@ def _global_readings(global_scale: Tensor) -> list[tuple[Literal["multiply", "di
 
 def _try(base_rows: Sequence[Tensor], packed: Tensor, reading: Reading, scale: Tensor, factor: Tensor) -> _Tried:
     codes = unpack_e2m1(packed)
-    equal = max(int((quantize_codes(one, scale, factor) == codes).sum()) for one in base_rows)
-    base = base_rows[0].to(torch.float64)
-    again = decode_e2m1(quantize_codes(base_rows[0], scale, factor))
-    inherent = (again * block_scales(scale, factor) - base).norm(dim=0)
-    return _Tried(reading, equal, closeness(base, decode_e2m1(codes), scale, factor, inherent))
+    return _Tried(reading, count_equal(base_rows, codes, scale, factor), base_rows[0], codes, scale, factor)
+
+
+def count_equal(base_rows: Sequence[Tensor], codes: Tensor, scale: Tensor, factor: Tensor) -> int:
+    """How many codes the base, quantized again, gives back: of all dtypes it may have been in, the best.
+
+    Args:
+        base_rows: Rows [R, K], once for each dtype.
+        codes: uint8 [R, K].
+        scale: float8_e4m3fn [R, K/16].
+        factor: float32 [], the global scale.
+    """
+    best = 0
+    for one in base_rows:
+        best = max(best, int((quantize_codes(one, scale, factor) == codes).sum()))
+        # All, or so few that another rounding of the base cannot be the reason.
+        if best == codes.numel() or best < 0.9 * codes.numel():
+            break
+    return best
 
 
 def _decide(tried: Sequence[_Tried], accepted: Sequence[_Tried], axis: str, exact: bool, same: bool) -> str:
@@ -174,9 +201,10 @@ def _decide(tried: Sequence[_Tried], accepted: Sequence[_Tried], axis: str, exac
     if len(values) != 1:
         return "undetermined"
     (value,) = values
-    others = [one.closeness.relative_error for one in tried if getattr(one.reading, axis) != value]
-    if exact or not others:  # no other value reproduces the codes, or the shape leaves no other
+    rest = [one for one in tried if getattr(one.reading, axis) != value]
+    if exact or not rest:  # no other value reproduces the codes, or the shape leaves no other
         return str(value)
+    others = [one.closeness.relative_error for one in rest]
     mine = min(one.closeness.relative_error for one in accepted)
     clear = all(not math.isfinite(error) or error >= RUNNER_UP_FACTOR * mine for error in others)
     return str(value) if clear else "undetermined"

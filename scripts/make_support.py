@@ -27,7 +27,8 @@ def render() -> str:
         for algorithm, rules in preset.sets().items():
             limits = "; ".join(rules.known_limits) or "none known"
             rows.append(
-                f"| `{name}` | {preset.title} | {', '.join(preset.repos)} | {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
+                f"| `{name}` | {preset.title} | {', '.join(preset.repos)} "
+                f"| {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
                 f"| {rules.min_gpu} | {limits} |"
             )
     sources = [

@@ -26,7 +26,7 @@ ALLOWED = {
     "transforms.raw": {"transforms.nvfp4", "transforms.scales"},
     "closeness": {"transforms.nvfp4"},
     "layout": {"closeness", "transforms.nvfp4"},
-    "proof": {"closeness", "layout"},
+    "proof": {"closeness", "layout", "transforms.nvfp4"},
     "prove": {
         "checkpoint",
         "dialects.modelopt",
