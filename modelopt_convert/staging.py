@@ -28,6 +28,7 @@ from modelopt_convert.shard_writer import METADATA, ShardWriter
 
 # Where flock is known to exclude. On Lustre, GPFS and some NFS it succeeds for every caller.
 _LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs", "overlay", "f2fs", "zfs"})
+_REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS})
 
@@ -195,7 +196,9 @@ class StagingDir:
 
         Another run may be removing the same tree: what vanishes meanwhile is no failure.
         """
-        while os.path.lexists(tree):
+        for attempt in range(_REMOVALS):
+            if not os.path.lexists(tree):
+                break
             try:
                 if stranger := foreign_entry(tree):
                     kept = self._kept_name()
@@ -203,7 +206,8 @@ class StagingDir:
                     return f"the old checkpoint was kept in {kept}: it {stranger}"
                 fsops.remove_tree(tree)
             except FileNotFoundError:
-                continue
+                if attempt == _REMOVALS - 1:
+                    raise
         return None
 
     def _kept_name(self) -> Path:
