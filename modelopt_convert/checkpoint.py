@@ -45,7 +45,7 @@ def resolve_component(path: Path, *, what: str) -> Path:
     Raises:
         InputError: Not a folder, nothing in it to load, or two transformers to choose from.
     """
-    if not path.is_dir():
+    if not _is_dir(path):
         raise InputError(
             f"{what} {path}: no such folder",
             code="input.missing",
@@ -70,6 +70,13 @@ def resolve_component(path: Path, *, what: str) -> Path:
         path=str(path),
         hint="give a diffusers transformer folder, or the pipeline that holds transformer/",
     )
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 class CheckpointReader:

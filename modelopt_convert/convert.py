@@ -4,7 +4,6 @@ torch is imported inside the functions that touch tensor values, so that refusal
 """
 
 import json
-import resource
 import shutil
 import time
 from collections import Counter
@@ -114,7 +113,7 @@ def build_nvfp4(request: BuildRequest, report: Report, progress: Progress) -> No
                 _check(stage, plan, report)
             with timed(report, "publish"):
                 publish(stage, report)
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_rss_bytes = peak_rss_bytes()
 
 
 def _output_path(request: BuildRequest, loaded: LoadedPreset | None) -> Path:
@@ -248,6 +247,12 @@ def _stable(module: ModuleReport) -> dict[str, Any]:
     if module.relative_error is not None:
         kept["relative_error"] = round(module.relative_error, 4)
     return kept
+
+
+def peak_rss_bytes() -> int | None:
+    """The process's own peak; ``ru_maxrss`` would begin with that of whoever started it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -101,13 +101,13 @@ class Linter:
     def scales(self, packed: Packed, stored: Tensor) -> None:
         """NaN and zero block scales."""
         raw = stored.view(torch.uint8)
-        broken = int(((raw & 0x7F) == 0x7F).sum())
+        broken = int(((raw & 0x7F) == 0x7F).count_nonzero())
         if broken:
             self.found.append(
                 LintReport(code="scale.nan", message=f"{broken} block scales are NaN", module=packed.name)
             )
         readings = scale_readings(stored, packed.rows, packed.columns // BLOCK_SIZE)
-        zero = min((int((one.view(torch.uint8) == 0).sum()) for one in readings.values()), default=0)
+        zero = min((int((one.view(torch.uint8) == 0).count_nonzero()) for one in readings.values()), default=0)
         if zero:
             self.found.append(
                 LintReport(code="scale.zero", message=f"{zero} block scales are zero", module=packed.name)

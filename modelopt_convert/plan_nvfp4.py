@@ -95,7 +95,7 @@ def _weights(export: Source) -> set[str]:
 
 def _check_configs(export: Source, base: Source) -> None:
     path = str(base.path / "config.json")
-    if "quantization_config" in base.config:
+    if base.config.get("quantization_config") is not None:
         raise InputError(
             f"{path}: expected an unquantized base, found a quantization_config",
             code="base.quantized",
@@ -146,7 +146,7 @@ def _check_base(export: Source, base: Source, modules: Mapping[str, Nvfp4Module]
             path=str(base.path),
             hint="the names follow another convention; give the base in the export's own (diffusers) naming",
         )
-    _raise_first(_base_faults(logical, base))
+    _raise_first(_base_faults(logical, export, base))
     for name, info in base.tensors.items():
         if name not in logical:
             raise InputError(
@@ -157,7 +157,7 @@ def _check_base(export: Source, base: Source, modules: Mapping[str, Nvfp4Module]
             )
 
 
-def _base_faults(logical: Mapping[str, tuple[int, ...]], base: Source) -> Iterator[InputError]:
+def _base_faults(logical: Mapping[str, tuple[int, ...]], export: Source, base: Source) -> Iterator[InputError]:
     for name, shape in logical.items():
         info = base.tensors.get(name)
         if info is None:
@@ -175,7 +175,9 @@ def _base_faults(logical: Mapping[str, tuple[int, ...]], base: Source) -> Iterat
                 path=f"{base.path}/{info.file}",
                 hint="give the base that the export was made from",
             )
-        elif info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
+        elif info.dtype not in HALF_AND_FLOAT and not (
+            info.dtype in _INTEGER_DTYPES and info.dtype == export.tensors[name].dtype
+        ):
             yield InputError(
                 f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="base.dtype",
@@ -246,7 +248,7 @@ def _fused_groups(
                     f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
                     code="preset.fused_group",
                     path=str(export.path),
-                    hint=f"keep the whole group: --keep-bf16 '{parent}.*' or none of it",
+                    hint="keep the whole group or none of it: " + " ".join(f"--keep-bf16 '{one}'" for one in members),
                 )
             if packed:
                 groups.append(packed)

@@ -178,7 +178,7 @@ def load_preset(name: str) -> LoadedPreset:
     path = Path(name) if is_path else _folder() / f"{name}.toml"
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
         known = ", ".join(preset_names())
         raise InputError(
             f"preset {name!r}: {'cannot be read' if is_path else 'is not one that comes with mopt'}",

@@ -154,10 +154,10 @@ def _usable_scales(export: CheckpointReader, base: CheckpointReader, module: Nvf
         if not 0.0 < value < float("inf"):
             raise refuse(role, "a finite positive scale", str(value))
     raw = _load(export, module.scales["weight_scale"].name).view(torch.uint8)
-    broken = int(((raw & 0x7F) == 0x7F).sum())
+    broken = int(((raw & 0x7F) == 0x7F).count_nonzero())
     if broken:
         raise refuse("weight_scale", "finite scales", f"{broken} NaN of {raw.numel()}")
-    negative = int((raw > 0x80).sum())
+    negative = int((raw > 0x80).count_nonzero())
     if negative:
         raise refuse("weight_scale", "positive scales", f"{negative} negative of {raw.numel()}")
     global_scale = _load(export, module.scales["weight_scale_2"].name)

@@ -5,7 +5,6 @@ otherwise are stripped. With a base only modules that need it are rewritten, and
 """
 
 import contextlib
-import resource
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import xxhash
 
 from modelopt_convert import __version__
 from modelopt_convert.checkpoint import CheckpointReader, resolve_component
-from modelopt_convert.convert import SMALL_FILES_BYTES, json_bytes, note_input, publish, timed
+from modelopt_convert.convert import SMALL_FILES_BYTES, json_bytes, note_input, peak_rss_bytes, publish, timed
 from modelopt_convert.dialects.modelopt import BLOCK_SIZE, is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.errors import CheckFailedError, InputError
@@ -120,7 +119,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
                 _check(stage.path, plan, base_path, request, report)
             with timed(report, "publish"):
                 publish(stage, report)
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_rss_bytes = peak_rss_bytes()
 
 
 def _look(source: Path, base: Path | None, max_error: float) -> dict[str, ModuleLayout]:

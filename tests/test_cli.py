@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Tensors, build, edit, run_mopt
+from support import Tensors, build, copy, edit, run_mopt, tree
 from typer.main import get_command
 
 from modelopt_convert.cli import app
@@ -139,6 +139,31 @@ def test_report_json_is_the_same_object(exports: Path, tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == outcome.report
     inside = build(exports / "nvfp4", exports / "base", tmp_path / "out", "--report-json", tmp_path / "out" / "r.json")
     assert inside.exit_code == 2 and not (tmp_path / "out" / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    "where", ["export/config.json", "base/x.json", "flux1-dev-nvfp4/r.json", "flux1-dev-nvfp4", "link"]
+)
+def test_a_report_never_lands_in_an_input_or_in_the_output(
+    exports: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where OUT is left to its default, and by way of a link."""
+    monkeypatch.chdir(tmp_path)
+    copy(exports / "nvfp4", tmp_path / "export"), copy(exports / "base", tmp_path / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "export" / "config.json")
+    inputs = tree(tmp_path / "export") | tree(tmp_path / "base")
+    arguments = ["--preset", "flux1-dev", "--export", "export", "--base", "base", "--report-json", where]
+    outcome = run_mopt("build-nvfp4", *arguments)
+    assert outcome.exit_code in (2, 5)
+    assert tree(tmp_path / "export") | tree(tmp_path / "base") == inputs
+    if (tmp_path / "flux1-dev-nvfp4").exists():
+        assert not (tmp_path / "flux1-dev-nvfp4" / "r.json").exists()
+
+
+@pytest.mark.parametrize("size", ["5,5GB", "5.GB", "5 - 6GB", "5", "5GB x", "5gbit", "0GB"])
+def test_sizes_are_read_whole_or_refused(exports: Path, tmp_path: Path, size: str) -> None:
+    outcome = build(exports / "nvfp4", exports / "base", tmp_path / "out", "-n", "--max-shard-size", size)
+    assert outcome.exit_code == 2
 
 
 def test_people_get_text_without_escapes_and_quiet_gets_nothing(exports: Path, tmp_path: Path) -> None:

@@ -218,3 +218,13 @@ def test_an_input_that_is_no_checkpoint_is_refused(
         nothing.touch()
     export, other = (nothing, base) if which == "export" else (nvfp4, nothing)
     refused(export, other, tmp_path, code="input.missing", names=(which, str(nothing)), hint="transformer")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8])
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_q.bias", "proj_out.bias"]
+)
+def test_integers_are_no_weights(nvfp4: Path, base: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    odd = edit(base, tmp_path / "base", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    outcome = build(nvfp4, odd, tmp_path / "out")
+    assert (outcome.exit_code, outcome.error_code) == (3, "base.dtype") and name in outcome.message

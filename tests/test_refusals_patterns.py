@@ -1,5 +1,6 @@
 """Presets and patterns that do not fit the model: never a pattern that silently does nothing."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,8 @@ def test_refusals_of_the_plan_come_before_anything_is_written(
 def test_the_hint_of_a_fused_group_leads_to_a_build(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     outcome = refused(nvfp4, base, tmp_path, "--keep-bf16", QKV[0], code="preset.fused_group")
     assert outcome.report is not None
-    pattern = outcome.report["error"]["hint"].split("'")[1]
-    outcome = build(nvfp4, base, tmp_path / "out", "--keep-bf16", pattern)
+    words = shlex.split(outcome.report["error"]["hint"].partition(": ")[2])
+    assert words[::2] == ["--keep-bf16"] * 3 and set(words[1::2]) == set(QKV)
+    outcome = build(nvfp4, base, tmp_path / "out", *words)
     assert outcome.exit_code == 0
     assert PACKED not in config_of(tmp_path / "out")["quantization_config"]["ignore"]

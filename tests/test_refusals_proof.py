@@ -258,3 +258,26 @@ def test_max_error_decides_where_codes_are_not_reproduced(exports: Path, base: P
     limit = str(sorted(found)[len(found) // 2])
     names = (f"{len([one for one in found if one > float(limit)])} of 40",)
     refused(export, base, tmp_path / "strict", "--max-error", limit, code="check.proof", exit_code=1, names=names)
+
+
+@pytest.mark.parametrize("factor", [1 / 8, 1 / 64])
+def test_a_stale_global_scale_is_seen_although_its_codes_are_reproduced(
+    nvfp4: Path, base: Path, tmp_path: Path, factor: float
+) -> None:
+    """Quantized with a global scale far too small it all saturates: the codes are what the base gives, and useless."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    module = "single_transformer_blocks.1.proj_out"
+    weight = load(base / "transformer")[f"{module}.weight"]
+
+    def requantize(tensors: Tensors) -> None:
+        scale_2 = tensors[f"{module}.weight_scale_2"] * factor
+        oracle, scale, _ = NVFP4QTensor.quantize(weight.clone(), 16, weights_scaling_factor_2=scale_2)
+        tensors[f"{module}.weight"] = oracle._quantized_data
+        tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"] = scale, scale_2
+
+    outcome = build(edit(nvfp4, tmp_path / "export", requantize), base, tmp_path / "out")
+    assert (outcome.exit_code, outcome.error_code) == (1, "check.proof") and module in outcome.message
+    assert outcome.report is not None
+    found = outcome.report["proof"]["modules"][module]
+    assert found["codes_equal"] == found["codes"] and found["relative_error"] > 0.15

@@ -27,7 +27,9 @@ ShardSizeOption = Annotated[
 MaxErrorOption = Annotated[
     float,
     typer.Option(
-        "--max-error", min=0.0, help="Largest relative error of a module whose codes are not reproduced from the base."
+        "--max-error",
+        min=0.0,
+        help="Largest relative error of a module whose codes are not reproduced from the base.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]

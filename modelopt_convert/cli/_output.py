@@ -76,14 +76,21 @@ class Output:
         width = None if sys.stdout is not None and sys.stdout.isatty() else 160
         Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
 
-    def check_report_path(self, output: Path | None) -> None:
-        """Refuse a report path that could not be written in the end, or that lies in OUT."""
+    def check_report_path(self, *others: Path | None) -> None:
+        """Refuse a report path that could not be written in the end, or that lies in an input or in OUT.
+
+        Args:
+            others: Inputs and OUT, as far as they were given.
+        """
         if self.report_path is None:
             return
-        folder = self.report_path.absolute().parent
-        inside = output is not None and folder.resolve().is_relative_to(canonical_output(output))
-        if inside or not folder.is_dir() or self.report_path.is_dir():
-            raise typer.BadParameter(f"{self.report_path} must name a file in an existing folder outside --output")
+        path = canonical_output(self.report_path)
+        inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in others if other is not None)
+        if inside or not path.parent.is_dir() or path.is_dir() or path.is_symlink():
+            raise typer.BadParameter(
+                f"{self.report_path} must name a file in an existing folder, outside every input and the output",
+                param_hint="--report-json",
+            )
 
 
 class ProgressBar:
@@ -271,9 +278,12 @@ def _versions() -> dict[str, str]:
 def _write_report(output: Output, report: AnyReport, text: str) -> None:
     assert output.report_path is not None
     try:
+        if isinstance(report, Report) and report.output.path:  # OUT may have been named after the preset only now
+            output.check_report_path(Path(report.output.path))
         output.report_path.write_text(text + "\n", encoding="ascii")
-    except OSError as error:
-        output.aside(f"error: {output.report_path}: the report could not be written: {error.strerror}")
+    except (OSError, typer.BadParameter) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        output.aside(f"error: {output.report_path}: the report could not be written: {reason}")
         report.exit_code = report.exit_code or int(ExitCode.STORAGE)
 
 

@@ -1,5 +1,6 @@
 """``mopt build-nvfp4``."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,9 @@ from modelopt_convert.cli import _options as options
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
     from modelopt_convert.report import Report
+
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?[KMGT]i?B", re.IGNORECASE)
 
 
 def build_nvfp4(
@@ -58,7 +62,7 @@ def build_nvfp4(
     from modelopt_convert.report import OutputReport, Report
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
-    out.check_report_path(output)
+    out.check_report_path(output, export, base)
     report = Report(command="build-nvfp4", output=OutputReport(path=str(output) if output else ""))
     request = BuildRequest(
         export=export,
@@ -78,6 +82,8 @@ def _shard_bytes(text: str) -> int:
     from pydantic import ByteSize, TypeAdapter
 
     try:
+        if not _SIZE.fullmatch(text):  # pydantic reads as far as it understands, and bits too
+            raise ValueError(text)
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except (ValueError, OverflowError) as error:
         raise typer.BadParameter(

@@ -51,7 +51,7 @@ def inspect(
     from modelopt_convert.inspect_report import InspectReport
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
-    out.check_report_path(None)
+    out.check_report_path(source, base)
     report = InspectReport()
 
     def work(_: object) -> None:

@@ -101,7 +101,7 @@ def _run(
     from modelopt_convert.report import OutputReport, Report
     from modelopt_convert.rewrite import RewriteRequest, rewrite
 
-    out.check_report_path(output)
+    out.check_report_path(output, source, base)
     report = Report(command=command, output=OutputReport(path=str(output)))
     request = RewriteRequest(
         source=source,

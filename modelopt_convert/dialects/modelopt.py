@@ -40,9 +40,12 @@ UNSUPPORTED_ALGORITHMS: Mapping[str, str] = {
     "FP8": "it is an FP8 export, not NVFP4",
 }
 
+_PACKED_DTYPES = frozenset({"U8", "F8_E4M3", "F8_E5M2"})
+
 # Tensors that AWQ and SVDQuant leave beside a packed weight: without them the weight means something else.
 _TRANSFORM_ROLES: Mapping[str, str] = {
     "pre_quant_scale": "AWQ or SVDQuant",
+    "_pre_quant_scale": "AWQ or SVDQuant",
     "svdquant_lora_a": "SVDQuant",
     "svdquant_lora_b": "SVDQuant",
 }
@@ -153,8 +156,6 @@ def find_nvfp4_modules(
     """
     by_module: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        if is_quantizer_state(name) or is_layout_marker(name):
-            continue
         role = name.rpartition(".")[2]
         if role in _TRANSFORM_ROLES:
             raise InputError(
@@ -163,11 +164,12 @@ def find_nvfp4_modules(
                 path=f"{path}/{info.file}",
                 hint="export again with ModelOpt's --quant-algo max; the other weights of this export are changed too",
             )
-        by_module.setdefault(module_of(name), {})[role] = info
+        if not is_quantizer_state(name) and not is_layout_marker(name):
+            by_module.setdefault(module_of(name), {})[role] = info
     return {
         module: _nvfp4_module(module, roles, true_shapes.get(f"{module}.weight"), path)
         for module, roles in by_module.items()
-        if any(role in roles for role in SCALE_ROLES) or ("weight" in roles and roles["weight"].dtype == "U8")
+        if any(role in roles for role in SCALE_ROLES) or ("weight" in roles and roles["weight"].dtype in _PACKED_DTYPES)
     }
 
 
@@ -177,7 +179,7 @@ def _nvfp4_module(
     anything = next(iter(roles.values()))
     weight = roles.get("weight")
     where = f"{path}/{(weight or anything).file}"
-    if weight is None or weight.dtype != "U8" or len(weight.shape) != 2:
+    if weight is None or weight.dtype != "U8" or len(weight.shape) != 2 or 0 in weight.shape:
         found = f"{weight.dtype} {list(weight.shape)}" if weight else "no weight"
         fp8 = weight is not None and weight.dtype.startswith("F8_")
         raise InputError(
