@@ -18,7 +18,8 @@ import xxhash
 from modelopt_convert import __version__
 from modelopt_convert.card import model_card
 from modelopt_convert.check import check_structure, refuse_misread
-from modelopt_convert.checkpoint import CheckpointReader, resolve_component
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.components import resolve_component
 from modelopt_convert.errors import CheckFailedError, InputError
 from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.plan import INDEX_NAME, BuildPlan, Keeps

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modelopt_convert.checkpoint import COMPONENTS, CheckpointReader, resolve_component
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.components import COMPONENTS, resolve_component
 from modelopt_convert.dialects.detect import Dialect, Looked, detect_dialect
 from modelopt_convert.dialects.modelopt import BLOCK_SIZE
 from modelopt_convert.dtypes import HALF_AND_FLOAT

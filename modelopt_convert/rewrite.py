@@ -14,7 +14,8 @@ from typing import Any, Literal
 import xxhash
 
 from modelopt_convert import __version__
-from modelopt_convert.checkpoint import CheckpointReader, resolve_component
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.components import resolve_component
 from modelopt_convert.convert import SMALL_FILES_BYTES, json_bytes, note_input, peak_rss_bytes, publish, timed
 from modelopt_convert.dialects.modelopt import BLOCK_SIZE, is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV

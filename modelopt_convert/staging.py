@@ -6,9 +6,7 @@ sync, swap, sync, and only then remove the old tree. Every change to the disk go
 
 import contextlib
 import errno
-import fcntl
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -23,11 +21,10 @@ from typing import Literal, NoReturn, Self
 from modelopt_convert import fsops
 from modelopt_convert.errors import OutputRefusedError, StorageError
 from modelopt_convert.header import TensorSpec
+from modelopt_convert.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
 from modelopt_convert.output_rules import canonical_output, check_output_allowed, foreign_entry
 from modelopt_convert.shard_writer import METADATA, ShardWriter
 
-# Where flock is known to exclude. On Lustre, GPFS and some NFS it succeeds for every caller.
-_LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs", "overlay", "f2fs", "zfs"})
 _REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS})
@@ -146,20 +143,20 @@ class StagingDir:
             path = self.output.parent / f"{self._prefix}stage-{secrets.token_hex(4)}"
             fsops.make_dir(path, 0o700)
             self.path, self._made = path, True
-            self._lock = _try_lock(path)
+            self._lock = try_lock(path)
 
     def _sweep_dead_stages(self) -> None:
         for other in sorted(self.output.parent.glob(f"{_glob_escape(self._prefix)}stage-*")):
             if other == self.path:
                 continue
-            if _file_system_of(self.output.parent) not in _LOCKING_FILE_SYSTEMS:
+            if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:
                 raise OutputRefusedError(
                     f"{other}: left by another run, and file locks prove nothing on this file system",
                     code="output.busy",
                     path=str(other),
                     hint=f"if no mopt is running on any host: rm -r {shlex.quote(str(other))}",
                 )
-            lock = _try_lock(other)
+            lock = try_lock(other)
             if lock is None:
                 if not other.exists():  # its owner finished between the listing and the lock
                     continue
@@ -321,42 +318,8 @@ def _umask() -> int:
     return current
 
 
-def _try_lock(path: Path) -> int | None:
-    """Lock a directory (flock), if the path still names it then; None if somebody else holds or removed it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError):  # gone, or another user's
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        named, held = path.stat(), os.fstat(fd)
-        if (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
-            return fd
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
-    return None
-
-
 def _glob_escape(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
-def _file_system_of(path: Path) -> str:
-    """Type of the file system that holds ``path``, from the longest matching mount point."""
-    target = path.resolve()
-    best, kind = -1, "unknown"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        fields, _, rest = line.partition(" - ")
-        # Blanks and the like are written in octal.
-        raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), os.fsencode(fields.split()[4]))
-        mount = Path(os.fsdecode(raw))
-        if target.is_relative_to(mount) and len(mount.parts) >= best:
-            best, kind = len(mount.parts), rest.split()[0]
-    return kind
 
 
 @contextlib.contextmanager

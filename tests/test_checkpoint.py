@@ -12,7 +12,8 @@ from safetensors.torch import save, save_file
 from support import load
 
 from modelopt_convert import checkpoint
-from modelopt_convert.checkpoint import CheckpointReader, resolve_component
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.components import resolve_component
 from modelopt_convert.errors import InputError
 
 

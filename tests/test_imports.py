@@ -41,8 +41,10 @@ ALLOWED = {
     },
     "fsops": set(),
     "shard_writer": {"errors", "fsops", "header"},
+    "components": {"errors"},
+    "locks": set(),
     "output_rules": {"errors"},
-    "staging": {"errors", "fsops", "header", "output_rules", "shard_writer"},
+    "staging": {"errors", "fsops", "header", "locks", "output_rules", "shard_writer"},
     "engines.sglang": {"header"},
     "dialects.detect": {"engines.sglang", "header", "scale_shapes"},
     "check": {
@@ -74,6 +76,7 @@ ALLOWED = {
         "transforms.scales",
     },
     "inspection": {
+        "components",
         "checkpoint",
         "dialects.detect",
         "dialects.modelopt",

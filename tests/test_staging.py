@@ -16,6 +16,7 @@ from tracing import driver, run
 from modelopt_convert import fsops, staging
 from modelopt_convert.errors import ExitCode, Interrupted, OutputRefusedError
 from modelopt_convert.header import parse_header, read_header_length
+from modelopt_convert.locks import file_system_of
 from modelopt_convert.staging import StagingDir
 
 OLD, NEW = files_of("old"), files_of("new")
@@ -182,7 +183,7 @@ def test_a_failed_sync_keeps_the_dead_stage(out: Path, place: Path, monkeypatch:
 
 def test_where_locks_prove_nothing_nothing_is_swept(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(place / LEFT, "another")
-    monkeypatch.setattr(staging, "_file_system_of", lambda _path: "nfs4")
+    monkeypatch.setattr(staging, "file_system_of", lambda _path: "nfs4")
     with pytest.raises(OutputRefusedError) as refused:
         publish(out)
     assert refused.value.code == "output.busy"
@@ -311,4 +312,4 @@ def test_file_system_type_by_mount_point(monkeypatch: pytest.MonkeyPatch, line: 
     table = f"39 1 0:1 / / rw - ext4 /dev/a rw\n{line}\n"
     monkeypatch.setattr(Path, "read_text", lambda _path, **_how: table)
     monkeypatch.setattr(Path, "read_bytes", lambda _path: table.encode(errors="surrogateescape"))
-    assert staging._file_system_of(Path(folder)) == kind
+    assert file_system_of(Path(folder)) == kind
