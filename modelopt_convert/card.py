@@ -1,58 +1,110 @@
 """The model card (README.md) of an output. Pure: no paths, no times, the same text for the same input."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
+from modelopt_convert.formats import FORMATS, FP8
 from modelopt_convert.plan import BuildPlan
-from modelopt_convert.preset import Preset
+from modelopt_convert.preset import Algorithm, ChosenPreset
+from modelopt_convert.report import ProofReport
 
 
-def model_card(plan: BuildPlan, preset: Preset | None, proof_counts: Mapping[str, int], producer: str) -> str:
-    """Text of the card.
+def load_command(prefix: str, base: str, components: Sequence[str], flag: str = "--transformer-path") -> str:
+    """SGLang's command that loads the output.
+
+    Args:
+        prefix: The output, up to the name of a component.
+        base: The base model.
+        components: Folder names, or none where the output itself is the transformer.
+        flag: What loads that.
+    """
+    flags = [f"--{name.replace('_', '-')}-path {prefix}/{name}" for name in components] or [f"{flag} {prefix}"]
+    return f"sglang generate --model-path {base} {' '.join(flags)} --prompt '...'"
+
+
+def _head(algorithm: Algorithm, chosen: ChosenPreset | None) -> list[str]:
+    head = ["---"]
+    if chosen is not None:
+        if chosen.base_repo is not None:
+            head += [f"base_model: {chosen.base_repo}", "base_model_relation: quantized"]
+        head += [f"pipeline_tag: {chosen.loaded.preset.pipeline_tag}"]
+    return [*head, "library_name: diffusers", "tags:", f"- {algorithm}", "- modelopt", "- mopt", "- sglang", "---", ""]
+
+
+def _load_section(chosen: ChosenPreset | None, components: Sequence[str]) -> list[str]:
+    base = chosen.base_repo if chosen and chosen.base_repo else "BASE_MODEL"
+    flag = chosen.loaded.preset.load_flag if chosen else "--transformer-path"
+    return ["## Load", "", "```", load_command("<this repo>", base, components, flag), "```", ""]
+
+
+def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport, producer: str, command: str) -> str:
+    """Text of the card of one transformer.
 
     Args:
         plan: What was built.
-        preset: The preset it was built with, if any.
-        proof_counts: How many modules met each verdict.
+        chosen: The preset it was built with, if any.
+        proof: Verdicts and their counts.
         producer: Who packed the weights, such as ``modelopt 0.47.0``.
+        command: Of mopt.
     """
-    head = ["---"]
-    if preset is not None:
-        head += [f"base_model: {preset.base_repo}", "base_model_relation: quantized"]
-        head += [f"pipeline_tag: {preset.pipeline_tag}"]
-    head += ["library_name: diffusers", "tags:", "- nvfp4", "- modelopt", "- mopt", "- sglang", "---", ""]
-    title = preset.title if preset else str(plan.config.get("_class_name", "transformer"))
-    base = preset.base_repo if preset else "BASE_MODEL"
-    flag = preset.load_flag if preset else "--transformer-path"
+    target = plan.format
+    title = chosen.loaded.preset.title if chosen else str(plan.config.get("_class_name", "transformer"))
     packed, total = len(plan.packed), len(plan.modules)
-    proven = ", ".join(f"{count} {verdict}" for verdict, count in sorted(proof_counts.items()))
+    proven = ", ".join(f"{count} {verdict}" for verdict, count in sorted(proof.counts.items()))
+    how = [
+        f"{producer} quantized {total} modules; `mopt {command}` kept their bytes and put {total - packed} of them",
+        "back to BF16, as below.",
+    ]
+    if proof.status == "not proven":
+        how += ["**Not proven**: no base was given to compare the weights with."]
+    else:
+        how += ["Before publishing, rows of every packed weight were proven against the", f"base: {proven}."]
+    layout = "Codes: the low nibble holds the even column. Scales: row-major. Both are declared in `config.json`."
     body = [
-        f"# {title}, NVFP4",
+        f"# {title}, {target.quant_algo}",
         "",
-        f"The transformer alone: {packed} modules in NVFP4 (W4A4, blocks of 16), the rest in BF16. Text encoders,",
+        f"The transformer alone: {packed} modules in {target.quant_algo} ({target.words}), the rest in BF16. Text "
+        "encoders,",
         "VAE and scheduler come from the base model.",
         "",
-        "## Load",
-        "",
-        "```",
-        f"sglang generate --model-path {base} {flag} <this repo> --prompt '...'",
-        "```",
-        "",
+        *_load_section(chosen, []),
         "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights.",
         "",
         "## How it was made",
         "",
-        f"{producer} quantized {total} modules; `mopt build-nvfp4` kept their bytes and put {total - packed} of them",
-        "back to BF16 from the base, as below. Before publishing, rows of every packed weight were proven against the",
-        f"base: {proven}.",
+        *how,
         "",
         "| kept in BF16 | modules | replaced | why |",
         "|---|---|---|---|",
         *(f"| `{rule.pattern}` | {rule.matched} | {rule.replaced} | {rule.kind} |" for rule in plan.rules),
         "",
-        "Codes: the low nibble holds the even column. Scales: row-major. Both are declared in `config.json`.",
+        "Scales: float32, one per weight and one per input." if target is FP8 else layout,
         "`mopt.json` lists the digest of every tensor.",
         "",
     ]
-    if preset is not None and preset.nvfp4 is not None and preset.nvfp4.known_limits:
-        body += ["## Known limits", "", *(f"- {limit}" for limit in preset.nvfp4.known_limits), ""]
-    return "\n".join(head + body)
+    limits = chosen.limits(target.algorithm) if chosen else []
+    if limits:
+        body += ["## Known limits", "", *(f"- {limit}" for limit in limits), ""]
+    return "\n".join(_head(target.algorithm, chosen) + body)
+
+
+def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, command: str) -> str:
+    """Text of the card above several transformers of one model.
+
+    Args:
+        components: Their folders.
+        chosen: The preset they were built with, if any.
+        command: Of mopt.
+    """
+    algorithm: Algorithm = "fp8" if command == "convert-fp8" else "nvfp4"
+    title = chosen.loaded.preset.title if chosen else "Transformers"
+    body = [
+        f"# {title}, {FORMATS[algorithm].quant_algo}",
+        "",
+        f"The transformers alone, each in a folder of its own: {', '.join(f'`{name}`' for name in components)}.",
+        "Text encoders, VAE and scheduler come from the base model.",
+        "",
+        *_load_section(chosen, components),
+        "Each folder's README.md says what is quantized in it and how it was proven.",
+        "",
+    ]
+    return "\n".join(_head(algorithm, chosen) + body)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.dialects.modelopt import BLOCK_SIZE, check_nvfp4_config, find_nvfp4_modules
-from modelopt_convert.engines.sglang import believe, misread
+from modelopt_convert.dialects.fp8 import find_fp8_modules
+from modelopt_convert.dialects.modelopt import check_quant_config
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
+from modelopt_convert.engines.sglang import believe, ignored_by, misread
 from modelopt_convert.errors import InputError
+from modelopt_convert.formats import FP8
 from modelopt_convert.header import TensorInfo
 from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import BuildPlan
@@ -31,7 +34,10 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         for file, metadata in reader.metadata.items():
             if metadata != dict(METADATA):
                 faults.append(f"{file}: header metadata {metadata}")
-        modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder))
+        if plan.format is FP8:
+            modules = find_fp8_modules(reader.tensors, {}, (), path=str(folder))
+        else:
+            modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder))
         faults += [module.fault.message for module in modules.values() if module.fault is not None]
         if sorted(modules) != sorted(plan.packed):
             faults.append("the packed modules are not the planned ones")
@@ -41,16 +47,20 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         for group in plan.fused:
             if not set(group) <= modules.keys():
                 faults.append(f"fused group {', '.join(group)} is not whole")
-        faults += _config_faults(reader, set(modules), str(folder))
+        faults += _config_faults(reader, plan, set(modules), str(folder))
     return faults
 
 
 def refuse_misread(plan: BuildPlan, path: str) -> None:
     """Refuse, before any work, what the target engine would misread although it is written right.
 
+    FP8 has nothing to misread but ``ignore``, which is settled where that is made.
+
     Raises:
         InputError: ``engine.misread``.
     """
+    if plan.format is FP8:
+        return
     tensors = {
         spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, shard.file, 0, spec.num_bytes)
         for shard in plan.shards
@@ -68,15 +78,16 @@ def refuse_misread(plan: BuildPlan, path: str) -> None:
         )
 
 
-def _config_faults(reader: CheckpointReader, packed: set[str], path: str) -> list[str]:
-    config = check_nvfp4_config(reader.config, path=path)
+def _config_faults(reader: CheckpointReader, plan: BuildPlan, packed: set[str], path: str) -> list[str]:
+    config = check_quant_config(reader.config, plan.format.quant_algo, path=path)
     ignore = set(config["ignore"])
-    faults = [f"`ignore` lists the packed module {name}" for name in sorted(ignore & packed)]
+    faults = [f"`ignore` lists the packed module {name}" for name in sorted(packed) if ignored_by(ignore, name)]
     for name, info in reader.tensors.items():
         module = module_of(name)
         linear = name.endswith(".weight") and len(info.shape) >= 2
         if linear and module not in packed and module not in ignore:
             faults.append(f"`ignore` does not list {module}, which is not packed")
-    if config["swap_weight_nibbles"] is not False or config["checkpoint_weight_scale_layout"] != "linear":
-        faults.append("the declared layout is not the canonical one")
+    faults += [
+        f"{key} is {config.get(key)!r}" for key, value in plan.format.declared.items() if config.get(key) != value
+    ]
     return faults

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -95,6 +95,18 @@ class CheckpointReader:
     def num_bytes(self) -> int:
         """Total size of the safetensors files."""
         return sum(file.num_bytes for file in self._files.values())
+
+    def select(self, names: Mapping[str, str]) -> None:
+        """Go on with some of the tensors, under other names.
+
+        Args:
+            names: The new name of each tensor to keep, by its name in the files.
+        """
+        kept = {new: self.tensors[old] for old, new in names.items()}
+        self.tensors = {
+            new: TensorInfo(new, info.dtype, info.shape, info.file, info.start, info.num_bytes)
+            for new, info in kept.items()
+        }
 
     def identity(self) -> dict[str, str]:
         """What this checkpoint is, without its path: a digest of its headers, and the commit in a Hub cache."""

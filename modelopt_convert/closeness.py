@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelopt_convert.transforms.nvfp4 import block_scales
-
 # Good builds measured a gain of 0.979 to 1.020, a worst row of 0.15 and a worst column of 0.49.
 GAIN_LIMIT = 0.025
 ROW_LIMIT = 0.3
@@ -48,19 +46,14 @@ class Closeness:
         )
 
 
-def closeness(
-    base: Tensor, values: Tensor, scale: Tensor, global_scale: Tensor, inherent: Tensor | None = None
-) -> Closeness:
+def closeness(base: Tensor, dequantized: Tensor, inherent: Tensor | None = None) -> Closeness:
     """Compare rows with the base.
 
     Args:
         base: float64 [R, K].
-        values: float32 [R, K], the decoded codes.
-        scale: float8_e4m3fn [R, K/16].
-        global_scale: float32 [].
+        dequantized: float64 [R, K].
         inherent: float64 [K], the error of each column that the format itself costs; None to count every column.
     """
-    dequantized = (values * block_scales(scale, global_scale)).to(torch.float64)
     difference = dequantized - base
     norm, inner = base.norm(), (dequantized * base).sum()
     column_error = difference.norm(dim=0)

@@ -1,14 +1,33 @@
-"""Which folder of a pipeline holds the transformer that a user means. No torch."""
+"""Which folders of a pipeline hold the transformers that a user means. No torch."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from modelopt_convert.checkpoint import MAX_CONFIG_BYTES
 from modelopt_convert.errors import InputError
+from modelopt_convert.strict_json import parse_json_object
 
 COMPONENTS = ("transformer", "transformer_2")
 
 
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One transformer to build.
+
+    Attributes:
+        name: One of ``COMPONENTS``, or None where the export's folder is called otherwise.
+        export: Its folder in the export.
+        base: Its folder in the base, if there is a base.
+    """
+
+    name: str | None
+    export: Path
+    base: Path | None
+
+
 def resolve_component(path: Path, *, what: str) -> Path:
-    """The transformer folder that a user means: ``path`` itself, or its ``transformer/``.
+    """The one transformer folder that a user means: ``path`` itself, or its ``transformer/``.
 
     Args:
         path: A component folder, or a pipeline folder holding one transformer.
@@ -17,6 +36,65 @@ def resolve_component(path: Path, *, what: str) -> Path:
     Raises:
         InputError: Not a folder, nothing in it to load, or two transformers to choose from.
     """
+    found = _found(path, what=what)
+    if len(found) == 1:
+        return found[0]
+    raise InputError(
+        f"{what} {path}: expected one transformer, found {' and '.join(one.name for one in found)}",
+        code="input.ambiguous",
+        path=str(path),
+        hint=f"name the one you mean: {found[0]}",
+    )
+
+
+def resolve_components(export: Path, base: Path | None, wanted: Sequence[str]) -> list[Component]:
+    """The transformers to build: those wanted, or every one that the export quantized.
+
+    Args:
+        export: A component folder, or a pipeline folder.
+        base: Likewise, or None.
+        wanted: Names from ``COMPONENTS``; empty for all.
+
+    Raises:
+        InputError: ``input.missing`` or ``input.ambiguous``.
+    """
+    found = _found(export, what="export")
+    missing = sorted(set(wanted) - {one.name for one in found})
+    if missing:
+        raise InputError(
+            f"export {export}: expected {missing[0]}, found {', '.join(one.name for one in found)}",
+            code="input.missing",
+            path=str(export),
+            hint="--component names a transformer folder of the export's pipeline",
+        )
+    chosen = [one for one in found if not wanted or one.name in wanted]
+    if not wanted and len(chosen) > 1:
+        # With none of them quantized the first is opened, and refused for that.
+        chosen = [one for one in chosen if _is_quantized(one)] or chosen[:1]
+    names = [one.name if one.name in COMPONENTS else None for one in chosen]
+    return [
+        Component(name, one, _base_of(base, name, several=len(chosen) > 1) if base is not None else None)
+        for name, one in zip(names, chosen, strict=True)
+    ]
+
+
+def _base_of(base: Path, name: str | None, *, several: bool) -> Path:
+    found = _found(base, what="base")
+    named = [one for one in found if one.name == name]
+    if named and found != [base]:
+        return named[0]
+    if several:
+        raise InputError(
+            f"base {base}: expected a pipeline with {name}, as the export has, found no such transformer",
+            code="input.missing",
+            path=str(base),
+            hint="give the pipeline that the export was made from, or build one transformer with --component",
+        )
+    return resolve_component(base, what="base")
+
+
+def _found(path: Path, *, what: str) -> list[Path]:
+    """``path`` itself if it is a transformer, or those in it; at least one."""
     if not _is_dir(path):
         raise InputError(
             f"{what} {path}: no such folder",
@@ -25,23 +103,26 @@ def resolve_component(path: Path, *, what: str) -> Path:
             hint="give a local folder: the transformer itself, or the pipeline that holds transformer/",
         )
     if (path / "config.json").is_file():
-        return path
-    found = [name for name in COMPONENTS if (path / name / "config.json").is_file()]
-    if len(found) == 1:
-        return path / found[0]
-    if found:
+        return [path]
+    found = [path / name for name in COMPONENTS if (path / name / "config.json").is_file()]
+    if not found:
         raise InputError(
-            f"{what} {path}: expected one transformer, found {' and '.join(found)}",
-            code="input.ambiguous",
+            f"{what} {path}: expected config.json here or in transformer/, found neither",
+            code="input.missing",
             path=str(path),
-            hint=f"name the one to build: {path / found[0]}",
+            hint="give a diffusers transformer folder, or the pipeline that holds transformer/",
         )
-    raise InputError(
-        f"{what} {path}: expected config.json here or in transformer/, found neither",
-        code="input.missing",
-        path=str(path),
-        hint="give a diffusers transformer folder, or the pipeline that holds transformer/",
-    )
+    return found
+
+
+def _is_quantized(folder: Path) -> bool:
+    path = folder / "config.json"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES)
+    except OSError:  # opening it as a checkpoint says why
+        return True
+    return "quantization_config" in parse_json_object(raw, code="config", path=str(path))
 
 
 def _is_dir(path: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.components import COMPONENTS, resolve_component
 from modelopt_convert.dialects.detect import Dialect, Looked, detect_dialect
-from modelopt_convert.dialects.modelopt import BLOCK_SIZE
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
 from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.engines.sglang import Belief, believe, misread
 from modelopt_convert.errors import InputError

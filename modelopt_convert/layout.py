@@ -99,7 +99,8 @@ class _Tried:
         base = self.base.to(torch.float64)
         again = decode_e2m1(quantize_codes(self.base, self.scale, self.factor))
         inherent = (again * block_scales(self.scale, self.factor) - base).norm(dim=0)
-        return closeness(base, decode_e2m1(self.codes), self.scale, self.factor, inherent)
+        dequantized = decode_e2m1(self.codes) * block_scales(self.scale, self.factor)
+        return closeness(base, dequantized.to(torch.float64), inherent)
 
 
 def detect_with_base(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.dialects.modelopt import BLOCK_SIZE, SCALE_ROLES
+from modelopt_convert.dialects.modelopt import SCALE_ROLES
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
 from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS
 from modelopt_convert.header import TensorInfo

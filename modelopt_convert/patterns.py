@@ -8,7 +8,8 @@ Matching is by table, not by regular expression: a hostile name costs at most le
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from modelopt_convert.errors import InputError
 
@@ -129,11 +130,20 @@ def _wildcard(glob: str, text: str) -> bool:
     return len(text) - len(tail) >= position and text.endswith(tail)
 
 
-def rename(name: str, source: str, target: str) -> str | None:
+def stars(spelling: str) -> list[str | None]:
+    """The ``*`` segments of a spelling, in order: None for a plain one, the config key of a ``*+key``."""
+    segments = [segment for segment in spelling.split(".") if segment == "*" or segment.startswith("*+")]
+    return [segment[2:] or None for segment in segments]
+
+
+def rename(name: str, source: str, target: str, config: Mapping[str, Any]) -> str | None:
     """``name`` in another spelling: ``*`` segments of ``source`` are put in place of those of ``target``, in order.
 
+    A ``*+key`` of ``target`` adds the number that config.json has under ``key``: some runtimes count the blocks of two
+    lists through.
+
     Returns:
-        The new name, or None if ``name`` does not match ``source`` segment by segment.
+        The new name, or None if ``name`` does not match ``source`` segment by segment, or there is no such number.
     """
     parts, wanted = name.split("."), source.split(".")
     if len(parts) != len(wanted):
@@ -145,4 +155,15 @@ def rename(name: str, source: str, target: str) -> str | None:
         elif part != segment:
             return None
     values = iter(captured)
-    return ".".join(next(values) if segment == "*" else segment for segment in target.split("."))
+    renamed: list[str] = []
+    for segment in target.split("."):
+        if segment == "*":
+            renamed.append(next(values))
+        elif segment.startswith("*+"):
+            value, offset = next(values), config.get(segment[2:])
+            if not value.isdecimal() or type(offset) is not int:
+                return None
+            renamed.append(str(int(value) + offset))
+        else:
+            renamed.append(segment)
+    return ".".join(renamed)

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from modelopt_convert.dialects.modelopt import (
-    BLOCK_SIZE,
-    Nvfp4Module,
-)
+from modelopt_convert.dialects.modelopt import PackedModule
+from modelopt_convert.formats import Format
 from modelopt_convert.header import TensorInfo, TensorSpec
 from modelopt_convert.patterns import module_of
 from modelopt_convert.preset import KeepRules, Preset
@@ -24,7 +22,17 @@ FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 
 
-Op = Literal["copy", "cast_bf16", "repack", "reorder_scales", "swizzle_scales"]
+Op = Literal[
+    "copy",
+    "copy_e4m3",
+    "cast_bf16",
+    "repack",
+    "reorder_scales",
+    "swizzle_scales",
+    "quantize_fp8",
+    "dequantize_fp8",
+    "write_scale",
+]
 Origin = Literal["export", "base"]
 Kind = Literal["structural", "quality", "user"]
 
@@ -52,14 +60,17 @@ class Step:
     Attributes:
         output: Name, dtype and shape to be written.
         origin: Which input is read.
-        op: ``copy`` moves bytes untouched; ``cast_bf16`` rounds F32 or F16 to BF16; ``repack`` brings packed codes and
-            ``reorder_scales`` block scales into the canonical layout; ``swizzle_scales`` brings scales into the 128x4
-            order.
+        op: ``copy`` moves bytes untouched, ``copy_e4m3`` too but refuses NaN codes; ``cast_bf16`` rounds F32 or F16 to
+            BF16; ``repack`` brings packed codes and ``reorder_scales`` block scales into the canonical layout;
+            ``swizzle_scales`` brings scales into the 128x4 order; ``quantize_fp8`` and ``dequantize_fp8`` go between
+            a weight and its E4M3 codes; ``write_scale`` writes ``value``.
+        value: The scale of the last three, where it does not lie beside the weight.
     """
 
     output: TensorSpec
     origin: Origin
     op: Op
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,30 +119,34 @@ class Keeps:
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """Everything that ``build-nvfp4`` will do.
+    """Everything that ``build-nvfp4`` or ``convert-fp8`` will do.
 
     Attributes:
+        format: What is written.
         steps: One per output tensor, by name.
         shards: The output files.
         config: The output's config.json.
-        modules: Packed modules of the export, by name.
+        modules: Quantized modules of the export, by name.
         replaced: Packed modules that become BF16, with the pattern that says so.
         fused: Groups of packed modules that the runtime may fuse.
         rules: What each pattern did.
         ledger: For each input, every tensor's fate in a few words.
+        dequantized: Quantized modules that become BF16 by way of their scale, since there is no base.
         must_equal: Tensors whose export value must be the base's, up to a dtype cast.
         may_differ: Biases of packed modules, kept from the export, compared with the base for a warning only.
         warnings: What the user should know, as (code, message).
     """
 
+    format: Format
     steps: Mapping[str, Step]
     shards: tuple[ShardPlan, ...]
     config: Mapping[str, Any]
-    modules: Mapping[str, Nvfp4Module]
+    modules: Mapping[str, PackedModule]
     replaced: Mapping[str, str]
     fused: tuple[tuple[str, ...], ...]
     rules: tuple[RuleCount, ...]
-    ledger: Mapping[Origin, Mapping[str, str]]
+    ledger: Mapping[str, Mapping[str, str]]
+    dequantized: tuple[str, ...]
     must_equal: tuple[str, ...]
     may_differ: tuple[str, ...]
     warnings: tuple[tuple[str, str], ...] = field(default=())
@@ -143,11 +158,11 @@ class BuildPlan:
 
     @property
     def packed(self) -> list[str]:
-        """Modules that are NVFP4 in the output, in name order."""
+        """Modules that are quantized in the output, in name order."""
         return sorted((name for name in self.modules if name not in self.replaced), key=natural_key)
 
     def with_layouts(self, swapped: Collection[str], swizzled: Collection[str]) -> "BuildPlan":
-        """The plan once the proof has found the layouts.
+        """The plan once the proof has found the layouts of an NVFP4 export.
 
         Args:
             swapped: Modules whose high nibble holds the even column.
@@ -178,11 +193,12 @@ class BuildPlan:
     def peak_bytes(self) -> int:
         """Working memory beyond start-up: chunks in flight, or the proof of the largest module."""
         proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
-        return max(3 * CHUNK_BYTES, proof)
+        computed = any(step.op in ("quantize_fp8", "dequantize_fp8") for step in self.steps.values())
+        return max((8 if computed else 3) * CHUNK_BYTES, proof)
 
 
-def _proof_bytes(module: Nvfp4Module) -> int:
-    scales = module.rows * (module.columns // BLOCK_SIZE)
+def _proof_bytes(module: PackedModule) -> int:
+    scales = module.scales["weight_scale"].num_bytes if "weight_scale" in module.scales else 0
     # Scale bytes twice (as read and as masks), and about a dozen float32 or int64 arrays of the sampled rows.
     return 2 * scales + 64 * (SAMPLED_ROWS + 2) * module.columns
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from modelopt_convert.errors import InputError
-from modelopt_convert.patterns import check_pattern
+from modelopt_convert.patterns import check_pattern, stars
 
 Algorithm = Literal["nvfp4", "fp8"]
 
@@ -25,12 +25,15 @@ class _Strict(BaseModel):
 class KeepRules(_Strict):
     """What stays in BF16 for one algorithm, and what that choice rests on."""
 
-    status: Literal["validated", "candidate", "known_broken"] = Field(description="what the set rests on")
+    status: Literal["validated", "candidate"] = Field(description="what the set rests on")
     source: str = Field(description="where the set comes from")
     min_gpu: str = Field(description="smallest GPU that runs the result")
     known_limits: list[str] = Field(description="what a user should know before building")
     structural: list[str] = Field(description="module globs that the runtime cannot load packed")
     quality: list[str] = Field(description="module globs kept for quality")
+    known_broken: dict[str, str] = Field(
+        default_factory=dict, description="engine@version = why it cannot use what is built; also for other sets"
+    )
 
     @field_validator("structural", "quality")
     @classmethod
@@ -41,7 +44,7 @@ class KeepRules(_Strict):
 
 
 class Preset(_Strict):
-    """One model family's preset; the TOML file has these fields."""
+    """One model's preset; the TOML file has these fields, and ``extends`` for those it shares with another."""
 
     schema_: Literal[1] = Field(alias="schema", description="version of the preset language")
     name: str = Field(description="what --preset takes")
@@ -54,10 +57,12 @@ class Preset(_Strict):
         default=None, description="--model of ModelOpt's quantize.py that makes the export"
     )
     load_flag: str = Field(description="SGLang's flag that loads the result")
-    fused: list[list[str]] = Field(description="sibling modules that the runtime may fuse")
+    fused: list[list[str]] = Field(description="names under one parent that the runtime may fuse; dots allowed")
     keep_fp32: list[str] = Field(description="globs over tensor names that stay in F32 where the base holds F32")
     config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
-    runtime_names: dict[str, str] = Field(description="disk name = runtime name, * for one segment")
+    runtime_names: dict[str, list[str]] = Field(
+        description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key"
+    )
     nvfp4: KeepRules | None = None
     fp8: KeepRules | None = None
 
@@ -77,10 +82,11 @@ class Preset(_Strict):
 
     @field_validator("runtime_names")
     @classmethod
-    def _stars(cls, names: dict[str, str]) -> dict[str, str]:
-        for disk, runtime in names.items():
-            if disk.split(".").count("*") != runtime.split(".").count("*"):
-                raise ValueError(f"{disk!r} and {runtime!r} must have the same number of * segments")
+    def _stars(cls, names: dict[str, list[str]]) -> dict[str, list[str]]:
+        for disk, spellings in names.items():
+            for runtime in spellings:
+                if any(stars(disk)) or len(stars(disk)) != len(stars(runtime)):
+                    raise ValueError(f"{disk!r} and {runtime!r} must have the same number of * segments")
         return names
 
     def rules(self, algorithm: Algorithm) -> KeepRules:
@@ -124,32 +130,111 @@ class Preset(_Strict):
 
 
 class LoadedPreset(_Strict):
-    """A preset with its text and where it came from."""
+    """A preset with its text and where it came from.
+
+    Attributes:
+        preset: What was read.
+        text: The TOML text.
+        path: Its name or path, as it was asked for.
+        inherited: The texts that it extends, nearest first.
+    """
 
     preset: Preset
     text: str
     path: str
+    inherited: list[str]
 
     @property
     def sha256(self) -> str:
-        """Digest of the TOML text, recorded in mopt.json."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Digest of the TOML text and of those it extends, recorded in mopt.json."""
+        return hashlib.sha256("\0".join((self.text, *self.inherited)).encode()).hexdigest()
+
+
+class ChosenPreset(_Strict):
+    """The preset of a run.
+
+    Attributes:
+        loaded: The preset.
+        also: Others that fit as well and would give the same, where it was chosen by config.json.
+    """
+
+    loaded: LoadedPreset
+    also: list[str]
+
+    @property
+    def base_repo(self) -> str | None:
+        """Hub id of the base, or None where config.json cannot tell which of several it is."""
+        return None if self.also else self.loaded.preset.base_repo
+
+    def status(self, algorithm: Algorithm) -> str | None:
+        """What the set rests on: the least of all that fit."""
+        found = [self.loaded, *(load_preset(name) for name in self.also)]
+        status = {one.preset.rules(algorithm).status for one in found}
+        return "validated" if status == {"validated"} else "candidate"
+
+    def limits(self, algorithm: Algorithm) -> list[str]:
+        """Known limits, and the engines that cannot use what is built."""
+        rules = self.loaded.preset.rules(algorithm)
+        return [
+            *rules.known_limits,
+            *(f"known broken for {engine}: {why}" for engine, why in rules.known_broken.items()),
+        ]
 
 
 def parse_preset(text: str, *, path: str) -> LoadedPreset:
     """Parse and validate a preset.
 
     Raises:
-        InputError: ``preset.toml``, ``preset.field`` or ``preset.pattern``.
+        InputError: ``preset.toml``, ``preset.field``, ``preset.pattern`` or ``preset.extends``.
     """
+    fields, texts = _with_inherited(text, path)
     try:
-        preset = Preset.model_validate(tomllib.loads(text))
+        preset = Preset.model_validate(fields)
+    except ValidationError as error:
+        raise _field_error(error, path) from error
+    return LoadedPreset(preset=preset, text=text, path=path, inherited=texts[1:])
+
+
+def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a preset over those it extends, tables merged key by key; and all texts, its own first."""
+    try:
+        fields = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ValidationError):
-            raise _field_error(error, path) from error
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="mend the file") from error
-    return LoadedPreset(preset=preset, text=text, path=path)
+    extended = fields.pop("extends", None)
+    if extended is None:
+        return fields, [text]
+    if not isinstance(extended, str) or extended in seen:
+        raise InputError(
+            f"{path}: extends: expected the name or path of another preset, found {extended!r}",
+            code="preset.extends",
+            path=path,
+            hint="a preset can extend one other, and not itself by a detour",
+        )
+    where = Path(path).parent / extended if _is_path(extended) else _folder() / f"{extended}.toml"
+    parent, texts = _with_inherited(_read(where, extended), str(where), (*seen, extended))
+    for key, value in fields.items():
+        inherited = parent.get(key)
+        parent[key] = inherited | value if isinstance(inherited, dict) and isinstance(value, dict) else value
+    return parent, [text, *texts]
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith(".toml")
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
+        known = ", ".join(preset_names())
+        raise InputError(
+            f"preset {name!r}: {'cannot be read' if _is_path(name) else 'is not one that comes with mopt'}",
+            code="preset.unknown",
+            path=str(path) if _is_path(name) else None,
+            hint=f"known are {known}; a path to a TOML of your own must have a / or end in .toml",
+        ) from error
 
 
 def _field_error(error: ValidationError, path: str) -> InputError:
@@ -174,33 +259,21 @@ def load_preset(name: str) -> LoadedPreset:
     Raises:
         InputError: ``preset.unknown`` or what ``parse_preset`` raises.
     """
-    is_path = "/" in name or name.endswith(".toml")
-    path = Path(name) if is_path else _folder() / f"{name}.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
-        known = ", ".join(preset_names())
-        raise InputError(
-            f"preset {name!r}: {'cannot be read' if is_path else 'is not one that comes with mopt'}",
-            code="preset.unknown",
-            path=str(path) if is_path else None,
-            hint=f"known are {known}; a path to a TOML of your own must have a / or end in .toml",
-        ) from error
-    return parse_preset(text, path=name)
+    path = Path(name) if _is_path(name) else _folder() / f"{name}.toml"
+    return parse_preset(_read(path, name), path=name)
 
 
-def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> tuple[LoadedPreset, tuple[str, ...]]:
+def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPreset:
     """The preset for a config.json, when the user named none.
-
-    Returns:
-        The preset, and the names of the others that fit with equal rules.
 
     Raises:
         InputError: ``preset.none_fits``, or ``preset.ambiguous`` if several fit and their rules differ.
     """
     loaded = [load_preset(name) for name in preset_names()]
     fitting = [one for one in loaded if one.preset.fits(config) and algorithm in one.preset.sets()]
-    names = tuple(one.preset.name for one in fitting)
+    most = max((len(one.preset.config) for one in fitting), default=0)  # what says more fits better
+    fitting = [one for one in fitting if len(one.preset.config) == most]
+    names = [one.preset.name for one in fitting]
     if not fitting:
         raise InputError(
             f"no preset fits {config.get('_class_name')!r}",
@@ -214,7 +287,17 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> tuple[Load
             code="preset.ambiguous",
             hint=f"name one: --preset {names[0]}",
         )
-    return fitting[0], names[1:]
+    return ChosenPreset(loaded=fitting[0], also=list(names[1:]))
+
+
+def known_broken(config: Mapping[str, Any], algorithm: Algorithm) -> dict[str, str]:
+    """Engines that cannot use what is built for a model of this class, whatever is kept in BF16, with the reason."""
+    found: dict[str, str] = {}
+    for preset in (load_preset(name).preset for name in preset_names()):
+        rules = preset.sets().get(algorithm)
+        if rules is not None and preset.class_name == config.get("_class_name"):
+            found |= rules.known_broken
+    return found
 
 
 def _rule_key(preset: Preset, algorithm: Algorithm) -> str:

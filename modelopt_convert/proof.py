@@ -1,4 +1,4 @@
-"""Judge a packed weight by sampled rows of its BF16 base. Pure.
+"""Judge an NVFP4 weight by sampled rows of its BF16 base. Pure.
 
 The idea: base rows quantized again with the export's own scales must give the export's codes. That proves nibble
 order, scale order, base and producer at once. Where it does not hold (QAT, ``mtq.compress``), the dequantized rows
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from modelopt_convert.closeness import Closeness, closeness
 from modelopt_convert.layout import Reading, count_equal, detect_with_base
-from modelopt_convert.transforms.nvfp4 import decode_e2m1, unpack_e2m1
+from modelopt_convert.transforms.fp8 import Clipped
+from modelopt_convert.transforms.nvfp4 import block_scales, decode_e2m1, unpack_e2m1
 
 Verdict = Literal["reproduced", "within limits", "undetermined", "unrelated", "mismatch"]
 
@@ -31,17 +32,21 @@ class Judgement:
     Attributes:
         verdict: ``reproduced`` and ``within limits`` pass; ``undetermined``: several readings come near; ``unrelated``:
             none resembles the base; ``mismatch``: one resembles it, but not enough.
-        reading: The reading that fits best.
         codes: Codes compared.
         codes_equal: Of them equal to the base's, quantized again.
         closeness: Of the dequantized rows.
+        reading: NVFP4: the reading that fits best.
+        rule: FP8: how the exporter divided, if the codes are reproduced.
+        clipped: FP8: base values in these rows that the scale is too small for, if any.
     """
 
     verdict: Verdict
-    reading: Reading
     codes: int
     codes_equal: int
     closeness: Closeness
+    reading: Reading | None = None
+    rule: str | None = None
+    clipped: Clipped | None = None
 
     @property
     def passed(self) -> bool:
@@ -87,21 +92,22 @@ def judge(
     if "linear" in readings:
         scale = readings["linear"][index]
         if count_equal(base_rows, codes, scale, global_scale) == codes.numel():  # nearly always: look no further
-            near = closeness(base_rows[0].to(torch.float64), decode_e2m1(codes), scale, global_scale)
-            verdict = _of_reproduced(near, codes.numel(), max_error)
-            return Judgement(verdict, canonical, codes.numel(), codes.numel(), near)
+            dequantized = decode_e2m1(codes) * block_scales(scale, global_scale)
+            near = closeness(base_rows[0].to(torch.float64), dequantized.to(torch.float64))
+            verdict = of_reproduced(near, codes.numel(), max_error)
+            return Judgement(verdict, codes.numel(), codes.numel(), near, canonical)
     found = detect_with_base(base_rows, packed_rows, readings, rows, global_scale, max_error=max_error)
     verdict = "mismatch" if found.related else "unrelated"
     if found.reproduced:
-        verdict = _of_reproduced(found.closeness, found.codes, max_error)
+        verdict = of_reproduced(found.closeness, found.codes, max_error)
     elif found.closeness.within(max_error):
         answers = (found.nibbles, found.scales, found.global_scale)
         clear = found.best == canonical or "undetermined" not in answers
         verdict = "within limits" if clear else "undetermined"
-    return Judgement(verdict, found.best, found.codes, found.codes_equal, found.closeness)
+    return Judgement(verdict, found.codes, found.codes_equal, found.closeness, found.best)
 
 
-def _of_reproduced(near: Closeness, num_codes: int, max_error: float) -> Verdict:
+def of_reproduced(near: Closeness, num_codes: int, max_error: float) -> Verdict:
     """A stale global scale clips the weight, and the clipped codes are reproduced all the same: the error tells."""
     limit = max_error if num_codes >= _ENOUGH_CODES else 2 * max_error
     return "reproduced" if near.relative_error <= limit else "mismatch"

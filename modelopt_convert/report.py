@@ -1,5 +1,6 @@
 """The report of a run: one JSON object for every outcome, whose fields are only ever added. No torch."""
 
+from collections import Counter
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +21,9 @@ class InputReport(_Model):
     bytes: int
     files: list[str]
     skipped_files: list[str]
+    renamed: dict[str, str] = Field(
+        default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"
+    )
 
 
 class OutputReport(_Model):
@@ -36,8 +40,9 @@ class OutputReport(_Model):
 
 
 class RuleReport(_Model):
-    """What one pattern matched and replaced."""
+    """What one pattern matched and replaced; ``component`` where several transformers are built."""
 
+    component: str | None = None
     kind: str
     pattern: str
     matched: int
@@ -56,14 +61,22 @@ class ModuleReport(_Model):
     worst_row: float | None = None
     worst_column: float | None = None
     reading: str | None = None
+    rule: str | None = None
     reason: str | None = None
 
 
+class ClippedReport(_Model):
+    """Values of a weight that its scale is too small for; of sampled rows where the export had quantized it."""
+
+    count: int
+    largest: float
+
+
 class ProofReport(_Model):
-    """The proof of the input against the base."""
+    """The proof of the input against the base; ``not proven`` where there is none."""
 
     method: str
-    status: Literal["pass", "fail"]
+    status: Literal["pass", "fail", "not proven"]
     max_error: float
     counts: dict[str, int]
     fused_scales_differ: dict[str, float]
@@ -99,6 +112,10 @@ class Report(_Model):
         default_factory=dict, description="for each input, the fate of every tensor"
     )
     proof: ProofReport | None = None
+    clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
+    dequantized: list[str] = Field(
+        default_factory=list, description="modules kept in BF16 by way of their scale, for want of a base"
+    )
     checks: list[dict[str, Any]] = Field(default_factory=list)
     free_bytes: int | None = None
     peak_working_bytes: int | None = None
@@ -110,6 +127,24 @@ class Report(_Model):
     def to_json(self) -> str:
         """The report as one line of ASCII JSON; what a terminal could act on is escaped."""
         return self.model_dump_json(by_alias=True, ensure_ascii=True)
+
+    def add_proof(self, found: ProofReport, prefix: str) -> None:
+        """Add the proof of one transformer, its modules under ``prefix``."""
+        named = found.model_copy(
+            update={
+                "fused_scales_differ": {f"{prefix}{group}": one for group, one in found.fused_scales_differ.items()},
+                "biases_differ": [f"{prefix}{name}" for name in found.biases_differ],
+                "modules": {f"{prefix}{name}": one for name, one in found.modules.items()},
+            }
+        )
+        if self.proof is not None:
+            before = self.proof
+            named.status = found.status if before.status == "pass" else before.status
+            named.counts = dict(sorted((Counter(before.counts) + Counter(found.counts)).items()))
+            named.fused_scales_differ = before.fused_scales_differ | named.fused_scales_differ
+            named.biases_differ = before.biases_differ + named.biases_differ
+            named.modules = before.modules | named.modules
+        self.proof = named
 
     def warn(self, code: str, message: str) -> None:
         """Add a warning."""

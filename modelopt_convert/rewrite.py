@@ -14,10 +14,11 @@ from typing import Any, Literal
 import xxhash
 
 from modelopt_convert import __version__
+from modelopt_convert.accounting import SMALL_FILES_BYTES, json_bytes, note_input, peak_rss_bytes, publish, timed
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.components import resolve_component
-from modelopt_convert.convert import SMALL_FILES_BYTES, json_bytes, note_input, peak_rss_bytes, publish, timed
-from modelopt_convert.dialects.modelopt import BLOCK_SIZE, is_layout_marker
+from modelopt_convert.dialects.modelopt import is_layout_marker
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.errors import CheckFailedError, InputError
 from modelopt_convert.header import TensorSpec
@@ -111,7 +112,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
             swapped = chosen if request.kind == "swap" else frozenset()
             swizzled = chosen if request.kind == "unswizzle" else frozenset()
             with timed(report, "stream"):
-                digests = stream(stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress)
+                digests = stream(stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress).digests
             reader.check_unchanged()
             files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)
             for name, data in files.items():

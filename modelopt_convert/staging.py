@@ -62,6 +62,7 @@ class StagingDir:
         self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
         self._lock: int | None = None
         self._made = False
+        self._folders: list[Path] = []
         self._warnings: list[str] = []
         self._durable = True
         self._done = False
@@ -95,6 +96,12 @@ class StagingDir:
         if isinstance(error, OSError):
             raise storage_error(error, self.output.parent) from error
 
+    def add_folder(self, name: str) -> None:
+        """Make a folder in the stage."""
+        path = self.path / name
+        fsops.make_dir(path, 0o777)
+        self._folders.append(path)
+
     def shard(self, name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str] = METADATA) -> ShardWriter:
         """Begin a shard in the stage; the result is a context manager."""
         return ShardWriter(self.path / name, specs, metadata)
@@ -126,7 +133,8 @@ class StagingDir:
             inherited = self.path.stat().st_mode & stat.S_ISGID  # from a setgid parent
             mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask() | inherited
             fsops.set_mode(self.path, mode)
-            self._durable = fsops.sync_dir(self.path) and self._durable
+            for folder in (*self._folders, self.path):
+                self._durable = fsops.sync_dir(folder) and self._durable
             try:
                 check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
             except OutputRefusedError as error:

@@ -3,9 +3,10 @@
 torch is imported only for steps that change bytes.
 """
 
+import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.errors import InputError
@@ -13,6 +14,12 @@ from modelopt_convert.header import TensorInfo
 from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import CHUNK_BYTES, ShardPlan, Step
 from modelopt_convert.staging import StagingDir
+
+if TYPE_CHECKING:
+    from modelopt_convert.transforms.fp8 import Clipped
+
+
+_COMPUTED_BYTES = CHUNK_BYTES // 4  # arithmetic makes several wider arrays of a piece
 
 
 class Progress(Protocol):
@@ -53,36 +60,69 @@ class StreamPlan(Protocol):
         """One step per output tensor."""
 
 
+@dataclass(slots=True)
+class Streamed:
+    """What came of streaming.
+
+    Attributes:
+        digests: xxh3-128 of each tensor by name.
+        clipped: What a scale was too small for, by module; only where there was any.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    clipped: dict[str, "Clipped"] = field(default_factory=dict)
+
+    def note_clipped(self, module: str, found: "Clipped") -> None:
+        """Add what was clipped in one piece of a weight."""
+        if found.count:
+            before = self.clipped.get(module)
+            self.clipped[module] = found if before is None else before.plus(found)
+
+
 def stream(
     stage: StagingDir,
     plan: StreamPlan,
     readers: Mapping[str, CheckpointReader],
     layouts: Layouts,
     progress: Progress,
-) -> dict[str, str]:
-    """Write every shard; xxh3-128 of each tensor by name."""
-    digests: dict[str, str] = {}
+    folder: str = "",
+) -> Streamed:
+    """Write every shard, into a folder of the stage if one is named."""
+    done = Streamed()
     for shard in plan.shards:
-        progress.begin(f"write {shard.file}", sum(spec.num_bytes for spec in shard.tensors))
-        with stage.shard(shard.file, shard.tensors, shard.metadata) as writer:
+        file = f"{folder}{shard.file}"
+        progress.begin(f"write {file}", sum(spec.num_bytes for spec in shard.tensors))
+        with stage.shard(file, shard.tensors, shard.metadata) as writer:
             for spec in writer.layout:
                 step = plan.steps[spec.name]
-                progress.detail(f"{shard.file}: {spec.name}: {step.op} from {step.origin}")
-                writer.write(spec.name, _chunks(step, readers[step.origin], layouts, progress))
+                progress.detail(f"{file}: {spec.name}: {step.op} from {step.origin}")
+                writer.write(spec.name, _chunks(step, readers[step.origin], layouts, progress, done))
         stage.finish_shard(writer)
-        digests |= writer.digests
-    return digests
+        done.digests |= writer.digests
+    return done
 
 
-def _chunks(step: Step, reader: CheckpointReader, layouts: Layouts, progress: Progress) -> Iterator[bytes | memoryview]:
+def _chunks(
+    step: Step, reader: CheckpointReader, layouts: Layouts, progress: Progress, done: Streamed
+) -> Iterator[bytes | memoryview]:
     """The bytes of one output tensor, in pieces; a step's memory is one piece, for scales one tensor."""
-    for chunk in _produce(step, reader, reader.tensors[step.output.name], layouts):
+    if step.op == "write_scale":
+        yield struct.pack("<f", step.value)
+        return
+    for chunk in _produce(step, reader, reader.tensors[step.output.name], layouts, done):
         yield chunk
         progress.advance(len(chunk))
 
 
+def _scale_of(step: Step, reader: CheckpointReader) -> float:
+    """The scale of a weight: the step's own, or the one beside the weight."""
+    if step.value is not None:
+        return step.value
+    return float(struct.unpack("<f", reader.read(f"{module_of(step.output.name)}.weight_scale"))[0])
+
+
 def _produce(
-    step: Step, reader: CheckpointReader, source: TensorInfo, layouts: Layouts
+    step: Step, reader: CheckpointReader, source: TensorInfo, layouts: Layouts, done: Streamed
 ) -> Iterator[bytes | memoryview]:
     if step.op == "copy":
         yield from reader.chunks(source.name, CHUNK_BYTES)
@@ -91,7 +131,20 @@ def _produce(
 
     module = module_of(source.name)
     try:
-        if step.op == "cast_bf16":
+        if step.op == "copy_e4m3":
+            for chunk in reader.chunks(source.name, CHUNK_BYTES):
+                yield raw.check_e4m3(chunk)
+        elif step.op == "quantize_fp8":
+            scale = _scale_of(step, reader)
+            for chunk in reader.chunks(source.name, _COMPUTED_BYTES):
+                codes, clipped = raw.quantize_chunk(chunk, source.dtype, scale)
+                done.note_clipped(module, clipped)
+                yield codes
+        elif step.op == "dequantize_fp8":
+            scale = _scale_of(step, reader)
+            for chunk in reader.chunks(source.name, _COMPUTED_BYTES):
+                yield raw.dequantize_chunk(raw.check_e4m3(chunk), scale)
+        elif step.op == "cast_bf16":
             for chunk in reader.chunks(source.name, CHUNK_BYTES):  # a multiple of every dtype's size
                 yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)
         elif step.op == "repack":
@@ -110,9 +163,12 @@ def _produce(
             yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, order)
     except ValueError as error:
         where = str(reader.path / source.file)
+        fp8 = step.op in ("copy_e4m3", "quantize_fp8", "dequantize_fp8")
         raise InputError(
             f"{where}: tensor {source.name!r}: {error}",
-            code="export.padding",
+            code="export.not_finite" if fp8 else "export.padding",
             path=where,
-            hint="what would be cut is not padding; export again without padding options. Nothing was written",
+            hint="the export is damaged; export again. Nothing was written"
+            if fp8
+            else "what would be cut is not padding; export again without padding options. Nothing was written",
         ) from error

@@ -6,7 +6,8 @@ rest, so that what is tested is what users have. Needs the ``modelopt`` extra. T
     python scripts/make_export.py OUT [--family FAMILY] [VARIANT ...]
 
 writes OUT/base (in shards) and OUT/<variant>; without variants, nvfp4 alone; without a family, flux1. The family "all"
-makes every family in one process, as OUT/<family>/base and OUT/<family>/<variant>.
+makes every family in one process, as OUT/<family>/base and OUT/<family>/<variant>. FP8 variants come with the
+checkpoint that ModelOpt's example saves before it exports, OUT/<variant>/ckpt/transformer.pt.
 """
 
 import argparse
@@ -31,6 +32,7 @@ class Variant:
     max_shard_size: str = "10GB"
     calibrate: bool = True
     compress: bool = False
+    checkpoint: bool = False  # whether ModelOpt's own checkpoint is saved too, before the export changes the model
     noise: float = 0.0  # the weights are multiplied by 1 + noise * N(0, 1) first, as further training would change them
 
 
@@ -41,7 +43,12 @@ VARIANTS = {
     "nvfp4_uncalibrated": Variant("NVFP4_DEFAULT_CFG", calibrate=False),
     "nvfp4_compressed": Variant("NVFP4_DEFAULT_CFG", compress=True),
     "nvfp4_trained": Variant("NVFP4_DEFAULT_CFG", noise=0.02),
-    "fp8": Variant("FP8_DEFAULT_CFG"),
+    "fp8": Variant("FP8_DEFAULT_CFG", checkpoint=True),
+    "fp8_sharded": Variant("FP8_DEFAULT_CFG", max_shard_size="900KB"),
+    "fp8_fp16": Variant("FP8_DEFAULT_CFG", dtype="float16", checkpoint=True),
+    "fp8_uncalibrated": Variant("FP8_DEFAULT_CFG", calibrate=False, checkpoint=True),
+    "fp8_compressed": Variant("FP8_DEFAULT_CFG", compress=True),
+    "fp8_trained": Variant("FP8_DEFAULT_CFG", noise=0.02, checkpoint=True),
 }
 
 
@@ -94,6 +101,7 @@ def make_base(family: Family, path: Path) -> None:
 def make_export(family: Family, base: Path, variant: Variant, path: Path) -> None:
     """Quantize the base with ModelOpt, calibrated on random inputs, and export it to ``path/transformer``."""
     import diffusers
+    import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
     import torch
     from diffusers.utils import logging
@@ -114,6 +122,9 @@ def make_export(family: Family, base: Path, variant: Variant, path: Path) -> Non
         mtq.disable_quantizer(model, family.leaves_alone)
         if variant.compress:
             mtq.compress(model)
+        if variant.checkpoint:
+            (path / "ckpt").mkdir(parents=True)
+            mto.save(model, path / "ckpt" / "transformer.pt")
         export_hf_checkpoint(model, export_dir=path / "transformer", max_shard_size=variant.max_shard_size)
 
 

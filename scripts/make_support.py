@@ -11,11 +11,11 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "support.md"
 HEAD = """# What is supported
 
 Generated from `presets/*.toml` by `scripts/make_support.py`; do not edit. *validated*: checkpoints made with this set
-are published and served; *candidate*: the set has a source but nobody has shown it yet; *known_broken*: the engine
-named under known limits cannot use it. The FP8 sets are data so far: no command uses them yet.
+are published and served; *candidate*: the set has a source but nobody has shown it yet. Where an engine is known to be
+unable to use the result, `mopt` builds it only with `--allow-known-broken`.
 
-| preset | family | base | algorithm | status | load flag | minimum GPU | known limits |
-|---|---|---|---|---|---|---|---|
+| preset | model | base | algorithm | status | load flag | minimum GPU | known broken | known limits |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -26,10 +26,11 @@ def render() -> str:
         preset = load_preset(name).preset
         for algorithm, rules in preset.sets().items():
             limits = "; ".join(rules.known_limits) or "none known"
+            broken = ", ".join(f"`{engine}`" for engine in rules.known_broken) or "no"
             rows.append(
                 f"| `{name}` | {preset.title} | {', '.join(preset.repos)} "
                 f"| {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
-                f"| {rules.min_gpu} | {limits} |"
+                f"| {rules.min_gpu} | {broken} | {limits} |"
             )
     sources = [
         f"- `{name}` {algorithm.upper()}: {rules.source}"

@@ -69,3 +69,8 @@ def base(exports: Path) -> Path:
 @pytest.fixture
 def nvfp4(exports: Path) -> Path:
     return exports / "nvfp4"
+
+
+@pytest.fixture
+def fp8(exports: Path) -> Path:
+    return exports / "fp8"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,29 @@ def refused(
     exit_code: int = 3,
     preset: str | None = "flux1-dev",
 ) -> Outcome:
-    """Build to ``room/out`` and require a refusal that changes nothing at all below ``room``.
+    """Build to ``room/out`` and require a refusal that changes nothing at all below ``room``."""
+
+    def run() -> Outcome:
+        return build(export, base, room / "out", *more, preset=preset)
+
+    return refusal(run, room, code=code, names=names, hint=hint, exit_code=exit_code)
+
+
+def refusal(
+    run: Callable[[], Outcome],
+    room: Path,
+    *,
+    code: str,
+    names: tuple[str, ...] = (),
+    hint: str = "",
+    exit_code: int = 3,
+) -> Outcome:
+    """Require that a run is refused and changes nothing at all below ``room``.
 
     ``names`` must all be in the message: files and tensors. ``hint`` must be in the hint, which may not be empty.
     """
     before = entries(room)
-    outcome = build(export, base, room / "out", *more, preset=preset)
+    outcome = run()
     assert (outcome.exit_code, outcome.error_code) == (exit_code, code), outcome.stderr
     assert outcome.report is not None
     error = outcome.report["error"]

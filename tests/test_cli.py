@@ -21,7 +21,12 @@ _WRITING = {"--overwrite", "--dry-run", "-n", "--verbose", "-v", "--max-error"}
 _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
-        "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", *_WRITING, *_TELLING,
+        "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--allow-known-broken", *_WRITING, *_TELLING,
+    },
+    "convert-fp8": {
+        "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--allow-known-broken", *_WRITING, *_TELLING,
     },
     "inspect": {"source", "--base", "--all", "--engine", "--max-error", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
@@ -190,7 +195,7 @@ def test_what_a_terminal_could_act_on_is_escaped(exports: Path, tmp_path: Path) 
 
 
 def test_a_bug_is_exit_70_and_not_a_failed_check(exports: Path, tmp_path: Path) -> None:
-    code = "import modelopt_convert.convert as c; c.plan_nvfp4 = None; " + MAIN
+    code = "import modelopt_convert.convert as c; c.plan_mixed = None; " + MAIN
     arguments = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--output", tmp_path / "out"]
     result = mopt(*arguments, code=code)
     assert result.returncode == 70 and "bug in mopt" in result.stderr and "Traceback" not in result.stderr

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelopt_convert.errors import InputError
-from modelopt_convert.patterns import PatternMatcher, check_pattern, module_of, nearest, rename
+from modelopt_convert.patterns import PatternMatcher, check_pattern, module_of, nearest, rename, stars
 
 MODULES = [
     "proj_out",
@@ -260,6 +260,37 @@ def test_module_of() -> None:
     ],
 )
 def test_rename(name: str, source: str, target: str, wanted: str | None) -> None:
-    assert rename(name, source, target) == wanted
+    assert rename(name, source, target, {}) == wanted
     if wanted is not None:
-        assert rename(wanted, target, source) == name
+        assert rename(wanted, target, source, {}) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "config", "wanted"),
+    [
+        ("a.0.b", "c.*+depth.d", {"depth": 20}, "c.20.d"),
+        ("a.39.b", "c.*+depth.d", {"depth": 20}, "c.59.d"),
+        ("a.3.b", "c.*+depth.d", {"depth": 0}, "c.3.d"),
+        ("a.3.b", "*+depth", {"depth": 1, "other": 2}, "4"),
+        ("a.3.b", "c.*+depth.d", {}, None),
+        ("a.3.b", "c.*+depth.d", {"depth": "20"}, None),
+        ("a.3.b", "c.*+depth.d", {"depth": 20.0}, None),
+        ("a.3.b", "c.*+depth.d", {"depth": True}, None),  # equals 1, and is no number of blocks
+        ("a.3.b", "c.*+depth.d", {"depth": None}, None),
+        ("a.x.b", "c.*+depth.d", {"depth": 20}, None),  # nothing to add to
+    ],
+)
+def test_rename_counts_on_by_a_number_of_the_config(
+    name: str, target: str, config: dict[str, object], wanted: str | None
+) -> None:
+    assert rename(name, "a.*.b", target, config) == wanted
+
+
+def test_rename_counts_each_star_by_its_own_number() -> None:
+    assert rename("a.1.b.2", "a.*.b.*", "*.x.*+n", {"n": 5}) == "1.x.7"
+    assert rename("a.1.b.2", "a.*.b.*", "*+m.x.*+n", {"m": 10, "n": 5}) == "11.x.7"
+
+
+def test_stars() -> None:
+    assert stars("a.*.b.*+num_layers.c*.*") == [None, "num_layers", None]
+    assert stars("a.b*.**") == []

@@ -1,6 +1,7 @@
 """Presets: the ones that come with mopt, what is refused, and which one is chosen."""
 
 import hashlib
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import pytest
 
 from modelopt_convert.errors import InputError
 from modelopt_convert.patterns import check_pattern
-from modelopt_convert.preset import choose_preset, load_preset, parse_preset, preset_names
+from modelopt_convert.preset import Algorithm, choose_preset, known_broken, load_preset, parse_preset, preset_names
 
-SHIPPED = sorted((Path(__file__).resolve().parent.parent / "presets").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).resolve().parent.parent / "presets").glob("*.toml"), key=lambda path: path.stem)
 CONFIG = {"_class_name": "XTransformer", "guidance": True, "layers": 3}
 
 
@@ -30,7 +31,7 @@ def made(name: str = "x", *, replace: dict[str, str] | None = None, more: str = 
         "fused": '[["to_q", "to_k"]]',
         "keep_fp32": '["**.scale"]',
         "config": "{ guidance = true }",
-        "runtime_names": '{ "a.*.b" = "c.*" }',
+        "runtime_names": '{ "a.*.b" = ["c.*", "d.*+layers"] }',
         "nvfp4.status": '"candidate"',
         "nvfp4.source": '"nowhere"',
         "nvfp4.min_gpu": '"SM100"',
@@ -47,6 +48,12 @@ def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> Input
         call(*arguments, **named)
     assert caught.value.hint
     return caught.value
+
+
+def chosen(config: dict[str, Any], algorithm: Algorithm = "nvfp4") -> tuple[str, list[str]]:
+    """The name of the preset that is chosen, and those of the others that would do."""
+    found = choose_preset(config, algorithm)
+    return found.loaded.preset.name, found.also
 
 
 @pytest.fixture
@@ -69,7 +76,8 @@ def test_every_preset_that_comes_with_mopt(path: Path) -> None:
     preset = loaded.preset
     assert preset.name == path.stem
     assert loaded.text == path.read_text()
-    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256("\0".join([path.read_text(), *loaded.inherited]).encode()).hexdigest()
+    assert loaded.inherited == [other.read_text() for other in inherited_by(path)]
     assert preset.base_repo in preset.repos
     assert preset.sets()
     for rules in preset.sets().values():
@@ -78,12 +86,21 @@ def test_every_preset_that_comes_with_mopt(path: Path) -> None:
     assert preset.fits({"_class_name": preset.class_name, **preset.config})
 
 
+def inherited_by(path: Path) -> list[Path]:
+    """The shipped files that a shipped file extends, nearest first."""
+    extended = tomllib.loads(path.read_text()).get("extends")
+    return [path.with_name(f"{extended}.toml"), *inherited_by(path.with_name(f"{extended}.toml"))] if extended else []
+
+
 def test_a_made_preset_is_read() -> None:
     loaded = parse_preset(made(), path="x.toml")
     assert loaded.path == "x.toml"
     assert loaded.preset.fused == [["to_q", "to_k"]]
     assert loaded.preset.rules("nvfp4").quality == ["blocks.[:3].**"]
     assert loaded.preset.sets().keys() == {"nvfp4"}
+    assert loaded.preset.runtime_names == {"a.*.b": ["c.*", "d.*+layers"]}
+    assert loaded.preset.rules("nvfp4").known_broken == {}
+    assert loaded.inherited == []
     error = refusal(loaded.preset.rules, "fp8")
     assert error.code == "preset.algorithm"
     assert "preset x: has no fp8 section" in error.message
@@ -113,10 +130,22 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "text for list": (made(replace={"keep_fp32": '"a"'}), "preset.field", "keep_fp32"),
     "text for list below": (made(replace={"nvfp4.structural": '"a"'}), "preset.field", "nvfp4.structural"),
     "unknown status": (made(replace={"nvfp4.status": '"fine"'}), "preset.field", "nvfp4.status"),
+    "status of old": (made(replace={"nvfp4.status": '"known_broken"'}), "preset.field", "nvfp4.status"),
+    "text for known_broken": (made(replace={"nvfp4.known_broken": '"x"'}), "preset.field", "nvfp4.known_broken"),
+    "no reason": (made(replace={"nvfp4.known_broken": '{ "e@1" = true }'}), "preset.field", "nvfp4.known_broken"),
     "list in config": (made(replace={"config": "{ a = [1] }"}), "preset.field", "config.a"),
-    "fewer stars": (made(replace={"runtime_names": '{ "a.*.b.*" = "c.*" }'}), "preset.field", "'a.*.b.*' and 'c.*'"),
-    "more stars": (made(replace={"runtime_names": '{ "a.*" = "c.*.*" }'}), "preset.field", "same number of * segments"),
-    "star not a segment": (made(replace={"runtime_names": '{ "a*" = "c.*" }'}), "preset.field", "runtime_names"),
+    "text for names": (made(replace={"runtime_names": '{ "a" = "b" }'}), "preset.field", "runtime_names"),
+    "fewer stars": (made(replace={"runtime_names": '{ "a.*.b.*" = ["c.*"] }'}), "preset.field", "'a.*.b.*' and 'c.*'"),
+    "more stars": (
+        made(replace={"runtime_names": '{ "a.*" = ["c.*.*"] }'}),
+        "preset.field",
+        "same number of * segments",
+    ),
+    "second has more": (made(replace={"runtime_names": '{ "a.*" = ["c.*", "d.*.*"] }'}), "preset.field", "'d.*.*'"),
+    "star not a segment": (made(replace={"runtime_names": '{ "a*" = ["c.*"] }'}), "preset.field", "runtime_names"),
+    "number on disk": (made(replace={"runtime_names": '{ "a.*+n" = ["c.*"] }'}), "preset.field", "'a.*+n' and 'c.*'"),
+    "extends a number": ("extends = 1\n", "preset.extends", "found 1"),
+    "extends a list": ("extends = ['flux1-dev']\n", "preset.extends", "found ['flux1-dev']"),
     "pattern in structural": (made(replace={"nvfp4.structural": '["a[01]"]'}), "preset.pattern", "'a[01]'"),
     "pattern in quality": (made(replace={"nvfp4.quality": '["a", "b..c"]'}), "preset.pattern", "'b..c'"),
     "pattern in keep_fp32": (made(replace={"keep_fp32": '["a**"]'}), "preset.pattern", "'a**'"),
@@ -193,10 +222,8 @@ def test_choose_takes_the_one_that_fits(folder: Path) -> None:
     (folder / "a.toml").write_text(made("a", replace={"config": "{ guidance = false }"}))
     (folder / "b.toml").write_text(made("b"))
     (folder / "c.toml").write_text(made("c", replace={"class_name": '"YTransformer"'}))
-    chosen, others = choose_preset(CONFIG, "nvfp4")
-    assert (chosen.preset.name, others) == ("b", ())
-    chosen, others = choose_preset(CONFIG | {"guidance": False}, "nvfp4")
-    assert (chosen.preset.name, others) == ("a", ())
+    assert chosen(CONFIG) == ("b", [])
+    assert chosen(CONFIG | {"guidance": False}) == ("a", [])
 
 
 def test_choose_none_fits(folder: Path) -> None:
@@ -217,8 +244,7 @@ def test_choose_with_equal_rules_takes_one_and_names_the_others(folder: Path) ->
     fp8 = "[fp8]\nstatus = 'candidate'\nsource = ''\nmin_gpu = ''\nknown_limits = []\nstructural = []\nquality = []\n"
     (folder / "c.toml").write_text(made("c", more=fp8))
     (folder / "d.toml").write_text(made("d", replace={"class_name": '"YTransformer"'}))
-    chosen, others = choose_preset(CONFIG, "nvfp4")
-    assert (chosen.preset.name, others) == ("a", ("b", "c"))
+    assert chosen(CONFIG) == ("a", ["b", "c"])
 
 
 @pytest.mark.parametrize(
@@ -240,3 +266,130 @@ def test_choose_with_different_rules_lists_the_candidates(folder: Path, differen
     assert error.code == "preset.ambiguous"
     assert "'XTransformer': a, b" in error.message
     assert error.hint == "name one: --preset a"
+
+
+def test_choose_takes_the_one_that_says_most(folder: Path) -> None:
+    (folder / "a.toml").write_text(made("a", replace={"config": "{}"}))
+    (folder / "b.toml").write_text(made("b", replace={"config": "{ guidance = true, layers = 3 }", "fused": "[]"}))
+    (folder / "c.toml").write_text(made("c"))
+    assert chosen(CONFIG) == ("b", [])
+    assert chosen(CONFIG | {"layers": 4}) == ("c", [])
+    assert chosen({"_class_name": "XTransformer"}) == ("a", [])
+
+
+def test_choose_counts_only_those_that_have_the_algorithm(folder: Path) -> None:
+    fp8 = "[fp8]\nstatus = 'candidate'\nsource = ''\nmin_gpu = ''\nknown_limits = []\nstructural = []\nquality = []\n"
+    (folder / "a.toml").write_text(made("a", replace={"config": "{}"}, more=fp8))
+    (folder / "b.toml").write_text(made("b"))
+    assert chosen(CONFIG, "fp8") == ("a", [])
+    assert chosen(CONFIG) == ("b", [])
+
+
+def test_extends_merges_tables_key_by_key(folder: Path) -> None:
+    (folder / "parent.toml").write_text(made("parent"))
+    child = """
+extends = "parent"
+name = "child"
+fused = []
+[config]
+layers = 3
+[runtime_names]
+"e" = ["f"]
+[nvfp4]
+status = "validated"
+quality = ["proj_in"]
+[fp8]
+status = "candidate"
+source = "a test"
+min_gpu = "SM89"
+known_limits = []
+structural = []
+quality = []
+"""
+    (folder / "child.toml").write_text(child)
+    loaded, parent = load_preset("child"), load_preset("parent").preset
+    preset = loaded.preset
+    assert (preset.name, preset.fused, preset.keep_fp32) == ("child", [], parent.keep_fp32)
+    assert preset.config == {"guidance": True, "layers": 3}
+    assert preset.runtime_names == parent.runtime_names | {"e": ["f"]}
+    # Lists are replaced whole.
+    assert preset.rules("nvfp4") == parent.rules("nvfp4").model_copy(
+        update={"status": "validated", "quality": ["proj_in"]}
+    )
+    assert preset.sets().keys() == {"nvfp4", "fp8"}
+    assert loaded.inherited == [made("parent")]
+    assert parse_preset(child, path="child.toml").preset == preset
+
+
+def test_extends_a_chain_whose_texts_are_all_in_the_digest(folder: Path) -> None:
+    texts = {
+        "c": "extends = 'b'\nname = 'c'\n",
+        "b": "extends = 'a'\nname = 'b'\ntitle = 'B'\n",
+        "a": made("a"),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+    loaded = load_preset("c")
+    assert (loaded.preset.name, loaded.preset.title, loaded.preset.base_repo) == ("c", "B", "some/x")
+    assert [loaded.text, *loaded.inherited] == list(texts.values())
+    assert loaded.sha256 == hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    for name in texts:
+        before = load_preset("c").sha256
+        (folder / f"{name}.toml").write_text(texts[name] + "# more\n")
+        assert load_preset("c").sha256 != before
+
+
+def test_extends_a_path_beside_the_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "shared.toml").write_text(made("shipped", replace={"title": '"shipped"'}))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "shared.toml").write_text(made("mine", replace={"title": '"mine"'}))
+    for extended, title in [("shared.toml", "mine"), ("./shared.toml", "mine"), ("shared", "shipped")]:
+        (mine / "x.toml").write_text(f"extends = {extended!r}\nname = 'x'\n")
+        monkeypatch.chdir(tmp_path)
+        assert load_preset("mine/x.toml").preset.title == title
+        assert load_preset(str(mine / "x.toml")).preset.title == title
+        monkeypatch.chdir(mine)
+        assert load_preset("x.toml").preset.title == title
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_extends_in_a_circle(folder: Path, length: int) -> None:
+    names = ["a", "b", "c"][:length]
+    for name, following in zip(names, names[1:] + names[:1], strict=True):
+        (folder / f"{name}.toml").write_text(f"extends = '{following}'\n")
+    error = refusal(load_preset, "a")
+    assert error.code == "preset.extends"
+    assert "extends: expected the name or path of another preset" in error.message
+
+
+def test_extends_what_is_not_there(folder: Path, tmp_path: Path) -> None:
+    (folder / "one.toml").write_text(made("one"))
+    mine = tmp_path / "mine.toml"
+    for extended in ("absent", "absent.toml", "a\\u0000b.toml"):
+        mine.write_text(f'extends = "{extended}"\n')
+        error = refusal(load_preset, str(mine))
+        assert error.code == "preset.unknown"
+        assert error.hint is not None and "known are one;" in error.hint
+
+
+def test_extends_what_is_faulty_names_the_faulty_file(folder: Path) -> None:
+    (folder / "parent.toml").write_text("name = ")
+    (folder / "child.toml").write_text("extends = 'parent'\n")
+    error = refusal(load_preset, "child")
+    assert error.code == "preset.toml"
+    assert "parent.toml" in error.message
+
+
+def test_known_broken_is_looked_up_by_class(folder: Path) -> None:
+    broken = {"nvfp4.known_broken": '{ "engine@1" = "swaps halves" }'}
+    (folder / "a.toml").write_text(made("a", replace=broken))
+    (folder / "b.toml").write_text(made("b", replace={"nvfp4.known_broken": '{ "engine@2" = "too" }'}))
+    (folder / "c.toml").write_text(made("c"))
+    found = {"engine@1": "swaps halves", "engine@2": "too"}
+    assert known_broken(CONFIG, "nvfp4") == found
+    # Whatever preset is used: values that tell models apart do not matter.
+    assert known_broken(CONFIG | {"guidance": False}, "nvfp4") == found
+    assert known_broken(CONFIG, "fp8") == {}
+    assert known_broken({"_class_name": "YTransformer"}, "nvfp4") == {}
+    assert known_broken({}, "nvfp4") == {}

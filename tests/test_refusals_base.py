@@ -192,18 +192,23 @@ def test_a_module_that_no_base_tensor_shares_a_name_with_is_refused(nvfp4: Path,
     refused(export, base, tmp_path, code="base.naming", names=names, hint="naming")
 
 
-@pytest.mark.parametrize("which", ["export", "base"])
-def test_a_pipeline_with_two_transformers_is_ambiguous(which: str, nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_two_transformers_need_two_bases(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     """Wan2.2: other builders take the first and leave the second out without a word."""
     pipeline = tmp_path / "pipeline"
     for name in ("transformer", "transformer_2"):
-        copy(nvfp4 if which == "export" else base, pipeline / name)
-    export, other = (pipeline, base) if which == "export" else (nvfp4, pipeline)
-    names = (which, str(pipeline), "transformer and transformer_2")
-    refused(export, other, tmp_path, code="input.ambiguous", names=names, hint=str(pipeline / "transformer"))
-    # Each of the two can be named.
-    export, other = (pipeline / "transformer_2", base) if which == "export" else (nvfp4, pipeline / "transformer_2")
-    assert build(export, other, tmp_path / "out").exit_code == 0
+        copy(nvfp4, pipeline / name)
+    for other in (base, base / "transformer"):
+        refused(pipeline, other, tmp_path, code="input.missing", names=("base", str(other)), hint="--component")
+    assert build(pipeline / "transformer_2", base, tmp_path / "out").exit_code == 0
+
+
+def test_a_base_with_two_transformers_and_an_export_of_neither_name(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    pipeline, export = tmp_path / "pipeline", copy(nvfp4, tmp_path / "export")
+    for name in ("transformer", "transformer_2"):
+        copy(base, pipeline / name)
+    names = ("base", str(pipeline), "transformer and transformer_2")
+    refused(export, pipeline, tmp_path, code="input.ambiguous", names=names, hint=str(pipeline / "transformer"))
+    assert build(export, pipeline / "transformer_2", tmp_path / "out").exit_code == 0
 
 
 @pytest.mark.parametrize("which", ["export", "base"])

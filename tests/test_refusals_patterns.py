@@ -144,8 +144,8 @@ def test_the_preset_of_another_model_is_refused(
 
 
 def test_a_model_that_no_preset_fits_is_refused_when_none_is_named(nvfp4: Path, base: Path, tmp_path: Path) -> None:
-    export, other = set_both(tmp_path, nvfp4, base, _class_name="LTX2VideoTransformer3DModel")
-    names = ("LTX2VideoTransformer3DModel",)
+    export, other = set_both(tmp_path, nvfp4, base, _class_name="SanaTransformer2DModel")
+    names = ("SanaTransformer2DModel",)
     refused(export, other, tmp_path, code="preset.none_fits", names=names, hint="flux1-dev", preset=None)
 
 

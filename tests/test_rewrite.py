@@ -272,7 +272,8 @@ def test_build_writes_the_canonical_layout(families: Path, tmp_path: Path, famil
     report = InspectReport()
     inspect(tmp_path / "out", where / "base", report, every_scale=True, max_error=0.15)
     assert report.layout.nibble_order == "low" and report.layout.basis == "proven"
-    assert report.lint == []
+    # HunyuanVideo's q, k and v have scales of their own, which is as ModelOpt exports it.
+    assert {one.code for one in report.lint} <= {"fused.global_scale"}
 
 
 def test_build_drops_keys_by_which_the_engine_would_misread(nvfp4: Path, base: Path, tmp_path: Path) -> None:

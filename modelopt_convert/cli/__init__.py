@@ -7,7 +7,7 @@ import sys
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli import build_nvfp4, inspect, presets, rewrite
+from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, presets, rewrite
 from modelopt_convert.errors import ExitCode
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("build-nvfp4")(build_nvfp4.build_nvfp4)
+app.command("convert-fp8")(convert_fp8.convert_fp8)
 app.command("inspect")(inspect.inspect)
 app.command("swap-nibbles")(rewrite.swap_nibbles)
 app.command("unswizzle-scales")(rewrite.unswizzle_scales)
@@ -38,6 +39,7 @@ def _root(
     \b
     Examples:
       mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE
+      mopt convert-fp8 --preset flux1-dev --export EXPORT --base BASE
       mopt inspect CHECKPOINT --base BASE
       mopt unswizzle-scales CHECKPOINT OUTPUT --base BASE
       mopt presets flux1-dev

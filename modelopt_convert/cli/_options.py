@@ -1,9 +1,18 @@
 """Options that several commands share."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class TransformerName(StrEnum):
+    """The transformers that a pipeline may hold; Typer knows choices as enums."""
+
+    TRANSFORMER = "transformer"
+    TRANSFORMER_2 = "transformer_2"
+
 
 PresetOption = Annotated[
     str | None,
@@ -16,6 +25,16 @@ PresetOption = Annotated[
 KeepOption = Annotated[
     list[str] | None,
     typer.Option("--keep-bf16", metavar="PATTERN", help="Keep these modules in BF16 too; may be given several times."),
+]
+ComponentOption = Annotated[
+    list[TransformerName] | None,
+    typer.Option(
+        "--component",
+        help="Of a pipeline's transformers, this one alone; may be given for both.",
+    ),
+]
+KnownBrokenOption = Annotated[
+    bool, typer.Option("--allow-known-broken", help="Build also what an engine is known not to load right.")
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing checkpoint; the old one stands until the new is whole.")

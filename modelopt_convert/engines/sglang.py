@@ -7,7 +7,7 @@ Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference f
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -190,6 +190,15 @@ def _declared_group_size(keys: Mapping[str, Any]) -> int | None:
         weights = first.get("weights") if isinstance(first, dict) else None
         size = weights.get("group_size") if isinstance(weights, dict) else None
     return size if isinstance(size, int) else None
+
+
+def ignored_by(entries: Collection[str], name: str) -> str | None:
+    """The ``ignore`` entry by which SGLang would leave a module unquantized, or None.
+
+    The two FP8 configs of ``modelopt_quant.py`` and ``modelopt_fp8.py`` match the whole name, and the latter also the
+    name's first segment; entries here are names without wildcards.
+    """
+    return next((entry for entry in (name, name.partition(".")[0]) if entry in entries), None)
 
 
 def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packed: frozenset[str]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modelopt_convert.transforms.fp8 import Clipped, clipped, dequantize_fp8, quantize_fp8
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
 from modelopt_convert.transforms.scales import scale_readings, swizzle_128x4
 
@@ -103,3 +104,43 @@ def swizzle_scales(raw: bytes, stored: Sequence[int]) -> memoryview:
         ValueError: Not two dimensions.
     """
     return to_bytes(swizzle_128x4(from_bytes(raw, "F8_E4M3", stored)))
+
+
+def check_e4m3(raw: bytes) -> bytes:
+    """The same bytes, once it is known that no code is NaN.
+
+    Raises:
+        ValueError: How many are.
+    """
+    broken = int(((from_bytes(raw, "U8", (-1,)) & 0x7F) == 0x7F).count_nonzero())
+    if broken:
+        raise ValueError(f"expected finite codes, found {broken} NaN")
+    return raw
+
+
+def quantize_chunk(raw: bytes, source: str, scale: float) -> tuple[memoryview, Clipped]:
+    """E4M3 codes of consecutive elements of a weight, and what of them was clipped.
+
+    Args:
+        raw: Whole elements of ``source``.
+        source: safetensors dtype name.
+        scale: Of the whole weight.
+
+    Raises:
+        ValueError: The weight holds NaN or infinity.
+    """
+    weight, divisor = from_bytes(raw, source, (-1,)), torch.tensor(scale, dtype=torch.float32)
+    if not bool(weight.isfinite().all()):
+        raise ValueError("expected finite weights, found NaN or infinity")
+    return to_bytes(quantize_fp8(weight, divisor)), clipped(weight, divisor)
+
+
+def dequantize_chunk(raw: bytes, scale: float) -> memoryview:
+    """BF16 values of consecutive E4M3 codes.
+
+    Args:
+        raw: The codes.
+        scale: Of the whole weight.
+    """
+    values = dequantize_fp8(from_bytes(raw, "F8_E4M3", (-1,)), torch.tensor(scale, dtype=torch.float32))
+    return to_bytes(values.to(torch.bfloat16))

@@ -1,0 +1,64 @@
+"""What every command notes around its work: times, memory, inputs, how the output came into place. No torch."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.report import InputReport, Report
+from modelopt_convert.staging import Published, StagingDir
+
+SMALL_FILES_BYTES = 1 << 20  # room for config, card, index and mopt.json, beside the tensors
+
+
+def note_input(report: Report, name: str, reader: CheckpointReader) -> None:
+    """Put an opened input into the report."""
+    report.inputs[name] = InputReport(
+        path=str(reader.path),
+        identity=reader.identity(),
+        tensors=len(reader.tensors),
+        bytes=reader.num_bytes,
+        files=list(reader.files),
+        skipped_files=list(reader.skipped),
+    )
+
+
+def publish(stage: StagingDir, report: Report) -> None:
+    """Publish, and put into the report how; also when a signal that was held acts right after the swap."""
+    try:
+        stage.publish()
+    finally:
+        if stage.published is not None:
+            _note_published(report, stage.published)
+
+
+def _note_published(report: Report, published: Published) -> None:
+    report.output.published = True
+    report.output.method = published.method
+    report.output.durable = published.durable
+    for text in published.warnings:
+        report.warn("output.old_not_removed", text)
+
+
+def peak_rss_bytes() -> int | None:
+    """The process's own peak; ``ru_maxrss`` would begin with that of whoever started it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as it is written to disk: sorted, ASCII, the same on every machine."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+@contextmanager
+def timed(report: Report, what: str) -> Iterator[None]:
+    """Add the time that a phase takes to the report."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        report.timings_s[what] = round(report.timings_s.get(what, 0.0) + time.monotonic() - begin, 3)

@@ -1,0 +1,144 @@
+"""What ``build-nvfp4`` and ``convert-fp8`` share: from options to a run, and what people are shown of it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from modelopt_convert.cli._output import Output
+    from modelopt_convert.preset import Algorithm
+    from modelopt_convert.report import Report
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?[KMGT]i?B", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """How the user wants to be told, as given."""
+
+    json: bool
+    report_json: Path | None
+    quiet: bool
+    verbose: bool
+    no_color: bool
+
+
+def run_build(
+    algorithm: "Algorithm",
+    command: str,
+    *,
+    export: Path,
+    base: Path | None,
+    checkpoint: Path | None,
+    component: Sequence[str] | None,
+    output: Path | None,
+    preset: str | None,
+    keep_bf16: list[str] | None,
+    max_shard_size: str,
+    max_error: float,
+    overwrite: bool,
+    allow_known_broken: bool,
+    dry_run: bool,
+    telling: Telling,
+) -> NoReturn:
+    """Run the command and exit with its code."""
+    if preset == "none" and output is None:
+        raise typer.BadParameter("is required with --preset none", param_hint="--output")
+
+    from modelopt_convert.cli._output import Output, run
+    from modelopt_convert.convert import BuildRequest, convert
+    from modelopt_convert.report import OutputReport, Report
+
+    out = Output(
+        json=telling.json,
+        report_path=telling.report_json,
+        quiet=telling.quiet,
+        verbose=telling.verbose,
+        no_color=telling.no_color,
+    )
+    out.check_report_path(output, export, base, checkpoint)
+    report = Report(command=command, output=OutputReport(path=str(output) if output else ""))
+    request = BuildRequest(
+        algorithm=algorithm,
+        export=export,
+        base=base,
+        checkpoint=checkpoint,
+        components=tuple(dict.fromkeys(component or ())),
+        output=output,
+        preset=preset,
+        keep_bf16=tuple(keep_bf16 or ()),
+        max_shard_size=_shard_bytes(max_shard_size),
+        max_error=max_error,
+        overwrite=overwrite,
+        allow_known_broken=allow_known_broken,
+        dry_run=dry_run,
+    )
+    run(out, report, lambda progress: convert(request, report, progress), lambda: _show(out, report))
+
+
+def _shard_bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter
+
+    try:
+        if not _SIZE.fullmatch(text):  # pydantic reads as far as it understands, and bits too
+            raise ValueError(text)
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except (ValueError, OverflowError) as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a size such as 5GB or 500MB", param_hint="--max-shard-size"
+        ) from error
+    if size <= 0:
+        raise typer.BadParameter("must be more than nothing", param_hint="--max-shard-size")
+    return size
+
+
+def _show(out: "Output", report: "Report") -> None:
+    from modelopt_convert.card import load_command
+    from modelopt_convert.cli._output import human_bytes, show_written
+
+    show_written(out, report)
+    several = any(rule.component for rule in report.rules)
+    out.table(
+        ["pattern kept in BF16", "matched", "replaced", "bytes", "kind"],
+        [
+            [
+                f"{rule.component or ''}{': ' if several else ''}{rule.pattern}",
+                str(rule.matched),
+                str(rule.replaced),
+                human_bytes(rule.bytes),
+                rule.kind,
+            ]
+            for rule in report.rules
+        ],
+    )
+    out.line("")
+    for limit in (report.preset or {}).get("known_limits", ()):
+        out.line(f"known limit: {limit}")
+    if report.dequantized:
+        more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
+        out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
+    if report.status == "planned":
+        assert report.peak_working_bytes is not None and report.free_bytes is not None
+        out.line(
+            f"memory {human_bytes(report.peak_working_bytes)} beyond start-up, {human_bytes(report.free_bytes)} free"
+        )
+        return
+    if report.proof is not None:
+        for verdict, count in report.proof.counts.items():
+            members = [one for one in report.proof.modules.values() if one.verdict == verdict]
+            codes, equal = sum(one.codes for one in members), sum(one.codes_equal for one in members)
+            share = f", {_percent(equal, codes)} of {codes} sampled codes" if codes else ""
+            rules = ", ".join(sorted({one.rule for one in members if one.rule}))
+            out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
+    out.line("checks: " + ", ".join(f"{check['name']} {check['status']}" for check in report.checks))
+    folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
+    out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
+
+
+def _percent(part: int, whole: int) -> str:
+    """Rounded down, so that 100.00% means all."""
+    return f"{part * 10000 // whole / 100:.2f}%"

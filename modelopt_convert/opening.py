@@ -1,0 +1,110 @@
+"""Open what the user named: each transformer with its base and its ``.pt``, under diffusers' names.
+
+Everything that is said about an input's files, and not yet about the model, is settled here.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelopt_convert.accounting import note_input, timed
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.components import Component
+from modelopt_convert.dialects import ltx2
+from modelopt_convert.dialects.fp8 import Amax
+from modelopt_convert.errors import InputError
+from modelopt_convert.patterns import PatternMatcher, module_of
+from modelopt_convert.report import Report
+
+
+@dataclass(slots=True)
+class Opened:
+    """One transformer's inputs.
+
+    Attributes:
+        component: Which it is.
+        prefix: Of its names in the report and of its folder in OUT: ``transformer/`` where several are built, else
+            empty.
+        export: The opened export.
+        base: The opened base, or None.
+        original: For an export in another naming: the export's own name of each tensor, by the new one.
+        left_out: Tensors of the export that are not part of the transformer, with their fate.
+        calibration: Amax values of a ``--checkpoint``, by module and role.
+        amax_names: Their names in the file, by those of the scales they make.
+    """
+
+    component: Component
+    prefix: str
+    export: CheckpointReader
+    base: CheckpointReader | None
+    original: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, dict[str, Amax]] = field(default_factory=dict)
+    amax_names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def readers(self) -> dict[str, CheckpointReader]:
+        """The opened checkpoints by role."""
+        return {"export": self.export} | ({"base": self.base} if self.base is not None else {})
+
+
+def open_all(components: list[Component], checkpoint: Path | None, stack: ExitStack, report: Report) -> list[Opened]:
+    """Open every component's inputs; ``stack`` closes them.
+
+    Raises:
+        InputError: An input that cannot be opened, or an X0Model without a base.
+    """
+    return [_open(one, f"{one.name}/" if len(components) > 1 else "", checkpoint, stack, report) for one in components]
+
+
+def _open(component: Component, prefix: str, checkpoint: Path | None, stack: ExitStack, report: Report) -> Opened:
+    with timed(report, "open"):
+        export = stack.enter_context(CheckpointReader(component.export))
+        base = stack.enter_context(CheckpointReader(component.base)) if component.base is not None else None
+    opened = Opened(component, prefix, export, base)
+    for role, reader in opened.readers.items():
+        note_input(report, f"{prefix}{role}", reader)
+    name_of: Callable[[str], str | None] = str
+    if export.config.get("_class_name") == ltx2.CLASS_NAME:
+        _name_as_diffusers(opened, report)
+        name_of = ltx2.diffusers_name
+    if checkpoint is not None:
+        from modelopt_convert.pickle_source import read_amax, resolve_checkpoint
+
+        path = resolve_checkpoint(checkpoint, component.name or "transformer")
+        with timed(report, "open"):
+            opened.calibration, opened.amax_names = read_amax(path, name_of)
+    return opened
+
+
+def _name_as_diffusers(opened: Opened, report: Report) -> None:
+    """Go on with an X0Model under diffusers' names, and with the config of the base: it has none of its own."""
+    export, base = opened.export, opened.base
+    where = str(export.path / "config.json")
+    if base is None:
+        raise InputError(
+            f"{where}: expected the config of a diffusers transformer, found that of an X0Model",
+            code="export.no_config",
+            path=where,
+            hint="give --base: the transformer of the diffusers pipeline, whose config.json is taken",
+        )
+    names, opened.left_out = ltx2.diffusers_names(export.tensors, path=str(export.path))
+    export.select(names)
+    opened.original = {new: old for old, new in names.items()}
+    report.inputs[f"{opened.prefix}export"].renamed = dict(sorted(names.items()))
+    quantization = export.config.get("quantization_config")
+    if isinstance(quantization, dict):
+        quantization = quantization | {"ignore": _ignored(quantization.get("ignore"), names)}
+    export.config = {**base.config, "quantization_config": quantization}
+    report.warn(
+        "export.renamed",
+        f"an X0Model: {len(names)} tensors go by diffusers' names now, {len(opened.left_out)} are left out",
+    )
+
+
+def _ignored(entries: object, names: Mapping[str, str]) -> list[str]:
+    """The modules that an export's ``ignore`` covers under its own names, under the new ones."""
+    patterns = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+    modules = {module_of(old): module_of(new) for old, new in names.items()}
+    return sorted(new for old, new in modules.items() if any(PatternMatcher.ignores(entry, old) for entry in patterns))

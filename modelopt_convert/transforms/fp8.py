@@ -1,0 +1,72 @@
+"""FP8: E4M3 codes under one float32 scale per tensor.
+
+The arithmetic is ModelOpt's, to the bit (``to_quantized_weight``, modelopt/torch/export/quant_utils.py, 0.47): the
+quotient is rounded to the weight's dtype first, since torch divides a BF16 tensor by a 0-dim float32 in BF16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+# An amax over its own scale need not be 448 exactly; beyond this it is a value that the scale was not made for.
+_CLIPPED = E4M3_MAX * (1 + 1e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """Values that a scale is too small for.
+
+    Attributes:
+        count: How many lie beyond 448 scales.
+        largest: Largest ``|weight / scale|`` of all.
+    """
+
+    count: int
+    largest: float
+
+    def plus(self, other: "Clipped") -> "Clipped":
+        """Both together."""
+        return Clipped(self.count + other.count, max(self.largest, other.largest))
+
+
+def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    """Codes of a weight under a given scale: ``e4m3(clamp(weight / scale))``, the quotient in the weight's dtype.
+
+    The clamp is explicit, since what a cast does beyond 448 differs between libraries: saturation here, NaN elsewhere.
+
+    Args:
+        weight: Any shape, in BF16, F16 or F32.
+        scale: float32 [] (or of the weight's dtype, as ``mtq.compress`` has it).
+
+    Returns:
+        float8_e4m3fn of the same shape.
+    """
+    return (weight / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def clipped(weight: Tensor, scale: Tensor) -> Clipped:
+    """What of a weight is cut off by ``quantize_fp8``.
+
+    Args:
+        weight: Any shape and float dtype.
+        scale: float32 [].
+    """
+    if weight.numel() == 0:
+        return Clipped(0, 0.0)
+    quotient = weight.to(torch.float32).abs() / scale.to(torch.float32)
+    return Clipped(int((quotient > _CLIPPED).sum()), float(quotient.amax()))
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Values of codes: ``code * scale``.
+
+    Args:
+        codes: float8_e4m3fn, any shape.
+        scale: float32 [].
+
+    Returns:
+        float32 of the same shape.
+    """
+    return codes.to(torch.float32) * scale.to(torch.float32)
