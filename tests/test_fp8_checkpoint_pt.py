@@ -107,7 +107,9 @@ def test_a_zip_behind_a_pickle_is_refused(old: Path, good: Path, base: Path, roo
     assert zipfile.is_zipfile(path)
     before = entries(room)
     outcome = convert(old, base, room / "out", "--checkpoint", path)
-    assert outcome.exit_code == 3 and outcome.error_code in {"pickle.member", "pickle.not_zip", "pickle.refused"}, outcome.stderr
+    assert outcome.exit_code == 3 and outcome.error_code in {"pickle.member", "pickle.not_zip", "pickle.refused"}, (
+        outcome.stderr
+    )
     assert not fired.exists() and entries(room) == before
     with pytest.raises(RuntimeError, match="magic number"):
         torch.load(path, weights_only=False)
