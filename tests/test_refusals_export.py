@@ -177,7 +177,7 @@ def cut(role: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
         ("weight_scale", lambda scale: scale[:, ::2], "F8_E4M3 [160, 25] (blocks of 32)"),
         ("weight_scale", lambda scale: scale.float(), "F32 [160, 50]"),
         ("weight_scale", lambda scale: scale.view(torch.uint8), "U8 [160, 50]"),
-        ("weight_scale_2", lambda scale: scale.view(1), "F32 [1]"),
+        ("weight_scale_2", lambda scale: scale.view(1, 1), "F32 [1, 1]"),
         ("weight_scale_2", lambda scale: scale.to(torch.bfloat16), "BF16 []"),
         ("input_scale", lambda scale: scale.expand(800), "F32 [800]"),
     ],
