@@ -78,6 +78,34 @@ def resolve_components(export: Path, base: Path | None, wanted: Sequence[str]) -
     ]
 
 
+def transformers_of(source: Path, base: Path | None) -> list[tuple[str, Path, Path | None]]:
+    """Every transformer of a checkpoint that is only looked at, with its base: ``.`` names the source itself.
+
+    Raises:
+        InputError: ``input.missing`` or ``input.ambiguous``.
+    """
+    if source.is_file() or (source / "config.json").is_file():
+        return [(".", source, resolve_component(base, what="base") if base else None)]
+    found = [name for name in COMPONENTS if (source / name / "config.json").is_file()]
+    if not found:
+        path = source if any(source.glob("*.safetensors")) else resolve_component(source, what="source")
+        return [(".", path, resolve_component(base, what="base") if base else None)]
+    pairs: list[tuple[str, Path, Path | None]] = []
+    for name in found:
+        beside = base / name if base and (base / name / "config.json").is_file() else None
+        if base and beside is None and len(found) == 1:
+            beside = resolve_component(base, what="base")
+        if base and beside is None:
+            raise InputError(
+                f"base {base}: expected {name}/ as in the source, found none",
+                code="input.missing",
+                path=str(base),
+                hint="give the base pipeline, or one component at a time",
+            )
+        pairs.append((name, source / name, beside))
+    return pairs
+
+
 def _base_of(base: Path, name: str | None, *, several: bool) -> Path:
     found = _found(base, what="base")
     named = [one for one in found if one.name == name]

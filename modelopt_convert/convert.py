@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from modelopt_convert.accounting import SMALL_FILES_BYTES, peak_rss_bytes, publish, timed
 from modelopt_convert.check import check_structure, refuse_misread
@@ -43,6 +44,7 @@ class BuildRequest:
         max_error: Limit of the relative error where codes are not reproduced.
         overwrite: Consent to replace an existing checkpoint.
         allow_known_broken: Build also what an engine is known not to load right.
+        verify: The closing step: ``auto`` with the GPU if there is one, ``cpu`` without, ``off`` not at all.
         dry_run: Plan only.
     """
 
@@ -58,6 +60,7 @@ class BuildRequest:
     max_error: float
     overwrite: bool
     allow_known_broken: bool
+    verify: Literal["auto", "cpu", "off"]
     dry_run: bool
 
 
@@ -123,6 +126,11 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
             with timed(report, "check"):
                 for part, plan in zip(parts, plans, strict=True):
                     _check(stage.path / part.prefix, plan, report)
+            if request.verify != "off":
+                from modelopt_convert.verify.closing import verify_stage
+
+                bases = {part.prefix: part.base for part in parts}
+                verify_stage(stage.path, bases, request.verify, request.max_error, report, progress)
             with timed(report, "publish"):
                 publish(stage, report)
     report.peak_rss_bytes = peak_rss_bytes()

@@ -13,6 +13,8 @@ class ExitCode(IntEnum):
     INPUT = 3
     OUTPUT = 4
     STORAGE = 5
+    INCONCLUSIVE = 6
+    BACKEND = 7
     INTERNAL = 70
     INTERRUPTED = 130
     TERMINATED = 143
@@ -81,6 +83,18 @@ class CheckFailedError(MoptError):
     """Everything ran and the answer is no: a check failed, nothing was published."""
 
     exit_code = ExitCode.MISMATCH
+
+
+class InconclusiveError(MoptError):
+    """Nothing is known to be wrong, and nothing proves it right; or what was required did not run."""
+
+    exit_code = ExitCode.INCONCLUSIVE
+
+
+class BackendError(MoptError):
+    """A GEMM backend is broken, or backends disagree: the checkpoint is not what failed."""
+
+    exit_code = ExitCode.BACKEND
 
 
 class InternalError(MoptError):

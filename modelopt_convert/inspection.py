@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.components import COMPONENTS, resolve_component
+from modelopt_convert.components import transformers_of
 from modelopt_convert.dialects.detect import Dialect, Looked, detect_dialect
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
 from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.engines.sglang import Belief, believe, misread
-from modelopt_convert.errors import InputError
 from modelopt_convert.inspect_report import (
     Basis,
     ComponentReport,
@@ -54,39 +53,23 @@ def inspect(source: Path, base: Path | None, report: InspectReport, *, every_sca
     Raises:
         InputError: Something cannot be read at all.
     """
-    with torch.inference_mode():
-        for name, path, base_path in _components(source, base):
-            with ExitStack() as stack:
-                reader = stack.enter_context(CheckpointReader(path, need_config=False))
-                against = stack.enter_context(CheckpointReader(base_path)) if base_path else None
-                component = _Inspection(reader, against, every_scale, max_error).run()
-            report.components[name] = component
+    for name, path, base_path in transformers_of(source, base):
+        with ExitStack() as stack:
+            reader = stack.enter_context(CheckpointReader(path, need_config=False))
+            against = stack.enter_context(CheckpointReader(base_path)) if base_path else None
+            component = inspect_component(reader, against, every_scale=every_scale, max_error=max_error)
+        report.components[name] = component
     first = next(iter(report.components.values()))
     report.dialect, report.layout, report.modules = first.dialect, first.layout, first.modules
     report.lint, report.totals, report.engine = first.lint, first.totals, first.engine
 
 
-def _components(source: Path, base: Path | None) -> list[tuple[str, Path, Path | None]]:
-    if source.is_file() or (source / "config.json").is_file():
-        return [(".", source, resolve_component(base, what="base") if base else None)]
-    found = [name for name in COMPONENTS if (source / name / "config.json").is_file()]
-    if not found:
-        path = source if any(source.glob("*.safetensors")) else resolve_component(source, what="source")
-        return [(".", path, resolve_component(base, what="base") if base else None)]
-    pairs: list[tuple[str, Path, Path | None]] = []
-    for name in found:
-        beside = base / name if base and (base / name / "config.json").is_file() else None
-        if base and beside is None and len(found) == 1:
-            beside = resolve_component(base, what="base")
-        if base and beside is None:
-            raise InputError(
-                f"base {base}: expected {name}/ as in the source, found none",
-                code="input.missing",
-                path=str(base),
-                hint="give the base pipeline, or inspect one component at a time",
-            )
-        pairs.append((name, source / name, beside))
-    return pairs
+def inspect_component(
+    reader: CheckpointReader, base: CheckpointReader | None, *, every_scale: bool, max_error: float
+) -> ComponentReport:
+    """What one opened transformer is; arguments as those of ``inspect``."""
+    with torch.inference_mode():
+        return _Inspection(reader, base, every_scale, max_error).run()
 
 
 class _Inspection:

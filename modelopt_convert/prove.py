@@ -170,11 +170,11 @@ def _check_unquantized(
 ) -> None:
     differing: list[str] = []
     for name in plan.must_equal:
-        if not _same_up_to_cast(export, base, name):
+        if not same_up_to_cast(export, base, name):
             differing.append(name)
         advance(plan.steps[name].output.num_bytes)
     for name in plan.may_differ:
-        if not _same_up_to_cast(export, base, name):
+        if not same_up_to_cast(export, base, name):
             proof.biases_differ.append(module_of(name))
         advance(plan.steps[name].output.num_bytes)
     if differing:
@@ -189,7 +189,8 @@ def _check_unquantized(
         )
 
 
-def _same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str) -> bool:
+def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str) -> bool:
+    """Whether a tensor is the base's, directly or rounded to another float dtype."""
     source, target = base.tensors[name].dtype, export.tensors[name].dtype
     if source == target:
         pairs = zip(export.chunks(name, CHUNK_BYTES), base.chunks(name, CHUNK_BYTES), strict=True)

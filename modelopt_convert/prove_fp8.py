@@ -46,13 +46,14 @@ def judge_fp8_module(
     common_dtype: str,
     scale: float,
     max_error: float,
+    rows: list[int] | None = None,
 ) -> Judgement:
-    """Judge one module by sampled rows; of one that is still to be quantized, by what it will become.
+    """Judge one module by the rows given, or by sampled ones; of one still to be quantized, what it will become.
 
     Raises:
         InputError: ``base.not_finite``.
     """
-    rows = sample_rows(module.rows, SAMPLED_ROWS)
+    rows = rows or sample_rows(module.rows, SAMPLED_ROWS)
     width = module.weight.num_bytes // module.rows
     raw = b"".join(export.read_range(module.weight.name, row * width, width) for row in rows)
     divisor = torch.tensor(scale, dtype=torch.float32)

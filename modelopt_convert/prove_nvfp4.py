@@ -70,14 +70,16 @@ def judge_nvfp4(
     common_dtype: str,
     scale: float,
     max_error: float,
+    rows: list[int] | None = None,
 ) -> Judgement:
-    """Judge one module by sampled rows, and by those in which the two orders of its scales differ most.
+    """Judge one module by the rows given, or by sampled ones and those in which the orders of its scales differ most.
 
     Raises:
         InputError: ``export.padding`` or ``base.not_finite``.
     """
     readings = _scale_readings(export, module)
-    rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
+    if rows is None:
+        rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
     half, stored = module.columns // 2, module.weight.shape[1]
     packed = b"".join(export.read_range(module.weight.name, row * stored, half) for row in rows)
     return judge(

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Status = Literal["ok", "planned", "mismatch", "refused", "error", "interrupted"]
+from modelopt_convert.verify_report import VerifyReport
+
+Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error", "interrupted"]
 
 
 class _Model(BaseModel):
@@ -117,6 +119,7 @@ class Report(_Model):
         default_factory=list, description="modules kept in BF16 by way of their scale, for want of a base"
     )
     checks: list[dict[str, Any]] = Field(default_factory=list)
+    verify: VerifyReport | None = None
     free_bytes: int | None = None
     peak_working_bytes: int | None = None
     peak_rss_bytes: int | None = None

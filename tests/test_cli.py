@@ -22,11 +22,15 @@ _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", *_WRITING, *_TELLING,
     },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", *_WRITING, *_TELLING,
+    },
+    "verify": {
+        "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
+        "--max-error", "--report", *_TELLING,
     },
     "inspect": {"source", "--base", "--all", "--engine", "--max-error", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, presets, rewrite
+from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, presets, rewrite, verify
 from modelopt_convert.errors import ExitCode
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("build-nvfp4")(build_nvfp4.build_nvfp4)
 app.command("convert-fp8")(convert_fp8.convert_fp8)
+app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("swap-nibbles")(rewrite.swap_nibbles)
 app.command("unswizzle-scales")(rewrite.unswizzle_scales)
@@ -40,13 +41,14 @@ def _root(
     Examples:
       mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE
       mopt convert-fp8 --preset flux1-dev --export EXPORT --base BASE
+      mopt verify OUT --base BASE
       mopt inspect CHECKPOINT --base BASE
       mopt unswizzle-scales CHECKPOINT OUTPUT --base BASE
       mopt presets flux1-dev
 
     \b
     Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;
-    5 storage failed; 70 a bug in mopt; 130 and 143 interrupted. Treat any other code as failure.
+    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 130 and 143 interrupted. Treat any other code as failure.
     """
 
 

@@ -42,6 +42,7 @@ def run_build(
     max_error: float,
     overwrite: bool,
     allow_known_broken: bool,
+    verify: str,
     dry_run: bool,
     telling: Telling,
 ) -> NoReturn:
@@ -75,6 +76,7 @@ def run_build(
         max_error=max_error,
         overwrite=overwrite,
         allow_known_broken=allow_known_broken,
+        verify=verify,  # type: ignore[arg-type]
         dry_run=dry_run,
     )
     run(out, report, lambda progress: convert(request, report, progress), lambda: _show(out, report))
@@ -134,7 +136,8 @@ def _show(out: "Output", report: "Report") -> None:
             share = f", {_percent(equal, codes)} of {codes} sampled codes" if codes else ""
             rules = ", ".join(sorted({one.rule for one in members if one.rule}))
             out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
-    out.line("checks: " + ", ".join(f"{check['name']} {check['status']}" for check in report.checks))
+    parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
+    out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
     out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
 

@@ -14,6 +14,14 @@ class TransformerName(StrEnum):
     TRANSFORMER_2 = "transformer_2"
 
 
+class Closing(StrEnum):
+    """How a build ends."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    OFF = "off"
+
+
 PresetOption = Annotated[
     str | None,
     typer.Option(
@@ -35,6 +43,10 @@ ComponentOption = Annotated[
 ]
 KnownBrokenOption = Annotated[
     bool, typer.Option("--allow-known-broken", help="Build also what an engine is known not to load right.")
+]
+VerifyOption = Annotated[
+    Closing,
+    typer.Option("--verify", help="The closing step: with the GPU if there is one, on the CPU alone, or none."),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing checkpoint; the old one stands until the new is whole.")

@@ -15,7 +15,16 @@ from typing import NoReturn, Self
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.errors import CheckFailedError, ExitCode, InternalError, Interrupted, MoptError, StorageError
+from modelopt_convert.errors import (
+    BackendError,
+    CheckFailedError,
+    ExitCode,
+    InconclusiveError,
+    InternalError,
+    Interrupted,
+    MoptError,
+    StorageError,
+)
 from modelopt_convert.inspect_report import InspectReport
 from modelopt_convert.output_rules import canonical_output
 from modelopt_convert.report import ErrorReport, Report, Status
@@ -82,14 +91,23 @@ class Output:
         Args:
             others: Inputs and OUT, as far as they were given.
         """
-        if self.report_path is None:
-            return
-        path = canonical_output(self.report_path)
+        check_file(self.report_path, "--report-json", *others)
+
+
+def check_file(file: Path | None, option: str, *others: Path | None) -> None:
+    """Refuse a file to be written at the end that could not be, or that lies in an input or in OUT.
+
+    Args:
+        file: As given.
+        option: By which it was.
+        others: Inputs and OUT, as far as they were given.
+    """
+    if file is not None:
+        path = canonical_output(file)
         inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in others if other is not None)
         if inside or not path.parent.is_dir() or path.is_dir() or path.is_symlink():
             raise typer.BadParameter(
-                f"{self.report_path} must name a file in an existing folder, outside every input and the output",
-                param_hint="--report-json",
+                f"{file} must name a file in an existing folder, outside every input and the output", param_hint=option
             )
 
 
@@ -170,7 +188,14 @@ def human_bytes(count: int) -> str:
     return f"{value:.2f} GB"
 
 
-def run(output: Output, report: AnyReport, work: Callable[[ProgressBar], None], show: Callable[[], None]) -> NoReturn:
+def run(
+    output: Output,
+    report: AnyReport,
+    work: Callable[[ProgressBar], None],
+    show: Callable[[], None],
+    *,
+    show_failed: bool = False,
+) -> NoReturn:
     """Do the work, say how it ended, and exit with the documented code.
 
     Args:
@@ -178,6 +203,7 @@ def run(output: Output, report: AnyReport, work: Callable[[ProgressBar], None], 
         report: Filled by the work; status, exit code and error are filled here.
         work: Raises a MoptError if it cannot be done.
         show: Prints the result for people, after success.
+        show_failed: Print it after a failure too.
     """
     try:
         with _signals(), ProgressBar(output) as progress:
@@ -196,7 +222,7 @@ def run(output: Output, report: AnyReport, work: Callable[[ProgressBar], None], 
         hint = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows"
         _end(report, "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}", hint)
     try:
-        _tell(output, report, show)
+        _tell(output, report, show, show_failed)
     except OSError as error:
         _drop_stdout()
         output.aside(f"error: the result could not be printed: {error.strerror}")
@@ -208,7 +234,9 @@ def _note_error(report: AnyReport, error: MoptError) -> None:
     status: Status = "refused"
     if isinstance(error, CheckFailedError):
         status = "mismatch"
-    elif isinstance(error, StorageError | InternalError):
+    elif isinstance(error, InconclusiveError):
+        status = "inconclusive"
+    elif isinstance(error, StorageError | InternalError | BackendError):
         status = "error"
     if isinstance(error, StorageError) and isinstance(report, Report):
         report.output.published = error.published
@@ -250,13 +278,13 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(output: Output, report: AnyReport, show: Callable[[], None]) -> None:
+def _tell(output: Output, report: AnyReport, show: Callable[[], None], show_failed: bool) -> None:
     with reader_may_leave():
         for warning in report.warnings:
             output.aside(f"warning: {warning['message']} [{warning['code']}]")
-        if report.error is None:
+        if report.error is None or show_failed:
             show()
-        else:
+        if report.error is not None:
             output.aside(f"error: {report.error.message} [{report.error.code}]")
             if report.error.hint:
                 output.aside(f"hint: {report.error.hint}")

@@ -28,6 +28,7 @@ def build_nvfp4(
     max_error: options.MaxErrorOption = 0.15,
     overwrite: options.OverwriteOption = False,
     allow_known_broken: options.KnownBrokenOption = False,
+    verify: options.VerifyOption = options.Closing.AUTO,
     dry_run: options.DryRunOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
@@ -63,6 +64,7 @@ def build_nvfp4(
         max_error=max_error,
         overwrite=overwrite,
         allow_known_broken=allow_known_broken,
+        verify=verify.value,
         dry_run=dry_run,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

@@ -36,6 +36,7 @@ def convert_fp8(
     max_error: options.MaxErrorOption = 0.1,
     overwrite: options.OverwriteOption = False,
     allow_known_broken: options.KnownBrokenOption = False,
+    verify: options.VerifyOption = options.Closing.AUTO,
     dry_run: options.DryRunOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
@@ -70,6 +71,7 @@ def convert_fp8(
         max_error=max_error,
         overwrite=overwrite,
         allow_known_broken=allow_known_broken,
+        verify=verify.value,
         dry_run=dry_run,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

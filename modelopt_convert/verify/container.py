@@ -1,0 +1,159 @@
+"""L0 and L1: what the container holds, and whether the layout found is the one declared."""
+
+from collections.abc import Mapping
+
+import torch
+
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.dialects.modelopt import PackedModule
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
+from modelopt_convert.inspect_report import ComponentReport, LintReport
+from modelopt_convert.inspection import inspect_component
+from modelopt_convert.layout import Reading, hint_scale_order
+from modelopt_convert.samples import load
+from modelopt_convert.scale_shapes import ROW_TILE
+from modelopt_convert.transforms.nvfp4 import unpack_e2m1
+from modelopt_convert.transforms.raw import from_bytes
+from modelopt_convert.transforms.scales import scale_readings
+from modelopt_convert.verify.scan import Scanned
+from modelopt_convert.verify.subject import Subject
+from modelopt_convert.verify_report import LevelReport, LevelStatus
+
+# Of what `inspect` shows, these make a checkpoint wrong for any runtime; the rest is for its user to know.
+_FATAL = frozenset(
+    {
+        "scale.missing",
+        "scale.nan",
+        "scale.unusable",
+        "global_scale.missing",
+        "input_scale.missing",
+        "weight_scale.missing",
+        "module.split",
+        "ignore.lists_packed",
+        "engine.misread",
+    }
+)
+# FP8 configs are believed; NVFP4 is recognised by its tensors.
+_FATAL_FP8 = _FATAL | {"ignore.misses_unpacked"}
+
+
+def look(subject: Subject) -> ComponentReport:
+    """Inspect with every scale."""
+    return inspect_component(subject.reader, None, every_scale=True, max_error=1.0)
+
+
+def container_level(subject: Subject, seen: ComponentReport, scanned: Scanned) -> LevelReport:
+    """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors."""
+    fatal = _FATAL_FP8 if subject.algorithm == "fp8" else _FATAL
+    failures = [_words(fault) for fault in seen.lint if fault.code in fatal]
+    warnings = [_words(fault) for fault in seen.lint if fault.code not in fatal and fault.code != "scale.zero"]
+    failures += [module.fault.message for module in subject.modules.values() if module.fault is not None]
+    failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
+    if subject.algorithm == "nvfp4":
+        for module in subject.modules.values():
+            if module.fault is None:
+                failures += _padding_faults(subject, module) + _zero_faults(subject, module)
+    failures = list(dict.fromkeys(failures))
+    return LevelReport(
+        level="L0", title="container", status=_status(failures, warnings), failures=failures, warnings=warnings
+    )
+
+
+def layout_level(
+    subject: Subject,
+    seen: ComponentReport,
+    base: CheckpointReader | None,
+    readings: Mapping[str, Reading],
+    max_error: float,
+) -> LevelReport:
+    """L1: the layout found against the one declared; by the base where there is one, else by what tells.
+
+    Args:
+        subject: The checkpoint.
+        seen: By ``look``.
+        base: Its base, or None.
+        readings: Under which L2 found each module to fit the base.
+        max_error: As for L2.
+    """
+    level = LevelReport(level="L1", title="layout", status="pass")
+    if subject.algorithm == "fp8":
+        level.status, level.reason = "skipped", "FP8 has one layout"
+        return level
+    nibbles, scales = ("high" if subject.high_first else "low"), ("128x4" if subject.swizzled else "linear")
+    declared = Reading("high" if subject.high_first else "low", "128x4" if subject.swizzled else "linear", "multiply")
+    if base is not None and any(reading != declared for reading in readings.values()):
+        # Several readings may mean the same: only the detector can tell, and it is asked only now, since it takes long.
+        seen = inspect_component(subject.reader, base, every_scale=False, max_error=max_error)
+    for name, one in seen.modules.items():
+        if one.nibble_basis == "proven" and one.nibble_order not in (nibbles, "equivalent"):
+            level.failures.append(f"{name}: the even column is in the {one.nibble_order} nibble, declared {nibbles}")
+        if one.scale_basis in ("proven", "shape") and one.scale_layout not in (scales, "equivalent"):
+            level.failures.append(f"{name}: the scales are {one.scale_layout}, declared {scales}")
+        if one.global_scale == "divide":
+            level.failures.append(f"{name}: weight_scale_2 is a reciprocal")
+    if base is None:
+        level.reason = "without a base the nibble order is only declared; the order of the scales is a hint"
+        for name, module in subject.modules.items():
+            hint = _hint(subject, module) if module.fault is None else "undetermined"
+            if hint in ("linear", "128x4") and hint != scales:
+                level.failures.append(f"{name}: scales and codes fit the {hint} order, declared {scales}")
+    level.status = _status(level.failures, [])
+    return level
+
+
+def _status(failures: list[str], warnings: list[str]) -> LevelStatus:
+    return "fail" if failures else "warn" if warnings else "pass"
+
+
+def _words(fault: LintReport) -> str:
+    return f"{fault.module}: {fault.message}" if fault.module else fault.message
+
+
+def _hint(subject: Subject, module: PackedModule) -> str:
+    readings = _readings(subject, module)
+    if not readings:
+        return "undetermined"
+    top = module.rows // 2 // ROW_TILE * ROW_TILE
+    height = min(ROW_TILE, module.rows - top)
+    rows = {order: scale[top : top + height] for order, scale in readings.items()}
+    return hint_scale_order(_codes(subject, module, list(range(top, top + height))), rows)
+
+
+def _readings(subject: Subject, module: PackedModule) -> dict[str, torch.Tensor]:
+    stored = load(subject.reader, module.scales["weight_scale"].name)
+    return scale_readings(stored, module.rows, module.columns // BLOCK_SIZE)
+
+
+def _codes(subject: Subject, module: PackedModule, rows: list[int]) -> torch.Tensor:
+    """Packed codes of some rows, without padding."""
+    stored, half = module.weight.shape[1], module.columns // 2
+    raw = b"".join(subject.reader.read_range(module.weight.name, row * stored, half) for row in rows)
+    return from_bytes(raw, "U8", (len(rows), half))
+
+
+def _padding_faults(subject: Subject, module: PackedModule) -> list[str]:
+    faults = []
+    if not _readings(subject, module):
+        faults.append(f"{module.name}: the padding of weight_scale is not zero")
+    if module.weight.shape != (module.rows, module.columns // 2):
+        stored = load(subject.reader, module.weight.name)
+        if bool(stored[module.rows :].any()) or bool(stored[:, module.columns // 2 :].any()):
+            faults.append(f"{module.name}: the padding of weight is not zero")
+    return faults
+
+
+def _zero_faults(subject: Subject, module: PackedModule) -> list[str]:
+    """Zero scales over codes that are neither zero nor saturated: no quantizer makes these.
+
+    ModelOpt up to 0.44 let scales underflow to zero; all codes of such a block are saturated.
+    """
+    reading = _readings(subject, module).get("128x4" if subject.swizzled else "linear")
+    if reading is None:
+        return []
+    zero = (reading.view(torch.uint8) & 0x7F) == 0
+    count = 0
+    for row in zero.any(dim=1).nonzero().flatten().tolist():
+        codes = unpack_e2m1(_codes(subject, module, [row]))[0].view(-1, BLOCK_SIZE) & 0x07
+        meant = (codes == 0).all(dim=1) | (codes == 7).all(dim=1)
+        count += int((zero[row] & ~meant).sum())
+    return [f"{module.name}: {count} block scales are zero over codes that are not"] if count else []

@@ -1,0 +1,171 @@
+"""L2: decoded values against the base, and a digest of them that can be compared across machines.
+
+A single flipped bit is seen where the codes are reproduced, by the identity probe and by the digests, and nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import xxhash
+
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.dialects.modelopt import PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.errors import InputError
+from modelopt_convert.layout import Reading
+from modelopt_convert.patterns import module_of
+from modelopt_convert.proof import Judgement, sample_rows
+from modelopt_convert.prove import same_up_to_cast
+from modelopt_convert.prove_fp8 import judge_fp8_module
+from modelopt_convert.prove_nvfp4 import judge_nvfp4
+from modelopt_convert.samples import common_dtype, tensor_scale
+from modelopt_convert.transforms.raw import to_bytes
+from modelopt_convert.verify.subject import Subject
+from modelopt_convert.verify_report import LevelReport, LevelStatus, ModuleVerify
+
+_NEARLY_ALL = 0.9
+_TILE_VALUES = 1 << 21  # of a weight at a time: about a dozen float64 arrays of so many values are made
+
+
+def decode_level(
+    subject: Subject,
+    base: CheckpointReader | None,
+    modules: dict[str, ModuleVerify],
+    *,
+    sample: int | None,
+    max_error: float,
+    readings: dict[str, Reading],
+    expected: Mapping[str, str] | None,
+    advance: Callable[[int], None],
+) -> LevelReport:
+    """Judge every module that can be read.
+
+    Args:
+        subject: The checkpoint.
+        base: Its base; without one values are only decoded.
+        modules: Filled.
+        sample: Rows of each module; None for all.
+        max_error: Limit of the relative error where codes are not reproduced.
+        expected: Verdicts that were recorded at build, by module; None where nothing is known.
+        readings: Filled with the reading under which each NVFP4 module fits the base.
+        advance: Called with the number of bytes just read.
+    """
+    failures: list[str] = []
+    common = common_dtype(subject.reader)
+    for name, module in subject.modules.items():
+        if module.fault is not None:
+            continue
+        found = modules[name]
+        try:
+            tiles = list(_tiles(module, sample))
+            found.digest = _digest(subject, module, tiles[0])
+            if base is not None:
+                reading = _judge(subject, base, module, tiles, common, max_error, found, advance)
+                if reading is not None:
+                    readings[name] = reading
+        except (InputError, ValueError) as error:
+            failures.append(str(error) if name in str(error) else f"{name}: {error}")
+            found.worsen("fail")
+            continue
+        if found.status == "fail":
+            failures.append(
+                f"{name}: {found.verdict} (relative error {found.relative_error:.3f}, gain {found.gain:.3f}, "
+                f"worst row {found.worst_row:.3f}, worst column {found.worst_column:.3f})"
+            )
+    if base is not None:
+        failures += _not_reproduced(modules, expected)
+        failures += _unquantized(subject, base, advance)
+    status: LevelStatus = "fail" if failures else "pass"
+    reason = "" if base is not None else "without a base values are decoded, not compared"
+    if base is None and not failures:
+        status = "skipped"
+    return LevelReport(level="L2", title="decode", status=status, reason=reason, failures=failures)
+
+
+def _not_reproduced(modules: dict[str, ModuleVerify], expected: Mapping[str, str] | None) -> list[str]:
+    """Modules near the base that should be reproduced: by what is known of them, or since nearly all others are.
+
+    Training, another quantizer and ``mtq.compress`` move codes in many modules; a flipped bit, or the scale of a
+    sibling, in one.
+    """
+    reproduced = sum(one.verdict == "reproduced" for one in modules.values())
+    failures = []
+    for name, one in modules.items():
+        due = expected.get(name) == "reproduced" if expected is not None else reproduced >= _NEARLY_ALL * len(modules)
+        if one.verdict == "within limits" and due:
+            one.worsen("fail")
+            wrong = one.codes - one.codes_equal
+            why = "it was reproduced at build" if expected is not None else f"{reproduced} modules are reproduced"
+            failures.append(f"{name}: {wrong} of {one.codes} codes are not the base's, while {why}")
+    return failures
+
+
+def _unquantized(subject: Subject, base: CheckpointReader, advance: Callable[[int], None]) -> list[str]:
+    """Tensors that are not those of the base, or that only one of both has."""
+    mine = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)} - {
+        info.name for module in subject.modules.values() for info in module.scales.values()
+    }
+    failures = [f"{name}: the base has it, the checkpoint has not" for name in sorted(base.tensors.keys() - mine)]
+    failures += [f"{name}: the checkpoint has it, the base has not" for name in sorted(mine - base.tensors.keys())]
+    coded = {module.weight.name for module in subject.modules.values()}
+    for name in sorted((mine & base.tensors.keys()) - coded):
+        info = subject.reader.tensors[name]
+        if info.shape != base.tensors[name].shape:
+            failures.append(f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}")
+        elif not same_up_to_cast(subject.reader, base, name):
+            module = subject.modules.get(module_of(name))
+            # A trained bias of a quantized module survives a build, which warns of it.
+            if module is None:
+                failures.append(f"{name}: not the base's")
+        advance(info.num_bytes)
+    return failures
+
+
+def _tiles(module: PackedModule, sample: int | None) -> Iterator[list[int]]:
+    if sample is not None:
+        yield sample_rows(module.rows, sample)
+        return
+    height = max(1, _TILE_VALUES // module.columns)
+    for top in range(0, module.rows, height):
+        yield list(range(top, min(top + height, module.rows)))
+
+
+def _judge(
+    subject: Subject,
+    base: CheckpointReader,
+    module: PackedModule,
+    tiles: list[list[int]],
+    common: str,
+    max_error: float,
+    found: ModuleVerify,
+    advance: Callable[[int], None],
+) -> Reading | None:
+    judge, role = (judge_fp8_module, "weight_scale") if subject.algorithm == "fp8" else (judge_nvfp4, "weight_scale_2")
+    scale = tensor_scale(subject.reader, module, role)
+    worst: Judgement | None = None
+    for rows in tiles:
+        one = judge(subject.reader, base, module, common, scale, max_error, rows)
+        found.codes += one.codes
+        found.codes_equal += one.codes_equal
+        if worst is None or (worst.passed, -worst.closeness.relative_error) > (
+            one.passed,
+            -one.closeness.relative_error,
+        ):
+            worst = one
+        advance(len(rows) * module.columns * 3)
+    assert worst is not None
+    near = worst.closeness
+    found.verdict = worst.verdict
+    found.relative_error, found.gain = near.relative_error, near.gain
+    found.worst_row, found.worst_column = near.worst_row, near.worst_column
+    if near.relative_error > 0:
+        found.sqnr_db = round(-20 * math.log10(near.relative_error), 2)
+    found.worsen("pass" if worst.passed else "fail")
+    return worst.reading
+
+
+def _digest(subject: Subject, module: PackedModule, rows: list[int]) -> str:
+    """Of the decoded rows in float32, without the scale of the tensor: exact, and so the same everywhere."""
+    weight = subject.operands(module)
+    values = torch.cat([weight.decode(row, row + 1) for row in rows]).to(torch.float32)
+    return xxhash.xxh3_128_hexdigest(to_bytes(values))

@@ -1,0 +1,131 @@
+"""L3: every module through the GEMM of each backend, against the exact product of the same operands."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from modelopt_convert.preset import Algorithm
+from modelopt_convert.verify.backends import BACKENDS
+from modelopt_convert.verify.backends.base import Backend
+from modelopt_convert.verify.names import ALIASES
+from modelopt_convert.verify.probes import ProbeResult, identity_probe, poison_probe, random_probe, sweep_probe
+from modelopt_convert.verify.selftest import self_test
+from modelopt_convert.verify.subject import Subject
+from modelopt_convert.verify_report import BackendReport, LevelReport, LevelStatus, ModuleVerify, ProbeReport
+
+Probe = Callable[..., ProbeResult]
+
+
+def choose(
+    wanted: Sequence[str], algorithm: Algorithm, device: torch.device
+) -> tuple[list[Backend], list[BackendReport]]:
+    """The backends to run, and what became of every one that was asked for.
+
+    Args:
+        wanted: ``best``, ``all``, or names; aliases are known.
+        algorithm: The format.
+        device: Where to run.
+    """
+    several = list(wanted) in (["all"], ["best"])
+    names = {ALIASES.get(name, name) for name in wanted}
+    named = [one for one in BACKENDS if several or one.name in names]
+    # Where a name stands for several, those that take the format speak for it.
+    taking = {one.name for one in named if algorithm in one.formats}
+    candidates = [one for one in named if algorithm in one.formats or one.name not in taking]
+    chosen: list[Backend] = []
+    reports: list[BackendReport] = []
+    for backend in candidates:
+        why = f"does not take {algorithm.upper()}" if algorithm not in backend.formats else backend.unavailable(device)
+        if why is not None:
+            reports.append(BackendReport(name=backend.name, kind=backend.kind, status="skipped", reason=why))
+            continue
+        if list(wanted) == ["best"] and chosen:
+            continue
+        broken = self_test(backend, algorithm, device)
+        if broken is not None:
+            reports.append(BackendReport(name=backend.name, kind=backend.kind, status="broken", reason=broken))
+            continue
+        chosen.append(backend)
+        reports.append(BackendReport(name=backend.name, kind=backend.kind, status="pass"))
+    return chosen, reports
+
+
+def kernel_level(
+    subject: Subject,
+    backends: Sequence[Backend],
+    reports: Sequence[BackendReport],
+    device: torch.device,
+    modules: dict[str, ModuleVerify],
+    advance: Callable[[int], None],
+) -> LevelReport:
+    """Run the probes on every module; the costlier ones once for each shape."""
+    level = LevelReport(level="L3", title="kernel parity", status="pass")
+    by_name = {report.name: report for report in reports}
+    seen: set[tuple[int, int]] = set()
+    for name, module in subject.modules.items():
+        if module.fault is not None:
+            continue
+        found = modules[name]
+        try:
+            weight = subject.operands(module).to(device)
+        except Exception as error:  # what cannot be read was reported by the levels above
+            level.failures.append(f"{name}: {error}")
+            found.worsen("fail")
+            continue
+        probes: list[Probe] = [identity_probe, random_probe]
+        if weight.shape not in seen:
+            probes += [sweep_probe, poison_probe]
+            seen.add(weight.shape)
+        for backend in backends:
+            results = [probe(backend, weight, device) for probe in probes]
+            found.probes[backend.name] = {result.probe: _report(result) for result in results}
+            report = by_name[backend.name]
+            report.modules += 1
+            _note(name, results, report, found, level)
+        advance(sum(info.num_bytes for info in module.tensors))
+    if level.failures:
+        level.status = "fail"
+    elif level.warnings:
+        level.status = "warn"
+    return level
+
+
+def _note(
+    name: str, results: list[ProbeResult], report: BackendReport, found: ModuleVerify, level: LevelReport
+) -> None:
+    for result in results:
+        if result.status not in ("warn", "fail"):
+            continue
+        status: LevelStatus = "fail" if result.status == "fail" else "warn"
+        rows = f"; rows {', '.join(map(str, result.rows))}" if result.rows else ""
+        words = f"{name}: {report.name}: {result.probe}: {result.detail}{rows}"
+        (level.failures if status == "fail" else level.warnings).append(words)
+        found.worsen(status)
+        if report.status != "fail":
+            report.status = "fail" if status == "fail" else "warn"
+
+
+def disagree(modules: dict[str, ModuleVerify]) -> str | None:
+    """A module on which one backend passes and another fails, in words: then the kernels are in question."""
+    for name, module in modules.items():
+        failed = {
+            backend: any(probe.status == "fail" for probe in probes.values())
+            for backend, probes in module.probes.items()
+        }
+        if len(set(failed.values())) > 1:
+            bad = ", ".join(backend for backend, one in failed.items() if one)
+            good = ", ".join(backend for backend, one in failed.items() if not one)
+            return f"{name}: {bad} fails where {good} passes"
+    return None
+
+
+def _report(result: ProbeResult) -> ProbeReport:
+    found = ProbeReport(
+        status=result.status, detail=result.detail, rows=list(result.rows), columns=list(result.columns)
+    )
+    if result.metrics is not None and result.metrics.finite:
+        metrics = result.metrics
+        found.calc_diff, found.relative_frobenius = metrics.calc_diff, metrics.relative_frobenius
+        found.gain, found.worst_row, found.worst_column = metrics.gain, metrics.worst_row, metrics.worst_column
+        found.sqnr_db = metrics.sqnr_db if metrics.sqnr_db != float("inf") else None
+    return found

@@ -1,0 +1,305 @@
+"""Verify a checkpoint: all levels, one verdict."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelopt_convert.accounting import note_input, timed
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
+from modelopt_convert.components import transformers_of
+from modelopt_convert.errors import BackendError, CheckFailedError, InconclusiveError
+from modelopt_convert.layout import Reading
+from modelopt_convert.report import Report
+from modelopt_convert.stream import Progress
+from modelopt_convert.verify import metrics
+from modelopt_convert.verify.container import container_level, layout_level, look
+from modelopt_convert.verify.decode import decode_level
+from modelopt_convert.verify.kernels import choose, disagree, kernel_level
+from modelopt_convert.verify.scan import Scanned, read_record, recorded_verdicts, scan, statement
+from modelopt_convert.verify.subject import Subject, device_of, find_subject
+from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
+
+DEFAULT_ERROR = {"nvfp4": 0.15, "fp8": 0.1}
+DEFAULT_SAMPLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRequest:
+    """What the user asked of ``verify``.
+
+    Attributes:
+        checkpoint: The transformer, or the pipeline that holds it.
+        base: The unquantized base, or None.
+        backends: ``best``, ``all``, or names.
+        device: ``cuda`` or ``cpu``; None for the GPU if there is one.
+        sample: Rows of each module for L2; None for all.
+        require: ``native`` or ``gpu``: that the kernel level ran so; or None.
+        max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
+    """
+
+    checkpoint: Path
+    base: Path | None
+    backends: tuple[str, ...]
+    device: str | None
+    sample: int | None
+    require: str | None
+    max_error: float | None
+
+
+def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
+    """Verify every transformer of a checkpoint; what was found is in ``report.verify``, also when this raises.
+
+    Raises:
+        CheckFailedError: ``check.verify``: a level failed.
+        InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
+        BackendError: ``verify.backend``.
+    """
+    device = device_of(request.device)
+    found: dict[str, VerifyReport] = {}
+    transformers = transformers_of(request.checkpoint, request.base)
+    for name, path, base_path in transformers:
+        prefix = f"{name}/" if len(transformers) > 1 else ""
+        with ExitStack() as stack:
+            with timed(report, "open"):
+                reader = stack.enter_context(CheckpointReader(path))
+                base = stack.enter_context(CheckpointReader(base_path)) if base_path is not None else None
+            note_input(report, f"{prefix}checkpoint", reader)
+            if base is not None:
+                note_input(report, f"{prefix}base", base)
+            with timed(report, "verify"), torch.inference_mode():
+                found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
+        report.verify = combine(found, str(request.checkpoint))
+    assert report.verify is not None
+    _raise(report.verify, request)
+
+
+def verify_backends(request: VerifyRequest, report: Report, progress: Progress) -> None:
+    """Self-test the backends without a checkpoint, which also builds their kernels.
+
+    Raises:
+        BackendError: ``verify.backend``: one is broken.
+    """
+    device = device_of(request.device)
+    found = VerifyReport(checkpoint="", verdict="pass", device=describe(device))
+    with timed(report, "self_test"), torch.inference_mode():
+        for algorithm in ("nvfp4", "fp8"):
+            progress.begin(f"self-test {algorithm}", 0)
+            _, reports = choose(request.backends, algorithm, device)
+            for one in reports:
+                one.reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
+            found.backends += reports
+    report.verify = found
+    broken = [one for one in found.backends if one.status == "broken"]
+    found.statement = f"{sum(one.status == 'pass' for one in found.backends)} backends pass their self-test"
+    if broken:
+        found.verdict = "backend broken"
+        found.statement = f"{broken[0].name}: {broken[0].reason}"
+        raise BackendError(
+            f"{found.verdict}: {found.statement}",
+            code="verify.backend",
+            hint="report it upstream; other backends can be named with --backend",
+        )
+
+
+def verify_opened(
+    reader: CheckpointReader,
+    base: CheckpointReader | None,
+    request: VerifyRequest,
+    device: torch.device,
+    progress: Progress,
+    *,
+    with_record: bool,
+    expected: Mapping[str, str] | None = None,
+) -> VerifyReport:
+    """All levels of one transformer.
+
+    Args:
+        reader: The opened checkpoint.
+        base: Its opened base, or None.
+        request: What to run.
+        device: Where.
+        progress: Told what is read.
+        with_record: Whether mopt.json is asked, and all bytes are read for it.
+        expected: Verdicts that a proof has just found; None to take those of mopt.json.
+    """
+    subject = find_subject(reader, base)
+    record = read_record(reader.path) if with_record else None
+    max_error = request.max_error or DEFAULT_ERROR[subject.algorithm]
+    progress.begin("read", reader.num_bytes)
+    scanned = scan(reader, record, progress.advance) if with_record else Scanned()
+    seen = look(subject)
+    modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
+    progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
+    readings: dict[str, Reading] = {}
+    decoded = decode_level(
+        subject,
+        base,
+        modules,
+        sample=request.sample,
+        max_error=max_error,
+        readings=readings,
+        expected=expected if expected is not None else recorded_verdicts(record),
+        advance=progress.advance,
+    )
+    levels = [
+        _record_level(record, scanned),
+        container_level(subject, seen, scanned),
+        layout_level(subject, seen, base, readings, max_error),
+        decoded,
+    ]
+    found = VerifyReport(
+        checkpoint=str(reader.path),
+        algorithm=subject.algorithm,
+        device=describe(device),
+        levels=levels,
+        modules=modules,
+        thresholds={
+            "relative_error": max_error,
+            "gain": GAIN_LIMIT,
+            "worst_row": ROW_LIMIT,
+            "worst_column": COLUMN_LIMIT,
+            "kernel_calc_diff": metrics.CALC_DIFF_LIMIT,
+            "kernel_gain": metrics.GAIN_LIMIT,
+            "kernel_worst_column": metrics.COLUMN_LIMIT,
+        },
+    )
+    _run_kernels(found, subject, request, device, progress)
+    found.verdict, found.statement = _verdict(found, record, base is not None)
+    return found
+
+
+def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:
+    level = LevelReport(level="record", title="digests of mopt.json", status="pass")
+    if record is None:
+        level.status, level.reason = "skipped", "no mopt.json to compare with"
+        return level
+    level.failures, level.warnings = scanned.failures, scanned.warnings
+    level.status = "fail" if level.failures else "warn" if level.warnings else "pass"
+    return level
+
+
+def _run_kernels(
+    found: VerifyReport, subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress
+) -> None:
+    total = len(subject.modules)
+    found.native_executed = f"0 of {total}"
+    if device.type == "cpu" and request.backends in (("best",), ("all",)):
+        why = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
+        found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
+        return
+    backends, found.backends = choose(request.backends, subject.algorithm, device)
+    if not backends:
+        why = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
+        found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
+        return
+    progress.begin("multiply", sum(sum(info.num_bytes for info in one.tensors) for one in subject.modules.values()))
+    found.levels.append(kernel_level(subject, backends, found.backends, device, found.modules, progress.advance))
+    on_gpu = [one for one in found.backends if one.kind == "native" and device.type == "cuda"]
+    native = max((one.modules for one in on_gpu), default=0)
+    found.native_executed = f"{native} of {total}"
+
+
+def _verdict(found: VerifyReport, record: dict[str, Any] | None, has_base: bool) -> tuple[Verdict, str]:
+    failed = [level for level in found.levels if level.status == "fail"]
+    if any(level.level != "L3" for level in failed):
+        return "fail", failed[0].failures[0]
+    if (words := disagree(found.modules)) is not None:
+        return "backends disagree", words
+    if failed:
+        return "fail", failed[0].failures[0]
+    ran_none = found.level("L3").status == "skipped"
+    if ran_none and any(one.status == "broken" for one in found.backends):
+        broken = next(one for one in found.backends if one.status == "broken")
+        return "backend broken", f"{broken.name} {broken.reason}"
+    where = "cpu only" if found.device is None or found.device.capability is None else f"on {found.device.name}"
+    if has_base:
+        return "pass", f"proven against the base, {where}"
+    if record is None:
+        return "inconclusive", "there is neither a base nor a record to prove it by"
+    proven, words = statement(record)
+    return ("pass" if proven else "inconclusive"), f"{words}, {where}"
+
+
+def describe(device: torch.device) -> DeviceReport:
+    """The device and torch's build."""
+    if device.type != "cuda":
+        return DeviceReport(name="cpu", capability=None, torch=torch.__version__, cuda=None)
+    major, minor = torch.cuda.get_device_capability(device)
+    return DeviceReport(
+        name=torch.cuda.get_device_name(device),
+        capability=f"{major}.{minor}",
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+    )
+
+
+def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
+    """Several transformers as one: names under their prefixes, the worst verdict."""
+    if list(found) == [""]:
+        return found[""]
+    order: list[Verdict] = ["pass", "inconclusive", "backend broken", "backends disagree", "fail"]
+    prefix = max(found, key=lambda name: order.index(found[name].verdict))
+    first = found[prefix]
+    levels: list[LevelReport] = []
+    for name, one in found.items():
+        for level in one.levels:
+            named = {
+                "title": f"{name}: {level.title}",
+                "failures": [f"{name}{words}" for words in level.failures],
+                "warnings": [f"{name}{words}" for words in level.warnings],
+            }
+            levels.append(level.model_copy(update=named))
+    return first.model_copy(
+        update={
+            "checkpoint": checkpoint,
+            "statement": "; ".join(f"{name}: {one.statement}" for name, one in found.items()),
+            "levels": levels,
+            "modules": {f"{name}{module}": one for name, each in found.items() for module, one in each.modules.items()},
+            "native_executed": "; ".join(f"{name}: {one.native_executed}" for name, one in found.items()),
+        }
+    )
+
+
+def _raise(found: VerifyReport, request: VerifyRequest) -> None:
+    """End with the code of the verdict."""
+    where = str(request.checkpoint)
+    if found.verdict == "fail":
+        raise CheckFailedError(
+            f"{where}: {found.statement}",
+            code="check.verify",
+            path=where,
+            hint="the report names every module; build or export it again",
+        )
+    if found.verdict in ("backend broken", "backends disagree"):
+        raise BackendError(
+            f"{where}: {found.verdict}: {found.statement}",
+            code="verify.backend",
+            path=where,
+            hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
+        )
+    if found.verdict == "inconclusive":
+        raise InconclusiveError(
+            f"{where}: {found.statement}",
+            code="verify.inconclusive",
+            path=where,
+            hint="give --base to prove it",
+        )
+    kernels = [level for level in found.levels if level.level == "L3"]
+    on_gpu = found.device is not None and found.device.capability is not None
+    native = {one.name for one in found.backends if one.kind == "native" and on_gpu}
+    all_native = all(native & one.probes.keys() for one in found.modules.values())
+    ran = all(level.status != "skipped" for level in kernels)
+    if (request.require == "gpu" and not (ran and on_gpu)) or (
+        request.require == "native" and not (ran and all_native)
+    ):
+        raise InconclusiveError(
+            f"{where}: --require {request.require}: native kernels executed: {found.native_executed} modules",
+            code="verify.required",
+            path=where,
+            hint="run it where the GPU and the kernels are",
+        )

@@ -1,0 +1,119 @@
+"""One pass over every byte: digests against the record in mopt.json, and NaN among E4M3 weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from modelopt_convert.checkpoint import MAX_INDEX_BYTES, CheckpointReader
+from modelopt_convert.errors import InputError
+from modelopt_convert.plan import CHUNK_BYTES
+from modelopt_convert.strict_json import parse_json_object
+from modelopt_convert.transforms.raw import check_e4m3
+
+RECORD = "mopt.json"
+# The card is the user's to edit.
+_EDITABLE = frozenset({"README.md"})
+
+
+@dataclass(slots=True)
+class Scanned:
+    """What the pass found.
+
+    Attributes:
+        failures: Tensors and files that are not those recorded, in words.
+        warnings: Files that may differ.
+        broken: E4M3 weights that hold NaN, with the message.
+    """
+
+    failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """mopt.json of a checkpoint that mopt built, or None where there is none.
+
+    Raises:
+        InputError: ``record.json``, ``record.duplicate_key`` or ``record.content``: it is there and cannot be used.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        raw = file.read(MAX_INDEX_BYTES)
+    record = parse_json_object(raw, code="record", path=str(path))
+    digests = record.get("digests")
+    known = digests if isinstance(digests, dict) and digests.get("algorithm") == "xxh3-128" else {}
+    if not all(_names(known.get(key)) for key in ("tensors", "files")):
+        raise InputError(
+            f"{path}: expected xxh3-128 digests of tensors and files",
+            code="record.content",
+            path=str(path),
+            hint="the record was edited or is of a newer mopt; give --base to prove the checkpoint again",
+        )
+    return record
+
+
+def _names(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+
+
+def scan(reader: CheckpointReader, record: Mapping[str, Any] | None, advance: Callable[[int], None]) -> Scanned:
+    """Read what has to be read: all bytes with a record, else E4M3 weights alone.
+
+    Args:
+        reader: The opened checkpoint.
+        record: Its mopt.json, or None.
+        advance: Called with the number of bytes just read.
+    """
+    found = Scanned()
+    digests: Mapping[str, str] = record["digests"]["tensors"] if record is not None else {}
+    for name, info in reader.tensors.items():
+        coded = info.dtype == "F8_E4M3" and name.endswith(".weight")
+        if record is None and not coded:
+            continue
+        digest = xxhash.xxh3_128()
+        for chunk in reader.chunks(name, CHUNK_BYTES):
+            digest.update(chunk)
+            if coded and name not in found.broken:
+                try:
+                    check_e4m3(chunk)
+                except ValueError as error:
+                    found.broken[name] = str(error)
+            advance(len(chunk))
+        if record is not None and name not in digests:
+            found.failures.append(f"tensor {name!r} is not recorded")
+        elif record is not None and digest.hexdigest() != digests[name]:
+            found.failures.append(f"tensor {name!r} is not what was proven: its bytes changed")
+    found.failures += [f"tensor {name!r} is recorded and gone" for name in digests if name not in reader.tensors]
+    files: Mapping[str, str] = record["digests"]["files"] if record is not None else {}
+    for name, wanted in files.items():
+        path = reader.path / name
+        data = path.read_bytes() if path.is_file() and "/" not in name else b""
+        if xxhash.xxh3_128_hexdigest(data) != wanted:
+            list_ = found.warnings if name in _EDITABLE else found.failures
+            list_.append(f"file {name} is not what was recorded")
+    return found
+
+
+def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The verdicts of the proof at build by module, or None where there is no record of one."""
+    proof = record.get("proof") if record is not None else None
+    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") == "pass" else None
+    if not isinstance(modules, dict):
+        return None
+    return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
+
+
+def statement(record: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the record says that the checkpoint was proven, and against what, in words."""
+    proof = record.get("proof")
+    sources = record.get("sources")
+    base = sources.get("base") if isinstance(sources, dict) else None
+    if not isinstance(proof, dict) or proof.get("status") != "pass" or not isinstance(base, dict):
+        return False, f"{record.get('command', 'mopt')} published it as not proven"
+    commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
+    return True, f"proven at build against {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"

@@ -1,0 +1,97 @@
+"""A checkpoint's quantized modules, and their operands as the checkpoint declares them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.dialects.fp8 import find_fp8_modules
+from modelopt_convert.dialects.modelopt import PackedModule
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
+from modelopt_convert.errors import InputError
+from modelopt_convert.preset import Algorithm
+from modelopt_convert.samples import load, tensor_scale
+from modelopt_convert.transforms.nvfp4 import swap_nibbles
+from modelopt_convert.transforms.scales import scale_readings
+from modelopt_convert.verify.operands import Fp8Weight, Nvfp4Weight, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is verified.
+
+    Attributes:
+        reader: The opened checkpoint.
+        algorithm: Of its modules.
+        modules: By name.
+        high_first: Whether the high nibble is declared to hold the even column.
+        swizzled: Whether the scales are declared to lie in the 128x4 order.
+    """
+
+    reader: CheckpointReader
+    algorithm: Algorithm
+    modules: Mapping[str, PackedModule]
+    high_first: bool
+    swizzled: bool
+
+    def operands(self, module: PackedModule) -> Weight:
+        """One module's weight in the canonical layout, read as declared.
+
+        Raises:
+            InputError: A scale that cannot be used.
+            ValueError: The stored shape does not allow the declared reading.
+        """
+        bias = load(self.reader, module.bias.name) if module.bias is not None else None
+        if self.algorithm == "fp8":
+            scale = tensor_scale(self.reader, module, "weight_scale")
+            return Fp8Weight(load(self.reader, module.weight.name), scale, bias)
+        rows, columns = module.rows, module.columns
+        packed = load(self.reader, module.weight.name)[:rows, : columns // 2].contiguous()
+        readings = scale_readings(load(self.reader, module.scales["weight_scale"].name), rows, columns // BLOCK_SIZE)
+        order = "128x4" if self.swizzled else "linear"
+        if order not in readings:
+            raise ValueError(f"scales {list(module.scales['weight_scale'].shape)} cannot be read as {order}")
+        return Nvfp4Weight(
+            swap_nibbles(packed) if self.high_first else packed,
+            readings[order],
+            tensor_scale(self.reader, module, "weight_scale_2"),
+            bias,
+        )
+
+
+def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Subject:
+    """Make out what is quantized in a checkpoint, by dtype and shape.
+
+    Raises:
+        InputError: ``verify.nothing_quantized``, or what ``find_nvfp4_modules`` and ``find_fp8_modules`` raise.
+    """
+    path = str(reader.path)
+    packed = any(info.dtype == "U8" and name.endswith(".weight") for name, info in reader.tensors.items())
+    true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
+    modules = (
+        find_nvfp4_modules(reader.tensors, true_shapes, path=path)
+        if packed
+        else find_fp8_modules(reader.tensors, {}, (), path=path)
+    )
+    if not modules:
+        raise InputError(
+            f"{path}: expected NVFP4 or FP8 modules, found none",
+            code="verify.nothing_quantized",
+            path=path,
+            hint="verify looks at what build-nvfp4 and convert-fp8 write, and at ModelOpt's exports",
+        )
+    found = reader.config.get("quantization_config")
+    keys = found if isinstance(found, dict) else {}
+    return Subject(
+        reader,
+        "nvfp4" if packed else "fp8",
+        modules,
+        high_first=keys.get("swap_weight_nibbles") is True,
+        swizzled=keys.get("checkpoint_weight_scale_layout") == "swizzled",
+    )
+
+
+def device_of(wanted: str | None) -> torch.device:
+    """The device asked for, or the GPU if there is one."""
+    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,105 @@
+"""What ``mopt verify`` found, as it stands under ``verify`` in the report. No torch."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LevelStatus = Literal["pass", "warn", "fail", "skipped"]
+Verdict = Literal["pass", "fail", "inconclusive", "backend broken", "backends disagree"]
+
+# From best to worst; what was skipped says nothing about the rest.
+_WORST: tuple[LevelStatus, ...] = ("skipped", "pass", "warn", "fail")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LevelReport(_Model):
+    """One level; ``reason`` says why it was skipped, or what it rests on."""
+
+    level: str
+    title: str
+    status: LevelStatus
+    reason: str = ""
+    failures: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+
+
+class DeviceReport(_Model):
+    """Where it ran."""
+
+    name: str
+    capability: str | None
+    torch: str
+    cuda: str | None
+
+
+class BackendReport(_Model):
+    """One backend; ``broken`` if its self-test failed."""
+
+    name: str
+    kind: str
+    status: Literal["pass", "warn", "fail", "skipped", "broken"]
+    reason: str = ""
+    modules: int = 0
+
+
+class ProbeReport(_Model):
+    """One probe of one backend on one module."""
+
+    status: str
+    detail: str = ""
+    rows: list[int] = Field(default_factory=list)
+    columns: list[int] = Field(default_factory=list)
+    calc_diff: float | None = None
+    relative_frobenius: float | None = None
+    gain: float | None = None
+    worst_row: float | None = None
+    worst_column: float | None = None
+    sqnr_db: float | None = None
+
+
+class ModuleVerify(_Model):
+    """One quantized module; numbers are of the sampled rows, against the base."""
+
+    shape: list[int]
+    status: LevelStatus = "pass"
+    verdict: str | None = None
+    relative_error: float | None = None
+    gain: float | None = None
+    worst_row: float | None = None
+    worst_column: float | None = None
+    sqnr_db: float | None = None
+    codes: int = 0
+    codes_equal: int = 0
+    digest: str | None = None
+    probes: dict[str, dict[str, ProbeReport]] = Field(default_factory=dict)
+
+    def worsen(self, status: LevelStatus) -> None:
+        """Take over a status if it is worse."""
+        self.status = max(self.status, status, key=_WORST.index)
+
+
+class VerifyReport(_Model):
+    """Everything that was found of one checkpoint."""
+
+    checkpoint: str = ""
+    algorithm: str = ""
+    verdict: Verdict = "inconclusive"
+    statement: str = ""
+    device: DeviceReport | None = None
+    levels: list[LevelReport] = Field(default_factory=list)
+    backends: list[BackendReport] = Field(default_factory=list)
+    modules: dict[str, ModuleVerify] = Field(default_factory=dict)
+    native_executed: str = ""
+    thresholds: dict[str, float] = Field(default_factory=dict)
+
+    def level(self, name: str) -> LevelReport:
+        """A level by its short name."""
+        return next(level for level in self.levels if level.level == name)
+
+
+def worst(statuses: list[LevelStatus]) -> LevelStatus:
+    """The worst of several; ``skipped`` if there is none."""
+    return max(statuses, key=_WORST.index, default="skipped")

@@ -1,0 +1,295 @@
+"""mopt verify on checkpoints that mopt built: levels, the record that travels, exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import Outcome, build, config_of, copy, edit, load, run_mopt
+
+from modelopt_convert.verify.names import NAMES
+
+SHARD = "diffusion_pytorch_model.safetensors"
+PACKED = "single_transformer_blocks.0.proj_out"
+
+
+@pytest.fixture(scope="session")
+def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A build of each format, by algorithm. Never write there."""
+    room = tmp_path_factory.mktemp("built")
+    assert build(exports / "nvfp4", exports / "base", room / "nvfp4").exit_code == 0
+    arguments = ("--export", exports / "fp8", "--base", exports / "base", "--output", room / "fp8")
+    assert run_mopt("convert-fp8", "--preset", "flux1-dev", *arguments).exit_code == 0
+    return {"nvfp4": room / "nvfp4", "fp8": room / "fp8"}
+
+
+def verify(checkpoint: Path, *more: str | Path) -> Outcome:
+    return run_mopt("verify", checkpoint, *more)
+
+
+def found(outcome: Outcome) -> dict[str, Any]:
+    """What the report says of the checkpoint."""
+    assert outcome.report is not None, outcome.stderr
+    return outcome.report["verify"]
+
+
+def statuses(outcome: Outcome) -> dict[str, str]:
+    return {level["level"]: level["status"] for level in found(outcome)["levels"]}
+
+
+def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / SHARD, {"format": "pt"})
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_the_proof_travels(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    """Neither base nor GPU, as in CI: the bytes are those that were proven."""
+    outcome = verify(copy(built[algorithm], tmp_path / "downloaded"))
+    assert outcome.exit_code == 0, outcome.stderr
+    report = found(outcome)
+    assert report["verdict"] == "pass" and "cpu only" in report["statement"]
+    assert report["statement"].startswith("proven at build against black-forest-labs/FLUX.1-dev@headers ")
+    layout = {"nvfp4": "pass", "fp8": "skipped"}[algorithm]
+    assert statuses(outcome) == {"record": "pass", "L0": "pass", "L1": layout, "L2": "skipped", "L3": "skipped"}
+    assert all(level["reason"] for level in report["levels"] if level["status"] == "skipped")
+    assert report["native_executed"] == "0 of 24"
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("sample", ["3", "16", "all"])
+def test_the_base_proves_again(algorithm: str, sample: str, built: dict[str, Path], base: Path) -> None:
+    outcome = verify(built[algorithm], "--base", base, "--sample", sample)
+    assert outcome.exit_code == 0 and statuses(outcome)["L2"] == "pass"
+    modules = found(outcome)["modules"]
+    assert {one["verdict"] for one in modules.values()} == {"reproduced"}
+    for name, one in modules.items():
+        rows, columns = one["shape"]
+        assert one["codes"] == one["codes_equal"] > 0 and one["digest"], name
+        assert one["sqnr_db"] > 15
+        if sample == "all":
+            assert one["codes"] == rows * columns
+
+
+def test_the_digest_of_decoded_rows_is_of_their_values(built: dict[str, Path]) -> None:
+    """The same values, whatever layout they are stored in."""
+    import xxhash
+
+    modules = found(verify(built["fp8"]))["modules"]
+    weight = load(built["fp8"])[f"{PACKED}.weight"]
+    from modelopt_convert.proof import sample_rows
+
+    rows = weight[sample_rows(weight.shape[0], 16)].float().contiguous()
+    assert modules[PACKED]["digest"] == xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_neither_record_nor_base_is_inconclusive(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built[algorithm], tmp_path / "bare")
+    (folder / "mopt.json").unlink()
+    outcome = verify(folder)
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.inconclusive" and "--base" in outcome.message
+    assert outcome.report is not None and outcome.report["status"] == "inconclusive"
+
+
+def test_a_record_of_an_unproven_build_is_inconclusive(exports: Path, base: Path, tmp_path: Path) -> None:
+    arguments = ("--preset", "flux1-dev", "--export", exports / "fp8", "--output", tmp_path / "out")
+    assert run_mopt("convert-fp8", *arguments).exit_code == 0
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 6 and "not proven" in outcome.message
+    assert statuses(outcome)["record"] == "pass"
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_one_changed_byte_is_seen_and_named(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built[algorithm], tmp_path / "changed")
+    tensors = load(folder)
+    raw = tensors[f"{PACKED}.bias"].view(torch.uint8)
+    raw[3] ^= 1
+    resave(folder, tensors)
+    outcome = verify(folder)
+    assert outcome.exit_code == 1 and outcome.error_code == "check.verify" and f"{PACKED}.bias" in outcome.message
+    assert statuses(outcome)["record"] == "fail"
+
+
+def test_tensors_and_files_that_come_or_go(built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "changed")
+    tensors = load(folder)
+    resave(folder, {**{name: one for name, one in tensors.items() if name != "proj_out.bias"}, "new": torch.ones(2)})
+    config = config_of(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"in_channels": 65}))
+    failures = next(level for level in found(verify(folder))["levels"] if level["level"] == "record")["failures"]
+    assert [
+        word for word in ("'new'", "'proj_out.bias'", "config.json") if not any(word in one for one in failures)
+    ] == []
+
+
+def test_an_edited_card_is_a_warning(built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "carded")
+    (folder / "README.md").write_text("# mine")
+    outcome = verify(folder)
+    assert outcome.exit_code == 0 and statuses(outcome)["record"] == "warn"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"digests": {"algorithm": "md5", "tensors": {}, "files": {}}}'])
+def test_a_record_that_cannot_be_used_is_bad_input(text: str, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "odd")
+    (folder / "mopt.json").write_text(text)
+    outcome = verify(folder)
+    assert outcome.exit_code == 3 and (outcome.error_code or "").startswith("record.")
+
+
+@pytest.mark.parametrize("required", ["gpu", "native"])
+def test_what_is_required_and_did_not_run_is_exit_6(required: str, built: dict[str, Path]) -> None:
+    outcome = verify(built["nvfp4"], "--require", required, "--device", "cpu")
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.required" and "0 of 24" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--backend", "flashinfer-trtlm"),
+        ("--backend", "best,reference"),
+        ("--backend", ""),
+        ("--sample", "0"),
+        ("--sample", "-1"),
+        ("--sample", "some"),
+        ("--require", "luck"),
+        ("--device", "tpu"),
+        ("--self-test",),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], built: dict[str, Path]) -> None:
+    assert verify(built["nvfp4"], *arguments).exit_code == 2
+
+
+def test_a_checkpoint_is_required() -> None:
+    assert run_mopt("verify").exit_code == 2
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_the_reference_backend_runs_on_the_cpu(algorithm: str, built: dict[str, Path]) -> None:
+    outcome = verify(built[algorithm], "--backend", "reference", "--device", "cpu")
+    assert outcome.exit_code == 0 and statuses(outcome)["L3"] == "pass"
+    for one in found(outcome)["modules"].values():
+        probes = one["probes"]["reference"]
+        assert {probe["status"] for probe in probes.values()} == {"pass"}
+        assert probes["random"]["calc_diff"] < 1e-5
+    assert {backend["name"]: backend["modules"] for backend in found(outcome)["backends"]} == {"reference": 24}
+
+
+def test_the_self_test_needs_no_checkpoint() -> None:
+    outcome = run_mopt("verify", "--self-test", "--backend", "all", "--device", "cpu")
+    assert outcome.exit_code == 0, outcome.stderr
+    by_name = {(one["name"], one["reason"].partition(":")[0]): one["status"] for one in found(outcome)["backends"]}
+    assert {name for name, _ in by_name} == set(NAMES)
+    assert by_name["reference", "nvfp4"] == by_name["reference", "fp8"] == by_name["torch", "fp8"] == "pass"
+    assert all(one["reason"] for one in found(outcome)["backends"])
+
+
+def test_nothing_quantized_is_bad_input(base: Path) -> None:
+    outcome = verify(base)
+    assert outcome.exit_code == 3 and outcome.error_code == "verify.nothing_quantized"
+
+
+def test_an_export_with_its_base(exports: Path, base: Path) -> None:
+    outcome = verify(exports / "nvfp4", "--base", base)
+    assert outcome.exit_code == 0 and statuses(outcome)["record"] == "skipped"
+
+
+def test_two_transformers_are_both_verified(families: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        copy(families / "wan" / "fp8", tmp_path / "export" / name)
+        copy(families / "wan" / "base", tmp_path / "base" / name)
+    where = ("--export", tmp_path / "export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert run_mopt("convert-fp8", "--preset", "wan2.2-t2v-a14b", *where).exit_code == 0
+    assert verify(tmp_path / "out").exit_code == 0
+    tensors = load(tmp_path / "out" / "transformer_2")
+    raw = tensors["proj_out.bias"].view(torch.uint8)
+    raw[0] ^= 1
+    resave(tmp_path / "out" / "transformer_2", tensors)
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 1 and "transformer_2/" in outcome.message and "proj_out.bias" in outcome.message
+
+
+@pytest.mark.parametrize("how", ["auto", "cpu", "off"])
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_builds_end_with_it(how: str, algorithm: str, exports: Path, base: Path, tmp_path: Path) -> None:
+    command = {"nvfp4": "build-nvfp4", "fp8": "convert-fp8"}[algorithm]
+    where = ("--export", exports / algorithm, "--base", base, "--output", tmp_path / "out")
+    outcome = run_mopt(command, "--preset", "flux1-dev", *where, "--verify", how)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    checks = {check["name"]: check for check in outcome.report["checks"]}
+    if how == "off":
+        assert outcome.report["verify"] is None and "verify" not in checks
+    else:
+        assert checks["verify"]["status"] == "pass" and statuses(outcome)["L2"] == "pass"
+        assert how == "auto" or checks["verify"]["gpu_parity"] == "not run"
+
+
+def test_a_build_that_wrote_something_else_is_thrown_away(
+    exports: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory or a disk that changes a byte on the way: here the writer does."""
+    from modelopt_convert.shard_writer import ShardWriter
+
+    write = ShardWriter.write
+
+    def damaged(self: ShardWriter, name: str, chunks: Any) -> None:
+        pieces = [bytearray(piece) for piece in chunks]
+        if name == f"{PACKED}.weight":
+            pieces[0][0] ^= 0x08
+        write(self, name, pieces)
+
+    monkeypatch.setattr(ShardWriter, "write", damaged)
+    outcome = build(exports / "nvfp4", base, tmp_path / "out")
+    assert outcome.exit_code == 1 and outcome.error_code == "check.verify" and PACKED in outcome.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_gpu_does_not_cost_the_build(
+    exports: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelopt_convert.verify import closing
+
+    real = closing.verify_opened
+
+    def out_of_memory(*arguments: Any, **more: Any) -> Any:
+        if arguments[3].type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(closing, "device_of", lambda wanted: torch.device(wanted or "cuda"))
+    monkeypatch.setattr(closing, "verify_opened", out_of_memory)
+    outcome = build(exports / "nvfp4", base, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    warnings = {warning["code"]: warning["message"] for warning in outcome.report["warnings"]}
+    assert "not run" in warnings["verify.gpu_parity"] and "out of memory" in warnings["verify.gpu_parity"]
+    assert outcome.report["checks"][-1]["gpu_parity"] == "not run"
+
+
+def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:
+    outcome = verify(built["nvfp4"], "--report", tmp_path / "page.html")
+    assert outcome.exit_code == 0 and PACKED in (tmp_path / "page.html").read_text()
+    assert verify(built["nvfp4"], "--report", tmp_path / "nowhere" / "page.html").exit_code == 2
+    assert verify(built["nvfp4"], "--report", built["nvfp4"] / "page.html").exit_code == 2
+
+
+def test_a_nibble_swapped_declaration_is_read_as_declared(exports: Path, base: Path, tmp_path: Path) -> None:
+    """What is stored otherwise and says so is right."""
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.uint8:
+                tensors[name] = (tensor >> 4) | (tensor << 4)
+
+    def declare(config: dict[str, Any]) -> None:
+        config["quantization_config"]["swap_weight_nibbles"] = True
+
+    swapped = edit(exports / "nvfp4", tmp_path / "swapped", swap, declare)
+    assert verify(swapped, "--base", base, "--backend", "reference").exit_code == 0
+    silent = edit(exports / "nvfp4", tmp_path / "silent", swap)
+    outcome = verify(silent, "--base", base)
+    assert outcome.exit_code == 1 and statuses(outcome)["L1"] == "fail"
