@@ -10,6 +10,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[modelopt,dev]'
+# Alone, for its own checks of operands: what it asks for besides is several gigabytes of CUDA.
+	$(BIN)/pip install --quiet --no-deps --no-compile -c constraints.txt flashinfer-python apache-tvm-ffi
 	touch $@
 
 # A real ModelOpt export of a small FLUX.1 on the CPU, and the mixed repo built from it.

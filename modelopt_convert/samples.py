@@ -56,7 +56,7 @@ def base_rows(
             hint="the base is damaged; download it again",
         )
     loaded = module.bias.dtype if module.bias is not None else common
-    dtypes = dict.fromkeys((loaded, info.dtype, "BF16"))
+    dtypes = dict.fromkeys((loaded, info.dtype, "BF16", "F16"))
     return {dtype: found.to(TORCH_DTYPES[dtype]) for dtype in dtypes if dtype in HALF_AND_FLOAT}
 
 

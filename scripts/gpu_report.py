@@ -24,9 +24,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"{model['attention_head_dim']} and {model['num_layers']} + {model['num_single_layers']} blocks; quantized, "
         "calibrated on random inputs and exported by ModelOpt itself, with bias. They are not a trained model's.",
         "",
-        f"Outputs are compared with the product of the decoded operands in float64. Limits: calc_diff "
-        f"{CALC_DIFF_LIMIT:.0e}, worst column {COLUMN_LIMIT:.0e}, |gain - 1| {GAIN_LIMIT:.0e}, all finite. The identity "
-        "probe asks for every decoded weight bit for bit.",
+        "Outputs are compared with the product of the decoded operands in float64. Limits: calc_diff "
+        f"{CALC_DIFF_LIMIT:.0e}, worst column {COLUMN_LIMIT:.0e}, |gain - 1| {GAIN_LIMIT:.0e}, all finite. "
+        "The identity probe asks for every decoded weight bit for bit.",
     ]
     for algorithm in ("nvfp4", "fp8"):
         lines += ["", *_format(algorithm.upper(), report[algorithm])]

@@ -190,7 +190,7 @@ def test_what_a_release_of_sgl_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "sgl_kernel", gpu_standins.sgl_kernel("fp8_scaled_mm"))
     assert sgl_kernel.missing("fp8_scaled_mm") is None
     assert sgl_kernel.missing("cutlass_scaled_fp4_mm") == "this release of sgl_kernel has no cutlass_scaled_fp4_mm"
-    monkeypatch.delitem(sys.modules, "sgl_kernel")
+    monkeypatch.setitem(sys.modules, "sgl_kernel", None)
     assert sgl_kernel.missing("fp8_scaled_mm") == "sgl_kernel is not installed"
 
 

@@ -48,7 +48,8 @@ def _root(
 
     \b
     Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;
-    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 130 and 143 interrupted. Treat any other code as failure.
+    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 130 and 143 interrupted. Treat any
+    other code as failure.
     """
 
 

@@ -9,6 +9,7 @@ import typer
 
 from modelopt_convert.cli import _options as options
 from modelopt_convert.errors import MoptError
+from modelopt_convert.verify.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -40,7 +41,13 @@ def verify(
         Path | None, typer.Option("--base", metavar="BASE", help="The unquantized base: proves it again.")
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", metavar="best|all|NAME[,NAME]", help="Which GEMMs to compare.")
+        str,
+        typer.Option(
+            "--backend",
+            metavar="best|all|NAME[,NAME]",
+            envvar=SGLANG_VARIABLE,
+            help="Which GEMMs to compare; SGLang's names are known.",
+        ),
     ] = "best",
     device: Annotated[Device | None, typer.Option("--device", help="Default: the GPU if there is one.")] = None,
     sample: Annotated[
@@ -65,7 +72,6 @@ def verify(
         Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page to look at, too.")
     ] = None,
     quiet: options.QuietOption = False,
-    verbose: options.VerboseOption = False,
     no_color: options.NoColorOption = False,
 ) -> None:
     """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own.
@@ -79,7 +85,7 @@ def verify(
     Without a base the record in mopt.json is the proof: every byte is compared with it. Exit codes: 0 passed; 1 wrong;
     6 nothing proves it, or what --require names did not run; 7 a backend is broken or backends disagree.
     """
-    names = tuple(dict.fromkeys(part.strip() for part in backend.split(",")))
+    names = tuple(dict.fromkeys(part.strip().lower() for part in backend.split(",")))
     _check_names(names)
     if sample != "all" and not (sample.isascii() and sample.isdecimal() and 0 < int(sample) <= 1_000_000):
         raise typer.BadParameter("must be a number of rows, or all", param_hint="--sample")
@@ -91,7 +97,7 @@ def verify(
     from modelopt_convert.cli._output import Output, check_file, run
     from modelopt_convert.report import OutputReport, Report
 
-    out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
+    out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
     out.check_report_path(checkpoint, base)
     check_file(report, "--report", checkpoint, base)
     found = Report(command="verify", output=OutputReport(path=""))
@@ -133,8 +139,6 @@ def _check_names(names: tuple[str, ...]) -> None:
     """An unknown name is a usage error: falling back to another kernel would prove nothing."""
     if names in (("best",), ("all",)):
         return
-    from modelopt_convert.verify.names import ALIASES, NAMES
-
     unknown = [name for name in names if name not in NAMES and name not in ALIASES]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of best, all, {', '.join(NAMES)}", param_hint="--backend")

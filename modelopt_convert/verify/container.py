@@ -89,15 +89,18 @@ def layout_level(
             level.failures.append(f"{name}: the even column is in the {one.nibble_order} nibble, declared {nibbles}")
         if one.scale_basis in ("proven", "shape") and one.scale_layout not in (scales, "equivalent"):
             level.failures.append(f"{name}: the scales are {one.scale_layout}, declared {scales}")
-        if one.global_scale == "divide":
-            level.failures.append(f"{name}: weight_scale_2 is a reciprocal")
+        if one.global_scale == "divide" and name not in readings:
+            level.warnings.append(f"{name}: weight_scale_2 is so large that it may be a reciprocal")
     if base is None:
         level.reason = "without a base the nibble order is only declared; the order of the scales is a hint"
         for name, module in subject.modules.items():
             hint = _hint(subject, module) if module.fault is None else "undetermined"
             if hint in ("linear", "128x4") and hint != scales:
                 level.failures.append(f"{name}: scales and codes fit the {hint} order, declared {scales}")
-    level.status = _status(level.failures, [])
+    level.failures += [
+        f"{name}: weight_scale_2 is a reciprocal" for name, one in readings.items() if one.global_scale == "divide"
+    ]
+    level.status = _status(level.failures, level.warnings)
     return level
 
 

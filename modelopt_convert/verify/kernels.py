@@ -32,6 +32,8 @@ def choose(
     # Where a name stands for several, those that take the format speak for it.
     taking = {one.name for one in named if algorithm in one.formats}
     candidates = [one for one in named if algorithm in one.formats or one.name not in taking]
+    if _is_consumer_blackwell(device):  # where SGLang leaves the choice to flashinfer
+        candidates.sort(key=lambda one: one.name != "flashinfer-auto")
     chosen: list[Backend] = []
     reports: list[BackendReport] = []
     for backend in candidates:
@@ -41,13 +43,25 @@ def choose(
             continue
         if list(wanted) == ["best"] and chosen:
             continue
-        broken = self_test(backend, algorithm, device)
+        try:
+            broken = self_test(backend, algorithm, device)
+        except Exception as error:  # whatever a kernel's library raises
+            broken = f"raises on a layer known to be right: {_first_line(error)}"
         if broken is not None:
             reports.append(BackendReport(name=backend.name, kind=backend.kind, status="broken", reason=broken))
             continue
         chosen.append(backend)
         reports.append(BackendReport(name=backend.name, kind=backend.kind, status="pass"))
     return chosen, reports
+
+
+def _is_consumer_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def kernel_level(
@@ -77,9 +91,17 @@ def kernel_level(
             probes += [sweep_probe, poison_probe]
             seen.add(weight.shape)
         for backend in backends:
-            results = [probe(backend, weight, device) for probe in probes]
-            found.probes[backend.name] = {result.probe: _report(result) for result in results}
             report = by_name[backend.name]
+            if report.status == "broken":
+                continue
+            try:
+                results = [probe(backend, weight, device) for probe in probes]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a kernel's library raises
+                report.status, report.reason = "broken", f"raises on {name}: {_first_line(error)}"
+                continue
+            found.probes[backend.name] = {result.probe: _report(result) for result in results}
             report.modules += 1
             _note(name, results, report, found, level)
         advance(sum(info.num_bytes for info in module.tensors))

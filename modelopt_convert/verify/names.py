@@ -12,10 +12,14 @@ NAMES = (
     "bf16",
     "reference",
 )
-# What SGLang calls them (SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND).
+# What SGLang calls them, in the variable of this name and in its own code (runtime/platforms/cuda.py).
+SGLANG_VARIABLE = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
 ALIASES = {
     "flashinfer_trtllm": "flashinfer-trtllm",
     "flashinfer_cutlass": "flashinfer-cutlass",
     "flashinfer_cudnn": "flashinfer-cudnn",
-    "flashinfer_b12x": "flashinfer-b12x",
+    "trtllm": "flashinfer-trtllm",
+    "cutlass": "flashinfer-cutlass",
+    "cudnn": "flashinfer-cudnn",
+    "auto": "flashinfer-auto",
 }

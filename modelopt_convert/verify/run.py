@@ -212,8 +212,8 @@ def _verdict(found: VerifyReport, record: dict[str, Any] | None, has_base: bool)
         return "backends disagree", words
     if failed:
         return "fail", failed[0].failures[0]
-    ran_none = found.level("L3").status == "skipped"
-    if ran_none and any(one.status == "broken" for one in found.backends):
+    healthy = [one for one in found.backends if one.status in ("pass", "warn")]
+    if not healthy and any(one.status == "broken" for one in found.backends):
         broken = next(one for one in found.backends if one.status == "broken")
         return "backend broken", f"{broken.name} {broken.reason}"
     where = "cpu only" if found.device is None or found.device.capability is None else f"on {found.device.name}"

@@ -31,7 +31,8 @@ class Backend(Protocol):
 
         Args:
             weight: ``Nvfp4Weight`` or ``Fp8Weight``, as ``formats`` says; on the device, in the canonical layout.
-            poison: Fill padding of the scales, which no kernel may read, with NaN in place of zeros.
+            poison: Fill the rows of the scales past N, which reach no output, with NaN in place of zeros. Columns past
+                K/16 stay zero: kernels multiply them with zero codes.
         """
 
     def gemm(self, prepared: Any, activations: Any, alpha: float, out: Tensor | None) -> Tensor:

@@ -51,7 +51,10 @@ class _Prepared:
 
 
 class SglFp8:
-    """``fp8_scaled_mm``: a scale for every row of activations and of the weight, as SGLang spreads tensor scales."""
+    """``fp8_scaled_mm``: a scale for every row of activations and of the weight, as SGLang spreads tensor scales.
+
+    On Hopper it accumulates fast, always (``FP8FastAccum`` in csrc/gemm/fp8_gemm_kernel.cu): its error grows with K.
+    """
 
     name = "sgl-kernel"
     kind: Kind = "native"
