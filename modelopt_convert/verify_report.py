@@ -93,6 +93,7 @@ class VerifyReport(_Model):
     backends: list[BackendReport] = Field(default_factory=list)
     modules: dict[str, ModuleVerify] = Field(default_factory=dict)
     native_executed: str = ""
+    peak_gpu_bytes: int | None = None
     thresholds: dict[str, float] = Field(default_factory=dict)
 
     def level(self, name: str) -> LevelReport:

@@ -293,3 +293,30 @@ def test_a_nibble_swapped_declaration_is_read_as_declared(exports: Path, base: P
     silent = edit(exports / "nvfp4", tmp_path / "silent", swap)
     outcome = verify(silent, "--base", base)
     assert outcome.exit_code == 1 and statuses(outcome)["L1"] == "fail"
+
+
+def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path: Path) -> None:
+    """On Hopper `triton` decodes; its native path is skipped under the same name."""
+    from modelopt_convert.errors import InconclusiveError
+    from modelopt_convert.verify.run import VerifyRequest, conclude
+    from modelopt_convert.verify_report import BackendReport, DeviceReport, LevelReport, ModuleVerify, ProbeReport
+    from modelopt_convert.verify_report import VerifyReport as Found
+
+    probes = {"triton": {"identity": ProbeReport(status="pass")}}
+    report = Found(
+        verdict="pass",
+        device=DeviceReport(name="GPU", capability="9.0", torch="2.13", cuda="13.0"),
+        levels=[LevelReport(level="L3", title="kernel parity", status="pass")],
+        backends=[
+            BackendReport(name="triton", kind="native", status="skipped"),
+            BackendReport(name="triton", kind="emulated", status="pass", modules=1),
+        ],
+        modules={"m": ModuleVerify(shape=[16, 16], probes=probes)},
+        native_executed="0 of 1",
+    )
+    request = VerifyRequest(tmp_path, None, ("best",), None, 16, "native", None)
+    with pytest.raises(InconclusiveError) as caught:
+        conclude(report, request)
+    assert caught.value.code == "verify.required" and "0 of 1" in caught.value.message
+    report.backends[0] = BackendReport(name="triton", kind="native", status="pass", modules=1)
+    conclude(report, request)

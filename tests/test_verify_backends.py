@@ -143,6 +143,12 @@ def test_a_broken_backend_is_found_out(broken: Any, algorithm: str, words: str) 
 
 
 @pytest.mark.usefixtures("standins")
+def test_fp8_pads_k_too() -> None:
+    for backend in (TorchFp8(), SglFp8(), Bf16()):
+        assert random_probe(backend, layer("fp8", 40, 72), CPU).status == "pass"
+
+
+@pytest.mark.usefixtures("standins")
 def test_a_kernel_that_reads_rows_past_n_is_poisoned() -> None:
     weight = layer("nvfp4", 150, 80)
     assert random_probe(ReadsPastN(), weight, CPU).status == "pass"

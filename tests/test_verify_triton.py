@@ -31,7 +31,9 @@ for rows, features, columns in ((1, 16, 16), (19, 150, 80), (130, 144, 336)):
     activations = random_activations(weight, rows, cpu)
     alpha = weight.tensor_scale * activations.tensor_scale
     for poison in (False, True):
-        output = backend.gemm(backend.prepare(weight, poison=poison), activations, alpha, None)
+        prepared = backend.prepare(weight, poison=poison)
+        assert int((prepared.scale == 0x7F).sum()) == (prepared.scale.numel() - weight.scale.numel() if poison else 0)
+        output = backend.gemm(prepared, activations, alpha, None)
         wanted = exact(weight, activations, alpha).to(torch.bfloat16)
         found[f"{rows}x{features}x{columns} {poison}"] = int((output != wanted).sum())
 print(json.dumps({"differ": found, "self_test": self_test(backend, "nvfp4", cpu)}))

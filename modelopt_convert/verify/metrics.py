@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 # Ceilings over all right results measured (10 kinds of weights, 16x16 to K = 49152, one or two roundings to BF16):
-# calc_diff 5.6e-6, worst column 5.5e-3, gain 2.1e-3. The smallest structural fault lies 21 times above.
+# calc_diff 5.6e-6, worst column 5.5e-3, gain 2.1e-3. The smallest structural fault lies 21 times above. FP8 kernels
+# with fast accumulation (SGLang's on Hopper) reach 2.3e-5 and, with one row of activations, 2.1e-2 in the worst column;
+# an output feature of zeros lies above 0.9 with 64 rows.
 CALC_DIFF_LIMIT = 1e-5
 CALC_DIFF_WARN = 1e-3
-COLUMN_LIMIT = 1e-2
+COLUMN_LIMIT = 3e-2
 GAIN_LIMIT = 5e-3
 
 
@@ -49,8 +51,14 @@ class Metrics:
         return "pass" if self.calc_diff <= CALC_DIFF_LIMIT else "warn"
 
 
-def measure(output: Tensor, exact: Tensor) -> Metrics:
-    """Compare [M, N] with the exact float64 [M, N]."""
+def measure(output: Tensor, exact: Tensor, spread: Tensor) -> Metrics:
+    """Compare [M, N] with the exact float64 [M, N].
+
+    Args:
+        output: What a backend returned.
+        exact: From ``reference.exact``.
+        spread: From ``reference.spread``: how large the exact values would be if their terms did not cancel.
+    """
     got = output.to(torch.float64)
     if not bool(got.isfinite().all()):
         return Metrics(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, False)
@@ -62,17 +70,16 @@ def measure(output: Tensor, exact: Tensor) -> Metrics:
         calc_diff=1.0 - 2.0 * inner / total if total else 0.0,
         relative_frobenius=math.sqrt(noise / energy) if energy else math.inf if noise else 0.0,
         gain=inner / energy if energy else 1.0,
-        worst_row=_worst(difference, exact, 1),
-        worst_column=_worst(difference, exact, 0),
+        worst_row=_worst(difference, exact, spread, 1),
+        worst_column=_worst(difference, exact, spread, 0),
         sqnr_db=10.0 * math.log10(energy / noise) if noise and energy else math.inf if energy else 0.0,
         finite=True,
     )
 
 
-def _worst(difference: Tensor, exact: Tensor, dim: int) -> float:
-    # A column that is all but zero by cancellation is measured against its neighbours.
-    norm = exact.norm(dim=dim)
-    floor = norm.mean() * 1e-3
+def _worst(difference: Tensor, exact: Tensor, spread: Tensor, dim: int) -> float:
+    # What cancels is measured against its terms: FP8 tensor cores cut off the low bits of every term, so that with one
+    # row of activations an output of nearly zero is off by up to 80% in a right kernel.
+    size = torch.maximum(exact.norm(dim=dim), spread.norm(dim=dim))
     error = difference.norm(dim=dim)
-    ratio = torch.where(error == 0, torch.zeros_like(error), error / norm.clamp(min=float(floor)))
-    return float(ratio.max())
+    return float(torch.where(error == 0, torch.zeros_like(error), error / size).max())

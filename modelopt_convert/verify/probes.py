@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from modelopt_convert.verify.backends.base import Backend
-from modelopt_convert.verify.backends.reference import exact
+from modelopt_convert.verify.backends.reference import exact, spread
 from modelopt_convert.verify.metrics import Metrics, measure
 from modelopt_convert.verify.operands import Weight, one_hot, random_activations
 
@@ -93,7 +93,8 @@ def _compare(
         out = (
             torch.full((num_rows, weight.shape[0]), torch.nan, dtype=torch.bfloat16, device=device) if poison else None
         )
-        metrics = measure(backend.gemm(prepared, activations, alpha, out), exact(weight, activations, alpha))
+        output = backend.gemm(prepared, activations, alpha, out)
+        metrics = measure(output, exact(weight, activations, alpha), spread(weight, activations, alpha))
         if worst is None or _rank(metrics) > _rank(worst[1]):
             worst = num_rows, metrics
     assert worst is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelopt_convert.accounting import note_input, timed
+from modelopt_convert.accounting import note_input, peak_rss_bytes, timed
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.components import transformers_of
@@ -74,8 +74,9 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
             with timed(report, "verify"), torch.inference_mode():
                 found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
         report.verify = combine(found, str(request.checkpoint))
+        report.peak_rss_bytes = peak_rss_bytes()
     assert report.verify is not None
-    _raise(report.verify, request)
+    conclude(report.verify, request)
 
 
 def verify_backends(request: VerifyRequest, report: Report, progress: Progress) -> None:
@@ -198,7 +199,11 @@ def _run_kernels(
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
         return
     progress.begin("multiply", sum(sum(info.num_bytes for info in one.tensors) for one in subject.modules.values()))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     found.levels.append(kernel_level(subject, backends, found.backends, device, found.modules, progress.advance))
+    if device.type == "cuda":
+        found.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
     on_gpu = [one for one in found.backends if one.kind == "native" and device.type == "cuda"]
     native = max((one.modules for one in on_gpu), default=0)
     found.native_executed = f"{native} of {total}"
@@ -265,8 +270,14 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
     )
 
 
-def _raise(found: VerifyReport, request: VerifyRequest) -> None:
-    """End with the code of the verdict."""
+def conclude(found: VerifyReport, request: VerifyRequest) -> None:
+    """End with the code of the verdict.
+
+    Raises:
+        CheckFailedError: ``check.verify``.
+        BackendError: ``verify.backend``.
+        InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
+    """
     where = str(request.checkpoint)
     if found.verdict == "fail":
         raise CheckFailedError(
@@ -291,7 +302,8 @@ def _raise(found: VerifyReport, request: VerifyRequest) -> None:
         )
     kernels = [level for level in found.levels if level.level == "L3"]
     on_gpu = found.device is not None and found.device.capability is not None
-    native = {one.name for one in found.backends if one.kind == "native" and on_gpu}
+    # A name may stand for two, of which one ran.
+    native = {one.name for one in found.backends if one.kind == "native" and one.modules and on_gpu}
     all_native = all(native & one.probes.keys() for one in found.modules.values())
     ran = all(level.status != "skipped" for level in kernels)
     if (request.require == "gpu" and not (ran and on_gpu)) or (
