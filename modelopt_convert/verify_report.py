@@ -45,6 +45,14 @@ class BackendReport(_Model):
     modules: int = 0
 
 
+class AgreementReport(_Model):
+    """Two native backends: on how many modules both ran, and returned the same weight bit for bit."""
+
+    backends: list[str]
+    modules: int
+    bitwise_equal: int
+
+
 class ProbeReport(_Model):
     """One probe of one backend on one module."""
 
@@ -92,6 +100,7 @@ class VerifyReport(_Model):
     levels: list[LevelReport] = Field(default_factory=list)
     backends: list[BackendReport] = Field(default_factory=list)
     modules: dict[str, ModuleVerify] = Field(default_factory=dict)
+    agreement: list[AgreementReport] = Field(default_factory=list)
     native_executed: str = ""
     peak_gpu_bytes: int | None = None
     thresholds: dict[str, float] = Field(default_factory=dict)

@@ -251,6 +251,7 @@ ALLOWED = {
         "verify_report",
     },
     "verify.kernels": {
+        "verify.operands",
         "preset",
         "verify.backends",
         "verify.backends.base",

@@ -189,6 +189,28 @@ def test_the_self_test_needs_no_checkpoint() -> None:
     assert all(one["reason"] for one in found(outcome)["backends"])
 
 
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_prewarm_builds_kernels_for_the_shapes_and_judges_nothing(algorithm: str, built: dict[str, Path]) -> None:
+    outcome = verify(built[algorithm], "--prewarm", "--backend", "reference", "--device", "cpu")
+    assert outcome.exit_code == 0 and "nothing was verified" in found(outcome)["statement"]
+    assert found(outcome)["levels"] == [] and found(outcome)["modules"] == {}
+
+
+def test_native_backends_are_compared_in_pairs() -> None:
+    from modelopt_convert.verify.kernels import agreement
+    from modelopt_convert.verify_report import BackendReport, ModuleVerify, ProbeReport
+
+    def module(**statuses: str) -> ModuleVerify:
+        probes = {name: {"identity": ProbeReport(status=status)} for name, status in statuses.items()}
+        return ModuleVerify(shape=[16, 16], probes=probes)
+
+    reports = [BackendReport(name=name, kind="native", status="pass", modules=2) for name in ("a", "b", "c")]
+    reports.append(BackendReport(name="reference", kind="reference", status="pass", modules=2))
+    modules = {"one": module(a="pass", b="pass", c="pass"), "two": module(a="pass", b="fail", c="pass")}
+    pairs = {tuple(one.backends): (one.modules, one.bitwise_equal) for one in agreement(modules, reports)}
+    assert pairs == {("a", "b"): (2, 1), ("a", "c"): (2, 2), ("b", "c"): (2, 1)}
+
+
 def test_nothing_quantized_is_bad_input(base: Path) -> None:
     outcome = verify(base)
     assert outcome.exit_code == 3 and outcome.error_code == "verify.nothing_quantized"

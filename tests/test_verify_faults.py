@@ -174,6 +174,23 @@ PROBES: dict[str, Callable[..., ProbeResult]] = {
     "p": poison_probe,
 }
 CPU = torch.device("cpu")
+# What the random probe measures, where one number names the fault: (number, from, to).
+FIGURES = {
+    "nibbles swapped": ("calc_diff", 0.5, 1.5),
+    "scales in the other order": ("calc_diff", 0.02, 0.9),
+    "scale rows off by one": ("calc_diff", 0.02, 0.9),
+    "scale columns off by one": ("calc_diff", 0.02, 0.9),
+    "a block of K dropped": ("worst_column", 0.05, 1.0),
+    "the last two values of K dropped": ("worst_column", 0.03, 1.0),
+    "one scale row zero": ("worst_column", 0.9, 1.1),
+    "tail rows zero": ("worst_column", 0.9, 1.1),
+    "global scale 5% off": ("gain", 1.04, 1.06),
+    "alpha forgotten": ("gain", 10.0, 1e12),
+    "bias forgotten": ("worst_column", 0.03, 1.1),
+    "another module's scales": ("calc_diff", 0.02, 0.9),
+    "one bit of a scale flipped": ("calc_diff", 0.0, 1e-5),  # not seen by it
+    "one sign flipped": ("calc_diff", 0.0, 1e-5),
+}
 
 
 @pytest.mark.parametrize("name", PREPARATIONS)
@@ -183,6 +200,8 @@ def test_a_fault_in_a_preparation_is_seen_by_the_probes(name: str) -> None:
     results = {key: probe(backend, weight, CPU) for key, probe in PROBES.items()}
     failed = {key for key, result in results.items() if result.status == "fail"}
     assert set(expected) <= failed, results
+    number, low, high = FIGURES[name]
+    assert low <= getattr(results["r"].metrics, number) <= high, results["r"]
     if "i" in failed and name != "global scale 5% off":
         assert results["i"].rows and results["i"].columns
     if name == "one scale row zero":

@@ -64,7 +64,7 @@ def verify(
         bool, typer.Option("--self-test", help="Test the backends alone, without a checkpoint.")
     ] = False,
     prewarm: Annotated[
-        bool, typer.Option("--prewarm", help="Build the kernels of the backends and stop; same as --self-test.")
+        bool, typer.Option("--prewarm", help="Build kernels, for CHECKPOINT's shapes if one is given, and stop.")
     ] = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
@@ -90,9 +90,10 @@ def verify(
     if sample != "all" and not (sample.isascii() and sample.isdecimal() and 0 < int(sample) <= 1_000_000):
         raise typer.BadParameter("must be a number of rows, or all", param_hint="--sample")
 
-    alone = self_test or prewarm
-    if (checkpoint is None) != alone:
+    if checkpoint is None and not (self_test or prewarm):
         raise typer.BadParameter("is required, but for --self-test and --prewarm", param_hint="CHECKPOINT")
+    if checkpoint is not None and self_test:
+        raise typer.BadParameter("is not looked at by --self-test", param_hint="CHECKPOINT")
 
     from modelopt_convert.cli._output import Output, check_file, run
     from modelopt_convert.report import OutputReport, Report
@@ -114,13 +115,14 @@ def verify(
             sample=None if sample == "all" else int(sample),
             require=require.value if require else None,
             max_error=max_error,
+            prewarm=prewarm,
         )
         if report is not None:
             from modelopt_convert.verify.html_report import require_plotly
 
             require_plotly()  # before the work, and not after it
         try:
-            (verify_backends if alone else look)(request, found, progress)  # type: ignore[arg-type]
+            (verify_backends if checkpoint is None else look)(request, found, progress)  # type: ignore[arg-type]
         except MoptError:  # what was found goes onto the page; that it cannot be written must not hide the verdict
             with contextlib.suppress(MoptError):
                 _write_page(report, found)

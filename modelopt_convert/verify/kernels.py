@@ -1,6 +1,8 @@
 """L3: every module through the GEMM of each backend, against the exact product of the same operands."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -8,10 +10,18 @@ from modelopt_convert.preset import Algorithm
 from modelopt_convert.verify.backends import BACKENDS
 from modelopt_convert.verify.backends.base import Backend
 from modelopt_convert.verify.names import ALIASES
+from modelopt_convert.verify.operands import random_activations
 from modelopt_convert.verify.probes import ProbeResult, identity_probe, poison_probe, random_probe, sweep_probe
 from modelopt_convert.verify.selftest import self_test
 from modelopt_convert.verify.subject import Subject
-from modelopt_convert.verify_report import BackendReport, LevelReport, LevelStatus, ModuleVerify, ProbeReport
+from modelopt_convert.verify_report import (
+    AgreementReport,
+    BackendReport,
+    LevelReport,
+    LevelStatus,
+    ModuleVerify,
+    ProbeReport,
+)
 
 Probe = Callable[..., ProbeResult]
 
@@ -62,6 +72,39 @@ def _is_consumer_blackwell(device: torch.device) -> bool:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def prewarm(
+    subject: Subject, backends: Sequence[Backend], device: torch.device, advance: Callable[[int], None]
+) -> None:
+    """Multiply once for each shape, so that kernels which compile just in time are there before anything is timed.
+
+    What a backend raises here it raises again, and is reported, when it is probed.
+    """
+    seen: set[tuple[int, int]] = set()
+    for module in subject.modules.values():
+        if module.fault is None and (module.rows, module.columns) not in seen:
+            seen.add((module.rows, module.columns))
+            for backend in backends:
+                with contextlib.suppress(Exception):
+                    weight = subject.operands(module).to(device)
+                    activations = random_activations(weight, 1, device)
+                    backend.gemm(backend.prepare(weight, poison=False), activations, 1.0, None)
+        advance(sum(info.num_bytes for info in module.tensors))
+
+
+def agreement(modules: Mapping[str, ModuleVerify], reports: Sequence[BackendReport]) -> list[AgreementReport]:
+    """All pairs of native backends that ran: each equals the decoded weight bit for bit where both pass.
+
+    So they equal each other there, and their random outputs lie within twice the limit of one another.
+    """
+    native = sorted({report.name for report in reports if report.kind == "native" and report.modules})
+    found = []
+    for left, right in itertools.combinations(native, 2):
+        both = [one.probes for one in modules.values() if {left, right} <= one.probes.keys()]
+        equal = sum(all(probes[name]["identity"].status == "pass" for name in (left, right)) for probes in both)
+        found.append(AgreementReport(backends=[left, right], modules=len(both), bitwise_equal=equal))
+    return found
 
 
 def kernel_level(

@@ -19,7 +19,7 @@ from modelopt_convert.stream import Progress
 from modelopt_convert.verify import metrics
 from modelopt_convert.verify.container import container_level, layout_level, look
 from modelopt_convert.verify.decode import decode_level
-from modelopt_convert.verify.kernels import choose, disagree, kernel_level
+from modelopt_convert.verify.kernels import agreement, choose, disagree, kernel_level, prewarm
 from modelopt_convert.verify.scan import Scanned, read_record, recorded_verdicts, scan, statement
 from modelopt_convert.verify.subject import Subject, device_of, find_subject
 from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -40,6 +40,7 @@ class VerifyRequest:
         sample: Rows of each module for L2; None for all.
         require: ``native`` or ``gpu``: that the kernel level ran so; or None.
         max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
+        prewarm: Build the kernels for this checkpoint's shapes, and stop.
     """
 
     checkpoint: Path
@@ -49,6 +50,7 @@ class VerifyRequest:
     sample: int | None
     require: str | None
     max_error: float | None
+    prewarm: bool = False
 
 
 def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
@@ -71,12 +73,34 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
             note_input(report, f"{prefix}checkpoint", reader)
             if base is not None:
                 note_input(report, f"{prefix}base", base)
-            with timed(report, "verify"), torch.inference_mode():
-                found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
-        report.verify = combine(found, str(request.checkpoint))
-        report.peak_rss_bytes = peak_rss_bytes()
-    assert report.verify is not None
+            with torch.inference_mode():
+                if request.prewarm:
+                    found[prefix] = _prewarmed(find_subject(reader, base), request, device, progress)
+                    continue
+                with timed(report, "verify"):
+                    found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
+    report.verify = combine(found, str(request.checkpoint))
+    report.peak_rss_bytes = peak_rss_bytes()
     conclude(report.verify, request)
+
+
+def _prewarmed(subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress) -> VerifyReport:
+    """Build kernels and judge nothing."""
+    backends, reports = choose(request.backends, subject.algorithm, device)
+    progress.begin("prewarm", _weight_bytes(subject))
+    prewarm(subject, backends, device, progress.advance)
+    names = ", ".join(backend.name for backend in backends) or "none that runs here"
+    return VerifyReport(
+        algorithm=subject.algorithm,
+        verdict="pass",
+        statement=f"kernels built for {names}; nothing was verified",
+        device=describe(device),
+        backends=reports,
+    )
+
+
+def _weight_bytes(subject: Subject) -> int:
+    return sum(sum(info.num_bytes for info in one.tensors) for one in subject.modules.values())
 
 
 def verify_backends(request: VerifyRequest, report: Report, progress: Progress) -> None:
@@ -198,12 +222,15 @@ def _run_kernels(
         why = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
         return
-    progress.begin("multiply", sum(sum(info.num_bytes for info in one.tensors) for one in subject.modules.values()))
+    progress.begin("prewarm", _weight_bytes(subject))
+    prewarm(subject, backends, device, progress.advance)
+    progress.begin("multiply", _weight_bytes(subject))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     found.levels.append(kernel_level(subject, backends, found.backends, device, found.modules, progress.advance))
     if device.type == "cuda":
         found.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+    found.agreement = agreement(found.modules, found.backends)
     on_gpu = [one for one in found.backends if one.kind == "native" and device.type == "cuda"]
     native = max((one.modules for one in on_gpu), default=0)
     found.native_executed = f"{native} of {total}"
