@@ -165,6 +165,28 @@ def test_usage_errors(arguments: tuple[str, ...], built: dict[str, Path]) -> Non
     assert verify(built["nvfp4"], *arguments).exit_code == 2
 
 
+def test_a_named_backend_must_run(built: dict[str, Path]) -> None:
+    for name in ("flashinfer-trtllm", "flashinfer_cudnn", "bf16", "reference,triton"):
+        outcome = verify(built["nvfp4"], "--backend", name, "--device", "cpu")
+        assert outcome.exit_code == 6 and outcome.error_code == "verify.required", name
+    assert verify(built["nvfp4"], "--backend", "torch,reference", "--device", "cpu").exit_code == 6  # FP8 alone
+    assert verify(built["fp8"], "--backend", "torch,reference", "--device", "cpu").exit_code == 0
+
+
+def test_sglangs_variable_is_a_preference(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
+    monkeypatch.setenv(variable, "flashinfer_cutlass")
+    assert verify(built["nvfp4"], "--device", "cpu").exit_code == 0
+    monkeypatch.setenv(variable, "marlin")
+    assert verify(built["nvfp4"], "--device", "cpu").exit_code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_inconclusive(built: dict[str, Path]) -> None:
+    outcome = verify(built["nvfp4"], "--device", "cuda")
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.no_gpu"
+
+
 def test_a_checkpoint_is_required() -> None:
     assert run_mopt("verify").exit_code == 2
 
@@ -290,6 +312,27 @@ def test_a_broken_gpu_does_not_cost_the_build(
     warnings = {warning["code"]: warning["message"] for warning in outcome.report["warnings"]}
     assert "not run" in warnings["verify.gpu_parity"] and "out of memory" in warnings["verify.gpu_parity"]
     assert outcome.report["checks"][-1]["gpu_parity"] == "not run"
+
+
+def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from modelopt_convert.checkpoint import CheckpointReader
+    from modelopt_convert.cli._output import Output, ProgressBar
+    from modelopt_convert.verify import run
+    from modelopt_convert.verify.subject import find_subject
+    from modelopt_convert.verify_report import VerifyReport
+
+    def busy(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "choose", busy)
+    request = run.VerifyRequest(tmp_path, None, ("best",), None, 16, None, None)
+    report = VerifyReport()
+    with CheckpointReader(built["nvfp4"]) as reader:
+        progress = ProgressBar(Output(json=True, report_path=None, quiet=True, verbose=False, no_color=True))
+        run.run_kernels(report, find_subject(reader, None), request, torch.device("cuda"), progress)
+    assert report.level("L3").status == "skipped" and "out of memory" in report.level("L3").reason
 
 
 def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``mopt verify``."""
 
 import contextlib
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,8 +46,7 @@ def verify(
         typer.Option(
             "--backend",
             metavar="best|all|NAME[,NAME]",
-            envvar=SGLANG_VARIABLE,
-            help="Which GEMMs to compare; SGLang's names are known.",
+            help="Which GEMMs to compare; SGLang's names are known. One that is named must run.",
         ),
     ] = "best",
     device: Annotated[Device | None, typer.Option("--device", help="Default: the GPU if there is one.")] = None,
@@ -86,7 +86,10 @@ def verify(
     6 nothing proves it, or what --require names did not run; 7 a backend is broken or backends disagree.
     """
     names = tuple(dict.fromkeys(part.strip().lower() for part in backend.split(",")))
-    _check_names(names)
+    preferred = os.environ.get(SGLANG_VARIABLE, "").strip().lower() or None
+    _check_names(names, "--backend")
+    if preferred is not None:
+        _check_names((preferred,), SGLANG_VARIABLE)
     if sample != "all" and not (sample.isascii() and sample.isdecimal() and 0 < int(sample) <= 1_000_000):
         raise typer.BadParameter("must be a number of rows, or all", param_hint="--sample")
 
@@ -116,6 +119,7 @@ def verify(
             require=require.value if require else None,
             max_error=max_error,
             prewarm=prewarm,
+            preferred=ALIASES.get(preferred, preferred) if preferred else None,
         )
         if report is not None:
             from modelopt_convert.verify.html_report import require_plotly
@@ -137,13 +141,13 @@ def verify(
     run(out, found, work, show, show_failed=True)
 
 
-def _check_names(names: tuple[str, ...]) -> None:
+def _check_names(names: tuple[str, ...], where: str) -> None:
     """An unknown name is a usage error: falling back to another kernel would prove nothing."""
     if names in (("best",), ("all",)):
         return
     unknown = [name for name in names if name not in NAMES and name not in ALIASES]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of best, all, {', '.join(NAMES)}", param_hint="--backend")
+        raise typer.BadParameter(f"{unknown[0]!r} is none of best, all, {', '.join(NAMES)}", param_hint=where)
 
 
 def _write_page(path: Path | None, report: "Report") -> None:

@@ -59,8 +59,11 @@ def verify_stage(
     report.verify = combine(found, report.output.path)
     report.verify.checkpoint = report.output.path
     verdict = report.verify.verdict
-    kernels = [level.status for level in report.verify.levels if level.level == "L3"]
-    parity = "not run" if "skipped" in kernels or verdict.startswith("backend") else "pass"
+    kernels = [level for level in report.verify.levels if level.level == "L3"]
+    skipped = [level.reason for level in kernels if level.status == "skipped"]
+    if skipped and device.type == "cuda":
+        report.warn("verify.gpu_parity", f"gpu_parity: not run: {skipped[0]}")
+    parity = "not run" if skipped or verdict.startswith("backend") else "pass"
     report.checks.append(
         {"name": "verify", "status": "fail" if verdict == "fail" else "pass", "gpu_parity": parity, "failures": []}
     )

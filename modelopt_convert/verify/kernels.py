@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from modelopt_convert.errors import InputError
 from modelopt_convert.preset import Algorithm
 from modelopt_convert.verify.backends import BACKENDS
 from modelopt_convert.verify.backends.base import Backend
@@ -27,12 +28,13 @@ Probe = Callable[..., ProbeResult]
 
 
 def choose(
-    wanted: Sequence[str], algorithm: Algorithm, device: torch.device
+    wanted: Sequence[str], preferred: str | None, algorithm: Algorithm, device: torch.device
 ) -> tuple[list[Backend], list[BackendReport]]:
     """The backends to run, and what became of every one that was asked for.
 
     Args:
         wanted: ``best``, ``all``, or names; aliases are known.
+        preferred: What ``best`` takes if it runs.
         algorithm: The format.
         device: Where to run.
     """
@@ -42,8 +44,9 @@ def choose(
     # Where a name stands for several, those that take the format speak for it.
     taking = {one.name for one in named if algorithm in one.formats}
     candidates = [one for one in named if algorithm in one.formats or one.name not in taking]
-    if _is_consumer_blackwell(device):  # where SGLang leaves the choice to flashinfer
-        candidates.sort(key=lambda one: one.name != "flashinfer-auto")
+    if preferred is None and _is_consumer_blackwell(device):  # where SGLang leaves the choice to flashinfer
+        preferred = "flashinfer-auto"
+    candidates.sort(key=lambda one: one.name != preferred)
     chosen: list[Backend] = []
     reports: list[BackendReport] = []
     for backend in candidates:
@@ -55,6 +58,8 @@ def choose(
             continue
         try:
             broken = self_test(backend, algorithm, device)
+        except torch.OutOfMemoryError:  # of the GPU, which says nothing about the backend
+            raise
         except Exception as error:  # whatever a kernel's library raises
             broken = f"raises on a layer known to be right: {_first_line(error)}"
         if broken is not None:
@@ -125,11 +130,12 @@ def kernel_level(
             continue
         found = modules[name]
         try:
-            weight = subject.operands(module).to(device)
-        except Exception as error:  # what cannot be read was reported by the levels above
+            stored = subject.operands(module)
+        except (InputError, ValueError) as error:
             level.failures.append(f"{name}: {error}")
             found.worsen("fail")
             continue
+        weight = stored.to(device)
         probes: list[Probe] = [identity_probe, random_probe]
         if weight.shape not in seen:
             probes += [sweep_probe, poison_probe]

@@ -20,6 +20,7 @@ from modelopt_convert.verify import metrics
 from modelopt_convert.verify.container import container_level, layout_level, look
 from modelopt_convert.verify.decode import decode_level
 from modelopt_convert.verify.kernels import agreement, choose, disagree, kernel_level, prewarm
+from modelopt_convert.verify.names import ALIASES
 from modelopt_convert.verify.scan import Scanned, read_record, recorded_verdicts, scan, statement
 from modelopt_convert.verify.subject import Subject, device_of, find_subject
 from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -41,6 +42,7 @@ class VerifyRequest:
         require: ``native`` or ``gpu``: that the kernel level ran so; or None.
         max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
         prewarm: Build the kernels for this checkpoint's shapes, and stop.
+        preferred: The backend that ``best`` takes if it runs.
     """
 
     checkpoint: Path
@@ -51,6 +53,7 @@ class VerifyRequest:
     require: str | None
     max_error: float | None
     prewarm: bool = False
+    preferred: str | None = None
 
 
 def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
@@ -86,7 +89,7 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
 
 def _prewarmed(subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress) -> VerifyReport:
     """Build kernels and judge nothing."""
-    backends, reports = choose(request.backends, subject.algorithm, device)
+    backends, reports = choose(request.backends, request.preferred, subject.algorithm, device)
     progress.begin("prewarm", _weight_bytes(subject))
     prewarm(subject, backends, device, progress.advance)
     names = ", ".join(backend.name for backend in backends) or "none that runs here"
@@ -114,7 +117,7 @@ def verify_backends(request: VerifyRequest, report: Report, progress: Progress) 
     with timed(report, "self_test"), torch.inference_mode():
         for algorithm in ("nvfp4", "fp8"):
             progress.begin(f"self-test {algorithm}", 0)
-            _, reports = choose(request.backends, algorithm, device)
+            _, reports = choose(request.backends, request.preferred, algorithm, device)
             for one in reports:
                 one.reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
             found.backends += reports
@@ -193,7 +196,7 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    _run_kernels(found, subject, request, device, progress)
+    run_kernels(found, subject, request, device, progress)
     found.verdict, found.statement = _verdict(found, record, base is not None)
     return found
 
@@ -208,16 +211,31 @@ def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelRepor
     return level
 
 
-def _run_kernels(
+def run_kernels(
     found: VerifyReport, subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress
 ) -> None:
+    """L3, where there is something to run it on; a GPU that fails is no fault of the checkpoint."""
     total = len(subject.modules)
     found.native_executed = f"0 of {total}"
     if device.type == "cpu" and request.backends in (("best",), ("all",)):
         why = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
         return
-    backends, found.backends = choose(request.backends, subject.algorithm, device)
+    try:
+        _multiply(found, subject, request, device, progress)
+    except RuntimeError as error:  # CUDA's, memory among them: of the GPU, and not of the checkpoint
+        if device.type != "cuda":
+            raise
+        why = f"the GPU failed: {str(error).splitlines()[0][:200]}"
+        found.backends = []
+        found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
+
+
+def _multiply(
+    found: VerifyReport, subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress
+) -> None:
+    total = len(subject.modules)
+    backends, found.backends = choose(request.backends, request.preferred, subject.algorithm, device)
     if not backends:
         why = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
@@ -327,6 +345,8 @@ def conclude(found: VerifyReport, request: VerifyRequest) -> None:
             path=where,
             hint="give --base to prove it",
         )
+    if not request.prewarm:
+        _require_named(found, request)
     kernels = [level for level in found.levels if level.level == "L3"]
     on_gpu = found.device is not None and found.device.capability is not None
     # A name may stand for two, of which one ran.
@@ -341,4 +361,27 @@ def conclude(found: VerifyReport, request: VerifyRequest) -> None:
             code="verify.required",
             path=where,
             hint="run it where the GPU and the kernels are",
+        )
+
+
+def _require_named(found: VerifyReport, request: VerifyRequest) -> None:
+    """A backend that was named must have run."""
+    if request.backends in (("best",), ("all",)):
+        return
+    for name in (ALIASES.get(one, one) for one in request.backends):
+        reports = [one for one in found.backends if one.name == name]
+        if any(one.modules for one in reports):
+            continue
+        broken = next((one for one in reports if one.status == "broken"), None)
+        if broken is not None:
+            raise BackendError(
+                f"{name} {broken.reason}",
+                code="verify.backend",
+                hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
+            )
+        why = next((one.reason for one in reports), found.level("L3").reason)
+        raise InconclusiveError(
+            f"--backend {name} did not run: {why}",
+            code="verify.required",
+            hint="name one that runs here, or leave --backend out",
         )

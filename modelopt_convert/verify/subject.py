@@ -9,7 +9,7 @@ from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.fp8 import find_fp8_modules
 from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
-from modelopt_convert.errors import InputError
+from modelopt_convert.errors import InconclusiveError, InputError
 from modelopt_convert.preset import Algorithm
 from modelopt_convert.samples import load, tensor_scale
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
@@ -93,5 +93,16 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Sub
 
 
 def device_of(wanted: str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one."""
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, or the GPU if there is one.
+
+    Raises:
+        InconclusiveError: ``verify.no_gpu``.
+    """
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise InconclusiveError(
+            "--device cuda: torch sees no GPU",
+            code="verify.no_gpu",
+            hint="install the CUDA build of torch on a machine with a GPU, or leave --device out",
+        )
+    return torch.device(wanted or ("cuda" if has_gpu else "cpu"))
