@@ -60,7 +60,9 @@ ALLOWED = {
     ),
     "verify.backends.reference": "preset verify.backends.base verify.operands",
     "verify.backends.torch_scaled": "preset scale_shapes verify.backends.base verify.backends.padding verify.operands",
-    "verify.backends.triton_gemm": "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands",
+    "verify.backends.triton_gemm": (
+        "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
+    ),
     "accounting": "checkpoint report staging",
     "card": "formats plan preset report",
     "check": (
@@ -104,7 +106,9 @@ ALLOWED = {
         "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
         "verify.backends.sgl_kernel verify.backends.torch_scaled verify.backends.triton_gemm"
     ),
-    "verify.selftest": "transforms.fp8 transforms.nvfp4 transforms.scales verify.backends.base verify.operands verify.probes",
+    "verify.selftest": (
+        "transforms.fp8 transforms.nvfp4 transforms.scales verify.backends.base verify.operands verify.probes"
+    ),
     "manifest": "accounting card opening plan preset report",
     "prove": (
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
