@@ -6,3 +6,6 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHONPATH=. "${PYTHON:-python3}" scripts/verify_gpu.py "docs/verify-$1"
 PYTHONPATH=. "${PYTHON:-python3}" scripts/verify_gpu_cli.py "docs/verify-$1-commands"
+if "${PYTHON:-python3}" -c "import flashinfer" 2>/dev/null; then
+  PYTHONPATH=. "${PYTHON:-python3}" scripts/gpu_oracles.py "docs/verify-$1-oracles.json"
+fi
