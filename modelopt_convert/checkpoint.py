@@ -42,6 +42,7 @@ class CheckpointReader:
         tensors: Every tensor by name.
         metadata: Header metadata by file.
         config: config.json as an object; empty for a single file.
+        indexes: Names of the index files, at most one.
         skipped: Names in the folder that are neither read nor copied.
     """
 
@@ -61,6 +62,7 @@ class CheckpointReader:
         self.config: dict[str, Any] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self.skipped: tuple[str, ...] = ()
+        self.indexes: tuple[str, ...] = ()
         self._files: dict[str, _OpenFile] = {}
         self._identity = hashlib.sha256()
         try:
@@ -165,6 +167,7 @@ class CheckpointReader:
             self._open_shard(shard)
         if weight_map is not None:
             self._check_index(indexes[0], weight_map)
+        self.indexes = tuple(indexes)
         used = {"config.json", *indexes, *listed}
         self.skipped = tuple(name for name in names if name not in used)
 

@@ -84,7 +84,11 @@ def transformers_of(source: Path, base: Path | None) -> list[tuple[str, Path, Pa
     Raises:
         InputError: ``input.missing`` or ``input.ambiguous``.
     """
-    if source.is_file() or (source / "config.json").is_file():
+    try:
+        alone = source.is_file() or (source / "config.json").is_file()
+    except OSError:  # a name that no file system takes
+        return [(".", resolve_component(source, what="source"), None)]
+    if alone:
         return [(".", source, resolve_component(base, what="base") if base else None)]
     found = [name for name in COMPONENTS if (source / name / "config.json").is_file()]
     if not found:

@@ -106,6 +106,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
             proofs.append(found_proof)
             layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
             plans[number] = _lay_out(report, part, plans[number], layouts[-1])
+        manifests: dict[str, bytes] = {}
         need = sum(plan.total_bytes + SMALL_FILES_BYTES for plan in plans)
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
             for part, plan, proven, layout in zip(parts, plans, proofs, layouts, strict=True):
@@ -114,11 +115,12 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                         stage.add_folder(part.prefix.rstrip("/"))
                     done = stream(stage, plan, part.readers, layout, progress, part.prefix)
                 _note_clipped(report, part, done)
-                for name, data in small_files(part, plan, chosen, report, proven, done.digests).items():
+                files = small_files(part, plan, chosen, report, proven, done.digests)
+                manifests[part.prefix.rstrip("/")] = files["mopt.json"]
+                for name, data in files.items():
                     stage.write_file(f"{part.prefix}{name}", data)
             if len(parts) > 1:
-                names = [part.prefix.rstrip("/") for part in parts]
-                for name, data in pipeline_files(names, chosen, report).items():
+                for name, data in pipeline_files(manifests, chosen, report).items():
                     stage.write_file(name, data)
             for part in parts:
                 for reader in part.readers.values():

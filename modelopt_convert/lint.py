@@ -107,6 +107,11 @@ class Linter:
             self.found.append(
                 LintReport(code="scale.nan", message=f"{broken} block scales are NaN", module=packed.name)
             )
+        negative = int((raw > 0x80).count_nonzero()) - int((raw == 0xFF).count_nonzero())
+        if negative:
+            self.found.append(
+                LintReport(code="scale.unusable", message=f"{negative} block scales are negative", module=packed.name)
+            )
         readings = scale_readings(stored, packed.rows, packed.columns // BLOCK_SIZE)
         zero = min((int((one.view(torch.uint8) == 0).count_nonzero()) for one in readings.values()), default=0)
         if zero:
@@ -200,7 +205,12 @@ class Linter:
                 for name, info in self._reader.tensors.items()
                 if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in HALF_AND_FLOAT
             ]
-            for name in self._packed:
+            coded = [
+                module_of(name)
+                for name, info in self._reader.tensors.items()
+                if name.endswith(".weight") and info.dtype == "F8_E4M3"
+            ]
+            for name in (*self._packed, *coded):
                 if any(PatternMatcher.ignores(entry, name) for entry in ignore):
                     self.found.append(
                         LintReport(code="ignore.lists_packed", message="in `ignore`, yet packed", module=name)

@@ -8,6 +8,7 @@ import xxhash
 from modelopt_convert import __version__
 from modelopt_convert.accounting import json_bytes
 from modelopt_convert.card import model_card, pipeline_card
+from modelopt_convert.digests import headers_digest
 from modelopt_convert.opening import Opened
 from modelopt_convert.plan import INDEX_NAME, BuildPlan
 from modelopt_convert.preset import ChosenPreset
@@ -51,6 +52,9 @@ def small_files(
             "algorithm": "xxh3-128",
             "tensors": dict(sorted(digests.items())),
             "files": _digests(files),
+            "headers": headers_digest(
+                (step.output for step in plan.steps.values()), (shard.metadata for shard in plan.shards)
+            ),
         },
     }
     last = files.pop(INDEX_NAME, None)
@@ -58,11 +62,19 @@ def small_files(
     return files | ({INDEX_NAME: last} if last is not None else {})
 
 
-def pipeline_files(components: list[str], chosen: ChosenPreset | None, report: Report) -> dict[str, bytes]:
-    """Card and manifest above several transformers, each of which has its own."""
+def pipeline_files(parts: Mapping[str, bytes], chosen: ChosenPreset | None, report: Report) -> dict[str, bytes]:
+    """Card and manifest above several transformers, each of which has its own.
+
+    Args:
+        parts: The manifest of each, by its folder.
+        chosen: The preset they were built with, if any.
+        report: Of the run.
+    """
+    components = list(parts)
     files = {"README.md": pipeline_card(components, chosen, report.command).encode()}
     manifest = _head(report, chosen) | {
         "components": components,
+        "parts": {name: xxhash.xxh3_128_hexdigest(data) for name, data in parts.items()},
         "digests": {"algorithm": "xxh3-128", "tensors": {}, "files": _digests(files)},
     }
     return files | {"mopt.json": json_bytes(manifest)}

@@ -55,6 +55,13 @@ def open_all(components: list[Component], checkpoint: Path | None, stack: ExitSt
     Raises:
         InputError: An input that cannot be opened, or an X0Model without a base.
     """
+    if checkpoint is not None and len(components) > 1 and not checkpoint.is_dir():
+        raise InputError(
+            f"{checkpoint}: expected a folder with a .pt for each of {len(components)} transformers, found one file",
+            code="pickle.missing",
+            path=str(checkpoint),
+            hint="give the folder, or convert one transformer with --component",
+        )
     return [_open(one, f"{one.name}/" if len(components) > 1 else "", checkpoint, stack, report) for one in components]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelopt_convert.components import COMPONENTS
 from modelopt_convert.dialects.fp8 import Amax
 from modelopt_convert.errors import InputError
 
@@ -34,7 +35,8 @@ def resolve_checkpoint(path: Path, component: str) -> Path:
         raise _error(path, "missing", "no such file", "give the .pt of --quantized-torch-ckpt-save-path")
     found = sorted(path.glob("*.pt"))
     named = [one for one in found if one.stem == component]
-    if len(found) != 1 and len(named) != 1:
+    of_another = [one for one in found if one.stem in COMPONENTS and one.stem != component]
+    if len(named) != 1 and (len(found) != 1 or of_another):
         names = ", ".join(one.name for one in found) or "none"
         raise _error(path, "missing", f"expected one .pt or {component}.pt, found {names}", "name the file itself")
     return named[0] if named else found[0]

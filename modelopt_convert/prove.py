@@ -176,6 +176,14 @@ def _check_unquantized(
     for name in plan.may_differ:
         if not same_up_to_cast(export, base, name):
             proof.biases_differ.append(module_of(name))
+            info = export.tensors[name]
+            if not bool(from_bytes(export.read(name), info.dtype, (-1,)).isfinite().all()):
+                raise InputError(
+                    f"{export.path / info.file}: tensor {name!r}: expected finite values, found NaN or infinity",
+                    code="export.not_finite",
+                    path=str(export.path / info.file),
+                    hint="the export is damaged; export again",
+                )
         advance(plan.steps[name].output.num_bytes)
     if differing:
         names = ", ".join(differing[:_SHOWN])

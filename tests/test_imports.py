@@ -41,6 +41,7 @@ ALLOWED = {
     "verify.backends.padding": "scale_shapes transforms.scales",
     "checkpoint": "errors header strict_json",
     "dialects.modelopt": "errors header patterns",
+    "digests": "header",
     "engines.sglang": "header",
     "formats": "preset",
     "proof_fp8": "closeness layout proof transforms.fp8",
@@ -59,7 +60,9 @@ ALLOWED = {
         "verify.operands"
     ),
     "verify.backends.reference": "preset verify.backends.base verify.operands",
-    "verify.backends.torch_scaled": "preset scale_shapes verify.backends.base verify.backends.padding verify.operands",
+    "verify.backends.torch_scaled": (
+        "preset scale_shapes verify.backends.base verify.backends.padding verify.operands"
+    ),
     "verify.backends.triton_gemm": (
         "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
     ),
@@ -73,7 +76,7 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes transforms.raw transforms.scales"
     ),
-    "pickle_source": "dialects.fp8 errors",
+    "pickle_source": "components dialects.fp8 errors",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt errors patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
@@ -88,7 +91,7 @@ ALLOWED = {
         "preset scale_shapes verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
     ),
     "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
-    "verify.scan": "checkpoint errors plan strict_json transforms.raw",
+    "verify.scan": "checkpoint digests errors plan strict_json transforms.raw",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
@@ -109,14 +112,15 @@ ALLOWED = {
     "verify.selftest": (
         "transforms.fp8 transforms.nvfp4 transforms.scales verify.backends.base verify.operands verify.probes"
     ),
-    "manifest": "accounting card opening plan preset report",
+    "manifest": "accounting card digests opening plan preset report",
     "prove": (
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
         "prove_fp8 prove_nvfp4 samples transforms.raw"
     ),
     "verify.container": (
-        "checkpoint dialects.modelopt dialects.nvfp4 inspect_report inspection layout samples scale_shapes "
-        "transforms.nvfp4 transforms.raw transforms.scales verify.scan verify.subject verify_report"
+        "checkpoint dialects.modelopt dialects.nvfp4 dtypes errors formats inspect_report inspection layout "
+        "samples scale_shapes transforms.nvfp4 transforms.raw transforms.scales verify.scan verify.subject "
+        "verify_report"
     ),
     "verify.kernels": (
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
@@ -124,14 +128,16 @@ ALLOWED = {
     ),
     "proving": "accounting errors formats opening plan proof prove report stream",
     "verify.decode": (
-        "checkpoint dialects.modelopt errors layout patterns proof prove prove_fp8 prove_nvfp4 samples "
+        "checkpoint dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 prove_nvfp4 samples "
         "transforms.raw verify.subject verify_report"
     ),
     "verify.run": (
         "accounting checkpoint closeness components errors layout report stream verify.container "
         "verify.decode verify.kernels verify.metrics verify.names verify.scan verify.subject verify_report"
     ),
-    "verify.closing": "accounting checkpoint errors report stream verify.run verify.subject verify_report",
+    "verify.closing": (
+        "accounting checkpoint errors report stream verify.kernels verify.run verify.subject verify_report"
+    ),
 }
 WITH_TORCH = {
     "closeness",

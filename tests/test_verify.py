@@ -1,6 +1,7 @@
 """mopt verify on checkpoints that mopt built: levels, the record that travels, exit codes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,50 @@ def test_tensors_and_files_that_come_or_go(built: dict[str, Path], tmp_path: Pat
     assert [
         word for word in ("'new'", "'proj_out.bias'", "config.json") if not any(word in one for one in failures)
     ] == []
+
+
+def test_the_same_bytes_under_another_shape_are_not_the_same(built: dict[str, Path], tmp_path: Path) -> None:
+    for algorithm, name in (("fp8", f"{PACKED}.weight"), ("nvfp4", "x_embedder.weight")):
+        folder = copy(built[algorithm], tmp_path / algorithm)
+        tensors = load(folder)
+        rows, columns = tensors[name].shape
+        resave(folder, tensors | {name: tensors[name].reshape(columns, rows)})
+        outcome = verify(folder)
+        assert outcome.exit_code == 1 and statuses(outcome)["record"] == "fail"
+
+
+def test_one_of_two_transformers_is_gone_or_another(families: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        copy(families / "wan" / "fp8", tmp_path / "export" / name)
+        copy(families / "wan" / "base", tmp_path / "base" / name)
+    edit(families / "wan" / "base", tmp_path / "other", lambda tensors: tensors["proj_out.bias"].fill_(1.5))
+    where = ("--export", tmp_path / "export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert run_mopt("convert-fp8", "--preset", "wan2.2-t2v-a14b", *where).exit_code == 0
+    manifest = tmp_path / "out" / "transformer_2" / "mopt.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"tool"', ' "tool"'))  # the record of another build
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 1 and "transformer_2 is not the one" in outcome.message
+    manifest.write_text(text)
+    assert verify(tmp_path / "out").exit_code == 0
+    shutil.rmtree(tmp_path / "out" / "transformer_2")
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 1 and "transformer_2 was built and is gone" in outcome.message
+
+
+def test_two_transformers_need_a_checkpoint_each(families: Path, tmp_path: Path) -> None:
+    """Of one file the second would get the first's scales, and prove itself by them."""
+    for name in ("transformer", "transformer_2"):
+        copy(families / "wan" / "fp8", tmp_path / "export" / name)
+        copy(families / "wan" / "base", tmp_path / "base" / name)
+    (tmp_path / "ckpt").mkdir()
+    for checkpoint in (tmp_path / "ckpt", tmp_path / "ckpt" / "transformer.pt"):
+        (tmp_path / "ckpt" / "transformer.pt").write_bytes(b"")
+        where = ("--export", tmp_path / "export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+        chosen = ("--preset", "wan2.2-t2v-a14b", "--checkpoint", checkpoint)
+        outcome = run_mopt("convert-fp8", *chosen, *where)
+        expected = {"pickle.missing", "pickle.not_zip"} if checkpoint.is_dir() else {"pickle.missing"}
+        assert outcome.exit_code == 3 and outcome.error_code in expected
 
 
 def test_an_edited_card_is_a_warning(built: dict[str, Path], tmp_path: Path) -> None:
@@ -255,7 +300,7 @@ def test_two_transformers_are_both_verified(families: Path, tmp_path: Path) -> N
     raw[0] ^= 1
     resave(tmp_path / "out" / "transformer_2", tensors)
     outcome = verify(tmp_path / "out")
-    assert outcome.exit_code == 1 and "transformer_2/" in outcome.message and "proj_out.bias" in outcome.message
+    assert outcome.exit_code == 1 and "transformer_2" in outcome.message and "proj_out.bias" in outcome.message
 
 
 @pytest.mark.parametrize("how", ["auto", "cpu", "off"])

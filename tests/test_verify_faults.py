@@ -250,3 +250,69 @@ def test_a_backend_that_ignores_the_weight_is_broken() -> None:
 
     for algorithm in ("nvfp4", "fp8"):
         assert (self_test(Knows(), algorithm, CPU) or "").startswith("passes a layer with")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["quantization_config"]["ignore"].append(PACKED),
+        lambda config: config["quantization_config"]["ignore"].append("*"),
+        lambda config: config.pop("quantization_config"),
+        lambda config: config.update(quantization_config=[]),
+        lambda config: config["quantization_config"].update(quant_algo="NVFP4"),
+        lambda config: config["quantization_config"].update(quant_method="gptq"),
+    ],
+)
+def test_a_config_that_engines_would_load_wrong_by(
+    change: Callable[[dict[str, Any]], object], exports: Path, base: Path, tmp_path: Path
+) -> None:
+    """FP8 is loaded by config.json alone: codes on the `ignore` list are read as plain weights."""
+    damaged = edit(exports / "fp8", tmp_path / "damaged", change_config=change)
+    outcome = run_mopt("verify", damaged, "--base", base, "--device", "cpu")
+    assert outcome.exit_code == 1 and statuses(outcome)["L0"] == "fail", outcome.stderr
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_a_weight_that_is_cut_or_without_counterpart_fails(
+    algorithm: str, exports: Path, base: Path, tmp_path: Path
+) -> None:
+    def cut(tensors: Tensors) -> None:
+        tensors[WEIGHT] = tensors[WEIGHT][:17].clone()
+        if tensors[SCALE].ndim:
+            tensors[SCALE] = tensors[SCALE][:17].clone()
+
+    damaged = edit(exports / algorithm, tmp_path / "cut", cut)
+    outcome = run_mopt("verify", damaged, "--base", base, "--device", "cpu")
+    assert outcome.exit_code == 1 and PACKED in outcome.message
+    bare = edit(base, tmp_path / "bare", lambda tensors: tensors.pop(WEIGHT))
+    outcome = run_mopt("verify", exports / algorithm, "--base", bare, "--device", "cpu")
+    assert outcome.exit_code == 1 and PACKED in outcome.message
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_that_is_not_finite_is_refused(
+    algorithm: str, value: float, exports: Path, base: Path, tmp_path: Path
+) -> None:
+    spoil = put(f"{PACKED}.bias", lambda bias: bias.fill_(value))
+    damaged = edit(exports / algorithm, tmp_path / "damaged", spoil)
+    outcome = run_mopt("verify", damaged, "--base", base, "--device", "cpu")
+    assert outcome.exit_code == 1 and statuses(outcome)["L0"] == "fail"
+    command = {"nvfp4": "build-nvfp4", "fp8": "convert-fp8"}[algorithm]
+    where = ("--preset", "flux1-dev", "--export", damaged, "--base", base, "--output", tmp_path / "out")
+    outcome = run_mopt(command, *where)
+    assert outcome.exit_code == 3 and outcome.error_code == "export.not_finite"
+
+
+def test_negative_scales_fail(exports: Path, base: Path, tmp_path: Path) -> None:
+    """Kernels read block scales without a sign."""
+    negative = put(SCALE, bytewise(lambda found: found.__ior__(0x80)))
+    flipped = put(WEIGHT, bytewise(lambda found: found.__ixor__(0x88)))
+
+    def both(tensors: Tensors) -> None:
+        negative(tensors)
+        flipped(tensors)
+
+    damaged = edit(exports / "nvfp4", tmp_path / "damaged", both)
+    outcome = run_mopt("verify", damaged, "--base", base, "--device", "cpu")
+    assert outcome.exit_code == 1 and statuses(outcome)["L0"] == "fail"

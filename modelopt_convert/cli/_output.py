@@ -255,7 +255,14 @@ def _end(
 ) -> None:
     report.status = status
     report.exit_code = int(exit_code)
-    report.error = ErrorReport(code=code, message=message, hint=hint, path=path)
+    report.error = ErrorReport(
+        code=code, message=_unicode(message), hint=hint, path=_unicode(path) if path is not None else None
+    )
+
+
+def _unicode(text: str) -> str:
+    """A path that is not UTF-8 has characters that no JSON can hold."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def verify(
     _check_names(names, "--backend")
     if preferred is not None:
         _check_names((preferred,), SGLANG_VARIABLE)
-    if sample != "all" and not (sample.isascii() and sample.isdecimal() and 0 < int(sample) <= 1_000_000):
+    if sample != "all" and not (sample.isascii() and sample.isdecimal() and len(sample) <= 7 and int(sample) > 0):
         raise typer.BadParameter("must be a number of rows, or all", param_hint="--sample")
 
     if checkpoint is None and not (self_test or prewarm):
@@ -104,6 +104,8 @@ def verify(
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
     out.check_report_path(checkpoint, base)
     check_file(report, "--report", checkpoint, base)
+    if report is not None and report == report_json:
+        raise typer.BadParameter("must be another file than --report-json", param_hint="--report")
     found = Report(command="verify", output=OutputReport(path=""))
 
     def work(progress: object) -> None:

@@ -14,6 +14,7 @@ from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.errors import CheckFailedError
 from modelopt_convert.report import Report
 from modelopt_convert.stream import Progress
+from modelopt_convert.verify.kernels import first_line
 from modelopt_convert.verify.run import DEFAULT_SAMPLE, VerifyRequest, combine, verify_opened
 from modelopt_convert.verify.subject import device_of
 from modelopt_convert.verify_report import VerifyReport
@@ -52,8 +53,7 @@ def verify_stage(
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 if device.type != "cuda":
                     raise
-                reason = str(error).splitlines()[0][:200]
-                report.warn("verify.gpu_parity", f"gpu_parity: not run: {reason}")
+                report.warn("verify.gpu_parity", f"gpu_parity: not run: {first_line(error)}")
                 device = torch.device("cpu")
                 found[prefix] = _verify(reader, base, request, device, progress, proven)
     report.verify = combine(found, report.output.path)

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 import torch
 
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.dialects.modelopt import PackedModule
+from modelopt_convert.dialects.modelopt import PackedModule, check_quant_config
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
+from modelopt_convert.dtypes import HALF_AND_FLOAT
+from modelopt_convert.errors import InputError
+from modelopt_convert.formats import FORMATS
 from modelopt_convert.inspect_report import ComponentReport, LintReport
 from modelopt_convert.inspection import inspect_component
 from modelopt_convert.layout import Reading, hint_scale_order
@@ -47,6 +50,7 @@ def container_level(subject: Subject, seen: ComponentReport, scanned: Scanned) -
     fatal = _FATAL_FP8 if subject.algorithm == "fp8" else _FATAL
     failures = [_words(fault) for fault in seen.lint if fault.code in fatal]
     warnings = [_words(fault) for fault in seen.lint if fault.code not in fatal and fault.code != "scale.zero"]
+    failures += _declaration_faults(subject) + _bias_faults(subject)
     failures += [module.fault.message for module in subject.modules.values() if module.fault is not None]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
     if subject.algorithm == "nvfp4":
@@ -132,6 +136,29 @@ def _codes(subject: Subject, module: PackedModule, rows: list[int]) -> torch.Ten
     stored, half = module.weight.shape[1], module.columns // 2
     raw = b"".join(subject.reader.read_range(module.weight.name, row * stored, half) for row in rows)
     return from_bytes(raw, "U8", (len(rows), half))
+
+
+def _declaration_faults(subject: Subject) -> list[str]:
+    """Engines load by config.json: what it says must be what the tensors are."""
+    try:
+        path = str(subject.reader.path / "config.json")
+        check_quant_config(subject.reader.config, FORMATS[subject.algorithm].quant_algo, path=path)
+    except InputError as error:
+        return [error.message]
+    return []
+
+
+def _bias_faults(subject: Subject) -> list[str]:
+    faults = []
+    for name, module in subject.modules.items():
+        bias = module.bias
+        if bias is None:
+            continue
+        if bias.shape != (module.rows,) or bias.dtype not in HALF_AND_FLOAT:
+            faults.append(f"{name}: bias is {bias.dtype} {list(bias.shape)}, expected [{module.rows}]")
+        elif not bool(load(subject.reader, bias.name).isfinite().all()):
+            faults.append(f"{name}: bias holds NaN or infinity")
+    return faults
 
 
 def _padding_faults(subject: Subject, module: PackedModule) -> list[str]:

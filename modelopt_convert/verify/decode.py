@@ -4,13 +4,14 @@ A single flipped bit is seen where the codes are reproduced, by the identity pro
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 import xxhash
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.modelopt import PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.layout import Reading
 from modelopt_convert.patterns import module_of
@@ -36,6 +37,7 @@ def decode_level(
     max_error: float,
     readings: dict[str, Reading],
     expected: Mapping[str, str] | None,
+    dequantized: Collection[str],
     advance: Callable[[int], None],
 ) -> LevelReport:
     """Judge every module that can be read.
@@ -47,6 +49,7 @@ def decode_level(
         sample: Rows of each module; None for all.
         max_error: Limit of the relative error where codes are not reproduced.
         expected: Verdicts that were recorded at build, by module; None where nothing is known.
+        dequantized: Modules that the record says were dequantized at build.
         readings: Filled with the reading under which each NVFP4 module fits the base.
         advance: Called with the number of bytes just read.
     """
@@ -74,7 +77,7 @@ def decode_level(
             )
     if base is not None:
         failures += _not_reproduced(modules, expected)
-        failures += _unquantized(subject, base, advance)
+        failures += _unquantized(subject, base, dequantized, advance)
     status: LevelStatus = "fail" if failures else "pass"
     reason = "" if base is not None else "without a base values are decoded, not compared"
     if base is None and not failures:
@@ -100,8 +103,13 @@ def _not_reproduced(modules: dict[str, ModuleVerify], expected: Mapping[str, str
     return failures
 
 
-def _unquantized(subject: Subject, base: CheckpointReader, advance: Callable[[int], None]) -> list[str]:
-    """Tensors that are not those of the base, or that only one of both has."""
+def _unquantized(
+    subject: Subject, base: CheckpointReader, dequantized: Collection[str], advance: Callable[[int], None]
+) -> list[str]:
+    """Tensors that are not those of the base, or that only one of both has.
+
+    Weights that a build dequantized for want of a base are near it, and not equal; the record names them.
+    """
     mine = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)} - {
         info.name for module in subject.modules.values() for info in module.scales.values()
     }
@@ -115,7 +123,7 @@ def _unquantized(subject: Subject, base: CheckpointReader, advance: Callable[[in
         elif not same_up_to_cast(subject.reader, base, name):
             module = subject.modules.get(module_of(name))
             # A trained bias of a quantized module survives a build, which warns of it.
-            if module is None:
+            if module is None and not (name.endswith(".weight") and module_of(name) in dequantized):
                 failures.append(f"{name}: not the base's")
         advance(info.num_bytes)
     return failures
@@ -140,6 +148,11 @@ def _judge(
     found: ModuleVerify,
     advance: Callable[[int], None],
 ) -> Reading | None:
+    info = base.tensors.get(module.weight.name)
+    shape = (module.rows, module.columns)
+    if info is None or info.shape != shape or info.dtype not in HALF_AND_FLOAT:
+        what = "none" if info is None else f"{info.dtype} {list(info.shape)}"
+        raise ValueError(f"{module.weight.name}: expected {list(shape)} in the base, found {what}")
     judge, role = (judge_fp8_module, "weight_scale") if subject.algorithm == "fp8" else (judge_nvfp4, "weight_scale_2")
     scale = tensor_scale(subject.reader, module, role)
     worst: Judgement | None = None

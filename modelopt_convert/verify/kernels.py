@@ -61,7 +61,7 @@ def choose(
         except torch.OutOfMemoryError:  # of the GPU, which says nothing about the backend
             raise
         except Exception as error:  # whatever a kernel's library raises
-            broken = f"raises on a layer known to be right: {_first_line(error)}"
+            broken = f"raises on a layer known to be right: {first_line(error)}"
         if broken is not None:
             reports.append(BackendReport(name=backend.name, kind=backend.kind, status="broken", reason=broken))
             continue
@@ -74,7 +74,8 @@ def _is_consumer_blackwell(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library said, cut to a line."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
@@ -118,10 +119,10 @@ def kernel_level(
     reports: Sequence[BackendReport],
     device: torch.device,
     modules: dict[str, ModuleVerify],
+    level: LevelReport,
     advance: Callable[[int], None],
-) -> LevelReport:
-    """Run the probes on every module; the costlier ones once for each shape."""
-    level = LevelReport(level="L3", title="kernel parity", status="pass")
+) -> None:
+    """Run the probes on every module, the costlier ones once for each shape, and fill ``level``."""
     # A name may stand for two, of which one runs here.
     by_name = {report.name: report for report in reports if report.status == "pass"}
     seen: set[tuple[int, int]] = set()
@@ -149,7 +150,7 @@ def kernel_level(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a kernel's library raises
-                report.status, report.reason = "broken", f"raises on {name}: {_first_line(error)}"
+                report.status, report.reason = "broken", f"raises on {name}: {first_line(error)}"
                 continue
             found.probes[backend.name] = {result.probe: _report(result) for result in results}
             report.modules += 1
@@ -159,7 +160,6 @@ def kernel_level(
         level.status = "fail"
     elif level.warnings:
         level.status = "warn"
-    return level
 
 
 def _note(

@@ -19,14 +19,24 @@ from modelopt_convert.stream import Progress
 from modelopt_convert.verify import metrics
 from modelopt_convert.verify.container import container_level, layout_level, look
 from modelopt_convert.verify.decode import decode_level
-from modelopt_convert.verify.kernels import agreement, choose, disagree, kernel_level, prewarm
+from modelopt_convert.verify.kernels import agreement, choose, disagree, first_line, kernel_level, prewarm
 from modelopt_convert.verify.names import ALIASES
-from modelopt_convert.verify.scan import Scanned, read_record, recorded_verdicts, scan, statement
+from modelopt_convert.verify.scan import (
+    Scanned,
+    part_digest,
+    read_parts,
+    read_record,
+    recorded_dequantized,
+    recorded_verdicts,
+    scan,
+    statement,
+)
 from modelopt_convert.verify.subject import Subject, device_of, find_subject
 from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 
 DEFAULT_ERROR = {"nvfp4": 0.15, "fp8": 0.1}
 DEFAULT_SAMPLE = 16
+_SEVERITY: list[Verdict] = ["pass", "inconclusive", "backend broken", "backends disagree", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +92,27 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
                     continue
                 with timed(report, "verify"):
                     found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
+    _check_parts(request.checkpoint, found)
     report.verify = combine(found, str(request.checkpoint))
     report.peak_rss_bytes = peak_rss_bytes()
-    conclude(report.verify, request)
+    for one in sorted(found.values(), key=lambda one: _SEVERITY.index(one.verdict), reverse=True):
+        conclude(one, request)
+
+
+def _check_parts(checkpoint: Path, found: dict[str, VerifyReport]) -> None:
+    """A build of several transformers says which they are: none may be gone, or another's."""
+    record = read_parts(checkpoint)
+    for name, wanted in record.items():
+        one = found.get(f"{name}/")
+        if not (checkpoint / name / "config.json").is_file():
+            raise CheckFailedError(
+                f"{checkpoint}: {name} was built and is gone",
+                code="check.verify",
+                path=str(checkpoint),
+                hint="the download is incomplete; get it again",
+            )
+        if one is not None and part_digest(checkpoint / name) != wanted:
+            one.verdict, one.statement = "fail", f"{name} is not the one that was built with the others"
 
 
 def _prewarmed(subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress) -> VerifyReport:
@@ -122,6 +150,14 @@ def verify_backends(request: VerifyRequest, report: Report, progress: Progress) 
                 one.reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
             found.backends += reports
     report.verify = found
+    for name in request.backends if request.backends not in (("best",), ("all",)) else ():
+        mine = [one for one in found.backends if one.name == ALIASES.get(name, name)]
+        if all(one.status == "skipped" for one in mine):
+            raise InconclusiveError(
+                f"--backend {name} did not run: {mine[0].reason if mine else 'unknown'}",
+                code="verify.required",
+                hint="name one that runs here, or leave --backend out",
+            )
     broken = [one for one in found.backends if one.status == "broken"]
     found.statement = f"{sum(one.status == 'pass' for one in found.backends)} backends pass their self-test"
     if broken:
@@ -157,7 +193,7 @@ def verify_opened(
     """
     subject = find_subject(reader, base)
     record = read_record(reader.path) if with_record else None
-    max_error = request.max_error or DEFAULT_ERROR[subject.algorithm]
+    max_error = DEFAULT_ERROR[subject.algorithm] if request.max_error is None else request.max_error
     progress.begin("read", reader.num_bytes)
     scanned = scan(reader, record, progress.advance) if with_record else Scanned()
     seen = look(subject)
@@ -172,6 +208,7 @@ def verify_opened(
         max_error=max_error,
         readings=readings,
         expected=expected if expected is not None else recorded_verdicts(record),
+        dequantized=recorded_dequantized(record),
         advance=progress.advance,
     )
     levels = [
@@ -226,9 +263,13 @@ def run_kernels(
     except RuntimeError as error:  # CUDA's, memory among them: of the GPU, and not of the checkpoint
         if device.type != "cuda":
             raise
-        why = f"the GPU failed: {str(error).splitlines()[0][:200]}"
-        found.backends = []
-        found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
+        why = f"the GPU failed: {first_line(error)}"
+        level = next((one for one in found.levels if one.level == "L3"), None)
+        if level is None:
+            level = LevelReport(level="L3", title="kernel parity", status="skipped")
+            found.levels.append(level)
+        # What was found before it failed stands.
+        level.status, level.reason = ("fail" if level.failures else "skipped"), why
 
 
 def _multiply(
@@ -245,7 +286,8 @@ def _multiply(
     progress.begin("multiply", _weight_bytes(subject))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    found.levels.append(kernel_level(subject, backends, found.backends, device, found.modules, progress.advance))
+    found.levels.append(LevelReport(level="L3", title="kernel parity", status="pass"))
+    kernel_level(subject, backends, found.backends, device, found.modules, found.levels[-1], progress.advance)
     if device.type == "cuda":
         found.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
     found.agreement = agreement(found.modules, found.backends)
@@ -292,8 +334,7 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
     """Several transformers as one: names under their prefixes, the worst verdict."""
     if list(found) == [""]:
         return found[""]
-    order: list[Verdict] = ["pass", "inconclusive", "backend broken", "backends disagree", "fail"]
-    prefix = max(found, key=lambda name: order.index(found[name].verdict))
+    prefix = max(found, key=lambda name: _SEVERITY.index(found[name].verdict))
     first = found[prefix]
     levels: list[LevelReport] = []
     for name, one in found.items():
@@ -309,6 +350,7 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
             "checkpoint": checkpoint,
             "statement": "; ".join(f"{name}: {one.statement}" for name, one in found.items()),
             "levels": levels,
+            "backends": [backend for one in found.values() for backend in one.backends],
             "modules": {f"{name}{module}": one for name, each in found.items() for module, one in each.modules.items()},
             "native_executed": "; ".join(f"{name}: {one.native_executed}" for name, one in found.items()),
         }
@@ -323,7 +365,7 @@ def conclude(found: VerifyReport, request: VerifyRequest) -> None:
         BackendError: ``verify.backend``.
         InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
     """
-    where = str(request.checkpoint)
+    where = found.checkpoint or str(request.checkpoint)
     if found.verdict == "fail":
         raise CheckFailedError(
             f"{where}: {found.statement}",

@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from modelopt_convert.checkpoint import MAX_INDEX_BYTES, CheckpointReader
+from modelopt_convert.digests import headers_digest
 from modelopt_convert.errors import InputError
 from modelopt_convert.plan import CHUNK_BYTES
 from modelopt_convert.strict_json import parse_json_object
@@ -42,8 +43,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        raw = file.read(MAX_INDEX_BYTES)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_INDEX_BYTES)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}",
+            code="record.unreadable",
+            path=str(path),
+            hint="make it readable, or give --base to prove the checkpoint again",
+        ) from error
     record = parse_json_object(raw, code="record", path=str(path))
     digests = record.get("digests")
     known = digests if isinstance(digests, dict) and digests.get("algorithm") == "xxh3-128" else {}
@@ -55,6 +64,27 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             hint="the record was edited or is of a newer mopt; give --base to prove the checkpoint again",
         )
     return record
+
+
+def part_digest(folder: Path) -> str:
+    """What identifies one transformer among several: its record."""
+    path = folder / RECORD
+    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""
+
+
+def read_parts(checkpoint: Path) -> dict[str, str]:
+    """The transformers that a build of several wrote, with the digest of each one's record; else empty.
+
+    Raises:
+        InputError: ``record.json`` or ``record.duplicate_key``.
+    """
+    path = checkpoint / RECORD
+    if not path.is_file() or (checkpoint / "config.json").is_file():
+        return {}
+    with path.open("rb") as file:
+        record = parse_json_object(file.read(MAX_INDEX_BYTES), code="record", path=str(path))
+    parts = record.get("parts")
+    return {name: str(one) for name, one in parts.items()} if isinstance(parts, dict) else {}
 
 
 def _names(found: object) -> bool:
@@ -89,14 +119,33 @@ def scan(reader: CheckpointReader, record: Mapping[str, Any] | None, advance: Ca
         elif record is not None and digest.hexdigest() != digests[name]:
             found.failures.append(f"tensor {name!r} is not what was proven: its bytes changed")
     found.failures += [f"tensor {name!r} is recorded and gone" for name in digests if name not in reader.tensors]
+    if record is not None:
+        found.failures += _header_faults(reader, record)
+        due = {"config.json", *reader.indexes}
+        found.failures += [f"file {name} is not recorded" for name in sorted(due - record["digests"]["files"].keys())]
     files: Mapping[str, str] = record["digests"]["files"] if record is not None else {}
     for name, wanted in files.items():
-        path = reader.path / name
-        data = path.read_bytes() if path.is_file() and "/" not in name else b""
-        if xxhash.xxh3_128_hexdigest(data) != wanted:
+        # Only what the folder lists: a name of the record may be any text.
+        there = name in {"config.json", *reader.skipped, *reader.indexes}
+        if not there or xxhash.xxh3_128_hexdigest((reader.path / name).read_bytes()) != wanted:
             list_ = found.warnings if name in _EDITABLE else found.failures
             list_.append(f"file {name} is not what was recorded")
     return found
+
+
+def _header_faults(reader: CheckpointReader, record: Mapping[str, Any]) -> list[str]:
+    """The same bytes under another shape, dtype or metadata are another tensor."""
+    recorded = record["digests"].get("headers")
+    now = headers_digest(reader.tensors.values(), reader.metadata.values())
+    if recorded is not None and recorded != now:
+        return ["a header is not what was recorded: dtypes, shapes or metadata changed"]
+    return []
+
+
+def recorded_dequantized(record: Mapping[str, Any] | None) -> frozenset[str]:
+    """Modules that the build dequantized for want of a base."""
+    found = record.get("dequantized") if record is not None else None
+    return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
 
 
 def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
