@@ -23,6 +23,7 @@ ALLOWED = {
     "verify.html_style": "",
     "verify.metrics": "",
     "verify.names": "",
+    "verify.request": "",
     "verify_report": "",
     "dialects.ltx2": "errors",
     "layout": "closeness transforms.nvfp4",
@@ -33,6 +34,7 @@ ALLOWED = {
     "transforms.scales": "scale_shapes",
     "verify.html_report": "errors verify.html_figures verify.html_style",
     "verify.operands": "transforms.fp8 transforms.nvfp4",
+    "verify.verdict": "errors verify.names verify.request verify_report",
     "header": "dtypes errors strict_json",
     "inspect_report": "report",
     "preset": "errors patterns",
@@ -133,10 +135,12 @@ ALLOWED = {
     ),
     "verify.run": (
         "accounting checkpoint closeness components errors layout report stream verify.container "
-        "verify.decode verify.kernels verify.metrics verify.names verify.scan verify.subject verify_report"
+        "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
+        "verify.verdict verify_report"
     ),
     "verify.closing": (
-        "accounting checkpoint errors report stream verify.kernels verify.run verify.subject verify_report"
+        "accounting checkpoint errors report stream verify.kernels verify.request verify.run verify.subject "
+        "verify.verdict verify_report"
     ),
 }
 WITH_TORCH = {

@@ -109,8 +109,9 @@ def verify(
     found = Report(command="verify", output=OutputReport(path=""))
 
     def work(progress: object) -> None:
-        from modelopt_convert.verify.run import VerifyRequest, verify_backends
+        from modelopt_convert.verify.request import VerifyRequest
         from modelopt_convert.verify.run import verify as look
+        from modelopt_convert.verify.run import verify_backends
 
         request = VerifyRequest(
             checkpoint=checkpoint or Path(),

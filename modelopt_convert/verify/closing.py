@@ -15,8 +15,10 @@ from modelopt_convert.errors import CheckFailedError
 from modelopt_convert.report import Report
 from modelopt_convert.stream import Progress
 from modelopt_convert.verify.kernels import first_line
-from modelopt_convert.verify.run import DEFAULT_SAMPLE, VerifyRequest, combine, verify_opened
+from modelopt_convert.verify.request import DEFAULT_SAMPLE, VerifyRequest
+from modelopt_convert.verify.run import verify_opened
 from modelopt_convert.verify.subject import device_of
+from modelopt_convert.verify.verdict import combine
 from modelopt_convert.verify_report import VerifyReport
 
 

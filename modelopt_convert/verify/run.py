@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from modelopt_convert.verify.container import container_level, layout_level, loo
 from modelopt_convert.verify.decode import decode_level
 from modelopt_convert.verify.kernels import agreement, choose, disagree, first_line, kernel_level, prewarm
 from modelopt_convert.verify.names import ALIASES
+from modelopt_convert.verify.request import DEFAULT_ERROR, VerifyRequest
 from modelopt_convert.verify.scan import (
     Scanned,
     part_digest,
@@ -32,38 +32,8 @@ from modelopt_convert.verify.scan import (
     statement,
 )
 from modelopt_convert.verify.subject import Subject, device_of, find_subject
+from modelopt_convert.verify.verdict import SEVERITY, combine, conclude
 from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
-
-DEFAULT_ERROR = {"nvfp4": 0.15, "fp8": 0.1}
-DEFAULT_SAMPLE = 16
-_SEVERITY: list[Verdict] = ["pass", "inconclusive", "backend broken", "backends disagree", "fail"]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyRequest:
-    """What the user asked of ``verify``.
-
-    Attributes:
-        checkpoint: The transformer, or the pipeline that holds it.
-        base: The unquantized base, or None.
-        backends: ``best``, ``all``, or names.
-        device: ``cuda`` or ``cpu``; None for the GPU if there is one.
-        sample: Rows of each module for L2; None for all.
-        require: ``native`` or ``gpu``: that the kernel level ran so; or None.
-        max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
-        prewarm: Build the kernels for this checkpoint's shapes, and stop.
-        preferred: The backend that ``best`` takes if it runs.
-    """
-
-    checkpoint: Path
-    base: Path | None
-    backends: tuple[str, ...]
-    device: str | None
-    sample: int | None
-    require: str | None
-    max_error: float | None
-    prewarm: bool = False
-    preferred: str | None = None
 
 
 def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
@@ -95,7 +65,7 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
     _check_parts(request.checkpoint, found)
     report.verify = combine(found, str(request.checkpoint))
     report.peak_rss_bytes = peak_rss_bytes()
-    for one in sorted(found.values(), key=lambda one: _SEVERITY.index(one.verdict), reverse=True):
+    for one in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
         conclude(one, request)
 
 
@@ -328,102 +298,3 @@ def describe(device: torch.device) -> DeviceReport:
         torch=torch.__version__,
         cuda=torch.version.cuda,
     )
-
-
-def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
-    """Several transformers as one: names under their prefixes, the worst verdict."""
-    if list(found) == [""]:
-        return found[""]
-    prefix = max(found, key=lambda name: _SEVERITY.index(found[name].verdict))
-    first = found[prefix]
-    levels: list[LevelReport] = []
-    for name, one in found.items():
-        for level in one.levels:
-            named = {
-                "title": f"{name}: {level.title}",
-                "failures": [f"{name}{words}" for words in level.failures],
-                "warnings": [f"{name}{words}" for words in level.warnings],
-            }
-            levels.append(level.model_copy(update=named))
-    return first.model_copy(
-        update={
-            "checkpoint": checkpoint,
-            "statement": "; ".join(f"{name}: {one.statement}" for name, one in found.items()),
-            "levels": levels,
-            "backends": [backend for one in found.values() for backend in one.backends],
-            "modules": {f"{name}{module}": one for name, each in found.items() for module, one in each.modules.items()},
-            "native_executed": "; ".join(f"{name}: {one.native_executed}" for name, one in found.items()),
-        }
-    )
-
-
-def conclude(found: VerifyReport, request: VerifyRequest) -> None:
-    """End with the code of the verdict.
-
-    Raises:
-        CheckFailedError: ``check.verify``.
-        BackendError: ``verify.backend``.
-        InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
-    """
-    where = found.checkpoint or str(request.checkpoint)
-    if found.verdict == "fail":
-        raise CheckFailedError(
-            f"{where}: {found.statement}",
-            code="check.verify",
-            path=where,
-            hint="the report names every module; build or export it again",
-        )
-    if found.verdict in ("backend broken", "backends disagree"):
-        raise BackendError(
-            f"{where}: {found.verdict}: {found.statement}",
-            code="verify.backend",
-            path=where,
-            hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
-        )
-    if found.verdict == "inconclusive":
-        raise InconclusiveError(
-            f"{where}: {found.statement}",
-            code="verify.inconclusive",
-            path=where,
-            hint="give --base to prove it",
-        )
-    if not request.prewarm:
-        _require_named(found, request)
-    kernels = [level for level in found.levels if level.level == "L3"]
-    on_gpu = found.device is not None and found.device.capability is not None
-    # A name may stand for two, of which one ran.
-    native = {one.name for one in found.backends if one.kind == "native" and one.modules and on_gpu}
-    all_native = all(native & one.probes.keys() for one in found.modules.values())
-    ran = all(level.status != "skipped" for level in kernels)
-    if (request.require == "gpu" and not (ran and on_gpu)) or (
-        request.require == "native" and not (ran and all_native)
-    ):
-        raise InconclusiveError(
-            f"{where}: --require {request.require}: native kernels executed: {found.native_executed} modules",
-            code="verify.required",
-            path=where,
-            hint="run it where the GPU and the kernels are",
-        )
-
-
-def _require_named(found: VerifyReport, request: VerifyRequest) -> None:
-    """A backend that was named must have run."""
-    if request.backends in (("best",), ("all",)):
-        return
-    for name in (ALIASES.get(one, one) for one in request.backends):
-        reports = [one for one in found.backends if one.name == name]
-        if any(one.modules for one in reports):
-            continue
-        broken = next((one for one in reports if one.status == "broken"), None)
-        if broken is not None:
-            raise BackendError(
-                f"{name} {broken.reason}",
-                code="verify.backend",
-                hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
-            )
-        why = next((one.reason for one in reports), found.level("L3").reason)
-        raise InconclusiveError(
-            f"--backend {name} did not run: {why}",
-            code="verify.required",
-            hint="name one that runs here, or leave --backend out",
-        )
