@@ -12,12 +12,13 @@ from typing import Literal
 
 from modelopt_convert.accounting import SMALL_FILES_BYTES, peak_rss_bytes, publish, timed
 from modelopt_convert.check import check_structure, refuse_misread
-from modelopt_convert.components import resolve_components
+from modelopt_convert.components import COMPONENTS, resolve_components
 from modelopt_convert.errors import CheckFailedError, InputError
 from modelopt_convert.formats import FORMATS, FP8
 from modelopt_convert.manifest import pipeline_files, small_files
 from modelopt_convert.opening import Opened, open_all
 from modelopt_convert.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.pickle_source import resolve_checkpoint
 from modelopt_convert.plan import BuildPlan, Keeps
 from modelopt_convert.plan_mixed import plan_mixed
 from modelopt_convert.preset import Algorithm, ChosenPreset, choose_preset, known_broken, load_preset
@@ -75,10 +76,11 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         chosen = ChosenPreset(loaded=load_preset(request.preset), also=[])
         _note_preset(report, chosen, request.algorithm)
     components = resolve_components(request.export, request.base, request.components)
-    checkpoint = request.checkpoint if request.checkpoint is not None and request.checkpoint.exists() else None
-    named = (request.export, request.base, checkpoint)
+    named = (request.export, request.base)
     found = [path for one in components for path in (one.export, one.base)]
     inputs = tuple(path for path in (*named, *found) if path is not None)
+    if request.checkpoint is not None:
+        inputs += tuple({resolve_checkpoint(request.checkpoint, one.name or COMPONENTS[0]) for one in components})
     if request.output is not None or chosen is not None:
         output = _output_path(request, chosen, report)
         check_output_allowed(output, inputs, overwrite=request.overwrite)

@@ -29,9 +29,13 @@ def resolve_checkpoint(path: Path, component: str) -> Path:
     Raises:
         InputError: ``pickle.missing``.
     """
-    if not path.is_dir():
-        if path.is_file():
-            return path
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except OSError:  # a name that no file system takes
+        is_dir = is_file = False
+    if is_file:
+        return path
+    if not is_dir:
         raise _error(path, "missing", "no such file", "give the .pt of --quantized-torch-ckpt-save-path")
     found = sorted(path.glob("*.pt"))
     named = [one for one in found if one.stem == component]

@@ -12,7 +12,7 @@ from modelopt_convert.errors import InputError
 from modelopt_convert.layout import telling_rows
 from modelopt_convert.plan import SAMPLED_ROWS
 from modelopt_convert.proof import Judgement, judge, sample_rows
-from modelopt_convert.samples import base_rows, load, load_row, tensor_scale, unusable_scale
+from modelopt_convert.samples import base_rows, load, load_rows, tensor_scale, unusable_scale
 from modelopt_convert.transforms.raw import from_bytes
 from modelopt_convert.transforms.scales import scale_readings
 
@@ -58,7 +58,9 @@ def _unexplained_zeros(base: CheckpointReader, module: PackedModule, zero: Tenso
     count = 0
     divisor = 6.0 * torch.tensor(global_scale, dtype=torch.float32)
     for row in zero.any(dim=1).nonzero().flatten().tolist():
-        block_amax = load_row(base, module, row).to(torch.float32).abs().view(-1, BLOCK_SIZE).amax(dim=1)
+        block_amax = (
+            load_rows(base, module.weight.name, [row])[0].to(torch.float32).abs().view(-1, BLOCK_SIZE).amax(dim=1)
+        )
         count += int((zero[row] & (block_amax / divisor > _UNDERFLOW)).sum())
     return count
 

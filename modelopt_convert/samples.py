@@ -19,11 +19,13 @@ def load(reader: CheckpointReader, name: str) -> Tensor:
     return from_bytes(reader.read(name), info.dtype, info.shape)
 
 
-def load_row(base: CheckpointReader, module: PackedModule, row: int) -> Tensor:
-    """One row of a module's weight in the base."""
-    info = base.tensors[module.weight.name]
-    row_bytes = module.columns * DTYPE_BITS[info.dtype] // 8
-    return from_bytes(base.read_range(info.name, row * row_bytes, row_bytes), info.dtype, (module.columns,))
+def load_rows(reader: CheckpointReader, name: str, rows: Sequence[int]) -> Tensor:
+    """Some rows [R, K] of a weight [N, K]."""
+    info = reader.tensors[name]
+    columns = info.shape[1]
+    row_bytes = columns * DTYPE_BITS[info.dtype] // 8
+    raw = b"".join(reader.read_range(name, row * row_bytes, row_bytes) for row in rows)
+    return from_bytes(raw, info.dtype, (len(rows), columns))
 
 
 def base_rows(
@@ -46,7 +48,7 @@ def base_rows(
     Raises:
         InputError: ``base.not_finite``.
     """
-    found = torch.stack([load_row(base, module, row) for row in rows])
+    found = load_rows(base, module.weight.name, rows)
     info = base.tensors[module.weight.name]
     if not bool(found.to(torch.float32).isfinite().all()):
         raise InputError(

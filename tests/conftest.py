@@ -74,3 +74,27 @@ def nvfp4(exports: Path) -> Path:
 @pytest.fixture
 def fp8(exports: Path) -> Path:
     return exports / "fp8"
+
+
+@pytest.fixture
+def old(fp8: Path, tmp_path: Path) -> Path:
+    """The FP8 export as ModelOpt before 0.42 wrote it."""
+    from fp8_support import old_export
+
+    return old_export(fp8, tmp_path / "old")
+
+
+@pytest.fixture
+def good(fp8: Path) -> Path:
+    """The ``.pt`` of the FP8 export."""
+    from fp8_support import checkpoint_of
+
+    return checkpoint_of(fp8)
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """Where an output would be made, beside what it is made from."""
+    path = tmp_path / "room"
+    path.mkdir()
+    return path

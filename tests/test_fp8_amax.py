@@ -9,10 +9,8 @@ from faults import entries
 from fp8_support import (
     PACKED,
     REPLACED,
-    checkpoint_of,
     convert,
     edited_checkpoint,
-    old_export,
     packed_modules,
     refused,
     save_checkpoint,
@@ -21,24 +19,6 @@ from fp8_support import (
 from support import load, same_bits
 
 WEIGHT_AMAX, INPUT_AMAX = f"{PACKED}.weight_quantizer._amax", f"{PACKED}.input_quantizer._amax"
-
-
-@pytest.fixture
-def old(fp8: Path, tmp_path: Path) -> Path:
-    return old_export(fp8, tmp_path / "old")
-
-
-@pytest.fixture
-def good(fp8: Path) -> Path:
-    return checkpoint_of(fp8)
-
-
-@pytest.fixture
-def room(tmp_path: Path) -> Path:
-    """Where an output would be made; nothing may change here."""
-    path = tmp_path / "room"
-    path.mkdir()
-    return path
 
 
 def test_an_old_export_without_its_checkpoint_is_refused_with_a_hint(old: Path, base: Path, room: Path) -> None:

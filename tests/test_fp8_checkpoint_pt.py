@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import entries
-from fp8_support import PACKED, checkpoint_of, convert, old_export, refused
+from fp8_support import PACKED, checkpoint_of, convert, refused
 from support import load, same_bits
 
 WEIGHT_AMAX = f"{PACKED}.weight_quantizer._amax"
@@ -25,24 +25,6 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (self.path,)
-
-
-@pytest.fixture
-def old(fp8: Path, tmp_path: Path) -> Path:
-    return old_export(fp8, tmp_path / "old")
-
-
-@pytest.fixture
-def good(fp8: Path) -> Path:
-    return checkpoint_of(fp8)
-
-
-@pytest.fixture
-def room(tmp_path: Path) -> Path:
-    """Where an output would be made; nothing may change here."""
-    path = tmp_path / "room"
-    path.mkdir()
-    return path
 
 
 @pytest.mark.parametrize("place", ["top", "state dict", "instead of a tensor"])

@@ -40,7 +40,7 @@ ALLOWED = {
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",
     "transforms.raw": "transforms.fp8 transforms.nvfp4 transforms.scales",
-    "verify.backends.padding": "scale_shapes transforms.scales",
+    "verify.backends.padding": "scale_shapes transforms.scales verify.operands",
     "checkpoint": "errors header strict_json",
     "dialects.modelopt": "errors header patterns",
     "digests": "header",
@@ -62,9 +62,7 @@ ALLOWED = {
         "verify.operands"
     ),
     "verify.backends.reference": "preset verify.backends.base verify.operands",
-    "verify.backends.torch_scaled": (
-        "preset scale_shapes verify.backends.base verify.backends.padding verify.operands"
-    ),
+    "verify.backends.torch_scaled": "preset verify.backends.base verify.backends.padding verify.operands",
     "verify.backends.triton_gemm": (
         "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
     ),
@@ -90,7 +88,7 @@ ALLOWED = {
     ),
     "stream": "checkpoint errors header patterns plan staging transforms.fp8 transforms.raw",
     "verify.backends.sgl_kernel": (
-        "preset scale_shapes verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
+        "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
     ),
     "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
     "verify.scan": "checkpoint digests errors plan strict_json transforms.raw",
@@ -130,8 +128,8 @@ ALLOWED = {
     ),
     "proving": "accounting errors formats opening plan proof prove report stream",
     "verify.decode": (
-        "checkpoint dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 prove_nvfp4 samples "
-        "transforms.raw verify.subject verify_report"
+        "checkpoint closeness dialects.modelopt dtypes errors layout patterns plan proof prove prove_fp8 "
+        "prove_nvfp4 samples transforms.raw verify.subject verify_report"
     ),
     "verify.run": (
         "accounting checkpoint closeness components errors layout report stream verify.container "

@@ -105,7 +105,11 @@ def check_file(file: Path | None, option: str, *others: Path | None) -> None:
     if file is not None:
         path = canonical_output(file)
         inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in others if other is not None)
-        if inside or not path.parent.is_dir() or path.is_dir() or path.is_symlink():
+        try:
+            free = path.parent.is_dir() and not path.is_dir() and not path.is_symlink()
+        except OSError:  # a name that no file system takes
+            free = False
+        if inside or not free:
             raise typer.BadParameter(
                 f"{file} must name a file in an existing folder, outside every input and the output", param_hint=option
             )

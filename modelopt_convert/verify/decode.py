@@ -10,16 +10,18 @@ import torch
 import xxhash
 
 from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.closeness import closeness
 from modelopt_convert.dialects.modelopt import PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.layout import Reading
 from modelopt_convert.patterns import module_of
+from modelopt_convert.plan import SAMPLED_ROWS
 from modelopt_convert.proof import Judgement, sample_rows
 from modelopt_convert.prove import same_up_to_cast
 from modelopt_convert.prove_fp8 import judge_fp8_module
 from modelopt_convert.prove_nvfp4 import judge_nvfp4
-from modelopt_convert.samples import common_dtype, tensor_scale
+from modelopt_convert.samples import common_dtype, load_rows, tensor_scale
 from modelopt_convert.transforms.raw import to_bytes
 from modelopt_convert.verify.subject import Subject
 from modelopt_convert.verify_report import LevelReport, LevelStatus, ModuleVerify
@@ -77,7 +79,7 @@ def decode_level(
             )
     if base is not None:
         failures += _not_reproduced(modules, expected)
-        failures += _unquantized(subject, base, dequantized, advance)
+        failures += _unquantized(subject, base, dequantized, max_error, advance)
     status: LevelStatus = "fail" if failures else "pass"
     reason = "" if base is not None else "without a base values are decoded, not compared"
     if base is None and not failures:
@@ -104,11 +106,15 @@ def _not_reproduced(modules: dict[str, ModuleVerify], expected: Mapping[str, str
 
 
 def _unquantized(
-    subject: Subject, base: CheckpointReader, dequantized: Collection[str], advance: Callable[[int], None]
+    subject: Subject,
+    base: CheckpointReader,
+    dequantized: Collection[str],
+    max_error: float,
+    advance: Callable[[int], None],
 ) -> list[str]:
     """Tensors that are not those of the base, or that only one of both has.
 
-    Weights that a build dequantized for want of a base are near it, and not equal; the record names them.
+    Weights that a build dequantized for want of a base cannot equal it: by sampled rows they must be as near as codes.
     """
     mine = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)} - {
         info.name for module in subject.modules.values() for info in module.scales.values()
@@ -121,12 +127,20 @@ def _unquantized(
         if info.shape != base.tensors[name].shape:
             failures.append(f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}")
         elif not same_up_to_cast(subject.reader, base, name):
-            module = subject.modules.get(module_of(name))
+            was_coded = name.endswith(".weight") and module_of(name) in dequantized
             # A trained bias of a quantized module survives a build, which warns of it.
-            if module is None and not (name.endswith(".weight") and module_of(name) in dequantized):
+            survives = module_of(name) in subject.modules
+            if not survives and not (was_coded and _is_near(subject.reader, base, name, max_error)):
                 failures.append(f"{name}: not the base's")
         advance(info.num_bytes)
     return failures
+
+
+def _is_near(reader: CheckpointReader, base: CheckpointReader, name: str, max_error: float) -> bool:
+    """Whether sampled rows of a weight lie within the limits for dequantized codes."""
+    rows = sample_rows(reader.tensors[name].shape[0], SAMPLED_ROWS)
+    mine, theirs = (load_rows(one, name, rows).to(torch.float64) for one in (reader, base))
+    return closeness(theirs, mine).within(max_error)
 
 
 def _tiles(module: PackedModule, sample: int | None) -> Iterator[list[int]]:

@@ -5,13 +5,52 @@ Columns past K/16 belong to every output: a kernel multiplies whole groups of 64
 scales, so that every runtime zeroes them, and NaN there would fault right kernels.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from modelopt_convert.scale_shapes import ROW_TILE, padded_shape, round_up
 from modelopt_convert.transforms.scales import swizzle_128x4
+from modelopt_convert.verify.operands import Fp8Weight, Nvfp4Weight
 
 _NAN = 0x7F  # in E4M3
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A weight as a CUTLASS or cuBLAS kernel takes it.
+
+    Attributes:
+        codes: [padded N, padded K], or half as many columns of packed codes.
+        scale: NVFP4: float8_e4m3fn in the 128x4 order; FP8: None.
+        bias: As the backend wants it.
+        features: N without padding.
+        poison: Whether padding of scales is NaN.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    features: int
+    poison: bool
+
+
+def pad_fp8(weight: Fp8Weight, alignment: int, *, poison: bool) -> Padded:
+    """Pad N and K to multiples of ``alignment``; there are no block scales to poison."""
+    rows, columns = weight.shape
+    padded = round_up(rows, alignment)
+    codes = pad_bytes(weight.codes, padded, round_up(columns, alignment))
+    return Padded(codes, None, bf16_bias(weight.bias, padded), rows, poison)
+
+
+def pad_nvfp4(weight: Nvfp4Weight, row_alignment: int, column_alignment: int, *, poison: bool) -> Padded:
+    """Pad N and K, and bring the scales into the 128x4 order; the bias is left as it is."""
+    rows, columns = weight.shape
+    padded, padded_columns = round_up(rows, row_alignment), round_up(columns, column_alignment)
+    codes = pad_bytes(weight.packed, padded, padded_columns // 2)
+    scale = kernel_scales(weight.scale, padded_columns // 16, poison=poison)
+    return Padded(codes, scale, weight.bias, rows, poison)
 
 
 def pad_bytes(codes: Tensor, rows: int, columns: int) -> Tensor:

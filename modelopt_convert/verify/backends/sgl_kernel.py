@@ -5,21 +5,21 @@
 
 import functools
 import importlib
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from modelopt_convert.preset import Algorithm
-from modelopt_convert.scale_shapes import round_up
 from modelopt_convert.verify.backends.base import Kind
 from modelopt_convert.verify.backends.padding import (
-    bf16_bias,
+    Padded,
     deliver,
     epilogue,
     kernel_scales,
     pad_bytes,
+    pad_fp8,
+    pad_nvfp4,
 )
 from modelopt_convert.verify.backends.torch_scaled import refusal
 from modelopt_convert.verify.operands import Fp8Activations, Fp8Weight, Nvfp4Activations, Nvfp4Weight
@@ -41,15 +41,6 @@ def missing(function: str) -> str | None:
     return None if hasattr(library, function) else f"this release of sgl_kernel has no {function}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    codes: Tensor  # [padded N, padded K or half of it]
-    scale: Tensor | None  # NVFP4: float8_e4m3fn in the 128x4 order
-    bias: Tensor | None
-    features: int
-    poison: bool
-
-
 class SglFp8:
     """``fp8_scaled_mm``: a scale for every row of activations and of the weight, as SGLang spreads tensor scales.
 
@@ -64,14 +55,11 @@ class SglFp8:
         """Asked by multiplying a small layer."""
         return _refusal_fp8(device)
 
-    def prepare(self, weight: Fp8Weight, *, poison: bool) -> _Prepared:
+    def prepare(self, weight: Fp8Weight, *, poison: bool) -> Padded:
         """Pad N and K to 16; there are no block scales to poison."""
-        rows, columns = weight.shape
-        padded = round_up(rows, _FP8_ALIGNMENT)
-        codes = pad_bytes(weight.codes, padded, round_up(columns, _FP8_ALIGNMENT))
-        return _Prepared(codes, None, bf16_bias(weight.bias, padded), rows, poison)
+        return pad_fp8(weight, _FP8_ALIGNMENT, poison=poison)
 
-    def gemm(self, prepared: _Prepared, activations: Fp8Activations, alpha: float, out: Tensor | None) -> Tensor:
+    def gemm(self, prepared: Padded, activations: Fp8Activations, alpha: float, out: Tensor | None) -> Tensor:
         """Alpha goes in as the scales of the weight."""
         num_rows, device = activations.codes.shape[0], activations.codes.device
         result = _library().fp8_scaled_mm(
@@ -96,15 +84,11 @@ class SglNvfp4:
         """Asked by multiplying a small layer."""
         return _refusal_nvfp4(device)
 
-    def prepare(self, weight: Nvfp4Weight, *, poison: bool) -> _Prepared:
+    def prepare(self, weight: Nvfp4Weight, *, poison: bool) -> Padded:
         """Pad N and K to 32; scales in the 128x4 order."""
-        rows, columns = weight.shape
-        padded, padded_columns = round_up(rows, _NVFP4_ALIGNMENT), round_up(columns, _NVFP4_ALIGNMENT)
-        codes = pad_bytes(weight.packed, padded, padded_columns // 2)
-        scale = kernel_scales(weight.scale, padded_columns // 16, poison=poison)
-        return _Prepared(codes, scale, weight.bias, rows, poison)
+        return pad_nvfp4(weight, _NVFP4_ALIGNMENT, _NVFP4_ALIGNMENT, poison=poison)
 
-    def gemm(self, prepared: _Prepared, activations: Nvfp4Activations, alpha: float, out: Tensor | None) -> Tensor:
+    def gemm(self, prepared: Padded, activations: Nvfp4Activations, alpha: float, out: Tensor | None) -> Tensor:
         """The kernel takes no bias: SGLang adds it to the BF16 result, and so does this."""
         half = prepared.codes.shape[1]
         num_rows, device = activations.packed.shape[0], activations.packed.device

@@ -5,28 +5,26 @@ Both under the name ``torch``, one a format: a GPU may take the one and refuse t
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from modelopt_convert.preset import Algorithm
-from modelopt_convert.scale_shapes import round_up
 from modelopt_convert.verify.backends.base import Kind
-from modelopt_convert.verify.backends.padding import bf16_bias, deliver, kernel_scales, pad_bytes
+from modelopt_convert.verify.backends.padding import (
+    Padded,
+    bf16_bias,
+    deliver,
+    kernel_scales,
+    pad_bytes,
+    pad_fp8,
+    pad_nvfp4,
+)
 from modelopt_convert.verify.operands import Fp8Activations, Fp8Weight, Nvfp4Activations, Nvfp4Weight
 
 _ALIGNMENT = 16  # of N, and of K in FP8
 _NVFP4_ALIGNMENT = 32  # of K: torch asks for 16, cuBLASLt needs 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    codes: Tensor  # [padded N, padded K or half of it]
-    scale: Tensor | None  # NVFP4: float8_e4m3fn in the 128x4 order
-    bias: Tensor | None  # BF16 [padded N]
-    features: int
-    poison: bool
 
 
 class TorchFp8:
@@ -40,14 +38,11 @@ class TorchFp8:
         """Asked by multiplying a small layer."""
         return _refusal_fp8(device)
 
-    def prepare(self, weight: Fp8Weight, *, poison: bool) -> _Prepared:
+    def prepare(self, weight: Fp8Weight, *, poison: bool) -> Padded:
         """Pad N and K to 16; there are no scales to poison."""
-        rows, columns = weight.shape
-        padded = round_up(rows, _ALIGNMENT)
-        codes = pad_bytes(weight.codes, padded, round_up(columns, _ALIGNMENT))
-        return _Prepared(codes, None, bf16_bias(weight.bias, padded), rows, poison)
+        return pad_fp8(weight, _ALIGNMENT, poison=poison)
 
-    def gemm(self, prepared: _Prepared, activations: Fp8Activations, alpha: float, out: Tensor | None) -> Tensor:
+    def gemm(self, prepared: Padded, activations: Fp8Activations, alpha: float, out: Tensor | None) -> Tensor:
         """Alpha goes in as the scale of the weight; slow accumulation, since the fast one drifts with K."""
         codes = pad_bytes(activations.codes, activations.codes.shape[0], prepared.codes.shape[1])
         scale = torch.tensor(alpha, dtype=torch.float32, device=codes.device)
@@ -76,15 +71,12 @@ class TorchNvfp4:
         """Asked by multiplying a small layer: torch itself does not look at the GPU."""
         return _refusal_nvfp4(device)
 
-    def prepare(self, weight: Nvfp4Weight, *, poison: bool) -> _Prepared:
+    def prepare(self, weight: Nvfp4Weight, *, poison: bool) -> Padded:
         """Pad N to 16 and K to 32; scales in the 128x4 order."""
-        rows, columns = weight.shape
-        padded, padded_columns = round_up(rows, _ALIGNMENT), round_up(columns, _NVFP4_ALIGNMENT)
-        codes = pad_bytes(weight.packed, padded, padded_columns // 2)
-        scale = kernel_scales(weight.scale, padded_columns // 16, poison=poison)
-        return _Prepared(codes, scale, bf16_bias(weight.bias, padded), rows, poison)
+        padded = pad_nvfp4(weight, _ALIGNMENT, _NVFP4_ALIGNMENT, poison=poison)
+        return replace(padded, bias=bf16_bias(weight.bias, padded.codes.shape[0]))
 
-    def gemm(self, prepared: _Prepared, activations: Nvfp4Activations, alpha: float, out: Tensor | None) -> Tensor:
+    def gemm(self, prepared: Padded, activations: Nvfp4Activations, alpha: float, out: Tensor | None) -> Tensor:
         """Alpha goes in as the tensor scale of the weight."""
         from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
