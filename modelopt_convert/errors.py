@@ -79,6 +79,12 @@ class StorageError(MoptError):
         self.kept_at = kept_at
 
 
+class RemoteError(MoptError):
+    """The Hub, or the way to it, failed: nothing is wrong with the request, and it may work later."""
+
+    exit_code = ExitCode.STORAGE
+
+
 class CheckFailedError(MoptError):
     """Everything ran and the answer is no: a check failed, nothing was published."""
 

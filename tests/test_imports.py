@@ -36,6 +36,7 @@ ALLOWED = {
     "verify.operands": "transforms.fp8 transforms.nvfp4",
     "verify.verdict": "errors verify.names verify.request verify_report",
     "header": "dtypes errors strict_json",
+    "hub.client": "errors",
     "inspect_report": "report",
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",

@@ -23,6 +23,7 @@ from modelopt_convert.errors import (
     InternalError,
     Interrupted,
     MoptError,
+    RemoteError,
     StorageError,
 )
 from modelopt_convert.inspect_report import InspectReport
@@ -240,7 +241,7 @@ def _note_error(report: AnyReport, error: MoptError) -> None:
         status = "mismatch"
     elif isinstance(error, InconclusiveError):
         status = "inconclusive"
-    elif isinstance(error, StorageError | InternalError | BackendError):
+    elif isinstance(error, StorageError | RemoteError | InternalError | BackendError):
         status = "error"
     if isinstance(error, StorageError) and isinstance(report, Report):
         report.output.published = error.published

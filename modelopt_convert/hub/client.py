@@ -1,0 +1,141 @@
+"""The Hub's client, and its failures in mopt's words: each with its own code and the command to run next."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from modelopt_convert import __version__
+from modelopt_convert.errors import InputError, MoptError, RemoteError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_AGAIN = "run the same command again"
+
+
+def hub_api() -> "HfApi":
+    """A client that says who calls."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="mopt", library_version=__version__)
+
+
+def page_of(repo_id: str) -> str:
+    """A repo's web page, at the endpoint in use."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+@contextmanager
+def hub_errors(repo_id: str, again: str = _AGAIN) -> Iterator[None]:
+    """Turn what the client raises into one line: InputError where the user must act, RemoteError to try again.
+
+    Args:
+        repo_id: Whom it concerns.
+        again: What running again would do, for hints.
+
+    Raises:
+        MoptError: With a ``hub.*`` code.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import httpx
+
+    try:
+        yield
+    except MoptError:
+        raise
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        raise _explained(error, repo_id, again) from error
+    except Exception as error:
+        if not _is_xet_error(error):
+            raise
+        raise _error(RemoteError, repo_id, "transfer", f"the transfer failed: {_first_line(error)}", again) from error
+
+
+def _is_xet_error(error: Exception) -> bool:
+    """hf_xet raises RuntimeError for most, and classes of its own."""
+    return isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in ("hf_xet", "builtins.hf_xet")
+
+
+def _explained(error: Exception, repo_id: str, again: str) -> MoptError:
+    """The client's exceptions, the special before the general: a gated repo is a missing repo to it, too."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import httpx
+
+    page = page_of(repo_id)
+    login = "`hf auth whoami` says who you are, `hf auth login` or HF_TOKEN changes it"
+    if isinstance(error, hub.GatedRepoError):
+        hint = f"accept its terms at {page}" + ("" if get_token() else ", then `hf auth login`") + "; " + _AGAIN
+        return _error(InputError, repo_id, "gated", "the repo is gated, and this account was not let in", hint)
+    if isinstance(error, hub.RepositoryNotFoundError) and not _bad_token(error):
+        hint = f"check the name; {login}"
+        return _error(
+            InputError, repo_id, "no_repo", "no such repo, or a private one that this account cannot see", hint
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        hint = f"branches and tags are listed at {page}"
+        return _error(InputError, repo_id, "no_revision", "the repo has no such revision", hint)
+    if isinstance(error, hub.DisabledRepoError):
+        return _error(InputError, repo_id, "disabled", "the Hub has disabled this repo", f"see {page}")
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        hint = "run once without HF_HUB_OFFLINE and with --download"
+        return _error(InputError, repo_id, "not_cached", "not in the cache, and the Hub may not be asked", hint)
+    if isinstance(error, hub.EntryNotFoundError):
+        return _error(InputError, repo_id, "no_file", "the repo has no such file or folder", f"see {page}/tree/main")
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return _error(InputError, repo_id, "offline", "HF_HUB_OFFLINE is set", "unset it, and " + again)
+    if isinstance(error, hub.HFValidationError):
+        return _error(InputError, repo_id, "repo_id", "not a repo name", "names are ORGANIZATION/NAME")
+    if isinstance(error, hub.HfHubHTTPError):
+        return _http_error(error, error.response.status_code, repo_id, login, again)
+    if isinstance(error, hub.FileMetadataError):
+        hint = "a mirror or proxy left out the Hub's headers; use another HF_ENDPOINT"
+        return _error(InputError, repo_id, "headers", _first_line(error), hint)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _error(RemoteError, repo_id, "disk_full", "the disk is full", "free some space; HF_HOME moves the cache")
+    if isinstance(error, httpx.TimeoutException):
+        return _error(
+            RemoteError, repo_id, "unreachable", "no answer in time", f"{again}; HF_HUB_OFFLINE=1 uses the cache"
+        )
+    reason = _first_line(error)
+    return _error(RemoteError, repo_id, "unreachable", reason, f"{again}; HF_HUB_OFFLINE=1 uses the cache")
+
+
+def _bad_token(error: Exception) -> bool:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None) == 401 and "nvalid" in _said(error)
+
+
+def _http_error(error: Exception, status: int, repo_id: str, login: str, again: str) -> MoptError:
+    said = _said(error)
+    if status == 401:
+        return _error(InputError, repo_id, "token", "the Hub does not know this token", login)
+    if status == 403:
+        hint = f"ask its owner, or take a token with write access; {login}"
+        return _error(InputError, repo_id, "forbidden", f"this account may not do that: {said}", hint)
+    if status == 412:
+        hint = f"someone else committed meanwhile; {again}, which starts from what is there now"
+        return _error(InputError, repo_id, "stale_parent", "the repo changed since this push began", hint)
+    if status == 429:
+        return _error(
+            RemoteError, repo_id, "rate_limited", "the Hub asks to slow down", f"wait a few minutes, then {again}"
+        )
+    if status >= 500:
+        return _error(RemoteError, repo_id, "server", f"the Hub failed with status {status}", again)
+    return _error(InputError, repo_id, "refused", f"the Hub answered {status}: {said}", f"see {page_of(repo_id)}")
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "server_message", None) or _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _error(kind: type[MoptError], repo_id: str, code: str, what: str, hint: str) -> MoptError:
+    return kind(f"hf://{repo_id}: {what}", code=f"hub.{code}", path=f"hf://{repo_id}", hint=hint)
