@@ -186,7 +186,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-PACKAGES = {"__init__", "dialects", "engines", "transforms", "verify"}
+PACKAGES = {"__init__", "dialects", "engines", "hub", "transforms", "verify"}
 MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 CODE = sorted(MODULES.keys() - PACKAGES)
 
