@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.report import InputReport, Report
+from modelopt_convert.hub.location import HubPath
+from modelopt_convert.report import InputReport, NetworkReport, Report
 from modelopt_convert.staging import Published, StagingDir
 
 SMALL_FILES_BYTES = 1 << 20  # room for config, card, index and mopt.json, beside the tensors
@@ -24,6 +25,20 @@ def note_input(report: Report, name: str, reader: CheckpointReader) -> None:
         files=list(reader.files),
         skipped_files=list(reader.skipped),
     )
+    if isinstance(reader.path, HubPath):
+        repo = reader.path.repo
+        report.network[name] = NetworkReport(repo=repo.repo_id, commit=repo.commit, of_bytes=reader.num_bytes)
+
+
+@contextmanager
+def traffic_noted(report: Report, name: str, reader: CheckpointReader) -> Iterator[None]:
+    """Put what came over the network into the report, however the work ends."""
+    try:
+        yield
+    finally:
+        if name in report.network:
+            noted = report.network[name]
+            noted.fetched_bytes, noted.requests = reader.traffic()
 
 
 def publish(stage: StagingDir, report: Report) -> None:

@@ -1,22 +1,17 @@
-"""Open a checkpoint, folder or single file: check headers and index, read tensor bytes with pread. No torch.
+"""Open a checkpoint, folder or single file, near or far: check headers and index, read tensor bytes. No torch."""
 
-pread and not mmap: a file that is truncated while it is mapped kills the reader with SIGBUS, where pread returns a
-short count that becomes an error message.
-"""
-
-import contextlib
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from modelopt_convert.errors import InputError
 from modelopt_convert.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
+from modelopt_convert.hub.location import HubPath
+from modelopt_convert.sources import Location, OpenFile, open_file
 from modelopt_convert.strict_json import parse_json_object
 
 MAX_INDEX_BYTES = 100_000_000
@@ -26,12 +21,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
-    fd: int
-    path: Path
-    num_bytes: int
-    mtime_ns: int
+# Of a tensor: its name, the byte to begin with, and how many.
+Reading = tuple[str, int, int]
 
 
 class CheckpointReader:
@@ -46,7 +37,7 @@ class CheckpointReader:
         skipped: Names in the folder that are neither read nor copied.
     """
 
-    def __init__(self, path: Path, *, need_config: bool = True) -> None:
+    def __init__(self, path: Location, *, need_config: bool = True) -> None:
         """Open a folder, or one .safetensors file: headers, index and config are cross-checked, no tensor is read.
 
         Args:
@@ -63,7 +54,7 @@ class CheckpointReader:
         self.metadata: dict[str, dict[str, str]] = {}
         self.skipped: tuple[str, ...] = ()
         self.indexes: tuple[str, ...] = ()
-        self._files: dict[str, _OpenFile] = {}
+        self._files: dict[str, OpenFile] = {}
         self._identity = hashlib.sha256()
         try:
             if single:
@@ -111,8 +102,10 @@ class CheckpointReader:
         }
 
     def identity(self) -> dict[str, str]:
-        """What this checkpoint is, without its path: a digest of its headers, and the commit in a Hub cache."""
+        """What this checkpoint is, without its path: a digest of its headers; repo and commit if it is of the Hub."""
         found = {"headers_sha256": self._identity.hexdigest()}
+        if isinstance(self.path, HubPath):
+            return found | {"repo": self.path.repo.repo_id, "commit": self.path.repo.commit}
         if match := _SNAPSHOT.search(self.path.resolve().as_posix()):
             found["commit"] = match[1]
         return found
@@ -125,33 +118,67 @@ class CheckpointReader:
         """``num_bytes`` bytes of a tensor from its byte ``begin``.
 
         Raises:
-            InputError: ``input.changed`` if the file has become shorter, ``input.unreadable`` on an I/O error.
+            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be had.
         """
         info = self.tensors[name]
-        file = self._files[info.file]
-        return self._pread(file, info.start + begin, num_bytes)
+        return self._files[info.file].read(info.start + begin, num_bytes)
+
+    def read_rows(self, name: str, rows: Sequence[int], row_bytes: int, num_bytes: int | None = None) -> bytes:
+        """Some rows of a matrix, one behind the other.
+
+        Args:
+            name: Of the tensor.
+            rows: Row indices.
+            row_bytes: From one row to the next.
+            num_bytes: How many are wanted of each row, from its first; all unless given.
+
+        Raises:
+            MoptError: As ``read_range``.
+        """
+        width = row_bytes if num_bytes is None else num_bytes
+        self.prefetch((name, row * row_bytes, width) for row in rows)
+        return b"".join(self.read_range(name, row * row_bytes, width) for row in rows)
 
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
         """A tensor's bytes in pieces of at most ``chunk_bytes``."""
         total = self.tensors[name].num_bytes
+        self.prefetch([(name, 0, total)])
         for begin in range(0, total, chunk_bytes):
             yield self.read_range(name, begin, min(chunk_bytes, total - begin))
 
+    def prefetch(self, readings: Iterable[Reading]) -> None:
+        """Say what will be read soon: from afar it is then fetched together, ahead of the reader."""
+        for file, ranges in self._by_file(readings).items():
+            self._files[file].prefetch(ranges)
+
+    def unfetched(self, readings: Iterable[Reading]) -> int:
+        """Bytes that reading this would bring over the network."""
+        return sum(self._files[file].unfetched(ranges) for file, ranges in self._by_file(readings).items())
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes and ranges that came over the network so far."""
+        files = self._files.values()
+        return sum(file.fetched for file in files), sum(file.requests for file in files)
+
+    def _by_file(self, readings: Iterable[Reading]) -> dict[str, list[tuple[int, int]]]:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, begin, num_bytes in readings:
+            info = self.tensors[name]
+            found.setdefault(info.file, []).append((info.start + begin, info.start + begin + num_bytes))
+        return found
+
     def check_unchanged(self) -> None:
-        """Compare size and modification time with those at opening.
+        """Compare the files with what they were at opening.
 
         Raises:
             InputError: ``input.changed``.
         """
         for file in self._files.values():
-            now = os.fstat(file.fd)
-            if (now.st_size, now.st_mtime_ns) != (file.num_bytes, file.mtime_ns):
-                raise _changed(file.path)
+            file.check_unchanged()
 
     def _release(self) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(file.fd)
+            file.close()
         self._files.clear()
 
     def _open_folder(self, need_config: bool) -> None:
@@ -173,6 +200,8 @@ class CheckpointReader:
 
     def _list(self) -> list[str]:
         """Names in the folder, sorted; what is not UTF-8 is escaped, and so is never taken for a file of ours."""
+        if isinstance(self.path, HubPath):
+            return self.path.names()
         try:
             names = os.listdir(self.path)
         except OSError as error:
@@ -266,12 +295,12 @@ class CheckpointReader:
                 )
 
     def _open_shard(self, name: str) -> None:
-        file = self._open_regular(name)
+        file = open_file(self.path, name)
         self._files[name] = file
-        where = str(file.path)
-        prefix = self._pread(file, 0, min(PREFIX_BYTES, file.num_bytes))
+        where = file.where
+        prefix = file.read(0, min(PREFIX_BYTES, file.num_bytes))
         length = read_header_length(prefix, file=where, file_bytes=file.num_bytes)
-        raw = self._pread(file, PREFIX_BYTES, length)
+        raw = file.read(PREFIX_BYTES, length)
         header = parse_header(raw, file=where, file_bytes=file.num_bytes)
         self._identity.update(f"{name}\0{length}\0".encode() + raw)
         self.metadata[name] = header.metadata
@@ -286,89 +315,20 @@ class CheckpointReader:
             self.tensors[tensor] = TensorInfo(tensor, info.dtype, info.shape, name, info.start, info.num_bytes)
 
     def _read_small(self, name: str, limit: int, *, code: str) -> bytes:
-        file = self._open_regular(name)
+        file = open_file(self.path, name)
         try:
             if file.num_bytes > limit:
                 raise InputError(
-                    f"{file.path}: expected at most {limit} bytes, found {file.num_bytes}",
+                    f"{file.where}: expected at most {limit} bytes, found {file.num_bytes}",
                     code=f"{code}.too_large",
-                    path=str(file.path),
+                    path=file.where,
                     hint="this is not the file its name says",
                 )
-            return self._pread(file, 0, file.num_bytes)
+            return file.read(0, file.num_bytes)
         finally:
-            os.close(file.fd)
-
-    def _open_regular(self, name: str) -> _OpenFile:
-        path = self.path / name
-        try:
-            _check_link(self.path, path)
-            # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
-            raise InputError(
-                f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}",
-                code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
-                path=str(path),
-                hint="the checkpoint is incomplete or not readable; download or export it again",
-            ) from error
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise InputError(
-                f"{path}: expected a regular file, found {stat.filemode(status.st_mode)}",
-                code="input.not_regular",
-                path=str(path),
-                hint="checkpoints are made of plain files",
-            )
-        return _OpenFile(fd, path, status.st_size, status.st_mtime_ns)
-
-    def _pread(self, file: _OpenFile, offset: int, num_bytes: int) -> bytes:
-        parts: list[bytes] = []
-        missing = num_bytes
-        while missing:
-            try:
-                part = os.pread(file.fd, missing, offset)
-            except OSError as error:
-                raise InputError(
-                    f"{file.path}: reading {missing} bytes at {offset} failed: {error.strerror}",
-                    code="input.unreadable",
-                    path=str(file.path),
-                    hint="check the disk or the mount, then run again",
-                ) from error
-            if not part:
-                raise _changed(file.path)
-            parts.append(part)
-            missing -= len(part)
-            offset += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _changed(path: Path) -> InputError:
-    return InputError(
-        f"{path}: the file changed while it was read",
-        code="input.changed",
-        path=str(path),
-        hint="wait until whatever writes it has finished, then run again",
-    )
+            file.close()
 
 
 def _is_shard_name(name: str) -> bool:
     plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
     return plain and PurePosixPath(name).name == name
-
-
-def _check_link(folder: Path, path: Path) -> None:
-    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of."""
-    if not path.is_symlink():
-        return
-    target, root = path.resolve(), folder.resolve()
-    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
-    if target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs")):
-        return
-    raise InputError(
-        f"{path}: a link to {target}, outside the checkpoint",
-        code="input.symlink_escape",
-        path=str(path),
-        hint="replace the link by the file itself",
-    )

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelopt_convert.checkpoint import MAX_CONFIG_BYTES
 from modelopt_convert.errors import InputError
+from modelopt_convert.sources import Location, is_dir, names, read_small
 from modelopt_convert.strict_json import parse_json_object
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -22,11 +22,11 @@ class Component:
     """
 
     name: str | None
-    export: Path
-    base: Path | None
+    export: Location
+    base: Location | None
 
 
-def resolve_component(path: Path, *, what: str) -> Path:
+def resolve_component(path: Location, *, what: str) -> Location:
     """The one transformer folder that a user means: ``path`` itself, or its ``transformer/``.
 
     Args:
@@ -47,7 +47,7 @@ def resolve_component(path: Path, *, what: str) -> Path:
     )
 
 
-def resolve_components(export: Path, base: Path | None, wanted: Sequence[str]) -> list[Component]:
+def resolve_components(export: Location, base: Location | None, wanted: Sequence[str]) -> list[Component]:
     """The transformers to build: those wanted, or every one that the export quantized.
 
     Args:
@@ -78,7 +78,7 @@ def resolve_components(export: Path, base: Path | None, wanted: Sequence[str]) -
     ]
 
 
-def transformers_of(source: Path, base: Path | None) -> list[tuple[str, Path, Path | None]]:
+def transformers_of(source: Location, base: Location | None) -> list[tuple[str, Location, Location | None]]:
     """Every transformer of a checkpoint that is only looked at, with its base: ``.`` names the source itself.
 
     Raises:
@@ -92,9 +92,13 @@ def transformers_of(source: Path, base: Path | None) -> list[tuple[str, Path, Pa
         return [(".", source, resolve_component(base, what="base") if base else None)]
     found = [name for name in COMPONENTS if (source / name / "config.json").is_file()]
     if not found:
-        path = source if any(source.glob("*.safetensors")) else resolve_component(source, what="source")
+        path = (
+            source
+            if any(name.endswith(".safetensors") for name in names(source))
+            else resolve_component(source, what="source")
+        )
         return [(".", path, resolve_component(base, what="base") if base else None)]
-    pairs: list[tuple[str, Path, Path | None]] = []
+    pairs: list[tuple[str, Location, Location | None]] = []
     for name in found:
         beside = base / name if base and (base / name / "config.json").is_file() else None
         if base and beside is None and len(found) == 1:
@@ -110,7 +114,7 @@ def transformers_of(source: Path, base: Path | None) -> list[tuple[str, Path, Pa
     return pairs
 
 
-def _base_of(base: Path, name: str | None, *, several: bool) -> Path:
+def _base_of(base: Location, name: str | None, *, several: bool) -> Location:
     found = _found(base, what="base")
     named = [one for one in found if one.name == name]
     if named and found != [base]:
@@ -125,14 +129,14 @@ def _base_of(base: Path, name: str | None, *, several: bool) -> Path:
     return resolve_component(base, what="base")
 
 
-def _found(path: Path, *, what: str) -> list[Path]:
+def _found(path: Location, *, what: str) -> list[Location]:
     """``path`` itself if it is a transformer, or those in it; at least one."""
-    if not _is_dir(path):
+    if not is_dir(path):
         raise InputError(
             f"{what} {path}: no such folder",
             code="input.missing",
             path=str(path),
-            hint="give a local folder: the transformer itself, or the pipeline that holds transformer/",
+            hint="give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME",
         )
     if (path / "config.json").is_file():
         return [path]
@@ -147,18 +151,10 @@ def _found(path: Path, *, what: str) -> list[Path]:
     return found
 
 
-def _is_quantized(folder: Path) -> bool:
+def _is_quantized(folder: Location) -> bool:
     path = folder / "config.json"
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES)
+        raw = read_small(path, MAX_CONFIG_BYTES)
     except OSError:  # opening it as a checkpoint says why
         return True
     return "quantization_config" in parse_json_object(raw, code="config", path=str(path))
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that no file system takes
-        return False

@@ -23,7 +23,9 @@ from modelopt_convert.plan import BuildPlan, Keeps
 from modelopt_convert.plan_mixed import plan_mixed
 from modelopt_convert.preset import Algorithm, ChosenPreset, choose_preset, known_broken, load_preset
 from modelopt_convert.proving import run_proof
+from modelopt_convert.reads import proof_readings, step_readings
 from modelopt_convert.report import ClippedReport, ProofReport, Report, RuleReport
+from modelopt_convert.sources import Location, local_path
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Layouts, Progress, Streamed, stream
 
@@ -50,9 +52,9 @@ class BuildRequest:
     """
 
     algorithm: Algorithm
-    export: Path
-    base: Path | None
-    checkpoint: Path | None
+    export: Location
+    base: Location | None
+    checkpoint: Location | None
     components: tuple[str, ...]
     output: Path | None
     preset: str | None
@@ -76,9 +78,8 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         chosen = ChosenPreset(loaded=load_preset(request.preset), also=[])
         _note_preset(report, chosen, request.algorithm)
     components = resolve_components(request.export, request.base, request.components)
-    named = (request.export, request.base)
     found = [path for one in components for path in (one.export, one.base)]
-    inputs = tuple(path for path in (*named, *found) if path is not None)
+    inputs = tuple(path for path in map(local_path, (request.export, request.base, *found)) if path is not None)
     if request.checkpoint is not None:
         inputs += tuple({resolve_checkpoint(request.checkpoint, one.name or COMPONENTS[0]) for one in components})
     if request.output is not None or chosen is not None:
@@ -98,6 +99,8 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
             _refuse_known_broken(request, part, chosen, report)
             refuse_misread(plans[-1], str(part.export.path))
         report.free_bytes = shutil.disk_usage(output.parent).free
+        for part, plan in zip(parts, plans, strict=True):
+            _note_fetch(report, part, plan)
         if request.dry_run:
             report.status = "planned"
             return
@@ -234,6 +237,14 @@ def _note_plan(report: Report, part: Opened, plan: BuildPlan) -> None:
     report.dequantized += [f"{part.prefix}{name}" for name in plan.dequantized]
     for code, message in plan.warnings:
         report.warn(code, message)
+
+
+def _note_fetch(report: Report, part: Opened, plan: BuildPlan) -> None:
+    """How much is still to be fetched from the Hub."""
+    for role, reader in part.readers.items():
+        if noted := report.network.get(f"{part.prefix}{role}"):
+            proof = proof_readings(plan, role, reader.tensors)
+            noted.to_fetch_bytes = reader.unfetched([*proof, *step_readings(plan.steps, role, reader.tensors)])
 
 
 def _note_fates(report: Report, part: Opened, plan: BuildPlan) -> None:

@@ -6,7 +6,6 @@ Headers and a few rows only, unless every scale is asked for. A fault found here
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,9 +29,9 @@ from modelopt_convert.inspect_report import (
 )
 from modelopt_convert.layout import common_answer, detect_with_base, hint_scale_order, telling_rows
 from modelopt_convert.lint import Linter, Packed, find_packed, orders_by_shape
-from modelopt_convert.plan import SAMPLED_ROWS
-from modelopt_convert.proof import sample_rows
+from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.scale_shapes import ROW_TILE
+from modelopt_convert.sources import Location
 from modelopt_convert.transforms.raw import from_bytes
 from modelopt_convert.transforms.scales import scale_readings
 
@@ -40,7 +39,9 @@ SAMPLED_MODULES = 8
 _ORDER: tuple[Basis, ...] = ("none", "hint", "shape", "declared", "proven")  # from weak to strong
 
 
-def inspect(source: Path, base: Path | None, report: InspectReport, *, every_scale: bool, max_error: float) -> None:
+def inspect(
+    source: Location, base: Location | None, report: InspectReport, *, every_scale: bool, max_error: float
+) -> None:
     """Fill ``report`` with what ``source`` is.
 
     Args:
@@ -168,10 +169,8 @@ class _Inspection:
             return None
         rows = sorted({*sample_rows(packed.rows, SAMPLED_ROWS), *telling_rows(readings, 4)})
         half, row_bytes = packed.columns // 2, info.num_bytes // packed.rows
-        codes = b"".join(
-            self._reader.read_range(packed.weight.name, row * packed.weight.shape[1], half) for row in rows
-        )
-        base_bytes = b"".join(base.read_range(info.name, row * row_bytes, row_bytes) for row in rows)
+        codes = self._reader.read_rows(packed.weight.name, rows, packed.weight.shape[1], half)
+        base_bytes = base.read_rows(info.name, rows, row_bytes)
         base_rows = from_bytes(base_bytes, info.dtype, (len(rows), packed.columns))
         dtypes = (torch.bfloat16, torch.float16, base_rows.dtype)
         found = detect_with_base(

@@ -6,16 +6,17 @@ Everything that is said about an input's files, and not yet about the model, is 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from modelopt_convert.accounting import note_input, timed
+from modelopt_convert.accounting import note_input, timed, traffic_noted
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.components import Component
 from modelopt_convert.dialects import ltx2
 from modelopt_convert.dialects.fp8 import Amax
 from modelopt_convert.errors import InputError
 from modelopt_convert.patterns import PatternMatcher, module_of
+from modelopt_convert.plan import Origin
 from modelopt_convert.report import Report
+from modelopt_convert.sources import Location, is_dir
 
 
 @dataclass(slots=True)
@@ -44,18 +45,21 @@ class Opened:
     amax_names: dict[str, str] = field(default_factory=dict)
 
     @property
-    def readers(self) -> dict[str, CheckpointReader]:
+    def readers(self) -> dict[Origin, CheckpointReader]:
         """The opened checkpoints by role."""
-        return {"export": self.export} | ({"base": self.base} if self.base is not None else {})
+        found: dict[Origin, CheckpointReader] = {"export": self.export}
+        return found | ({"base": self.base} if self.base is not None else {})
 
 
-def open_all(components: list[Component], checkpoint: Path | None, stack: ExitStack, report: Report) -> list[Opened]:
+def open_all(
+    components: list[Component], checkpoint: Location | None, stack: ExitStack, report: Report
+) -> list[Opened]:
     """Open every component's inputs; ``stack`` closes them.
 
     Raises:
         InputError: An input that cannot be opened, or an X0Model without a base.
     """
-    if checkpoint is not None and len(components) > 1 and not checkpoint.is_dir():
+    if checkpoint is not None and len(components) > 1 and not is_dir(checkpoint):
         raise InputError(
             f"{checkpoint}: expected a folder with a .pt for each of {len(components)} transformers, found one file",
             code="pickle.missing",
@@ -65,13 +69,14 @@ def open_all(components: list[Component], checkpoint: Path | None, stack: ExitSt
     return [_open(one, f"{one.name}/" if len(components) > 1 else "", checkpoint, stack, report) for one in components]
 
 
-def _open(component: Component, prefix: str, checkpoint: Path | None, stack: ExitStack, report: Report) -> Opened:
+def _open(component: Component, prefix: str, checkpoint: Location | None, stack: ExitStack, report: Report) -> Opened:
     with timed(report, "open"):
         export = stack.enter_context(CheckpointReader(component.export))
         base = stack.enter_context(CheckpointReader(component.base)) if component.base is not None else None
     opened = Opened(component, prefix, export, base)
     for role, reader in opened.readers.items():
         note_input(report, f"{prefix}{role}", reader)
+        stack.enter_context(traffic_noted(report, f"{prefix}{role}", reader))
     name_of: Callable[[str], str | None] = str
     if export.config.get("_class_name") == ltx2.CLASS_NAME:
         _name_as_diffusers(opened, report)

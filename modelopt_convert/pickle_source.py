@@ -14,13 +14,14 @@ from typing import Any
 from modelopt_convert.components import COMPONENTS
 from modelopt_convert.dialects.fp8 import Amax
 from modelopt_convert.errors import InputError
+from modelopt_convert.sources import Location, names, on_disk
 
 _ROLES = {".weight_quantizer._amax": "weight_scale", ".input_quantizer._amax": "input_scale"}
 _HEADER_BYTES = 30  # the fixed part of a member's local header
 
 
-def resolve_checkpoint(path: Path, component: str) -> Path:
-    """The ``.pt`` that a user means: the file itself, or the one in a folder.
+def resolve_checkpoint(path: Location, component: str) -> Path:
+    """The ``.pt`` that a user means: the file itself, or the one in a folder; of the Hub, once it is in its cache.
 
     Args:
         path: As given.
@@ -34,16 +35,16 @@ def resolve_checkpoint(path: Path, component: str) -> Path:
     except OSError:  # a name that no file system takes
         is_dir = is_file = False
     if is_file:
-        return path
+        return on_disk(path)
     if not is_dir:
         raise _error(path, "missing", "no such file", "give the .pt of --quantized-torch-ckpt-save-path")
-    found = sorted(path.glob("*.pt"))
-    named = [one for one in found if one.stem == component]
-    of_another = [one for one in found if one.stem in COMPONENTS and one.stem != component]
+    found = sorted((path / name for name in names(path) if name.endswith(".pt")), key=str)
+    named = [one for one in found if one.name == f"{component}.pt"]
+    of_another = [one for one in found if one.name.removesuffix(".pt") in COMPONENTS and one not in named]
     if len(named) != 1 and (len(found) != 1 or of_another):
-        names = ", ".join(one.name for one in found) or "none"
-        raise _error(path, "missing", f"expected one .pt or {component}.pt, found {names}", "name the file itself")
-    return named[0] if named else found[0]
+        listed = ", ".join(one.name for one in found) or "none"
+        raise _error(path, "missing", f"expected one .pt or {component}.pt, found {listed}", "name the file itself")
+    return on_disk(named[0] if named else found[0])
 
 
 def read_amax(path: Path, name_of: Callable[[str], str | None]) -> tuple[dict[str, dict[str, Amax]], dict[str, str]]:
@@ -130,5 +131,5 @@ def _check_archive(path: Path) -> None:
             raise _error(path, "size", f"member {member.filename!r} is larger than the file", "the file is cut")
 
 
-def _error(path: Path, kind: str, found: str, hint: str) -> InputError:
+def _error(path: Location, kind: str, found: str, hint: str) -> InputError:
     return InputError(f"{path}: {found}", code=f"pickle.{kind}", path=str(path), hint=hint)

@@ -7,7 +7,6 @@ free-space check and the report all speak of the same plan.
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from modelopt_convert.dialects.modelopt import PackedModule
@@ -15,9 +14,10 @@ from modelopt_convert.formats import Format
 from modelopt_convert.header import TensorInfo, TensorSpec
 from modelopt_convert.patterns import module_of
 from modelopt_convert.preset import KeepRules, Preset
+from modelopt_convert.sampling import SAMPLED_ROWS
+from modelopt_convert.sources import Location
 
 CHUNK_BYTES = 8 << 20
-SAMPLED_ROWS = 16
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -41,7 +41,7 @@ class Source(Protocol):
     """What the plan needs of an opened checkpoint."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Where it lies, for messages."""
 
     @property

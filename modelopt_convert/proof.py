@@ -5,7 +5,6 @@ order, scale order, base and producer at once. Where it does not hold (QAT, ``mt
 decide. Both are asked of every reading of the bytes, so that another layout is found and not mistaken for damage.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,19 +51,6 @@ class Judgement:
     def passed(self) -> bool:
         """Whether the module is what the base says it should be."""
         return self.verdict in ("reproduced", "within limits")
-
-
-def sample_rows(num_rows: int, count: int) -> list[int]:
-    """Row indices spread over the tensor, the first and the last always among them; the same on every run.
-
-    One index is taken from each of ``count`` equal strips, at a position that shifts from strip to strip, so that
-    different 128-row tiles and different places within a tile are met: that is what tells the scale orders apart.
-    """
-    if num_rows <= count + 2:
-        return list(range(num_rows))
-    edges = [strip * num_rows // count for strip in range(count + 1)]
-    inner = [low + (37 * strip + 17) % (high - low) for strip, (low, high) in enumerate(itertools.pairwise(edges))]
-    return sorted({0, *inner, num_rows - 1})
 
 
 def judge(

@@ -16,7 +16,7 @@ from modelopt_convert.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.formats import FP8
 from modelopt_convert.patterns import module_of
-from modelopt_convert.plan import CHUNK_BYTES, SAMPLED_ROWS, BuildPlan
+from modelopt_convert.plan import CHUNK_BYTES, BuildPlan
 from modelopt_convert.plan_mixed import needs_base
 from modelopt_convert.proof import Judgement
 from modelopt_convert.prove_fp8 import AMAX_DISAGREES, judge_fp8_module, usable_fp8_scale
@@ -24,6 +24,7 @@ from modelopt_convert.prove_fp8 import METHOD as METHOD_FP8
 from modelopt_convert.prove_nvfp4 import METHOD as METHOD_NVFP4
 from modelopt_convert.prove_nvfp4 import judge_nvfp4, name_the_layout, usable_nvfp4_scale
 from modelopt_convert.samples import common_dtype
+from modelopt_convert.sampling import SAMPLED_ROWS
 from modelopt_convert.transforms.raw import cast_paths, equal_after, from_bytes
 
 _SHOWN = 10

@@ -6,10 +6,10 @@ from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.fp8 import Calibration
 from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.errors import InputError
-from modelopt_convert.plan import SAMPLED_ROWS
-from modelopt_convert.proof import Judgement, sample_rows
+from modelopt_convert.proof import Judgement
 from modelopt_convert.proof_fp8 import judge_fp8
 from modelopt_convert.samples import base_rows, tensor_scale
+from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.transforms.fp8 import quantize_fp8
 from modelopt_convert.transforms.raw import from_bytes
 
@@ -55,7 +55,7 @@ def judge_fp8_module(
     """
     rows = rows or sample_rows(module.rows, SAMPLED_ROWS)
     width = module.weight.num_bytes // module.rows
-    raw = b"".join(export.read_range(module.weight.name, row * width, width) for row in rows)
+    raw = export.read_rows(module.weight.name, rows, width)
     divisor = torch.tensor(scale, dtype=torch.float32)
     codes = from_bytes(raw, module.weight.dtype, (len(rows), module.columns))
     if module.weight.dtype != "F8_E4M3":

@@ -10,9 +10,9 @@ from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
 from modelopt_convert.errors import InputError
 from modelopt_convert.layout import telling_rows
-from modelopt_convert.plan import SAMPLED_ROWS
-from modelopt_convert.proof import Judgement, judge, sample_rows
+from modelopt_convert.proof import Judgement, judge
 from modelopt_convert.samples import base_rows, load, load_rows, tensor_scale, unusable_scale
+from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.transforms.raw import from_bytes
 from modelopt_convert.transforms.scales import scale_readings
 
@@ -83,7 +83,7 @@ def judge_nvfp4(
     if rows is None:
         rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
     half, stored = module.columns // 2, module.weight.shape[1]
-    packed = b"".join(export.read_range(module.weight.name, row * stored, half) for row in rows)
+    packed = export.read_rows(module.weight.name, rows, stored, half)
     return judge(
         list(base_rows(export, base, module, rows, common_dtype).values()),
         from_bytes(packed, "U8", (len(rows), half)),

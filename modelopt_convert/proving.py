@@ -8,6 +8,7 @@ from modelopt_convert.errors import CheckFailedError
 from modelopt_convert.formats import FP8
 from modelopt_convert.opening import Opened
 from modelopt_convert.plan import BuildPlan
+from modelopt_convert.reads import proof_readings
 from modelopt_convert.report import ClippedReport, ModuleReport, ProofReport, Report
 from modelopt_convert.stream import Progress
 
@@ -28,6 +29,8 @@ def run_proof(
     from modelopt_convert.prove import proof_bytes, prove
 
     progress.begin(f"prove {opened.prefix}".rstrip("/ "), proof_bytes(plan))
+    for role, reader in opened.readers.items():
+        reader.prefetch(proof_readings(plan, role, reader.tensors))
     with timed(report, "prove"):
         proof = prove(
             opened.export, opened.base, plan, opened.calibration, max_error=max_error, advance=progress.advance

@@ -28,6 +28,17 @@ class InputReport(_Model):
     )
 
 
+class NetworkReport(_Model):
+    """What an input on the Hub cost to read; ranges asked for ahead of a failure count too."""
+
+    repo: str
+    commit: str
+    of_bytes: int
+    to_fetch_bytes: int | None = Field(default=None, description="planned, beyond headers and what is cached")
+    fetched_bytes: int = 0
+    requests: int = 0
+
+
 class OutputReport(_Model):
     """What stands, or was planned to stand, at OUT."""
 
@@ -104,6 +115,7 @@ class Report(_Model):
     command: str
     versions: dict[str, str] = Field(default_factory=dict)
     inputs: dict[str, InputReport] = Field(default_factory=dict)
+    network: dict[str, NetworkReport] = Field(default_factory=dict, description="for each input that is on the Hub")
     preset: dict[str, Any] | None = None
     output: OutputReport
     rules: list[RuleReport] = Field(default_factory=list)

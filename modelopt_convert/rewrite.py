@@ -14,7 +14,15 @@ from typing import Any, Literal
 import xxhash
 
 from modelopt_convert import __version__
-from modelopt_convert.accounting import SMALL_FILES_BYTES, json_bytes, note_input, peak_rss_bytes, publish, timed
+from modelopt_convert.accounting import (
+    SMALL_FILES_BYTES,
+    json_bytes,
+    note_input,
+    peak_rss_bytes,
+    publish,
+    timed,
+    traffic_noted,
+)
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.components import resolve_component
 from modelopt_convert.dialects.modelopt import is_layout_marker
@@ -27,6 +35,7 @@ from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.plan import INDEX_NAME, ShardPlan, Step, natural_key
 from modelopt_convert.report import Report
 from modelopt_convert.scale_shapes import padded_shape
+from modelopt_convert.sources import Location, local_path
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Layouts, Progress, stream
 
@@ -56,9 +65,9 @@ class RewriteRequest:
         dry_run: Plan only.
     """
 
-    source: Path
+    source: Location
     output: Path
-    base: Path | None
+    base: Location | None
     kind: Kind
     force_names: bool
     max_error: float
@@ -91,13 +100,14 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
     output = canonical_output(request.output)
     report.output.path = str(output)
     folder = source_path.parent if source_path.is_file() else source_path
-    inputs = [request.source if request.source.is_dir() else folder, folder]
-    inputs += [path for path in (request.base, base_path) if path is not None]
+    named = (request.source if request.source.is_dir() else folder, folder, request.base, base_path)
+    inputs = [path for path in map(local_path, named) if path is not None]
     check_output_allowed(output, inputs, overwrite=request.overwrite)
     with contextlib.ExitStack() as stack:
         with timed(report, "open"):
             reader = stack.enter_context(CheckpointReader(source_path))
         note_input(report, "source", reader)
+        stack.enter_context(traffic_noted(report, "source", reader))
         _refuse_names(reader, request)
         with timed(report, "inspect"):
             modules = _look(source_path, base_path, request.max_error)
@@ -124,7 +134,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
     report.peak_rss_bytes = peak_rss_bytes()
 
 
-def _look(source: Path, base: Path | None, max_error: float) -> dict[str, ModuleLayout]:
+def _look(source: Location, base: Location | None, max_error: float) -> dict[str, ModuleLayout]:
     from modelopt_convert.inspection import inspect
 
     found = InspectReport()
@@ -296,7 +306,7 @@ def _small_files(
     return files | ({INDEX_NAME: index} if index is not None else {})
 
 
-def _check(stage: Path, plan: RewritePlan, base: Path | None, request: RewriteRequest, report: Report) -> None:
+def _check(stage: Path, plan: RewritePlan, base: Location | None, request: RewriteRequest, report: Report) -> None:
     """Reopen what was written; with a base, prove it."""
     with CheckpointReader(stage, need_config=False) as written:
         found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}

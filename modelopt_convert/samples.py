@@ -24,8 +24,7 @@ def load_rows(reader: CheckpointReader, name: str, rows: Sequence[int]) -> Tenso
     info = reader.tensors[name]
     columns = info.shape[1]
     row_bytes = columns * DTYPE_BITS[info.dtype] // 8
-    raw = b"".join(reader.read_range(name, row * row_bytes, row_bytes) for row in rows)
-    return from_bytes(raw, info.dtype, (len(rows), columns))
+    return from_bytes(reader.read_rows(name, rows, row_bytes), info.dtype, (len(rows), columns))
 
 
 def base_rows(

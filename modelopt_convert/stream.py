@@ -12,7 +12,8 @@ from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.errors import InputError
 from modelopt_convert.header import TensorInfo
 from modelopt_convert.patterns import module_of
-from modelopt_convert.plan import CHUNK_BYTES, ShardPlan, Step
+from modelopt_convert.plan import CHUNK_BYTES, Origin, ShardPlan, Step
+from modelopt_convert.reads import step_readings
 from modelopt_convert.staging import StagingDir
 
 if TYPE_CHECKING:
@@ -82,13 +83,15 @@ class Streamed:
 def stream(
     stage: StagingDir,
     plan: StreamPlan,
-    readers: Mapping[str, CheckpointReader],
+    readers: Mapping[Origin, CheckpointReader],
     layouts: Layouts,
     progress: Progress,
     folder: str = "",
 ) -> Streamed:
     """Write every shard, into a folder of the stage if one is named."""
     done = Streamed()
+    for role, reader in readers.items():
+        reader.prefetch(step_readings(plan.steps, role, reader.tensors))
     for shard in plan.shards:
         file = f"{folder}{shard.file}"
         progress.begin(f"write {file}", sum(spec.num_bytes for spec in shard.tensors))

@@ -14,7 +14,9 @@ ALLOWED = {
     "dtypes": "",
     "errors": "",
     "fsops": "",
+    "hub.ranges": "",
     "locks": "",
+    "sampling": "",
     "scale_shapes": "",
     "transforms.fp8": "",
     "transforms.nvfp4": "",
@@ -23,10 +25,12 @@ ALLOWED = {
     "verify.html_style": "",
     "verify.metrics": "",
     "verify.names": "",
-    "verify.request": "",
     "verify_report": "",
     "dialects.ltx2": "errors",
+    "hub.client": "errors",
+    "hub.range_source": "errors",
     "layout": "closeness transforms.nvfp4",
+    "local_file": "errors",
     "output_rules": "errors",
     "patterns": "errors",
     "report": "verify_report",
@@ -34,28 +38,25 @@ ALLOWED = {
     "transforms.scales": "scale_shapes",
     "verify.html_report": "errors verify.html_figures verify.html_style",
     "verify.operands": "transforms.fp8 transforms.nvfp4",
-    "verify.verdict": "errors verify.names verify.request verify_report",
     "header": "dtypes errors strict_json",
-    "hub.client": "errors",
+    "hub.remote_file": "errors hub.client hub.range_source hub.ranges",
     "inspect_report": "report",
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",
     "transforms.raw": "transforms.fp8 transforms.nvfp4 transforms.scales",
     "verify.backends.padding": "scale_shapes transforms.scales verify.operands",
-    "checkpoint": "errors header strict_json",
     "dialects.modelopt": "errors header patterns",
     "digests": "header",
     "engines.sglang": "header",
     "formats": "preset",
+    "hub.repo": "errors hub.client hub.range_source hub.remote_file local_file",
     "proof_fp8": "closeness layout proof transforms.fp8",
     "shard_writer": "errors fsops header",
     "verify.backends.base": "preset",
-    "components": "checkpoint errors strict_json",
     "dialects.detect": "engines.sglang header scale_shapes",
     "dialects.fp8": "dialects.modelopt dtypes errors header patterns",
     "dialects.nvfp4": "dialects.modelopt errors header scale_shapes",
-    "plan": "dialects.modelopt formats header patterns preset",
-    "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
+    "hub.location": "errors hub.repo",
     "staging": "errors fsops header locks output_rules shard_writer",
     "verify.backends.bf16": "preset verify.backends.base verify.backends.padding verify.operands",
     "verify.backends.flashinfer_fp4": (
@@ -67,56 +68,66 @@ ALLOWED = {
     "verify.backends.triton_gemm": (
         "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
     ),
+    "sources": "hub.location local_file",
+    "verify.backends.sgl_kernel": (
+        "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
+    ),
+    "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
+    "checkpoint": "errors header hub.location sources strict_json",
+    "plan": "dialects.modelopt formats header patterns preset sampling sources",
+    "verify.backends": (
+        "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
+        "verify.backends.sgl_kernel verify.backends.torch_scaled verify.backends.triton_gemm"
+    ),
+    "verify.request": "sources",
+    "verify.selftest": (
+        "transforms.fp8 transforms.nvfp4 transforms.scales verify.backends.base verify.operands verify.probes"
+    ),
     "accounting": "checkpoint report staging",
     "card": "formats plan preset report",
     "check": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 engines.sglang errors formats header "
         "patterns plan shard_writer"
     ),
+    "components": "checkpoint errors sources strict_json",
     "lint": (
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes transforms.raw transforms.scales"
     ),
-    "pickle_source": "components dialects.fp8 errors",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt errors patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
-    "prove_fp8": (
-        "checkpoint dialects.fp8 dialects.modelopt errors plan proof proof_fp8 samples transforms.fp8 transforms.raw"
-    ),
-    "prove_nvfp4": (
-        "checkpoint dialects.modelopt dialects.nvfp4 errors layout plan proof samples transforms.raw transforms.scales"
-    ),
+    "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
     "stream": "checkpoint errors header patterns plan staging transforms.fp8 transforms.raw",
-    "verify.backends.sgl_kernel": (
-        "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
-    ),
-    "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
-    "verify.scan": "checkpoint digests errors plan strict_json transforms.raw",
-    "verify.subject": (
-        "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
-        "transforms.scales verify.operands"
-    ),
+    "verify.scan": "checkpoint digests errors plan sources strict_json transforms.raw",
+    "verify.verdict": "errors verify.names verify.request verify_report",
     "inspection": (
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
-        "lint plan proof scale_shapes transforms.raw transforms.scales"
+        "lint sampling scale_shapes sources transforms.raw transforms.scales"
     ),
-    "opening": "accounting checkpoint components dialects.fp8 dialects.ltx2 errors patterns pickle_source report",
+    "pickle_source": "components dialects.fp8 errors sources",
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
         "plan_keeps plan_names"
     ),
-    "verify.backends": (
-        "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
-        "verify.backends.sgl_kernel verify.backends.torch_scaled verify.backends.triton_gemm"
+    "prove_fp8": (
+        "checkpoint dialects.fp8 dialects.modelopt errors proof proof_fp8 samples sampling transforms.fp8 "
+        "transforms.raw"
     ),
-    "verify.selftest": (
-        "transforms.fp8 transforms.nvfp4 transforms.scales verify.backends.base verify.operands verify.probes"
+    "prove_nvfp4": (
+        "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
+        "transforms.scales"
     ),
-    "manifest": "accounting card digests opening plan preset report",
+    "verify.subject": (
+        "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
+        "transforms.scales verify.operands"
+    ),
+    "opening": (
+        "accounting checkpoint components dialects.fp8 dialects.ltx2 errors patterns pickle_source report sources"
+    ),
     "prove": (
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
-        "prove_fp8 prove_nvfp4 samples transforms.raw"
+        "prove_fp8 prove_nvfp4 samples sampling transforms.raw"
     ),
     "verify.container": (
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes errors formats inspect_report inspection layout "
@@ -127,13 +138,14 @@ ALLOWED = {
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
         "verify.selftest verify.subject verify_report"
     ),
+    "manifest": "accounting card digests opening plan preset report",
     "proving": "accounting errors formats opening plan proof prove report stream",
     "verify.decode": (
-        "checkpoint closeness dialects.modelopt dtypes errors layout patterns plan proof prove prove_fp8 "
-        "prove_nvfp4 samples transforms.raw verify.subject verify_report"
+        "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
+        "prove_nvfp4 samples sampling transforms.raw verify.subject verify_report"
     ),
     "verify.run": (
-        "accounting checkpoint closeness components errors layout report stream verify.container "
+        "accounting checkpoint closeness components errors layout report sources stream verify.container "
         "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
         "verify.verdict verify_report"
     ),

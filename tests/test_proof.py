@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modelopt_convert.closeness import Closeness
 from modelopt_convert.layout import Reading
-from modelopt_convert.proof import Judgement, judge, sample_rows
+from modelopt_convert.proof import Judgement, judge
+from modelopt_convert.sampling import sample_rows
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
 from modelopt_convert.transforms.scales import scale_readings
 

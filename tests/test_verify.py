@@ -80,7 +80,7 @@ def test_the_digest_of_decoded_rows_is_of_their_values(built: dict[str, Path]) -
 
     modules = found(verify(built["fp8"]))["modules"]
     weight = load(built["fp8"])[f"{PACKED}.weight"]
-    from modelopt_convert.proof import sample_rows
+    from modelopt_convert.sampling import sample_rows
 
     rows = weight[sample_rows(weight.shape[0], 16)].float().contiguous()
     assert modules[PACKED]["digest"] == xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())

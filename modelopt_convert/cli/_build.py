@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from modelopt_convert.cli._options import location
+
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
     from modelopt_convert.preset import Algorithm
@@ -31,9 +33,9 @@ def run_build(
     algorithm: "Algorithm",
     command: str,
     *,
-    export: Path,
-    base: Path | None,
-    checkpoint: Path | None,
+    export: str,
+    base: str | None,
+    checkpoint: str | None,
     component: Sequence[str] | None,
     output: Path | None,
     preset: str | None,
@@ -44,6 +46,7 @@ def run_build(
     allow_known_broken: bool,
     verify: str,
     dry_run: bool,
+    download: bool,
     telling: Telling,
 ) -> NoReturn:
     """Run the command and exit with its code."""
@@ -61,13 +64,18 @@ def run_build(
         verbose=telling.verbose,
         no_color=telling.no_color,
     )
-    out.check_report_path(output, export, base, checkpoint)
+    sources = (
+        location(export, "--export", download=download),
+        location(base, "--base", download=download),
+        location(checkpoint, "--checkpoint", download=download),
+    )
+    out.check_report_path(output, *sources)
     report = Report(command=command, output=OutputReport(path=str(output) if output else ""))
     request = BuildRequest(
         algorithm=algorithm,
-        export=export,
-        base=base,
-        checkpoint=checkpoint,
+        export=sources[0],
+        base=sources[1],
+        checkpoint=sources[2],
         components=tuple(dict.fromkeys(component or ())),
         output=output,
         preset=preset,
@@ -123,6 +131,15 @@ def _show(out: "Output", report: "Report") -> None:
     if report.dequantized:
         more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
         out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
+    for name, network in report.network.items():
+        verb, count = (
+            ("would fetch", network.to_fetch_bytes)
+            if report.status == "planned"
+            else ("fetched", network.fetched_bytes)
+        )
+        out.line(
+            f"{verb} {human_bytes(count or 0)} of {human_bytes(network.of_bytes)} of the {name}, {network.repo}@{network.commit[:12]}"
+        )
     if report.status == "planned":
         assert report.peak_working_bytes is not None and report.free_bytes is not None
         out.line(

@@ -2,9 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
+
+from modelopt_convert.errors import InputError
+
+if TYPE_CHECKING:
+    from modelopt_convert.sources import Location
 
 
 class TransformerName(StrEnum):
@@ -20,6 +25,26 @@ class Closing(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     OFF = "off"
+
+
+@overload
+def location(text: str, name: str, *, download: bool) -> "Location": ...
+@overload
+def location(text: str | None, name: str, *, download: bool) -> "Location | None": ...
+def location(text: str | None, name: str, *, download: bool) -> "Location | None":
+    """What an option or argument names, on disk or ``hf://``.
+
+    Raises:
+        BadParameter: It is written ``hf://`` and names no repo.
+    """
+    from modelopt_convert.sources import parse_location
+
+    if text is None:
+        return None
+    try:
+        return parse_location(text, download=download)
+    except InputError as error:
+        raise typer.BadParameter(f"{error.message}; {error.hint}", param_hint=name) from error
 
 
 PresetOption = Annotated[
@@ -62,6 +87,9 @@ MaxErrorOption = Annotated[
         min=0.0,
         help="Largest relative error of a module whose codes are not reproduced from the base.",
     ),
+]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Fetch files of the Hub whole, into its cache, and not only what is needed.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
 ReportOption = Annotated[

@@ -29,6 +29,7 @@ from modelopt_convert.errors import (
 from modelopt_convert.inspect_report import InspectReport
 from modelopt_convert.output_rules import canonical_output
 from modelopt_convert.report import ErrorReport, Report, Status
+from modelopt_convert.sources import Location
 
 
 def debugging() -> bool:
@@ -86,7 +87,7 @@ class Output:
         width = None if sys.stdout is not None and sys.stdout.isatty() else 160
         Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
 
-    def check_report_path(self, *others: Path | None) -> None:
+    def check_report_path(self, *others: Location | None) -> None:
         """Refuse a report path that could not be written in the end, or that lies in an input or in OUT.
 
         Args:
@@ -95,7 +96,7 @@ class Output:
         check_file(self.report_path, "--report-json", *others)
 
 
-def check_file(file: Path | None, option: str, *others: Path | None) -> None:
+def check_file(file: Path | None, option: str, *others: Location | None) -> None:
     """Refuse a file to be written at the end that could not be, or that lies in an input or in OUT.
 
     Args:
@@ -105,7 +106,8 @@ def check_file(file: Path | None, option: str, *others: Path | None) -> None:
     """
     if file is not None:
         path = canonical_output(file)
-        inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in others if other is not None)
+        near = [other for other in others if isinstance(other, Path)]
+        inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in near)
         try:
             free = path.parent.is_dir() and not path.is_dir() and not path.is_symlink()
         except OSError:  # a name that no file system takes

@@ -12,11 +12,11 @@ from modelopt_convert.cli._build import Telling, run_build
 def build_nvfp4(
     preset: options.PresetOption = None,
     export: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--export", metavar="EXPORT", help="ModelOpt NVFP4 export: its transformer or pipeline folder."),
     ] = None,
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--base", metavar="BASE", help="The unquantized base: its transformer or pipeline folder."),
     ] = None,
     component: options.ComponentOption = None,
@@ -30,6 +30,7 @@ def build_nvfp4(
     allow_known_broken: options.KnownBrokenOption = False,
     verify: options.VerifyOption = options.Closing.AUTO,
     dry_run: options.DryRunOption = False,
+    download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -66,5 +67,6 @@ def build_nvfp4(
         allow_known_broken=allow_known_broken,
         verify=verify.value,
         dry_run=dry_run,
+        download=download,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

@@ -12,15 +12,15 @@ from modelopt_convert.cli._build import Telling, run_build
 def convert_fp8(
     preset: options.PresetOption = None,
     export: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--export", metavar="EXPORT", help="ModelOpt FP8 export: its transformer or pipeline folder."),
     ] = None,
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--base", metavar="BASE", help="The unquantized base; without it nothing is proven."),
     ] = None,
     checkpoint: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--checkpoint",
             metavar="FILE.pt",
@@ -38,6 +38,7 @@ def convert_fp8(
     allow_known_broken: options.KnownBrokenOption = False,
     verify: options.VerifyOption = options.Closing.AUTO,
     dry_run: options.DryRunOption = False,
+    download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -73,5 +74,6 @@ def convert_fp8(
         allow_known_broken=allow_known_broken,
         verify=verify.value,
         dry_run=dry_run,
+        download=download,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

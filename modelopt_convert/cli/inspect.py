@@ -1,7 +1,6 @@
 """``mopt inspect``."""
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,11 +16,11 @@ _SHOWN = 10
 
 def inspect(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(metavar="SOURCE", help="A transformer folder, a pipeline folder, or one .safetensors file."),
     ],
     base: Annotated[
-        Path | None, typer.Option("--base", metavar="BASE", help="The unquantized base: proves the layout.")
+        str | None, typer.Option("--base", metavar="BASE", help="The unquantized base: proves the layout.")
     ] = None,
     all_scales: Annotated[
         bool, typer.Option("--all", help="Look at the scales of every module, not of a few.")
@@ -30,6 +29,7 @@ def inspect(
         str, typer.Option("--engine", metavar="NAME", help="Whose view of the checkpoint to show: sglang.")
     ] = "sglang",
     max_error: options.MaxErrorOption = 0.15,
+    download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -51,13 +51,15 @@ def inspect(
     from modelopt_convert.inspect_report import InspectReport
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
-    out.check_report_path(source, base)
+    subject = options.location(source, "SOURCE", download=download)
+    against = options.location(base, "--base", download=download)
+    out.check_report_path(subject, against)
     report = InspectReport()
 
     def work(_: object) -> None:
         from modelopt_convert.inspection import inspect as look
 
-        look(source, base, report, every_scale=all_scales, max_error=max_error)
+        look(subject, against, report, every_scale=all_scales, max_error=max_error)
 
     def show() -> None:
         for name, component in report.components.items():

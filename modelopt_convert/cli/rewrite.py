@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from modelopt_convert.rewrite import Kind
 
 SourceArgument = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="A transformer folder, or one .safetensors file; it is not changed.")
+    str, typer.Argument(metavar="SOURCE", help="A transformer folder, or one .safetensors file; it is not changed.")
 ]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.")]
 BaseOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--base", metavar="BASE", help="The unquantized base: only what needs it is rewritten, and proven."),
 ]
 ForceOption = Annotated[
@@ -33,6 +33,7 @@ def swap_nibbles(
     max_error: options.MaxErrorOption = 0.15,
     overwrite: options.OverwriteOption = False,
     dry_run: options.DryRunOption = False,
+    download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -51,7 +52,7 @@ def swap_nibbles(
     from modelopt_convert.cli._output import Output
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
-    _run(out, "swap-nibbles", "swap", source, output, base, force_names, max_error, overwrite, dry_run)
+    _run(out, "swap-nibbles", "swap", source, output, base, force_names, max_error, overwrite, dry_run, download)
 
 
 def unswizzle_scales(
@@ -63,6 +64,7 @@ def unswizzle_scales(
     max_error: options.MaxErrorOption = 0.15,
     overwrite: options.OverwriteOption = False,
     dry_run: options.DryRunOption = False,
+    download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -82,31 +84,34 @@ def unswizzle_scales(
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
     kind: Kind = "swizzle" if reverse else "unswizzle"
-    _run(out, "unswizzle-scales", kind, source, output, base, force_names, max_error, overwrite, dry_run)
+    _run(out, "unswizzle-scales", kind, source, output, base, force_names, max_error, overwrite, dry_run, download)
 
 
 def _run(
     out: "Output",
     command: str,
     kind: "Kind",
-    source: Path,
+    source: str,
     output: Path,
-    base: Path | None,
+    base: str | None,
     force_names: bool,
     max_error: float,
     overwrite: bool,
     dry_run: bool,
+    download: bool,
 ) -> NoReturn:
     from modelopt_convert.cli._output import run
     from modelopt_convert.report import OutputReport, Report
     from modelopt_convert.rewrite import RewriteRequest, rewrite
 
-    out.check_report_path(output, source, base)
+    subject = options.location(source, "SOURCE", download=download)
+    against = options.location(base, "--base", download=download)
+    out.check_report_path(output, subject, against)
     report = Report(command=command, output=OutputReport(path=str(output)))
     request = RewriteRequest(
-        source=source,
+        source=subject,
         output=output,
-        base=base,
+        base=against,
         kind=kind,
         force_names=force_names,
         max_error=max_error,

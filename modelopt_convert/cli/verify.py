@@ -35,11 +35,11 @@ class Required(StrEnum):
 
 def verify(
     checkpoint: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="CHECKPOINT", help="A transformer folder, or the pipeline folder that holds it."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option("--base", metavar="BASE", help="The unquantized base: proves it again.")
+        str | None, typer.Option("--base", metavar="BASE", help="The unquantized base: proves it again.")
     ] = None,
     backend: Annotated[
         str,
@@ -66,6 +66,7 @@ def verify(
     prewarm: Annotated[
         bool, typer.Option("--prewarm", help="Build kernels, for CHECKPOINT's shapes if one is given, and stop.")
     ] = False,
+    download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     report: Annotated[
@@ -102,8 +103,10 @@ def verify(
     from modelopt_convert.report import OutputReport, Report
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
-    out.check_report_path(checkpoint, base)
-    check_file(report, "--report", checkpoint, base)
+    subject = options.location(checkpoint, "CHECKPOINT", download=download)
+    against = options.location(base, "--base", download=download)
+    out.check_report_path(subject, against)
+    check_file(report, "--report", subject, against)
     if report is not None and report == report_json:
         raise typer.BadParameter("must be another file than --report-json", param_hint="--report")
     found = Report(command="verify", output=OutputReport(path=""))
@@ -114,8 +117,8 @@ def verify(
         from modelopt_convert.verify.run import verify_backends
 
         request = VerifyRequest(
-            checkpoint=checkpoint or Path(),
-            base=base,
+            checkpoint=subject or Path(),
+            base=against,
             backends=names,
             device=device.value if device else None,
             sample=None if sample == "all" else int(sample),

@@ -1,9 +1,10 @@
 """The Hub's client, and its failures in mopt's words: each with its own code and the command to run next."""
 
 import errno
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from modelopt_convert import __version__
 from modelopt_convert.errors import InputError, MoptError, RemoteError
@@ -11,6 +12,10 @@ from modelopt_convert.errors import InputError, MoptError, RemoteError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
+BUSY = frozenset({408, 429, 500, 502, 503, 504})
+_LONGEST_PAUSE_S = 60.0
+_T = TypeVar("_T")
 _AGAIN = "run the same command again"
 
 
@@ -26,6 +31,36 @@ def page_of(repo_id: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def retried(call: Callable[[], _T]) -> _T:
+    """What ``call`` returns, once the Hub is neither busy nor out of reach; the client retries downloads alone.
+
+    Raises:
+        OSError, HTTPError: The last of the client's exceptions.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    for pause in PAUSES_S:
+        try:
+            return call()
+        except OfflineModeIsEnabled:
+            raise
+        except HfHubHTTPError as error:
+            if error.response.status_code not in BUSY:
+                raise
+            asked = retry_after(error.response.headers)
+            time.sleep(pause if asked is None else asked)
+        except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError):
+            time.sleep(pause)
+    return call()
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a busy server asks to wait, within reason."""
+    said = str(headers.get("Retry-After", ""))
+    return min(float(said), _LONGEST_PAUSE_S) if said.isdecimal() else None
 
 
 @contextmanager

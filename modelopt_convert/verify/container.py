@@ -134,7 +134,7 @@ def _readings(subject: Subject, module: PackedModule) -> dict[str, torch.Tensor]
 def _codes(subject: Subject, module: PackedModule, rows: list[int]) -> torch.Tensor:
     """Packed codes of some rows, without padding."""
     stored, half = module.weight.shape[1], module.columns // 2
-    raw = b"".join(subject.reader.read_range(module.weight.name, row * stored, half) for row in rows)
+    raw = subject.reader.read_rows(module.weight.name, rows, stored, half)
     return from_bytes(raw, "U8", (len(rows), half))
 
 

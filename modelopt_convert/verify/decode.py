@@ -16,12 +16,12 @@ from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.layout import Reading
 from modelopt_convert.patterns import module_of
-from modelopt_convert.plan import SAMPLED_ROWS
-from modelopt_convert.proof import Judgement, sample_rows
+from modelopt_convert.proof import Judgement
 from modelopt_convert.prove import same_up_to_cast
 from modelopt_convert.prove_fp8 import judge_fp8_module
 from modelopt_convert.prove_nvfp4 import judge_nvfp4
 from modelopt_convert.samples import common_dtype, load_rows, tensor_scale
+from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.transforms.raw import to_bytes
 from modelopt_convert.verify.subject import Subject
 from modelopt_convert.verify_report import LevelReport, LevelStatus, ModuleVerify

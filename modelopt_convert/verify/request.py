@@ -1,7 +1,8 @@
 """What the user asked of verify. No torch."""
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from modelopt_convert.sources import Location
 
 DEFAULT_ERROR = {"nvfp4": 0.15, "fp8": 0.1}
 DEFAULT_SAMPLE = 16
@@ -23,8 +24,8 @@ class VerifyRequest:
         preferred: The backend that ``best`` takes if it runs.
     """
 
-    checkpoint: Path
-    base: Path | None
+    checkpoint: Location
+    base: Location | None
     backends: tuple[str, ...]
     device: str | None
     sample: int | None

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelopt_convert.accounting import note_input, peak_rss_bytes, timed
+from modelopt_convert.accounting import note_input, peak_rss_bytes, timed, traffic_noted
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.components import transformers_of
 from modelopt_convert.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.layout import Reading
 from modelopt_convert.report import Report
+from modelopt_convert.sources import Location
 from modelopt_convert.stream import Progress
 from modelopt_convert.verify import metrics
 from modelopt_convert.verify.container import container_level, layout_level, look
@@ -53,9 +53,10 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
             with timed(report, "open"):
                 reader = stack.enter_context(CheckpointReader(path))
                 base = stack.enter_context(CheckpointReader(base_path)) if base_path is not None else None
-            note_input(report, f"{prefix}checkpoint", reader)
-            if base is not None:
-                note_input(report, f"{prefix}base", base)
+            for role, one in (("checkpoint", reader), ("base", base)):
+                if one is not None:
+                    note_input(report, f"{prefix}{role}", one)
+                    stack.enter_context(traffic_noted(report, f"{prefix}{role}", one))
             with torch.inference_mode():
                 if request.prewarm:
                     found[prefix] = _prewarmed(find_subject(reader, base), request, device, progress)
@@ -69,7 +70,7 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
         conclude(one, request)
 
 
-def _check_parts(checkpoint: Path, found: dict[str, VerifyReport]) -> None:
+def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
     """A build of several transformers says which they are: none may be gone, or another's."""
     record = read_parts(checkpoint)
     for name, wanted in record.items():

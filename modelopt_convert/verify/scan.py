@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -11,6 +10,7 @@ from modelopt_convert.checkpoint import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.digests import headers_digest
 from modelopt_convert.errors import InputError
 from modelopt_convert.plan import CHUNK_BYTES
+from modelopt_convert.sources import Location, read_small
 from modelopt_convert.strict_json import parse_json_object
 from modelopt_convert.transforms.raw import check_e4m3
 
@@ -34,7 +34,7 @@ class Scanned:
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Location) -> dict[str, Any] | None:
     """mopt.json of a checkpoint that mopt built, or None where there is none.
 
     Raises:
@@ -44,8 +44,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_INDEX_BYTES)
+        raw = read_small(path, MAX_INDEX_BYTES)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read: {error.strerror}",
@@ -66,13 +65,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def part_digest(folder: Path) -> str:
+def part_digest(folder: Location) -> str:
     """What identifies one transformer among several: its record."""
     path = folder / RECORD
-    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""
+    return xxhash.xxh3_128_hexdigest(read_small(path, MAX_INDEX_BYTES)) if path.is_file() else ""
 
 
-def read_parts(checkpoint: Path) -> dict[str, str]:
+def read_parts(checkpoint: Location) -> dict[str, str]:
     """The transformers that a build of several wrote, with the digest of each one's record; else empty.
 
     Raises:
@@ -81,8 +80,7 @@ def read_parts(checkpoint: Path) -> dict[str, str]:
     path = checkpoint / RECORD
     if not path.is_file() or (checkpoint / "config.json").is_file():
         return {}
-    with path.open("rb") as file:
-        record = parse_json_object(file.read(MAX_INDEX_BYTES), code="record", path=str(path))
+    record = parse_json_object(read_small(path, MAX_INDEX_BYTES), code="record", path=str(path))
     parts = record.get("parts")
     return {name: str(one) for name, one in parts.items()} if isinstance(parts, dict) else {}
 
@@ -101,6 +99,8 @@ def scan(reader: CheckpointReader, record: Mapping[str, Any] | None, advance: Ca
     """
     found = Scanned()
     digests: Mapping[str, str] = record["digests"]["tensors"] if record is not None else {}
+    if record is not None:
+        reader.prefetch((name, 0, info.num_bytes) for name, info in reader.tensors.items())
     for name, info in reader.tensors.items():
         coded = info.dtype == "F8_E4M3" and name.endswith(".weight")
         if record is None and not coded:
@@ -127,7 +127,7 @@ def scan(reader: CheckpointReader, record: Mapping[str, Any] | None, advance: Ca
     for name, wanted in files.items():
         # Only what the folder lists: a name of the record may be any text.
         there = name in {"config.json", *reader.skipped, *reader.indexes}
-        if not there or xxhash.xxh3_128_hexdigest((reader.path / name).read_bytes()) != wanted:
+        if not there or xxhash.xxh3_128_hexdigest(read_small(reader.path / name, MAX_INDEX_BYTES)) != wanted:
             list_ = found.warnings if name in _EDITABLE else found.failures
             list_.append(f"file {name} is not what was recorded")
     return found

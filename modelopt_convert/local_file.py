@@ -1,0 +1,134 @@
+"""Files on disk, read with pread. No torch.
+
+pread and not mmap: a file that is truncated while it is mapped kills the reader with SIGBUS, where pread returns a
+short count that becomes an error message.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from modelopt_convert.errors import InputError
+
+
+class LocalFile:
+    """One opened file of a checkpoint.
+
+    Attributes:
+        where: Its name in messages.
+        num_bytes: Its size when it was opened.
+        fetched: Bytes that came over the network: none.
+        requests: How many ranges were asked for: none.
+    """
+
+    fetched = 0
+    requests = 0
+
+    def __init__(self, folder: Path, name: str, *, where: str | None = None) -> None:
+        """Open a regular file; links may only lead to inside the folder or to the blobs of its Hub cache.
+
+        Args:
+            folder: The checkpoint.
+            name: Of the file in it.
+            where: How messages call it, if not by its path.
+
+        Raises:
+            InputError: ``input.missing``, ``input.unreadable``, ``input.symlink_escape`` or ``input.not_regular``.
+        """
+        path = folder / name
+        self.where = where or str(path)
+        try:
+            _check_link(folder, path)
+            # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
+            raise InputError(
+                f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}",
+                code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
+                path=str(path),
+                hint="the checkpoint is incomplete or not readable; download or export it again",
+            ) from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise InputError(
+                f"{path}: expected a regular file, found {stat.filemode(status.st_mode)}",
+                code="input.not_regular",
+                path=str(path),
+                hint="checkpoints are made of plain files",
+            )
+        self.num_bytes = status.st_size
+        self._mtime_ns = status.st_mtime_ns
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Bytes from ``offset``.
+
+        Raises:
+            InputError: ``input.changed`` if the file has become shorter, ``input.unreadable`` on an I/O error.
+        """
+        parts: list[bytes] = []
+        missing = num_bytes
+        while missing:
+            try:
+                part = os.pread(self._fd, missing, offset)
+            except OSError as error:
+                raise InputError(
+                    f"{self.where}: reading {missing} bytes at {offset} failed: {error.strerror}",
+                    code="input.unreadable",
+                    path=self.where,
+                    hint="check the disk or the mount, then run again",
+                ) from error
+            if not part:
+                raise self._changed()
+            parts.append(part)
+            missing -= len(part)
+            offset += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Nothing: the disk is near."""
+
+    def unfetched(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Bytes that reading would bring over the network: none."""
+        return 0
+
+    def check_unchanged(self) -> None:
+        """Compare size and modification time with those at opening.
+
+        Raises:
+            InputError: ``input.changed``.
+        """
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.num_bytes, self._mtime_ns):
+            raise self._changed()
+
+    def close(self) -> None:
+        """Close it."""
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+    def _changed(self) -> InputError:
+        return InputError(
+            f"{self.where}: the file changed while it was read",
+            code="input.changed",
+            path=self.where,
+            hint="wait until whatever writes it has finished, then run again",
+        )
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of."""
+    if not path.is_symlink():
+        return
+    target, root = path.resolve(), folder.resolve()
+    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
+    if target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs")):
+        return
+    raise InputError(
+        f"{path}: a link to {target}, outside the checkpoint",
+        code="input.symlink_escape",
+        path=str(path),
+        hint="replace the link by the file itself",
+    )
