@@ -1,4 +1,4 @@
-"""What will be read, from the plan alone: the Hub is then asked for it at once, and a dry run can tell how much it is."""
+"""What will be read, from the plan alone: the Hub is asked for all at once, and a dry run can tell how much it is."""
 
 from collections.abc import Iterator, Mapping
 

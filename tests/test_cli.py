@@ -17,24 +17,24 @@ from modelopt_convert.cli import app
 MAIN = "from modelopt_convert.cli import main; main()"
 
 # Every flag is a promise; a new one is a decision that somebody should see in this list.
-_WRITING = {"--overwrite", "--dry-run", "-n", "--verbose", "-v", "--max-error"}
+_WRITING = {"--download", "--overwrite", "--dry-run", "-n", "--verbose", "-v", "--max-error"}
 _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", "--download", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", *_WRITING, *_TELLING,
     },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", "--download", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", *_WRITING, *_TELLING,
     },
     "verify": {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
         "--max-error", "--report", "--download", *_TELLING,
     },
     "inspect": {"source", "--base", "--all", "--engine", "--max-error", "--download", *_TELLING},
-    "swap-nibbles": {"source", "output", "--base", "--force-names", "--download", *_WRITING, *_TELLING},
-    "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", "--download", *_WRITING, *_TELLING},
+    "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
+    "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
     "presets": {"name"},
 }  # fmt: skip
 

@@ -28,7 +28,6 @@ ALLOWED = {
     "verify_report": "",
     "dialects.ltx2": "errors",
     "hub.client": "errors",
-    "hub.range_source": "errors",
     "layout": "closeness transforms.nvfp4",
     "local_file": "errors",
     "output_rules": "errors",
@@ -39,7 +38,7 @@ ALLOWED = {
     "verify.html_report": "errors verify.html_figures verify.html_style",
     "verify.operands": "transforms.fp8 transforms.nvfp4",
     "header": "dtypes errors strict_json",
-    "hub.remote_file": "errors hub.client hub.range_source hub.ranges",
+    "hub.range_source": "errors hub.client",
     "inspect_report": "report",
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",
@@ -49,14 +48,14 @@ ALLOWED = {
     "digests": "header",
     "engines.sglang": "header",
     "formats": "preset",
-    "hub.repo": "errors hub.client hub.range_source hub.remote_file local_file",
+    "hub.remote_file": "errors hub.client hub.range_source hub.ranges",
     "proof_fp8": "closeness layout proof transforms.fp8",
     "shard_writer": "errors fsops header",
     "verify.backends.base": "preset",
     "dialects.detect": "engines.sglang header scale_shapes",
     "dialects.fp8": "dialects.modelopt dtypes errors header patterns",
     "dialects.nvfp4": "dialects.modelopt errors header scale_shapes",
-    "hub.location": "errors hub.repo",
+    "hub.repo": "errors hub.client hub.range_source hub.remote_file local_file",
     "staging": "errors fsops header locks output_rules shard_writer",
     "verify.backends.bf16": "preset verify.backends.base verify.backends.padding verify.operands",
     "verify.backends.flashinfer_fp4": (
@@ -68,22 +67,23 @@ ALLOWED = {
     "verify.backends.triton_gemm": (
         "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
     ),
-    "sources": "hub.location local_file",
+    "hub.location": "errors hub.repo",
     "verify.backends.sgl_kernel": (
         "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
     ),
     "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
-    "checkpoint": "errors header hub.location sources strict_json",
-    "plan": "dialects.modelopt formats header patterns preset sampling sources",
+    "sources": "hub.location local_file",
     "verify.backends": (
         "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
         "verify.backends.sgl_kernel verify.backends.torch_scaled verify.backends.triton_gemm"
     ),
-    "verify.request": "sources",
     "verify.selftest": (
         "transforms.fp8 transforms.nvfp4 transforms.scales verify.backends.base verify.operands verify.probes"
     ),
-    "accounting": "checkpoint report staging",
+    "checkpoint": "errors header hub.location sources strict_json",
+    "plan": "dialects.modelopt formats header patterns preset sampling sources",
+    "verify.request": "sources",
+    "accounting": "checkpoint hub.location report staging",
     "card": "formats plan preset report",
     "check": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 engines.sglang errors formats header "
@@ -97,8 +97,8 @@ ALLOWED = {
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt errors patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
+    "reads": "checkpoint header patterns plan sampling",
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
-    "stream": "checkpoint errors header patterns plan staging transforms.fp8 transforms.raw",
     "verify.scan": "checkpoint digests errors plan sources strict_json transforms.raw",
     "verify.verdict": "errors verify.names verify.request verify_report",
     "inspection": (
@@ -118,12 +118,13 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
         "transforms.scales"
     ),
+    "stream": "checkpoint errors header patterns plan reads staging transforms.fp8 transforms.raw",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
     ),
     "opening": (
-        "accounting checkpoint components dialects.fp8 dialects.ltx2 errors patterns pickle_source report sources"
+        "accounting checkpoint components dialects.fp8 dialects.ltx2 errors patterns pickle_source plan report sources"
     ),
     "prove": (
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
@@ -139,7 +140,7 @@ ALLOWED = {
         "verify.selftest verify.subject verify_report"
     ),
     "manifest": "accounting card digests opening plan preset report",
-    "proving": "accounting errors formats opening plan proof prove report stream",
+    "proving": "accounting errors formats opening plan proof prove reads report stream",
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
         "prove_nvfp4 samples sampling transforms.raw verify.subject verify_report"

@@ -131,16 +131,12 @@ def _show(out: "Output", report: "Report") -> None:
     if report.dequantized:
         more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
         out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
-    for name, network in report.network.items():
-        verb, count = (
-            ("would fetch", network.to_fetch_bytes)
-            if report.status == "planned"
-            else ("fetched", network.fetched_bytes)
-        )
-        out.line(
-            f"{verb} {human_bytes(count or 0)} of {human_bytes(network.of_bytes)} of the {name}, {network.repo}@{network.commit[:12]}"
-        )
-    if report.status == "planned":
+    planned = report.status == "planned"
+    for name, one in report.network.items():
+        count, verb = (one.to_fetch_bytes or 0, "would fetch") if planned else (one.fetched_bytes, "fetched")
+        sizes = f"{human_bytes(count)} of {human_bytes(one.of_bytes)}"
+        out.line(f"{verb} {sizes} of the {name}, {one.repo}@{one.commit[:12]}")
+    if planned:
         assert report.peak_working_bytes is not None and report.free_bytes is not None
         out.line(
             f"memory {human_bytes(report.peak_working_bytes)} beyond start-up, {human_bytes(report.free_bytes)} free"

@@ -76,6 +76,8 @@ def parse_hub_path(text: str, *, download: bool) -> HubPath:
         uri = parse_hf_uri(text.rstrip("/"))
         if uri.type != "model":
             raise HfUriError(text, f"a {uri.type} holds no transformer")
+        if {".", ".."} & set(uri.path_in_repo.split("/")):
+            raise HfUriError(text, "a path inside a repo has no . and ..")
     except HfUriError as error:
         raise InputError(
             f"{text}: {str(error).splitlines()[-1]}",
@@ -83,8 +85,4 @@ def parse_hub_path(text: str, *, download: bool) -> HubPath:
             path=text,
             hint="write hf://ORGANIZATION/NAME, hf://ORGANIZATION/NAME@REVISION or either with /FOLDER behind it",
         ) from error
-    if any(part in ("", ".", "..") for part in uri.path_in_repo.split("/") if uri.path_in_repo):
-        raise InputError(
-            f"{text}: a path inside a repo has no . and ..", code="hub.uri", path=text, hint="write it out"
-        )
     return HubPath(HubRepo(uri.id, uri.revision, download=download), uri.path_in_repo)

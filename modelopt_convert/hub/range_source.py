@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -222,10 +223,11 @@ class RangeSource:
 
     def _xet_group(self) -> "XetDownloadStreamGroup | None":
         """hf_xet's view of the repo; None where it is not to be used."""
-        from huggingface_hub.utils import build_hf_headers, is_xet_available
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers
 
         route = self._link().xet_route
-        if route is None or not is_xet_available():
+        if route is None or constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
             return None
         with self._lock:
             if self._group is None:
@@ -246,5 +248,6 @@ def _xet_session() -> Any:
 
 
 def _is_range(said: str, begin: int, end: int) -> bool:
+    """Whether it begins with what was asked for; a server may answer with less."""
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(?:\d+|\*)", said)
-    return found is not None and (int(found[1]), int(found[2]) + 1) == (begin, end)
+    return found is not None and int(found[1]) == begin and begin <= int(found[2]) < end

@@ -163,9 +163,9 @@ def _spool() -> IO[bytes]:
     try:
         folder = cached_assets_path("mopt", namespace="ranges")
         return tempfile.TemporaryFile(dir=folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a file in place of a folder is a ValueError to the client
         raise StorageError(
-            f"{error.filename or 'HF_HOME'}: cannot hold what is fetched: {error.strerror}",
+            f"what is fetched cannot be held: {error}",
             code="storage.spool",
             hint="point HF_HOME at a folder that can be written",
         ) from error

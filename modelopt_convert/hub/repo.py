@@ -115,8 +115,13 @@ class HubRepo:
     def _fetch_whole(self, path: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with hub_errors(self.repo_id):
-            return Path(hf_hub_download(self.repo_id, path, revision=self.commit, library_name="mopt"))
+        # By the name of the revision, so that the cache knows what it stands for when the Hub may not be asked.
+        for revision in (self.revision, self.commit):
+            with hub_errors(self.repo_id):
+                found = Path(hf_hub_download(self.repo_id, path, revision=revision, library_name="mopt"))
+            if self.cached_file(path) is not None:
+                break
+        return found
 
     @property
     def _pinned(self) -> _Pinned:

@@ -53,10 +53,10 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
             with timed(report, "open"):
                 reader = stack.enter_context(CheckpointReader(path))
                 base = stack.enter_context(CheckpointReader(base_path)) if base_path is not None else None
-            for role, one in (("checkpoint", reader), ("base", base)):
-                if one is not None:
-                    note_input(report, f"{prefix}{role}", one)
-                    stack.enter_context(traffic_noted(report, f"{prefix}{role}", one))
+            for role, opened in (("checkpoint", reader), ("base", base)):
+                if opened is not None:
+                    note_input(report, f"{prefix}{role}", opened)
+                    stack.enter_context(traffic_noted(report, f"{prefix}{role}", opened))
             with torch.inference_mode():
                 if request.prewarm:
                     found[prefix] = _prewarmed(find_subject(reader, base), request, device, progress)
