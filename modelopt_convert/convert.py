@@ -21,8 +21,10 @@ from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.pickle_source import resolve_checkpoint
 from modelopt_convert.plan import BuildPlan, Keeps
 from modelopt_convert.plan_mixed import plan_mixed
+from modelopt_convert.plan_quantize import plan_quantized, preset_required
 from modelopt_convert.preset import Algorithm, ChosenPreset, choose_preset, known_broken, load_preset
 from modelopt_convert.proving import run_proof
+from modelopt_convert.quantizing import note_uncalibrated, run_measure
 from modelopt_convert.report import ClippedReport, ProofReport, Report, RuleReport
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Layouts, Progress, Streamed, stream
@@ -34,7 +36,7 @@ class BuildRequest:
 
     Attributes:
         algorithm: Which of the two.
-        export: The ModelOpt export: transformer folder or pipeline folder.
+        export: The ModelOpt export: transformer folder or pipeline folder; None to quantize the base, only for NVFP4.
         base: The unquantized base, likewise; None only for FP8.
         checkpoint: The ``.pt`` with amax values, or its folder; FP8 only.
         components: Which transformers of a pipeline; none for every one that the export quantized.
@@ -50,7 +52,7 @@ class BuildRequest:
     """
 
     algorithm: Algorithm
-    export: Path
+    export: Path | None
     base: Path | None
     checkpoint: Path | None
     components: tuple[str, ...]
@@ -72,6 +74,10 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         MoptError: One of its kinds; nothing was published unless a StorageError says so.
     """
     chosen: ChosenPreset | None = None
+    if request.export is None:
+        if request.preset == "none":
+            raise preset_required()
+        note_uncalibrated(report)
     if request.preset not in (None, "none"):
         chosen = ChosenPreset(loaded=load_preset(request.preset), also=[])
         _note_preset(report, chosen, request.algorithm)
@@ -96,7 +102,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                 plans.append(_plan(request, part, chosen))
             _note_plan(report, part, plans[-1])
             _refuse_known_broken(request, part, chosen, report)
-            refuse_misread(plans[-1], str(part.export.path))
+            refuse_misread(plans[-1], str(part.model.path))
         report.free_bytes = shutil.disk_usage(output.parent).free
         if request.dry_run:
             report.status = "planned"
@@ -104,6 +110,11 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         proofs: list[ProofReport] = []
         layouts: list[Layouts] = []
         for number, part in enumerate(parts):
+            if part.export is None:
+                plans[number], found_proof = run_measure(part, plans[number], request.max_error, report, progress)
+                proofs.append(found_proof)
+                layouts.append(Layouts(frozenset(), frozenset()))
+                continue
             proof, found_proof = run_proof(part, plans[number], request.max_error, report, progress)
             proofs.append(found_proof)
             layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
@@ -152,7 +163,7 @@ def _output_path(request: BuildRequest, chosen: ChosenPreset | None, report: Rep
 
 
 def _choose(part: Opened, report: Report, algorithm: Algorithm) -> ChosenPreset:
-    chosen = choose_preset(part.export.config, algorithm)
+    chosen = choose_preset(part.model.config, algorithm)
     _note_preset(report, chosen, algorithm)
     also = f"; {', '.join(chosen.also)} would give the same" if chosen.also else ""
     report.warn("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by config.json{also}")
@@ -161,15 +172,15 @@ def _choose(part: Opened, report: Report, algorithm: Algorithm) -> ChosenPreset:
 
 def _refuse_known_broken(request: BuildRequest, part: Opened, chosen: ChosenPreset | None, report: Report) -> None:
     """Refuse, without consent, what some engine is known not to load right, whoever wrote the preset."""
-    broken = known_broken(part.export.config, request.algorithm)
+    broken = known_broken(part.model.config, request.algorithm)
     if chosen is not None:
         broken |= chosen.loaded.preset.rules(request.algorithm).known_broken
     for engine, why in broken.items():
         if not request.allow_known_broken:
             raise InputError(
-                f"{part.export.path}: {engine} cannot use what would be built: {why}",
+                f"{part.model.path}: {engine} cannot use what would be built: {why}",
                 code="preset.known_broken",
-                path=str(part.export.path),
+                path=str(part.model.path),
                 hint="--allow-known-broken builds it all the same, for other engines or versions",
             )
         report.warn("preset.known_broken", f"{engine}: {why}")
@@ -178,6 +189,8 @@ def _refuse_known_broken(request: BuildRequest, part: Opened, chosen: ChosenPres
 def _plan(request: BuildRequest, part: Opened, chosen: ChosenPreset | None) -> BuildPlan:
     preset = chosen.loaded.preset if chosen else None
     keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, request.keep_bf16)
+    if part.export is None:
+        return plan_quantized(part.model, keeps, max_shard_size=request.max_shard_size)
     return plan_mixed(
         FORMATS[request.algorithm],
         part.export,
@@ -239,7 +252,9 @@ def _note_plan(report: Report, part: Opened, plan: BuildPlan) -> None:
 def _note_fates(report: Report, part: Opened, plan: BuildPlan) -> None:
     """The fate of every tensor of every input, under its own name."""
     ledger = {role: dict(fates) for role, fates in plan.ledger.items()}
-    ledger["export"] = {part.original.get(name, name): fate for name, fate in ledger["export"].items()} | part.left_out
+    if "export" in ledger:
+        renamed = {part.original.get(name, name): fate for name, fate in ledger["export"].items()}
+        ledger["export"] = renamed | part.left_out
     if part.amax_names:
         ledger["checkpoint"] = {key: _amax_fate(scale, plan) for key, scale in part.amax_names.items()}
     for role, fates in ledger.items():

@@ -26,7 +26,7 @@ class Opened:
         component: Which it is.
         prefix: Of its names in the report and of its folder in OUT: ``transformer/`` where several are built, else
             empty.
-        export: The opened export.
+        export: The opened export, or None where the base itself is quantized.
         base: The opened base, or None.
         original: For an export in another naming: the export's own name of each tensor, by the new one.
         left_out: Tensors of the export that are not part of the transformer, with their fate.
@@ -36,7 +36,7 @@ class Opened:
 
     component: Component
     prefix: str
-    export: CheckpointReader
+    export: CheckpointReader | None
     base: CheckpointReader | None
     original: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -46,7 +46,13 @@ class Opened:
     @property
     def readers(self) -> dict[str, CheckpointReader]:
         """The opened checkpoints by role."""
-        return {"export": self.export} | ({"base": self.base} if self.base is not None else {})
+        found = {"export": self.export, "base": self.base}
+        return {role: reader for role, reader in found.items() if reader is not None}
+
+    @property
+    def model(self) -> CheckpointReader:
+        """What says which model it is: the export, or the base where there is none."""
+        return next(iter(self.readers.values()))
 
 
 def open_all(components: list[Component], checkpoint: Path | None, stack: ExitStack, report: Report) -> list[Opened]:
@@ -67,14 +73,14 @@ def open_all(components: list[Component], checkpoint: Path | None, stack: ExitSt
 
 def _open(component: Component, prefix: str, checkpoint: Path | None, stack: ExitStack, report: Report) -> Opened:
     with timed(report, "open"):
-        export = stack.enter_context(CheckpointReader(component.export))
+        export = stack.enter_context(CheckpointReader(component.export)) if component.export is not None else None
         base = stack.enter_context(CheckpointReader(component.base)) if component.base is not None else None
     opened = Opened(component, prefix, export, base)
     for role, reader in opened.readers.items():
         note_input(report, f"{prefix}{role}", reader)
     name_of: Callable[[str], str | None] = str
-    if export.config.get("_class_name") == ltx2.CLASS_NAME:
-        _name_as_diffusers(opened, report)
+    if export is not None and export.config.get("_class_name") == ltx2.CLASS_NAME:
+        _name_as_diffusers(opened, export, report)
         name_of = ltx2.diffusers_name
     if checkpoint is not None:
         from modelopt_convert.pickle_source import read_amax, resolve_checkpoint
@@ -85,9 +91,9 @@ def _open(component: Component, prefix: str, checkpoint: Path | None, stack: Exi
     return opened
 
 
-def _name_as_diffusers(opened: Opened, report: Report) -> None:
+def _name_as_diffusers(opened: Opened, export: CheckpointReader, report: Report) -> None:
     """Go on with an X0Model under diffusers' names, and with the config of the base: it has none of its own."""
-    export, base = opened.export, opened.base
+    base = opened.base
     where = str(export.path / "config.json")
     if base is None:
         raise InputError(

@@ -67,7 +67,7 @@ ALLOWED = {
         "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
     ),
     "accounting": "checkpoint report staging",
-    "card": "formats plan preset report",
+    "card": "engines.sglang formats plan preset report",
     "check": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 engines.sglang errors formats header "
         "patterns plan shard_writer"
@@ -76,9 +76,10 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes transforms.raw transforms.scales"
     ),
+    "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw",
     "pickle_source": "components dialects.fp8 errors",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
-    "plan_keeps": "dialects.modelopt errors patterns plan preset",
+    "plan_keeps": "dialects.modelopt dtypes errors header patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
     "prove_fp8": (
         "checkpoint dialects.fp8 dialects.modelopt errors plan proof proof_fp8 samples transforms.fp8 transforms.raw"
@@ -91,7 +92,7 @@ ALLOWED = {
         "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
     ),
     "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
-    "verify.scan": "checkpoint digests errors plan strict_json transforms.raw",
+    "verify.scan": "checkpoint digests errors plan report strict_json transforms.raw",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
@@ -104,6 +105,10 @@ ALLOWED = {
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
         "plan_keeps plan_names"
+    ),
+    "plan_quantize": (
+        "dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs plan_keeps plan_names "
+        "preset"
     ),
     "verify.backends": (
         "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
@@ -126,10 +131,11 @@ ALLOWED = {
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
         "verify.selftest verify.subject verify_report"
     ),
+    "quantizing": "accounting engines.sglang measure opening plan report stream",
     "proving": "accounting errors formats opening plan proof prove report stream",
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns plan proof prove prove_fp8 "
-        "prove_nvfp4 samples transforms.raw verify.subject verify_report"
+        "prove_nvfp4 report samples transforms.raw verify.subject verify_report"
     ),
     "verify.run": (
         "accounting checkpoint closeness components errors layout report stream verify.container "
@@ -146,6 +152,7 @@ WITH_TORCH = {
     "inspection",
     "layout",
     "lint",
+    "measure",
     "proof",
     "proof_fp8",
     "prove",

@@ -31,7 +31,7 @@ def run_build(
     algorithm: "Algorithm",
     command: str,
     *,
-    export: Path,
+    export: Path | None,
     base: Path | None,
     checkpoint: Path | None,
     component: Sequence[str] | None,
@@ -62,6 +62,8 @@ def run_build(
         no_color=telling.no_color,
     )
     out.check_report_path(output, export, base, checkpoint)
+    if export is None and not out.quiet:
+        out.aside(uncalibrated_line(base, fetching_bytes=None))
     report = Report(command=command, output=OutputReport(path=str(output) if output else ""))
     request = BuildRequest(
         algorithm=algorithm,
@@ -80,6 +82,12 @@ def run_build(
         dry_run=dry_run,
     )
     run(out, report, lambda progress: convert(request, report, progress), lambda: _show(out, report))
+
+
+def uncalibrated_line(base: Path | None, *, fetching_bytes: int | None) -> str:
+    """What is said first where the base itself is quantized; ``fetching_bytes`` where it has to be fetched."""
+    fetching = "" if fetching_bytes is None else f", fetching {fetching_bytes / 1e9:.1f} GB"
+    return f"no --export: quantizing {base}, uncalibrated{fetching}"
 
 
 def _shard_bytes(text: str) -> int:
