@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
 from modelopt_convert.formats import FORMATS, FP8
 from modelopt_convert.plan import BuildPlan
 from modelopt_convert.preset import Algorithm, ChosenPreset
-from modelopt_convert.report import ProofReport
+from modelopt_convert.report import QUANTIZED_HERE, ProofReport
 
 
 def load_command(prefix: str, base: str, components: Sequence[str], flag: str = "--transformer-path") -> str:
@@ -50,11 +51,18 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
     title = chosen.loaded.preset.title if chosen else str(plan.config.get("_class_name", "transformer"))
     packed, total = len(plan.packed), len(plan.modules)
     proven = ", ".join(f"{count} {verdict}" for verdict, count in sorted(proof.counts.items()))
+    here = proof.status == QUANTIZED_HERE
     how = [
         f"{producer} quantized {total} modules; `mopt {command}` kept their bytes and put {total - packed} of them",
         "back to BF16, as below.",
     ]
-    if proof.status == "not proven":
+    if here:
+        how = [
+            f"`mopt {command}` quantized {packed} modules from the base itself, and kept {total - packed} in BF16.",
+            "Weights: by max calibration. Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
+            "**NOT calibrated**: no activations were looked at.",
+        ]
+    elif proof.status == "not proven":
         how += ["**Not proven**: no base was given to compare the weights with."]
     else:
         how += ["Before publishing, rows of every packed weight were proven against the", f"base: {proven}."]
@@ -73,7 +81,7 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
         "",
         *how,
         "",
-        "| kept in BF16 | modules | replaced | why |",
+        f"| kept in BF16 | modules | {'of them Linears' if here else 'replaced'} | why |",
         "|---|---|---|---|",
         *(f"| `{rule.pattern}` | {rule.matched} | {rule.replaced} | {rule.kind} |" for rule in plan.rules),
         "",
@@ -81,19 +89,20 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
         "`mopt.json` lists the digest of every tensor.",
         "",
     ]
-    limits = chosen.limits(target.algorithm) if chosen else []
+    limits = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
     if limits:
         body += ["## Known limits", "", *(f"- {limit}" for limit in limits), ""]
     return "\n".join(_head(target.algorithm, chosen) + body)
 
 
-def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, command: str) -> str:
+def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, command: str, calibration: str | None) -> str:
     """Text of the card above several transformers of one model.
 
     Args:
         components: Their folders.
         chosen: The preset they were built with, if any.
         command: Of mopt.
+        calibration: ``none`` where mopt quantized the base itself.
     """
     algorithm: Algorithm = "fp8" if command == "convert-fp8" else "nvfp4"
     title = chosen.loaded.preset.title if chosen else "Transformers"
@@ -104,7 +113,8 @@ def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, comman
         "Text encoders, VAE and scheduler come from the base model.",
         "",
         *_load_section(chosen, components),
-        "Each folder's README.md says what is quantized in it and how it was proven.",
+        *(["**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."] * bool(calibration)),
+        "Each folder's README.md says what is quantized in it and how.",
         "",
     ]
     return "\n".join(_head(algorithm, chosen) + body)

@@ -5,7 +5,7 @@ from pathlib import Path
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.fp8 import find_fp8_modules
 from modelopt_convert.dialects.modelopt import check_quant_config
-from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs, find_nvfp4_modules
 from modelopt_convert.engines.sglang import believe, ignored_by, misread
 from modelopt_convert.errors import InputError
 from modelopt_convert.formats import FP8
@@ -37,7 +37,8 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         if plan.format is FP8:
             modules = find_fp8_modules(reader.tensors, {}, (), path=str(folder))
         else:
-            modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder))
+            dynamic = declares_dynamic_inputs(plan.config)
+            modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder), dynamic_inputs=dynamic)
         faults += [module.fault.message for module in modules.values() if module.fault is not None]
         if sorted(modules) != sorted(plan.packed):
             faults.append("the packed modules are not the planned ones")
@@ -87,7 +88,6 @@ def _config_faults(reader: CheckpointReader, plan: BuildPlan, packed: set[str], 
         linear = name.endswith(".weight") and len(info.shape) >= 2
         if linear and module not in packed and module not in ignore:
             faults.append(f"`ignore` does not list {module}, which is not packed")
-    faults += [
-        f"{key} is {config.get(key)!r}" for key, value in plan.format.declared.items() if config.get(key) != value
-    ]
+    planned = {**plan.config["quantization_config"], **plan.format.declared}
+    faults += [f"{key} is {config.get(key)!r}" for key, value in planned.items() if config.get(key) != value]
     return faults

@@ -17,12 +17,12 @@ class Component:
 
     Attributes:
         name: One of ``COMPONENTS``, or None where the export's folder is called otherwise.
-        export: Its folder in the export.
+        export: Its folder in the export, if there is an export.
         base: Its folder in the base, if there is a base.
     """
 
     name: str | None
-    export: Location
+    export: Location | None
     base: Location | None
 
 
@@ -47,27 +47,22 @@ def resolve_component(path: Location, *, what: str) -> Location:
     )
 
 
-def resolve_components(export: Location, base: Location | None, wanted: Sequence[str]) -> list[Component]:
-    """The transformers to build: those wanted, or every one that the export quantized.
+def resolve_components(export: Location | None, base: Location | None, wanted: Sequence[str]) -> list[Component]:
+    """The transformers to build: those wanted, or every one that the export quantized; without an export, the base's.
 
     Args:
-        export: A component folder, or a pipeline folder.
+        export: A component folder, or a pipeline folder; None where the base itself is quantized.
         base: Likewise, or None.
         wanted: Names from ``COMPONENTS``; empty for all.
 
     Raises:
         InputError: ``input.missing`` or ``input.ambiguous``.
     """
-    found = _found(export, what="export")
-    missing = sorted(set(wanted) - {one.name for one in found})
-    if missing:
-        raise InputError(
-            f"export {export}: expected {missing[0]}, found {', '.join(one.name for one in found)}",
-            code="input.missing",
-            path=str(export),
-            hint="--component names a transformer folder of the export's pipeline",
-        )
-    chosen = [one for one in found if not wanted or one.name in wanted]
+    if export is None:
+        assert base is not None  # the command requires one of both
+        chosen = _wanted(base, wanted, what="base")
+        return [Component(one.name if one.name in COMPONENTS else None, None, one) for one in chosen]
+    chosen = _wanted(export, wanted, what="export")
     if not wanted and len(chosen) > 1:
         # With none of them quantized the first is opened, and refused for that.
         chosen = [one for one in chosen if _is_quantized(one)] or chosen[:1]
@@ -76,6 +71,20 @@ def resolve_components(export: Location, base: Location | None, wanted: Sequence
         Component(name, one, _base_of(base, name, several=len(chosen) > 1) if base is not None else None)
         for name, one in zip(names, chosen, strict=True)
     ]
+
+
+def _wanted(path: Location, wanted: Sequence[str], *, what: str) -> list[Location]:
+    """The transformer folders of a pipeline that are wanted, or all."""
+    found = _found(path, what=what)
+    missing = sorted(set(wanted) - {one.name for one in found})
+    if missing:
+        raise InputError(
+            f"{what} {path}: expected {missing[0]}, found {', '.join(one.name for one in found)}",
+            code="input.missing",
+            path=str(path),
+            hint=f"--component names a transformer folder of the {what}'s pipeline",
+        )
+    return [one for one in found if not wanted or one.name in wanted]
 
 
 def transformers_of(source: Location, base: Location | None) -> list[tuple[str, Location, Location | None]]:

@@ -6,7 +6,7 @@ The only place where a plan meets the disk. torch is imported on the way, not at
 import shutil
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,18 +14,21 @@ from modelopt_convert.accounting import SMALL_FILES_BYTES, peak_rss_bytes, publi
 from modelopt_convert.check import check_structure, refuse_misread
 from modelopt_convert.components import COMPONENTS, resolve_components
 from modelopt_convert.errors import CheckFailedError, InputError
+from modelopt_convert.fetching import note_fetch
 from modelopt_convert.formats import FORMATS, FP8
+from modelopt_convert.hub.location import PREFIX
 from modelopt_convert.manifest import pipeline_files, small_files
 from modelopt_convert.opening import Opened, open_all
 from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.pickle_source import resolve_checkpoint
 from modelopt_convert.plan import BuildPlan, Keeps
 from modelopt_convert.plan_mixed import plan_mixed
+from modelopt_convert.plan_quantize import plan_quantized, preset_required
 from modelopt_convert.preset import Algorithm, ChosenPreset, choose_preset, known_broken, load_preset
 from modelopt_convert.proving import run_proof
-from modelopt_convert.reads import proof_readings, step_readings
+from modelopt_convert.quantizing import note_uncalibrated, run_measure, uncalibrated_line
 from modelopt_convert.report import ClippedReport, ProofReport, Report, RuleReport
-from modelopt_convert.sources import Location, local_path
+from modelopt_convert.sources import Location, local_path, parse_location
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Layouts, Progress, Streamed, stream
 
@@ -36,7 +39,7 @@ class BuildRequest:
 
     Attributes:
         algorithm: Which of the two.
-        export: The ModelOpt export: transformer folder or pipeline folder.
+        export: The ModelOpt export: transformer folder or pipeline folder; None to quantize the base, only for NVFP4.
         base: The unquantized base, likewise; None only for FP8.
         checkpoint: The ``.pt`` with amax values, or its folder; FP8 only.
         components: Which transformers of a pipeline; none for every one that the export quantized.
@@ -49,10 +52,11 @@ class BuildRequest:
         allow_known_broken: Build also what an engine is known not to load right.
         verify: The closing step: ``auto`` with the GPU if there is one, ``cpu`` without, ``off`` not at all.
         dry_run: Plan only.
+        download: Fetch files of the Hub whole, into its cache.
     """
 
     algorithm: Algorithm
-    export: Location
+    export: Location | None
     base: Location | None
     checkpoint: Location | None
     components: tuple[str, ...]
@@ -65,6 +69,7 @@ class BuildRequest:
     allow_known_broken: bool
     verify: Literal["auto", "cpu", "off"]
     dry_run: bool
+    download: bool
 
 
 def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
@@ -74,9 +79,14 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         MoptError: One of its kinds; nothing was published unless a StorageError says so.
     """
     chosen: ChosenPreset | None = None
+    if request.export is None:
+        if request.preset == "none":
+            raise preset_required()
+        note_uncalibrated(report)
     if request.preset not in (None, "none"):
         chosen = ChosenPreset(loaded=load_preset(request.preset), also=[])
         _note_preset(report, chosen, request.algorithm)
+        request = _with_base(request, chosen, report)
     components = resolve_components(request.export, request.base, request.components)
     found = [path for one in components for path in (one.export, one.base)]
     inputs = tuple(path for path in map(local_path, (request.export, request.base, *found)) if path is not None)
@@ -97,16 +107,23 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                 plans.append(_plan(request, part, chosen))
             _note_plan(report, part, plans[-1])
             _refuse_known_broken(request, part, chosen, report)
-            refuse_misread(plans[-1], str(part.export.path))
+            refuse_misread(plans[-1], str(part.model.path))
         report.free_bytes = shutil.disk_usage(output.parent).free
         for part, plan in zip(parts, plans, strict=True):
-            _note_fetch(report, part, plan)
+            note_fetch(report, part, plan, whole=request.download)
+        if request.export is None:
+            progress.announce(uncalibrated_line(request.base, parts, report))
         if request.dry_run:
             report.status = "planned"
             return
         proofs: list[ProofReport] = []
         layouts: list[Layouts] = []
         for number, part in enumerate(parts):
+            if part.export is None:
+                plans[number], found_proof = run_measure(part, plans[number], request.max_error, report, progress)
+                proofs.append(found_proof)
+                layouts.append(Layouts(frozenset(), frozenset()))
+                continue
             proof, found_proof = run_proof(part, plans[number], request.max_error, report, progress)
             proofs.append(found_proof)
             layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
@@ -143,6 +160,15 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
     report.peak_rss_bytes = peak_rss_bytes()
 
 
+def _with_base(request: BuildRequest, chosen: ChosenPreset, report: Report) -> BuildRequest:
+    """What NVFP4 cannot do without is, unless given, what the preset was made for."""
+    if request.algorithm != "nvfp4" or request.base is not None:
+        return request
+    base = f"{PREFIX}{chosen.loaded.preset.base_repo}"
+    report.warn("base.default", f"base {base}, which preset {chosen.loaded.preset.name} names")
+    return replace(request, base=parse_location(base, download=request.download and not request.dry_run))
+
+
 def _output_path(request: BuildRequest, chosen: ChosenPreset | None, report: Report) -> Path:
     output = request.output
     if output is None:
@@ -155,7 +181,7 @@ def _output_path(request: BuildRequest, chosen: ChosenPreset | None, report: Rep
 
 
 def _choose(part: Opened, report: Report, algorithm: Algorithm) -> ChosenPreset:
-    chosen = choose_preset(part.export.config, algorithm)
+    chosen = choose_preset(part.model.config, algorithm)
     _note_preset(report, chosen, algorithm)
     also = f"; {', '.join(chosen.also)} would give the same" if chosen.also else ""
     report.warn("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by config.json{also}")
@@ -164,15 +190,15 @@ def _choose(part: Opened, report: Report, algorithm: Algorithm) -> ChosenPreset:
 
 def _refuse_known_broken(request: BuildRequest, part: Opened, chosen: ChosenPreset | None, report: Report) -> None:
     """Refuse, without consent, what some engine is known not to load right, whoever wrote the preset."""
-    broken = known_broken(part.export.config, request.algorithm)
+    broken = known_broken(part.model.config, request.algorithm)
     if chosen is not None:
         broken |= chosen.loaded.preset.rules(request.algorithm).known_broken
     for engine, why in broken.items():
         if not request.allow_known_broken:
             raise InputError(
-                f"{part.export.path}: {engine} cannot use what would be built: {why}",
+                f"{part.model.path}: {engine} cannot use what would be built: {why}",
                 code="preset.known_broken",
-                path=str(part.export.path),
+                path=str(part.model.path),
                 hint="--allow-known-broken builds it all the same, for other engines or versions",
             )
         report.warn("preset.known_broken", f"{engine}: {why}")
@@ -181,6 +207,8 @@ def _refuse_known_broken(request: BuildRequest, part: Opened, chosen: ChosenPres
 def _plan(request: BuildRequest, part: Opened, chosen: ChosenPreset | None) -> BuildPlan:
     preset = chosen.loaded.preset if chosen else None
     keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, request.keep_bf16)
+    if part.export is None:
+        return plan_quantized(part.model, keeps, max_shard_size=request.max_shard_size)
     return plan_mixed(
         FORMATS[request.algorithm],
         part.export,
@@ -239,18 +267,12 @@ def _note_plan(report: Report, part: Opened, plan: BuildPlan) -> None:
         report.warn(code, message)
 
 
-def _note_fetch(report: Report, part: Opened, plan: BuildPlan) -> None:
-    """How much is still to be fetched from the Hub."""
-    for role, reader in part.readers.items():
-        if noted := report.network.get(f"{part.prefix}{role}"):
-            proof = proof_readings(plan, role, reader.tensors)
-            noted.to_fetch_bytes = reader.unfetched([*proof, *step_readings(plan.steps, role, reader.tensors)])
-
-
 def _note_fates(report: Report, part: Opened, plan: BuildPlan) -> None:
     """The fate of every tensor of every input, under its own name."""
     ledger = {role: dict(fates) for role, fates in plan.ledger.items()}
-    ledger["export"] = {part.original.get(name, name): fate for name, fate in ledger["export"].items()} | part.left_out
+    if "export" in ledger:
+        renamed = {part.original.get(name, name): fate for name, fate in ledger["export"].items()}
+        ledger["export"] = renamed | part.left_out
     if part.amax_names:
         ledger["checkpoint"] = {key: _amax_fate(scale, plan) for key, scale in part.amax_names.items()}
     for role, fates in ledger.items():

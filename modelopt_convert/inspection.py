@@ -295,6 +295,7 @@ class _Inspection:
                 "scale_layout": self._belief.scale_layout,
                 "group_size": self._belief.group_size,
                 "packed_modules": len(self._belief.modules),
+                "input_scales": self._belief.input_scales,
             },
             because=list(self._belief.because),
             misreads=faults,

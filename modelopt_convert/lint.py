@@ -10,9 +10,9 @@ from torch import Tensor
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.modelopt import SCALE_ROLES
-from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs
 from modelopt_convert.dtypes import HALF_AND_FLOAT
-from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
 from modelopt_convert.header import TensorInfo
 from modelopt_convert.inspect_report import LintReport
 from modelopt_convert.patterns import PatternMatcher, module_of
@@ -90,7 +90,15 @@ class Linter:
         """Begin with what was found while modules were made out."""
         self._reader = reader
         self._packed = packed
+        self._dynamic = declares_dynamic_inputs(reader.config)
         self.found = found
+        # All modules have an input_scale, or none.
+        calibrated = [name for name, one in packed.items() if "input_scale" in one.others]
+        if self._dynamic and 0 < len(calibrated) < len(packed):
+            message = "has an input_scale, though config.json declares dynamic_input_scale, as others need it"
+            self.found += [LintReport(code="input_scale.mixed", message=message, module=name) for name in calibrated]
+        elif self._dynamic and packed and not calibrated:
+            self.found.append(LintReport(code="input_scale.dynamic", message=DYNAMIC_INPUTS, module=None))
 
     def global_scale(self, packed: Packed) -> float | None:
         """``weight_scale_2``, if it is there and of the right kind."""
@@ -123,6 +131,8 @@ class Linter:
         """Missing or unusable scales, padded shapes, a module spread over files."""
         for role in SCALE_ROLES[1:]:
             info = packed.others.get(role)
+            if info is None and role == "input_scale" and self._dynamic:
+                continue
             if info is None:
                 code = "input_scale.missing" if role == "input_scale" else "global_scale.missing"
                 self.found.append(LintReport(code=code, message=f"no {role}; SGLang puts 1.0", module=packed.name))

@@ -48,6 +48,7 @@ def small_files(
             "modules": {name: _stable(one) for name, one in proof.modules.items()},
         },
         "dequantized": list(plan.dequantized),
+        **({"calibration": report.calibration} if report.calibration is not None else {}),
         "digests": {
             "algorithm": "xxh3-128",
             "tensors": dict(sorted(digests.items())),
@@ -71,7 +72,7 @@ def pipeline_files(parts: Mapping[str, bytes], chosen: ChosenPreset | None, repo
         report: Of the run.
     """
     components = list(parts)
-    files = {"README.md": pipeline_card(components, chosen, report.command).encode()}
+    files = {"README.md": pipeline_card(components, chosen, report.command, report.calibration).encode()}
     manifest = _head(report, chosen) | {
         "components": components,
         "parts": {name: xxhash.xxh3_128_hexdigest(data) for name, data in parts.items()},

@@ -27,7 +27,7 @@ class Opened:
         component: Which it is.
         prefix: Of its names in the report and of its folder in OUT: ``transformer/`` where several are built, else
             empty.
-        export: The opened export.
+        export: The opened export, or None where the base itself is quantized.
         base: The opened base, or None.
         original: For an export in another naming: the export's own name of each tensor, by the new one.
         left_out: Tensors of the export that are not part of the transformer, with their fate.
@@ -37,7 +37,7 @@ class Opened:
 
     component: Component
     prefix: str
-    export: CheckpointReader
+    export: CheckpointReader | None
     base: CheckpointReader | None
     original: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -47,8 +47,13 @@ class Opened:
     @property
     def readers(self) -> dict[Origin, CheckpointReader]:
         """The opened checkpoints by role."""
-        found: dict[Origin, CheckpointReader] = {"export": self.export}
-        return found | ({"base": self.base} if self.base is not None else {})
+        found: dict[Origin, CheckpointReader | None] = {"export": self.export, "base": self.base}
+        return {role: reader for role, reader in found.items() if reader is not None}
+
+    @property
+    def model(self) -> CheckpointReader:
+        """What says which model it is: the export, or the base where there is none."""
+        return next(iter(self.readers.values()))
 
 
 def open_all(
@@ -71,15 +76,15 @@ def open_all(
 
 def _open(component: Component, prefix: str, checkpoint: Location | None, stack: ExitStack, report: Report) -> Opened:
     with timed(report, "open"):
-        export = stack.enter_context(CheckpointReader(component.export))
+        export = stack.enter_context(CheckpointReader(component.export)) if component.export is not None else None
         base = stack.enter_context(CheckpointReader(component.base)) if component.base is not None else None
     opened = Opened(component, prefix, export, base)
     for role, reader in opened.readers.items():
         note_input(report, f"{prefix}{role}", reader)
         stack.enter_context(traffic_noted(report, f"{prefix}{role}", reader))
     name_of: Callable[[str], str | None] = str
-    if export.config.get("_class_name") == ltx2.CLASS_NAME:
-        _name_as_diffusers(opened, report)
+    if export is not None and export.config.get("_class_name") == ltx2.CLASS_NAME:
+        _name_as_diffusers(opened, export, report)
         name_of = ltx2.diffusers_name
     if checkpoint is not None:
         from modelopt_convert.pickle_source import read_amax, resolve_checkpoint
@@ -90,9 +95,9 @@ def _open(component: Component, prefix: str, checkpoint: Location | None, stack:
     return opened
 
 
-def _name_as_diffusers(opened: Opened, report: Report) -> None:
+def _name_as_diffusers(opened: Opened, export: CheckpointReader, report: Report) -> None:
     """Go on with an X0Model under diffusers' names, and with the config of the base: it has none of its own."""
-    export, base = opened.export, opened.base
+    base = opened.base
     where = str(export.path / "config.json")
     if base is None:
         raise InputError(

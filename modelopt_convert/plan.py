@@ -31,6 +31,8 @@ Op = Literal[
     "swizzle_scales",
     "quantize_fp8",
     "dequantize_fp8",
+    "quantize_nvfp4",
+    "block_scales",
     "write_scale",
 ]
 Origin = Literal["export", "base"]
@@ -63,8 +65,9 @@ class Step:
         op: ``copy`` moves bytes untouched, ``copy_e4m3`` too but refuses NaN codes; ``cast_bf16`` rounds F32 or F16 to
             BF16; ``repack`` brings packed codes and ``reorder_scales`` block scales into the canonical layout;
             ``swizzle_scales`` brings scales into the 128x4 order; ``quantize_fp8`` and ``dequantize_fp8`` go between
-            a weight and its E4M3 codes; ``write_scale`` writes ``value``.
-        value: The scale of the last three, where it does not lie beside the weight.
+            a weight and its E4M3 codes; ``quantize_nvfp4`` makes E2M1 codes of a weight, and ``block_scales`` are those
+            that come with them; ``write_scale`` writes ``value``.
+        value: The scale of the weight, where it does not lie beside it.
     """
 
     output: TensorSpec
@@ -126,9 +129,10 @@ class BuildPlan:
         steps: One per output tensor, by name.
         shards: The output files.
         config: The output's config.json.
-        modules: Quantized modules of the export, by name.
-        replaced: Packed modules that become BF16, with the pattern that says so.
+        modules: Quantized modules of the export, by name; without one, the modules of the base that could be.
+        replaced: Those of them that become, or stay, BF16, with the pattern that says so.
         fused: Groups of packed modules that the runtime may fuse.
+        shared: Groups of packed modules to be quantized here with one global scale.
         rules: What each pattern did.
         ledger: For each input, every tensor's fate in a few words.
         dequantized: Quantized modules that become BF16 by way of their scale, since there is no base.
@@ -150,6 +154,7 @@ class BuildPlan:
     must_equal: tuple[str, ...]
     may_differ: tuple[str, ...]
     warnings: tuple[tuple[str, str], ...] = field(default=())
+    shared: tuple[tuple[str, ...], ...] = field(default=())
 
     @property
     def total_bytes(self) -> int:
@@ -183,6 +188,18 @@ class BuildPlan:
                 fates[scale.name] = "kept: 128x4 to row-major" if module.name in swizzled else "kept: padding cut"
         return replace(self, steps=steps, ledger={**self.ledger, "export": fates})
 
+    def with_scales(self, scales: Mapping[str, float]) -> "BuildPlan":
+        """The plan once the base was measured.
+
+        Args:
+            scales: ``weight_scale_2`` of every packed module.
+        """
+        steps = dict(self.steps)
+        for module, scale in scales.items():
+            for role in ("weight", "weight_scale_2"):
+                steps[f"{module}.{role}"] = replace(steps[f"{module}.{role}"], value=scale)
+        return replace(self, steps=steps)
+
     def index(self) -> dict[str, Any] | None:
         """The index of a sharded output, as diffusers writes it; None for a single file."""
         if len(self.shards) == 1:
@@ -193,8 +210,10 @@ class BuildPlan:
     def peak_bytes(self) -> int:
         """Working memory beyond start-up: chunks in flight, or the proof of the largest module."""
         proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
-        computed = any(step.op in ("quantize_fp8", "dequantize_fp8") for step in self.steps.values())
-        return max((8 if computed else 3) * CHUNK_BYTES, proof)
+        computed = any(step.op in ("quantize_fp8", "dequantize_fp8", "quantize_nvfp4") for step in self.steps.values())
+        # The block scales of one weight wait for the last of its codes.
+        waiting = max((step.output.num_bytes for step in self.steps.values() if step.op == "block_scales"), default=0)
+        return max((8 if computed else 3) * CHUNK_BYTES + waiting, proof + 2 * waiting)
 
 
 def _proof_bytes(module: PackedModule) -> int:

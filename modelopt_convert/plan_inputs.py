@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from modelopt_convert.dialects.modelopt import PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.dialects.modelopt import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.patterns import module_of
@@ -17,11 +17,11 @@ def model_tensors(export: Source) -> set[str]:
     return {name for name in export.tensors if not is_quantizer_state(name) and not is_layout_marker(name)}
 
 
-def check_configs(export: Source, base: Source) -> None:
-    """Require a base that is not quantized and has the export's config.
+def check_config_unquantized(base: Source) -> None:
+    """Require a config.json that declares no quantization.
 
     Raises:
-        InputError: ``base.quantized`` or ``base.config``.
+        InputError: ``base.quantized``.
     """
     path = str(base.path / "config.json")
     if base.config.get("quantization_config") is not None:
@@ -31,6 +31,42 @@ def check_configs(export: Source, base: Source) -> None:
             path=path,
             hint="give the original model as --base, and the ModelOpt export as --export",
         )
+
+
+def check_unquantized(base: Source) -> None:
+    """Require, where there is no export to compare with, that nothing of a base is quantized or belongs to a quantizer.
+
+    Raises:
+        InputError: ``base.quantized`` or ``base.dtype``.
+    """
+    check_config_unquantized(base)
+    for name, info in base.tensors.items():
+        where = f"{base.path}/{info.file}"
+        if name.rpartition(".")[2] in SCALE_ROLES or is_quantizer_state(name) or is_layout_marker(name):
+            raise InputError(
+                f"{where}: tensor {name!r}: expected an unquantized base, found a quantizer's tensor",
+                code="base.quantized",
+                path=where,
+                hint="give the original model as --base, and a ModelOpt export as --export",
+            )
+        is_weight = name.endswith(".weight")
+        if info.dtype not in (HALF_AND_FLOAT if is_weight else HALF_AND_FLOAT | _INTEGER_DTYPES):
+            raise InputError(
+                f"{where}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                code="base.dtype",
+                path=where,
+                hint="give an unquantized base",
+            )
+
+
+def check_configs(export: Source, base: Source) -> None:
+    """Require a base that is not quantized and has the export's config.
+
+    Raises:
+        InputError: ``base.quantized`` or ``base.config``.
+    """
+    path = str(base.path / "config.json")
+    check_config_unquantized(base)
     for key in ("_class_name", *sorted(export.config.keys() & base.config.keys())):
         # Keys with an underscore say who wrote the file, not what the model is.
         if key.startswith("_") and key != "_class_name":

@@ -1,9 +1,11 @@
 """What stays in BF16: patterns, fused groups and F32 tensors, matched against a model's modules. Pure, no torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from modelopt_convert.dialects.modelopt import PackedModule
+from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
+from modelopt_convert.header import TensorInfo
 from modelopt_convert.patterns import PatternMatcher, check_pattern, module_of
 from modelopt_convert.plan import Keeps, RuleCount, Source, Step, natural_key
 from modelopt_convert.preset import Preset
@@ -51,24 +53,35 @@ def fused_groups(
     """
     groups: list[tuple[str, ...]] = []
     linears = {module_of(name) for name in export.tensors if name.endswith(".weight")}
-    for group in preset.fused if preset else []:
-        ends = tuple(f".{leaf}" for leaf in group)
-        parents = {name.removesuffix(end) for name in linears for end in ends if name.endswith(end)}
-        for parent in sorted(parents, key=natural_key):
-            members = [f"{parent}.{leaf}" for leaf in group if f"{parent}.{leaf}" in linears]
-            packed = tuple(member for member in members if member in modules and member not in replaced)
-            if packed and len(packed) < len(members):
-                rest = ", ".join(member for member in members if member not in packed)
-                raise InputError(
-                    f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
-                    code="preset.fused_group",
-                    path=str(export.path),
-                    hint="keep the whole group or none of it: " + " ".join(f"--keep-bf16 '{one}'" for one in members),
-                )
-            if packed:
-                groups.append(packed)
+    for members in siblings(preset.fused if preset else [], linears):
+        packed = tuple(member for member in members if member in modules and member not in replaced)
+        if packed and len(packed) < len(members):
+            rest = ", ".join(member for member in members if member not in packed)
+            raise InputError(
+                f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
+                code="preset.fused_group",
+                path=str(export.path),
+                hint="keep the whole group or none of it: " + " ".join(f"--keep-bf16 '{one}'" for one in members),
+            )
+        if packed:
+            groups.append(packed)
     # A group within a larger one says nothing of its own.
     return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
+
+
+def siblings(groups: Sequence[Sequence[str]], modules: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """For each group of names, and each parent that has some of them, the modules of that name."""
+    for group in groups:
+        ends = tuple(f".{leaf}" for leaf in group)
+        parents = {name.removesuffix(end) for name in modules for end in ends if name.endswith(end)}
+        for parent in sorted(parents, key=natural_key):
+            yield tuple(f"{parent}.{leaf}" for leaf in group if f"{parent}.{leaf}" in modules)
+
+
+def plain_dtype(info: TensorInfo, fp32: Collection[str]) -> str:
+    """The dtype in which a tensor that is not quantized is written; ``fp32`` names those that keep F32."""
+    as_is = info.dtype not in HALF_AND_FLOAT or info.dtype == "BF16" or info.name in fp32
+    return info.dtype if as_is else "BF16"
 
 
 def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) -> frozenset[str]:

@@ -17,7 +17,7 @@ from modelopt_convert.header import TensorInfo, TensorSpec
 from modelopt_convert.patterns import PatternMatcher, module_of
 from modelopt_convert.plan import BuildPlan, Keeps, Op, Source, Step, natural_key, split_into_shards
 from modelopt_convert.plan_inputs import check_base, check_configs, check_plain, check_preset, model_tensors
-from modelopt_convert.plan_keeps import apply_patterns, count_rules, fused_groups, keep_fp32
+from modelopt_convert.plan_keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
 from modelopt_convert.plan_names import ignore_list, merged_modules
 
 # Of an export's quantization_config these mean what they say in the output too; the rest is rebuilt or left out.
@@ -116,7 +116,7 @@ def _find_modules(
         modules = find_fp8_modules(export.tensors, calibration, ignore, path=path)
     else:
         true_shapes = {name: info.shape for name, info in base.tensors.items()} if base else {}
-        modules = find_nvfp4_modules(export.tensors, true_shapes, path=path)
+        modules = find_nvfp4_modules(export.tensors, true_shapes, path=path, dynamic_inputs=False)
     if not modules:
         older = "; an export of ModelOpt before 0.42 needs --checkpoint with its .pt" if target is FP8 else ""
         raise InputError(
@@ -193,7 +193,7 @@ class _Build:
             self.must_equal.append(name)
             return
         info = self._export.tensors[name]
-        dtype = self._plain_dtype(info)
+        dtype = plain_dtype(info, self._keep_fp32)
         self._put(name, dtype, info.shape, "copy" if dtype == info.dtype else "cast_bf16")
         self.export_fates[name] = f"kept: {fate}" + ("" if dtype == info.dtype else f", {info.dtype} to {dtype}")
 
@@ -242,13 +242,9 @@ class _Build:
         else:
             self._plain(info.name, "kept in BF16")
 
-    def _plain_dtype(self, info: TensorInfo) -> str:
-        as_is = info.dtype not in HALF_AND_FLOAT or info.dtype == "BF16" or info.name in self._keep_fp32
-        return info.dtype if as_is else "BF16"
-
     def _from_base(self, base: Mapping[str, TensorInfo], name: str, fate: str) -> None:
         info = base[name]
-        dtype = self._plain_dtype(info)
+        dtype = plain_dtype(info, self._keep_fp32)
         as_is = dtype == info.dtype
         self.steps[name] = Step(TensorSpec(name, dtype, info.shape), "base", "copy" if as_is else "cast_bf16")
         exported = self._export.tensors[name].dtype

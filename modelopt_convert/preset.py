@@ -58,6 +58,11 @@ class Preset(_Strict):
     )
     load_flag: str = Field(description="SGLang's flag that loads the result")
     fused: list[list[str]] = Field(description="names under one parent that the runtime may fuse; dots allowed")
+    shared_scale: list[list[str]] | None = Field(
+        default=None,
+        description="names under one parent to which ModelOpt's export gives one global scale; dots allowed; needed to "
+        "build NVFP4 without an export",
+    )
     keep_fp32: list[str] = Field(description="globs over tensor names that stay in F32 where the base holds F32")
     config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
     runtime_names: dict[str, list[str]] = Field(
@@ -302,7 +307,8 @@ def known_broken(config: Mapping[str, Any], algorithm: Algorithm) -> dict[str, s
 
 def _rule_key(preset: Preset, algorithm: Algorithm) -> str:
     rules = preset.rules(algorithm)
-    return repr((rules.structural, rules.quality, preset.keep_fp32, preset.fused, preset.runtime_names))
+    shared = (preset.keep_fp32, preset.fused, preset.shared_scale, preset.runtime_names)
+    return repr((rules.structural, rules.quality, *shared))
 
 
 def _folder() -> Path:

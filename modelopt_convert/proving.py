@@ -28,13 +28,13 @@ def run_proof(
     """
     from modelopt_convert.prove import proof_bytes, prove
 
+    export = opened.export
+    assert export is not None  # what is proven
     progress.begin(f"prove {opened.prefix}".rstrip("/ "), proof_bytes(plan))
     for role, reader in opened.readers.items():
         reader.prefetch(proof_readings(plan, role, reader.tensors))
     with timed(report, "prove"):
-        proof = prove(
-            opened.export, opened.base, plan, opened.calibration, max_error=max_error, advance=progress.advance
-        )
+        proof = prove(export, opened.base, plan, opened.calibration, max_error=max_error, advance=progress.advance)
     modules = {name: _module_report(one) for name, one in proof.modules.items()}
     if opened.base is not None:
         modules |= {
@@ -57,11 +57,11 @@ def run_proof(
         failing = proof.failing()
         first = modules[failing[0]]
         raise CheckFailedError(
-            f"{opened.export.path}: {len(failing)} of {len(modules)} packed modules are not the base's: "
+            f"{export.path}: {len(failing)} of {len(modules)} packed modules are not the base's: "
             f"{', '.join(failing[:10])} (relative error {first.relative_error:.3f}, gain {first.gain:.3f}, "
             f"worst row {first.worst_row:.3f}, worst column {first.worst_column:.3f})",
             code="check.proof",
-            path=str(opened.export.path),
+            path=str(export.path),
             hint="the export is damaged, was changed after quantization, or was made with --compress (which rounds "
             "scales twice); export again. Nothing was written",
         )

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modelopt_convert.verify_report import VerifyReport
 
+QUANTIZED_HERE: Literal["quantized here"] = "quantized here"
 Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error", "interrupted"]
 
 
@@ -86,10 +87,13 @@ class ClippedReport(_Model):
 
 
 class ProofReport(_Model):
-    """The proof of the input against the base; ``not proven`` where there is none."""
+    """The proof of the input against the base.
+
+    ``not proven`` where there is no base, ``quantized here`` where there was no export to prove.
+    """
 
     method: str
-    status: Literal["pass", "fail", "not proven"]
+    status: Literal["pass", "fail", "not proven", "quantized here"]
     max_error: float
     counts: dict[str, int]
     fused_scales_differ: dict[str, float]
@@ -126,6 +130,9 @@ class Report(_Model):
         default_factory=dict, description="for each input, the fate of every tensor"
     )
     proof: ProofReport | None = None
+    calibration: Literal["none"] | None = Field(
+        default=None, description="none: mopt quantized the base itself; null: the export's, as it was calibrated"
+    )
     clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
     dequantized: list[str] = Field(
         default_factory=list, description="modules kept in BF16 by way of their scale, for want of a base"

@@ -32,6 +32,9 @@ class Progress(Protocol):
     def advance(self, num_bytes: int) -> None:
         """So many more bytes are done."""
 
+    def announce(self, text: str) -> None:
+        """One line that is to be read before the work."""
+
     def detail(self, text: str) -> None:
         """One line for those who asked for more."""
 
@@ -68,9 +71,11 @@ class Streamed:
     Attributes:
         digests: xxh3-128 of each tensor by name.
         clipped: What a scale was too small for, by module; only where there was any.
+        block_scales: Of the weight whose codes were written last, in pieces, until they are written.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
+    block_scales: list[memoryview] = field(default_factory=list)
     clipped: dict[str, "Clipped"] = field(default_factory=dict)
 
     def note_clipped(self, module: str, found: "Clipped") -> None:
@@ -98,8 +103,15 @@ def stream(
         with stage.shard(file, shard.tensors, shard.metadata) as writer:
             for spec in writer.layout:
                 step = plan.steps[spec.name]
+                if step.op == "block_scales":
+                    continue  # they come with the codes
                 progress.detail(f"{file}: {spec.name}: {step.op} from {step.origin}")
                 writer.write(spec.name, _chunks(step, readers[step.origin], layouts, progress, done))
+                if step.op == "quantize_nvfp4":
+                    scales = f"{module_of(spec.name)}.weight_scale"
+                    writer.write(scales, done.block_scales)
+                    done.block_scales.clear()
+                    progress.advance(plan.steps[scales].output.num_bytes)
         stage.finish_shard(writer)
         done.digests |= writer.digests
     return done
@@ -147,6 +159,14 @@ def _produce(
             scale = _scale_of(step, reader)
             for chunk in reader.chunks(source.name, _COMPUTED_BYTES):
                 yield raw.dequantize_chunk(raw.check_e4m3(chunk), scale)
+        elif step.op == "quantize_nvfp4":
+            assert step.value is not None  # measured by now
+            columns = source.shape[1]
+            row_bytes = source.num_bytes // source.shape[0]
+            for chunk in reader.chunks(source.name, max(1, _COMPUTED_BYTES // row_bytes) * row_bytes):
+                codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, step.value)
+                done.block_scales.append(scales)
+                yield codes
         elif step.op == "cast_bf16":
             for chunk in reader.chunks(source.name, CHUNK_BYTES):  # a multiple of every dtype's size
                 yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)

@@ -157,8 +157,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 _F32 = ("wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
 
 
-def tensors_of(preset: str) -> dict[str, tuple[str, list[int]]]:
-    """Every tensor of a preset's model, as diffusers' class has it."""
+def model_of(preset: str) -> Any:
+    """A preset's model as diffusers' class makes it, on the meta device."""
     import diffusers
     import torch
 
@@ -167,7 +167,12 @@ def tensors_of(preset: str) -> dict[str, tuple[str, list[int]]]:
     if name == "QwenImageTransformer2DModel":
         config.pop("pooled_projection_dim", None)  # diffusers ignores it now, with a warning
     with torch.device("meta"):
-        model = getattr(diffusers, name)(**config)
+        return getattr(diffusers, name)(**config)
+
+
+def tensors_of(preset: str) -> dict[str, tuple[str, list[int]]]:
+    """Every tensor of a preset's model, as diffusers' class has it."""
+    model = model_of(preset)
     dtype = "F32" if preset in _F32 else "BF16"
     return {name: (dtype, list(tensor.shape)) for name, tensor in model.state_dict().items()}
 

@@ -84,7 +84,7 @@ ALLOWED = {
     "plan": "dialects.modelopt formats header patterns preset sampling sources",
     "verify.request": "sources",
     "accounting": "checkpoint hub.location report staging",
-    "card": "formats plan preset report",
+    "card": "engines.sglang formats plan preset report",
     "check": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 engines.sglang errors formats header "
         "patterns plan shard_writer"
@@ -94,12 +94,13 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes transforms.raw transforms.scales"
     ),
+    "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
-    "plan_keeps": "dialects.modelopt errors patterns plan preset",
+    "plan_keeps": "dialects.modelopt dtypes errors header patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
     "reads": "checkpoint header patterns plan sampling",
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
-    "verify.scan": "checkpoint digests errors plan sources strict_json transforms.raw",
+    "verify.scan": "checkpoint digests errors plan report sources strict_json transforms.raw",
     "verify.verdict": "errors verify.names verify.request verify_report",
     "inspection": (
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
@@ -109,6 +110,10 @@ ALLOWED = {
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
         "plan_keeps plan_names"
+    ),
+    "plan_quantize": (
+        "dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs plan_keeps "
+        "plan_names preset"
     ),
     "prove_fp8": (
         "checkpoint dialects.fp8 dialects.modelopt errors proof proof_fp8 samples sampling transforms.fp8 "
@@ -139,12 +144,14 @@ ALLOWED = {
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
         "verify.selftest verify.subject verify_report"
     ),
+    "fetching": "opening plan reads report",
     "manifest": "accounting card digests opening plan preset report",
     "proving": "accounting errors formats opening plan proof prove reads report stream",
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
-        "prove_nvfp4 samples sampling transforms.raw verify.subject verify_report"
+        "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report"
     ),
+    "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
     "verify.run": (
         "accounting checkpoint closeness components errors layout report sources stream verify.container "
         "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
@@ -156,6 +163,7 @@ ALLOWED = {
     ),
 }
 WITH_TORCH = {
+    "measure",
     "closeness",
     "inspection",
     "layout",

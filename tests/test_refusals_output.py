@@ -294,9 +294,8 @@ GOOD = ("--export", "{export}", "--base", "{base}", "--output", "{room}/out")
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--base", "{base}", "--output", "{room}/out"), "--export"),
         (("--export", "{export}", "--output", "{room}/out"), "--base"),
-        ((), "--export"),
+        ((), "--base"),
         (("--export", "{export}", "--base", "{base}", "--preset", "none"), "--output"),
         *((((*GOOD, "--max-shard-size", size)), "--max-shard-size") for size in ("abc", "GB", "", "5GX", "+5GB")),
         *((((*GOOD, "--max-shard-size", size)), "--max-shard-size") for size in ("0GB", "-1GB", "nanGB", "infGB")),

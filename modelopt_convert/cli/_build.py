@@ -33,7 +33,7 @@ def run_build(
     algorithm: "Algorithm",
     command: str,
     *,
-    export: str,
+    export: str | None,
     base: str | None,
     checkpoint: str | None,
     component: Sequence[str] | None,
@@ -52,6 +52,8 @@ def run_build(
     """Run the command and exit with its code."""
     if preset == "none" and output is None:
         raise typer.BadParameter("is required with --preset none", param_hint="--output")
+    if algorithm == "nvfp4" and base is None and preset in (None, "none"):
+        raise typer.BadParameter("is required, unless a preset is named that names the base", param_hint="--base")
 
     from modelopt_convert.cli._output import Output, run
     from modelopt_convert.convert import BuildRequest, convert
@@ -64,10 +66,11 @@ def run_build(
         verbose=telling.verbose,
         no_color=telling.no_color,
     )
+    whole = download and not dry_run
     sources = (
-        location(export, "--export", download=download),
-        location(base, "--base", download=download),
-        location(checkpoint, "--checkpoint", download=download),
+        location(export, "--export", download=whole),
+        location(base, "--base", download=whole),
+        location(checkpoint, "--checkpoint", download=whole),
     )
     out.check_report_path(output, *sources)
     report = Report(command=command, output=OutputReport(path=str(output) if output else ""))
@@ -86,6 +89,7 @@ def run_build(
         allow_known_broken=allow_known_broken,
         verify=verify,  # type: ignore[arg-type]
         dry_run=dry_run,
+        download=download,
     )
     run(out, report, lambda progress: convert(request, report, progress), lambda: _show(out, report))
 

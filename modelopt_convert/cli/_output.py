@@ -161,6 +161,11 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[-1], num_bytes)
 
+    def announce(self, text: str) -> None:
+        """One line that is to be read before the work."""
+        if not self._output.quiet:
+            self._output.aside(text)
+
     def detail(self, text: str) -> None:
         """One line for those who asked for more."""
         if self._output.verbose:

@@ -13,11 +13,15 @@ def build_nvfp4(
     preset: options.PresetOption = None,
     export: Annotated[
         str | None,
-        typer.Option("--export", metavar="EXPORT", help="ModelOpt NVFP4 export: its transformer or pipeline folder."),
+        typer.Option("--export", metavar="EXPORT", help="ModelOpt NVFP4 export; without it the base is quantized."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="BASE", help="The unquantized base: its transformer or pipeline folder."),
+        typer.Option(
+            "--base",
+            metavar="BASE",
+            help="The unquantized base: transformer or pipeline; default the preset's on the Hub.",
+        ),
     ] = None,
     component: options.ComponentOption = None,
     output: Annotated[
@@ -37,20 +41,19 @@ def build_nvfp4(
     verbose: options.VerboseOption = False,
     no_color: options.NoColorOption = False,
 ) -> None:
-    """Build a mixed BF16+NVFP4 transformer repo from a ModelOpt export and its base.
+    """Build a mixed BF16+NVFP4 transformer repo from a ModelOpt export and its base, or from the base alone.
 
     \b
     Examples:
+      mopt build-nvfp4 --preset flux1-dev
       mopt build-nvfp4 --preset flux1-dev --export out/hf --base FLUX.1-dev
       mopt build-nvfp4 --export out/hf --base FLUX.1-dev --keep-bf16 'transformer_blocks.[:2].**' --dry-run
 
-    Every packed weight is proven against the base before anything is written. Of a pipeline with two transformers each
-    one that was quantized is built, into OUT/transformer and OUT/transformer_2. Exit codes: see mopt --help.
+    Every packed weight of an export is proven against the base before anything is written. Without --export the base's
+    own weights are quantized, uncalibrated, but for those that the preset keeps. Without --base it is the preset's,
+    on the Hub. Of a pipeline with two transformers each one that was quantized is built, into OUT/transformer and
+    OUT/transformer_2. Exit codes: see mopt --help.
     """
-    if export is None:
-        raise typer.BadParameter("is required: the folder of a ModelOpt NVFP4 export", param_hint="--export")
-    if base is None:
-        raise typer.BadParameter("is required: the folder of the base the export was made from", param_hint="--base")
     run_build(
         "nvfp4",
         "build-nvfp4",

@@ -51,6 +51,7 @@ class PackedModule:
         rows: N, the number of output features, without padding.
         columns: K, the number of input features, without padding.
         weight: NVFP4: U8 [N, K/2], or padded as ModelOpt's post-processing does. FP8: F8_E4M3 [N, K], or still BF16.
+            Without an export: the base's [N, K].
         scales: ``weight_scale``, ``weight_scale_2`` (NVFP4) and ``input_scale`` as far as they are there.
         bias: The bias, if the module has one.
         fault: Why the scales cannot be used, or None; only a module about to be replaced may have one.

@@ -10,9 +10,14 @@ tensor             dtype     shape        meaning
 ``weight_scale_2`` F32       []           amax / (6 * 448)
 ``input_scale``    F32       []           activation amax / (6 * 448)
 =================  ========  ===========  =====================================================
+
+Where config.json declares ``dynamic_input_scale: true``, no module has an ``input_scale``: the engine takes it from the
+activations at hand.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from modelopt_convert.dialects.modelopt import SCALE_ROLES, SCALE_SHAPES, PackedModule, group_modules, missing_scale
 from modelopt_convert.errors import InputError
@@ -23,8 +28,18 @@ BLOCK_SIZE = 16
 _PACKED_DTYPES = frozenset({"U8", "F8_E4M3", "F8_E5M2"})
 
 
+def declares_dynamic_inputs(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that input scales are taken from the activations."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("dynamic_input_scale") is True
+
+
 def find_nvfp4_modules(
-    tensors: Mapping[str, TensorInfo], true_shapes: Mapping[str, tuple[int, ...]], *, path: str
+    tensors: Mapping[str, TensorInfo],
+    true_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    path: str,
+    dynamic_inputs: bool,
 ) -> dict[str, PackedModule]:
     """Group an export's tensors into packed modules, judged by dtype and shape and not by ``ignore``.
 
@@ -32,6 +47,7 @@ def find_nvfp4_modules(
         tensors: All of the export.
         true_shapes: Shapes [N, K] of weights by tensor name, as far as a base tells them: what lies beyond is padding.
         path: The export's folder, for messages.
+        dynamic_inputs: Whether modules may do without ``input_scale``: all of them, or none.
 
     Returns:
         Packed modules by name. Unquantized tensors are in none of them.
@@ -40,15 +56,27 @@ def find_nvfp4_modules(
         InputError: ``export.transformed`` (AWQ, SVDQuant) or ``export.mixed`` (an FP8 weight among them): no module
             that is kept can excuse these.
     """
-    return {
-        module: _nvfp4_module(module, roles, true_shapes.get(f"{module}.weight"), path)
+    due = SCALE_ROLES[:-1] if dynamic_inputs else SCALE_ROLES
+    found = {
+        module: _nvfp4_module(module, roles, true_shapes.get(f"{module}.weight"), path, due)
         for module, roles in group_modules(tensors, path=path).items()
         if any(role in roles for role in SCALE_ROLES) or ("weight" in roles and roles["weight"].dtype in _PACKED_DTYPES)
     }
+    calibrated = [module for module in found.values() if "input_scale" in module.scales]
+    if dynamic_inputs and 0 < len(calibrated) < len(found):
+        fault = InputError(
+            f"{path}: {len(calibrated)} of {len(found)} modules have an input_scale ({calibrated[0].name} first), "
+            "though config.json declares dynamic_input_scale",
+            code="export.mixed_input_scale",
+            path=path,
+            hint="all modules have one, or none; build again",
+        )
+        found |= {module.name: replace(module, fault=fault) for module in calibrated}
+    return found
 
 
 def _nvfp4_module(
-    module: str, roles: Mapping[str, TensorInfo], true_shape: tuple[int, ...] | None, path: str
+    module: str, roles: Mapping[str, TensorInfo], true_shape: tuple[int, ...] | None, path: str, due: tuple[str, ...]
 ) -> PackedModule:
     anything = next(iter(roles.values()))
     weight = roles.get("weight")
@@ -66,13 +94,12 @@ def _nvfp4_module(
     if true_shape is not None and len(true_shape) == 2 and weight.shape in packed_shapes(*true_shape):
         rows, columns = true_shape
     scales = {role: roles[role] for role in SCALE_ROLES if role in roles}
-    return PackedModule(
-        module, rows, columns, weight, scales, roles.get("bias"), _scale_fault(module, rows, columns, scales, where)
-    )
+    fault = _scale_fault(module, rows, columns, scales, where, due)
+    return PackedModule(module, rows, columns, weight, scales, roles.get("bias"), fault)
 
 
 def _scale_fault(
-    module: str, rows: int, columns: int, scales: Mapping[str, TensorInfo], where: str
+    module: str, rows: int, columns: int, scales: Mapping[str, TensorInfo], where: str, due: tuple[str, ...]
 ) -> InputError | None:
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight_scale": ("F8_E4M3", (rows, columns // BLOCK_SIZE)),
@@ -88,6 +115,8 @@ def _scale_fault(
         )
     for role, (dtype, shape) in expected.items():
         name = f"{module}.{role}"
+        if role not in scales and role not in due:
+            continue
         if role not in scales:
             return missing_scale(module, role, f"{dtype} {list(shape)}", where)
         info = scales[role]

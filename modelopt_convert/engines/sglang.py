@@ -21,6 +21,14 @@ PACKED_QKV = re.compile(r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks
 MARKER = ".comfy_quant"
 _CONFIG = "config.json"
 FLAT_METADATA_KEYS = ("_quantization_metadata", "quantization_config")
+# ``ModelOptFp4Config.from_config`` reads the key and ``ModelOptFp4LinearMethod.apply`` would obey it; but
+# ``build_nvfp4_config_from_safetensors_list`` makes a config without it, and ``_merge_modelopt_fp4_configs`` goes on
+# with that one.
+DYNAMIC_INPUTS = (
+    f"{VERSION} loses dynamic_input_scale where packed weights lie in the shards (_merge_modelopt_fp4_configs does not "
+    "carry it over) and takes 1.0 for every missing input_scale: blocks of activations whose largest value is below "
+    "0.1 lose precision, those above 2688 are clipped"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,7 @@ class Belief:
         scale_layout: In which order it reads the scales.
         group_size: Columns per scale.
         modules: Modules it takes for packed.
+        input_scales: The checkpoint's, or 1.0 where one is missing, whatever is declared.
         because: What each belief rests on.
         refuses: Why it will not load the checkpoint at all, or None.
     """
@@ -44,6 +53,7 @@ class Belief:
     scale_layout: Literal["linear", "128x4"]
     group_size: int | None
     modules: frozenset[str]
+    input_scales: Literal["stored", "ones"]
     because: tuple[str, ...]
     refuses: str | None
 
@@ -101,6 +111,7 @@ def believe(
         scale_layout="linear" if layout == "linear" else "128x4",
         group_size=group_size,
         modules=frozenset(modules),
+        input_scales="stored" if all(f"{module}.input_scale" in tensors for module in modules) else "ones",
         because=tuple(because),
         refuses=refuses,
     )

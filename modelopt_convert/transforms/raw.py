@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.transforms.fp8 import Clipped, clipped, dequantize_fp8, quantize_fp8
-from modelopt_convert.transforms.nvfp4 import swap_nibbles
+from modelopt_convert.transforms.nvfp4 import quantize_nvfp4, swap_nibbles
 from modelopt_convert.transforms.scales import scale_readings, swizzle_128x4
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -133,6 +133,39 @@ def quantize_chunk(raw: bytes, source: str, scale: float) -> tuple[memoryview, C
     if not bool(weight.isfinite().all()):
         raise ValueError("expected finite weights, found NaN or infinity")
     return to_bytes(quantize_fp8(weight, divisor)), clipped(weight, divisor)
+
+
+def largest_of_chunk(raw: bytes, source: str) -> float:
+    """Largest magnitude among consecutive elements of a weight, rounded to BF16, in which it is quantized.
+
+    Args:
+        raw: Whole elements of ``source``.
+        source: safetensors dtype name.
+
+    Raises:
+        ValueError: One is NaN or infinity, or rounds to infinity.
+    """
+    largest = float(from_bytes(raw, source, (-1,)).to(torch.bfloat16).abs().amax())  # NaN, if any, is the largest
+    if not largest < float("inf"):
+        raise ValueError("expected finite weights, found NaN or infinity")
+    return largest
+
+
+def quantize_nvfp4_rows(raw: bytes, source: str, columns: int, scale: float) -> tuple[memoryview, memoryview]:
+    """Packed codes and block scales of whole rows of a weight, rounded to BF16 first: ModelOpt's recipe loads it so.
+
+    Args:
+        raw: Rows [R, K] of ``source``.
+        source: safetensors dtype name.
+        columns: K, a multiple of 16.
+        scale: The global scale.
+
+    Returns:
+        uint8 [R, K/2], low nibble first, and float8_e4m3fn [R, K/16], row-major.
+    """
+    rows = from_bytes(raw, source, (-1, columns)).to(torch.bfloat16)
+    packed, scales = quantize_nvfp4(rows, torch.tensor(scale, dtype=torch.float32))
+    return to_bytes(packed), to_bytes(scales)
 
 
 def dequantize_chunk(raw: bytes, scale: float) -> memoryview:

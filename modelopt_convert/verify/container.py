@@ -30,6 +30,7 @@ _FATAL = frozenset(
         "scale.unusable",
         "global_scale.missing",
         "input_scale.missing",
+        "input_scale.mixed",
         "weight_scale.missing",
         "module.split",
         "ignore.lists_packed",

@@ -10,11 +10,14 @@ from modelopt_convert.checkpoint import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.digests import headers_digest
 from modelopt_convert.errors import InputError
 from modelopt_convert.plan import CHUNK_BYTES
+from modelopt_convert.report import QUANTIZED_HERE
 from modelopt_convert.sources import Location, read_small
 from modelopt_convert.strict_json import parse_json_object
 from modelopt_convert.transforms.raw import check_e4m3
 
 RECORD = "mopt.json"
+# Statuses of the proof at build after which the bytes are known to be the base's.
+_KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
 # The card is the user's to edit.
 _EDITABLE = frozenset({"README.md"})
 
@@ -151,7 +154,7 @@ def recorded_dequantized(record: Mapping[str, Any] | None) -> frozenset[str]:
 def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
     """The verdicts of the proof at build by module, or None where there is no record of one."""
     proof = record.get("proof") if record is not None else None
-    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") == "pass" else None
+    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") in _KNOWN else None
     if not isinstance(modules, dict):
         return None
     return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
@@ -162,7 +165,8 @@ def statement(record: Mapping[str, Any]) -> tuple[bool, str]:
     proof = record.get("proof")
     sources = record.get("sources")
     base = sources.get("base") if isinstance(sources, dict) else None
-    if not isinstance(proof, dict) or proof.get("status") != "pass" or not isinstance(base, dict):
+    known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
+    if known is None or not isinstance(base, dict):
         return False, f"{record.get('command', 'mopt')} published it as not proven"
     commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
-    return True, f"proven at build against {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"
+    return True, f"{known} {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"

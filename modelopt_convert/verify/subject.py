@@ -8,7 +8,7 @@ import torch
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.fp8 import find_fp8_modules
 from modelopt_convert.dialects.modelopt import PackedModule
-from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
+from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs, find_nvfp4_modules
 from modelopt_convert.errors import InconclusiveError, InputError
 from modelopt_convert.preset import Algorithm
 from modelopt_convert.samples import load, tensor_scale
@@ -70,7 +70,9 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Sub
     packed = any(info.dtype == "U8" and name.endswith(".weight") for name, info in reader.tensors.items())
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
     modules = (
-        find_nvfp4_modules(reader.tensors, true_shapes, path=path)
+        find_nvfp4_modules(
+            reader.tensors, true_shapes, path=path, dynamic_inputs=declares_dynamic_inputs(reader.config)
+        )
         if packed
         else find_fp8_modules(reader.tensors, {}, (), path=path)
     )

@@ -1,0 +1,72 @@
+"""Measure a base before it is quantized: the global scale of every weight, and whether it has one."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.dialects.modelopt import PackedModule
+from modelopt_convert.errors import InputError
+from modelopt_convert.plan import CHUNK_BYTES, BuildPlan
+from modelopt_convert.transforms.nvfp4 import shared_global_scale
+from modelopt_convert.transforms.raw import largest_of_chunk
+
+
+def measure(base: CheckpointReader, plan: BuildPlan, advance: Callable[[int], None]) -> dict[str, float]:
+    """Global scales by max calibration: ``amax / (6 * 448)`` of each weight, or of the group that shares one.
+
+    Args:
+        base: Read whole, in pieces.
+        plan: Says which weights, and which share.
+        advance: Called with the number of bytes just read.
+
+    Returns:
+        ``weight_scale_2`` of every packed module; a float holds a float32 exactly.
+
+    Raises:
+        InputError: ``base.not_finite`` or ``base.all_zero``.
+    """
+    base.prefetch((plan.modules[name].weight.name, 0, plan.modules[name].weight.num_bytes) for name in plan.packed)
+    largest = {name: _largest(base, plan.modules[name], advance) for name in plan.packed}
+    groups = {module: group for group in plan.shared for module in group}
+    return {name: _scale([largest[one] for one in groups.get(name, (name,))]) for name in largest}
+
+
+def measured_bytes(base: CheckpointReader, plan: BuildPlan) -> int:
+    """Bytes that ``measure`` will report as read, for the progress bar."""
+    return sum(base.tensors[plan.modules[name].weight.name].num_bytes for name in plan.packed)
+
+
+def differing_groups(plan: BuildPlan, scales: Mapping[str, float]) -> dict[str, float]:
+    """Groups that the runtime may fuse whose scales differ, with the largest ratio."""
+    values = {", ".join(group): [scales[name] for name in group] for group in plan.fused}
+    return {group: max(found) / min(found) for group, found in values.items() if len(set(found)) > 1}
+
+
+def _scale(largest: list[float]) -> float:
+    return float(shared_global_scale([torch.tensor(largest, dtype=torch.float32)]))
+
+
+def _largest(base: CheckpointReader, module: PackedModule, advance: Callable[[int], None]) -> float:
+    info = module.weight
+    where = str(base.path / info.file)
+    found = 0.0
+    try:
+        for chunk in base.chunks(info.name, CHUNK_BYTES):  # a multiple of every dtype's size
+            found = max(found, largest_of_chunk(chunk, info.dtype))
+            advance(len(chunk))
+    except ValueError as error:
+        raise InputError(
+            f"{where}: tensor {info.name!r}: {error}",
+            code="base.not_finite",
+            path=where,
+            hint="the base is damaged; download it again. Nothing was written",
+        ) from error
+    if _scale([found]) == 0.0:
+        raise InputError(
+            f"{where}: tensor {info.name!r}: expected values to scale, found none above {found}",
+            code="base.all_zero",
+            path=where,
+            hint=f"the base is damaged or not trained; download it again, or --keep-bf16 '{module.name}'",
+        )
+    return found
