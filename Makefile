@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+HUB2 := .venv/hub2
 
 .PHONY: demo test quality
 
@@ -14,13 +15,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps --no-compile -c constraints.txt flashinfer-python apache-tvm-ffi
 	touch $@
 
+# The next major version of huggingface_hub, to be put in front of the one that transformers takes.
+$(HUB2)/installed: $(INSTALLED) constraints-hub2.txt
+	rm -rf $(HUB2)
+	$(BIN)/pip install --quiet --no-deps --target $(HUB2) -r constraints-hub2.txt
+	touch $@
+
 # A real ModelOpt export of a small FLUX.1 on the CPU, and the mixed repo built from it.
 demo: $(INSTALLED)
 	$(BIN)/python scripts/make_export.py demo nvfp4
 	$(BIN)/mopt build-nvfp4 --preset flux1-dev --export demo/nvfp4 --base demo/base --output demo/flux1-dev-nvfp4 --overwrite
 
-test: $(INSTALLED) quality
+test: $(INSTALLED) $(HUB2)/installed quality
 	$(BIN)/pytest -n 2
+	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(BIN)/pytest -n 2 tests/test_loopback_hub.py $(wildcard tests/test_hub_*.py)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .

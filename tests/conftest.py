@@ -1,5 +1,7 @@
 """Fixtures. Real ModelOpt exports are made once per test run, in a process of their own, and shared by all workers.
 
+No test reaches the real Hugging Face Hub: importing hub_support puts one on loopback in its place.
+
 On CI a skipped test fails the run: everything that a test may need is installed there by .ci/run.
 """
 
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hub_support import start_afresh
+from loopback_hub import LoopbackHub
 
 _skipped: list[str] = []
 
@@ -98,3 +102,15 @@ def room(tmp_path: Path) -> Path:
     path = tmp_path / "room"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """An empty Hub that knows LFS and no Xet, and an empty cache for the client."""
+    return start_afresh(tmp_path, monkeypatch, "off")
+
+
+@pytest.fixture
+def xet_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """An empty Hub that is a Xet server too, and an empty cache for the client."""
+    return start_afresh(tmp_path, monkeypatch, "http")
