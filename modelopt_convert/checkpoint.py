@@ -302,7 +302,7 @@ class CheckpointReader:
     def _open_regular(self, name: str) -> _OpenFile:
         path = self.path / name
         try:
-            _check_link(self.path, path)
+            check_link(self.path, path)
             # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
@@ -358,8 +358,12 @@ def _is_shard_name(name: str) -> bool:
     return plain and PurePosixPath(name).name == name
 
 
-def _check_link(folder: Path, path: Path) -> None:
-    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of."""
+def check_link(folder: Path, path: Path) -> None:
+    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of.
+
+    Raises:
+        InputError: ``input.symlink_escape``.
+    """
     if not path.is_symlink():
         return
     target, root = path.resolve(), folder.resolve()

@@ -14,6 +14,7 @@ ALLOWED = {
     "dtypes": "",
     "errors": "",
     "fsops": "",
+    "hub.leaks": "",
     "locks": "",
     "scale_shapes": "",
     "transforms.fp8": "",
@@ -37,6 +38,7 @@ ALLOWED = {
     "verify.verdict": "errors verify.names verify.request verify_report",
     "header": "dtypes errors strict_json",
     "hub.client": "errors",
+    "hub.access": "errors hub.client",
     "inspect_report": "report",
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",
@@ -46,6 +48,7 @@ ALLOWED = {
     "dialects.modelopt": "errors header patterns",
     "digests": "header",
     "engines.sglang": "header",
+    "error_table": "report",
     "formats": "preset",
     "proof_fp8": "closeness layout proof transforms.fp8",
     "shard_writer": "errors fsops header",
@@ -68,7 +71,7 @@ ALLOWED = {
         "preset verify.backends.base verify.backends.padding verify.backends.triton_kernels verify.operands"
     ),
     "accounting": "checkpoint report staging",
-    "card": "formats plan preset report",
+    "card": "error_table formats plan preset report",
     "check": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 engines.sglang errors formats header "
         "patterns plan shard_writer"
@@ -97,6 +100,8 @@ ALLOWED = {
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
     ),
+    "hub.publishable": "checkpoint components errors hub.leaks strict_json",
+    "hub.remote": "checkpoint components errors hub.publishable strict_json",
     "inspection": (
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
         "lint plan proof scale_shapes transforms.raw transforms.scales"
@@ -141,6 +146,10 @@ ALLOWED = {
         "accounting checkpoint errors report stream verify.kernels verify.request verify.run verify.subject "
         "verify.verdict verify_report"
     ),
+    "hub.push": (
+        "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.request "
+        "verify.run"
+    ),
 }
 WITH_TORCH = {
     "closeness",
@@ -178,7 +187,7 @@ WITH_TORCH = {
     "verify.selftest",
     "verify.subject",
 }
-COMMANDS = {"cli.build_nvfp4", "cli.convert_fp8", "cli.inspect", "cli.verify", "cli.presets", "cli.rewrite"}
+COMMANDS = {"cli.build_nvfp4", "cli.convert_fp8", "cli.inspect", "cli.verify", "cli.presets", "cli.push", "cli.rewrite"}
 ENDS = {"convert", "rewrite", "cli", "cli._build", "cli._options", "cli._output"} | COMMANDS
 
 

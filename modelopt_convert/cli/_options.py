@@ -63,6 +63,10 @@ MaxErrorOption = Annotated[
         help="Largest relative error of a module whose codes are not reproduced from the base.",
     ),
 ]
+PushToOption = Annotated[
+    str | None,
+    typer.Option("--push-to", metavar="REPO_ID", help="Publish OUT there too, as `mopt push` does; rights come first."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
 ReportOption = Annotated[
     Path | None,

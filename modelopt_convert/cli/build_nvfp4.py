@@ -29,6 +29,7 @@ def build_nvfp4(
     overwrite: options.OverwriteOption = False,
     allow_known_broken: options.KnownBrokenOption = False,
     verify: options.VerifyOption = options.Closing.AUTO,
+    push_to: options.PushToOption = None,
     dry_run: options.DryRunOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
@@ -65,6 +66,7 @@ def build_nvfp4(
         overwrite=overwrite,
         allow_known_broken=allow_known_broken,
         verify=verify.value,
+        push_to=push_to,
         dry_run=dry_run,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )
