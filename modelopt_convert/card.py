@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
+from modelopt_convert.error_table import error_table
 from modelopt_convert.formats import FORMATS, FP8
 from modelopt_convert.plan import BuildPlan
-from modelopt_convert.preset import Algorithm, ChosenPreset
+from modelopt_convert.preset import Algorithm, ChosenPreset, Preset
 from modelopt_convert.report import QUANTIZED_HERE, ProofReport
 
 
@@ -27,8 +28,15 @@ def _head(algorithm: Algorithm, chosen: ChosenPreset | None) -> list[str]:
     if chosen is not None:
         if chosen.base_repo is not None:
             head += [f"base_model: {chosen.base_repo}", "base_model_relation: quantized"]
+            head += _license(chosen.loaded.preset)
         head += [f"pipeline_tag: {chosen.loaded.preset.pipeline_tag}"]
     return [*head, "library_name: diffusers", "tags:", f"- {algorithm}", "- modelopt", "- mopt", "- sglang", "---", ""]
+
+
+def _license(preset: Preset) -> list[str]:
+    """The base's license, which binds what is made from it."""
+    fields = {"license": preset.license, "license_name": preset.license_name, "license_link": preset.license_link}
+    return [f"{name}: {value}" for name, value in fields.items() if value is not None]
 
 
 def _load_section(chosen: ChosenPreset | None, components: Sequence[str]) -> list[str]:
@@ -88,11 +96,23 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
         "Scales: float32, one per weight and one per input." if target is FP8 else layout,
         "`mopt.json` lists the digest of every tensor.",
         "",
+        *_errors_section(plan, proof),
     ]
     limits = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
     if limits:
         body += ["## Known limits", "", *(f"- {limit}" for limit in limits), ""]
     return "\n".join(_head(target.algorithm, chosen) + body)
+
+
+def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
+    table = error_table(proof.modules, plan.packed)
+    if not table:
+        return []
+    words = [
+        "Relative error of the decoded weights against the base, on the rows that were proven (Frobenius norm of the",
+        "difference over that of the base):",
+    ]
+    return ["## Error by kind of module", "", *words, "", *table, ""]
 
 
 def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, command: str, calibration: str | None) -> str:

@@ -40,7 +40,7 @@ class LocalFile:
         path = folder / name
         self.where = where or str(path)
         try:
-            _check_link(folder, path)
+            check_link(folder, path)
             # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
@@ -118,8 +118,12 @@ class LocalFile:
         )
 
 
-def _check_link(folder: Path, path: Path) -> None:
-    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of."""
+def check_link(folder: Path, path: Path) -> None:
+    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of.
+
+    Raises:
+        InputError: ``input.symlink_escape``.
+    """
     if not path.is_symlink():
         return
     target, root = path.resolve(), folder.resolve()

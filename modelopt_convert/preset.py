@@ -13,6 +13,8 @@ from modelopt_convert.patterns import check_pattern, stars
 
 Algorithm = Literal["nvfp4", "fp8"]
 
+# A license is that of one model's weights. One that extends a preset shares its architecture, and maybe not this.
+_NOT_INHERITED = ("license", "license_name", "license_link")
 _HERE = Path(__file__).resolve().parent
 # In the wheel the TOML files lie inside the package; in a checkout, beside it. Nowhere else is looked.
 _FOLDERS = (_HERE / "presets", _HERE.parent / "presets")
@@ -53,6 +55,9 @@ class Preset(_Strict):
     base_repo: str = Field(description="Hub id of the base model")
     repos: list[str] = Field(description="Hub ids the preset fits")
     pipeline_tag: str = Field(description="the Hub's pipeline tag")
+    license: str | None = Field(default=None, description="the base's license, as its model card has it")
+    license_name: str | None = Field(default=None, description="its name where license is other")
+    license_link: str | None = Field(default=None, description="where it is to be read, in full")
     modelopt_model: str | None = Field(
         default=None, description="--model of ModelOpt's quantize.py that makes the export"
     )
@@ -219,6 +224,7 @@ def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[d
         )
     where = Path(path).parent / extended if _is_path(extended) else _folder() / f"{extended}.toml"
     parent, texts = _with_inherited(_read(where, extended), str(where), (*seen, extended))
+    parent = {key: value for key, value in parent.items() if key not in _NOT_INHERITED}
     for key, value in fields.items():
         inherited = parent.get(key)
         parent[key] = inherited | value if isinstance(inherited, dict) and isinstance(value, dict) else value

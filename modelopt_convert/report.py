@@ -101,6 +101,22 @@ class ProofReport(_Model):
     modules: dict[str, ModuleReport]
 
 
+class PushedReport(_Model):
+    """What stands, or was planned to stand, on the Hub; ``commit`` is None where nothing was committed."""
+
+    repo_id: str
+    revision: str
+    url: str
+    commit: str | None = None
+    pull_request: str | None = None
+    sent: list[str] = Field(default_factory=list)
+    same: list[str] = Field(default_factory=list, description="files that were there already, and equal")
+    deleted: list[str] = Field(default_factory=list, description="shards and indexes of the checkpoint before")
+    not_published: list[str] = Field(default_factory=list, description="what else the local folder holds")
+    bytes_sent: int = Field(default=0, description="size of `sent`; of what the Hub held already, less was transferred")
+    load: str | None = Field(default=None, description="the command that loads it")
+
+
 class ErrorReport(_Model):
     """Why a run ended without a checkpoint."""
 
@@ -139,6 +155,7 @@ class Report(_Model):
     )
     checks: list[dict[str, Any]] = Field(default_factory=list)
     verify: VerifyReport | None = None
+    pushed: PushedReport | None = None
     free_bytes: int | None = None
     peak_working_bytes: int | None = None
     peak_rss_bytes: int | None = None

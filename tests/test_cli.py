@@ -22,11 +22,11 @@ _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", "--push-to", *_WRITING, *_TELLING,
     },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", "--push-to", *_WRITING, *_TELLING,
     },
     "verify": {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
@@ -35,6 +35,7 @@ FLAGS = {
     "inspect": {"source", "--base", "--all", "--engine", "--max-error", "--download", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
     "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
+    "push": {"checkpoint", "repo_id", "--create-pr", "--private", "--revision", "--message", *_TELLING},
     "presets": {"name"},
 }  # fmt: skip
 
@@ -59,7 +60,7 @@ def test_help_shows_examples(command: list[str]) -> None:
         outcome = run_mopt(*command, flag, json_report=False)
         assert outcome.exit_code == 0 and "Examples:" in outcome.stdout
     if not command:
-        assert all(word in outcome.stdout for word in ("Exit codes", "build-nvfp4", "presets"))
+        assert all(word in outcome.stdout for word in ("Exit codes", "build-nvfp4", "push", "presets"))
 
 
 def test_version() -> None:

@@ -14,6 +14,7 @@ ALLOWED = {
     "dtypes": "",
     "errors": "",
     "fsops": "",
+    "hub.leaks": "",
     "hub.ranges": "",
     "locks": "",
     "sampling": "",
@@ -37,7 +38,9 @@ ALLOWED = {
     "transforms.scales": "scale_shapes",
     "verify.html_report": "errors verify.html_figures verify.html_style",
     "verify.operands": "transforms.fp8 transforms.nvfp4",
+    "error_table": "report",
     "header": "dtypes errors strict_json",
+    "hub.access": "errors hub.client",
     "hub.range_source": "errors hub.client",
     "inspect_report": "report",
     "preset": "errors patterns",
@@ -84,7 +87,7 @@ ALLOWED = {
     "plan": "dialects.modelopt formats header patterns preset sampling sources",
     "verify.request": "sources",
     "accounting": "checkpoint hub.location report staging",
-    "card": "engines.sglang formats plan preset report",
+    "card": "engines.sglang error_table formats plan preset report",
     "check": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 engines.sglang errors formats header "
         "patterns plan shard_writer"
@@ -102,6 +105,7 @@ ALLOWED = {
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
     "verify.scan": "checkpoint digests errors plan report sources strict_json transforms.raw",
     "verify.verdict": "errors verify.names verify.request verify_report",
+    "hub.publishable": "checkpoint components errors hub.leaks local_file strict_json",
     "inspection": (
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
         "lint sampling scale_shapes sources transforms.raw transforms.scales"
@@ -128,6 +132,7 @@ ALLOWED = {
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
     ),
+    "hub.remote": "checkpoint components errors hub.publishable strict_json",
     "opening": (
         "accounting checkpoint components dialects.fp8 dialects.ltx2 errors patterns pickle_source plan report sources"
     ),
@@ -156,6 +161,10 @@ ALLOWED = {
         "accounting checkpoint closeness components errors layout report sources stream verify.container "
         "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
         "verify.verdict verify_report"
+    ),
+    "hub.push": (
+        "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.request "
+        "verify.run"
     ),
     "verify.closing": (
         "accounting checkpoint errors report stream verify.kernels verify.request verify.run verify.subject "
@@ -199,7 +208,7 @@ WITH_TORCH = {
     "verify.selftest",
     "verify.subject",
 }
-COMMANDS = {"cli.build_nvfp4", "cli.convert_fp8", "cli.inspect", "cli.verify", "cli.presets", "cli.rewrite"}
+COMMANDS = {"cli.build_nvfp4", "cli.convert_fp8", "cli.inspect", "cli.verify", "cli.presets", "cli.push", "cli.rewrite"}
 ENDS = {"convert", "rewrite", "cli", "cli._build", "cli._options", "cli._output"} | COMMANDS
 
 

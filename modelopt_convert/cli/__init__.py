@@ -7,7 +7,7 @@ import sys
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, presets, rewrite, verify
+from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, presets, push, rewrite, verify
 from modelopt_convert.errors import ExitCode
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("swap-nibbles")(rewrite.swap_nibbles)
 app.command("unswizzle-scales")(rewrite.unswizzle_scales)
+app.command("push")(push.push)
 app.command("presets")(presets.presets)
 
 
@@ -44,6 +45,7 @@ def _root(
       mopt verify OUT --base BASE
       mopt inspect CHECKPOINT --base BASE
       mopt unswizzle-scales CHECKPOINT OUTPUT --base BASE
+      mopt push OUT ORGANIZATION/NAME
       mopt presets flux1-dev
 
     \b

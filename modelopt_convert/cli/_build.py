@@ -11,7 +11,8 @@ import typer
 from modelopt_convert.cli._options import location
 
 if TYPE_CHECKING:
-    from modelopt_convert.cli._output import Output
+    from modelopt_convert.cli._output import Output, ProgressBar
+    from modelopt_convert.convert import BuildRequest
     from modelopt_convert.preset import Algorithm
     from modelopt_convert.report import Report
 
@@ -45,6 +46,7 @@ def run_build(
     overwrite: bool,
     allow_known_broken: bool,
     verify: str,
+    push_to: str | None,
     dry_run: bool,
     download: bool,
     telling: Telling,
@@ -56,6 +58,7 @@ def run_build(
         raise typer.BadParameter("is required, unless a preset is named that names the base", param_hint="--base")
 
     from modelopt_convert.cli._output import Output, run
+    from modelopt_convert.cli.push import show_pushed
     from modelopt_convert.convert import BuildRequest, convert
     from modelopt_convert.report import OutputReport, Report
 
@@ -91,7 +94,42 @@ def run_build(
         dry_run=dry_run,
         download=download,
     )
-    run(out, report, lambda progress: convert(request, report, progress), lambda: _show(out, report))
+
+    def work(progress: "ProgressBar") -> None:
+        if push_to is None:
+            convert(request, report, progress)
+        else:
+            _build_and_push(request, push_to, report, progress)
+
+    def show() -> None:
+        _show(out, report)
+        show_pushed(out, report)
+
+    run(out, report, work, show)
+
+
+def _build_and_push(request: "BuildRequest", repo_id: str, report: "Report", progress: "ProgressBar") -> None:
+    """Rights are asked for first: hours of work that may not be published are hours lost."""
+    from modelopt_convert.convert import convert
+    from modelopt_convert.errors import MoptError
+    from modelopt_convert.hub.access import check_access
+    from modelopt_convert.hub.client import page_of
+    from modelopt_convert.hub.push import PushRequest, push
+    from modelopt_convert.report import PushedReport
+
+    check_access(repo_id, create_pr=False, private=False, again="run the same command again")
+    convert(request, report, progress)
+    if request.dry_run:
+        report.pushed = PushedReport(repo_id=repo_id, revision="main", url=page_of(repo_id))
+        return
+    later = PushRequest(Path(report.output.path), repo_id)
+    try:
+        push(later, report, progress)
+    except MoptError as error:
+        stands = f"{later.checkpoint} stands; `{later.command()}` publishes it"
+        if error.hint is None or later.command() not in error.hint:
+            error.hint = f"{error.hint}; {stands}" if error.hint else stands
+        raise
 
 
 def _shard_bytes(text: str) -> int:

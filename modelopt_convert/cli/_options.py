@@ -91,6 +91,10 @@ MaxErrorOption = Annotated[
 DownloadOption = Annotated[
     bool, typer.Option("--download", help="Fetch files of the Hub whole, into its cache, and not only what is needed.")
 ]
+PushToOption = Annotated[
+    str | None,
+    typer.Option("--push-to", metavar="REPO_ID", help="Publish OUT there too, as `mopt push` does; rights come first."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
 ReportOption = Annotated[
     Path | None,

@@ -2,6 +2,7 @@
 
 import errno
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -64,12 +65,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 @contextmanager
-def hub_errors(repo_id: str, again: str = _AGAIN) -> Iterator[None]:
+def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
     """Turn what the client raises into one line: InputError where the user must act, RemoteError to try again.
 
     Args:
         repo_id: Whom it concerns.
-        again: What running again would do, for hints.
+        again: How to try again, for hints; None for a command that reads, which the cache may serve.
 
     Raises:
         MoptError: With a ``hub.*`` code.
@@ -84,9 +85,33 @@ def hub_errors(repo_id: str, again: str = _AGAIN) -> Iterator[None]:
     except (OSError, httpx.HTTPError, HFValidationError) as error:
         raise _explained(error, repo_id, again) from error
     except Exception as error:
-        if not _is_xet_error(error):
-            raise
-        raise _error(RemoteError, repo_id, "transfer", f"the transfer failed: {_first_line(error)}", again) from error
+        if isinstance(error.__cause__, OSError | httpx.HTTPError):  # an upload says which file, its cause says why
+            raise _explained(error.__cause__, repo_id, again) from error
+        if _is_xet_error(error):
+            raise _transfer_error(error, repo_id, again or _AGAIN) from error
+        if isinstance(error, ValueError | KeyError) and _is_of_the_client(error):
+            # Its own refusals, such as of a card or by storage, and an answer that is not what the Hub says.
+            hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
+            what = f"the client gave up: {_first_line(error)}"
+            raise _error(InputError, repo_id, "refused", what, hint) from error
+        raise
+
+
+def _is_of_the_client(error: Exception) -> bool:
+    """Whether it was raised below huggingface_hub: what our own code raises is a bug, and none of the Hub's."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in frames)
+
+
+def _transfer_error(error: Exception, repo_id: str, again: str) -> MoptError:
+    said = str(error)
+    if "No space left" in said or "os error 28" in said:
+        return _disk_full(repo_id)
+    return _error(RemoteError, repo_id, "transfer", f"the transfer failed: {_first_line(error)}", again)
+
+
+def _disk_full(repo_id: str) -> MoptError:
+    return _error(RemoteError, repo_id, "disk_full", "the disk is full", "free some space; HF_HOME moves the cache")
 
 
 def _is_xet_error(error: Exception) -> bool:
@@ -94,16 +119,18 @@ def _is_xet_error(error: Exception) -> bool:
     return isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in ("hf_xet", "builtins.hf_xet")
 
 
-def _explained(error: Exception, repo_id: str, again: str) -> MoptError:
+def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
     """The client's exceptions, the special before the general: a gated repo is a missing repo to it, too."""
     from huggingface_hub import errors as hub
     from huggingface_hub import get_token
     from huggingface_hub.utils import httpx
 
     page = page_of(repo_id)
+    later = again or f"{_AGAIN}; HF_HUB_OFFLINE=1 uses the cache"
+    again = again or _AGAIN
     login = "`hf auth whoami` says who you are, `hf auth login` or HF_TOKEN changes it"
     if isinstance(error, hub.GatedRepoError):
-        hint = f"accept its terms at {page}" + ("" if get_token() else ", then `hf auth login`") + "; " + _AGAIN
+        hint = f"accept its terms at {page}" + ("" if get_token() else ", then `hf auth login`") + "; " + again
         return _error(InputError, repo_id, "gated", "the repo is gated, and this account was not let in", hint)
     if isinstance(error, hub.RepositoryNotFoundError) and not _bad_token(error):
         hint = f"check the name; {login}"
@@ -129,14 +156,13 @@ def _explained(error: Exception, repo_id: str, again: str) -> MoptError:
     if isinstance(error, hub.FileMetadataError):
         hint = "a mirror or proxy left out the Hub's headers; use another HF_ENDPOINT"
         return _error(InputError, repo_id, "headers", _first_line(error), hint)
+    if isinstance(error, hub.LocalTokenNotFoundError):
+        return _error(InputError, repo_id, "token", "there is no access token", f"`hf auth login`; {again}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return _error(RemoteError, repo_id, "disk_full", "the disk is full", "free some space; HF_HOME moves the cache")
+        return _disk_full(repo_id)
     if isinstance(error, httpx.TimeoutException):
-        return _error(
-            RemoteError, repo_id, "unreachable", "no answer in time", f"{again}; HF_HUB_OFFLINE=1 uses the cache"
-        )
-    reason = _first_line(error)
-    return _error(RemoteError, repo_id, "unreachable", reason, f"{again}; HF_HUB_OFFLINE=1 uses the cache")
+        return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
+    return _error(RemoteError, repo_id, "unreachable", _first_line(error), later)
 
 
 def _bad_token(error: Exception) -> bool:
