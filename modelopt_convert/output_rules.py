@@ -1,7 +1,7 @@
 """Where mopt will not write: OUT must be free or a plain checkpoint, and no input. No torch.
 
-Paths are compared by inode up both parent chains, since links and bind mounts are other names for the same folder; and by
-their place in the file system, since above a bind mount of a folder's subfolder that folder is not among the parents.
+Paths are compared by inode up both parent chains, since links and bind mounts are other names for the same folder; and
+by their place in the file system, since above a bind mount of a subfolder the folder itself is not among the parents.
 """
 
 import os

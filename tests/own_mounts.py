@@ -1,8 +1,8 @@
 """Run Python in a mount namespace of its own, where it may mount what it likes. No torch.
 
 As root, or where unprivileged user namespaces are allowed, ``unshare -rm`` is enough. Where a distribution forbids them
-(Ubuntu 24.04 and GitHub's runners, by AppArmor) sudo without a password does it. If neither may, the test fails: what it
-guards cannot be seen otherwise.
+(Ubuntu 24.04 and GitHub's runners, by AppArmor) sudo without a password does it. If neither may, the test fails: what
+it guards cannot be seen otherwise.
 """
 
 import functools
