@@ -152,6 +152,7 @@ ALLOWED = {
     ),
     "fetching": "opening plan reads report",
     "manifest": "accounting card digests opening plan preset report",
+    "space": "header manifest opening plan preset report",
     "proving": "accounting errors formats opening plan proof prove reads report stream",
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
