@@ -45,7 +45,7 @@ def mount_table() -> list[Mount]:
 
 def place_of(path: Path, table: list[Mount]) -> Place | None:
     """Where an existing path really lies; None if it was opened through a mount that the table does not show."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    fd = os.open(path, os.O_PATH)
     try:
         told = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
     finally:

@@ -82,7 +82,7 @@ class StagingDir:
                 self._recover()
                 check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
                 if self.output.exists():
-                    self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
                 self.check_space(self._need_bytes)
             except BaseException:
                 self._discard()
