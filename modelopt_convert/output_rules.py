@@ -66,10 +66,18 @@ def _special_folders() -> list[Path]:
 
 
 def canonical_output(output: Path) -> Path:
-    """OUT with its parent resolved, its own name kept (a link must be seen as one); ``.`` and ``x/..`` resolved."""
-    if output.name in {"", ".."}:
-        return output.resolve()
-    return output.parent.resolve() / output.name
+    """OUT with its parent resolved, its own name kept (a link must be seen as one); ``.`` and ``x/..`` resolved.
+
+    Raises:
+        OutputRefusedError: ``output.no_parent``: a relative path where the current folder was removed.
+    """
+    try:
+        if output.name in {"", ".."}:
+            return output.resolve()
+        return output.parent.resolve() / output.name
+    except FileNotFoundError as error:
+        hint = "cd into a folder that exists, or give an absolute path"
+        raise _refuse(output, "has no parent folder: the current folder was removed", "no_parent", hint) from error
 
 
 def find_stranger(folder: Path) -> str | None:

@@ -184,7 +184,9 @@ class StagingDir:
 
     def _left_by_others(self, kind: Literal["stage", "old"]) -> list[Path]:
         """What other runs to this output left; mopt makes folders, so a link or file of such a name is not its own."""
-        found = sorted(self.output.parent.glob(f"{_glob_escape(self._prefix)}{kind}-*"))
+        # Not by glob, which takes a folder that may not be listed for an empty one.
+        names = sorted(name for name in os.listdir(self.output.parent) if name.startswith(f"{self._prefix}{kind}-"))
+        found = [self.output.parent / name for name in names]
         return [path for path in found if path != self.path and path.is_dir() and not path.is_symlink()]
 
     def _recover(self) -> None:
@@ -346,10 +348,6 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _glob_escape(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 @contextlib.contextmanager
