@@ -1,11 +1,9 @@
 """Run Python in a mount namespace of its own, where it may mount what it likes. No torch.
 
-As root, or where unprivileged user namespaces are allowed, ``unshare -rm`` is enough. Where a distribution forbids them
-(Ubuntu 24.04 and GitHub's runners, by AppArmor) sudo without a password does it. If neither may, the test fails: what
-it guards cannot be seen otherwise.
+``unshare -rm`` does it for any user, unless the distribution forbids that: Ubuntu 24.04 does, by AppArmor, and .ci/run
+allows it there. Where it is forbidden the tests fail, for what they guard cannot be seen otherwise.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -16,7 +14,7 @@ from typing import Any
 
 from tracing import IMPORTS
 
-_WAYS = (["unshare", "-rm"], ["sudo", "-n", "unshare", "-m"])
+_UNSHARE = ["unshare", "-rm"]
 _HEAD = """
 import errno, json, os, resource, signal, subprocess, sys
 from pathlib import Path
@@ -33,35 +31,16 @@ os.chdir("/")
 """
 
 
-@functools.cache
-def _unshare() -> list[str]:
-    """The command that may mount."""
-    told = []
-    for way in _WAYS:
-        try:
-            tried = subprocess.run([*way, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, text=True)
-        except FileNotFoundError as error:
-            told.append(str(error))
-            continue
-        if tried.returncode == 0:
-            return way
-        told.append(f"{' '.join(way)}: {tried.stderr.strip()}")
-    raise AssertionError(f"no mount namespace can be had here: {'; '.join(told)}")
-
-
-def in_own_mounts(top: Path, body: str, *words: str) -> Any:
-    """Run ``body``, which has ``top`` (a tmpfs of its own), ``mount`` and ``words`` in ``sys.argv[2:]``.
+def in_own_mounts(top: Path, body: str) -> Any:
+    """Run ``body``, which has ``top``, a tmpfs of its own, and ``mount``.
 
     Returns:
         The JSON that it prints.
     """
     path = [*map(str, IMPORTS), str(Path(__file__).parent)]
     environment = {"PYTHONPATH": os.pathsep.join(path), "LC_ALL": "C.UTF-8", "HOME": "/nonexistent"}
-    command = [*_unshare(), "env", *(f"{name}={value}" for name, value in environment.items())]
-    done = subprocess.run(
-        [*command, sys.executable, "-S", "-B", "-c", _HEAD + textwrap.dedent(body), str(top), *words],
-        capture_output=True,
-        text=True,
-    )
+    script = _HEAD + textwrap.dedent(body)
+    command = [*_UNSHARE, sys.executable, "-S", "-B", "-c", script, str(top)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
