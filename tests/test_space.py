@@ -20,7 +20,7 @@ Words = list[str | Path]
 
 
 @pytest.fixture(params=["one file", "shards", "fp8", "uncalibrated", "two transformers", "nibbles", "scales"])
-def words(request: pytest.FixtureRequest, exports: Path, families: Path, tmp_path: Path) -> Words:
+def words(request: pytest.FixtureRequest, exports: Path, tmp_path: Path) -> Words:
     """A command line of each kind, without OUT."""
     base, nvfp4 = exports / "base", exports / "nvfp4"
     build: Words = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", tmp_path / "room" / "out"]
@@ -33,6 +33,7 @@ def words(request: pytest.FixtureRequest, exports: Path, families: Path, tmp_pat
     if request.param == "uncalibrated":
         return build
     if request.param == "two transformers":
+        families: Path = request.getfixturevalue("families")
         pipelines = {name: tmp_path / name for name in ("base", "nvfp4")}
         for name, path in pipelines.items():
             for component in ("transformer", "transformer_2"):
