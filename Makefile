@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 HUB2 := .venv/hub2
 
-.PHONY: demo test quality
+.PHONY: demo test quality mutants
 
 # torch first, from the pin: a range could bring another build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -34,3 +34,7 @@ quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Takes away one guard of the output protocol at a time and expects a test to go red; some minutes, not part of CI.
+mutants: $(INSTALLED)
+	$(BIN)/python scripts/mutants.py --write

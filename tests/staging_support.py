@@ -50,8 +50,8 @@ def litter(out: Path) -> list[str]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock as a live run would."""
     fd = os.open(folder, os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(fd)

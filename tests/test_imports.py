@@ -16,7 +16,7 @@ ALLOWED = {
     "fsops": "",
     "hub.leaks": "",
     "hub.ranges": "",
-    "locks": "",
+    "mounts": "",
     "sampling": "",
     "scale_shapes": "",
     "transforms.fp8": "",
@@ -31,7 +31,8 @@ ALLOWED = {
     "hub.client": "errors",
     "layout": "closeness transforms.nvfp4",
     "local_file": "errors",
-    "output_rules": "errors",
+    "locks": "mounts",
+    "output_rules": "errors mounts",
     "patterns": "errors",
     "report": "verify_report",
     "strict_json": "errors",
@@ -151,6 +152,7 @@ ALLOWED = {
     ),
     "fetching": "opening plan reads report",
     "manifest": "accounting card digests opening plan preset report",
+    "space": "header manifest opening plan preset report",
     "proving": "accounting errors formats opening plan proof prove reads report stream",
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "

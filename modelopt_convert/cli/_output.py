@@ -23,6 +23,7 @@ from modelopt_convert.errors import (
     InternalError,
     Interrupted,
     MoptError,
+    OutputRefusedError,
     RemoteError,
     StorageError,
 )
@@ -105,9 +106,12 @@ def check_file(file: Path | None, option: str, *others: Location | None) -> None
         others: Inputs and OUT, as far as they were given.
     """
     if file is not None:
-        path = canonical_output(file)
         near = [other for other in others if isinstance(other, Path)]
-        inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in near)
+        try:
+            path = canonical_output(file)
+            inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in near)
+        except OutputRefusedError as error:
+            raise typer.BadParameter(error.message, param_hint=option) from error
         try:
             free = path.parent.is_dir() and not path.is_dir() and not path.is_symlink()
         except OSError:  # a name that no file system takes
