@@ -69,7 +69,7 @@ def lay(folder: Path, version: str, folders: Sequence[str] = ()) -> Path:
 
 def held_by(folder: Path) -> dict[str, bytes]:
     """Everything in a folder, as ``files_of`` says it; empty if there is no such folder."""
-    held = {}
+    held: dict[str, bytes] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         held |= {f"{name}/": b""} if path.is_dir() else {name: path.read_bytes()}
