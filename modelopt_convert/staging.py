@@ -276,6 +276,9 @@ class StagingDir:
 
     def _two_renames(self) -> Path:
         old = self.output.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
+        # The last run's old tree must be gone for good: else a power cut now could leave a half-removed one beside this
+        # one, and the next run would not know which of the two to put back.
+        self._durable = fsops.sync_dir(self.output.parent) and self._durable
         fsops.rename(self.output, old)
         try:
             fsops.rename(self.path, self.output)

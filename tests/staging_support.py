@@ -3,7 +3,7 @@
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,10 @@ RECORDED = "make_dir create_file preallocate write_all sync sync_dir close set_m
 Calls = list[tuple[str, ...]]
 
 
-def publish(out: Path, *, overwrite: bool = True, need_bytes: int = 1) -> Published:
+def publish(out: Path, *, overwrite: bool = True, need_bytes: int = 1, folders: Sequence[str] = ()) -> Published:
     """Publish version ``new``."""
     with StagingDir(out, (), overwrite=overwrite, need_bytes=need_bytes) as stage:
-        fill(stage, "new")
+        fill(stage, "new", folders)
         return stage.publish()
 
 
