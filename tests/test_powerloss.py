@@ -238,7 +238,6 @@ def test_a_rollback_lasts(tmp_path: Path) -> None:
     assert story.killed(aside + 1) and story.named(story.out) == "absent"
     with pytest.raises(OutputRefusedError):
         story.publish(overwrite=False)
-    [sync] = [sync for sync in syncs(story) if story.events[sync].site == IN_A_ROLLBACK]
 
     def outs(without: int | None) -> set[bool]:
         entries = [listing(disk) for disk in story.models(without)[-1].disks(0)]
@@ -246,6 +245,7 @@ def test_a_rollback_lasts(tmp_path: Path) -> None:
         return {[entry for entry in found if entry[0].startswith("out/")] == old for found in entries}
 
     assert outs(None) == {True}
+    [sync] = [sync for sync in syncs(story) if story.events[sync].site == IN_A_ROLLBACK]
     assert outs(sync) == {True, False}
 
 
