@@ -1,12 +1,18 @@
 """Inputs on the Hub under what real networks, caches and signals do to them."""
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub
 from support import run_mopt
 
-from modelopt_convert.hub import client, range_source
+from modelopt_convert.errors import Interrupted
+from modelopt_convert.hub import client, range_source, remote_file
+from modelopt_convert.hub.range_source import HubFile
+from modelopt_convert.hub.ranges import Range, without
+from modelopt_convert.hub.remote_file import RemoteFile
 
 
 @pytest.fixture(params=["hub", "xet_hub"])
@@ -26,3 +32,54 @@ def test_what_was_downloaded_is_read_wherever_the_cache_keeps_it(filled: Loopbac
     assert outcome.exit_code == 0 and not filled.requests("/_cdn/|/cas/"), outcome.stderr
     snapshot = tmp_path / "_home" / "hub" / "models--alice--base" / "snapshots" / filled.head("alice/base")
     assert run_mopt("inspect", snapshot).exit_code == 0
+
+
+class Zeros(RemoteFile):
+    """A file that needs no network."""
+
+    def _fetch(self, begin: int, end: int) -> bool:
+        self._put(bytes(end - begin), begin)
+        return True
+
+
+def zeros(num_bytes: int, pool: ThreadPoolExecutor) -> RemoteFile:
+    return Zeros("alice/base", "0" * 40, "x", HubFile(num_bytes, "", None), pool, where="x").open()
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_read_does_not_go_through_all_that_was_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    def counted(ranges: Sequence[Range], taken: Sequence[Range]) -> list[Range]:
+        looked_at.append(len(taken))
+        return without(ranges, taken)
+
+    with ThreadPoolExecutor(1) as pool:
+        file = zeros(1_000_000, pool)
+        file.prefetch((at * 1000, at * 1000 + 8) for at in range(1000))
+        monkeypatch.setattr(remote_file, "without", counted)
+        for at in range(1000):
+            assert file.read(at * 1000, 8) == bytes(8)
+        file.close()
+    assert max(looked_at) <= 2
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_signal_while_ranges_are_asked_for_is_a_signal_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        file = zeros(100_000, pool)
+        submit = pool.submit
+        times = iter(range(10))
+
+        def stopped(call: Callable[..., bool], *arguments: int) -> Future[bool]:
+            future = submit(call, *arguments)
+            if next(times) == 5:
+                raise Interrupted(2)
+            return future
+
+        monkeypatch.setattr(pool, "submit", stopped)
+        with pytest.raises(Interrupted):
+            file.prefetch((at * 10_000, at * 10_000 + 8) for at in range(10))
+        file.close()
+        assert file.open().read(0, 8) == bytes(8)
+        file.close()
