@@ -5,14 +5,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 from loopback_hub import LoopbackHub
 from support import run_mopt
 
-from modelopt_convert.errors import Interrupted
+from modelopt_convert.errors import Interrupted, MoptError
 from modelopt_convert.hub import client, range_source, remote_file
+from modelopt_convert.hub.client import hub_errors
 from modelopt_convert.hub.range_source import HubFile
 from modelopt_convert.hub.ranges import Range, without
 from modelopt_convert.hub.remote_file import RemoteFile
+
+SIGNED = "https://cdn.example/xorbs/ab?X-Amz-Signature=c0ffee&Expires=1"
 
 
 @pytest.fixture(params=["hub", "xet_hub"])
@@ -32,6 +37,19 @@ def test_what_was_downloaded_is_read_wherever_the_cache_keeps_it(filled: Loopbac
     assert outcome.exit_code == 0 and not filled.requests("/_cdn/|/cas/"), outcome.stderr
     snapshot = tmp_path / "_home" / "hub" / "models--alice--base" / "snapshots" / filled.head("alice/base")
     assert run_mopt("inspect", snapshot).exit_code == 0
+
+
+@pytest.mark.parametrize("status", [404, 416, 500])
+def test_links_are_told_without_their_signature(status: int) -> None:
+    """Whoever has it may read the file; messages and reports are passed on."""
+    response = httpx.Response(status, request=httpx.Request("GET", SIGNED))
+    with pytest.raises(MoptError) as caught, hub_errors("alice/base"):
+        raise HfHubHTTPError(f"Client error '{status}' for url '{SIGNED}' (Request ID: x)", response=response)
+    with pytest.raises(MoptError) as other, hub_errors("alice/base"):
+        raise RuntimeError(f"Request error: sending request for url ({SIGNED})")
+    for error in (caught.value, other.value):
+        assert "c0ffee" not in error.message and "Expires" not in error.message
+    assert "https://cdn.example/xorbs/ab" in other.value.message
 
 
 class Zeros(RemoteFile):

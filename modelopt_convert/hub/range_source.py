@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from modelopt_convert.errors import InputError, RemoteError
-from modelopt_convert.hub.client import BUSY, PAUSES_S, retry_after
+from modelopt_convert.hub.client import BUSY, PAUSES_S, first_line, retry_after
 
 if TYPE_CHECKING:
     from hf_xet import XetDownloadStreamGroup
@@ -143,7 +143,7 @@ class RangeSource:
             raise
         except Exception as error:  # hf_xet has its own retries behind it; the same bytes can be had over HTTP
             self._xet_hash = None
-            raise _AgainError(f"Xet failed: {error}", pause_s=0.0) from error
+            raise _AgainError(f"Xet failed: {first_line(error)}", pause_s=0.0) from error
 
     def _by_http(self, begin: int, end: int) -> Iterator[bytes]:
         from huggingface_hub import constants
