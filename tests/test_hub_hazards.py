@@ -10,12 +10,14 @@ from huggingface_hub.utils import httpx
 from loopback_hub import LoopbackHub
 from support import run_mopt
 
-from modelopt_convert.errors import Interrupted, MoptError
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.errors import Interrupted, MoptError, RemoteError
 from modelopt_convert.hub import client, range_source, remote_file
 from modelopt_convert.hub.client import hub_errors
 from modelopt_convert.hub.range_source import HubFile
 from modelopt_convert.hub.ranges import Range, without
 from modelopt_convert.hub.remote_file import RemoteFile
+from modelopt_convert.sources import parse_location
 
 SIGNED = "https://cdn.example/xorbs/ab?X-Amz-Signature=c0ffee&Expires=1"
 
@@ -37,6 +39,19 @@ def test_what_was_downloaded_is_read_wherever_the_cache_keeps_it(filled: Loopbac
     assert outcome.exit_code == 0 and not filled.requests("/_cdn/|/cas/"), outcome.stderr
     snapshot = tmp_path / "_home" / "hub" / "models--alice--base" / "snapshots" / filled.head("alice/base")
     assert run_mopt("inspect", snapshot).exit_code == 0
+
+
+def test_another_total_is_another_file(filled: LoopbackHub) -> None:
+    def read() -> bytes:
+        with CheckpointReader(parse_location("hf://alice/base/transformer")) as reader:
+            first = min(reader.tensors.values(), key=lambda info: (info.file, info.start))
+            size = reader.num_bytes
+            filled.fault("/_cdn/", times=99, headers={"Content-Range": f"bytes {first.start}-{first.start}/{size}"})
+            return reader.read_range(first.name, 0, 1)
+
+    with pytest.raises(RemoteError, match="asked for bytes") as caught:
+        read()
+    assert caught.value.code == "hub.range"
 
 
 @pytest.mark.parametrize("status", [404, 416, 500])
