@@ -1,5 +1,7 @@
 """Inputs on the Hub under what real networks, caches and signals do to them."""
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +67,12 @@ def test_links_are_told_without_their_signature(status: int) -> None:
     for error in (caught.value, other.value):
         assert "c0ffee" not in error.message and "Expires" not in error.message
     assert "https://cdn.example/xorbs/ab" in other.value.message
+
+
+def test_a_quota_is_a_full_disk() -> None:
+    with pytest.raises(RemoteError) as caught, hub_errors("alice/base"):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    assert caught.value.code == "hub.disk_full"
 
 
 class Zeros(RemoteFile):

@@ -20,6 +20,7 @@ _LONGEST_PAUSE_S = 60.0
 _T = TypeVar("_T")
 _AGAIN = "run the same command again"
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def hub_api() -> "HfApi":
@@ -160,7 +161,7 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         return _error(InputError, repo_id, "headers", first_line(error), hint)
     if isinstance(error, hub.LocalTokenNotFoundError):
         return _error(InputError, repo_id, "token", "there is no access token", f"`hf auth login`; {again}")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in _FULL:
         return _disk_full(repo_id)
     if isinstance(error, httpx.TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
