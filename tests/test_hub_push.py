@@ -109,6 +109,15 @@ def test_a_tag_does_not_move(hub: LoopbackHub, built: Path, monkeypatch: pytest.
     assert refused.exit_code == 3 and refused.error_code == "push.revision"
 
 
+@pytest.mark.parametrize("revision", ["0" * 40, "refs/heads/main"])
+def test_what_is_no_branch_is_not_made_one(hub: LoopbackHub, built: Path, revision: str) -> None:
+    push(built)
+    before = dict(hub.store.repos[REPO].refs)
+    refused = push(built, REPO, "--revision", revision)
+    assert (refused.exit_code, refused.error_code) == (3, "push.revision") and "a branch" in refused.message
+    assert hub.store.repos[REPO].refs == before
+
+
 def test_private_means_private(hub: LoopbackHub, built: Path) -> None:
     assert push(built, REPO, "--private").exit_code == 0
     assert HfApi().repo_info(REPO).private is True

@@ -4,6 +4,7 @@ Nothing is kept on disk between runs. A shard that was sent stays with the Hub, 
 one commit comes last, on the parent that was compared with, and so a repo holds the checkpoint before or the new one.
 """
 
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _MAIN = "main"
+_NO_BRANCH = re.compile(r"[0-9a-f]{40}$|refs/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +232,11 @@ def _target(api: "HfApi", request: PushRequest) -> _Target:
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     if revision in heads:
         return _Target(heads[revision], branch_exists=True)
-    if any(ref.name == revision for ref in refs.tags):
+    is_tag = any(ref.name == revision for ref in refs.tags)
+    if is_tag or _NO_BRANCH.match(revision):
+        what = "a tag, and a tag does not move" if is_tag else "a commit or a full reference, and no branch"
         raise InputError(
-            f"hf://{request.repo_id}: {revision} is a tag, and a tag does not move",
+            f"hf://{request.repo_id}: {revision} is {what}",
             code="push.revision",
             path=f"hf://{request.repo_id}",
             hint="give --revision the name of a branch",
