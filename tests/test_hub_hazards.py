@@ -2,11 +2,14 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hub_support import hub_environment
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from loopback_hub import LoopbackHub
@@ -124,3 +127,19 @@ def test_a_signal_while_ranges_are_asked_for_is_a_signal_still(monkeypatch: pyte
         file.close()
         assert file.open().read(0, 8) == bytes(8)
         file.close()
+
+
+@pytest.mark.parametrize("missing", ["diffusion_pytorch_model-00002-of-00003.safetensors", "config.json", ""])
+def test_offline_a_part_of_a_cache_is_not_taken_for_the_repo(filled: LoopbackHub, tmp_path: Path, missing: str) -> None:
+    """In a process of its own: the client reads the variable once."""
+    assert run_mopt("inspect", "hf://alice/base", "--download").exit_code == 0
+    snapshot = tmp_path / "_home" / "hub" / "models--alice--base" / "snapshots" / filled.head("alice/base")
+    if missing:
+        (snapshot / "transformer" / missing).unlink()
+    else:
+        (snapshot / "transformer").rename(snapshot / "vae")
+    command = [sys.executable, "-c", "from modelopt_convert.cli import main; main()", "inspect"]
+    environment = hub_environment(filled) | {"HF_HOME": str(tmp_path / "_home"), "HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run([*command, "hf://alice/base"], env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 3 and "is not in that commit" not in outcome.stderr
+    assert "run once without HF_HUB_OFFLINE and with --download" in outcome.stderr

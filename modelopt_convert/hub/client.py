@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
+NOT_CACHED = "run once without HF_HUB_OFFLINE and with --download"
 _LONGEST_PAUSE_S = 60.0
 _T = TypeVar("_T")
 _AGAIN = "run the same command again"
@@ -146,8 +147,8 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
     if isinstance(error, hub.DisabledRepoError):
         return _error(InputError, repo_id, "disabled", "the Hub has disabled this repo", f"see {page}")
     if isinstance(error, hub.LocalEntryNotFoundError):
-        hint = "run once without HF_HUB_OFFLINE and with --download"
-        return _error(InputError, repo_id, "not_cached", "not in the cache, and the Hub may not be asked", hint)
+        what = "not in the cache, and the Hub may not be asked"
+        return _error(InputError, repo_id, "not_cached", what, NOT_CACHED)
     if isinstance(error, hub.EntryNotFoundError):
         return _error(InputError, repo_id, "no_file", "the repo has no such file or folder", f"see {page}/tree/main")
     if isinstance(error, hub.OfflineModeIsEnabled):
