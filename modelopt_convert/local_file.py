@@ -121,6 +121,8 @@ class LocalFile:
 def check_link(folder: Path, path: Path) -> None:
     """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of.
 
+    Those are the repo's own, or, for files of Xet repos, the ones that all repos of the cache share.
+
     Raises:
         InputError: ``input.symlink_escape``.
     """
@@ -128,7 +130,10 @@ def check_link(folder: Path, path: Path) -> None:
         return
     target, root = path.resolve(), folder.resolve()
     cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
-    if target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs")):
+    allowed = [root] if cache is None else [root, cache / "blobs"]
+    if cache is not None and cache.name.startswith("models--"):
+        allowed.append(cache.parent / "blobs")
+    if any(target.is_relative_to(place) for place in allowed):
         return
     raise InputError(
         f"{path}: a link to {target}, outside the checkpoint",

@@ -76,7 +76,7 @@ ALLOWED = {
         "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
     ),
     "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
-    "sources": "hub.location local_file",
+    "sources": "hub.client hub.location local_file",
     "verify.backends": (
         "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
         "verify.backends.sgl_kernel verify.backends.torch_scaled verify.backends.triton_gemm"
