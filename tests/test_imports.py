@@ -36,6 +36,7 @@ ALLOWED = {
     "report": "verify_report",
     "strict_json": "errors",
     "transforms.scales": "scale_shapes",
+    "torch_archive": "errors local_file",
     "verify.html_report": "errors verify.html_figures verify.html_style",
     "verify.operands": "transforms.fp8 transforms.nvfp4",
     "error_table": "report",
@@ -110,7 +111,7 @@ ALLOWED = {
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
         "lint sampling scale_shapes sources transforms.raw transforms.scales"
     ),
-    "pickle_source": "components dialects.fp8 errors sources",
+    "pickle_source": "components dialects.fp8 sources torch_archive",
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
         "plan_keeps plan_names"
