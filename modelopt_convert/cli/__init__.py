@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import sys
 
 import typer
@@ -58,17 +59,25 @@ def _root(
 def main() -> None:
     """Entry point: whatever nobody foresaw ends with exit code 70, since Python's own 1 means a failed check here."""
     _open_standard_streams()
+    _allow_open_files()
     try:
         app()
     except Exception as error:
-        from modelopt_convert.cli._output import debugging
+        from modelopt_convert.cli._output import debugging, printable
 
         if debugging():
             raise
         with contextlib.suppress(OSError):
-            typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+            typer.echo(printable(f"error: {type(error).__name__}: {error}"), err=True)
             typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
         sys.exit(ExitCode.INTERNAL)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us: every shard is held open, and 1,024 is a habit and not a need."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _open_standard_streams() -> None:
