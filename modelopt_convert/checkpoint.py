@@ -21,6 +21,7 @@ MAX_CONFIG_BYTES = 16_000_000
 MAX_WHOLE_BYTES = 256 << 20
 MAX_READ_BYTES = 1 << 30
 _SHOWN_CHARS = 200
+_MAX_FILE_NAME = 255  # bytes, as Linux takes them
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
@@ -362,4 +363,4 @@ def _cut(name: str) -> str:
 
 def _is_shard_name(name: str) -> bool:
     plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
-    return plain and PurePosixPath(name).name == name
+    return plain and len(name.encode()) <= _MAX_FILE_NAME and PurePosixPath(name).name == name

@@ -35,10 +35,7 @@ def private_copy(path: Path) -> Iterator[tuple[str, int]]:
     Raises:
         InputError: With a ``pickle.*`` or ``input.*`` code: it is no plain torch archive, or changed meanwhile.
     """
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise refusal(path, "missing", f"cannot be resolved: {error}", "give the file itself") from error
+    real = Path(os.path.realpath(path))
     with contextlib.closing(LocalFile(real.parent, real.name, where=str(path))) as file:
         fd = os.memfd_create("mopt", os.MFD_CLOEXEC)
         try:
