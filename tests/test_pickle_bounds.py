@@ -13,7 +13,7 @@ import torch
 from figures import note
 from fp8_support import small_old_pair, two_weights
 from limited import run_limited
-from test_fp8_checkpoint_pt import as_it_is, rezipped
+from test_fp8_checkpoint_pt import Bomb, as_it_is, rezipped
 
 from modelopt_convert import torch_archive
 from modelopt_convert.errors import InputError
@@ -100,6 +100,20 @@ def test_a_pickle_that_asks_for_memory_is_refused(
     assert (ended.exit_code, ended.error_code) in {(3, "pickle.refused"), (3, "pickle.content")}, ended.stderr
     assert 0 < ended.peak_mb < 2500
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["the whole", "a value"])
+def test_no_canary_dies_in_a_process_of_its_own(place: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    export, _ = pair
+    fired, path = tmp_path / "fired", tmp_path / "bomb.pt"
+    torch.save(Bomb(fired) if place == "the whole" else {"model_state_dict": {"x": Bomb(fired)}}, path)
+    arguments = ("convert-fp8", "--preset", "none", "--export", export, "--output", tmp_path / "out")
+    ended = run_limited(*arguments, "--checkpoint", path)
+    assert (ended.exit_code, ended.error_code) == (3, "pickle.refused"), ended.stderr
+    note(6, canary=place, canaries=int(fired.exists()), **ended.figures)
+    assert not fired.exists()
+    torch.load(path, weights_only=False)
+    assert fired.exists()  # the bomb is a real one
 
 
 def test_cut_anywhere_in_its_directory_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
