@@ -175,6 +175,19 @@ def test_the_lines_of_a_build_do_not_act_on_the_terminal(tmp_path: Path) -> None
     assert verified.exit_code == 0 and not ACTING & set(verified.stdout + verified.stderr)
 
 
+@pytest.mark.parametrize("command", ["inspect", "build-nvfp4"])
+def test_a_value_of_a_million_characters_is_cut_in_the_line(command: str, tmp_path: Path) -> None:
+    source = hostile_export(tmp_path / "export")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["quant_algo"] = "x" * 1_000_000
+    (source / "config.json").write_text(json.dumps(config))
+    more = ("--export", source, "--base", source, "--preset", "none", "--output", tmp_path / "out")
+    outcome = run_mopt(command, *(more if command == "build-nvfp4" else (source,)), json_report=False)
+    shown = outcome.stdout + outcome.stderr
+    assert max(map(len, shown.splitlines())) < 5000
+    assert " characters more" in shown
+
+
 def test_the_last_resort_does_not_act_on_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
