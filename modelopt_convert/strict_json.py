@@ -58,4 +58,6 @@ def parse_json_object(raw: bytes, *, code: str, path: str) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         raise refuse(f"not valid JSON ({str(error).splitlines()[0][:120]})") from error
+    except MemoryError as error:
+        raise refuse(f"{len(raw)} bytes of JSON take more memory than there is", "too_large") from error
     return value

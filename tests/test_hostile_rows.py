@@ -99,6 +99,24 @@ def test_refused(change: Callable[[Path], object], code: str, sharded: Path) -> 
     assert len(error.message) < 1000
 
 
+@pytest.mark.parametrize("file", [A, INDEX, "config.json"])
+def test_json_that_memory_does_not_suffice_for_is_refused(
+    file: str, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is to blame, and not mopt: no model needs so much."""
+    real, content = json.loads, (sharded / file).read_bytes()
+
+    def loads(text: str, **options: Any) -> Any:
+        if text.encode() in content:
+            raise MemoryError
+        return real(text, **options)
+
+    monkeypatch.setattr(json, "loads", loads)
+    error = refusal(sharded)
+    assert error.code == {A: "header.too_large", INDEX: "index.too_large"}.get(file, "config.too_large")
+    assert "more memory than there is" in error.message
+
+
 def test_a_device_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         LocalFile(Path("/dev"), "zero")
