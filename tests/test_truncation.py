@@ -84,8 +84,9 @@ def test_a_shard_cut_by_another_thread_is_an_error(tmp_path: Path) -> None:
     thread = threading.Thread(target=truncate)
     thread.start()
     seen = 0
-    with pytest.raises(InputError) as caught, CheckpointReader(folder) as reader:
+    with pytest.raises(InputError), CheckpointReader(folder) as reader, pytest.raises(InputError) as caught:
         for chunk in reader.chunks("a", CHUNK):
+            assert len(chunk) == CHUNK
             seen += len(chunk)
             reading.set()
             if seen >= 1 << 19:

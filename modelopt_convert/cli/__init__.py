@@ -63,12 +63,13 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from modelopt_convert.cli._output import debugging, printable
+        from modelopt_convert.cli._output import debugging
 
         if debugging():
             raise
         with contextlib.suppress(OSError):
-            typer.echo(printable(f"error: {type(error).__name__}: {error}"), err=True)
+            # ascii() and not our own escaping, which may be what failed.
+            typer.echo(f"error: {type(error).__name__}: {ascii(str(error)[:4000])[1:-1]}", err=True)
             typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
         sys.exit(ExitCode.INTERNAL)
 
