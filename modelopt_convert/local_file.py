@@ -5,6 +5,7 @@ short count that becomes an error message.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -35,7 +36,8 @@ class LocalFile:
             where: How messages call it, if not by its path.
 
         Raises:
-            InputError: ``input.missing``, ``input.unreadable``, ``input.symlink_escape`` or ``input.not_regular``.
+            InputError: ``input.missing``, ``input.unreadable``, ``input.too_many_files``, ``input.symlink_escape`` or
+                ``input.not_regular``.
         """
         path = folder / name
         self.where = where or str(path)
@@ -44,6 +46,13 @@ class LocalFile:
             # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise InputError(
+                    f"{path}: cannot be opened: {os.strerror(error.errno)}",
+                    code="input.too_many_files",
+                    path=str(path),
+                    hint="the checkpoint has more files than a process may hold open; raise the limit with ulimit -n",
+                ) from error
             raise InputError(
                 f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}",
                 code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",

@@ -46,6 +46,7 @@ ALLOWED = {
     "inspect_report": "report",
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",
+    "torch_archive": "errors local_file",
     "transforms.raw": "transforms.fp8 transforms.nvfp4 transforms.scales",
     "verify.backends.padding": "scale_shapes transforms.scales verify.operands",
     "dialects.modelopt": "errors header patterns",
@@ -111,7 +112,7 @@ ALLOWED = {
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
         "lint sampling scale_shapes sources transforms.raw transforms.scales"
     ),
-    "pickle_source": "components dialects.fp8 errors sources",
+    "pickle_source": "components dialects.fp8 sources torch_archive",
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
         "plan_keeps plan_names"
@@ -152,13 +153,13 @@ ALLOWED = {
     ),
     "fetching": "opening plan reads report",
     "manifest": "accounting card digests opening plan preset report",
-    "space": "header manifest opening plan preset report",
     "proving": "accounting errors formats opening plan proof prove reads report stream",
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
         "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report"
     ),
     "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
+    "space": "header manifest opening plan preset report",
     "verify.run": (
         "accounting checkpoint closeness components errors layout report sources stream verify.container "
         "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "

@@ -38,9 +38,16 @@ def debugging() -> bool:
     return os.environ.get("MOPT_DEBUG") == "1"
 
 
+# Of a line: a value of a config.json may have millions.
+_LINE_CHARS = 4000
+
+
 def printable(text: str) -> str:
-    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped. No line is endless."""
+    rest = len(text) - _LINE_CHARS
+    kept = text[:_LINE_CHARS]
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
+    return f"{shown} ... and {rest} characters more" if rest > 0 else shown
 
 
 @dataclass(frozen=True, slots=True)
