@@ -25,12 +25,13 @@ from modelopt_convert.plan import BuildPlan, Keeps
 from modelopt_convert.plan_mixed import plan_mixed
 from modelopt_convert.plan_quantize import plan_quantized, preset_required
 from modelopt_convert.preset import Algorithm, ChosenPreset, choose_preset, known_broken, load_preset
+from modelopt_convert.produce import Layouts
 from modelopt_convert.proving import run_proof
 from modelopt_convert.quantizing import note_uncalibrated, run_measure, uncalibrated_line
 from modelopt_convert.report import ClippedReport, ProofReport, Report, RuleReport
 from modelopt_convert.sources import Location, local_path, parse_location
 from modelopt_convert.staging import StagingDir
-from modelopt_convert.stream import Layouts, Progress, Streamed, stream
+from modelopt_convert.stream import Progress, Streamed, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class BuildRequest:
         verify: The closing step: ``auto`` with the GPU if there is one, ``cpu`` without, ``off`` not at all.
         dry_run: Plan only.
         download: Fetch files of the Hub whole, into its cache.
+        workers: Tensors that are worked on at a time.
     """
 
     algorithm: Algorithm
@@ -70,6 +72,7 @@ class BuildRequest:
     verify: Literal["auto", "cpu", "off"]
     dry_run: bool
     download: bool
+    workers: int
 
 
 def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
@@ -120,11 +123,13 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         layouts: list[Layouts] = []
         for number, part in enumerate(parts):
             if part.export is None:
-                plans[number], found_proof = run_measure(part, plans[number], request.max_error, report, progress)
+                plans[number], found_proof = run_measure(
+                    part, plans[number], request.max_error, request.workers, report, progress
+                )
                 proofs.append(found_proof)
                 layouts.append(Layouts(frozenset(), frozenset()))
                 continue
-            proof, found_proof = run_proof(part, plans[number], request.max_error, report, progress)
+            proof, found_proof = run_proof(part, plans[number], request.max_error, request.workers, report, progress)
             proofs.append(found_proof)
             layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
             plans[number] = _lay_out(report, part, plans[number], layouts[-1])
@@ -135,7 +140,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                 with timed(report, "stream"):
                     if part.prefix:
                         stage.add_folder(part.prefix.rstrip("/"))
-                    done = stream(stage, plan, part.readers, layout, progress, part.prefix)
+                    done = stream(stage, plan, part.readers, layout, progress, part.prefix, workers=request.workers)
                 _note_clipped(report, part, done)
                 files = small_files(part, plan, chosen, report, proven, done.digests)
                 manifests[part.prefix.rstrip("/")] = files["mopt.json"]

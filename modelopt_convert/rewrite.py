@@ -33,11 +33,12 @@ from modelopt_convert.header import TensorSpec
 from modelopt_convert.inspect_report import InspectReport, ModuleLayout
 from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.plan import INDEX_NAME, ShardPlan, Step, natural_key
+from modelopt_convert.produce import Layouts
 from modelopt_convert.report import Report
 from modelopt_convert.scale_shapes import padded_shape
 from modelopt_convert.sources import Location, local_path
 from modelopt_convert.staging import StagingDir
-from modelopt_convert.stream import Layouts, Progress, stream
+from modelopt_convert.stream import Progress, stream
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
 _FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
@@ -63,6 +64,7 @@ class RewriteRequest:
         max_error: Largest relative error of a reading that is accepted without reproducing the codes.
         overwrite: Consent to replace an existing checkpoint.
         dry_run: Plan only.
+        workers: Tensors that are worked on at a time.
     """
 
     source: Location
@@ -73,6 +75,7 @@ class RewriteRequest:
     max_error: float
     overwrite: bool
     dry_run: bool
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,9 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
             swapped = chosen if request.kind == "swap" else frozenset()
             swizzled = chosen if request.kind == "unswizzle" else frozenset()
             with timed(report, "stream"):
-                digests = stream(stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress).digests
+                digests = stream(
+                    stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress, workers=request.workers
+                ).digests
             reader.check_unchanged()
             files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)
             for name, data in files.items():

@@ -101,7 +101,22 @@ class RemoteFile:
         Raises:
             MoptError: With a ``hub.*`` code.
         """
-        end = offset + num_bytes
+        self._wait(offset, offset + num_bytes)
+        found = os.pread(self._spool.fileno(), num_bytes, offset)
+        assert len(found) == num_bytes
+        return found
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset``, once they are there.
+
+        Raises:
+            MoptError: With a ``hub.*`` code.
+        """
+        self._wait(offset, offset + len(target))
+        count = os.preadv(self._spool.fileno(), [target], offset)
+        assert count == len(target)
+
+    def _wait(self, offset: int, end: int) -> None:
         self.prefetch([(offset, end)])
         with self._lock:
             first = max(0, bisect.bisect(self._taken, (offset, self.num_bytes)) - 1)
@@ -109,9 +124,6 @@ class RemoteFile:
             needed = self._futures[first:last]
         for future in needed:
             future.result()
-        found = os.pread(self._spool.fileno(), num_bytes, offset)
-        assert len(found) == num_bytes
-        return found
 
     def check_unchanged(self) -> None:
         """Nothing: a commit does not change, and every link's etag was compared."""
