@@ -263,4 +263,10 @@ def test_torch_is_imported_only_where_tensors_are(module: str) -> None:
 def test_transforms_know_nothing_of_the_rest() -> None:
     for module in (name for name in CODE if name.startswith("transforms.")):
         names = imports(MODULES[module], top_level=False)
-        assert {name.partition(".")[0] for name in names} <= {"torch", "collections", "dataclasses", "functools", "modelopt_convert"}
+        assert {name.partition(".")[0] for name in names} <= {
+            "torch",
+            "collections",
+            "dataclasses",
+            "functools",
+            "modelopt_convert",
+        }
