@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 HUB2 := .venv/hub2
 
-.PHONY: demo test quality
+.PHONY: demo test test-long quality mutants fuzz
 
 # torch first, from the pin: a range could bring another build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -34,3 +34,16 @@ quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Takes away one guard of the output protocol at a time and expects a test to go red; some minutes, not part of CI.
+mutants: $(INSTALLED)
+	$(BIN)/python scripts/mutants.py --write
+
+# Ten minutes for each parser. What is found lies in the current folder as crash-*; it belongs in tests/fuzz_corpus.
+FUZZ_SECONDS ?= 600
+fuzz: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fuzz]'
+	for name in header index; do \
+		mkdir -p .venv/fuzz/$$name && $(BIN)/python scripts/fuzz_$$name.py -max_total_time=$(FUZZ_SECONDS) -max_len=2048 \
+			-dict=tests/fuzz_corpus/words.dict .venv/fuzz/$$name tests/fuzz_corpus/$$name || exit 1; \
+	done

@@ -12,8 +12,6 @@ from modelopt_convert.hub.location import HubPath
 from modelopt_convert.report import InputReport, NetworkReport, Report
 from modelopt_convert.staging import Published, StagingDir
 
-SMALL_FILES_BYTES = 1 << 20  # room for config, card, index and mopt.json, beside the tensors
-
 
 def note_input(report: Report, name: str, reader: CheckpointReader) -> None:
     """Put an opened input into the report."""

@@ -16,6 +16,12 @@ from modelopt_convert.strict_json import parse_json_object
 
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 16_000_000
+# Of a tensor in memory at a time. What is read whole beside a weight is looked at in several copies: the block scales
+# of a weight of 4e9 elements have this many. No row and no weight that is multiplied is larger than the second.
+MAX_WHOLE_BYTES = 256 << 20
+MAX_READ_BYTES = 1 << 30
+_SHOWN_CHARS = 200
+_MAX_FILE_NAME = 255  # bytes, as Linux takes them
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
@@ -110,16 +116,23 @@ class CheckpointReader:
             found["commit"] = match[1]
         return found
 
-    def read(self, name: str) -> bytes:
-        """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``."""
+    def read(self, name: str, *, limit: int = MAX_WHOLE_BYTES) -> bytes:
+        """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``.
+
+        Raises:
+            MoptError: ``input.too_large``: more than ``limit``; or as ``read_range``.
+        """
+        self._check_size(name, self.tensors[name].num_bytes, limit)
         return self.read_range(name, 0, self.tensors[name].num_bytes)
 
     def read_range(self, name: str, begin: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes of a tensor from its byte ``begin``.
 
         Raises:
-            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be had.
+            MoptError: ``input.too_large``, ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be
+                had.
         """
+        self._check_size(name, num_bytes, MAX_READ_BYTES)
         info = self.tensors[name]
         return self._files[info.file].read(info.start + begin, num_bytes)
 
@@ -136,6 +149,7 @@ class CheckpointReader:
             MoptError: As ``read_range``.
         """
         width = row_bytes if num_bytes is None else num_bytes
+        self._check_size(name, width * len(rows), MAX_READ_BYTES)
         self.prefetch((name, row * row_bytes, width) for row in rows)
         return b"".join(self.read_range(name, row * row_bytes, width) for row in rows)
 
@@ -172,6 +186,19 @@ class CheckpointReader:
         """Bytes and ranges that came over the network so far."""
         files = self._files.values()
         return sum(file.fetched for file in files), sum(file.requests for file in files)
+
+    def _check_size(self, name: str, num_bytes: int, limit: int) -> None:
+        """A file may be sparse, a header claim anything: what is too large for memory is refused and not read."""
+        if num_bytes > limit:
+            info = self.tensors[name]
+            where = str(self.path / info.file)
+            found = f"found {num_bytes} of {info.dtype} {str(list(info.shape))[:_SHOWN_CHARS]}"
+            raise InputError(
+                f"{where}: tensor {_cut(name)}: expected at most {limit} bytes to be read at once, {found}",
+                code="input.too_large",
+                path=where,
+                hint="no model has scales, biases or rows of this size; do not use this checkpoint",
+            )
 
     def _by_file(self, readings: Iterable[Reading]) -> dict[str, list[tuple[int, int]]]:
         found: dict[str, list[tuple[int, int]]] = {}
@@ -273,7 +300,7 @@ class CheckpointReader:
         for file in set(weight_map.values()):
             if not _is_shard_name(file):
                 raise InputError(
-                    f"{index_path}: {file[:200]!r} is not the name of a .safetensors file in this folder",
+                    f"{index_path}: {_cut(file)} is not the name of a .safetensors file in this folder",
                     code="index.path_escape",
                     path=str(index_path),
                     hint="an index may only name files beside it; do not use this checkpoint",
@@ -293,7 +320,7 @@ class CheckpointReader:
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file != file:
                 raise InputError(
-                    f"{where}: tensor {name!r} should be in {file}, its header does not list it",
+                    f"{where}: tensor {_cut(name)} should be in {file[:_SHOWN_CHARS]}, its header does not list it",
                     code="index.mismatch",
                     path=where,
                     hint="the index is stale; rebuild it, or export again",
@@ -301,7 +328,7 @@ class CheckpointReader:
         for name, info in self.tensors.items():
             if name not in weight_map:
                 raise InputError(
-                    f"{where}: {info.file} holds tensor {name!r}, the index does not list it",
+                    f"{where}: {info.file} holds tensor {_cut(name)}, the index does not list it",
                     code="index.mismatch",
                     path=where,
                     hint="the index is stale; rebuild it, or export again",
@@ -320,7 +347,7 @@ class CheckpointReader:
         for tensor, info in header.tensors.items():
             if tensor in self.tensors:
                 raise InputError(
-                    f"{where}: tensor {tensor!r} is also in {self.tensors[tensor].file}",
+                    f"{where}: tensor {_cut(tensor)} is also in {self.tensors[tensor].file}",
                     code="index.mismatch",
                     path=where,
                     hint="two checkpoints are mixed in one folder; export again into an empty one",
@@ -342,6 +369,11 @@ class CheckpointReader:
             file.close()
 
 
+def _cut(name: str) -> str:
+    """A name for a message: it may have a hundred million characters."""
+    return repr(name[:_SHOWN_CHARS])
+
+
 def _is_shard_name(name: str) -> bool:
     plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
-    return plain and PurePosixPath(name).name == name
+    return plain and len(name.encode()) <= _MAX_FILE_NAME and PurePosixPath(name).name == name

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from modelopt_convert.checkpoint import MAX_CONFIG_BYTES
 from modelopt_convert.errors import InputError
-from modelopt_convert.sources import Location, is_dir, names, read_small
+from modelopt_convert.sources import Location, hint_if_missing, is_dir, names, read_small
 from modelopt_convert.strict_json import parse_json_object
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -145,7 +145,10 @@ def _found(path: Location, *, what: str) -> list[Location]:
             f"{what} {path}: no such folder",
             code="input.missing",
             path=str(path),
-            hint="give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME",
+            hint=hint_if_missing(
+                path,
+                "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME",
+            ),
         )
     if (path / "config.json").is_file():
         return [path]
@@ -155,7 +158,7 @@ def _found(path: Location, *, what: str) -> list[Location]:
             f"{what} {path}: expected config.json here or in transformer/, found neither",
             code="input.missing",
             path=str(path),
-            hint="give a diffusers transformer folder, or the pipeline that holds transformer/",
+            hint=hint_if_missing(path, "give a diffusers transformer folder, or the pipeline that holds transformer/"),
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The straight line of ``build-nvfp4`` and ``convert-fp8``: refuse, open, plan, prove, stream, stage, check, publish.
+"""The straight line of ``build-nvfp4`` and ``convert-fp8``: refuse, open, plan, stage, prove, stream, check, publish.
 
 The only place where a plan meets the disk. torch is imported on the way, not at the top: refusals are fast.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from modelopt_convert.accounting import SMALL_FILES_BYTES, peak_rss_bytes, publish, timed
+from modelopt_convert.accounting import peak_rss_bytes, publish, timed
 from modelopt_convert.check import check_structure, refuse_misread
 from modelopt_convert.components import COMPONENTS, resolve_components
 from modelopt_convert.errors import CheckFailedError, InputError
@@ -30,8 +30,10 @@ from modelopt_convert.proving import run_proof
 from modelopt_convert.quantizing import note_uncalibrated, run_measure, uncalibrated_line
 from modelopt_convert.report import ClippedReport, ProofReport, Report, RuleReport
 from modelopt_convert.sources import Location, local_path, parse_location
+from modelopt_convert.space import build_bytes
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Progress, Streamed, stream
+from modelopt_convert.workers import torch_on_one_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,25 +121,14 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         if request.dry_run:
             report.status = "planned"
             return
-        proofs: list[ProofReport] = []
-        layouts: list[Layouts] = []
-        for number, part in enumerate(parts):
-            if part.export is None:
-                plans[number], found_proof = run_measure(
-                    part, plans[number], request.max_error, request.workers, report, progress
-                )
-                proofs.append(found_proof)
-                layouts.append(Layouts(frozenset(), frozenset()))
-                continue
-            proof, found_proof = run_proof(part, plans[number], request.max_error, request.workers, report, progress)
-            proofs.append(found_proof)
-            layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
-            plans[number] = _lay_out(report, part, plans[number], layouts[-1])
-        manifests: dict[str, bytes] = {}
-        need = sum(plan.total_bytes + SMALL_FILES_BYTES for plan in plans)
+        need = build_bytes(parts, plans, chosen, report)
+        # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
+            with torch_on_one_thread():
+                proofs, layouts = _prove(request, parts, plans, report, progress)
+            manifests: dict[str, bytes] = {}
             for part, plan, proven, layout in zip(parts, plans, proofs, layouts, strict=True):
-                with timed(report, "stream"):
+                with timed(report, "stream"), torch_on_one_thread():
                     if part.prefix:
                         stage.add_folder(part.prefix.rstrip("/"))
                     done = stream(stage, plan, part.readers, layout, progress, part.prefix, workers=request.workers)
@@ -163,6 +154,26 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
             with timed(report, "publish"):
                 publish(stage, report)
     report.peak_rss_bytes = peak_rss_bytes()
+
+
+def _prove(
+    request: BuildRequest, parts: list[Opened], plans: list[BuildPlan], report: Report, progress: Progress
+) -> tuple[list[ProofReport], list[Layouts]]:
+    """Prove, or measure, every transformer; its plan is brought in line with what was found."""
+    proofs: list[ProofReport] = []
+    layouts: list[Layouts] = []
+    for number, part in enumerate(parts):
+        if part.export is None:
+            plans[number], found = run_measure(
+                part, plans[number], request.max_error, request.workers, report, progress
+            )
+            layouts.append(Layouts(frozenset(), frozenset()))
+        else:
+            proof, found = run_proof(part, plans[number], request.max_error, request.workers, report, progress)
+            layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
+            plans[number] = _lay_out(report, part, plans[number], layouts[-1])
+        proofs.append(found)
+    return proofs, layouts
 
 
 def _with_base(request: BuildRequest, chosen: ChosenPreset, report: Report) -> BuildRequest:

@@ -22,7 +22,7 @@ def make_dir(path: Path, mode: int) -> None:
 
 def create_file(path: Path) -> int:
     """Create a file that must not exist and return its descriptor; mode 0o666 less the umask."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def preallocate(fd: int, num_bytes: int) -> None:
@@ -59,7 +59,7 @@ def sync(fd: int) -> bool:
 
 def sync_dir(path: Path) -> bool:
     """``fsync`` a directory, so that the names in it are on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return sync(fd)
     finally:

@@ -15,7 +15,7 @@ from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
 from modelopt_convert.header import TensorInfo
 from modelopt_convert.inspect_report import LintReport
-from modelopt_convert.patterns import PatternMatcher, module_of
+from modelopt_convert.patterns import ignored, module_of
 from modelopt_convert.plan import natural_key
 from modelopt_convert.preset import load_preset, preset_names
 from modelopt_convert.scale_shapes import packed_shapes, scale_shapes
@@ -207,8 +207,6 @@ class Linter:
         """``ignore`` against tensors both ways, and a flat config where ComfyUI expects layers."""
         found = self._reader.config.get("quantization_config")
         keys = found if isinstance(found, dict) else {}
-        listed = keys.get("ignore")
-        ignore = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
         if keys.get("quant_method") == "modelopt":
             linears = [
                 module_of(name)
@@ -220,13 +218,15 @@ class Linter:
                 for name, info in self._reader.tensors.items()
                 if name.endswith(".weight") and info.dtype == "F8_E4M3"
             ]
+            names = {*self._packed, *coded, *linears}
+            covered = ignored(keys.get("ignore"), names, path=str(self._reader.path / "config.json"))
             for name in (*self._packed, *coded):
-                if any(PatternMatcher.ignores(entry, name) for entry in ignore):
+                if name in covered:
                     self.found.append(
                         LintReport(code="ignore.lists_packed", message="in `ignore`, yet packed", module=name)
                     )
             for name in linears:
-                if not any(PatternMatcher.ignores(entry, name) for entry in ignore):
+                if name not in covered:
                     self.found.append(
                         LintReport(
                             code="ignore.misses_unpacked", message="not packed, yet not in `ignore`", module=name

@@ -5,6 +5,7 @@ short count that becomes an error message.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -35,7 +36,8 @@ class LocalFile:
             where: How messages call it, if not by its path.
 
         Raises:
-            InputError: ``input.missing``, ``input.unreadable``, ``input.symlink_escape`` or ``input.not_regular``.
+            InputError: ``input.missing``, ``input.unreadable``, ``input.too_many_files``, ``input.symlink_escape`` or
+                ``input.not_regular``.
         """
         path = folder / name
         self.where = where or str(path)
@@ -44,6 +46,13 @@ class LocalFile:
             # O_NONBLOCK so that a FIFO in place of a file cannot hang the run.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, RuntimeError) as error:  # resolve() calls a loop of links a RuntimeError up to Python 3.12
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise InputError(
+                    f"{path}: cannot be opened: {os.strerror(error.errno)}",
+                    code="input.too_many_files",
+                    path=str(path),
+                    hint="the checkpoint has more files than a process may hold open; raise the limit with ulimit -n",
+                ) from error
             raise InputError(
                 f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}",
                 code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
@@ -139,6 +148,8 @@ class LocalFile:
 def check_link(folder: Path, path: Path) -> None:
     """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of.
 
+    Those are the repo's own, or, for files of Xet repos, the ones that all repos of the cache share.
+
     Raises:
         InputError: ``input.symlink_escape``.
     """
@@ -146,7 +157,10 @@ def check_link(folder: Path, path: Path) -> None:
         return
     target, root = path.resolve(), folder.resolve()
     cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
-    if target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs")):
+    allowed = [root] if cache is None else [root, cache / "blobs"]
+    if cache is not None and cache.name.startswith("models--"):
+        allowed.append(cache.parent / "blobs")
+    if any(target.is_relative_to(place) for place in allowed):
         return
     raise InputError(
         f"{path}: a link to {target}, outside the checkpoint",

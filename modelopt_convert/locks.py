@@ -2,8 +2,9 @@
 
 import fcntl
 import os
-import re
 from pathlib import Path
+
+from modelopt_convert.mounts import mount_table
 
 # Where flock is known to exclude. On Lustre, GPFS and some NFS it succeeds for every caller.
 LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs", "overlay", "f2fs", "zfs"})
@@ -12,7 +13,7 @@ LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs
 def try_lock(path: Path) -> int | None:
     """Lock a directory (flock), if the path still names it then; None if somebody else holds or removed it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except (FileNotFoundError, PermissionError):  # gone, or another user's
         return None
     try:
@@ -33,11 +34,7 @@ def file_system_of(path: Path) -> str:
     """Type of the file system that holds ``path``, from the longest matching mount point."""
     target = path.resolve()
     best, kind = -1, "unknown"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        fields, _, rest = line.partition(" - ")
-        # Blanks and the like are written in octal.
-        raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), os.fsencode(fields.split()[4]))
-        mount = Path(os.fsdecode(raw))
-        if target.is_relative_to(mount) and len(mount.parts) >= best:
-            best, kind = len(mount.parts), rest.split()[0]
+    for mount in mount_table():
+        if target.is_relative_to(mount.point) and len(mount.point.parts) >= best:
+            best, kind = len(mount.point.parts), mount.kind
     return kind

@@ -13,7 +13,7 @@ from modelopt_convert.components import Component
 from modelopt_convert.dialects import ltx2
 from modelopt_convert.dialects.fp8 import Amax
 from modelopt_convert.errors import InputError
-from modelopt_convert.patterns import PatternMatcher, module_of
+from modelopt_convert.patterns import ignored, module_of
 from modelopt_convert.plan import Origin
 from modelopt_convert.report import Report
 from modelopt_convert.sources import Location, is_dir
@@ -112,7 +112,7 @@ def _name_as_diffusers(opened: Opened, export: CheckpointReader, report: Report)
     report.inputs[f"{opened.prefix}export"].renamed = dict(sorted(names.items()))
     quantization = export.config.get("quantization_config")
     if isinstance(quantization, dict):
-        quantization = quantization | {"ignore": _ignored(quantization.get("ignore"), names)}
+        quantization = quantization | {"ignore": _ignored(quantization.get("ignore"), names, where)}
     export.config = {**base.config, "quantization_config": quantization}
     report.warn(
         "export.renamed",
@@ -120,8 +120,7 @@ def _name_as_diffusers(opened: Opened, export: CheckpointReader, report: Report)
     )
 
 
-def _ignored(entries: object, names: Mapping[str, str]) -> list[str]:
+def _ignored(entries: object, names: Mapping[str, str], where: str) -> list[str]:
     """The modules that an export's ``ignore`` covers under its own names, under the new ones."""
-    patterns = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
     modules = {module_of(old): module_of(new) for old, new in names.items()}
-    return sorted(new for old, new in modules.items() if any(PatternMatcher.ignores(entry, old) for entry in patterns))
+    return sorted(modules[old] for old in ignored(entries, modules, path=where))

@@ -1,6 +1,7 @@
 """Where mopt will not write: OUT must be free or a plain checkpoint, and no input. No torch.
 
-Paths are compared by inode up both parent chains: links and bind mounts have other names for the same folder.
+Paths are compared by inode up both parent chains, since links and bind mounts are other names for the same folder; and
+by their place in the file system, since above a bind mount of a subfolder the folder itself is not among the parents.
 """
 
 import os
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelopt_convert.errors import OutputRefusedError
+from modelopt_convert.mounts import mount_table, place_of, places_below
 
 # What a model repo holds. Anything else in OUT is somebody's work, and OUT is then not replaced.
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".md"})
@@ -39,7 +41,8 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
     if not parent.is_dir():
         raise _refuse(output, f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {parent}")
     for source in inputs:
-        _refuse_overlap(output, source)
+        if source.exists():  # one that was removed meanwhile cannot be harmed
+            _refuse_overlap(output, source)
     if not output.exists():
         return
     if not output.is_dir():
@@ -63,10 +66,18 @@ def _special_folders() -> list[Path]:
 
 
 def canonical_output(output: Path) -> Path:
-    """OUT with its parent resolved, its own name kept (a link must be seen as one); ``.`` and ``x/..`` resolved."""
-    if output.name in {"", ".."}:
-        return output.resolve()
-    return output.parent.resolve() / output.name
+    """OUT with its parent resolved, its own name kept (a link must be seen as one); ``.`` and ``x/..`` resolved.
+
+    Raises:
+        OutputRefusedError: ``output.no_parent``: a relative path where the current folder was removed.
+    """
+    try:
+        if output.name in {"", ".."}:
+            return output.resolve()
+        return output.parent.resolve() / output.name
+    except FileNotFoundError as error:
+        hint = "cd into a folder that exists, or give an absolute path"
+        raise _refuse(output, "has no parent folder: the current folder was removed", "no_parent", hint) from error
 
 
 def find_stranger(folder: Path) -> str | None:
@@ -103,7 +114,7 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 def _chain(path: Path) -> list[tuple[int, int]]:
-    """Inodes of ``path`` and of every folder above it; ``..`` on the real tree, so bind mounts are seen through."""
+    """Inodes of ``path`` and of every folder above it; ``..`` on the real tree, so that links are seen through."""
     real = path.resolve()
     return [_inode(place) for place in (real, *real.parents) if place.exists()]
 
@@ -112,10 +123,17 @@ def _refuse_overlap(output: Path, source: Path) -> None:
     out_chain, source_chain = _chain(output), _chain(source)
     if output.exists() and out_chain[0] == source_chain[0]:
         raise _refuse(output, f"is the input {source}", "is_input", "give another --output; inputs are never changed")
-    if source_chain[0] in out_chain:
+    if source_chain[0] in out_chain or _lies_in(output, source):
         raise _refuse(output, f"lies inside the input {source}", "inside_input", "give an --output outside it")
-    if output.exists() and out_chain[0] in source_chain:
+    if output.exists() and (out_chain[0] in source_chain or _lies_in(source, output)):
         raise _refuse(output, f"holds the input {source}", "around_input", "give an --output beside it")
+
+
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """Whether what stands at ``inner``, or would stand there in its parent, is reached by going down from ``outer``."""
+    table = mount_table()
+    place = place_of(inner if inner.exists() else inner.parent, table)
+    return place is not None and any(one.holds(place) for one in places_below(outer, table))
 
 
 def _is_real_dir(path: Path) -> bool:

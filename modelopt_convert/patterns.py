@@ -7,13 +7,21 @@ Matching is by table, not by regular expression: a hostile name costs at most le
 """
 
 import difflib
+import heapq
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from modelopt_convert.errors import InputError
 
 _RANGE = re.compile(r"\[(-?[0-9]{1,6})?:(-?[0-9]{1,6})?\]")
+# Deeper than this no model has a block list, and hostile names of thousands of parts would make a table of as many.
+_LEVELS = 32
+# difflib compares character by character: a millisecond for each of the names that a message may offer.
+_COMPARED, _COMPARED_CHARS = 200, 200
+# Steps of globs over names, a microsecond each at worst.
+_MAX_STEPS = 20_000_000
+_MAX_NAME = 4096  # characters, as many as the header allows bytes
 
 
 def module_of(tensor: str) -> str:
@@ -45,38 +53,34 @@ class PatternMatcher:
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
-        """Count the blocks under each prefix."""
+        """Keep the names; blocks are counted when a pattern asks for them."""
         self.modules = tuple(modules)
-        self._depths: dict[str, int] = {}
-        for module in self.modules:
-            parts = module.split(".")
-            for position, part in enumerate(parts):
-                if part.isascii() and part.isdecimal() and len(part) <= 6:
-                    prefix = ".".join(parts[:position])
-                    self._depths[prefix] = max(self._depths.get(prefix, 0), int(part) + 1)
+        # Prefixes as numbers: the one that a prefix and a part make, 0 the empty one. Their text would take the square
+        # of a name's length.
+        self._children: dict[tuple[int, str], int] = {}
+        self._depths: dict[int, int] | None = None
 
     def matches(self, pattern: str, name: str) -> bool:
         """Whether the whole ``name`` matches ``pattern``."""
         parts = name.split(".") if name else []
-        # reachable[j]: the segments so far can stand for the first j parts of the name.
-        reachable = [True] + [False] * len(parts)
+        numbers: list[int] | None = None
+        # The segments so far can stand for the first so many parts of the name.
+        reached: Sequence[int] = (0,)
         for segment in pattern.split("."):
-            following = [False] * (len(parts) + 1)
             if segment == "**":
-                following[0] = reachable[0]
-                for j in range(1, len(parts) + 1):
-                    following[j] = reachable[j] or following[j - 1]
+                reached = range(min(reached), len(parts) + 1)
+            elif bounds := _RANGE.fullmatch(segment):
+                if numbers is None:
+                    numbers = self._numbers(parts)
+                first, last = (int(bound) if bound else None for bound in bounds.groups())
+                reached = [
+                    j + 1 for j in reached if j < len(numbers) and self._within(parts[j], numbers[j], first, last)
+                ]
             else:
-                for j, part in enumerate(parts):
-                    if reachable[j]:
-                        following[j + 1] = self._segment_matches(segment, part, parts[:j])
-            reachable = following
-        return reachable[-1]
-
-    @staticmethod
-    def ignores(entry: str, name: str) -> bool:
-        """Whether an ``ignore`` entry of a config.json covers ``name``: there ``*`` crosses dots."""
-        return _wildcard(entry, name)
+                reached = [j + 1 for j in reached if j < len(parts) and _wildcard(segment, parts[j])]
+            if not reached:
+                return False
+        return reached[-1] == len(parts)
 
     def find(self, pattern: str) -> list[str]:
         """The modules that match, in their order.
@@ -86,7 +90,7 @@ class PatternMatcher:
         """
         found = [module for module in self.modules if self.matches(pattern, module)]
         if not found:
-            near = ", ".join(nearest(pattern, self.modules))
+            near = ", ".join(nearest(pattern, self.modules)) or "too long to be shown"
             raise InputError(
                 f"pattern {pattern!r} matches no module of the export or the base",
                 code="preset.no_match",
@@ -94,33 +98,99 @@ class PatternMatcher:
             )
         return found
 
-    def _segment_matches(self, segment: str, part: str, before: list[str]) -> bool:
-        if bounds := _RANGE.fullmatch(segment):
-            if not (part.isascii() and part.isdecimal() and len(part) <= 6):
-                return False
-            depth = self._depths.get(".".join(before), 0)
-            first, last = (int(bound) if bound else None for bound in bounds.groups())
-            return int(part) in range(depth)[first:last]
-        return _wildcard(segment, part)
+    def _numbers(self, parts: list[str]) -> list[int]:
+        """For each part that is a block of the model, and those before it, the number of the prefix before it."""
+        if self._depths is None:
+            self._depths = self._count()
+        numbers = [0]
+        for part in parts[: min(_LEVELS, len(parts)) - 1]:
+            number = self._children.get((numbers[-1], part))
+            if number is None:
+                break
+            numbers.append(number)
+        return numbers if parts else []
+
+    def _count(self) -> dict[int, int]:
+        """How many blocks there are behind each prefix."""
+        depths: dict[int, int] = {}
+        for module in self.modules:
+            parts = module.split(".", _LEVELS)[:_LEVELS]
+            blocks = [position for position, part in enumerate(parts) if _is_block(part)]
+            number = 0
+            for position, part in enumerate(parts[: blocks[-1] + 1] if blocks else ()):
+                if _is_block(part):
+                    depths[number] = max(depths.get(number, 0), int(part) + 1)
+                if position < blocks[-1]:
+                    number = self._children.setdefault((number, part), len(self._children) + 1)
+        return depths
+
+    def _within(self, part: str, number: int, first: int | None, last: int | None) -> bool:
+        depth = self._depths.get(number, 0) if self._depths is not None else 0
+        return _is_block(part) and int(part) in range(depth)[first:last]
+
+
+def ignored(entries: object, names: Collection[str], *, path: str) -> set[str]:
+    """The names that an ``ignore`` of a config.json covers: there ``*`` crosses dots.
+
+    Args:
+        entries: As found; what is no list of strings covers nothing.
+        names: Module names.
+        path: The config, for the message.
+
+    Raises:
+        InputError: ``config.ignore``: so many globs and names that comparing them would take minutes or hours.
+    """
+    listed = {entry for entry in entries if isinstance(entry, str)} if isinstance(entries, list) else set()
+    found = listed.intersection(names)
+    # A glob that has more characters than the longest name may have covers none.
+    globs = [glob for glob in listed if "*" in glob and len(glob) - glob.count("*") <= _MAX_NAME]
+    # Stars side by side are one.
+    pieces = [_split(glob) for glob in globs]
+    steps = sum(map(len, pieces)) * len(names)
+    if steps > _MAX_STEPS:
+        raise InputError(
+            f"{path}: expected an `ignore` of a few hundred patterns, found {len(globs)} for {len(names)} modules",
+            code="config.ignore",
+            path=path,
+            hint="no exporter writes so many; list modules by name, without *",
+        )
+    return found | {name for name in names if any(_fits(piece, name) for piece in pieces)}
+
+
+def _is_block(part: str) -> bool:
+    return len(part) <= 6 and part.isascii() and part.isdecimal()
 
 
 def nearest(pattern: str, names: Collection[str], count: int = 3) -> list[str]:
     """The ``count`` names most like ``pattern``, at most one for each place in the block structure."""
     places: dict[str, str] = {}
     for name in names:
-        places.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), name)
-    close = difflib.get_close_matches(pattern, places, n=count, cutoff=0.0)
+        if len(name) <= _COMPARED_CHARS:
+            places.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), name)
+    if len(places) > _COMPARED:
+        wanted = set(pattern.split("."))
+        likely = heapq.nlargest(_COMPARED, places, key=lambda place: len(wanted.intersection(place.split("."))))
+        places = {place: places[place] for place in likely}
+    close = difflib.get_close_matches(pattern[:_COMPARED_CHARS], places, n=count, cutoff=0.0)
     return [places[place] for place in close]
 
 
 def _wildcard(glob: str, text: str) -> bool:
-    """``*`` matching in one segment: pieces between stars are found greedily from the left."""
-    head, star, rest = glob.partition("*")
-    if not star:
-        return glob == text
+    """``*`` matching in one segment."""
+    return _fits(_split(glob), text) if "*" in glob else glob == text
+
+
+def _split(glob: str) -> tuple[str, ...]:
+    """What stands between the stars: the beginning, the end, and what is not empty between them."""
+    head, *middle, tail = glob.split("*")
+    return (head, *filter(None, middle), tail)
+
+
+def _fits(pieces: Sequence[str], text: str) -> bool:
+    """Pieces between stars are found greedily from the left."""
+    head, *middle, tail = pieces
     if not text.startswith(head):
         return False
-    *middle, tail = rest.split("*")
     position = len(head)
     for piece in middle:
         found = text.find(piece, position)

@@ -1,23 +1,24 @@
 """Amax values from the ``.pt`` that ModelOpt's quantize.py saves: the only place where a pickle is opened.
 
-A pickle can run code and a zip can lie about its size. So the archive is checked first, torch then unpickles with
-``weights_only``, and what it refuses stays refused. Tensors are mapped, and only amax values are touched.
+A pickle can run code and a zip can lie about its size. So the archive is checked first, torch then unpickles a copy of
+it with ``weights_only``, in bounded memory, and what it refuses stays refused. Only amax values are touched.
 """
 
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from modelopt_convert.components import COMPONENTS
 from modelopt_convert.dialects.fp8 import Amax
-from modelopt_convert.errors import InputError
 from modelopt_convert.sources import Location, names, on_disk
+from modelopt_convert.torch_archive import COPIED_BYTES, private_copy, refusal
 
 _ROLES = {".weight_quantizer._amax": "weight_scale", ".input_quantizer._amax": "input_scale"}
-_HEADER_BYTES = 30  # the fixed part of a member's local header
+# What unpickling may take beside the mapped copy: torch's safe pickles may still ask for any amount.
+_MEMORY_BYTES = 1 << 30
 
 
 def resolve_checkpoint(path: Location, component: str) -> Path:
@@ -37,13 +38,13 @@ def resolve_checkpoint(path: Location, component: str) -> Path:
     if is_file:
         return on_disk(path)
     if not is_dir:
-        raise _error(path, "missing", "no such file", "give the .pt of --quantized-torch-ckpt-save-path")
+        raise refusal(path, "missing", "no such file", "give the .pt of --quantized-torch-ckpt-save-path")
     found = sorted((path / name for name in names(path) if name.endswith(".pt")), key=str)
     named = [one for one in found if one.name == f"{component}.pt"]
     of_another = [one for one in found if one.name.removesuffix(".pt") in COMPONENTS and one not in named]
     if len(named) != 1 and (len(found) != 1 or of_another):
         listed = ", ".join(one.name for one in found) or "none"
-        raise _error(path, "missing", f"expected one .pt or {component}.pt, found {listed}", "name the file itself")
+        raise refusal(path, "missing", f"expected one .pt or {component}.pt, found {listed}", "name the file itself")
     return on_disk(named[0] if named else found[0])
 
 
@@ -60,24 +61,48 @@ def read_amax(path: Path, name_of: Callable[[str], str | None]) -> tuple[dict[st
     Raises:
         InputError: With a ``pickle.*`` code.
     """
-    _check_archive(path)
+    with private_copy(path) as (copy, num_bytes):
+        return _amax_of(path, _unpickled(path, copy, num_bytes), name_of)
+
+
+def _unpickled(path: Path, copy: str, num_bytes: int) -> Any:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with _bounded_memory(num_bytes + _MEMORY_BYTES):
+            return torch.load(copy, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a hostile pickle makes torch raise
         # Not all of what torch says: it goes on to tell how to load the file without protection.
         cause = re.search(r"Unsupported (?:global|operand)[^\n]{0,160}", str(error))
         reason = cause[0] if cause else type(error).__name__
-        raise _error(
+        raise refusal(
             path,
             "refused",
             f"torch.load(weights_only=True) refuses it: {reason}",
             "do not use this file; quantize again",
         ) from error
+
+
+@contextmanager
+def _bounded_memory(num_bytes: int) -> Iterator[None]:
+    """Whatever takes so much more address space than there is now ends in an error of its own, not in that of all."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + num_bytes
+    limit = min([limit, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _amax_of(
+    path: Path, content: Any, name_of: Callable[[str], str | None]
+) -> tuple[dict[str, dict[str, Amax]], dict[str, str]]:
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise _error(path, "content", "holds no model_state_dict", "give the .pt that quantize.py saved")
+        raise refusal(path, "content", "holds no model_state_dict", "give the .pt that quantize.py saved")
     found: dict[str, dict[str, Amax]] = {}
     names: dict[str, str] = {}
     for key, value in state.items():
@@ -88,7 +113,7 @@ def read_amax(path: Path, name_of: Callable[[str], str | None]) -> tuple[dict[st
         found.setdefault(module, {})[_ROLES[ending]] = _amax(path, key, value)
         names[key] = f"{module}.{_ROLES[ending]}"
     if not found:
-        raise _error(path, "content", "holds no amax", "calibration never ran; quantize again")
+        raise refusal(path, "content", "holds no amax", "calibration never ran; quantize again")
     return found, names
 
 
@@ -99,37 +124,14 @@ def _amax(path: Path, key: str, value: Any) -> Amax:
     plain = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
     if not plain or value.numel() != 1 or value.dtype not in dtypes:
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise _error(
-            path, "content", f"{key!r}: expected one number, found {found}", "quantize again with --format fp8"
+        raise refusal(
+            path,
+            "content",
+            f"{key[:200]!r}: expected one number, found {found[:200]}",
+            "quantize again with --format fp8",
         )
+    needed = (value.storage_offset() + 1) * value.element_size()
+    if needed > COPIED_BYTES:
+        found = f"one at byte {needed} of a tensor that it shares"
+        raise refusal(path, "content", f"{key[:200]!r}: expected a number of its own, found {found}", "quantize again")
     return Amax(float(value), dtypes[value.dtype])
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse what is not a plain torch archive: members stored one after the other, as large as they say."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _error(path, "not_zip", f"not a zip archive: {error}", "old and tar formats are not read") from error
-    with archive:
-        members, size = archive.infolist(), archive.start_dir  # members end where the directory begins
-    names = Counter(member.filename for member in members)
-    if min((member.header_offset for member in members), default=-1) != 0:
-        raise _error(path, "member", "something lies before the first member", "do not use it")
-    end = 0
-    for member in sorted(members, key=lambda one: one.header_offset):
-        parts = PurePosixPath(member.filename).parts
-        plain = not member.filename.startswith("/") and ".." not in parts and "\\" not in member.filename
-        if not plain or names[member.filename] > 1:
-            raise _error(path, "member", f"member {member.filename!r} has no plain name of its own", "do not use it")
-        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-            raise _error(path, "compressed", f"member {member.filename!r} is compressed", "torch.save stores plainly")
-        if member.header_offset < end:
-            raise _error(path, "member", f"member {member.filename!r} overlaps another", "do not use it")
-        end = member.header_offset + _HEADER_BYTES + len(member.orig_filename.encode()) + member.file_size
-        if member.file_size != member.compress_size or end > size:
-            raise _error(path, "size", f"member {member.filename!r} is larger than the file", "the file is cut")
-
-
-def _error(path: Location, kind: str, found: str, hint: str) -> InputError:
-    return InputError(f"{path}: {found}", code=f"pickle.{kind}", path=str(path), hint=hint)

@@ -158,7 +158,7 @@ class BuildPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Tensor bytes of the output; headers and small files add less than 1 MB to it."""
+        """Tensor bytes of the output, without headers and small files."""
         return sum(step.output.num_bytes for step in self.steps.values())
 
     @property

@@ -4,7 +4,7 @@ Both inputs must be the same model, every pattern must match, no fused group may
 both gets its fate.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modelopt_convert.dialects.fp8 import Calibration, find_fp8_modules
@@ -14,7 +14,7 @@ from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.formats import FP8, Format
 from modelopt_convert.header import TensorInfo, TensorSpec
-from modelopt_convert.patterns import PatternMatcher, module_of
+from modelopt_convert.patterns import PatternMatcher, ignored, module_of
 from modelopt_convert.plan import BuildPlan, Keeps, Op, Source, Step, natural_key, split_into_shards
 from modelopt_convert.plan_inputs import check_base, check_configs, check_plain, check_preset, model_tensors
 from modelopt_convert.plan_keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
@@ -51,7 +51,7 @@ def plan_mixed(
     if base is not None:
         check_configs(export, base)
     check_preset(keeps.preset, export)
-    modules = _find_modules(target, export, base, calibration or {}, _ignored(quant_config))
+    modules = _find_modules(target, export, base, calibration or {}, quant_config.get("ignore"))
     if base is not None:
         check_base(export, base, modules)
     else:
@@ -93,7 +93,7 @@ def plan_mixed(
         dequantized=tuple(build.dequantized),
         must_equal=tuple(build.must_equal),
         may_differ=tuple(build.may_differ),
-        warnings=tuple(_config_warnings(quant_config, modules, matcher)),
+        warnings=tuple(_config_warnings(quant_config, modules, where)),
     )
 
 
@@ -103,13 +103,8 @@ def needs_base(fault: InputError) -> InputError:
     return InputError(fault.message, code=fault.code, path=fault.path, hint=hint)
 
 
-def _ignored(quant_config: Mapping[str, Any]) -> list[str]:
-    ignore = quant_config.get("ignore")
-    return [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
-
-
 def _find_modules(
-    target: Format, export: Source, base: Source | None, calibration: Calibration, ignore: Collection[str]
+    target: Format, export: Source, base: Source | None, calibration: Calibration, ignore: object
 ) -> dict[str, PackedModule]:
     path = str(export.path)
     if target is FP8:
@@ -254,13 +249,13 @@ class _Build:
 
 
 def _config_warnings(
-    quant_config: Mapping[str, Any], modules: Mapping[str, PackedModule], matcher: PatternMatcher
+    quant_config: Mapping[str, Any], modules: Mapping[str, PackedModule], where: str
 ) -> Iterator[tuple[str, str]]:
     dropped = sorted(quant_config.keys() - {*_KEPT_CONFIG_KEYS, "ignore", "quant_type", "group_size"})
     if dropped:
         yield "config.dropped_keys", f"not carried into quantization_config: {', '.join(dropped)}"
-    patterns = _ignored(quant_config)
-    listed = [name for name in modules if any(matcher.ignores(pattern, name) for pattern in patterns)]
+    covered = ignored(quant_config.get("ignore"), modules, path=where)
+    listed = [name for name in modules if name in covered]
     if listed:
         yield (
             "config.stale_ignore",

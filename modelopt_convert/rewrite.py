@@ -15,7 +15,6 @@ import xxhash
 
 from modelopt_convert import __version__
 from modelopt_convert.accounting import (
-    SMALL_FILES_BYTES,
     json_bytes,
     note_input,
     peak_rss_bytes,
@@ -37,8 +36,10 @@ from modelopt_convert.produce import Layouts
 from modelopt_convert.report import Report
 from modelopt_convert.scale_shapes import padded_shape
 from modelopt_convert.sources import Location, local_path
+from modelopt_convert.space import DIGEST, disk_bytes, shard_sizes
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Progress, stream
+from modelopt_convert.workers import torch_on_one_thread
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
 _FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
@@ -112,30 +113,33 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
         note_input(report, "source", reader)
         stack.enter_context(traffic_noted(report, "source", reader))
         _refuse_names(reader, request)
+        stage: StagingDir | None = None
+        if not request.dry_run:
+            # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
+            stage = stack.enter_context(StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=0))
         with timed(report, "inspect"):
             modules = _look(source_path, base_path, request.max_error)
         chosen = _choose(modules, request, reader)
         plan = _plan(reader, modules, chosen, request.kind)
         _note(report, plan, chosen, proven=base_path is not None)
-        if request.dry_run:
+        if stage is None:
             report.status = "planned"
             return
-        need = plan.total_bytes + SMALL_FILES_BYTES
-        with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
-            swapped = chosen if request.kind == "swap" else frozenset()
-            swizzled = chosen if request.kind == "unswizzle" else frozenset()
-            with timed(report, "stream"):
-                digests = stream(
-                    stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress, workers=request.workers
-                ).digests
-            reader.check_unchanged()
-            files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)
-            for name, data in files.items():
-                stage.write_file(name, data)
-            with timed(report, "check"):
-                _check(stage.path, plan, base_path, request, report)
-            with timed(report, "publish"):
-                publish(stage, report)
+        stage.check_space(_disk_bytes(reader, plan, request.kind, report, proven=base_path is not None))
+        swapped = chosen if request.kind == "swap" else frozenset()
+        swizzled = chosen if request.kind == "unswizzle" else frozenset()
+        with timed(report, "stream"), torch_on_one_thread():
+            digests = stream(
+                stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress, workers=request.workers
+            ).digests
+        reader.check_unchanged()
+        files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)
+        for name, data in files.items():
+            stage.write_file(name, data)
+        with timed(report, "check"):
+            _check(stage.path, plan, base_path, request, report)
+        with timed(report, "publish"):
+            publish(stage, report)
     report.peak_rss_bytes = peak_rss_bytes()
 
 
@@ -309,6 +313,11 @@ def _small_files(
     }
     files["mopt.json"] = json_bytes(manifest)
     return files | ({INDEX_NAME: index} if index is not None else {})
+
+
+def _disk_bytes(reader: CheckpointReader, plan: RewritePlan, kind: Kind, report: Report, *, proven: bool) -> int:
+    files = _small_files(reader, plan, kind, report, dict.fromkeys(plan.steps, DIGEST), proven=proven)
+    return disk_bytes([*shard_sizes(plan.shards), *(len(data) for data in files.values())])
 
 
 def _check(stage: Path, plan: RewritePlan, base: Location | None, request: RewriteRequest, report: Report) -> None:

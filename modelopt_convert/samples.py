@@ -6,17 +6,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.checkpoint import MAX_READ_BYTES, MAX_WHOLE_BYTES, CheckpointReader
 from modelopt_convert.dialects.modelopt import PackedModule, is_quantizer_state
 from modelopt_convert.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.transforms.raw import TORCH_DTYPES, from_bytes
 
 
-def load(reader: CheckpointReader, name: str) -> Tensor:
-    """A whole tensor; for small ones."""
+def load(reader: CheckpointReader, name: str, *, limit: int = MAX_WHOLE_BYTES) -> Tensor:
+    """A whole tensor; for small ones.
+
+    Raises:
+        MoptError: ``input.too_large``, or what reading raises.
+    """
     info = reader.tensors[name]
-    return from_bytes(reader.read(name), info.dtype, info.shape)
+    return from_bytes(reader.read(name, limit=limit), info.dtype, info.shape)
+
+
+def load_weight(reader: CheckpointReader, name: str) -> Tensor:
+    """A whole weight, as one that is multiplied is needed.
+
+    Raises:
+        MoptError: As ``load``.
+    """
+    return load(reader, name, limit=MAX_READ_BYTES)
 
 
 def load_rows(reader: CheckpointReader, name: str, rows: Sequence[int]) -> Tensor:

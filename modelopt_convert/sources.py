@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from modelopt_convert.hub.client import NOT_CACHED
 from modelopt_convert.hub.location import PREFIX, HubPath, parse_hub_path
 from modelopt_convert.local_file import LocalFile
 
@@ -105,6 +106,17 @@ def names(folder: Location) -> list[str]:
     if isinstance(folder, HubPath):
         return folder.names()
     return [path.name for path in folder.glob("*")]
+
+
+def hint_if_missing(location: Location, hint: str) -> str:
+    """What to do where something is not found: offline it may lie on the Hub all the same.
+
+    Args:
+        location: Where it was looked for.
+        hint: What to do if it is really not there.
+    """
+    offline = isinstance(location, HubPath) and location.repo.offline
+    return f"the cache may hold a part only: {NOT_CACHED}" if offline else hint
 
 
 def on_disk(file: Location) -> Path:

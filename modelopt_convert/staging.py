@@ -61,6 +61,7 @@ class StagingDir:
         self._prefix = f".{self.output.name}.mopt-"
         self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
         self._lock: int | None = None
+        self._replaced: int | None = None  # OUT as it was checked, held open so that no other can get its inode
         self._made = False
         self._folders: list[Path] = []
         self._warnings: list[str] = []
@@ -68,7 +69,7 @@ class StagingDir:
         self._done = False
 
     def __enter__(self) -> Self:
-        """Stage, look around, recover.
+        """Stage, look around, recover, check the space.
 
         Raises:
             OutputRefusedError: ``output.busy`` if another run holds OUT, or OUT is refused after recovery.
@@ -80,7 +81,9 @@ class StagingDir:
                 self._sweep_dead_stages()
                 self._recover()
                 check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
-                self._check_space()
+                if self.output.exists():
+                    self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
+                self.check_space(self._need_bytes)
             except BaseException:
                 self._discard()
                 raise
@@ -139,6 +142,8 @@ class StagingDir:
                 check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
             except OutputRefusedError as error:
                 self._keep_stage(error.message, error)
+            if self._changed_hands():
+                self._keep_stage("somebody else put another checkpoint there meanwhile", None)
             replaces = self.output.exists()
             method, old = self._swap(replaces)
             self._done = True
@@ -154,9 +159,7 @@ class StagingDir:
             self._lock = try_lock(path)
 
     def _sweep_dead_stages(self) -> None:
-        for other in sorted(self.output.parent.glob(f"{_glob_escape(self._prefix)}stage-*")):
-            if other == self.path:
-                continue
+        for other in self._left_by_others("stage"):
             if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:
                 raise OutputRefusedError(
                     f"{other}: left by another run, and file locks prove nothing on this file system",
@@ -179,9 +182,16 @@ class StagingDir:
             finally:
                 os.close(lock)
 
+    def _left_by_others(self, kind: Literal["stage", "old"]) -> list[Path]:
+        """What other runs to this output left; mopt makes folders, so a link or file of such a name is not its own."""
+        # Not by glob, which takes a folder that may not be listed for an empty one.
+        names = sorted(name for name in os.listdir(self.output.parent) if name.startswith(f"{self._prefix}{kind}-"))
+        found = [self.output.parent / name for name in names]
+        return [path for path in found if path != self.path and path.is_dir() and not path.is_symlink()]
+
     def _recover(self) -> None:
         """Roll back a two-rename swap that was cut between its renames; remove what a finished one left."""
-        for old in sorted(self.output.parent.glob(f"{_glob_escape(self._prefix)}old-*")):
+        for old in self._left_by_others("old"):
             if os.path.lexists(self.output):
                 self._sweep(old)
             else:
@@ -218,12 +228,25 @@ class StagingDir:
     def _kept_name(self) -> Path:
         return self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
 
-    def _check_space(self) -> None:
+    def _changed_hands(self) -> bool:
+        """Whether OUT is another than the one that the user consented to replace, be it a checkpoint too."""
+        if not self.output.exists():
+            return False
+        now = self.output.stat()
+        then = None if self._replaced is None else os.fstat(self._replaced)
+        return then is None or (then.st_dev, then.st_ino) != (now.st_dev, now.st_ino)
+
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse if so much does not fit.
+
+        Raises:
+            StorageError: ``storage.no_space``.
+        """
         status = os.statvfs(self.output.parent)
         free = status.f_bavail * status.f_frsize
-        if free < self._need_bytes:
+        if free < num_bytes:
             raise StorageError(
-                f"{self.output.parent}: {self._need_bytes} bytes are needed, {free} are free",
+                f"{self.output.parent}: {num_bytes} bytes are needed, {free} are free",
                 code="storage.no_space",
                 path=str(self.output.parent),
                 hint="free some space, or give an --output on another disk; an old OUT stands until the new is whole",
@@ -253,6 +276,9 @@ class StagingDir:
 
     def _two_renames(self) -> Path:
         old = self.output.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
+        # The last run's old tree must be gone for good: else a power cut now could leave a half-removed one beside this
+        # one, and the next run would not know which of the two to put back.
+        self._durable = fsops.sync_dir(self.output.parent) and self._durable
         fsops.rename(self.output, old)
         try:
             fsops.rename(self.path, self.output)
@@ -265,7 +291,7 @@ class StagingDir:
             raise
         return old
 
-    def _keep_stage(self, why: str, error: Exception) -> NoReturn:
+    def _keep_stage(self, why: str, error: Exception | None) -> NoReturn:
         """Checked work is not thrown away because of a refused swap: give it a name the user can see."""
         kept = self._kept_name()
         try:
@@ -315,19 +341,16 @@ class StagingDir:
         self._unlock()
 
     def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        for fd in (self._lock, self._replaced):
+            if fd is not None:
+                os.close(fd)
+        self._lock = self._replaced = None
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _glob_escape(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 @contextlib.contextmanager

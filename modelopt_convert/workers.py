@@ -1,8 +1,9 @@
 """Run independent jobs on a few threads. No torch."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
 
@@ -18,6 +19,19 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong with the job
 def default_workers() -> int:
     """As many as there are cores to run on, within reason."""
     return max(1, min(_MOST, len(os.sched_getaffinity(0))))
+
+
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Workers are threads enough: torch's own would only wait for each other over small pieces."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_order(jobs: Sequence[_Job], work: Callable[[_Job, Event], _Result], workers: int) -> list[_Result]:

@@ -38,9 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str, name: str, *arguments: str) -> Path:
-    """A folder filled by scripts/make_export.py, once for all workers of a test run."""
+    """A folder filled by scripts/make_export.py, once for all workers of a test run, or for all runs of mutants.py."""
     shared = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
+    if "MOPT_TEST_EXPORTS" in os.environ:
+        shared = Path(os.environ["MOPT_TEST_EXPORTS"])
+    elif worker_id != "master":
         shared = shared.parent
     folder = shared / name
     with FileLock(shared / f"{name}.lock"):

@@ -1,6 +1,6 @@
 """Stage and publish one tiny checkpoint: what the crash and race tests run, kill and starve. No torch: starts at once.
 
-    crash_driver.py OUT VERSION [--no-overwrite] [--two-renames] [--wait] [--pause] [--signal] [--thread]
+    crash_driver.py OUT VERSION [--components] [--no-overwrite] [--two-renames] [--wait] [--pause] [--signal] [--thread]
 
 It ends as mopt does, with the exit code of the error, and tells on stdout in one line of JSON what happened.
 """
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,7 @@ from modelopt_convert.header import TensorSpec, build_header
 from modelopt_convert.shard_writer import METADATA
 
 SHARD = "diffusion_pytorch_model.safetensors"
+FOLDERS = ("transformer", "transformer_2")  # of a pipeline with two transformers
 SPECS = (TensorSpec("a.weight", "BF16", (16, 64)), TensorSpec("b.weight", "U8", (32, 32)))
 
 
@@ -39,34 +40,58 @@ def small_files(version: str) -> dict[str, bytes]:
     }
 
 
-def files_of(version: str) -> dict[str, bytes]:
-    """Every file of a version, as it must stand on disk."""
+def pipeline_files(version: str) -> dict[str, bytes]:
+    """The files above the folders of several transformers."""
+    return {"mopt.json": json.dumps({"parts of": version}).encode()}
+
+
+def files_of(version: str, folders: Sequence[str] = ()) -> dict[str, bytes]:
+    """Every file of a version, as it must stand on disk; folders end in a slash."""
     head, placed, _ = build_header(SPECS, METADATA)
-    return {SHARD: head + b"".join(tensor_bytes(version, spec) for spec, _ in placed)} | small_files(version)
+    shard = head + b"".join(tensor_bytes(version, spec) for spec, _ in placed)
+    one = {SHARD: shard} | small_files(version)
+    if not folders:
+        return one
+    parts = {f"{folder}/{name}": data for folder in folders for name, data in one.items()}
+    return {f"{folder}/": b"" for folder in folders} | parts | pipeline_files(version)
 
 
-def lay(folder: Path, version: str) -> Path:
+def lay(folder: Path, version: str, folders: Sequence[str] = ()) -> Path:
     """Put a version there without any of mopt's care."""
     folder.mkdir()
-    for name, data in files_of(version).items():
-        (folder / name).write_bytes(data)
+    for name, data in files_of(version, folders).items():
+        if name.endswith("/"):
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(data)
     return folder
 
 
 def held_by(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder; empty if there is no such folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+    """Everything in a folder, as ``files_of`` says it; empty if there is no such folder."""
+    held: dict[str, bytes] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        held |= {f"{name}/": b""} if path.is_dir() else {name: path.read_bytes()}
+    return held
 
 
-def fill(stage: staging.StagingDir, version: str) -> None:
+def fill(stage: staging.StagingDir, version: str, folders: Sequence[str] = ()) -> None:
     """Write a version into a stage, as convert.py does."""
-    with stage.shard(SHARD, SPECS) as writer:
-        for spec in writer.layout:
-            data = tensor_bytes(version, spec)
-            writer.write(spec.name, [data[:100], memoryview(data)[100:]])
-    stage.finish_shard(writer)
-    for name, data in small_files(version).items():
-        stage.write_file(name, data)
+    for folder in folders or [""]:
+        prefix = f"{folder}/" if folder else ""
+        if folder:
+            stage.add_folder(folder)
+        with stage.shard(f"{prefix}{SHARD}", SPECS) as writer:
+            for spec in writer.layout:
+                data = tensor_bytes(version, spec)
+                writer.write(spec.name, [data[:100], memoryview(data)[100:]])
+        stage.finish_shard(writer)
+        for name, data in small_files(version).items():
+            stage.write_file(f"{prefix}{name}", data)
+    if folders:
+        for name, data in pipeline_files(version).items():
+            stage.write_file(name, data)
 
 
 def refuse_with(number: int) -> Callable[[Path, Path], None]:
@@ -141,7 +166,7 @@ def main(words: list[str]) -> int:
     code = ExitCode.OK
     try:
         with stage:
-            fill(stage, version)
+            fill(stage, version, FOLDERS if "--components" in switches else ())
             published = stage.publish()
             told |= {"method": published.method, "warnings": published.warnings}
     except MoptError as error:

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,10 @@ RECORDED = "make_dir create_file preallocate write_all sync sync_dir close set_m
 Calls = list[tuple[str, ...]]
 
 
-def publish(out: Path, *, overwrite: bool = True, need_bytes: int = 1) -> Published:
+def publish(out: Path, *, overwrite: bool = True, need_bytes: int = 1, folders: Sequence[str] = ()) -> Published:
     """Publish version ``new``."""
     with StagingDir(out, (), overwrite=overwrite, need_bytes=need_bytes) as stage:
-        fill(stage, "new")
+        fill(stage, "new", folders)
         return stage.publish()
 
 
@@ -50,8 +50,8 @@ def litter(out: Path) -> list[str]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock as a live run would."""
     fd = os.open(folder, os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(fd)

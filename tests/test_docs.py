@@ -32,6 +32,17 @@ def test_readme_lists_every_exit_code() -> None:
         assert f"| {int(code)} |" in text, code
 
 
+def test_every_regression_names_a_test_that_exists() -> None:
+    tests = ROOT / "tests"
+    rows = [line for line in (tests / "REGRESSIONS.md").read_text().splitlines() if line.startswith("| ")]
+    named = [row for row in rows if "`test_" in row]
+    assert len(named) > 40
+    for row in named:
+        file, name = re.findall(r"`(test_\w+\.py)::(test_\w+)` \|$", row)[0]
+        assert f"\ndef {name}(" in (tests / file).read_text(), row
+    assert len(rows) - len(named) == 3, "a row without a test"  # the heads of the tables
+
+
 def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, capture_output=True)

@@ -156,19 +156,19 @@ def without_pickle(write: zipfile.ZipFile, name: str, content: bytes) -> None:
         write.writestr(name, content)
 
 
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        (compressed, "pickle.compressed"),
-        (twice, "pickle.member"),
-        (renamed("../../escaped"), "pickle.member"),
-        (renamed("transformer/../data/3"), "pickle.member"),
-        (renamed("/transformer/data/3"), "pickle.member"),
-        (renamed("transformer\\data\\3"), "pickle.member"),
-        (two_roots, "pickle.refused"),
-        (without_pickle, "pickle.refused"),
-    ],
-)
+REZIPPED: list[tuple[Callable[[zipfile.ZipFile, str, bytes], None], str]] = [
+    (compressed, "pickle.compressed"),
+    (twice, "pickle.member"),
+    (renamed("../../escaped"), "pickle.member"),
+    (renamed("transformer/../data/3"), "pickle.member"),
+    (renamed("/transformer/data/3"), "pickle.member"),
+    (renamed("transformer\\data\\3"), "pickle.member"),
+    (two_roots, "pickle.refused"),
+    (without_pickle, "pickle.refused"),
+]
+
+
+@pytest.mark.parametrize(("change", "code"), REZIPPED)
 def test_zips_that_torch_would_not_write_are_refused(
     change: Callable[[zipfile.ZipFile, str, bytes], None],
     code: str,
@@ -192,16 +192,16 @@ def patched(source: Path, target: Path, member: str, field: int, value: int) -> 
     return target
 
 
-@pytest.mark.parametrize(
-    ("member", "fields", "code"),
-    [
-        ("data/5", {42: 0}, "pickle.member"),  # lies where the first member lies
-        ("data/5", {20: 1 << 30, 24: 1 << 30}, "pickle.size"),  # larger than the file
-        (".data/serialization_id", {20: 4096, 24: 4096}, "pickle.size"),  # the last, longer than what is left
-        ("data/5", {24: 1}, "pickle.size"),  # not as large as it is stored
-        ("data/5", {24: 1 << 30}, "pickle.size"),  # grows when unpacked
-    ],
-)
+PATCHED: list[tuple[str, dict[int, int], str]] = [
+    ("data/5", {42: 0}, "pickle.member"),  # lies where the first member lies
+    ("data/5", {20: 1 << 30, 24: 1 << 30}, "pickle.size"),  # larger than the file
+    (".data/serialization_id", {20: 4096, 24: 4096}, "pickle.size"),  # the last, longer than what is left
+    ("data/5", {24: 1}, "pickle.size"),  # not as large as it is stored
+    ("data/5", {24: 1 << 30}, "pickle.size"),  # grows when unpacked
+]
+
+
+@pytest.mark.parametrize(("member", "fields", "code"), PATCHED)
 def test_members_that_overlap_or_overflow_are_refused(
     member: str, fields: dict[int, int], code: str, old: Path, good: Path, base: Path, room: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,8 @@ def test_a_pull_request_leaves_main_alone(any_hub: LoopbackHub, built: Path) -> 
     pushed = outcome.report["pushed"]
     assert pushed["url"] == pushed["pull_request"] == f"{any_hub.url}/{REPO}/discussions/1"
     assert any_hub.commits(REPO, "refs/pr/1")[0].title == "A better one"
+    assert pushed["revision"] == "refs/pr/1"
+    assert pushed["load"].startswith(f"hf download {REPO} --revision refs/pr/1 --local-dir flux && sglang generate")
     # And it can be brought up to date.
     more = push(built, REPO, "--revision", "refs/pr/1")
     assert more.exit_code == 0 and more.report is not None and more.report["pushed"]["commit"] is None
@@ -93,6 +95,8 @@ def test_a_branch_is_made_where_there_is_none(hub: LoopbackHub, built: Path, tmp
     outcome = push(built, REPO, "--revision", "nvfp4/v1")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     assert published(hub, REPO, "nvfp4/v1") == contents(built) and published(hub) == {}
+    assert f"hf download {REPO} --revision nvfp4/v1 --local-dir flux" in outcome.report["pushed"]["load"]
+    assert "--transformer-path flux " in outcome.report["pushed"]["load"]
     folder = unrecorded(built, tmp_path / "out")
     (folder / "LICENSE.md").write_text("terms")
     push(folder, REPO, "--revision", "nvfp4/v1")
@@ -107,6 +111,15 @@ def test_a_tag_does_not_move(hub: LoopbackHub, built: Path, monkeypatch: pytest.
     monkeypatch.setattr(HfApi, "list_repo_refs", lambda *_arguments: refs)
     refused = push(built, REPO, "--revision", "v1")
     assert refused.exit_code == 3 and refused.error_code == "push.revision"
+
+
+@pytest.mark.parametrize("revision", ["0" * 40, "refs/heads/main"])
+def test_what_is_no_branch_is_not_made_one(hub: LoopbackHub, built: Path, revision: str) -> None:
+    push(built)
+    before = dict(hub.store.repos[REPO].refs)
+    refused = push(built, REPO, "--revision", revision)
+    assert (refused.exit_code, refused.error_code) == (3, "push.revision") and "a branch" in refused.message
+    assert hub.store.repos[REPO].refs == before
 
 
 def test_private_means_private(hub: LoopbackHub, built: Path) -> None:

@@ -149,6 +149,24 @@ def test_a_shard_that_changes_while_it_is_sent_is_not_committed(
     assert (outcome.exit_code, outcome.error_code) == (3, "input.changed") and published(hub) == {}
 
 
+def test_a_folder_that_takes_its_place_meanwhile_is_not_committed(
+    hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a build with --overwrite leaves it: the verified files are unchanged, and bear other names."""
+    folder, other = copy_of(built, tmp_path / "out"), copy_of(built, tmp_path / "other")
+    flip_bias(other)
+    seen = module._tree
+
+    def meanwhile(*arguments: object) -> object:
+        folder.rename(tmp_path / "before")
+        other.rename(folder)
+        return seen(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_tree", meanwhile)
+    outcome = push(folder)
+    assert (outcome.exit_code, outcome.error_code) == (3, "input.changed") and published(hub) == {}
+
+
 def test_a_full_disk_and_what_xet_says(hub: LoopbackHub) -> None:
     for raised, code in (
         (OSError(28, "No space left on device"), "hub.disk_full"),

@@ -178,5 +178,8 @@ def test_what_is_no_checkpoint(hub: LoopbackHub, built: Path, tmp_path: Path) ->
 def test_usage(hub: LoopbackHub, built: Path) -> None:
     assert push(built, REPO, "--create-pr", "--revision", "dev").exit_code == 2
     assert push(built, REPO, "--message", " ").exit_code == 2
+    for words in (["push", f"hf://{REPO}", REPO], ["build-nvfp4", "--preset", "flux1-dev", "--output", f"hf://{REPO}"]):
+        refused = run_mopt(*words)
+        assert refused.exit_code == 2 and "folder on disk" in refused.stderr.replace("\n", " ")
     assert run_mopt("push", built, REPO, "--report-json", built / "report.json").exit_code == 2
     assert hub.log == [] and "report.json" not in contents(built)

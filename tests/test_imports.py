@@ -16,7 +16,7 @@ ALLOWED = {
     "fsops": "",
     "hub.leaks": "",
     "hub.ranges": "",
-    "locks": "",
+    "mounts": "",
     "sampling": "",
     "scale_shapes": "",
     "transforms.fp8": "",
@@ -32,7 +32,8 @@ ALLOWED = {
     "hub.client": "errors",
     "layout": "closeness transforms.nvfp4",
     "local_file": "errors",
-    "output_rules": "errors",
+    "locks": "mounts",
+    "output_rules": "errors mounts",
     "patterns": "errors",
     "report": "verify_report",
     "strict_json": "errors",
@@ -46,6 +47,7 @@ ALLOWED = {
     "inspect_report": "report",
     "preset": "errors patterns",
     "proof": "closeness layout transforms.fp8 transforms.nvfp4",
+    "torch_archive": "errors local_file",
     "transforms.raw": "transforms.fp8 transforms.nvfp4 transforms.scales",
     "verify.backends.padding": "scale_shapes transforms.scales verify.operands",
     "dialects.modelopt": "errors header patterns",
@@ -76,7 +78,7 @@ ALLOWED = {
         "preset verify.backends.base verify.backends.padding verify.backends.torch_scaled verify.operands"
     ),
     "verify.probes": "verify.backends.base verify.backends.reference verify.metrics verify.operands",
-    "sources": "hub.location local_file",
+    "sources": "hub.client hub.location local_file",
     "verify.backends": (
         "verify.backends.base verify.backends.bf16 verify.backends.flashinfer_fp4 verify.backends.reference "
         "verify.backends.sgl_kernel verify.backends.torch_scaled verify.backends.triton_gemm"
@@ -112,7 +114,7 @@ ALLOWED = {
         "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
         "lint sampling scale_shapes sources transforms.raw transforms.scales"
     ),
-    "pickle_source": "components dialects.fp8 errors sources",
+    "pickle_source": "components dialects.fp8 sources torch_archive",
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
         "plan_keeps plan_names"
@@ -159,6 +161,7 @@ ALLOWED = {
         "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report"
     ),
     "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
+    "space": "header manifest opening plan preset report",
     "verify.run": (
         "accounting checkpoint closeness components errors layout report sources stream verify.container "
         "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "

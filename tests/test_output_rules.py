@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash_driver import lay
+from crash_driver import files_of, held_by, lay
+from staging_support import publish
 
-from modelopt_convert.errors import ExitCode, MoptError, OutputRefusedError
-from modelopt_convert.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.errors import ExitCode, OutputRefusedError
+from modelopt_convert.output_rules import canonical_output, check_output_allowed, foreign_entry
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes | str]]:
@@ -255,8 +256,34 @@ def test_a_pipeline_folder_is_a_checkpoint_by_its_model_index(top: Path) -> None
     check_output_allowed(top / "out", [], overwrite=True)
 
 
-@pytest.mark.parametrize("length", [240, 255, 256])
-def test_a_name_too_long_is_an_error_of_mopts(top: Path, length: int) -> None:
+@pytest.mark.parametrize("name", ["x" * 234, "é" * 117])
+def test_the_longest_name_whose_stage_has_a_name(top: Path, name: str) -> None:
     """The stage beside OUT has a longer name than OUT: found before hours of work, and not as a bug of mopt."""
-    with pytest.raises(MoptError):
-        check_output_allowed(top / ("x" * length), [], overwrite=False)
+    publish(top / name)
+    assert held_by(top / name) == files_of("new")
+    for longer in (f"{name}x", "x" * 256):
+        with pytest.raises(OutputRefusedError) as refused:
+            check_output_allowed(top / longer, [], overwrite=False)
+        assert refused.value.code == "output.name_too_long" and refused.value.hint
+
+
+def test_a_removed_current_folder_forbids_nothing(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (top / "here").mkdir()
+    monkeypatch.chdir(top / "here")
+    (top / "here").rmdir()
+    check_output_allowed(lay(top / "out", "old"), [], overwrite=True)
+
+
+def test_a_file_that_vanishes_while_it_is_looked_at_is_no_stranger(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may be removing the tree."""
+    output = lay(top / "out", "old")
+    original = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        if path.name == "config.json":
+            path.unlink()
+        return original(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert foreign_entry(output) is None
+    assert not (output / "config.json").exists()

@@ -1,14 +1,16 @@
 """The glob language of presets: what each pattern means, against fnmatch and list slices as oracles."""
 
+import difflib
 import fnmatch
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelopt_convert.errors import InputError
-from modelopt_convert.patterns import PatternMatcher, check_pattern, module_of, nearest, rename, stars
+from modelopt_convert.patterns import PatternMatcher, check_pattern, ignored, module_of, nearest, rename, stars
 
 MODULES = [
     "proj_out",
@@ -226,17 +228,83 @@ def test_hostile_patterns_and_names_end() -> None:
     assert not PatternMatcher([digits]).matches("a.[:]", digits)
 
 
+def test_hostile_names_take_memory_in_proportion_to_their_length() -> None:
+    """Every dotted prefix of 50 names of 4 KB as text would be 200 MB."""
+    names = [".".join([str(number), "17", *["0"] * 2000]) for number in range(50)]
+    tracemalloc.start()
+    try:
+        matcher = PatternMatcher(names)
+        assert matcher.find("**.[:1].*") == []
+    except InputError as error:
+        assert error.code == "preset.no_match"
+        assert error.hint is not None and len(error.hint) < 1000
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 5_000_000
+    assert matcher.matches("*.[17:].**", names[0])
+    assert not matcher.matches("*.[:17].**", names[0])
+
+
+def test_no_model_has_blocks_deeper_than_32_levels() -> None:
+    for level, wanted in ((31, True), (32, False)):
+        name = ".".join(["a"] * level + ["0"])
+        assert PatternMatcher([name]).matches("**.[:1]", name) is wanted
+
+
+def test_of_many_long_names_a_few_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """difflib takes time by the product of lengths; those with parts of the pattern come first."""
+    compared: list[str] = []
+    real = difflib.SequenceMatcher.ratio
+
+    def ratio(matcher: difflib.SequenceMatcher[str]) -> float:
+        compared.append(str(matcher.a))
+        return real(matcher)
+
+    monkeypatch.setattr(difflib.SequenceMatcher, "ratio", ratio)
+    names = ["x" * 4000 + str(number) for number in range(1000)] + [f"junk{number}.a" for number in range(1000)]
+    assert nearest("blocks.*.atn.to_q", [*names, *MODULES])[0] == "blocks.0.attn.to_q"
+    assert len(set(compared)) <= 200 and max(map(len, compared)) <= 200
+    with pytest.raises(InputError) as caught:
+        PatternMatcher(["x" * 4000]).find("y")
+    assert caught.value.hint == "the nearest names are too long to be shown"
+
+
+def ignores(entry: object, name: str) -> bool:
+    return ignored([entry], [name], path="config.json") == {name}
+
+
 def test_in_a_configs_ignore_list_the_star_crosses_dots() -> None:
-    ignores = PatternMatcher.ignores
     assert ignores("blocks.*", "blocks.0.attn.to_q")
     assert ignores("*.to_q", "blocks.0.attn.to_q")
     assert ignores("*norm*", "blocks.0.norm.linear")
+    assert ignores("**norm***", "blocks.0.norm.linear")
     assert ignores("proj_out", "proj_out")
     assert ignores("*", "")
     assert not ignores("blocks.*", "single.0")
     assert not ignores("proj_out", "blocks.0.proj_out")
     assert not ignores("proj", "proj_out")
     assert not ignores("a*a", "a")
+    assert not ignores("a" * 4097 + "*", "a" * 4096)
+    assert not ignores(1, "1")
+
+
+@pytest.mark.parametrize("found", [None, "proj_out", {"proj_out": 1}, 1])
+def test_an_ignore_that_is_no_list_covers_nothing(found: object) -> None:
+    assert ignored(found, ["proj_out"], path="config.json") == set()
+
+
+def test_a_long_ignore_list_is_looked_up_and_one_of_too_many_globs_refused() -> None:
+    """Each entry against each module would run for hours: both may be a million."""
+    names = [f"blocks.{number}" for number in range(50_000)]
+    entries = [f"other.{number}" for number in range(300_000)]
+    assert ignored([*entries, "blocks.7", "*.49999"], names, path="c") == {"blocks.7", "blocks.49999"}
+    for globs in ([f"*{number}" for number in range(1000)], ["*a" * 500]):
+        with pytest.raises(InputError) as caught:
+            ignored(globs, names, path="c")
+        assert caught.value.code == "config.ignore"
+        assert caught.value.path == "c" and caught.value.hint
+    assert ignored(["*" * 1_000_000], names, path="c") == set(names)
 
 
 def test_module_of() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from crash_driver import SHARD, files_of, held_by, lay
+from figures import note
 from staging_support import litter, publish
 from tracing import ENVIRONMENT, Ended, driver, run, told_in
 
@@ -38,7 +39,8 @@ class Reader(threading.Thread):
             for file in ("config.json", SHARD, "mopt.json"):
                 try:
                     data = (self.out / file).read_bytes()
-                except FileNotFoundError:  # opened by way of the old tree while that was being removed
+                except FileNotFoundError:
+                    # Opened by way of the old tree while that was being removed; or in the instant between two renames.
                     self.counts["missed"] += 1
                     continue
                 if data not in self.owner:
@@ -47,11 +49,11 @@ class Reader(threading.Thread):
             self.counts["mixed" if len(owners) > 1 else "of one version"] += 1
 
 
-def race(out: Path, names: list[str], killed: str | None) -> list[Ended]:
+def race(out: Path, names: list[str], killed: str | None, switches: list[str]) -> list[Ended]:
     """Start all at once; kill one of them, if so asked, somewhere on its way."""
     racers = {
         name: subprocess.Popen(
-            driver(out, name, "--wait"),
+            driver(out, name, "--wait", *switches),
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -81,20 +83,31 @@ def version_in(out: Path) -> str:
     return found[0]
 
 
+def set_aside(out: Path) -> Path:
+    """Where a run that was killed between its two renames left the old tree; the next run puts it back."""
+    [old] = out.parent.glob(".out.mopt-old-*")
+    return old
+
+
+@pytest.mark.parametrize("method", ["exchange", "two renames"])
 @pytest.mark.parametrize("kill", [False, True], ids=["all live", "one in each round is killed"])
-def test_race(tmp_path: Path, kill: bool) -> None:
+def test_race(tmp_path: Path, kill: bool, method: str) -> None:
     (tmp_path / "place").mkdir()
     out = lay(tmp_path / "place" / "out", "first")
     reader = Reader(out)
+    switches = ["--two-renames"] * (method == "two renames")
     reader.start()
     counts: Counter[str] = Counter()
+    before = "first"
     try:
         for round_ in range(ROUNDS):
             names = [name for name in NAMES if name.startswith(f"round {round_} ")]
             killed = names[round_ % RACERS] if kill else None
-            before = version_in(out)
-            ended = dict(zip(names, race(out, names, killed), strict=True))
-            after = version_in(out)
+            ended = dict(zip(names, race(out, names, killed, switches), strict=True))
+            after = version_in(out if out.exists() else set_aside(out))
+            if not out.exists():
+                assert killed and method == "two renames", "OUT is missing"
+                counts["missing"] += 1
             for name, end in ended.items():
                 counts[f"exit {end.code}"] += 1
                 assert end.code in {0, 4} or (end.code == -9 and name == killed), end
@@ -103,9 +116,13 @@ def test_race(tmp_path: Path, kill: bool) -> None:
             counts["all refused"] += not winners
             # Whoever says that it published did, and nobody else; the killed one may or may not have.
             assert after in winners | ({before, killed} if not winners or killed else set())
+            before = after
     finally:
         reader.done.set()
         reader.join()
+    figures = {kind: reader.counts[kind] for kind in ("of one version", "mixed", "missed")} | dict(counts)
+    what = f"{method}, {'one killed' if kill else 'all live'}"
+    note(15, what=what, cases=ROUNDS, torn=len(reader.torn), **figures)
     print(f"\n{ROUNDS} rounds: {dict(sorted(counts.items()))}; reads: {dict(sorted(reader.counts.items()))}")
     assert not reader.torn
     last = run(driver(out, "last"))

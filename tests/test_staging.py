@@ -78,7 +78,7 @@ def test_order_of_what_reaches_the_disk(out: Path, calls: Calls, monkeypatch: py
     swap = {
         "rename": [("rename_noreplace", "stage", "out")],
         "exchange": [("exchange", "stage", "out")],
-        "two-renames": [("rename", "out", "old"), ("rename", "stage", "out")],
+        "two-renames": [("sync_dir", "."), ("rename", "out", "old"), ("rename", "stage", "out")],
     }[method]
     removal = {"rename": [], "exchange": [("remove_tree", "stage")], "two-renames": [("remove_tree", "old")]}[method]
     end = [("set_mode", "stage"), ("sync_dir", "stage"), *swap, ("sync_dir", "."), *removal]

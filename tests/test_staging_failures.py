@@ -238,7 +238,7 @@ def test_a_failed_sync_after_the_swap(out: Path, monkeypatch: pytest.MonkeyPatch
     """In place, but not known to be on disk: both trees are kept, and the message says where."""
     prepare(method, out, monkeypatch)
     with monkeypatch.context() as patch:
-        before(patch, "sync_dir", failing(errno.EIO, lambda path: path == out.parent))
+        before(patch, "sync_dir", failing(errno.EIO, lambda path: path == out.parent and held_by(out) == NEW))
         error = fails(out, "storage.sync_after_swap")
     assert error.published is True and error.kept_at is None
     assert held_by(out) == NEW

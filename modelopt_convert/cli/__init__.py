@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import sys
 
 import typer
@@ -58,6 +59,7 @@ def _root(
 def main() -> None:
     """Entry point: whatever nobody foresaw ends with exit code 70, since Python's own 1 means a failed check here."""
     _open_standard_streams()
+    _allow_open_files()
     try:
         app()
     except Exception as error:
@@ -66,9 +68,17 @@ def main() -> None:
         if debugging():
             raise
         with contextlib.suppress(OSError):
-            typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+            # ascii() and not our own escaping, which may be what failed.
+            typer.echo(f"error: {type(error).__name__}: {ascii(str(error)[:4000])[1:-1]}", err=True)
             typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
         sys.exit(ExitCode.INTERNAL)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us: every shard is held open, and 1,024 is a habit and not a need."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _open_standard_streams() -> None:

@@ -58,6 +58,9 @@ def run_build(
     if algorithm == "nvfp4" and base is None and preset in (None, "none"):
         raise typer.BadParameter("is required, unless a preset is named that names the base", param_hint="--base")
 
+    if output is not None and output.parts[:1] == ("hf:",):
+        raise typer.BadParameter("is a folder on disk; --push-to REPO_ID publishes it", param_hint="--output")
+
     from modelopt_convert.cli._output import Output, run
     from modelopt_convert.cli.push import show_pushed
     from modelopt_convert.convert import BuildRequest, convert

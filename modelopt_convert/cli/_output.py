@@ -23,6 +23,7 @@ from modelopt_convert.errors import (
     InternalError,
     Interrupted,
     MoptError,
+    OutputRefusedError,
     RemoteError,
     StorageError,
 )
@@ -37,9 +38,16 @@ def debugging() -> bool:
     return os.environ.get("MOPT_DEBUG") == "1"
 
 
+# Of a line: a value of a config.json may have millions.
+_LINE_CHARS = 4000
+
+
 def printable(text: str) -> str:
-    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped. No line is endless."""
+    rest = len(text) - _LINE_CHARS
+    kept = text[:_LINE_CHARS]
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
+    return f"{shown} ... and {rest} characters more" if rest > 0 else shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +113,12 @@ def check_file(file: Path | None, option: str, *others: Location | None) -> None
         others: Inputs and OUT, as far as they were given.
     """
     if file is not None:
-        path = canonical_output(file)
         near = [other for other in others if isinstance(other, Path)]
-        inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in near)
+        try:
+            path = canonical_output(file)
+            inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in near)
+        except OutputRefusedError as error:
+            raise typer.BadParameter(error.message, param_hint=option) from error
         try:
             free = path.parent.is_dir() and not path.is_dir() and not path.is_symlink()
         except OSError:  # a name that no file system takes

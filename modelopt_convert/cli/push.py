@@ -44,6 +44,10 @@ def push(
     """
     if create_pr and revision is not None:
         raise typer.BadParameter("a pull request goes to main; leave one of the two out", param_hint="--create-pr")
+    if checkpoint.parts[:1] == ("hf:",):
+        raise typer.BadParameter(
+            "is a folder on disk; `hf download REPO_ID --local-dir FOLDER` makes one", param_hint="CHECKPOINT"
+        )
     if message is not None and not message.strip():
         raise typer.BadParameter("must not be empty", param_hint="--message")
 

@@ -15,14 +15,14 @@ Before ModelOpt 0.42 the weight stayed in the model's dtype, and the two amax la
 
 import math
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelopt_convert.dialects.modelopt import SCALE_ROLES, SCALE_SHAPES, PackedModule, group_modules, missing_scale
 from modelopt_convert.dtypes import HALF_AND_FLOAT
 from modelopt_convert.errors import InputError
 from modelopt_convert.header import TensorInfo
-from modelopt_convert.patterns import PatternMatcher
+from modelopt_convert.patterns import ignored
 
 E4M3_MAX = 448.0
 FP8_ROLES = ("weight_scale", "input_scale")
@@ -61,7 +61,7 @@ Calibration = Mapping[str, Mapping[str, Amax]]
 
 
 def find_fp8_modules(
-    tensors: Mapping[str, TensorInfo], calibration: Calibration, ignore: Collection[str], *, path: str
+    tensors: Mapping[str, TensorInfo], calibration: Calibration, ignore: object, *, path: str
 ) -> dict[str, PackedModule]:
     """Group an export's tensors into quantized modules, judged by dtype and shape.
 
@@ -89,14 +89,12 @@ def find_fp8_modules(
         ]
     else:
         quantized = [module for module, roles in grouped.items() if any(role in roles for role in SCALE_ROLES)]
-        quantized += [
-            module
-            for module, roles in grouped.items()
-            if calibration
-            and "weight" in roles
-            and len(roles["weight"].shape) == 2
-            and not any(PatternMatcher.ignores(entry, module) for entry in ignore)
-        ]
+        if calibration:
+            linears = [
+                module for module, roles in grouped.items() if "weight" in roles and len(roles["weight"].shape) == 2
+            ]
+            left = ignored(ignore, linears, path=f"{path}/config.json")
+            quantized += [module for module in linears if module not in left]
     return {module: _fp8_module(module, grouped[module], calibration, path) for module in quantized}
 
 

@@ -1,6 +1,7 @@
 """The Hub's client, and its failures in mopt's words: each with its own code and the command to run next."""
 
 import errno
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
+NOT_CACHED = "run once without HF_HUB_OFFLINE and with --download"
 _LONGEST_PAUSE_S = 60.0
 _T = TypeVar("_T")
 _AGAIN = "run the same command again"
+_QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def hub_api() -> "HfApi":
@@ -92,7 +96,7 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
         if isinstance(error, ValueError | KeyError) and _is_of_the_client(error):
             # Its own refusals, such as of a card or by storage, and an answer that is not what the Hub says.
             hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
-            what = f"the client gave up: {_first_line(error)}"
+            what = f"the client gave up: {first_line(error)}"
             raise _error(InputError, repo_id, "refused", what, hint) from error
         raise
 
@@ -107,7 +111,7 @@ def _transfer_error(error: Exception, repo_id: str, again: str) -> MoptError:
     said = str(error)
     if "No space left" in said or "os error 28" in said:
         return _disk_full(repo_id)
-    return _error(RemoteError, repo_id, "transfer", f"the transfer failed: {_first_line(error)}", again)
+    return _error(RemoteError, repo_id, "transfer", f"the transfer failed: {first_line(error)}", again)
 
 
 def _disk_full(repo_id: str) -> MoptError:
@@ -143,8 +147,8 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
     if isinstance(error, hub.DisabledRepoError):
         return _error(InputError, repo_id, "disabled", "the Hub has disabled this repo", f"see {page}")
     if isinstance(error, hub.LocalEntryNotFoundError):
-        hint = "run once without HF_HUB_OFFLINE and with --download"
-        return _error(InputError, repo_id, "not_cached", "not in the cache, and the Hub may not be asked", hint)
+        what = "not in the cache, and the Hub may not be asked"
+        return _error(InputError, repo_id, "not_cached", what, NOT_CACHED)
     if isinstance(error, hub.EntryNotFoundError):
         return _error(InputError, repo_id, "no_file", "the repo has no such file or folder", f"see {page}/tree/main")
     if isinstance(error, hub.OfflineModeIsEnabled):
@@ -155,14 +159,14 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         return _http_error(error, error.response.status_code, repo_id, login, again)
     if isinstance(error, hub.FileMetadataError):
         hint = "a mirror or proxy left out the Hub's headers; use another HF_ENDPOINT"
-        return _error(InputError, repo_id, "headers", _first_line(error), hint)
+        return _error(InputError, repo_id, "headers", first_line(error), hint)
     if isinstance(error, hub.LocalTokenNotFoundError):
         return _error(InputError, repo_id, "token", "there is no access token", f"`hf auth login`; {again}")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in _FULL:
         return _disk_full(repo_id)
     if isinstance(error, httpx.TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
-    return _error(RemoteError, repo_id, "unreachable", _first_line(error), later)
+    return _error(RemoteError, repo_id, "unreachable", first_line(error), later)
 
 
 def _bad_token(error: Exception) -> bool:
@@ -190,11 +194,12 @@ def _http_error(error: Exception, status: int, repo_id: str, login: str, again: 
 
 
 def _said(error: Exception) -> str:
-    return str(getattr(error, "server_message", None) or _first_line(error))
+    return str(getattr(error, "server_message", None) or first_line(error))
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; without the signatures of links, which open a file to whoever has them."""
+    lines = _QUERY.sub(r"\1", str(error).strip()).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 

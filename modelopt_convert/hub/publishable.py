@@ -34,11 +34,13 @@ class Upload:
         path: In the repo.
         source: Where a shard lies, or the bytes of a small file.
         num_bytes: Its size.
+        stamp: Which file on disk the shard was when it was opened; None for a small file.
     """
 
     path: str
     source: Path | bytes
     num_bytes: int
+    stamp: tuple[int, ...] | None = None
 
     @property
     def is_shard(self) -> bool:
@@ -89,11 +91,21 @@ class Publishable:
     def check_unchanged(self) -> None:
         """Compare the shards with what they were when they were opened.
 
+        Also by their names, by which they are sent: a build with --overwrite puts another folder in their place.
+
         Raises:
             InputError: ``input.changed``.
         """
         for reader in self.readers:
             reader.check_unchanged()
+        for file in self.files:
+            if isinstance(file.source, Path) and _stamp(file.source) != file.stamp:
+                raise InputError(
+                    f"{file.source}: another file took its place while it was published",
+                    code="input.changed",
+                    path=str(file.source),
+                    hint="wait until whatever writes the checkpoint has finished, then push again",
+                )
 
 
 def publishable(checkpoint: Path, token: str | None, stack: ExitStack) -> Publishable:
@@ -128,7 +140,7 @@ def publishable(checkpoint: Path, token: str | None, stack: ExitStack) -> Publis
         readers.append(reader)
         known = _OF_ANY_FOLDER | _OF_A_TRANSFORMER | set(reader.indexes)
         names = _sorted_out(folder, prefix, known, left_out, known=reader.files)
-        files += [Upload(f"{prefix}{one}", folder / one, (folder / one).stat().st_size) for one in reader.files]
+        files += [_shard(folder, prefix, one) for one in reader.files]
         files += [_small(folder, prefix, one) for one in names]
     _refuse_leaks(checkpoint, files, readers, token)
     records = [one for one in files if Path(one.path).name == RECORD]
@@ -162,6 +174,20 @@ def _sorted_out(
             name = path.name.encode(errors="backslashreplace").decode()
             left_out.append(f"{prefix}{name}/" if path.is_dir() else f"{prefix}{name}")
     return names
+
+
+def _shard(folder: Path, prefix: str, name: str) -> Upload:
+    path = folder / name
+    return Upload(f"{prefix}{name}", path, path.stat().st_size, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Which file bears that name; None if none does."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _small(folder: Path, prefix: str, name: str) -> Upload:

@@ -4,6 +4,7 @@ Nothing is kept on disk between runs. A shard that was sent stays with the Hub, 
 one commit comes last, on the parent that was compared with, and so a repo holds the checkpoint before or the new one.
 """
 
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _MAIN = "main"
+_NO_BRANCH = re.compile(r"[0-9a-f]{40}$|refs/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def push(request: PushRequest, report: Report, progress: Progress) -> None:
         with timed(report, "push"), _without_bars():
             report.pushed = _send(request, local, exists, report, progress)
         report.pushed.not_published = list(local.left_out)
-        report.pushed.load = _load_command(request, local)
+        report.pushed.load = _load_command(report.pushed, local)
 
 
 def _check_card(request: PushRequest, local: Publishable) -> None:
@@ -218,6 +220,7 @@ def _commit(
     pushed.commit = done.oid
     pushed.url = done.pr_url or done.commit_url
     pushed.pull_request = done.pr_url
+    pushed.revision = done.pr_revision or pushed.revision
     pushed.sent = [one.path for one in changes.send]
     pushed.bytes_sent = sum(one.num_bytes for one in changes.send)
 
@@ -230,9 +233,11 @@ def _target(api: "HfApi", request: PushRequest) -> _Target:
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     if revision in heads:
         return _Target(heads[revision], branch_exists=True)
-    if any(ref.name == revision for ref in refs.tags):
+    is_tag = any(ref.name == revision for ref in refs.tags)
+    if is_tag or _NO_BRANCH.match(revision):
+        what = "a tag, and a tag does not move" if is_tag else "a commit or a full reference, and no branch"
         raise InputError(
-            f"hf://{request.repo_id}: {revision} is a tag, and a tag does not move",
+            f"hf://{request.repo_id}: {revision} is {what}",
             code="push.revision",
             path=f"hf://{request.repo_id}",
             hint="give --revision the name of a branch",
@@ -259,12 +264,15 @@ def _fetcher(api: "HfApi", request: PushRequest, commit: str) -> Callable[[str],
     return fetch
 
 
-def _load_command(request: PushRequest, local: Publishable) -> str:
+def _load_command(pushed: PushedReport, local: Publishable) -> str:
     base = str(local.record.get("base_repo") or "BASE_MODEL")
-    if not local.components:
-        return load_command(request.repo_id, base, [])
-    folder = request.repo_id.rpartition("/")[2]  # an engine's path to one of several must be a folder
-    return f"hf download {request.repo_id} --local-dir {folder} && {load_command(folder, base, local.components)}"
+    if not local.components and pushed.revision == _MAIN:
+        return load_command(pushed.repo_id, base, [])
+    # An engine takes a repo's main branch alone, and its path to one of several transformers must be a folder.
+    folder = pushed.repo_id.rpartition("/")[2]
+    revision = [] if pushed.revision == _MAIN else ["--revision", pushed.revision]
+    download = shlex.join(["hf", "download", pushed.repo_id, *revision, "--local-dir", folder])
+    return f"{download} && {load_command(folder, base, local.components)}"
 
 
 @contextmanager

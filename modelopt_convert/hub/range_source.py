@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from modelopt_convert.errors import InputError, RemoteError
-from modelopt_convert.hub.client import BUSY, PAUSES_S, retry_after
+from modelopt_convert.hub.client import BUSY, PAUSES_S, first_line, retry_after
 
 if TYPE_CHECKING:
     from hf_xet import XetDownloadStreamGroup
@@ -143,7 +143,7 @@ class RangeSource:
             raise
         except Exception as error:  # hf_xet has its own retries behind it; the same bytes can be had over HTTP
             self._xet_hash = None
-            raise _AgainError(f"Xet failed: {error}", pause_s=0.0) from error
+            raise _AgainError(f"Xet failed: {first_line(error)}", pause_s=0.0) from error
 
     def _by_http(self, begin: int, end: int) -> Iterator[bytes]:
         from huggingface_hub import constants
@@ -167,7 +167,7 @@ class RangeSource:
                 hf_raise_for_status(response)
                 raise self._range_error(begin, end, f"status {status}")
             said = response.headers.get("Content-Range", "")
-            if status == 206 and not _is_range(said, begin, end):
+            if status == 206 and not _is_range(said, begin, end, self._num_bytes):
                 raise self._range_error(begin, end, said or "no Content-Range")
             missing = end - begin
             for chunk in response.iter_bytes(_CHUNK_BYTES):
@@ -247,7 +247,9 @@ def _xet_session() -> Any:
     return XetSession()
 
 
-def _is_range(said: str, begin: int, end: int) -> bool:
-    """Whether it begins with what was asked for; a server may answer with less."""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(?:\d+|\*)", said)
-    return found is not None and int(found[1]) == begin and begin <= int(found[2]) < end
+def _is_range(said: str, begin: int, end: int, num_bytes: int) -> bool:
+    """Whether it begins with what was asked for, of a file of that size; a server may answer with less."""
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said)
+    if found is None or found[3] not in ("*", str(num_bytes)):
+        return False
+    return int(found[1]) == begin and begin <= int(found[2]) < end

@@ -55,7 +55,7 @@ class RemoteFile:
         self._counting = threading.Lock()  # apart: close() holds the other while it waits for the fetching threads
         self._stopped = threading.Event()
         self._taken: list[Range] = []  # sorted, disjoint; those touching are kept apart, as each has its future
-        self._futures: list[Future[bool]] = []
+        self._futures: dict[Range, Future[bool]] = {}  # of every piece in _taken
         self._spool = _spool()
         self._users = 0
 
@@ -81,15 +81,19 @@ class RemoteFile:
             RemoteError: ``hub.disk_full``.
         """
         with self._lock:
-            missing = without(union(ranges), self._taken)
+            asked = union(ranges)
+            if not asked:
+                return
+            near = self._near(asked[0][0], asked[-1][1])
+            missing = without(asked, near)
             if not missing:
                 return
-            wanted = without(bridged(missing, total(missing) // _SPARE), self._taken)
+            wanted = without(bridged(missing, total(missing) // _SPARE), near)
             self._check_room(total(wanted))
             for piece in pieces(wanted, PIECE_BYTES):
-                at = bisect.bisect(self._taken, piece)
-                self._taken.insert(at, piece)
-                self._futures.insert(at, self._pool.submit(self._fetch, *piece))
+                # In this order: a signal may act in between, and close() asks for the future of all that is taken.
+                self._futures[piece] = self._pool.submit(self._fetch, *piece)
+                bisect.insort(self._taken, piece)
 
     def unfetched(self, ranges: Iterable[Range]) -> int:
         """Bytes of ``ranges`` that are not there yet."""
@@ -119,9 +123,7 @@ class RemoteFile:
     def _wait(self, offset: int, end: int) -> None:
         self.prefetch([(offset, end)])
         with self._lock:
-            first = max(0, bisect.bisect(self._taken, (offset, self.num_bytes)) - 1)
-            last = bisect.bisect_left(self._taken, (end, 0))
-            needed = self._futures[first:last]
+            needed = [self._futures[piece] for piece in self._near(offset, end)]
         for future in needed:
             future.result()
 
@@ -135,12 +137,18 @@ class RemoteFile:
             if self._users:
                 return
             self._stopped.set()
-            whole = [
-                (piece, future)
-                for piece, future in zip(self._taken, self._futures, strict=True)
+            found = [(piece, self._futures[piece]) for piece in self._taken]
+            whole = {
+                piece: future
+                for piece, future in found
                 if not future.cancel() and future.exception() is None and future.result()
-            ]
-            self._taken, self._futures = [piece for piece, _ in whole], [future for _, future in whole]
+            }
+            self._taken, self._futures = list(whole), whole
+
+    def _near(self, begin: int, end: int) -> list[Range]:
+        """All pieces that may hold bytes of [begin, end), found without a look at the thousands of others."""
+        first = max(0, bisect.bisect(self._taken, (begin, self.num_bytes)) - 1)
+        return self._taken[first : bisect.bisect_left(self._taken, (end, 0))]
 
     def _fetch(self, begin: int, end: int) -> bool:
         """Whether all of it is there, and not only what came before it was stopped."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from modelopt_convert.errors import InputError
-from modelopt_convert.hub.client import hub_api, hub_errors, retried
+from modelopt_convert.hub.client import NOT_CACHED, hub_api, hub_errors, retried
 from modelopt_convert.hub.range_source import HubFile
 from modelopt_convert.hub.remote_file import RemoteFile
 from modelopt_convert.local_file import LocalFile
@@ -62,6 +62,15 @@ class HubRepo:
         """
         return self._pinned.files
 
+    @property
+    def offline(self) -> bool:
+        """Whether only the cache was looked at, so that the commit may have files which are not among ``files``.
+
+        Raises:
+            MoptError: With a ``hub.*`` code.
+        """
+        return self._pinned.cached is not None
+
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
         """What all files of the repo are fetched by."""
@@ -88,6 +97,13 @@ class HubRepo:
         """
         where = f"{self}/{path}"
         if path not in self.files:
+            if self.offline:
+                raise InputError(
+                    f"{where}: not in the cache, and the Hub may not be asked",
+                    code="hub.not_cached",
+                    path=where,
+                    hint=NOT_CACHED,
+                )
             raise InputError(
                 f"{where}: no such file", code="input.missing", path=where, hint=f"see {self}: it is not in that commit"
             )

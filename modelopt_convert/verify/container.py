@@ -13,7 +13,7 @@ from modelopt_convert.formats import FORMATS
 from modelopt_convert.inspect_report import ComponentReport, LintReport
 from modelopt_convert.inspection import inspect_component
 from modelopt_convert.layout import Reading, hint_scale_order
-from modelopt_convert.samples import load
+from modelopt_convert.samples import load, load_weight
 from modelopt_convert.scale_shapes import ROW_TILE
 from modelopt_convert.transforms.nvfp4 import unpack_e2m1
 from modelopt_convert.transforms.raw import from_bytes
@@ -167,7 +167,7 @@ def _padding_faults(subject: Subject, module: PackedModule) -> list[str]:
     if not _readings(subject, module):
         faults.append(f"{module.name}: the padding of weight_scale is not zero")
     if module.weight.shape != (module.rows, module.columns // 2):
-        stored = load(subject.reader, module.weight.name)
+        stored = load_weight(subject.reader, module.weight.name)
         if bool(stored[module.rows :].any()) or bool(stored[:, module.columns // 2 :].any()):
             faults.append(f"{module.name}: the padding of weight is not zero")
     return faults

@@ -11,7 +11,7 @@ from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs, find_nvfp4_modules
 from modelopt_convert.errors import InconclusiveError, InputError
 from modelopt_convert.preset import Algorithm
-from modelopt_convert.samples import load, tensor_scale
+from modelopt_convert.samples import load, load_weight, tensor_scale
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
 from modelopt_convert.transforms.scales import scale_readings
 from modelopt_convert.verify.operands import Fp8Weight, Nvfp4Weight, Weight
@@ -45,9 +45,9 @@ class Subject:
         bias = load(self.reader, module.bias.name) if module.bias is not None else None
         if self.algorithm == "fp8":
             scale = tensor_scale(self.reader, module, "weight_scale")
-            return Fp8Weight(load(self.reader, module.weight.name), scale, bias)
+            return Fp8Weight(load_weight(self.reader, module.weight.name), scale, bias)
         rows, columns = module.rows, module.columns
-        packed = load(self.reader, module.weight.name)[:rows, : columns // 2].contiguous()
+        packed = load_weight(self.reader, module.weight.name)[:rows, : columns // 2].contiguous()
         readings = scale_readings(load(self.reader, module.scales["weight_scale"].name), rows, columns // BLOCK_SIZE)
         order = "128x4" if self.swizzled else "linear"
         if order not in readings:
