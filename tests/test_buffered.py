@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -23,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@given(size=st.integers(1, 5000))
+@settings(deadline=None)
+@given(size=st.integers(50, 5000))
 def test_pieces_are_the_tensor(folder: Path, size: int) -> None:
     with CheckpointReader(folder) as reader:
         for name in reader.tensors:
