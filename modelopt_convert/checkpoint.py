@@ -160,6 +160,19 @@ class CheckpointReader:
         for begin in range(0, total, chunk_bytes):
             yield self.read_range(name, begin, min(chunk_bytes, total - begin))
 
+    def buffered(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces of at most ``chunk_bytes``, in one buffer: each is good until the next is taken.
+
+        Fresh memory for every piece would cost more than the reading: the kernel has to clear it first.
+        """
+        info = self.tensors[name]
+        self.prefetch([(name, 0, info.num_bytes)])
+        buffer = memoryview(bytearray(min(chunk_bytes, info.num_bytes)))
+        for begin in range(0, info.num_bytes, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, info.num_bytes - begin)]
+            self._files[info.file].read_into(info.start + begin, piece)
+            yield piece
+
     def prefetch(self, readings: Iterable[Reading]) -> None:
         """Say what will be read soon: from afar it is then fetched together, ahead of the reader."""
         for file, ranges in self._by_file(readings).items():

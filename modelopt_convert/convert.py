@@ -25,13 +25,15 @@ from modelopt_convert.plan import BuildPlan, Keeps
 from modelopt_convert.plan_mixed import plan_mixed
 from modelopt_convert.plan_quantize import plan_quantized, preset_required
 from modelopt_convert.preset import Algorithm, ChosenPreset, choose_preset, known_broken, load_preset
+from modelopt_convert.produce import Layouts
 from modelopt_convert.proving import run_proof
 from modelopt_convert.quantizing import note_uncalibrated, run_measure, uncalibrated_line
 from modelopt_convert.report import ClippedReport, ProofReport, Report, RuleReport
 from modelopt_convert.sources import Location, local_path, parse_location
 from modelopt_convert.space import build_bytes
 from modelopt_convert.staging import StagingDir
-from modelopt_convert.stream import Layouts, Progress, Streamed, stream
+from modelopt_convert.stream import Progress, Streamed, stream
+from modelopt_convert.workers import torch_on_one_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class BuildRequest:
         verify: The closing step: ``auto`` with the GPU if there is one, ``cpu`` without, ``off`` not at all.
         dry_run: Plan only.
         download: Fetch files of the Hub whole, into its cache.
+        workers: Tensors that are worked on at a time.
     """
 
     algorithm: Algorithm
@@ -71,6 +74,7 @@ class BuildRequest:
     verify: Literal["auto", "cpu", "off"]
     dry_run: bool
     download: bool
+    workers: int
 
 
 def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
@@ -120,13 +124,14 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         need = build_bytes(parts, plans, chosen, report)
         # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
-            proofs, layouts = _prove(request, parts, plans, report, progress)
+            with torch_on_one_thread():
+                proofs, layouts = _prove(request, parts, plans, report, progress)
             manifests: dict[str, bytes] = {}
             for part, plan, proven, layout in zip(parts, plans, proofs, layouts, strict=True):
-                with timed(report, "stream"):
+                with timed(report, "stream"), torch_on_one_thread():
                     if part.prefix:
                         stage.add_folder(part.prefix.rstrip("/"))
-                    done = stream(stage, plan, part.readers, layout, progress, part.prefix)
+                    done = stream(stage, plan, part.readers, layout, progress, part.prefix, workers=request.workers)
                 _note_clipped(report, part, done)
                 files = small_files(part, plan, chosen, report, proven, done.digests)
                 manifests[part.prefix.rstrip("/")] = files["mopt.json"]
@@ -159,10 +164,12 @@ def _prove(
     layouts: list[Layouts] = []
     for number, part in enumerate(parts):
         if part.export is None:
-            plans[number], found = run_measure(part, plans[number], request.max_error, report, progress)
+            plans[number], found = run_measure(
+                part, plans[number], request.max_error, request.workers, report, progress
+            )
             layouts.append(Layouts(frozenset(), frozenset()))
         else:
-            proof, found = run_proof(part, plans[number], request.max_error, report, progress)
+            proof, found = run_proof(part, plans[number], request.max_error, request.workers, report, progress)
             layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
             plans[number] = _lay_out(report, part, plans[number], layouts[-1])
         proofs.append(found)

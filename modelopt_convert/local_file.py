@@ -83,18 +83,28 @@ class LocalFile:
             try:
                 part = os.pread(self._fd, missing, offset)
             except OSError as error:
-                raise InputError(
-                    f"{self.where}: reading {missing} bytes at {offset} failed: {error.strerror}",
-                    code="input.unreadable",
-                    path=self.where,
-                    hint="check the disk or the mount, then run again",
-                ) from error
+                raise self._unreadable(missing, offset, error) from error
             if not part:
                 raise self._changed()
             parts.append(part)
             missing -= len(part)
             offset += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset``.
+
+        Raises:
+            InputError: As ``read``.
+        """
+        while target:
+            try:
+                count = os.preadv(self._fd, [target], offset)
+            except OSError as error:
+                raise self._unreadable(len(target), offset, error) from error
+            if not count:
+                raise self._changed()
+            target, offset = target[count:], offset + count
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Nothing: the disk is near."""
@@ -117,6 +127,14 @@ class LocalFile:
         """Close it."""
         with contextlib.suppress(OSError):
             os.close(self._fd)
+
+    def _unreadable(self, num_bytes: int, offset: int, error: OSError) -> InputError:
+        return InputError(
+            f"{self.where}: reading {num_bytes} bytes at {offset} failed: {error.strerror}",
+            code="input.unreadable",
+            path=self.where,
+            hint="check the disk or the mount, then run again",
+        )
 
     def _changed(self) -> InputError:
         return InputError(

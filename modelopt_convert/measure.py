@@ -1,23 +1,28 @@
 """Measure a base before it is quantized: the global scale of every weight, and whether it has one."""
 
 from collections.abc import Callable, Mapping
+from threading import Event
 
 import torch
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.errors import InputError
-from modelopt_convert.plan import CHUNK_BYTES, BuildPlan
+from modelopt_convert.plan import BuildPlan
 from modelopt_convert.transforms.nvfp4 import shared_global_scale
 from modelopt_convert.transforms.raw import largest_of_chunk
+from modelopt_convert.workers import Stopped, in_order
+
+_MEASURED_BYTES = 1 << 20  # stays in a core's cache; a multiple of every dtype's size
 
 
-def measure(base: CheckpointReader, plan: BuildPlan, advance: Callable[[int], None]) -> dict[str, float]:
+def measure(base: CheckpointReader, plan: BuildPlan, workers: int, advance: Callable[[int], None]) -> dict[str, float]:
     """Global scales by max calibration: ``amax / (6 * 448)`` of each weight, or of the group that shares one.
 
     Args:
         base: Read whole, in pieces.
         plan: Says which weights, and which share.
+        workers: Weights measured at a time.
         advance: Called with the number of bytes just read.
 
     Returns:
@@ -27,7 +32,11 @@ def measure(base: CheckpointReader, plan: BuildPlan, advance: Callable[[int], No
         InputError: ``base.not_finite`` or ``base.all_zero``.
     """
     base.prefetch((plan.modules[name].weight.name, 0, plan.modules[name].weight.num_bytes) for name in plan.packed)
-    largest = {name: _largest(base, plan.modules[name], advance) for name in plan.packed}
+
+    def measured(name: str, stopped: Event) -> float:
+        return _largest(base, plan.modules[name], advance, stopped)
+
+    largest = dict(zip(plan.packed, in_order(plan.packed, measured, workers), strict=True))
     groups = {module: group for group in plan.shared for module in group}
     return {name: _scale([largest[one] for one in groups.get(name, (name,))]) for name in largest}
 
@@ -47,12 +56,14 @@ def _scale(largest: list[float]) -> float:
     return float(shared_global_scale([torch.tensor(largest, dtype=torch.float32)]))
 
 
-def _largest(base: CheckpointReader, module: PackedModule, advance: Callable[[int], None]) -> float:
+def _largest(base: CheckpointReader, module: PackedModule, advance: Callable[[int], None], stopped: Event) -> float:
     info = module.weight
     where = str(base.path / info.file)
     found = 0.0
     try:
-        for chunk in base.chunks(info.name, CHUNK_BYTES):  # a multiple of every dtype's size
+        for chunk in base.buffered(info.name, _MEASURED_BYTES):
+            if stopped.is_set():
+                raise Stopped
             found = max(found, largest_of_chunk(chunk, info.dtype))
             advance(len(chunk))
     except ValueError as error:

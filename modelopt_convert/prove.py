@@ -6,6 +6,7 @@ then the packed weights themselves. Without a base only the first is possible.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Event
 
 import torch
 
@@ -26,6 +27,7 @@ from modelopt_convert.prove_nvfp4 import judge_nvfp4, name_the_layout, usable_nv
 from modelopt_convert.samples import common_dtype
 from modelopt_convert.sampling import SAMPLED_ROWS
 from modelopt_convert.transforms.raw import cast_paths, equal_after, from_bytes
+from modelopt_convert.workers import in_order
 
 _SHOWN = 10
 
@@ -73,6 +75,7 @@ def prove(
     calibration: Calibration,
     *,
     max_error: float,
+    workers: int,
     advance: Callable[[int], None],
 ) -> Proof:
     """Run the passes.
@@ -83,6 +86,7 @@ def prove(
         plan: What will be built from them.
         calibration: Amax values to compare scales with; FP8 only.
         max_error: Limit of the relative error where codes are not reproduced.
+        workers: Modules judged at a time.
         advance: Called with the number of bytes just read.
 
     Returns:
@@ -101,11 +105,15 @@ def prove(
         _check_unquantized(export, base, plan, proof, advance)
         common = common_dtype(export)
         judge = judge_fp8_module if plan.format is FP8 else judge_nvfp4
-        for module in plan.modules.values():
-            if module.name in proof.unproven:
-                continue
-            proof.modules[module.name] = judge(export, base, module, common, scales[module.name], max_error)
+
+        def judged(module: PackedModule, _stopped: Event) -> Judgement:
+            with torch.inference_mode():  # of each thread
+                found = judge(export, base, module, common, scales[module.name], max_error)
             advance((SAMPLED_ROWS + 2) * module.columns * 3)
+            return found
+
+        due = [module for module in plan.modules.values() if module.name not in proof.unproven]
+        proof.modules = {module.name: one for module, one in zip(due, in_order(due, judged, workers), strict=True)}
     name_the_layout(export, proof.modules)
     _name_another_base(export, proof)
     return proof

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run_proof(
-    opened: Opened, plan: BuildPlan, max_error: float, report: Report, progress: Progress
+    opened: Opened, plan: BuildPlan, max_error: float, workers: int, report: Report, progress: Progress
 ) -> tuple["Proof", ProofReport]:
     """Prove one transformer; the report has it also if it failed.
 
@@ -34,7 +34,15 @@ def run_proof(
     for role, reader in opened.readers.items():
         reader.prefetch(proof_readings(plan, role, reader.tensors))
     with timed(report, "prove"):
-        proof = prove(export, opened.base, plan, opened.calibration, max_error=max_error, advance=progress.advance)
+        proof = prove(
+            export,
+            opened.base,
+            plan,
+            opened.calibration,
+            max_error=max_error,
+            workers=workers,
+            advance=progress.advance,
+        )
     modules = {name: _module_report(one) for name, one in proof.modules.items()}
     if opened.base is not None:
         modules |= {

@@ -18,7 +18,7 @@ METHOD = "quantized here from the base: weights by max, inputs dynamic, not cali
 
 
 def run_measure(
-    opened: Opened, plan: BuildPlan, max_error: float, report: Report, progress: Progress
+    opened: Opened, plan: BuildPlan, max_error: float, workers: int, report: Report, progress: Progress
 ) -> tuple[BuildPlan, ProofReport]:
     """The plan with its scales; there is no export whose codes could be proven.
 
@@ -32,7 +32,7 @@ def run_measure(
     base = opened.model
     progress.begin(f"measure {opened.prefix}".rstrip("/ "), measured_bytes(base, plan))
     with timed(report, "measure"), torch.inference_mode():
-        scales = measure(base, plan, progress.advance)
+        scales = measure(base, plan, workers, progress.advance)
     differ = differing_groups(plan, scales)
     found = ProofReport(
         method=METHOD,

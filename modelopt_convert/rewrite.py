@@ -32,12 +32,14 @@ from modelopt_convert.header import TensorSpec
 from modelopt_convert.inspect_report import InspectReport, ModuleLayout
 from modelopt_convert.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.plan import INDEX_NAME, ShardPlan, Step, natural_key
+from modelopt_convert.produce import Layouts
 from modelopt_convert.report import Report
 from modelopt_convert.scale_shapes import padded_shape
 from modelopt_convert.sources import Location, local_path
 from modelopt_convert.space import DIGEST, disk_bytes, shard_sizes
 from modelopt_convert.staging import StagingDir
-from modelopt_convert.stream import Layouts, Progress, stream
+from modelopt_convert.stream import Progress, stream
+from modelopt_convert.workers import torch_on_one_thread
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
 _FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
@@ -63,6 +65,7 @@ class RewriteRequest:
         max_error: Largest relative error of a reading that is accepted without reproducing the codes.
         overwrite: Consent to replace an existing checkpoint.
         dry_run: Plan only.
+        workers: Tensors that are worked on at a time.
     """
 
     source: Location
@@ -73,6 +76,7 @@ class RewriteRequest:
     max_error: float
     overwrite: bool
     dry_run: bool
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +128,10 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
         stage.check_space(_disk_bytes(reader, plan, request.kind, report, proven=base_path is not None))
         swapped = chosen if request.kind == "swap" else frozenset()
         swizzled = chosen if request.kind == "unswizzle" else frozenset()
-        with timed(report, "stream"):
-            digests = stream(stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress).digests
+        with timed(report, "stream"), torch_on_one_thread():
+            digests = stream(
+                stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress, workers=request.workers
+            ).digests
         reader.check_unchanged()
         files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)
         for name, data in files.items():

@@ -36,6 +36,9 @@ class OpenFile(Protocol):
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Bytes from ``offset``; a MoptError if they cannot be had."""
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset``; a MoptError if they cannot be had."""
+
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Ranges (begin, end) will be read soon."""
 

@@ -136,8 +136,8 @@ def test_siblings_share_the_scale_of_the_largest(exports: Path, tmp_path: Path) 
 def test_shards_and_row_chunks_change_no_byte(
     exports: Path, tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelopt_convert.stream._COMPUTED_BYTES", 5000)  # rows of 320 bytes: 15 at a time
-    monkeypatch.setattr("modelopt_convert.measure.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("modelopt_convert.produce._COMPUTED_BYTES", 5000)  # rows of 320 bytes: 15 at a time
+    monkeypatch.setattr("modelopt_convert.measure._MEASURED_BYTES", 4096)
     assert quantize(exports / "base", tmp_path / "out", "--max-shard-size", "700KB").exit_code == 0
     single, sharded = load(built), load(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2

@@ -29,6 +29,7 @@ class Site:
         assert self.old.keys() != self.new.keys()
         inputs = ["--export", str(exports / "nvfp4"), "--base", str(exports / "base"), "--output", str(self.out)]
         self.arguments = ["build-nvfp4", "--preset", "flux1-dev", *inputs, "--overwrite", "--json"]
+        self.arguments += ["--workers", "1"]  # strace counts the calls of the first thread alone
 
     def command(self, first: str = "") -> list[str]:
         return [sys.executable, "-c", first + MOPT, *self.arguments]

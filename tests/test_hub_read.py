@@ -54,14 +54,19 @@ def test_only_the_bytes_needed_are_fetched_and_none_twice(
 ) -> None:
     """What a build needs is what the same build reads on disk."""
     asked: dict[str, list[tuple[int, int]]] = {}
-    read = LocalFile.read
+    read, read_into = LocalFile.read, LocalFile.read_into
 
     def recording(self: LocalFile, offset: int, num_bytes: int) -> bytes:
         asked.setdefault(self.where, []).append((offset, offset + num_bytes))
         return read(self, offset, num_bytes)
 
+    def recording_into(self: LocalFile, offset: int, target: memoryview) -> None:
+        asked.setdefault(self.where, []).append((offset, offset + target.nbytes))
+        read_into(self, offset, target)
+
     with monkeypatch.context() as patch:
         patch.setattr(LocalFile, "read", recording)
+        patch.setattr(LocalFile, "read_into", recording_into)
         assert build(nvfp4, base, tmp_path / "near").exit_code == 0
     inputs = {path: ranges for path, ranges in asked.items() if str(tmp_path) not in path}
     needed = sum(total(union(ranges)) for path, ranges in inputs.items() if path.endswith(".safetensors"))

@@ -27,6 +27,7 @@ ALLOWED = {
     "verify.metrics": "",
     "verify.names": "",
     "verify_report": "",
+    "workers": "",
     "dialects.ltx2": "errors",
     "hub.client": "errors",
     "layout": "closeness transforms.nvfp4",
@@ -99,10 +100,11 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes transforms.raw transforms.scales"
     ),
-    "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw",
+    "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw workers",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt dtypes errors header patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
+    "produce": "checkpoint errors header patterns plan transforms.fp8 transforms.raw",
     "reads": "checkpoint header patterns plan sampling",
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
     "verify.scan": "checkpoint digests errors plan report sources strict_json transforms.raw",
@@ -129,7 +131,7 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
         "transforms.scales"
     ),
-    "stream": "checkpoint errors header patterns plan reads staging transforms.fp8 transforms.raw",
+    "stream": "checkpoint patterns plan produce reads shard_writer staging transforms.fp8 workers",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
@@ -140,7 +142,7 @@ ALLOWED = {
     ),
     "prove": (
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
-        "prove_fp8 prove_nvfp4 samples sampling transforms.raw"
+        "prove_fp8 prove_nvfp4 samples sampling transforms.raw workers"
     ),
     "verify.container": (
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes errors formats inspect_report inspection layout "
@@ -264,4 +266,10 @@ def test_torch_is_imported_only_where_tensors_are(module: str) -> None:
 def test_transforms_know_nothing_of_the_rest() -> None:
     for module in (name for name in CODE if name.startswith("transforms.")):
         names = imports(MODULES[module], top_level=False)
-        assert {name.partition(".")[0] for name in names} <= {"torch", "collections", "dataclasses", "modelopt_convert"}
+        assert {name.partition(".")[0] for name in names} <= {
+            "torch",
+            "collections",
+            "dataclasses",
+            "functools",
+            "modelopt_convert",
+        }

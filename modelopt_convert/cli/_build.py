@@ -49,6 +49,7 @@ def run_build(
     push_to: str | None,
     dry_run: bool,
     download: bool,
+    workers: int | None,
     telling: Telling,
 ) -> NoReturn:
     """Run the command and exit with its code."""
@@ -64,6 +65,7 @@ def run_build(
     from modelopt_convert.cli.push import show_pushed
     from modelopt_convert.convert import BuildRequest, convert
     from modelopt_convert.report import OutputReport, Report
+    from modelopt_convert.workers import default_workers
 
     out = Output(
         json=telling.json,
@@ -96,6 +98,7 @@ def run_build(
         verify=verify,  # type: ignore[arg-type]
         dry_run=dry_run,
         download=download,
+        workers=workers or default_workers(),
     )
 
     def work(progress: "ProgressBar") -> None:

@@ -95,6 +95,10 @@ PushToOption = Annotated[
     str | None,
     typer.Option("--push-to", metavar="REPO_ID", help="Publish OUT there too, as `mopt push` does; rights come first."),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, max=64, help="Tensors worked on at a time; default: one a core, up to four."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
 ReportOption = Annotated[
     Path | None,

@@ -36,6 +36,7 @@ def build_nvfp4(
     push_to: options.PushToOption = None,
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
+    workers: options.WorkersOption = None,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -73,5 +74,6 @@ def build_nvfp4(
         push_to=push_to,
         dry_run=dry_run,
         download=download,
+        workers=workers,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

@@ -40,6 +40,7 @@ def convert_fp8(
     push_to: options.PushToOption = None,
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
+    workers: options.WorkersOption = None,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -77,5 +78,6 @@ def convert_fp8(
         push_to=push_to,
         dry_run=dry_run,
         download=download,
+        workers=workers,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

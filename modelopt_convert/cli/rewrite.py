@@ -34,6 +34,7 @@ def swap_nibbles(
     overwrite: options.OverwriteOption = False,
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
+    workers: options.WorkersOption = None,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -52,7 +53,9 @@ def swap_nibbles(
     from modelopt_convert.cli._output import Output
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
-    _run(out, "swap-nibbles", "swap", source, output, base, force_names, max_error, overwrite, dry_run, download)
+    _run(
+        out, "swap-nibbles", "swap", source, output, base, force_names, max_error, overwrite, dry_run, download, workers
+    )
 
 
 def unswizzle_scales(
@@ -65,6 +68,7 @@ def unswizzle_scales(
     overwrite: options.OverwriteOption = False,
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
+    workers: options.WorkersOption = None,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -84,7 +88,20 @@ def unswizzle_scales(
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
     kind: Kind = "swizzle" if reverse else "unswizzle"
-    _run(out, "unswizzle-scales", kind, source, output, base, force_names, max_error, overwrite, dry_run, download)
+    _run(
+        out,
+        "unswizzle-scales",
+        kind,
+        source,
+        output,
+        base,
+        force_names,
+        max_error,
+        overwrite,
+        dry_run,
+        download,
+        workers,
+    )
 
 
 def _run(
@@ -99,10 +116,12 @@ def _run(
     overwrite: bool,
     dry_run: bool,
     download: bool,
+    workers: int | None,
 ) -> NoReturn:
     from modelopt_convert.cli._output import run
     from modelopt_convert.report import OutputReport, Report
     from modelopt_convert.rewrite import RewriteRequest, rewrite
+    from modelopt_convert.workers import default_workers
 
     subject = options.location(source, "SOURCE", download=download)
     against = options.location(base, "--base", download=download)
@@ -117,6 +136,7 @@ def _run(
         max_error=max_error,
         overwrite=overwrite,
         dry_run=dry_run,
+        workers=workers or default_workers(),
     )
     run(out, report, lambda progress: rewrite(request, report, progress), lambda: _show(out, report))
 

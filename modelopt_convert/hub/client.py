@@ -1,12 +1,13 @@
 """The Hub's client, and its failures in mopt's words: each with its own code and the command to run next."""
 
 import errno
+import importlib
 import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelopt_convert import __version__
 from modelopt_convert.errors import InputError, MoptError, RemoteError
@@ -31,6 +32,13 @@ def hub_api() -> "HfApi":
     return HfApi(library_name="mopt", library_version=__version__)
 
 
+def http_library() -> Any:
+    """The client's: httpx, and httpx2 from huggingface_hub 2 on. 1.30 does not say which yet."""
+    from huggingface_hub import utils
+
+    return getattr(utils, "httpx", None) or importlib.import_module("httpx")
+
+
 def page_of(repo_id: str) -> str:
     """A repo's web page, at the endpoint in use."""
     from huggingface_hub import constants
@@ -45,8 +53,8 @@ def retried(call: Callable[[], _T]) -> _T:
         OSError, HTTPError: The last of the client's exceptions.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
 
+    httpx = http_library()
     for pause in PAUSES_S:
         try:
             return call()
@@ -80,8 +88,8 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
         MoptError: With a ``hub.*`` code.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import httpx
 
+    httpx = http_library()
     try:
         yield
     except MoptError:
@@ -127,7 +135,6 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
     """The client's exceptions, the special before the general: a gated repo is a missing repo to it, too."""
     from huggingface_hub import errors as hub
     from huggingface_hub import get_token
-    from huggingface_hub.utils import httpx
 
     page = page_of(repo_id)
     later = again or f"{_AGAIN}; HF_HUB_OFFLINE=1 uses the cache"
@@ -164,7 +171,7 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         return _error(InputError, repo_id, "token", "there is no access token", f"`hf auth login`; {again}")
     if isinstance(error, OSError) and error.errno in _FULL:
         return _disk_full(repo_id)
-    if isinstance(error, httpx.TimeoutException):
+    if isinstance(error, http_library().TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
     return _error(RemoteError, repo_id, "unreachable", first_line(error), later)
 

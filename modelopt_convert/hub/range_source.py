@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from modelopt_convert.errors import InputError, RemoteError
-from modelopt_convert.hub.client import BUSY, PAUSES_S, first_line, retry_after
+from modelopt_convert.hub.client import BUSY, PAUSES_S, first_line, http_library, retry_after
 
 if TYPE_CHECKING:
     from hf_xet import XetDownloadStreamGroup
@@ -98,8 +98,7 @@ class RangeSource:
             RemoteError: ``hub.range`` or ``hub.cut``.
             OSError, HTTPError: Of the client.
         """
-        from huggingface_hub.utils import httpx
-
+        httpx = http_library()
         failures = 0
         while begin < end and not stopped.is_set():
             before = begin

@@ -105,15 +105,27 @@ class RemoteFile:
         Raises:
             MoptError: With a ``hub.*`` code.
         """
-        end = offset + num_bytes
+        self._wait(offset, offset + num_bytes)
+        found = os.pread(self._spool.fileno(), num_bytes, offset)
+        assert len(found) == num_bytes
+        return found
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset``, once they are there.
+
+        Raises:
+            MoptError: With a ``hub.*`` code.
+        """
+        self._wait(offset, offset + len(target))
+        count = os.preadv(self._spool.fileno(), [target], offset)
+        assert count == len(target)
+
+    def _wait(self, offset: int, end: int) -> None:
         self.prefetch([(offset, end)])
         with self._lock:
             needed = [self._futures[piece] for piece in self._near(offset, end)]
         for future in needed:
             future.result()
-        found = os.pread(self._spool.fileno(), num_bytes, offset)
-        assert len(found) == num_bytes
-        return found
 
     def check_unchanged(self) -> None:
         """Nothing: a commit does not change, and every link's etag was compared."""

@@ -5,6 +5,7 @@ quotient is rounded to the weight's dtype first, since torch divides a BF16 tens
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
         float8_e4m3fn of the same shape.
     """
     return (weight / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+@lru_cache(maxsize=8)
+def bf16_codes(scale: float) -> Tensor:
+    """Codes, by ``quantize_fp8``, of every BF16 value by its bits.
+
+    Args:
+        scale: Of the weight.
+
+    Returns:
+        float8_e4m3fn codes as uint8 [65536].
+    """
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return quantize_fp8(values, torch.tensor(scale, dtype=torch.float32)).view(torch.uint8)
 
 
 def clipped(weight: Tensor, scale: Tensor) -> Clipped:

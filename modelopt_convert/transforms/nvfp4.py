@@ -4,6 +4,7 @@ The arithmetic is ModelOpt's, to the bit (``NVFP4QTensor``, modelopt/torch/quant
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ BLOCK_SIZE = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_CACHED = 1 << 16  # elements whose float32 copies stay in a core's cache
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
@@ -45,7 +47,8 @@ def pack_e2m1(codes: Tensor) -> Tensor:
     """
     if codes.dtype != torch.uint8 or codes.shape[-1] % 2:
         raise ValueError(f"codes must be uint8 [..., K] with K even, found {codes.dtype} {list(codes.shape)}")
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    pairs = codes.contiguous().view(torch.int16)  # the first code in the low byte: on every machine that torch runs on
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def swap_nibbles(packed: Tensor) -> Tensor:
@@ -73,6 +76,18 @@ def encode_e2m1(values: Tensor) -> Tensor:
     Returns:
         uint8 codes of the same shape: bit 3 the sign, bits 0 to 2 the index into ``E2M1_VALUES``.
     """
+    bits = values.contiguous().view(torch.int32).reshape(-1)
+    # The upper 16 bits, the last of them set where any lower bit is: bounds between neighbours have at most three bits
+    # of mantissa, so that this bit tells a value just above a bound from the bound itself, and no lower bit tells more.
+    key = torch.bitwise_right_shift(bits, 16).bitwise_and_(0xFFFF)
+    key.bitwise_or_(torch.bitwise_and(bits, 0xFFFF).clamp_(max=1))
+    return _codes_by_key(values.device).index_select(0, key).reshape(values.shape)
+
+
+@lru_cache
+def _codes_by_key(device: torch.device) -> Tensor:
+    """E2M1 codes [65536] of all values whose float32 has its lower 16 bits at zero."""
+    values = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32)
     magnitude = values.abs()
     # The bounds between neighbours; a tie goes to the even code, hence the alternation of > and >=.
     code = (magnitude > 0.25).to(torch.uint8)
@@ -83,7 +98,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
     code += magnitude >= 3.5
     code += magnitude > 5.0
     code[values.isnan()] = 7
-    return code | ((values < 0).to(torch.uint8) << 3)
+    return (code | ((values < 0).to(torch.uint8) << 3)).to(device)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
@@ -123,7 +138,9 @@ def quantize_codes(weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tenso
     Returns:
         uint8 codes [N, K].
     """
-    return encode_e2m1(weight.to(torch.float32) / block_scales(scale, global_scale))
+    blocks = weight.to(torch.float32).reshape(*scale.shape, BLOCK_SIZE)
+    divisors = (scale.to(torch.float32) * global_scale).unsqueeze(-1)
+    return encode_e2m1((blocks / divisors).flatten(-2))
 
 
 def shared_global_scale(weights: Sequence[Tensor]) -> Tensor:
@@ -157,11 +174,26 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     """
     if weight.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"K must be a multiple of {BLOCK_SIZE}, found {list(weight.shape)}")
-    amax = weight.reshape(*weight.shape[:-1], -1, BLOCK_SIZE).abs().amax(dim=-1).to(torch.float32)
+    rows, columns = weight.reshape(-1, weight.shape[-1]), weight.shape[-1]
+    packed = torch.empty(rows.shape[0], columns // 2, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows.shape[0], columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
+    height = max(1, _CACHED // max(1, columns)) if weight.device.type == "cpu" else max(1, rows.shape[0])
+    for top in range(0, rows.shape[0], height):
+        part = rows[top : top + height]
+        scale[top : top + height] = _block_scales_of(part, global_scale)
+        packed[top : top + height] = pack_e2m1(quantize_codes(part, scale[top : top + height], global_scale))
+    return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1)
+
+
+def _block_scales_of(rows: Tensor, global_scale: Tensor) -> Tensor:
+    if rows.dtype in (torch.bfloat16, torch.float16):  # without their sign bit, bits are in the order of magnitudes
+        bits = (rows.contiguous().view(torch.int16) & 0x7FFF).reshape(len(rows), -1, BLOCK_SIZE).amax(dim=-1)
+        amax = bits.view(rows.dtype).to(torch.float32)
+    else:
+        amax = rows.reshape(len(rows), -1, BLOCK_SIZE).abs().amax(dim=-1)
     scale = amax / (E2M1_MAX * global_scale)
     scale[scale == 0] = 1.0
-    scale = scale.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
-    return pack_e2m1(quantize_codes(weight, scale, global_scale)), scale
+    return scale.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:

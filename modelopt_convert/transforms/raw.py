@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modelopt_convert.transforms.fp8 import Clipped, clipped, dequantize_fp8, quantize_fp8
+from modelopt_convert.transforms.fp8 import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
 from modelopt_convert.transforms.nvfp4 import quantize_nvfp4, swap_nibbles
 from modelopt_convert.transforms.scales import scale_readings, swizzle_128x4
 
@@ -17,12 +17,16 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 
+_NOT_FINITE = "expected finite weights, found NaN or infinity"
 
-def from_bytes(raw: bytes, dtype: str, shape: Sequence[int]) -> Tensor:
-    """A tensor of its own memory from the bytes of a safetensors tensor."""
+
+def from_bytes(raw: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
+    """A tensor from the bytes of a safetensors tensor: of its own memory, or of a buffer that may be written to."""
+    view = memoryview(raw)
     torch_dtype = TORCH_DTYPES[dtype]  # frombuffer refuses an empty buffer
-    flat = torch.frombuffer(bytearray(raw), dtype=torch_dtype) if raw else torch.empty(0, dtype=torch_dtype)
-    return flat.reshape(tuple(shape))
+    if not view.nbytes:
+        return torch.empty(0, dtype=torch_dtype).reshape(tuple(shape))
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch_dtype).reshape(tuple(shape))
 
 
 def to_bytes(tensor: Tensor) -> memoryview:
@@ -30,7 +34,7 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def cast_chunk(raw: bytes, source: str, target: str) -> memoryview:
+def cast_chunk(raw: bytes | memoryview, source: str, target: str) -> memoryview:
     """Cast consecutive elements from one dtype to another, rounding to nearest even.
 
     Args:
@@ -54,7 +58,7 @@ def equal_after(base: Tensor, path: Sequence[str], export: Tensor) -> bool:
     return torch.equal(base.contiguous().view(torch.uint8), export.contiguous().view(torch.uint8))
 
 
-def repack_rows(raw: bytes, stored_half: int, half: int, num_rows: int, *, swap: bool) -> memoryview:
+def repack_rows(raw: bytes | memoryview, stored_half: int, half: int, num_rows: int, *, swap: bool) -> memoryview:
     """Bring rows of packed codes into the canonical layout: padding cut, the even column in the low nibble.
 
     Args:
@@ -106,7 +110,7 @@ def swizzle_scales(raw: bytes, stored: Sequence[int]) -> memoryview:
     return to_bytes(swizzle_128x4(from_bytes(raw, "F8_E4M3", stored)))
 
 
-def check_e4m3(raw: bytes) -> bytes:
+def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
     """The same bytes, once it is known that no code is NaN.
 
     Raises:
@@ -118,7 +122,7 @@ def check_e4m3(raw: bytes) -> bytes:
     return raw
 
 
-def quantize_chunk(raw: bytes, source: str, scale: float) -> tuple[memoryview, Clipped]:
+def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[memoryview, Clipped]:
     """E4M3 codes of consecutive elements of a weight, and what of them was clipped.
 
     Args:
@@ -130,12 +134,21 @@ def quantize_chunk(raw: bytes, source: str, scale: float) -> tuple[memoryview, C
         ValueError: The weight holds NaN or infinity.
     """
     weight, divisor = from_bytes(raw, source, (-1,)), torch.tensor(scale, dtype=torch.float32)
-    if not bool(weight.isfinite().all()):
-        raise ValueError("expected finite weights, found NaN or infinity")
-    return to_bytes(quantize_fp8(weight, divisor)), clipped(weight, divisor)
+    if source != "BF16":
+        if not bool(weight.isfinite().all()):
+            raise ValueError(_NOT_FINITE)
+        return to_bytes(quantize_fp8(weight, divisor)), clipped(weight, divisor)
+    bits = weight.view(torch.int16)
+    largest = (bits & 0x7FFF).amax().view(torch.bfloat16)  # bits without their sign are in the order of magnitudes
+    if not bool(largest.isfinite()):
+        raise ValueError(_NOT_FINITE)
+    # BF16 has 65,536 values: the code of each is computed once, and then looked up.
+    codes = bf16_codes(scale).index_select(0, bits.to(torch.int32).bitwise_and_(0xFFFF))
+    beyond = clipped(largest, divisor)  # nearly always nothing: count only where there is something
+    return to_bytes(codes), clipped(weight, divisor) if beyond.count else beyond
 
 
-def largest_of_chunk(raw: bytes, source: str) -> float:
+def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
     """Largest magnitude among consecutive elements of a weight, rounded to BF16, in which it is quantized.
 
     Args:
@@ -145,13 +158,16 @@ def largest_of_chunk(raw: bytes, source: str) -> float:
     Raises:
         ValueError: One is NaN or infinity, or rounds to infinity.
     """
-    largest = float(from_bytes(raw, source, (-1,)).to(torch.bfloat16).abs().amax())  # NaN, if any, is the largest
+    bits = from_bytes(raw, source, (-1,)).to(torch.bfloat16).view(torch.int16) & 0x7FFF
+    largest = float(bits.amax().view(torch.bfloat16))  # in the order of magnitudes, infinity and then NaN at its end
     if not largest < float("inf"):
-        raise ValueError("expected finite weights, found NaN or infinity")
+        raise ValueError(_NOT_FINITE)
     return largest
 
 
-def quantize_nvfp4_rows(raw: bytes, source: str, columns: int, scale: float) -> tuple[memoryview, memoryview]:
+def quantize_nvfp4_rows(
+    raw: bytes | memoryview, source: str, columns: int, scale: float
+) -> tuple[memoryview, memoryview]:
     """Packed codes and block scales of whole rows of a weight, rounded to BF16 first: ModelOpt's recipe loads it so.
 
     Args:
@@ -168,7 +184,7 @@ def quantize_nvfp4_rows(raw: bytes, source: str, columns: int, scale: float) -> 
     return to_bytes(packed), to_bytes(scales)
 
 
-def dequantize_chunk(raw: bytes, scale: float) -> memoryview:
+def dequantize_chunk(raw: bytes | memoryview, scale: float) -> memoryview:
     """BF16 values of consecutive E4M3 codes.
 
     Args:

@@ -27,8 +27,9 @@ def swizzle_128x4(scale: Tensor) -> Tensor:
     padded_rows, padded_columns = padded_shape(rows, columns)
     padded = torch.zeros(padded_rows, padded_columns, dtype=torch.uint8, device=scale.device)
     padded[:rows, :columns] = scale.view(torch.uint8)
-    tiles = padded.view(padded_rows // ROW_TILE, 4, 32, padded_columns // COLUMN_TILE, COLUMN_TILE)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns).view(scale.dtype)
+    # The four scales of a tile's row stay side by side in both orders: as one word they move at once.
+    tiles = padded.view(torch.int32).view(padded_rows // ROW_TILE, 4, 32, padded_columns // COLUMN_TILE)
+    return tiles.permute(0, 3, 2, 1).contiguous().view(torch.uint8).view(padded_rows, padded_columns).view(scale.dtype)
 
 
 def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
@@ -52,9 +53,9 @@ def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
         raise ValueError(
             f"[{rows}, {columns}] scales take {padded_rows * padded_columns} bytes, found {swizzled.numel()}"
         )
-    tiles = swizzled.reshape(-1).view(torch.uint8)
-    tiles = tiles.view(padded_rows // ROW_TILE, padded_columns // COLUMN_TILE, 32, 4, COLUMN_TILE)
-    linear = tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns)
+    tiles = swizzled.reshape(-1).contiguous().view(torch.int32)  # four scales a word, as above
+    tiles = tiles.view(padded_rows // ROW_TILE, padded_columns // COLUMN_TILE, 32, 4)
+    linear = tiles.permute(0, 3, 2, 1).contiguous().view(torch.uint8).view(padded_rows, padded_columns)
     return linear[:rows, :columns].contiguous().view(swizzled.dtype)
 
 

@@ -1,0 +1,61 @@
+"""Run independent jobs on a few threads. No torch."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+from typing import TypeVar
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+_MOST = 4  # beyond, disks and memory are the limit, and each worker has its buffers
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong with the job
+    """Raised by a job that was told to stop, since another one failed."""
+
+
+def default_workers() -> int:
+    """As many as there are cores to run on, within reason."""
+    return max(1, min(_MOST, len(os.sched_getaffinity(0))))
+
+
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Workers are threads enough: torch's own would only wait for each other over small pieces."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_order(jobs: Sequence[_Job], work: Callable[[_Job, Event], _Result], workers: int) -> list[_Result]:
+    """Do the jobs, up to ``workers`` of them at a time.
+
+    Args:
+        jobs: Independent of each other.
+        work: Does one; it should look at the event now and then, and raise ``Stopped`` once that is set.
+        workers: 1 for the calling thread itself.
+
+    Returns:
+        The results, in the order of the jobs.
+
+    Raises:
+        BaseException: What the first job that failed, in their order, raised; by then no job runs any more.
+    """
+    stopped = Event()
+    if workers == 1:
+        return [work(job, stopped) for job in jobs]
+    with ThreadPoolExecutor(workers, thread_name_prefix="worker") as pool:
+        futures = [pool.submit(work, job, stopped) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
