@@ -65,14 +65,15 @@ def named_regressions() -> tuple[str, ...]:
     return tuple(f"tests/{name}" for name in dict.fromkeys(re.findall(r"`(test_\w+\.py::test_\w+)` \|", text)))
 
 
-def run(tier: Tier) -> Outcome:
-    """Run its tests in a process of their own."""
+def run(tier: Tier, exports: str) -> Outcome:
+    """Run its tests in a process of their own; real exports are made once for all tiers, in this folder."""
     with tempfile.TemporaryDirectory() as name:
         noted, results = Path(name) / "figures", Path(name) / "results.xml"
         more = {
             "MOPT_FIGURES": str(noted),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
+        more["MOPT_TEST_EXPORTS"] = exports
         if tier.long:
             more["MOPT_TEST_LONG"] = "1"
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
@@ -169,9 +170,9 @@ def main() -> int:
     if strangers := wanted - {tier.number for tier in TIERS}:
         parser.error(f"no such tier: {sorted(strangers)}")
     rows, failed = [], False
-    for tier in TIERS:
-        if tier.number in wanted:
-            outcome = run(tier)
+    with tempfile.TemporaryDirectory() as exports:
+        for tier in (tier for tier in TIERS if tier.number in wanted):
+            outcome = run(tier, exports)
             failed |= bool(outcome.failed or not outcome.passed)
             rows.append(row(tier, outcome))
             print(rows[-1], flush=True)
