@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 HUB2 := .venv/hub2
 
-.PHONY: demo test test-long quality mutants fuzz
+.PHONY: demo test test-long quality mutants reliability fuzz
 
 # torch first, from the pin: a range could bring another build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ test: $(INSTALLED) $(HUB2)/installed quality
 	$(BIN)/pytest -n 2
 	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(BIN)/pytest -n 2 tests/test_loopback_hub.py $(wildcard tests/test_hub_*.py)
 
+# What takes too long for every change: random histories of OUT, full sizes, a million tensors. Not part of CI.
+test-long: $(INSTALLED)
+	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/test_bounds.py
+
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,6 +42,10 @@ quality: $(INSTALLED)
 # Takes away one guard of the output protocol at a time and expects a test to go red; some minutes, not part of CI.
 mutants: $(INSTALLED)
 	$(BIN)/python scripts/mutants.py --write
+
+# Every tier of docs/reliability.md, run again; some ten minutes on two cores, not part of CI.
+reliability: $(INSTALLED)
+	$(BIN)/python scripts/reliability.py --write
 
 # Ten minutes for each parser. What is found lies in the current folder as crash-*; it belongs in tests/fuzz_corpus.
 FUZZ_SECONDS ?= 600

@@ -1,6 +1,7 @@
 """Stage and publish one tiny checkpoint: what the crash and race tests run, kill and starve. No torch: starts at once.
 
     crash_driver.py OUT VERSION [--components] [--no-overwrite] [--two-renames] [--wait] [--pause] [--signal] [--thread]
+                                [--kill=CALL:NTH]
 
 It ends as mopt does, with the exit code of the error, and tells on stdout in one line of JSON what happened.
 """
@@ -137,6 +138,28 @@ def pause_before_removal() -> None:
     fsops.remove_tree = remove_tree
 
 
+def kill_before(call: str, nth: int) -> None:
+    """SIGKILL before the ``nth`` call of this name that changes the disk; ``any`` counts them all."""
+    count = 0
+
+    def counted(original: Callable[..., object]) -> Callable[..., object]:
+        def with_count(*values: object, **options: object) -> object:
+            nonlocal count
+            count += 1
+            if count == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*values, **options)
+
+        return with_count
+
+    making = ("make_dir", "create_file", "preallocate", "write_all", "sync", "set_mode")
+    of_fsops = (*making, "rename", "rename_noreplace", "exchange")
+    for name in (*of_fsops, "unlink", "rmdir"):  # the last two of every file and folder that is removed
+        if call in {name, "any"}:
+            module = fsops if name in of_fsops else os
+            setattr(module, name, counted(getattr(module, name)))
+
+
 def stop(signum: int, _frame: FrameType | None) -> None:
     """As mopt's own handler."""
     raise Interrupted(signum)
@@ -156,6 +179,10 @@ def main(words: list[str]) -> int:
             signal_after(name)
     if "--thread" in switches:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
+    for word in switches:
+        if word.startswith("--kill="):
+            call, _, nth = word.removeprefix("--kill=").partition(":")
+            kill_before(call, int(nth))
     if "--pause" in switches:
         pause_before_removal()
     overwrite = "--no-overwrite" not in switches
