@@ -156,7 +156,8 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     return (
         f"\nThe last run: {cores} cores, Linux {system}, {place.stdout.split()[-1]}; "
-        f"mopt {version('modelopt-convert')}, Python {platform.python_version()}, {named}.\nSeconds are of that machine, with whatever else it did.\n"
+        f"mopt {version('modelopt-convert')}, Python {platform.python_version()}, {named}.\n"
+        "Seconds are of that machine, with whatever else it did.\n"
     )
 
 
