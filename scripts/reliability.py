@@ -37,8 +37,9 @@ other rows. What the figures mean:
 
 - cases: what was struck or compared; the tests that passed, for a tier that does not count within them.
 - torn: OUT was neither the old checkpoint nor the new one. 0, or the tier fails.
-- missing: OUT was there and was gone after a kill: only between the two renames of a file system that cannot exchange
-  names. The old one is then whole beside it; recovered: the next run put it back.
+- missing: OUT was there and was gone after a kill or a lasting error: only between the two renames of a file system
+  that cannot exchange names. The old one is then whole beside it; recovered: the next run put it back, as every test of
+  this requires, whether or not it counts that.
 - litter: what lay beside OUT after the next run. 0, or the tier fails.
 - wrong exit 0, escapes, canaries, sigbus, accepted: a run that claimed success without the new checkpoint, an exception
   that is no refusal, code of a pickle that ran, a process that died, a cut file that was taken. 0, or the tier fails.
@@ -106,10 +107,11 @@ def row(tier: Tier, outcome: Outcome) -> str:
     figures = dict(outcome.figures)
     good = outcome.passed and not outcome.failed
     cases = figures.pop(tier.counted, outcome.passed)
+    figures.pop("cases", None)  # of some of its tests only
     told = [str(figures.pop(name, "-")) for name in COLUMNS]
     others = {"tests": outcome.passed, "skipped": outcome.skipped, "failed": outcome.failed}
     shown = {name: value for name, value in others.items() if value} | dict(sorted(figures.items()))
-    other = ", ".join(f"{name} {value:,}" for name, value in shown.items()).replace("_", " ")
+    other = ", ".join(f"{name}: {value:,}" for name, value in shown.items()).replace("_", " ")
     name = tier.name if good else f"{tier.name}: **FAILED**"
     cells = [name, tier.struck, f"{cases:,}", *told, other, f"{outcome.seconds:.0f}", command(tier)]
     return begin(tier) + " | ".join(cells) + " |"
@@ -145,9 +147,7 @@ def tests_of_tiers() -> str:
 def machine() -> str:
     """What the last run ran on."""
     system = ".".join(platform.release().split(".")[:2])
-    place = subprocess.run(
-        ["stat", "-f", "-c", "%T", tempfile.gettempdir()], capture_output=True, text=True, check=True
-    )
+    place = subprocess.run(["df", "--output=fstype", tempfile.gettempdir()], capture_output=True, text=True, check=True)
     versions = {name: version(name) for name in ("pytest", "hypothesis", "torch", "safetensors")}
     if shutil.which("strace"):
         said = subprocess.run(["strace", "--version"], capture_output=True, text=True, check=True).stdout
@@ -155,8 +155,9 @@ def machine() -> str:
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     cores = len(os.sched_getaffinity(0))
     return (
-        f"\nThe last run: {cores} cores, Linux {system}, {place.stdout.strip()}; mopt {version('modelopt-convert')}, "
-        f"Python {platform.python_version()}, {named}.\nSeconds are of that machine, with whatever else it did.\n"
+        f"\nThe last run: {cores} cores, Linux {system}, {place.stdout.split()[-1]}; "
+        f"mopt {version('modelopt-convert')}, Python {platform.python_version()}, {named}.\n"
+        "Seconds are of that machine, with whatever else it did.\n"
     )
 
 
