@@ -8,6 +8,7 @@ On CI a skipped test fails the run: everything that a test may need is installed
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
 def xet_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
     """An empty Hub that is a Xet server too, and an empty cache for the client."""
     return start_afresh(tmp_path, monkeypatch, "http")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """OUT's parent; whatever a test does, no descriptor stays open."""
+    (tmp_path / "place").mkdir()
+    count = len(os.listdir("/proc/self/fd"))
+    yield tmp_path / "place"
+    assert len(os.listdir("/proc/self/fd")) == count
+
+
+@pytest.fixture
+def out(place: Path) -> Path:
+    return place / "out"

@@ -24,20 +24,6 @@ METHODS = ("rename", "exchange", "two-renames")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """OUT's parent; whatever a test does, no descriptor stays open."""
-    (tmp_path / "place").mkdir()
-    count = len(os.listdir("/proc/self/fd"))
-    yield tmp_path / "place"
-    assert len(os.listdir("/proc/self/fd")) == count
-
-
-@pytest.fixture
-def out(place: Path) -> Path:
-    return place / "out"
-
-
-@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, place: Path) -> Calls:
     return record(monkeypatch, place)
 

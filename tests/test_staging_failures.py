@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,20 +20,6 @@ from modelopt_convert.staging import StagingDir
 OLD, NEW = files_of("old"), files_of("new")
 METHODS = ("rename", "exchange", "two-renames")
 WRITES = ("create_file", "preallocate", "write_all", "sync", "close")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """OUT's parent; whatever a test does, no descriptor stays open."""
-    (tmp_path / "place").mkdir()
-    count = len(os.listdir("/proc/self/fd"))
-    yield tmp_path / "place"
-    assert len(os.listdir("/proc/self/fd")) == count
-
-
-@pytest.fixture
-def out(place: Path) -> Path:
-    return place / "out"
 
 
 @pytest.fixture

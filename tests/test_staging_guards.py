@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,20 +22,6 @@ from modelopt_convert.locks import try_lock
 from modelopt_convert.staging import Published, StagingDir
 
 OLD, NEW = files_of("old"), files_of("new")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """OUT's parent; whatever a test does, no descriptor stays open."""
-    (tmp_path / "place").mkdir()
-    count = len(os.listdir("/proc/self/fd"))
-    yield tmp_path / "place"
-    assert len(os.listdir("/proc/self/fd")) == count
-
-
-@pytest.fixture
-def out(place: Path) -> Path:
-    return place / "out"
 
 
 @pytest.mark.parametrize("one", [SHARD, "config.json", "mopt.json", "transformer", "stage", "place"])

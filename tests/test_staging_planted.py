@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +13,6 @@ from modelopt_convert.errors import ExitCode, StorageError
 from modelopt_convert.staging import StagingDir
 
 OLD, NEW, ANOTHER = files_of("old"), files_of("new"), files_of("another")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """OUT's parent; whatever a test does, no descriptor stays open."""
-    (tmp_path / "place").mkdir()
-    count = len(os.listdir("/proc/self/fd"))
-    yield tmp_path / "place"
-    assert len(os.listdir("/proc/self/fd")) == count
-
-
-@pytest.fixture
-def out(place: Path) -> Path:
-    return place / "out"
 
 
 def a_link_to_a_checkpoint(path: Path) -> None:
