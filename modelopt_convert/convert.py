@@ -110,7 +110,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         for part in parts:
             with timed(report, "plan"):
                 plans.append(_plan(request, part, chosen))
-            _note_plan(report, part, plans[-1])
+            _note_plan(report, part, plans[-1], request.workers)
             _refuse_known_broken(request, part, chosen, report)
             refuse_misread(plans[-1], str(part.model.path))
         report.free_bytes = shutil.disk_usage(output.parent).free
@@ -258,7 +258,7 @@ def _note_preset(report: Report, chosen: ChosenPreset, algorithm: Algorithm) -> 
     }
 
 
-def _note_plan(report: Report, part: Opened, plan: BuildPlan) -> None:
+def _note_plan(report: Report, part: Opened, plan: BuildPlan, workers: int) -> None:
     report.rules += [
         RuleReport(
             component=part.prefix or None,
@@ -277,7 +277,7 @@ def _note_plan(report: Report, part: Opened, plan: BuildPlan) -> None:
         {"file": f"{part.prefix}{shard.file}", "bytes": sum(spec.num_bytes for spec in shard.tensors)}
         for shard in plan.shards
     ]
-    report.peak_working_bytes = max(plan.peak_bytes(), report.peak_working_bytes or 0)
+    report.peak_working_bytes = max(plan.peak_bytes(workers), report.peak_working_bytes or 0)
     report.dequantized += [f"{part.prefix}{name}" for name in plan.dequantized]
     for code, message in plan.warnings:
         report.warn(code, message)

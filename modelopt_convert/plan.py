@@ -207,13 +207,13 @@ class BuildPlan:
         weight_map = {spec.name: shard.file for shard in self.shards for spec in shard.tensors}
         return {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
-    def peak_bytes(self) -> int:
-        """Working memory beyond start-up: chunks in flight, or the proof of the largest module."""
+    def peak_bytes(self, workers: int) -> int:
+        """Working memory beyond start-up: for each worker chunks in flight, or the proof of the largest module."""
         proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
         computed = any(step.op in ("quantize_fp8", "dequantize_fp8", "quantize_nvfp4") for step in self.steps.values())
         # The block scales of one weight wait for the last of its codes.
         waiting = max((step.output.num_bytes for step in self.steps.values() if step.op == "block_scales"), default=0)
-        return max((8 if computed else 3) * CHUNK_BYTES + waiting, proof + 2 * waiting)
+        return workers * max((8 if computed else 3) * CHUNK_BYTES + waiting, proof + 2 * waiting)
 
 
 def _proof_bytes(module: PackedModule) -> int:

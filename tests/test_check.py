@@ -237,8 +237,8 @@ def growing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, folder: Path
     """After a call of a function the shard in ``folder`` is longer, though no byte that is read is another."""
     original = getattr(owner, name)
 
-    def call(*values: Any) -> Any:
-        done = original(*values)
+    def call(*values: Any, **named: Any) -> Any:
+        done = original(*values, **named)
         [shard] = folder.glob("*.safetensors")
         with shard.open("r+b") as file:
             file.truncate(shard.stat().st_size + 1)

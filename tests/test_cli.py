@@ -102,7 +102,7 @@ def test_a_full_size_flux1_is_planned_from_headers(tmp_path: Path) -> None:
     from sparse_flux1 import make
 
     make(tmp_path)
-    outcome = build(tmp_path / "export", tmp_path / "base", tmp_path / "out", "--dry-run")
+    outcome = build(tmp_path / "export", tmp_path / "base", tmp_path / "out", "--dry-run", "--workers", "2")
     assert outcome.exit_code == 0 and outcome.report is not None
     report = outcome.report
     assert report["status"] == "planned"

@@ -285,7 +285,9 @@ def peak():
 
 def run(name, count, n):
     room = Path(sys.argv[1]) / name
-    outcome = build(*pair(room, count, n), room / "out", "--keep-bf16", "blocks.0.lin", preset="none")
+    # One worker: each has a step of its own in memory.
+    options = ("--keep-bf16", "blocks.0.lin", "--workers", "1")
+    outcome = build(*pair(room, count, n), room / "out", *options, preset="none")
     assert outcome.exit_code == 0, outcome.stderr
     return peak() * 1024
 
