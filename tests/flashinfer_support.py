@@ -1,7 +1,6 @@
 """Weights, and which probes a backend fails, for the tests of flashinfer's backends."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,23 +8,13 @@ import torch
 from modelopt_convert.transforms.nvfp4 import quantize_nvfp4, shared_global_scale
 from modelopt_convert.verify.operands import Nvfp4Weight
 from modelopt_convert.verify.probes import identity_probe, poison_probe, random_probe, sweep_probe
+from modelopt_convert.workers import torch_on_one_thread
 
 CPU = torch.device("cpu")
 GEMMS = ("trtllm", "cutlass", "cudnn", "b12x", "auto")
 # Whole tiles; N and K/16 of no kernel's multiple; a K/16 that is odd; FLUX's proj_out in small; less than a tile.
 SHAPES = ((256, 128), (200, 80), (96, 208), (192, 960), (48, 16))
 PROBES = {"identity": identity_probe, "random": random_probe, "sweep": sweep_probe, "poison": poison_probe}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Products this small are ten times slower on threads that wait for each other under xdist."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_weight(num_rows: int, num_columns: int) -> Nvfp4Weight:
@@ -50,13 +39,13 @@ def _not_passing(backend: Any, weight: Nvfp4Weight) -> Iterator[str]:
                 yield name
 
 
-@one_thread()
+@torch_on_one_thread()
 def failing(backend: Any, weight: Nvfp4Weight) -> set[str]:
     """The probes that do not pass, and ``refused`` if one could not be run."""
     return set(_not_passing(backend, weight))
 
 
-@one_thread()
+@torch_on_one_thread()
 def is_seen(backend: Any, weight: Nvfp4Weight) -> bool:
     """Whether any probe does not pass."""
     return next(_not_passing(backend, weight), None) is not None

@@ -131,9 +131,8 @@ def test_the_commit_is_pinned_at_the_first_contact(filled: LoopbackHub, base: Pa
     location = parse_location("hf://alice/base/transformer")
     with CheckpointReader(location) as reader:
         first = filled.head("alice/base")
-        changed = edit(base, tmp_path / "changed", lambda tensors: tensors["proj_out.weight"].zero_())
-        filled.seed("alice/base", tmp_path / "changed")
-        assert changed.is_dir() and filled.head("alice/base") != first
+        filled.seed("alice/base", edit(base, tmp_path / "changed", lambda tensors: tensors["proj_out.weight"].zero_()))
+        assert filled.head("alice/base") != first
         with CheckpointReader(base / "transformer") as local:
             assert reader.read("proj_out.weight") == local.read("proj_out.weight")
         assert reader.identity()["commit"] == first

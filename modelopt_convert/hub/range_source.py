@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Of hf_xet's 64 KiB chunks one too many may come at both ends: below this size HTTP brings fewer bytes.
 XET_BYTES = 4 << 20
-_CHUNK_BYTES = 1 << 20
 _EXPIRED = frozenset({401, 403})
 
 
@@ -169,7 +168,7 @@ class RangeSource:
             if status == 206 and not _is_range(said, begin, end, self._num_bytes):
                 raise self._range_error(begin, end, said or "no Content-Range")
             missing = end - begin
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
+            for chunk in response.iter_bytes():  # as they come: what a larger piece waits for is lost with a cut
                 missing -= len(chunk)
                 if missing < 0:
                     raise self._range_error(begin, end, "more bytes")

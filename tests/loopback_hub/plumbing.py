@@ -6,7 +6,7 @@ import json
 import re
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,8 +36,7 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
     def hub(self) -> "LoopbackHub":
         return cast(Any, self.server).hub
 
-    def route(self, path: str) -> None:
-        raise NotImplementedError
+    route: Callable[[str], None]  # of the class that knows the routes
 
     def _handle(self) -> None:
         header = self.headers.get
