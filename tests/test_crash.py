@@ -28,14 +28,14 @@ def calls(case: Case, tmp_path: Path) -> list[Call]:
     return case.undisturbed(tmp_path / "log")
 
 
-def check_missing(case: Case) -> str:
-    """OUT was there and is not: the old tree must be whole under one hidden name, and the next run must restore it."""
+def check_missing(case: Case, versions: tuple[str, ...] = ("old",)) -> str:
+    """OUT was there and is not: its tree must be whole under one hidden name, and the next run must restore it."""
     assert case.scenario == "two renames", "an exchange never leaves OUT missing"
     olds = list(case.place.glob(".out.mopt-old-*"))
-    assert [held_by(old) for old in olds] == [case.files("old")]
+    [held] = [version for version in versions if [held_by(old) for old in olds] == [case.files(version)]]
     refused = run(driver(case.out, "new", "--no-overwrite"))
     assert (refused.code, refused.told["code"]) == (4, "output.exists")
-    assert (case.state(), case.litter()) == ("old", [])
+    assert (case.state(), case.litter()) == (held, [])
     return olds[0].name
 
 
@@ -91,7 +91,7 @@ def check_told(case: Case, ended: Ended, state: str, error: str) -> None:
 def test_error_at_every_call(case: Case, calls: list[Call], fault: str, tmp_path: Path) -> None:
     error, persistent = fault.rstrip("+"), fault.endswith("+")
     counts: Counter[str] = Counter()
-    litter = 0
+    recovered = litter = 0
     faults: list[str] = []
     for call in calls:
         with collected(faults, call):
@@ -106,6 +106,7 @@ def test_error_at_every_call(case: Case, calls: list[Call], fault: str, tmp_path
             if state == "absent" and case.before == "old":
                 assert persistent, "one failure is undone at once"
                 assert check_missing(case) in ended.told["message"] + ended.told["hint"]
+                recovered += 1
             check_told(case, ended, state, error)
             if error == "EINTR" and is_repeated(call):
                 assert (ended.code, ended.told.get("warnings")) == (0, []), ended.told
@@ -116,6 +117,7 @@ def test_error_at_every_call(case: Case, calls: list[Call], fault: str, tmp_path
         "torn": sum(number for kind, number in counts.items() if kind.endswith("torn")),
         "missing": sum(number for kind, number in counts.items() if kind.endswith("absent")) * (case.before == "old"),
         "wrong_exit_0": sum(number for kind, number in counts.items() if kind in {"exit 0, old", "exit 0, absent"}),
+        "recovered": recovered,
         "litter": litter,
     }
     note(9, what=f"{fault}, {case.scenario}", cases=counts.total(), **figures)

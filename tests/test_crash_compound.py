@@ -9,6 +9,7 @@ import pytest
 from crash_cases import SCENARIOS, Case, collected
 from crash_driver import held_by
 from figures import note
+from test_crash import check_missing
 from tracing import Call, need_strace, strike
 
 # From the creation of its first file on, a run does the same whatever it found: there each tree takes another of so
@@ -55,7 +56,7 @@ def test_struck_while_it_recovers(scenario: str, tmp_path: Path) -> None:
     need_strace()
     case = Case(scenario, tmp_path / "place")
     counts: Counter[str] = Counter()
-    litter = 0
+    recovered = litter = 0
     faults: list[str] = []
 
     def restore(tree: Path) -> None:
@@ -75,10 +76,14 @@ def test_struck_while_it_recovers(scenario: str, tmp_path: Path) -> None:
                     assert state != "torn", sorted(held_by(case.out))
                     assert ended.code in ({-9} if "KILL" in fault else {0, 5}), ended
                     case.check_kept(ended)
+                    if state == "absent" and case.before == "old":
+                        check_missing(case, ("old", "new"))  # the killed run may have published
+                        recovered += 1
                     case.check_next_run()
                 litter += len(case.litter())
     print(f"\n{scenario}: {len(trees)} trees, {counts.total()} strikes, OUT afterwards {dict(counts)}")
-    figures = {"torn": counts["torn"], "litter": litter}
+    missing = counts["absent"] if case.before == "old" else 0
+    figures = {"torn": counts["torn"], "missing": missing, "recovered": recovered, "litter": litter}
     note(10, what=f"kill, then KILL or EIO, {scenario}", cases=counts.total(), trees=len(trees), **figures)
     assert not faults, "\n\n".join(faults)
     assert len(trees) > SPREAD and counts["new"]

@@ -98,36 +98,41 @@ def test_race(tmp_path: Path, kill: bool, method: str) -> None:
     switches = ["--two-renames"] * (method == "two renames")
     reader.start()
     counts: Counter[str] = Counter()
-    before = "first"
+    before, gone = "first", False
     try:
         for round_ in range(ROUNDS):
             names = [name for name in NAMES if name.startswith(f"round {round_} ")]
             killed = names[round_ % RACERS] if kill else None
             ended = dict(zip(names, race(out, names, killed, switches), strict=True))
             after = version_in(out if out.exists() else set_aside(out))
-            if not out.exists():
-                assert killed and method == "two renames", "OUT is missing"
-                counts["missing"] += 1
+            absent = not out.exists()
+            assert not absent or (killed and method == "two renames"), "OUT is missing"
             for name, end in ended.items():
                 counts[f"exit {end.code}"] += 1
                 assert end.code in {0, 4} or (end.code == -9 and name == killed), end
                 assert end.code != 4 or end.told["code"] == "output.busy", end
             winners = {name for name, end in ended.items() if end.code == 0}
             counts["all refused"] += not winners
+            restored = gone and bool(winners or not absent)
+            counts["recovered"] += restored
+            counts["missing"] += absent and (restored or not gone)
+            gone = absent
             # Whoever says that it published did, and nobody else; the killed one may or may not have.
             assert after in winners | ({before, killed} if not winners or killed else set())
             before = after
     finally:
         reader.done.set()
         reader.join()
+    last = run(driver(out, "last"))
+    counts["recovered"] += gone and version_in(out) == "last"
+    litter = sum(path.name != "out" for path in out.parent.iterdir())
     figures = {kind: reader.counts[kind] for kind in ("of one version", "mixed", "missed")} | dict(counts)
     what = f"{method}, {'one killed' if kill else 'all live'}"
-    note(15, what=what, cases=ROUNDS, torn=len(reader.torn), **figures)
+    note(15, what=what, cases=ROUNDS, torn=len(reader.torn), litter=litter, **figures)
     print(f"\n{ROUNDS} rounds: {dict(sorted(counts.items()))}; reads: {dict(sorted(reader.counts.items()))}")
     assert not reader.torn
-    last = run(driver(out, "last"))
     assert (last.code, version_in(out)) == (0, "last")
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert not litter
 
 
 @pytest.mark.parametrize("switches", [[], ["--two-renames"]], ids=["exchange", "two renames"])
