@@ -173,6 +173,12 @@ class CheckpointReader:
             self._files[info.file].read_into(info.start + begin, piece)
             yield piece
 
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """Descriptor and offset of a tensor's bytes; None if they are far."""
+        info = self.tensors[name]
+        fd = self._files[info.file].fileno()
+        return None if fd is None else (fd, info.start)
+
     def prefetch(self, readings: Iterable[Reading]) -> None:
         """Say what will be read soon: from afar it is then fetched together, ahead of the reader."""
         for file, ranges in self._by_file(readings).items():

@@ -150,7 +150,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                 from modelopt_convert.verify.closing import verify_stage
 
                 bases = {part.prefix: part.base for part in parts}
-                verify_stage(stage.path, bases, request.verify, request.max_error, report, progress)
+                verify_stage(stage.path, bases, request.verify, request.max_error, request.workers, report, progress)
             with timed(report, "publish"):
                 publish(stage, report)
     report.peak_rss_bytes = peak_rss_bytes()

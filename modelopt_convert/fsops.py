@@ -12,7 +12,9 @@ from pathlib import Path
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_SYNC_FILE_RANGE_WRITE = 2
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+_FAILED = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 
 
 def make_dir(path: Path, mode: int) -> None:
@@ -44,6 +46,42 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
             raise OSError(errno.EIO, "the file system accepted no bytes")
         view = view[written:]
         offset += written
+
+
+def copy_blocks(source: int, source_offset: int, target: int, offset: int, num_bytes: int) -> range:
+    """Copy the whole blocks of a range within the kernel; XFS and Btrfs share them and move no byte.
+
+    Returns:
+        What was copied, counted from the range's begin: nothing where the range lies otherwise in its blocks than it
+        shall, or where the kernel cannot.
+
+    Raises:
+        OSError: ``EIO``, ``ENOSPC`` or ``EDQUOT``.
+    """
+    block = os.fstatvfs(target).f_frsize
+    first = done = -offset % block
+    end = (offset + num_bytes) // block * block - offset
+    if (source_offset - offset) % block:
+        return range(0)
+    try:
+        while done < end and (
+            count := os.copy_file_range(source, target, end - done, source_offset + done, offset + done)
+        ):
+            done += count
+    except OSError as error:
+        if error.errno in _FAILED:
+            raise
+    return range(first, done)
+
+
+def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+    """Have the disk begin with a range that was written, so that little is left for ``sync``; promises nothing.
+
+    It only starts and does not wait, so that no write error is taken from the ``sync`` that is to report it.
+    """
+    function = getattr(_libc(), "sync_file_range", None)  # Linux
+    if function is not None:
+        function(fd, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync(fd: int) -> bool:
@@ -104,8 +142,12 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _renameat2(source: Path, target: Path, flags: int) -> None:
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28 and newer
+    function = getattr(_libc(), "renameat2", None)  # glibc 2.28 and newer
     if function is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), os.fspath(target))
     if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:

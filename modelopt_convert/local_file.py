@@ -106,6 +106,10 @@ class LocalFile:
                 raise self._changed()
             target, offset = target[count:], offset + count
 
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._fd
+
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Nothing: the disk is near."""
 

@@ -113,11 +113,10 @@ def _produce(
                 yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)
         elif step.op == "repack":
             num_rows, half = step.output.shape
-            stored_rows, stored_half = source.shape
-            height = max(1, CHUNK_BYTES // stored_half)
-            for top in range(0, stored_rows, height):
-                stored = reader.read_range(source.name, top * stored_half, min(height, stored_rows - top) * stored_half)
-                keep = max(0, min(height, num_rows - top))
+            stored_half = source.shape[1]
+            height = max(1, _COPIED_BYTES // stored_half)
+            for number, stored in enumerate(reader.buffered(source.name, height * stored_half)):
+                keep = max(0, min(height, num_rows - number * height))
                 yield raw.repack_rows(stored, stored_half, half, keep, swap=module in layouts.swapped)
         elif step.op == "swizzle_scales":
             yield raw.swizzle_scales(reader.read(source.name), source.shape)

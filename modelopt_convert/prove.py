@@ -30,6 +30,7 @@ from modelopt_convert.transforms.raw import cast_paths, equal_after, from_bytes
 from modelopt_convert.workers import in_order
 
 _SHOWN = 10
+_COMPARED_BYTES = 1 << 20  # of either side, while it is in a core's cache
 
 
 @dataclass(slots=True)
@@ -97,12 +98,12 @@ def prove(
     """
     proof = Proof()
     with torch.inference_mode():
-        scales = _check_scales(export, base, plan, calibration, proof, advance)
+        scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
         _note_fused(plan, scales, proof)
         if base is None:
             return proof
         proof.method = METHOD_FP8 if plan.format is FP8 else METHOD_NVFP4
-        _check_unquantized(export, base, plan, proof, advance)
+        _check_unquantized(export, base, plan, proof, workers, advance)
         common = common_dtype(export)
         judge = judge_fp8_module if plan.format is FP8 else judge_nvfp4
 
@@ -139,27 +140,37 @@ def _check_scales(
     plan: BuildPlan,
     calibration: Calibration,
     proof: Proof,
+    workers: int,
     advance: Callable[[int], None],
 ) -> dict[str, float]:
     """Scales by module, after all were looked at; modules to be replaced by the base are excused."""
-    found: dict[str, float] = {}
-    for module in plan.modules.values():
+
+    def checked(module: PackedModule, _stopped: Event) -> float | InputError:
         try:
             if module.fault is not None:
                 raise module.fault
-            if plan.format is FP8:
-                found[module.name] = usable_fp8_scale(export, module, calibration)
-            else:
+            with torch.inference_mode():  # of each thread
+                if plan.format is FP8:
+                    return usable_fp8_scale(export, module, calibration)
                 assert base is not None  # the command requires it
-                found[module.name] = usable_nvfp4_scale(export, base, module)
+                return usable_nvfp4_scale(export, base, module)
         except InputError as error:
             # Two runs that were mixed up are never excused.
             if module.name not in plan.replaced or error.code == AMAX_DISAGREES:
                 raise
             if module.name in plan.dequantized:
                 raise needs_base(error) from error
-            proof.unproven[module.name] = error.message
-        advance(_scale_bytes(module))
+            return error
+        finally:
+            advance(_scale_bytes(module))
+
+    found: dict[str, float] = {}
+    modules = list(plan.modules.values())
+    for module, scale in zip(modules, in_order(modules, checked, workers), strict=True):
+        if isinstance(scale, InputError):
+            proof.unproven[module.name] = scale.message
+        else:
+            found[module.name] = scale
     return found
 
 
@@ -175,15 +186,20 @@ def _check_unquantized(
     base: CheckpointReader,
     plan: BuildPlan,
     proof: Proof,
+    workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    differing: list[str] = []
-    for name in plan.must_equal:
-        if not same_up_to_cast(export, base, name):
-            differing.append(name)
+    def same(name: str, _stopped: Event) -> bool:
+        with torch.inference_mode():  # of each thread
+            found = same_up_to_cast(export, base, name)
         advance(plan.steps[name].output.num_bytes)
-    for name in plan.may_differ:
-        if not same_up_to_cast(export, base, name):
+        return found
+
+    equal = in_order(plan.must_equal, same, workers)
+    differing = [name for name, one in zip(plan.must_equal, equal, strict=True) if not one]
+    equal = in_order(plan.may_differ, same, workers)
+    for name, one in zip(plan.may_differ, equal, strict=True):
+        if not one:
             proof.biases_differ.append(module_of(name))
             info = export.tensors[name]
             if not bool(from_bytes(export.read(name), info.dtype, (-1,)).isfinite().all()):
@@ -193,7 +209,6 @@ def _check_unquantized(
                     path=str(export.path / info.file),
                     hint="the export is damaged; export again",
                 )
-        advance(plan.steps[name].output.num_bytes)
     if differing:
         names = ", ".join(differing[:_SHOWN])
         where = str(export.path / export.tensors[differing[0]].file)
@@ -210,7 +225,7 @@ def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str)
     """Whether a tensor is the base's, directly or rounded to another float dtype."""
     source, target = base.tensors[name].dtype, export.tensors[name].dtype
     if source == target:
-        pairs = zip(export.chunks(name, CHUNK_BYTES), base.chunks(name, CHUNK_BYTES), strict=True)
+        pairs = zip(export.buffered(name, _COMPARED_BYTES), base.buffered(name, _COMPARED_BYTES), strict=True)
         if all(left == right for left, right in pairs):
             return True
     if not {source, target} <= HALF_AND_FLOAT:

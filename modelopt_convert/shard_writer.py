@@ -10,7 +10,12 @@ import xxhash
 from modelopt_convert import fsops
 from modelopt_convert.errors import InternalError
 from modelopt_convert.header import TensorSpec, build_header
+from modelopt_convert.locks import file_system_of
 
+# Where files can share blocks. Elsewhere a copy by the kernel costs more than writing what the digest has just brought
+# into a core's cache: see docs/performance.md.
+SHARING_FILE_SYSTEMS = frozenset({"xfs", "btrfs"})
+_WRITEBACK_BYTES = 8 << 20  # large enough for the disk to write in one go
 METADATA: Mapping[str, str] = {"format": "pt"}
 
 
@@ -32,6 +37,7 @@ class ShardWriter:
         self.durable = True
         self._offsets = {spec.name: offset for spec, offset in placed}
         self._sizes = {spec.name: spec.num_bytes for spec, _ in placed}
+        self._shares = file_system_of(path.parent) in SHARING_FILE_SYSTEMS
         self._fd = fsops.create_file(path)
         try:
             fsops.preallocate(self._fd, self.num_bytes)
@@ -60,8 +66,14 @@ class ShardWriter:
         finally:
             fsops.close(self._fd)
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def write(self, name: str, chunks: Iterable[bytes | memoryview], extent: tuple[int, int] | None = None) -> None:
         """Write one tensor from consecutive pieces of its bytes.
+
+        Args:
+            name: Of the tensor.
+            chunks: Its bytes.
+            extent: Descriptor and offset of the same bytes in an input, if they lie in one: where that is faster, they
+                are copied from there, and the pieces are for the digest.
 
         Raises:
             InternalError: Unknown name, second write, or more or fewer bytes than planned.
@@ -69,6 +81,10 @@ class ShardWriter:
         if name not in self._offsets or name in self.digests:
             raise InternalError(f"{name!r} is not planned or written twice", code="internal.shard_write")
         offset, left = self._offsets[name], self._sizes[name]
+        begun = offset  # up to here the disk was told to write
+        copied = range(0)
+        if extent is not None and self._shares:
+            copied = fsops.copy_blocks(*extent, self._fd, offset, left)
         digest = xxhash.xxh3_128()
         for piece in chunks:
             chunk = memoryview(piece)
@@ -76,8 +92,14 @@ class ShardWriter:
             if left < 0:
                 break
             digest.update(chunk)
-            fsops.write_all(self._fd, chunk, offset)
+            at = offset - self._offsets[name]
+            for begin, end in ((0, copied.start - at), (max(0, copied.stop - at), chunk.nbytes)):
+                if begin < min(end, chunk.nbytes):
+                    fsops.write_all(self._fd, chunk[begin:end], offset + begin)
             offset += chunk.nbytes
+            if offset - begun >= _WRITEBACK_BYTES:
+                fsops.start_writeback(self._fd, begun, offset - begun)
+                begun = offset
         if left != 0:
             raise InternalError(
                 f"{name!r}: {self._sizes[name]} bytes were planned, {self._sizes[name] - left} came",

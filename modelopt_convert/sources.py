@@ -39,6 +39,9 @@ class OpenFile(Protocol):
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``offset``; a MoptError if they cannot be had."""
 
+    def fileno(self) -> int | None:
+        """Its descriptor; None if it is far."""
+
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Ranges (begin, end) will be read soon."""
 

@@ -103,7 +103,8 @@ class _Writing:
         """Write the tensor, and the block scales that come with it."""
         step, made = self.steps[name], Made()
         self.progress.detail(f"{self.file}: {name}: {step.op} from {step.origin}")
-        self.writer.write(name, self._watched(step, made, stopped))
+        extent = self.readers[step.origin].extent(name) if step.op == "copy" else None
+        self.writer.write(name, self._watched(step, made, stopped), extent)
         if step.op == "quantize_nvfp4":
             self.writer.write(f"{module_of(name)}.weight_scale", self._counted(made.block_scales))
         return made

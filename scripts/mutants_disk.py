@@ -57,14 +57,26 @@ DISK = (
     ),
     _staging(
         "fsync of the parent after the swap",
-        "self._durable = fsops.sync_dir(self.output.parent) and self._durable",
-        "pass",
+        "        try:\n            self._durable = fsops.sync_dir(self.output.parent) and self._durable",
+        "        try:\n            pass",
         _ORDER,
     ),
     _staging(
         "the parent's fsync makes up for a file",
-        "fsops.sync_dir(self.output.parent) and self._durable",
-        "fsops.sync_dir(self.output.parent)",
+        "        try:\n            self._durable = fsops.sync_dir(self.output.parent) and self._durable",
+        "        try:\n            self._durable = fsops.sync_dir(self.output.parent)",
+        _DURABLE,
+    ),
+    _staging(
+        "fsync of the parent before two renames",
+        "self._durable = fsops.sync_dir(self.output.parent) and self._durable\n        fsops.rename(self.output, old)",
+        "fsops.rename(self.output, old)",
+        "test_powerloss.py::test_a_power_cut_in_the_next_run",
+    ),
+    _staging(
+        "the fsync before two renames makes up for a file",
+        "fsops.sync_dir(self.output.parent) and self._durable\n        fsops.rename(self.output, old)",
+        "fsops.sync_dir(self.output.parent)\n        fsops.rename(self.output, old)",
         _DURABLE,
     ),
     _staging(

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
-from staging_support import LEFT, before, litter, locked, publish
+from staging_support import LEFT, before, litter, locked, prepare, publish
 
 from modelopt_convert import fsops, staging
 from modelopt_convert.errors import Interrupted, OutputRefusedError, StorageError
@@ -25,8 +25,12 @@ OLD, NEW = files_of("old"), files_of("new")
 
 
 @pytest.mark.parametrize("one", [SHARD, "config.json", "mopt.json", "transformer", "stage", "place"])
-def test_one_thing_that_cannot_be_synced_is_enough(out: Path, monkeypatch: pytest.MonkeyPatch, one: str) -> None:
+@pytest.mark.parametrize("method", ["rename", "two-renames"])
+def test_one_thing_that_cannot_be_synced_is_enough(
+    out: Path, monkeypatch: pytest.MonkeyPatch, method: str, one: str
+) -> None:
     """What is synced after it does not make it durable."""
+    prepare(method, out, monkeypatch)
 
     def fsync(fd: int) -> None:
         name = Path(f"/proc/self/fd/{fd}").readlink().name
@@ -34,10 +38,10 @@ def test_one_thing_that_cannot_be_synced_is_enough(out: Path, monkeypatch: pytes
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with StagingDir(out, (), overwrite=False, need_bytes=1) as stage:
+    with StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
         stage.add_folder("transformer")
         fill(stage, "new")
-        assert stage.publish().durable is False
+        assert stage.publish() == Published(method, durable=False, warnings=())  # type: ignore[arg-type]
 
 
 def test_a_setgid_parent_hands_its_group_on(out: Path, place: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_build_that_wrote_something_else_is_thrown_away(
 
     write = ShardWriter.write
 
-    def damaged(self: ShardWriter, name: str, chunks: Any) -> None:
+    def damaged(self: ShardWriter, name: str, chunks: Any, extent: object) -> None:
         pieces = [bytearray(piece) for piece in chunks]
         if name == f"{PACKED}.weight":
             pieces[0][0] ^= 0x08

@@ -66,6 +66,7 @@ def verify(
     prewarm: Annotated[
         bool, typer.Option("--prewarm", help="Build kernels, for CHECKPOINT's shapes if one is given, and stop.")
     ] = False,
+    workers: options.WorkersOption = None,
     download: options.DownloadOption = False,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
@@ -115,6 +116,7 @@ def verify(
         from modelopt_convert.verify.request import VerifyRequest
         from modelopt_convert.verify.run import verify as look
         from modelopt_convert.verify.run import verify_backends
+        from modelopt_convert.workers import default_workers
 
         request = VerifyRequest(
             checkpoint=subject or Path(),
@@ -126,6 +128,7 @@ def verify(
             max_error=max_error,
             prewarm=prewarm,
             preferred=ALIASES.get(preferred, preferred) if preferred else None,
+            workers=workers or default_workers(),
         )
         if report is not None:
             from modelopt_convert.verify.html_report import require_plotly

@@ -120,6 +120,9 @@ class RemoteFile:
         count = os.preadv(self._spool.fileno(), [target], offset)
         assert count == len(target)
 
+    def fileno(self) -> None:
+        """It has none."""
+
     def _wait(self, offset: int, end: int) -> None:
         self.prefetch([(offset, end)])
         with self._lock:

@@ -27,6 +27,7 @@ def verify_stage(
     parts: Mapping[str, CheckpointReader | None],
     how: str,
     max_error: float,
+    workers: int,
     report: Report,
     progress: Progress,
 ) -> None:
@@ -37,6 +38,7 @@ def verify_stage(
         parts: The opened base of each, or None, by the folder in the stage.
         how: ``auto`` or ``cpu``.
         max_error: Limit of the relative error where codes are not reproduced.
+        workers: Modules that are decoded at a time.
         report: Gets ``verify`` and an entry under ``checks``.
         progress: Told what is read.
 
@@ -46,7 +48,7 @@ def verify_stage(
     device = device_of("cpu" if how == "cpu" else None)
     found: dict[str, VerifyReport] = {}
     for prefix, base in parts.items():
-        request = VerifyRequest(stage / prefix, None, ("best",), None, DEFAULT_SAMPLE, None, max_error)
+        request = VerifyRequest(stage / prefix, None, ("best",), None, DEFAULT_SAMPLE, None, max_error, workers=workers)
         proof = report.proof.modules if report.proof is not None else {}
         proven = {name.removeprefix(prefix): one.verdict for name, one in proof.items() if name.startswith(prefix)}
         with CheckpointReader(stage / prefix) as reader, timed(report, "verify"), torch.inference_mode():

@@ -5,6 +5,7 @@ A single flipped bit is seen where the codes are reproduced, by the identity pro
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from threading import Event
 
 import torch
 import xxhash
@@ -26,6 +27,7 @@ from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.transforms.raw import to_bytes
 from modelopt_convert.verify.subject import Subject
 from modelopt_convert.verify_report import LevelReport, LevelStatus, ModuleVerify
+from modelopt_convert.workers import in_order
 
 _NEARLY_ALL = 0.9
 _DUE = ("reproduced", QUANTIZED_HERE)  # verdicts at build after which every code must be the base's
@@ -42,6 +44,7 @@ def decode_level(
     readings: dict[str, Reading],
     expected: Mapping[str, str] | None,
     dequantized: Collection[str],
+    workers: int,
     advance: Callable[[int], None],
 ) -> LevelReport:
     """Judge every module that can be read.
@@ -55,33 +58,42 @@ def decode_level(
         expected: Verdicts that were recorded at build, by module; None where nothing is known.
         dequantized: Modules that the record says were dequantized at build.
         readings: Filled with the reading under which each NVFP4 module fits the base.
+        workers: Modules judged at a time.
         advance: Called with the number of bytes just read.
     """
-    failures: list[str] = []
     common = common_dtype(subject.reader)
-    for name, module in subject.modules.items():
-        if module.fault is not None:
-            continue
-        found = modules[name]
+
+    def judged(module: PackedModule, _stopped: Event) -> str | Reading | None:
+        """What is wrong with it, or the reading under which it fits."""
+        found, reading = modules[module.name], None
         try:
-            tiles = list(_tiles(module, sample))
-            found.digest = _digest(subject, module, tiles[0])
-            if base is not None:
-                reading = _judge(subject, base, module, tiles, common, max_error, found, advance)
-                if reading is not None:
-                    readings[name] = reading
+            with torch.inference_mode():  # of each thread
+                tiles = list(_tiles(module, sample))
+                found.digest = _digest(subject, module, tiles[0])
+                if base is not None:
+                    reading = _judge(subject, base, module, tiles, common, max_error, found, advance)
         except (InputError, ValueError) as error:
-            failures.append(str(error) if name in str(error) else f"{name}: {error}")
             found.worsen("fail")
+            return str(error) if module.name in str(error) else f"{module.name}: {error}"
+        return reading
+
+    failures: list[str] = []
+    due = [module for module in subject.modules.values() if module.fault is None]
+    for module, answer in zip(due, in_order(due, judged, workers), strict=True):
+        found = modules[module.name]
+        if isinstance(answer, str):
+            failures.append(answer)
             continue
+        if answer is not None:
+            readings[module.name] = answer
         if found.status == "fail":
             failures.append(
-                f"{name}: {found.verdict} (relative error {found.relative_error:.3f}, gain {found.gain:.3f}, "
+                f"{module.name}: {found.verdict} (relative error {found.relative_error:.3f}, gain {found.gain:.3f}, "
                 f"worst row {found.worst_row:.3f}, worst column {found.worst_column:.3f})"
             )
     if base is not None:
         failures += _not_reproduced(modules, expected)
-        failures += _unquantized(subject, base, dequantized, max_error, advance)
+        failures += _unquantized(subject, base, dequantized, max_error, workers, advance)
     status: LevelStatus = "fail" if failures else "pass"
     reason = "" if base is not None else "without a base values are decoded, not compared"
     if base is None and not failures:
@@ -112,6 +124,7 @@ def _unquantized(
     base: CheckpointReader,
     dequantized: Collection[str],
     max_error: float,
+    workers: int,
     advance: Callable[[int], None],
 ) -> list[str]:
     """Tensors that are not those of the base, or that only one of both has.
@@ -124,18 +137,21 @@ def _unquantized(
     failures = [f"{name}: the base has it, the checkpoint has not" for name in sorted(base.tensors.keys() - mine)]
     failures += [f"{name}: the checkpoint has it, the base has not" for name in sorted(mine - base.tensors.keys())]
     coded = {module.weight.name for module in subject.modules.values()}
-    for name in sorted((mine & base.tensors.keys()) - coded):
+
+    def compared(name: str, _stopped: Event) -> str | None:
         info = subject.reader.tensors[name]
         if info.shape != base.tensors[name].shape:
-            failures.append(f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}")
-        elif not same_up_to_cast(subject.reader, base, name):
-            was_coded = name.endswith(".weight") and module_of(name) in dequantized
-            # A trained bias of a quantized module survives a build, which warns of it.
-            survives = module_of(name) in subject.modules
-            if not survives and not (was_coded and _is_near(subject.reader, base, name, max_error)):
-                failures.append(f"{name}: not the base's")
+            return f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}"
+        with torch.inference_mode():  # of each thread
+            same = same_up_to_cast(subject.reader, base, name)
+            if not same and name.endswith(".weight") and module_of(name) in dequantized:
+                same = _is_near(subject.reader, base, name, max_error)
         advance(info.num_bytes)
-    return failures
+        # A trained bias of a quantized module survives a build, which warns of it.
+        return None if same or module_of(name) in subject.modules else f"{name}: not the base's"
+
+    answers = in_order(sorted((mine & base.tensors.keys()) - coded), compared, workers)
+    return failures + [answer for answer in answers if answer is not None]
 
 
 def _is_near(reader: CheckpointReader, base: CheckpointReader, name: str, max_error: float) -> bool:
@@ -195,6 +211,5 @@ def _judge(
 
 def _digest(subject: Subject, module: PackedModule, rows: list[int]) -> str:
     """Of the decoded rows in float32, without the scale of the tensor: exact, and so the same everywhere."""
-    weight = subject.operands(module)
-    values = torch.cat([weight.decode(row, row + 1) for row in rows]).to(torch.float32)
-    return xxhash.xxh3_128_hexdigest(to_bytes(values))
+    values = subject.operands(module, rows).decode(0, len(rows))
+    return xxhash.xxh3_128_hexdigest(to_bytes(values.to(torch.float32)))

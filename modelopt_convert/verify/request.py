@@ -1,8 +1,9 @@
 """What the user asked of verify. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modelopt_convert.sources import Location
+from modelopt_convert.workers import default_workers
 
 DEFAULT_ERROR = {"nvfp4": 0.15, "fp8": 0.1}
 DEFAULT_SAMPLE = 16
@@ -22,6 +23,7 @@ class VerifyRequest:
         max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
         prewarm: Build the kernels for this checkpoint's shapes, and stop.
         preferred: The backend that ``best`` takes if it runs.
+        workers: Modules that are decoded at a time.
     """
 
     checkpoint: Location
@@ -33,3 +35,4 @@ class VerifyRequest:
     max_error: float | None
     prewarm: bool = False
     preferred: str | None = None
+    workers: int = field(default_factory=default_workers)

@@ -34,6 +34,7 @@ from modelopt_convert.verify.scan import (
 from modelopt_convert.verify.subject import Subject, device_of, find_subject
 from modelopt_convert.verify.verdict import SEVERITY, combine, conclude
 from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
+from modelopt_convert.workers import torch_on_one_thread
 
 
 def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
@@ -166,22 +167,24 @@ def verify_opened(
     record = read_record(reader.path) if with_record else None
     max_error = DEFAULT_ERROR[subject.algorithm] if request.max_error is None else request.max_error
     progress.begin("read", reader.num_bytes)
-    scanned = scan(reader, record, progress.advance) if with_record else Scanned()
+    scanned = scan(reader, record, request.workers, progress.advance) if with_record else Scanned()
     seen = look(subject)
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
     progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
     readings: dict[str, Reading] = {}
-    decoded = decode_level(
-        subject,
-        base,
-        modules,
-        sample=request.sample,
-        max_error=max_error,
-        readings=readings,
-        expected=expected if expected is not None else recorded_verdicts(record),
-        dequantized=recorded_dequantized(record),
-        advance=progress.advance,
-    )
+    with torch_on_one_thread():
+        decoded = decode_level(
+            subject,
+            base,
+            modules,
+            sample=request.sample,
+            max_error=max_error,
+            readings=readings,
+            expected=expected if expected is not None else recorded_verdicts(record),
+            dequantized=recorded_dequantized(record),
+            workers=request.workers,
+            advance=progress.advance,
+        )
     levels = [
         _record_level(record, scanned),
         container_level(subject, seen, scanned),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import xxhash
@@ -9,13 +10,14 @@ import xxhash
 from modelopt_convert.checkpoint import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.digests import headers_digest
 from modelopt_convert.errors import InputError
-from modelopt_convert.plan import CHUNK_BYTES
 from modelopt_convert.report import QUANTIZED_HERE
 from modelopt_convert.sources import Location, open_file, read_small
 from modelopt_convert.strict_json import parse_json_object
 from modelopt_convert.transforms.raw import check_e4m3
+from modelopt_convert.workers import in_order
 
 RECORD = "mopt.json"
+_SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
 # Statuses of the proof at build after which the bytes are known to be the base's.
 _KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
 # The card is the user's to edit.
@@ -92,24 +94,26 @@ def _names(found: object) -> bool:
     return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
 
 
-def scan(reader: CheckpointReader, record: Mapping[str, Any] | None, advance: Callable[[int], None]) -> Scanned:
+def scan(
+    reader: CheckpointReader, record: Mapping[str, Any] | None, workers: int, advance: Callable[[int], None]
+) -> Scanned:
     """Read what has to be read: all bytes with a record, else E4M3 weights alone.
 
     Args:
         reader: The opened checkpoint.
         record: Its mopt.json, or None.
+        workers: Tensors read at a time.
         advance: Called with the number of bytes just read.
     """
     found = Scanned()
     digests: Mapping[str, str] = record["digests"]["tensors"] if record is not None else {}
     if record is not None:
         reader.prefetch((name, 0, info.num_bytes) for name, info in reader.tensors.items())
-    for name, info in reader.tensors.items():
-        coded = info.dtype == "F8_E4M3" and name.endswith(".weight")
-        if record is None and not coded:
-            continue
-        digest = xxhash.xxh3_128()
-        for chunk in reader.chunks(name, CHUNK_BYTES):
+
+    def read(name: str, _stopped: Event) -> str | None:
+        """What is wrong with the bytes of a tensor."""
+        digest, coded = xxhash.xxh3_128(), name in weights
+        for chunk in reader.buffered(name, _SCANNED_BYTES):
             digest.update(chunk)
             if coded and name not in found.broken:
                 try:
@@ -118,9 +122,15 @@ def scan(reader: CheckpointReader, record: Mapping[str, Any] | None, advance: Ca
                     found.broken[name] = str(error)
             advance(len(chunk))
         if record is not None and name not in digests:
-            found.failures.append(f"tensor {name!r} is not recorded")
-        elif record is not None and digest.hexdigest() != digests[name]:
-            found.failures.append(f"tensor {name!r} is not what was proven: its bytes changed")
+            return f"tensor {name!r} is not recorded"
+        if record is not None and digest.hexdigest() != digests[name]:
+            return f"tensor {name!r} is not what was proven: its bytes changed"
+        return None
+
+    weights = {name for name, one in reader.tensors.items() if one.dtype == "F8_E4M3" and name.endswith(".weight")}
+    due_tensors = [name for name in reader.tensors if record is not None or name in weights]
+    found.failures += [words for words in in_order(due_tensors, read, workers) if words is not None]
+    found.broken = {name: found.broken[name] for name in due_tensors if name in found.broken}
     found.failures += [f"tensor {name!r} is recorded and gone" for name in digests if name not in reader.tensors]
     if record is not None:
         found.failures += _header_faults(reader, record)

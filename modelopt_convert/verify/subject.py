@@ -1,6 +1,6 @@
 """A checkpoint's quantized modules, and their operands as the checkpoint declares them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs, find_nvfp4_modules
 from modelopt_convert.errors import InconclusiveError, InputError
 from modelopt_convert.preset import Algorithm
-from modelopt_convert.samples import load, load_weight, tensor_scale
+from modelopt_convert.samples import load, load_rows, load_weight, tensor_scale
 from modelopt_convert.transforms.nvfp4 import swap_nibbles
+from modelopt_convert.transforms.raw import from_bytes
 from modelopt_convert.transforms.scales import scale_readings
 from modelopt_convert.verify.operands import Fp8Weight, Nvfp4Weight, Weight
 
@@ -35,26 +36,38 @@ class Subject:
     high_first: bool
     swizzled: bool
 
-    def operands(self, module: PackedModule) -> Weight:
+    def operands(self, module: PackedModule, rows: Sequence[int] | None = None) -> Weight:
         """One module's weight in the canonical layout, read as declared.
+
+        Args:
+            module: Which.
+            rows: Of these rows only, and without its bias; None for all.
 
         Raises:
             InputError: A scale that cannot be used.
             ValueError: The stored shape does not allow the declared reading.
         """
-        bias = load(self.reader, module.bias.name) if module.bias is not None else None
+        bias = load(self.reader, module.bias.name) if module.bias is not None and rows is None else None
+        name, columns = module.weight.name, module.columns
         if self.algorithm == "fp8":
             scale = tensor_scale(self.reader, module, "weight_scale")
-            return Fp8Weight(load_weight(self.reader, module.weight.name), scale, bias)
-        rows, columns = module.rows, module.columns
-        packed = load_weight(self.reader, module.weight.name)[:rows, : columns // 2].contiguous()
-        readings = scale_readings(load(self.reader, module.scales["weight_scale"].name), rows, columns // BLOCK_SIZE)
+            codes = load_weight(self.reader, name) if rows is None else load_rows(self.reader, name, rows)
+            return Fp8Weight(codes, scale, bias)
+        stored = load(self.reader, module.scales["weight_scale"].name)
+        readings = scale_readings(stored, module.rows, columns // BLOCK_SIZE)
         order = "128x4" if self.swizzled else "linear"
         if order not in readings:
             raise ValueError(f"scales {list(module.scales['weight_scale'].shape)} cannot be read as {order}")
+        scales = readings[order]
+        if rows is None:
+            packed = load_weight(self.reader, name)[: module.rows, : columns // 2].contiguous()
+        else:
+            raw = self.reader.read_rows(name, rows, module.weight.shape[1], columns // 2)
+            packed = from_bytes(raw, "U8", (len(rows), columns // 2))
+            scales = scales.view(torch.uint8)[list(rows)].view(torch.float8_e4m3fn)
         return Nvfp4Weight(
             swap_nibbles(packed) if self.high_first else packed,
-            readings[order],
+            scales,
             tensor_scale(self.reader, module, "weight_scale_2"),
             bias,
         )
