@@ -7,7 +7,7 @@ much as reading anything from the page cache. Without --base the command does as
 weights. Two series, each with one worker and with as many as mopt takes by itself:
 
 * the same 1 GB in 10 to 10,000 tensors;
-* tensors of the same size, 1 to 24 GB of them (--quick: 1/50 of both series' bytes).
+* tensors of the same size, 1 to 24 GB of them (--quick: both series with 1/50 of the bytes).
 
 Seconds include a sync of what was written; what the same command takes for 10 small tensors is taken off, in time and
 in memory. Each output is removed at once, so that the largest of them is the room that is needed.
@@ -31,7 +31,7 @@ from modelopt_convert.header import TensorSpec
 from modelopt_convert.workers import default_workers
 
 COLUMNS = 3072
-TENSORS_PER_MODULE = 5
+TENSORS_PER_MODULE = 5  # as specs() makes them
 ROWS = 12288  # of the second series: the largest weights of FLUX.1
 
 
@@ -79,35 +79,39 @@ def series(quick: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         (count // TENSORS_PER_MODULE, round(1e9 / share / row_bytes() / (count // TENSORS_PER_MODULE)))
         for count in (10, 100, 1_000, 10_000)
     ]
-    rows = ROWS // share
-    by_bytes = [(round(gb * 1e9 / ROWS / row_bytes()), rows) for gb in (1, 2, 4, 8, 16, 24)]
+    rows = ROWS // 4 if quick else ROWS
+    by_bytes = [(round(gb * 1e9 / share / rows / row_bytes()), rows) for gb in (1, 2, 4, 8, 16, 24)]
     return by_tensors, by_bytes
 
 
 def measure(folder: Path, sizes: Sequence[tuple[int, int]], workers: Sequence[int], runs: int) -> list[Point]:
-    """Time every size with every number of workers, start-up again before each."""
+    """Time every size with every number of workers, start-up again before each; of that the median of all is taken."""
     small = folder / "small"
     if not small.exists():
         write_sparse(small, specs(2, 16), {"quantization_config": _QUANTIZATION})
-    points = []
+    starts: dict[int, list[tuple[float, int]]] = {count: [] for count in workers}
+    found: list[dict[int, list[tuple[float, int]]]] = []
     for modules, rows in sizes:
-        source, out = folder / "source", folder / "out"
-        write_sparse(source, specs(modules, rows), {"quantization_config": _QUANTIZATION})
-        total = sum(spec.num_bytes for spec in specs(modules, rows))
-        seconds: dict[int, list[float]] = {count: [] for count in workers}
-        peaks: dict[int, list[float]] = {count: [] for count in workers}
+        write_sparse(folder / "source", specs(modules, rows), {"quantization_config": _QUANTIZATION})
+        found.append({count: [] for count in workers})
         for _ in range(runs):
             for count in workers:
-                start = _swap(small, out, count)
-                done = _swap(source, out, count)
-                seconds[count].append(done[0] - start[0])
-                peaks[count].append(done[1] - start[1])
-        shutil.rmtree(source)
-        middle = [statistics.median(seconds[count]) for count in workers]
-        highest = [statistics.median(peaks[count]) for count in workers]
-        points.append(Point(modules * TENSORS_PER_MODULE, total, tuple(middle), tuple(highest)))
-        print(f"{points[-1]}", file=sys.stderr, flush=True)
+                starts[count].append(_swap(small, folder / "out", count))
+                found[-1][count].append(_swap(folder / "source", folder / "out", count))
+        shutil.rmtree(folder / "source")
+        print(f"{modules} modules of {rows} rows: {found[-1]}", file=sys.stderr, flush=True)
+    points = []
+    for size, measured in zip(sizes, found, strict=True):
+        seconds, peaks = (
+            [_middle(measured[count], which) - _middle(starts[count], which) for count in workers] for which in (0, 1)
+        )
+        tensors = specs(*size)
+        points.append(Point(len(tensors), sum(one.num_bytes for one in tensors), tuple(seconds), tuple(peaks)))
     return points
+
+
+def _middle(measured: Sequence[tuple[float, int]], which: int) -> float:
+    return statistics.median(one[which] for one in measured)
 
 
 def _swap(source: Path, out: Path, workers: int) -> tuple[float, int]:
@@ -163,7 +167,10 @@ def panels(by_tensors: Sequence[Point], by_bytes: Sequence[Point], workers: Sequ
         (by_tensors, lambda point: point.tensors, "tensors (same bytes)", True),
         (by_bytes, gigabytes, "GB (tensors of one size)", False),
     ):
-        for label_up, up in (("seconds", lambda p, n: p.seconds[n]), ("peak MB", lambda p, n: p.peaks[n] / 1e6)):
+        for label_up, up in (
+            ("seconds", lambda p, n: p.seconds[n]),
+            ("peak MB beyond start-up", lambda p, n: p.peaks[n] / 1e6),
+        ):
             drawn = [
                 Line(f"{count} worker{'s' * (count > 1)}", [(across(point), up(point, n)) for point in points])
                 for n, count in enumerate(workers)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 26, 46
+WIDTH, HEIGHT = 400, 270
+LEFT, RIGHT, TOP, BOTTOM = 58, 28, 28, 64
 STYLE = """
 svg{--ink:#1b2129;--soft:#5b6673;--line:#d9dde3;--paper:#fff;--a:#0b62b0;--b:#b3541e}
 @media (prefers-color-scheme:dark){
@@ -68,8 +68,10 @@ def _panel(panel: Panel) -> list[str]:
     for x in ticks_across:
         parts.append(f'<text x="{at_x(x):.1f}" y="{bottom + 17}" text-anchor="middle">{x:,.6g}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}" fill="none"/>')
-    parts.append(f'<text class="name" x="{LEFT}" y="{TOP - 10}">{html.escape(panel.up)}</text>')
-    parts.append(f'<text x="{right}" y="{HEIGHT - 10}" text-anchor="end">{html.escape(panel.across)}</text>')
+    parts.append(f'<text class="name" x="{LEFT}" y="{TOP - 12}">{html.escape(panel.up)}</text>')
+    parts.append(
+        f'<text x="{(LEFT + right) // 2}" y="{bottom + 35}" text-anchor="middle">{html.escape(panel.across)}</text>'
+    )
     for number, (line, color) in enumerate(zip(panel.lines, "ab", strict=False)):
         places = [(at_x(x), at_y(y)) for x, y in line.points]
         parts.append(f'<polyline class="{color}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
