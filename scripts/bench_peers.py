@@ -12,7 +12,6 @@ ModelOpt made them before 0.42: what SGLang's FP8 builder reads.
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import statistics
@@ -51,18 +50,18 @@ class Builder:
         name: In words.
         code: Python to run.
         arguments: Its arguments; IN is replaced by the folder of the inputs, OUT by one that does not exist.
-        environment: Beside what there is.
+        paths: Where Python looks for modules too.
     """
 
     name: str
     code: str
     arguments: tuple[str, ...]
-    environment: dict[str, str]
+    paths: tuple[Path, ...] = ()
 
     def run(self, inputs: Path, out: Path) -> Measured:
         """Build once."""
         words = [word.replace("IN/", f"{inputs}/").replace("OUT", str(out)) for word in self.arguments]
-        return run_python(self.code, words, self.environment)
+        return run_python(self.code, words, *self.paths)
 
 
 def builders(algorithm: str, sglang: Path) -> list[Builder]:
@@ -75,18 +74,17 @@ def builders(algorithm: str, sglang: Path) -> list[Builder]:
         theirs += ("--keep-bf16-pattern", PROJ_MLP)
     tool = sglang / TOOLS / f"build_modelopt_{algorithm}_transformer.py"
     code = f"import runpy; runpy.run_path({str(tool)!r}, run_name='__main__')"
-    path = {"PYTHONPATH": os.pathsep.join([str(sglang), *filter(None, [os.environ.get("PYTHONPATH")])])}
     own = (*ours, "--preset", "flux1-dev", "--base", "IN/base", "--output", "OUT", "--json", "--verify")
     return [
         Builder(
             f"SGLang's `{tool.name}`",
             code,
             (*theirs, "--base-transformer-dir", "IN/base", "--output-dir", "OUT"),
-            path,
+            (sglang,),
         ),
-        Builder(f"`mopt {ours[0]}`", MOPT, (*own, "cpu"), {}),
-        Builder("the same, `--verify off`", MOPT, (*own, "off"), {}),
-        Builder("the same, `--verify off --workers 1`", MOPT, (*own, "off", "--workers", "1"), {}),
+        Builder(f"`mopt {ours[0]}`", MOPT, (*own, "cpu")),
+        Builder("the same, `--verify off`", MOPT, (*own, "off")),
+        Builder("the same, `--verify off --workers 1`", MOPT, (*own, "off", "--workers", "1")),
     ]
 
 

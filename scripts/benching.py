@@ -5,10 +5,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout's mopt, for whoever imports this, installed or not
 RUNS = 3
 MOPT = "from modelopt_convert.cli import main; main()"
 # VmHWM is the process's own peak; what wait4 says would begin with that of whoever started it.
@@ -41,12 +43,18 @@ class Measured:
 
 def run(command: Sequence[str]) -> Measured:
     """Run any command; its memory is not known."""
-    return _measured(command, None)
+    return _measured(command)
 
 
-def run_python(code: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
-    """Run Python code in a process of its own, with ``arguments`` as its ``sys.argv[1:]``."""
-    return _measured([sys.executable, "-c", _WATCHED, code, *arguments], environment)
+def run_python(code: str, arguments: Sequence[str], *paths: Path) -> Measured:
+    """Run Python code in a process of its own, with ``arguments`` as its ``sys.argv[1:]``.
+
+    Args:
+        code: Any, mopt's included: this checkout is the first place where imports are looked for.
+        arguments: Of the code.
+        paths: Where they are looked for next.
+    """
+    return _measured([sys.executable, "-c", _WATCHED, code, *arguments], *paths)
 
 
 def run_mopt(*arguments: str) -> Measured:
@@ -54,9 +62,11 @@ def run_mopt(*arguments: str) -> Measured:
     return run_python(MOPT, [*arguments, "--json"])
 
 
-def _measured(command: Sequence[str], environment: Mapping[str, str] | None) -> Measured:
+def _measured(command: Sequence[str], *paths: Path) -> Measured:
+    places = [str(ROOT), *map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(environment or {}))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     os.sync()
     seconds = time.perf_counter() - begin
     if done.returncode:
