@@ -190,7 +190,9 @@ def quantizers() -> list[str]:
 def main() -> None:
     """Print the tables, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a base of 200 MB rather than one of 4 GB")
+    parser.add_argument(
+        "--quick", action="store_true", help="a base of 200 MB rather than 4 GB: a try, whose times are mostly noise"
+    )
     parser.add_argument("--dir", type=Path, help="where to make them; default: the system's temporary folder")
     parser.add_argument("--output", type=Path, help="write the tables there too")
     arguments = parser.parse_args()
