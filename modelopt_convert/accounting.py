@@ -62,6 +62,14 @@ def peak_rss_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
+def note_cost(report: Report) -> None:
+    """Put peak memory and throughput into the report, at the end of the work."""
+    report.peak_rss_bytes = peak_rss_bytes()
+    seconds = report.timings_s.get("stream")
+    if seconds:  # a zero is less than half a millisecond, and says nothing
+        report.throughput_bytes_per_s = round(report.output.bytes / seconds)
+
+
 def json_bytes(value: Any) -> bytes:
     """JSON as it is written to disk: sorted, ASCII, the same on every machine."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()

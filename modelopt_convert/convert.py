@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from modelopt_convert.accounting import peak_rss_bytes, publish, timed
+from modelopt_convert.accounting import note_cost, publish, timed
 from modelopt_convert.check import check_structure, refuse_misread
 from modelopt_convert.components import COMPONENTS, resolve_components
 from modelopt_convert.errors import CheckFailedError, InputError
@@ -153,7 +153,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                 verify_stage(stage.path, bases, request.verify, request.max_error, request.workers, report, progress)
             with timed(report, "publish"):
                 publish(stage, report)
-    report.peak_rss_bytes = peak_rss_bytes()
+    note_cost(report)
 
 
 def _prove(

@@ -159,6 +159,10 @@ class Report(_Model):
     free_bytes: int | None = None
     peak_working_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    throughput_bytes_per_s: int | None = Field(
+        default=None,
+        description="tensor bytes of the output by the seconds of `stream`; null where nothing was streamed",
+    )
     timings_s: dict[str, float] = Field(default_factory=dict)
     warnings: list[dict[str, str]] = Field(default_factory=list)
     error: ErrorReport | None = None

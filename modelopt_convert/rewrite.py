@@ -16,8 +16,8 @@ import xxhash
 from modelopt_convert import __version__
 from modelopt_convert.accounting import (
     json_bytes,
+    note_cost,
     note_input,
-    peak_rss_bytes,
     publish,
     timed,
     traffic_noted,
@@ -140,7 +140,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
             _check(stage.path, plan, base_path, request, report)
         with timed(report, "publish"):
             publish(stage, report)
-    report.peak_rss_bytes = peak_rss_bytes()
+    note_cost(report)
 
 
 def _look(source: Location, base: Location | None, max_error: float) -> dict[str, ModuleLayout]:

@@ -2,7 +2,7 @@
 
     python scripts/bench.py [--quick] [--dir FOLDER] [--output docs/performance.md]
 
-Makes FLUX.1-shaped checkpoints of about 4 GB (--quick: 1 GB) in FOLDER: the base in BF16, an NVFP4 export of it, and
+Makes FLUX.1-shaped checkpoints of about 4 GB (--quick: 200 MB) in FOLDER: the base in BF16, an NVFP4 export of it, and
 the same with its scales in the 128x4 order. Each command is timed in a process of its own with the files in the page
 cache, a sync included, and so is ``cp -r`` of the same bytes; what the same command takes for a FLUX.1 of 1 MB is
 measured too and taken off. Peak memory is VmHWM of the process, less that of the small run.
@@ -10,20 +10,16 @@ measured too and taken off. Peak memory is VmHWM of the process, less that of th
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-RUNS = 3
-MAIN = "from modelopt_convert.cli import main; main()"
+from benching import RUNS, Measured, machine, num_bytes, run, run_mopt, warm
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ def cases(folder: Path) -> list[Case]:
 
 SIZES: dict[str, dict[str, object]] = {
     "full": {"num_layers": 3, "num_single_layers": 6},
-    "quick": {"num_layers": 1, "num_single_layers": 1},
+    # One block of each kind is the least that a preset takes; at the real width that would be 1 GB.
+    "quick": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 10},
     "tiny": {
         "num_layers": 1,
         "num_single_layers": 1,
@@ -72,8 +69,11 @@ SIZES: dict[str, dict[str, object]] = {
 }
 
 
-def make(folder: Path, size: str) -> None:
-    """Write base, export and swizzled export."""
+KINDS = ("base", "export", "swizzled")
+
+
+def make(folder: Path, size: str, kinds: Collection[str] = KINDS) -> None:
+    """Write those of base, export and swizzled export that are wanted."""
     import torch
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import save_file
@@ -89,7 +89,7 @@ def make(folder: Path, size: str) -> None:
     torch.manual_seed(0)
     base = {name: (torch.randn(one.shape) * 0.02).to(torch.bfloat16) for name, one in model.named_parameters()}
     export, swizzled = {}, {}
-    for name, tensor in base.items():
+    for name, tensor in base.items() if {"export", "swizzled"} & set(kinds) else ():
         if tensor.ndim != 2 or name.startswith(_LEFT_ALONE):
             export[name] = swizzled[name] = tensor
             continue
@@ -104,39 +104,16 @@ def make(folder: Path, size: str) -> None:
         ("export", export, {"quantization_config": _QUANTIZATION}),
         ("swizzled", swizzled, {"quantization_config": _QUANTIZATION}),
     ):
+        if where not in kinds:
+            continue
         (folder / where).mkdir(parents=True)
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         save_file(own, folder / where / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         (folder / where / "config.json").write_text(json.dumps(config | extra))
 
 
-def run(command: list[str]) -> tuple[float, str]:
-    """Seconds, a sync of everything written included, and what the command printed."""
-    begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    os.sync()
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
-    return time.perf_counter() - begin, done.stdout
-
-
-def _mopt(case: Case, out: Path) -> tuple[float, int]:
-    """Seconds, and peak memory in bytes."""
-    arguments = [str(out) if word == "OUT" else word for word in case.arguments]
-    seconds, report = run([sys.executable, "-c", MAIN, *arguments, "--json"])
-    return seconds, json.loads(report)["peak_rss_bytes"]
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _warm(folder: Path) -> None:
-    """Bring a folder into the page cache."""
-    for path in folder.rglob("*.safetensors"):
-        with path.open("rb") as file:
-            while file.read(1 << 24):
-                pass
+def _mopt(case: Case, out: Path) -> Measured:
+    return run_mopt(*(str(out) if word == "OUT" else word for word in case.arguments))
 
 
 def measure(folder: Path, quiet: Callable[[str], None]) -> list[str]:
@@ -149,17 +126,16 @@ def measure(folder: Path, quiet: Callable[[str], None]) -> list[str]:
     for case, small in zip(cases(folder), cases(folder / "tiny"), strict=True):
         ours, peers, peaks = [], [], []
         for _ in range(RUNS):
-            start_s, start_bytes = _mopt(small, out)
+            start = _mopt(small, out)
             shutil.rmtree(out)
-            for name in ("base", "export", "swizzled"):
-                _warm(folder / name)
-            seconds, peak = _mopt(case, out)
-            ours.append(seconds - start_s)
-            peaks.append(peak - start_bytes)
+            warm(*(folder / name for name in KINDS))
+            done = _mopt(case, out)
+            ours.append(done.seconds - start.seconds)
+            peaks.append(done.peak_bytes - start.peak_bytes)
             source = out if case.copied == "OUT" else Path(case.copied)
-            _warm(source)
-            peers.append(run(["cp", "-r", str(source), str(copy)])[0])
-            size = _size(source)
+            warm(source)
+            peers.append(run(["cp", "-r", str(source), str(copy)]).seconds)
+            size = num_bytes(source)
             shutil.rmtree(copy)
             shutil.rmtree(out)
         ratio = statistics.median(peers) / statistics.median(ours)
@@ -214,9 +190,11 @@ def quantizers() -> list[str]:
 def main() -> None:
     """Print the tables, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--dir", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="a base of 200 MB rather than 4 GB: a try, whose times are mostly noise"
+    )
+    parser.add_argument("--dir", type=Path, help="where to make them; default: the system's temporary folder")
+    parser.add_argument("--output", type=Path, help="write the tables there too")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="mopt-bench-", dir=arguments.dir))
     try:
@@ -225,8 +203,7 @@ def main() -> None:
         lines = measure(folder, lambda line: print(line, file=sys.stderr, flush=True))
     finally:
         shutil.rmtree(folder)
-    cores = len(os.sched_getaffinity(0))
-    text = "\n".join(["", *lines, "", *quantizers(), "", f"{platform.machine()}, {cores} cores, {RUNS} runs each.", ""])
+    text = "\n".join(["", *lines, "", *quantizers(), "", f"{machine()}, {RUNS} runs each.", ""])
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text)

@@ -34,8 +34,8 @@ def make(folder: Path) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     config = {"_class_name": "FluxTransformer2DModel", **{key: model.config[key] for key in sorted(model.config)}}
     config = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
-    _write(folder / "base", [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()], config)
-    _write(folder / "export", list(_packed(shapes)), config | {"quantization_config": _QUANTIZATION})
+    write_sparse(folder / "base", [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()], config)
+    write_sparse(folder / "export", list(_packed(shapes)), config | {"quantization_config": _QUANTIZATION})
 
 
 def _packed(shapes: dict[str, tuple[int, ...]]) -> list[TensorSpec]:
@@ -55,7 +55,8 @@ def _packed(shapes: dict[str, tuple[int, ...]]) -> list[TensorSpec]:
     return specs
 
 
-def _write(folder: Path, specs: list[TensorSpec], config: dict[str, object]) -> None:
+def write_sparse(folder: Path, specs: list[TensorSpec], config: dict[str, object]) -> None:
+    """Write a checkpoint of any names and shapes, in shards as ModelOpt cuts them; its bytes are holes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     weight_map: dict[str, str] = {}

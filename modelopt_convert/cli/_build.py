@@ -156,7 +156,7 @@ def _shard_bytes(text: str) -> int:
 
 def _show(out: "Output", report: "Report") -> None:
     from modelopt_convert.card import load_command
-    from modelopt_convert.cli._output import human_bytes, show_written
+    from modelopt_convert.cli._output import human_bytes, show_cost, show_written
 
     show_written(out, report)
     several = any(rule.component for rule in report.rules)
@@ -199,6 +199,7 @@ def _show(out: "Output", report: "Report") -> None:
             out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
     parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
     out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
+    show_cost(out, report)
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
     out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
 

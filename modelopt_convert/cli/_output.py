@@ -198,6 +198,16 @@ def show_written(output: Output, report: Report) -> None:
     output.line("")
 
 
+def show_cost(output: Output, report: Report) -> None:
+    """What the work took: peak memory, and how fast the output was written; nothing of what only was planned."""
+    if report.peak_rss_bytes is None:
+        return
+    rate = report.throughput_bytes_per_s
+    # Most disks write some GB/s: one decimal; small checkpoints take their time for other things.
+    speed = "" if rate is None else f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
+    output.line(f"peak memory {human_bytes(report.peak_rss_bytes)}{f', written at {speed}' if speed else ''}")
+
+
 AnyReport = Report | InspectReport
 
 

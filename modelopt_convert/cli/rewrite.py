@@ -142,8 +142,9 @@ def _run(
 
 
 def _show(out: "Output", report: "Report") -> None:
-    from modelopt_convert.cli._output import show_written
+    from modelopt_convert.cli._output import show_cost, show_written
 
     show_written(out, report)
     for check in report.checks:
         out.line(f"check: {check['name']} {check['status']}")
+    show_cost(out, report)

@@ -179,6 +179,8 @@ def _write_page(path: Path | None, report: "Report") -> None:
 
 def _show(out: "Output", report: "Report") -> None:
     """Table of levels, backends and what failed."""
+    from modelopt_convert.cli._output import show_cost
+
     found = report.verify
     if found is None:
         return
@@ -203,4 +205,5 @@ def _show(out: "Output", report: "Report") -> None:
     if found.modules:
         label = "FP4" if found.algorithm == "nvfp4" else "FP8"
         out.line(f"native {label} kernels executed: {found.native_executed} modules")
+    show_cost(out, report)
     out.line(f"verdict: {found.verdict}: {found.statement}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modelopt_convert.accounting import note_input, peak_rss_bytes, timed, traffic_noted
+from modelopt_convert.accounting import note_cost, note_input, timed, traffic_noted
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.components import transformers_of
@@ -66,7 +66,7 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
                     found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
     _check_parts(request.checkpoint, found)
     report.verify = combine(found, str(request.checkpoint))
-    report.peak_rss_bytes = peak_rss_bytes()
+    note_cost(report)
     for one in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
         conclude(one, request)
 
