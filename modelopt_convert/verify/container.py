@@ -21,6 +21,7 @@ from modelopt_convert.transforms.scales import scale_readings
 from modelopt_convert.verify.scan import Scanned
 from modelopt_convert.verify.subject import Subject
 from modelopt_convert.verify_report import LevelReport, LevelStatus
+from modelopt_convert.workers import in_order
 
 # Of what `inspect` shows, these make a checkpoint wrong for any runtime; the rest is for its user to know.
 _FATAL = frozenset(
@@ -46,7 +47,7 @@ def look(subject: Subject) -> ComponentReport:
     return inspect_component(subject.reader, None, every_scale=True, max_error=1.0)
 
 
-def container_level(subject: Subject, seen: ComponentReport, scanned: Scanned) -> LevelReport:
+def container_level(subject: Subject, seen: ComponentReport, scanned: Scanned, workers: int) -> LevelReport:
     """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors."""
     fatal = _FATAL_FP8 if subject.algorithm == "fp8" else _FATAL
     failures = [_words(fault) for fault in seen.lint if fault.code in fatal]
@@ -55,9 +56,9 @@ def container_level(subject: Subject, seen: ComponentReport, scanned: Scanned) -
     failures += [module.fault.message for module in subject.modules.values() if module.fault is not None]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
     if subject.algorithm == "nvfp4":
-        for module in subject.modules.values():
-            if module.fault is None:
-                failures += _padding_faults(subject, module) + _zero_faults(subject, module)
+        due = [module for module in subject.modules.values() if module.fault is None]
+        for found in in_order(due, lambda module, _stopped: _stored_faults(subject, module), workers):
+            failures += found
     failures = list(dict.fromkeys(failures))
     return LevelReport(
         level="L0", title="container", status=_status(failures, warnings), failures=failures, warnings=warnings
@@ -162,9 +163,15 @@ def _bias_faults(subject: Subject) -> list[str]:
     return faults
 
 
-def _padding_faults(subject: Subject, module: PackedModule) -> list[str]:
+def _stored_faults(subject: Subject, module: PackedModule) -> list[str]:
+    with torch.inference_mode():  # of each thread
+        readings = _readings(subject, module)
+        return _padding_faults(subject, module, readings) + _zero_faults(subject, module, readings)
+
+
+def _padding_faults(subject: Subject, module: PackedModule, readings: Mapping[str, torch.Tensor]) -> list[str]:
     faults = []
-    if not _readings(subject, module):
+    if not readings:
         faults.append(f"{module.name}: the padding of weight_scale is not zero")
     if module.weight.shape != (module.rows, module.columns // 2):
         stored = load_weight(subject.reader, module.weight.name)
@@ -173,12 +180,12 @@ def _padding_faults(subject: Subject, module: PackedModule) -> list[str]:
     return faults
 
 
-def _zero_faults(subject: Subject, module: PackedModule) -> list[str]:
+def _zero_faults(subject: Subject, module: PackedModule, readings: Mapping[str, torch.Tensor]) -> list[str]:
     """Zero scales over codes that are neither zero nor saturated: no quantizer makes these.
 
     ModelOpt up to 0.44 let scales underflow to zero; all codes of such a block are saturated.
     """
-    reading = _readings(subject, module).get("128x4" if subject.swizzled else "linear")
+    reading = readings.get("128x4" if subject.swizzled else "linear")
     if reading is None:
         return []
     zero = (reading.view(torch.uint8) & 0x7F) == 0

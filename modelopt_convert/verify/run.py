@@ -187,7 +187,7 @@ def verify_opened(
         )
     levels = [
         _record_level(record, scanned),
-        container_level(subject, seen, scanned),
+        container_level(subject, seen, scanned, request.workers),
         layout_level(subject, seen, base, readings, max_error),
         decoded,
     ]
