@@ -88,7 +88,7 @@ ALLOWED = {
     ),
     "checkpoint": "errors header hub.location sources strict_json",
     "plan": "dialects.modelopt formats header patterns preset sampling sources",
-    "verify.request": "sources",
+    "verify.request": "checkpoint sources",
     "accounting": "checkpoint hub.location report staging",
     "card": "engines.sglang error_table formats plan preset report",
     "check": (
@@ -98,8 +98,9 @@ ALLOWED = {
     "components": "checkpoint errors sources strict_json",
     "lint": (
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
-        "plan preset scale_shapes transforms.raw transforms.scales"
+        "plan preset scale_shapes"
     ),
+    "looks": ("checkpoint dialects.nvfp4 header layout lint sampling scale_shapes transforms.raw transforms.scales"),
     "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw workers",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt dtypes errors header patterns plan preset",
@@ -111,8 +112,7 @@ ALLOWED = {
     "verify.verdict": "errors verify.names verify.request verify_report",
     "hub.publishable": "checkpoint components errors hub.leaks local_file strict_json",
     "inspection": (
-        "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
-        "lint sampling scale_shapes sources transforms.raw transforms.scales"
+        "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report lint looks sources"
     ),
     "pickle_source": "components dialects.fp8 sources torch_archive",
     "plan_mixed": (
@@ -163,13 +163,14 @@ ALLOWED = {
     "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
     "space": "header manifest opening plan preset report",
     "verify.run": (
-        "accounting checkpoint closeness components errors layout report sources stream verify.container "
-        "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
+        "accounting checkpoint closeness errors layout report sources stream verify.container verify.decode "
+        "verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
         "verify.verdict verify_report"
     ),
+    "verify.opened": "accounting checkpoint components report stream verify.request verify.run",
     "hub.push": (
-        "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.request "
-        "verify.run"
+        "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.opened "
+        "verify.request"
     ),
     "verify.closing": (
         "accounting checkpoint errors report stream verify.kernels verify.request verify.run verify.subject "
@@ -179,9 +180,8 @@ ALLOWED = {
 WITH_TORCH = {
     "measure",
     "closeness",
-    "inspection",
     "layout",
-    "lint",
+    "looks",
     "proof",
     "proof_fp8",
     "prove",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.sources import Location
 
 DEFAULT_ERROR = {"nvfp4": 0.15, "fp8": 0.1}
@@ -33,3 +34,18 @@ class VerifyRequest:
     max_error: float | None
     prewarm: bool = False
     preferred: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedTransformer:
+    """One transformer of a checkpoint.
+
+    Attributes:
+        prefix: Its folder with a slash where there are several, else empty.
+        reader: Opened.
+        base: Its base, opened, or None.
+    """
+
+    prefix: str
+    reader: CheckpointReader
+    base: CheckpointReader | None
