@@ -1,14 +1,13 @@
 """``mopt inspect``: what a checkpoint is, how each module is laid out and how that is known, and what is wrong with it.
 
-Headers and a few rows only, unless every scale is asked for. A fault found here is data, not a failure.
+Headers and a few rows only, unless every scale is asked for. A fault found here is data, not a failure. torch is
+imported only where the bytes of a packed module are looked at.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.components import transformers_of
@@ -27,13 +26,11 @@ from modelopt_convert.inspect_report import (
     ModuleLayout,
     TotalsReport,
 )
-from modelopt_convert.layout import common_answer, detect_with_base, hint_scale_order, telling_rows
 from modelopt_convert.lint import Linter, Packed, find_packed, orders_by_shape
-from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
-from modelopt_convert.scale_shapes import ROW_TILE
 from modelopt_convert.sources import Location
-from modelopt_convert.transforms.raw import from_bytes
-from modelopt_convert.transforms.scales import scale_readings
+
+if TYPE_CHECKING:
+    from modelopt_convert.looks import Looks
 
 SAMPLED_MODULES = 8
 _ORDER: tuple[Basis, ...] = ("none", "hint", "shape", "declared", "proven")  # from weak to strong
@@ -69,8 +66,7 @@ def inspect_component(
     reader: CheckpointReader, base: CheckpointReader | None, *, every_scale: bool, max_error: float
 ) -> ComponentReport:
     """What one opened transformer is; arguments as those of ``inspect``."""
-    with torch.inference_mode():
-        return _Inspection(reader, base, every_scale, max_error).run()
+    return _Inspection(reader, base, every_scale, max_error).run()
 
 
 class _Inspection:
@@ -129,15 +125,13 @@ class _Inspection:
 
     def _module(self, packed: Packed, *, sampled: bool) -> ModuleLayout:
         # Without a base, modules that are not sampled are judged by shape and declaration, from headers alone.
-        stored: Tensor | None = None
-        if sampled or self._base is not None:
-            stored = self._scales(packed)
+        looks = self._looks(packed) if sampled or self._base is not None else None
         global_scale = self._linter.global_scale(packed)
-        if stored is not None:
-            self._linter.scales(packed, stored)
+        if looks is not None:
+            self._linter.scales(packed, looks.odd_scales())
         self._linter.module(packed)
-        if self._base is not None and stored is not None and global_scale is not None:
-            proven = self._prove(self._base, packed, stored, global_scale)
+        if self._base is not None and looks is not None and global_scale is not None:
+            proven = self._prove(self._base, packed, looks, global_scale)
             if proven is not None:
                 return proven
         nibbles, scales = self._declared.get("nibbles", "undetermined"), self._declared.get("scales", "undetermined")
@@ -146,8 +140,8 @@ class _Inspection:
         orders = orders_by_shape(packed)
         if len(orders) == 1:
             scales, scale_basis = next(iter(orders)), "shape"
-        elif scale_basis == "none" and stored is not None:
-            scales = self._hint(packed, stored)
+        elif scale_basis == "none" and looks is not None:
+            scales = looks.hint()
             scale_basis = "hint" if scales != "undetermined" else "none"
         convention = "undetermined"
         if global_scale is not None:
@@ -156,7 +150,7 @@ class _Inspection:
         return self._entry(packed, nibbles, scales, convention, nibble_basis, scale_basis, None)
 
     def _prove(
-        self, base: CheckpointReader, packed: Packed, stored: Tensor, global_scale: float
+        self, base: CheckpointReader, packed: Packed, looks: "Looks", global_scale: float
     ) -> ModuleLayout | None:
         info = base.tensors.get(packed.weight.name)
         if info is None or info.shape != (packed.rows, packed.columns) or info.dtype not in HALF_AND_FLOAT:
@@ -164,23 +158,9 @@ class _Inspection:
                 LintReport(code="base.no_counterpart", message="the base has no such weight", module=packed.name)
             )
             return None
-        readings = scale_readings(stored, packed.rows, packed.columns // BLOCK_SIZE)
-        if not readings or not 0.0 < global_scale < float("inf"):
+        found = looks.against(base, info, global_scale, self._max_error) if 0.0 < global_scale < float("inf") else None
+        if found is None:
             return None
-        rows = sorted({*sample_rows(packed.rows, SAMPLED_ROWS), *telling_rows(readings, 4)})
-        half, row_bytes = packed.columns // 2, info.num_bytes // packed.rows
-        codes = self._reader.read_rows(packed.weight.name, rows, packed.weight.shape[1], half)
-        base_bytes = base.read_rows(info.name, rows, row_bytes)
-        base_rows = from_bytes(base_bytes, info.dtype, (len(rows), packed.columns))
-        dtypes = (torch.bfloat16, torch.float16, base_rows.dtype)
-        found = detect_with_base(
-            [base_rows, *(base_rows.to(dtype) for dtype in dict.fromkeys(dtypes) if dtype != base_rows.dtype)],
-            from_bytes(codes, "U8", (len(rows), half)),
-            readings,
-            rows,
-            torch.tensor(global_scale, dtype=torch.float32),
-            max_error=self._max_error,
-        )
         decided = "undetermined" not in (found.nibbles, found.scales)
         basis: Basis = "proven" if decided else "none"
         return self._entry(
@@ -215,22 +195,10 @@ class _Inspection:
             relative_error=error,
         )
 
-    def _scales(self, packed: Packed) -> Tensor:
-        raw = self._reader.read(packed.scale.name)
-        return from_bytes(raw, "F8_E4M3", packed.scale.shape)
+    def _looks(self, packed: Packed) -> "Looks":
+        from modelopt_convert.looks import Looks
 
-    def _hint(self, packed: Packed, stored: Tensor) -> str:
-        columns = packed.columns // BLOCK_SIZE
-        readings = scale_readings(stored, packed.rows, columns)
-        if not readings:
-            return "undetermined"
-        # One tile of rows: both orders keep a scale within its tile of 128 rows.
-        top = packed.rows // 2 // ROW_TILE * ROW_TILE
-        height = min(ROW_TILE, packed.rows - top)
-        stored_half = packed.weight.shape[1]
-        raw = self._reader.read_range(packed.weight.name, top * stored_half, height * stored_half)
-        codes = from_bytes(raw, "U8", (height, stored_half))[:, : packed.columns // 2].contiguous()
-        return hint_scale_order(codes, {order: scale[top : top + height] for order, scale in readings.items()})
+        return Looks(self._reader, packed, self._reader.read(packed.scale.name))
 
     def _fp8_modules(self) -> dict[str, ModuleLayout]:
         return {
@@ -317,3 +285,16 @@ def _spread(names: list[str], count: int) -> list[str]:
     if len(names) <= count:
         return names
     return [names[index * len(names) // count] for index in range(count)]
+
+
+def common_answer(answers: Iterable[str]) -> str:
+    """One answer for a file from those of its modules: the decided ones, if they agree; ``mixed`` if they do not."""
+    found = set(answers)
+    decided = found - {"equivalent", "undetermined"}
+    if len(decided) > 1:
+        return "mixed"
+    if decided:
+        return decided.pop()
+    if not found:
+        return "none"
+    return "equivalent" if found == {"equivalent"} else "undetermined"

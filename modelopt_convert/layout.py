@@ -8,7 +8,7 @@ the global scale multiplies or divides. An answer is given only where the others
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -259,16 +259,3 @@ def _centred(values: Tensor, usable: Tensor) -> Tensor:
             mean = (values * weight).sum(dim=dim, keepdim=True) / weight.sum(dim=dim, keepdim=True).clamp(min=1.0)
             values = (values - mean) * weight
     return values
-
-
-def common_answer(answers: Iterator[str] | Sequence[str]) -> str:
-    """One answer for a file from those of its modules: the decided ones, if they agree; ``mixed`` if they do not."""
-    found = set(answers)
-    decided = found - {"equivalent", "undetermined"}
-    if len(decided) > 1:
-        return "mixed"
-    if decided:
-        return decided.pop()
-    if not found:
-        return "none"
-    return "equivalent" if found == {"equivalent"} else "undetermined"

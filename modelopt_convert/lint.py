@@ -1,12 +1,10 @@
 """Faults that ``mopt inspect`` looks for: data to be shown, never a reason to stop."""
 
 import itertools
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.modelopt import SCALE_ROLES
@@ -19,8 +17,6 @@ from modelopt_convert.patterns import ignored, module_of
 from modelopt_convert.plan import natural_key
 from modelopt_convert.preset import load_preset, preset_names
 from modelopt_convert.scale_shapes import packed_shapes, scale_shapes
-from modelopt_convert.transforms.raw import from_bytes
-from modelopt_convert.transforms.scales import scale_readings
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +38,15 @@ class Packed:
     rows: int
     columns: int
     others: Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class OddScales:
+    """How many block scales of a module are not positive numbers; of zeros those that the padding does not explain."""
+
+    nan: int
+    negative: int
+    zero: int
 
 
 def find_packed(
@@ -105,27 +110,21 @@ class Linter:
         info = packed.others.get("weight_scale_2")
         if info is None or info.dtype != "F32" or info.num_bytes != 4:
             return None
-        return float(from_bytes(self._reader.read(info.name), "F32", ()))
+        return self._float32(info)
 
-    def scales(self, packed: Packed, stored: Tensor) -> None:
-        """NaN and zero block scales."""
-        raw = stored.view(torch.uint8)
-        broken = int(((raw & 0x7F) == 0x7F).count_nonzero())
-        if broken:
-            self.found.append(
-                LintReport(code="scale.nan", message=f"{broken} block scales are NaN", module=packed.name)
-            )
-        negative = int((raw > 0x80).count_nonzero()) - int((raw == 0xFF).count_nonzero())
-        if negative:
-            self.found.append(
-                LintReport(code="scale.unusable", message=f"{negative} block scales are negative", module=packed.name)
-            )
-        readings = scale_readings(stored, packed.rows, packed.columns // BLOCK_SIZE)
-        zero = min((int((one.view(torch.uint8) == 0).count_nonzero()) for one in readings.values()), default=0)
-        if zero:
-            self.found.append(
-                LintReport(code="scale.zero", message=f"{zero} block scales are zero", module=packed.name)
-            )
+    def _float32(self, info: TensorInfo) -> float:
+        (value,) = struct.unpack("<f", self._reader.read(info.name))
+        return float(value)
+
+    def scales(self, packed: Packed, odd: OddScales) -> None:
+        """NaN, negative and zero block scales."""
+        for count, code, what in (
+            (odd.nan, "scale.nan", "NaN"),
+            (odd.negative, "scale.unusable", "negative"),
+            (odd.zero, "scale.zero", "zero"),
+        ):
+            if count:
+                self.found.append(LintReport(code=code, message=f"{count} block scales are {what}", module=packed.name))
 
     def module(self, packed: Packed) -> None:
         """Missing or unusable scales, padded shapes, a module spread over files."""
@@ -140,7 +139,7 @@ class Linter:
                 message = f"{role} is {info.dtype} {list(info.shape)}, expected F32 []"
                 self.found.append(LintReport(code="scale.unusable", message=message, module=packed.name))
             else:
-                value = float(from_bytes(self._reader.read(info.name), "F32", ()))
+                value = self._float32(info)
                 if not 0.0 < value < float("inf"):
                     self.found.append(
                         LintReport(code="scale.unusable", message=f"{role} is {value}", module=packed.name)
@@ -179,7 +178,7 @@ class Linter:
                 if scale is None:
                     self.found.append(LintReport(code=f"{role}.missing", message=f"FP8 without {role}", module=module))
                 elif scale.dtype == "F32" and scale.num_bytes == 4:
-                    value = float(from_bytes(self._reader.read(scale.name), "F32", ()))
+                    value = self._float32(scale)
                     if not 0.0 < value < float("inf"):
                         self.found.append(
                             LintReport(code="scale.unusable", message=f"{role} is {value}", module=module)

@@ -69,25 +69,6 @@ def test_version() -> None:
     assert run_mopt("--version", json_report=False).stdout == f"mopt {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "exit_code"),
-    [
-        (["--help"], 0),
-        (["build-nvfp4", "--help"], 0),
-        (["build-nvfp4", "--no-such-flag"], 2),
-        (["build-nvfp4"], 2),
-        (["build-nvfp4", "--export", "/nowhere", "--base", "/nowhere", "--output", "/nowhere/at/all"], 3),
-        (["presets", "flux1-dev"], 0),
-    ],
-)
-def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str], exit_code: int) -> None:
-    heavy = "{'torch', 'numpy', 'modelopt', 'diffusers', 'safetensors'}"
-    code = f"import sys, atexit; atexit.register(lambda: print('HEAVY', {heavy} & set(sys.modules))); {MAIN}"
-    result = mopt(*arguments, code=code)
-    assert result.returncode == exit_code, result.stderr
-    assert result.stdout.endswith("HEAVY set()\n")
-
-
 def test_a_dry_run_imports_no_torch_and_writes_nothing(exports: Path, tmp_path: Path) -> None:
     code = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {MAIN}"
     arguments = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--output", tmp_path / "out"]

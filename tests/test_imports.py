@@ -56,7 +56,7 @@ ALLOWED = {
     "formats": "preset",
     "hub.remote_file": "errors hub.client hub.range_source hub.ranges",
     "proof_fp8": "closeness layout proof transforms.fp8",
-    "shard_writer": "errors fsops header",
+    "shard_writer": "errors fsops header locks",
     "verify.backends.base": "preset",
     "dialects.detect": "engines.sglang header scale_shapes",
     "dialects.fp8": "dialects.modelopt dtypes errors header patterns",
@@ -88,7 +88,6 @@ ALLOWED = {
     ),
     "checkpoint": "errors header hub.location sources strict_json",
     "plan": "dialects.modelopt formats header patterns preset sampling sources",
-    "verify.request": "sources",
     "accounting": "checkpoint hub.location report staging",
     "card": "engines.sglang error_table formats plan preset report",
     "check": (
@@ -98,7 +97,7 @@ ALLOWED = {
     "components": "checkpoint errors sources strict_json",
     "lint": (
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
-        "plan preset scale_shapes transforms.raw transforms.scales"
+        "plan preset scale_shapes"
     ),
     "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw workers",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
@@ -107,13 +106,10 @@ ALLOWED = {
     "produce": "checkpoint errors header patterns plan transforms.fp8 transforms.raw",
     "reads": "checkpoint header patterns plan sampling",
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
-    "verify.scan": "checkpoint digests errors plan report sources strict_json transforms.raw",
-    "verify.verdict": "errors verify.names verify.request verify_report",
+    "verify.request": "checkpoint sources workers",
+    "verify.scan": "checkpoint digests errors report sources strict_json transforms.raw workers",
     "hub.publishable": "checkpoint components errors hub.leaks local_file strict_json",
-    "inspection": (
-        "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report layout "
-        "lint sampling scale_shapes sources transforms.raw transforms.scales"
-    ),
+    "looks": "checkpoint dialects.nvfp4 header layout lint sampling scale_shapes transforms.raw transforms.scales",
     "pickle_source": "components dialects.fp8 sources torch_archive",
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
@@ -134,20 +130,19 @@ ALLOWED = {
     "stream": "checkpoint patterns plan produce reads shard_writer staging transforms.fp8 workers",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
-        "transforms.scales verify.operands"
+        "transforms.raw transforms.scales verify.operands"
     ),
+    "verify.verdict": "errors verify.names verify.request verify_report",
     "hub.remote": "checkpoint components errors hub.publishable strict_json",
+    "inspection": (
+        "checkpoint components dialects.detect dialects.nvfp4 dtypes engines.sglang inspect_report lint looks sources"
+    ),
     "opening": (
         "accounting checkpoint components dialects.fp8 dialects.ltx2 errors patterns pickle_source plan report sources"
     ),
     "prove": (
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
         "prove_fp8 prove_nvfp4 samples sampling transforms.raw workers"
-    ),
-    "verify.container": (
-        "checkpoint dialects.modelopt dialects.nvfp4 dtypes errors formats inspect_report inspection layout "
-        "samples scale_shapes transforms.nvfp4 transforms.raw transforms.scales verify.scan verify.subject "
-        "verify_report"
     ),
     "verify.kernels": (
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
@@ -156,32 +151,37 @@ ALLOWED = {
     "fetching": "opening plan reads report",
     "manifest": "accounting card digests opening plan preset report",
     "proving": "accounting errors formats opening plan proof prove reads report stream",
+    "verify.container": (
+        "checkpoint dialects.modelopt dialects.nvfp4 dtypes errors formats inspect_report inspection layout "
+        "samples scale_shapes transforms.nvfp4 transforms.raw transforms.scales verify.scan verify.subject "
+        "verify_report workers"
+    ),
     "verify.decode": (
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
-        "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report"
+        "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report workers"
     ),
     "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
     "space": "header manifest opening plan preset report",
     "verify.run": (
-        "accounting checkpoint closeness components errors layout report sources stream verify.container "
-        "verify.decode verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject "
-        "verify.verdict verify_report"
-    ),
-    "hub.push": (
-        "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.request "
-        "verify.run"
+        "accounting checkpoint closeness errors layout report sources stream verify.container verify.decode "
+        "verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject verify.verdict "
+        "verify_report workers"
     ),
     "verify.closing": (
         "accounting checkpoint errors report stream verify.kernels verify.request verify.run verify.subject "
         "verify.verdict verify_report"
     ),
+    "verify.opened": "accounting checkpoint components report stream verify.request verify.run",
+    "hub.push": (
+        "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.opened "
+        "verify.request"
+    ),
 }
 WITH_TORCH = {
     "measure",
     "closeness",
-    "inspection",
     "layout",
-    "lint",
+    "looks",
     "proof",
     "proof_fp8",
     "prove",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelopt_convert.layout import Detection, common_answer, detect_with_base, hint_scale_order, telling_rows
+from modelopt_convert.inspection import common_answer
+from modelopt_convert.layout import Detection, detect_with_base, hint_scale_order, telling_rows
 from modelopt_convert.sampling import sample_rows
 from modelopt_convert.transforms.nvfp4 import (
     pack_e2m1,

@@ -328,6 +328,8 @@ def _tell(output: Output, report: AnyReport, show: Callable[[], None], show_fail
             output.aside(f"error: {report.error.message} [{report.error.code}]")
             if report.error.hint:
                 output.aside(f"hint: {report.error.hint}")
+        if output.report_path is None and not output.json:
+            return
         if isinstance(report, Report):
             report.versions = _versions()
         text = report.to_json()

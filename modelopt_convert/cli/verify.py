@@ -113,9 +113,8 @@ def verify(
     found = Report(command="verify", output=OutputReport(path=""))
 
     def work(progress: object) -> None:
+        from modelopt_convert.verify.opened import verify as look
         from modelopt_convert.verify.request import VerifyRequest
-        from modelopt_convert.verify.run import verify as look
-        from modelopt_convert.verify.run import verify_backends
         from modelopt_convert.workers import default_workers
 
         request = VerifyRequest(
@@ -135,7 +134,12 @@ def verify(
 
             require_plotly()  # before the work, and not after it
         try:
-            (verify_backends if checkpoint is None else look)(request, found, progress)  # type: ignore[arg-type]
+            if checkpoint is None:
+                from modelopt_convert.verify.run import verify_backends
+
+                verify_backends(request, found, progress)  # type: ignore[arg-type]
+            else:
+                look(request, found, progress)  # type: ignore[arg-type]
         except MoptError:  # what was found goes onto the page; that it cannot be written must not hide the verdict
             with contextlib.suppress(MoptError):
                 _write_page(report, found)

@@ -108,12 +108,12 @@ class Publishable:
                 )
 
 
-def publishable(checkpoint: Path, token: str | None, stack: ExitStack) -> Publishable:
+def publishable(checkpoint: Path, token: Callable[[], str | None], stack: ExitStack) -> Publishable:
     """The files of a checkpoint, opened and searched for what must not be published.
 
     Args:
         checkpoint: A transformer folder, or the folder above ``transformer`` and ``transformer_2``.
-        token: The access token in use.
+        token: Gives the access token in use; asked only once the checkpoint is opened.
         stack: Keeps the checkpoint open.
 
     Raises:
@@ -142,7 +142,7 @@ def publishable(checkpoint: Path, token: str | None, stack: ExitStack) -> Publis
         names = _sorted_out(folder, prefix, known, left_out, known=reader.files)
         files += [_shard(folder, prefix, one) for one in reader.files]
         files += [_small(folder, prefix, one) for one in names]
-    _refuse_leaks(checkpoint, files, readers, token)
+    _refuse_leaks(checkpoint, files, readers, token())
     records = [one for one in files if Path(one.path).name == RECORD]
     return Publishable(
         files=tuple(sorted(files, key=lambda one: (not one.is_shard, one.path))),

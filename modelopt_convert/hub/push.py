@@ -79,10 +79,8 @@ def push(request: PushRequest, report: Report, progress: Progress) -> None:
     Raises:
         MoptError: One of its kinds. Nothing is committed then; a repo that was created is empty.
     """
-    from huggingface_hub import get_token
-
     with ExitStack() as stack:
-        local = publishable(request.checkpoint, get_token(), stack)
+        local = publishable(request.checkpoint, _token, stack)
         if local.left_out:
             report.warn("push.left_out", f"not published: {', '.join(local.left_out)}")
         exists = check_access(
@@ -94,6 +92,12 @@ def push(request: PushRequest, report: Report, progress: Progress) -> None:
             report.pushed = _send(request, local, exists, report, progress)
         report.pushed.not_published = list(local.left_out)
         report.pushed.load = _load_command(report.pushed, local)
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
 
 
 def _check_card(request: PushRequest, local: Publishable) -> None:
@@ -127,7 +131,7 @@ def _verify(request: PushRequest, report: Report, progress: Progress) -> None:
 
     On the CPU: a kernel says nothing about the checkpoint that the other levels do not.
     """
-    from modelopt_convert.verify.run import verify
+    from modelopt_convert.verify.opened import verify
 
     asked = VerifyRequest(request.checkpoint, None, ("best",), "cpu", DEFAULT_SAMPLE, None, None)
     checked = Report(command=report.command, output=OutputReport(path=""))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.sources import Location
 from modelopt_convert.workers import default_workers
 
@@ -36,3 +37,18 @@ class VerifyRequest:
     prewarm: bool = False
     preferred: str | None = None
     workers: int = field(default_factory=default_workers)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedTransformer:
+    """One transformer of a checkpoint.
+
+    Attributes:
+        prefix: Its folder with a slash where there are several, else empty.
+        reader: Opened.
+        base: Its base, opened, or None.
+    """
+
+    prefix: str
+    reader: CheckpointReader
+    base: CheckpointReader | None

@@ -1,15 +1,13 @@
 """Verify a checkpoint: all levels, one verdict."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from modelopt_convert.accounting import note_cost, note_input, timed, traffic_noted
+from modelopt_convert.accounting import note_cost, timed
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.components import transformers_of
 from modelopt_convert.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.layout import Reading
 from modelopt_convert.report import Report
@@ -20,7 +18,7 @@ from modelopt_convert.verify.container import container_level, layout_level, loo
 from modelopt_convert.verify.decode import decode_level
 from modelopt_convert.verify.kernels import agreement, choose, disagree, first_line, kernel_level, prewarm
 from modelopt_convert.verify.names import ALIASES
-from modelopt_convert.verify.request import DEFAULT_ERROR, VerifyRequest
+from modelopt_convert.verify.request import DEFAULT_ERROR, OpenedTransformer, VerifyRequest
 from modelopt_convert.verify.scan import (
     Scanned,
     part_digest,
@@ -37,8 +35,10 @@ from modelopt_convert.verify_report import DeviceReport, LevelReport, ModuleVeri
 from modelopt_convert.workers import torch_on_one_thread
 
 
-def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
-    """Verify every transformer of a checkpoint; what was found is in ``report.verify``, also when this raises.
+def verify_all(
+    request: VerifyRequest, transformers: Sequence[OpenedTransformer], report: Report, progress: Progress
+) -> None:
+    """Verify every transformer of an opened checkpoint; what was found is in ``report.verify``, also when this raises.
 
     Raises:
         CheckFailedError: ``check.verify``: a level failed.
@@ -47,28 +47,19 @@ def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
     """
     device = device_of(request.device)
     found: dict[str, VerifyReport] = {}
-    transformers = transformers_of(request.checkpoint, request.base)
-    for name, path, base_path in transformers:
-        prefix = f"{name}/" if len(transformers) > 1 else ""
-        with ExitStack() as stack:
-            with timed(report, "open"):
-                reader = stack.enter_context(CheckpointReader(path))
-                base = stack.enter_context(CheckpointReader(base_path)) if base_path is not None else None
-            for role, opened in (("checkpoint", reader), ("base", base)):
-                if opened is not None:
-                    note_input(report, f"{prefix}{role}", opened)
-                    stack.enter_context(traffic_noted(report, f"{prefix}{role}", opened))
-            with torch.inference_mode():
-                if request.prewarm:
-                    found[prefix] = _prewarmed(find_subject(reader, base), request, device, progress)
-                    continue
-                with timed(report, "verify"):
-                    found[prefix] = verify_opened(reader, base, request, device, progress, with_record=True)
+    with torch.inference_mode():
+        for one in transformers:
+            if request.prewarm:
+                subject = find_subject(one.reader, one.base)
+                found[one.prefix] = _prewarmed(subject, request, device, progress)
+                continue
+            with timed(report, "verify"):
+                found[one.prefix] = verify_opened(one.reader, one.base, request, device, progress, with_record=True)
     _check_parts(request.checkpoint, found)
     report.verify = combine(found, str(request.checkpoint))
     note_cost(report)
-    for one in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
-        conclude(one, request)
+    for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
+        conclude(verified, request)
 
 
 def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
