@@ -15,6 +15,7 @@ from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import CHUNK_BYTES, Step
 
 if TYPE_CHECKING:
+    from modelopt_convert.on_device import Gpu
     from modelopt_convert.transforms.fp8 import Clipped
 
 _COPIED_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
@@ -52,7 +53,9 @@ class Made:
             self.clipped = found if self.clipped is None else self.clipped.plus(found)
 
 
-def produce(step: Step, reader: CheckpointReader, layouts: Layouts, made: Made) -> Iterator[bytes | memoryview]:
+def produce(
+    step: Step, reader: CheckpointReader, layouts: Layouts, made: Made, gpu: "Gpu | None" = None
+) -> Iterator[bytes | memoryview]:
     """The bytes of a step's output, each piece good until the next; memory is one piece, for scales one tensor.
 
     Args:
@@ -60,12 +63,20 @@ def produce(step: Step, reader: CheckpointReader, layouts: Layouts, made: Made) 
         reader: Its input.
         layouts: How the input lies.
         made: Gets what else comes of it.
+        gpu: Where NVFP4 is quantized; on the CPU unless given.
 
     Raises:
         InputError: ``export.not_finite`` or ``export.padding``.
+        BackendError: ``device.failed``.
     """
     if step.op == "write_scale":
         yield struct.pack("<f", step.value)
+        return
+    if step.op == "quantize_nvfp4" and gpu is not None:
+        assert step.value is not None  # measured by now
+        for codes, scales in gpu.quantized(reader, reader.tensors[step.output.name], step.value):
+            made.block_scales.append(memoryview(bytes(scales)))  # theirs is good until the next only
+            yield codes
         return
     yield from _produce(step, reader, reader.tensors[step.output.name], layouts, made)
 

@@ -159,6 +159,8 @@ class Report(_Model):
     free_bytes: int | None = None
     peak_working_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    device: str | None = Field(default=None, description="the GPU that quantized, with --device cuda")
+    peak_gpu_bytes: int | None = Field(default=None, description="of measuring and quantizing there")
     timings_s: dict[str, float] = Field(default_factory=dict)
     warnings: list[dict[str, str]] = Field(default_factory=list)
     error: ErrorReport | None = None

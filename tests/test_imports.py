@@ -100,11 +100,12 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes transforms.raw transforms.scales"
     ),
-    "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw workers",
+    "measure": "checkpoint dialects.modelopt errors header on_device plan transforms.nvfp4 transforms.raw workers",
+    "on_device": "checkpoint errors header transforms.nvfp4 transforms.raw",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt dtypes errors header patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
-    "produce": "checkpoint errors header patterns plan transforms.fp8 transforms.raw",
+    "produce": "checkpoint errors header on_device patterns plan transforms.fp8 transforms.raw",
     "reads": "checkpoint header patterns plan sampling",
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
     "verify.scan": "checkpoint digests errors plan report sources strict_json transforms.raw",
@@ -131,7 +132,7 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
         "transforms.scales"
     ),
-    "stream": "checkpoint patterns plan produce reads shard_writer staging transforms.fp8 workers",
+    "stream": "checkpoint on_device patterns plan produce reads shard_writer staging transforms.fp8 workers",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"
@@ -160,7 +161,7 @@ ALLOWED = {
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
         "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report"
     ),
-    "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
+    "quantizing": "accounting engines.sglang fetching measure on_device opening plan report sources stream",
     "space": "header manifest opening plan preset report",
     "verify.run": (
         "accounting checkpoint closeness components errors layout report sources stream verify.container "
@@ -182,6 +183,7 @@ WITH_TORCH = {
     "inspection",
     "layout",
     "lint",
+    "on_device",
     "proof",
     "proof_fp8",
     "prove",
