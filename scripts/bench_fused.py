@@ -8,8 +8,6 @@ whole command ``build-nvfp4`` of a FLUX.1-shaped base of about 4 GB (--quick: 1 
 """
 
 import argparse
-import filecmp
-import json
 import os
 import platform
 import shutil
@@ -21,14 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from bench_support import MAIN, RUNS, make_base, quantize, working_s
 
 try:
     import numba
 except ImportError:
     raise SystemExit("numba is not installed: pip install numba") from None
 
-RUNS = 3
-MAIN = "from modelopt_convert.cli import main; main()"
 HERE = Path(__file__).resolve().parent
 FUSED = f"import sys; sys.path.insert(0, {str(HERE)!r}); import bench_fused; bench_fused.install(); {MAIN}"
 _TYPES = "void(uint16[::1], float32, uint8[::1], uint8[::1])"
@@ -157,11 +154,8 @@ def one_thread() -> list[str]:
     return lines
 
 
-def whole_command(folder: Path, quiet: Callable[[str], None]) -> list[str]:
+def whole_command(base: Path, quiet: Callable[[str], None]) -> list[str]:
     """The second table."""
-    from bench import _warm, run
-
-    base, kept = folder / "base", folder / "kept"
     lines = [
         "| `build-nvfp4` of the base | plain torch, s | fused, s | gain | of measure and stream |",
         "|---|---|---|---|---|",
@@ -171,18 +165,9 @@ def whole_command(folder: Path, quiet: Callable[[str], None]) -> list[str]:
         working: dict[str, list[float]] = {MAIN: [], FUSED: []}
         for _ in range(RUNS):
             for code in (MAIN, FUSED):
-                out = folder / "out"
-                _warm(base)
-                words = ["--preset", "flux1-dev", "--base", str(base), "--output", str(out), "--verify", verify]
-                taken, report = run([sys.executable, "-c", code, "build-nvfp4", *words, "--json"])
+                taken, report = quantize(code, base, base.parent / "out", "--verify", verify)
                 seconds[code].append(taken)
-                timings = json.loads(report)["timings_s"]
-                working[code].append(timings["measure"] + timings["stream"])
-                if kept.exists():
-                    check_same(kept, out)
-                    shutil.rmtree(out)
-                else:
-                    out.rename(kept)
+                working[code].append(working_s(report))
         plain, fast = (statistics.median(seconds[code]) for code in (MAIN, FUSED))
         inner = statistics.median(working[MAIN]) / statistics.median(working[FUSED])
         lines.append(f"| `--verify {verify}` | {plain:.1f} | {fast:.1f} | {plain / fast:.2f}x | {inner:.2f}x |")
@@ -190,18 +175,8 @@ def whole_command(folder: Path, quiet: Callable[[str], None]) -> list[str]:
     return lines
 
 
-def check_same(left: Path, right: Path) -> None:
-    """Fail unless both folders hold the same files with the same bytes."""
-    names = sorted(path.name for path in left.iterdir())
-    assert names == sorted(path.name for path in right.iterdir())
-    different = [name for name in names if not filecmp.cmp(left / name, right / name, shallow=False)]
-    assert not different, different
-
-
 def main() -> None:
     """Print the tables, and write them where asked."""
-    from bench import make
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dir", type=Path)
@@ -210,10 +185,8 @@ def main() -> None:
     same_bytes()
     folder = Path(tempfile.mkdtemp(prefix="mopt-bench-", dir=arguments.dir))
     try:
-        make(folder, "quick" if arguments.quick else "full")
-        for name in ("export", "swizzled"):
-            shutil.rmtree(folder / name)
-        lines = [*one_thread(), "", *whole_command(folder, lambda line: print(line, file=sys.stderr, flush=True))]
+        base = make_base(folder, quick=arguments.quick)
+        lines = [*one_thread(), "", *whole_command(base, lambda line: print(line, file=sys.stderr, flush=True))]
     finally:
         shutil.rmtree(folder)
     machine = (

@@ -165,6 +165,13 @@ def test_without_a_gpu_nothing_is_read(exports: Path, room: Path, monkeypatch: p
     assert entries(room) == {}
 
 
+def test_people_are_told(exports: Path, tmp_path: Path, gpu: str) -> None:
+    arguments = ("--preset", "flux1-dev", "--base", exports / "base", "--output", tmp_path / "out", "--device", "cuda")
+    outcome = run_mopt("build-nvfp4", *arguments, json_report=False)
+    name = torch.cuda.get_device_name() if gpu == "cuda" else "cpu"
+    assert outcome.exit_code == 0 and f"quantized on {name}, with " in outcome.stdout
+
+
 @pytest.mark.parametrize("more", [["--export", "E"], ["--export", "E", "--dry-run"]])
 def test_with_an_export_there_is_nothing_to_quantize(more: list[str]) -> None:
     outcome = run_mopt("build-nvfp4", "--base", "B", "--output", "O", "--device", "cuda", *more, json_report=False)

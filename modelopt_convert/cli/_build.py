@@ -201,6 +201,8 @@ def _show(out: "Output", report: "Report") -> None:
             share = f", {_percent(equal, codes)} of {codes} sampled codes" if codes else ""
             rules = ", ".join(sorted({one.rule for one in members if one.rule}))
             out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
+    if report.device is not None:
+        out.line(f"quantized on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
     parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
     out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
