@@ -136,6 +136,15 @@ class CheckpointReader:
         info = self.tensors[name]
         return self._files[info.file].read(info.start + begin, num_bytes)
 
+    def read_into(self, name: str, begin: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
+
+        Raises:
+            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be had.
+        """
+        info = self.tensors[name]
+        self._files[info.file].read_into(info.start + begin, target)
+
     def read_rows(self, name: str, rows: Sequence[int], row_bytes: int, num_bytes: int | None = None) -> bytes:
         """Some rows of a matrix, one behind the other.
 

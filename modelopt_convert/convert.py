@@ -8,7 +8,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from modelopt_convert.accounting import note_cost, publish, timed
 from modelopt_convert.check import check_structure, refuse_misread
@@ -35,6 +35,9 @@ from modelopt_convert.staging import StagingDir
 from modelopt_convert.stream import Progress, Streamed, stream
 from modelopt_convert.workers import torch_on_one_thread
 
+if TYPE_CHECKING:
+    from modelopt_convert.on_device import Gpu
+
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
@@ -57,6 +60,7 @@ class BuildRequest:
         dry_run: Plan only.
         download: Fetch files of the Hub whole, into its cache.
         workers: Tensors that are worked on at a time.
+        device: Where the base is quantized, if it is.
     """
 
     algorithm: Algorithm
@@ -75,6 +79,7 @@ class BuildRequest:
     dry_run: bool
     download: bool
     workers: int
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
@@ -121,22 +126,27 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         if request.dry_run:
             report.status = "planned"
             return
+        gpu = _open_gpu(report) if request.device == "cuda" else None
         need = build_bytes(parts, plans, chosen, report)
         # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
             with torch_on_one_thread():
-                proofs, layouts = _prove(request, parts, plans, report, progress)
+                proofs, layouts = _prove(request, parts, plans, report, progress, gpu)
             manifests: dict[str, bytes] = {}
             for part, plan, proven, layout in zip(parts, plans, proofs, layouts, strict=True):
                 with timed(report, "stream"), torch_on_one_thread():
                     if part.prefix:
                         stage.add_folder(part.prefix.rstrip("/"))
-                    done = stream(stage, plan, part.readers, layout, progress, part.prefix, workers=request.workers)
+                    done = stream(
+                        stage, plan, part.readers, layout, progress, part.prefix, workers=request.workers, gpu=gpu
+                    )
                 _note_clipped(report, part, done)
                 files = small_files(part, plan, chosen, report, proven, done.digests)
                 manifests[part.prefix.rstrip("/")] = files["mopt.json"]
                 for name, data in files.items():
                     stage.write_file(f"{part.prefix}{name}", data)
+            if gpu is not None:
+                report.peak_gpu_bytes = gpu.peak_bytes()
             if len(parts) > 1:
                 for name, data in pipeline_files(manifests, chosen, report).items():
                     stage.write_file(name, data)
@@ -157,7 +167,12 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
 
 
 def _prove(
-    request: BuildRequest, parts: list[Opened], plans: list[BuildPlan], report: Report, progress: Progress
+    request: BuildRequest,
+    parts: list[Opened],
+    plans: list[BuildPlan],
+    report: Report,
+    progress: Progress,
+    gpu: "Gpu | None",
 ) -> tuple[list[ProofReport], list[Layouts]]:
     """Prove, or measure, every transformer; its plan is brought in line with what was found."""
     proofs: list[ProofReport] = []
@@ -165,7 +180,7 @@ def _prove(
     for number, part in enumerate(parts):
         if part.export is None:
             plans[number], found = run_measure(
-                part, plans[number], request.max_error, request.workers, report, progress
+                part, plans[number], request.max_error, request.workers, report, progress, gpu
             )
             layouts.append(Layouts(frozenset(), frozenset()))
         else:
@@ -174,6 +189,15 @@ def _prove(
             plans[number] = _lay_out(report, part, plans[number], layouts[-1])
         proofs.append(found)
     return proofs, layouts
+
+
+def _open_gpu(report: Report) -> "Gpu":
+    from modelopt_convert.on_device import open_gpu
+
+    with timed(report, "device"):
+        gpu = open_gpu()
+    report.device = gpu.name()
+    return gpu
 
 
 def _with_base(request: BuildRequest, chosen: ChosenPreset, report: Report) -> BuildRequest:

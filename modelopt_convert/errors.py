@@ -20,6 +20,12 @@ class ExitCode(IntEnum):
     TERMINATED = 143
 
 
+def first_line(error: Exception) -> str:
+    """What a library said, cut to a line."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
 class MoptError(Exception):
     """A failure with a stable dotted ``code``; the message may change between releases, the code may not.
 

@@ -1,22 +1,29 @@
 """Measure a base before it is quantized: the global scale of every weight, and whether it has one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from threading import Event
+from typing import TYPE_CHECKING
 
 import torch
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.dialects.modelopt import PackedModule
 from modelopt_convert.errors import InputError
+from modelopt_convert.header import TensorInfo
 from modelopt_convert.plan import BuildPlan
 from modelopt_convert.transforms.nvfp4 import shared_global_scale
 from modelopt_convert.transforms.raw import largest_of_chunk
 from modelopt_convert.workers import Stopped, in_order
 
+if TYPE_CHECKING:
+    from modelopt_convert.on_device import Gpu
+
 _MEASURED_BYTES = 1 << 20  # stays in a core's cache; a multiple of every dtype's size
 
 
-def measure(base: CheckpointReader, plan: BuildPlan, workers: int, advance: Callable[[int], None]) -> dict[str, float]:
+def measure(
+    base: CheckpointReader, plan: BuildPlan, workers: int, advance: Callable[[int], None], gpu: "Gpu | None" = None
+) -> dict[str, float]:
     """Global scales by max calibration: ``amax / (6 * 448)`` of each weight, or of the group that shares one.
 
     Args:
@@ -24,17 +31,19 @@ def measure(base: CheckpointReader, plan: BuildPlan, workers: int, advance: Call
         plan: Says which weights, and which share.
         workers: Weights measured at a time.
         advance: Called with the number of bytes just read.
+        gpu: Where it is done; on the CPU unless given.
 
     Returns:
         ``weight_scale_2`` of every packed module; a float holds a float32 exactly.
 
     Raises:
         InputError: ``base.not_finite`` or ``base.all_zero``.
+        BackendError: ``device.failed``.
     """
     base.prefetch((plan.modules[name].weight.name, 0, plan.modules[name].weight.num_bytes) for name in plan.packed)
 
     def measured(name: str, stopped: Event) -> float:
-        return _largest(base, plan.modules[name], advance, stopped)
+        return _largest(base, plan.modules[name], advance, stopped, gpu)
 
     largest = dict(zip(plan.packed, in_order(plan.packed, measured, workers), strict=True))
     groups = {module: group for group in plan.shared for module in group}
@@ -56,16 +65,27 @@ def _scale(largest: list[float]) -> float:
     return float(shared_global_scale([torch.tensor(largest, dtype=torch.float32)]))
 
 
-def _largest(base: CheckpointReader, module: PackedModule, advance: Callable[[int], None], stopped: Event) -> float:
+def _pieces(base: CheckpointReader, info: TensorInfo) -> Iterator[tuple[int, float]]:
+    for chunk in base.buffered(info.name, _MEASURED_BYTES):
+        yield len(chunk), largest_of_chunk(chunk, info.dtype)
+
+
+def _largest(
+    base: CheckpointReader,
+    module: PackedModule,
+    advance: Callable[[int], None],
+    stopped: Event,
+    gpu: "Gpu | None",
+) -> float:
     info = module.weight
     where = str(base.path / info.file)
     found = 0.0
     try:
-        for chunk in base.buffered(info.name, _MEASURED_BYTES):
+        for num_bytes, largest in gpu.largest(base, info) if gpu is not None else _pieces(base, info):
             if stopped.is_set():
                 raise Stopped
-            found = max(found, largest_of_chunk(chunk, info.dtype))
-            advance(len(chunk))
+            found = max(found, largest)
+            advance(num_bytes)
     except ValueError as error:
         raise InputError(
             f"{where}: tensor {info.name!r}: {error}",

@@ -208,7 +208,11 @@ class BuildPlan:
         return {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
     def peak_bytes(self, workers: int) -> int:
-        """Working memory beyond start-up: for each worker chunks in flight, or the proof of the largest module."""
+        """Working memory beyond start-up: for each worker chunks in flight, or the proof of the largest module.
+
+        With a GPU the chunks in flight are the slots of ``on_device``, which are smaller; its own memory, about a
+        quarter of a GB a worker, is not counted here.
+        """
         proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
         computed = any(step.op in ("quantize_fp8", "dequantize_fp8", "quantize_nvfp4") for step in self.steps.values())
         # The block scales of one weight wait for the last of its codes.

@@ -15,9 +15,11 @@ from modelopt_convert.patterns import module_of
 from modelopt_convert.plan import CHUNK_BYTES, Step
 
 if TYPE_CHECKING:
+    from modelopt_convert.on_device import Gpu
     from modelopt_convert.transforms.fp8 import Clipped
 
 _COPIED_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
+_REPACKED_BYTES = _COPIED_BYTES // 4  # three more pieces of this size are in use
 _COMPUTED_BYTES = CHUNK_BYTES // 4  # arithmetic makes several wider arrays of a piece
 
 
@@ -52,7 +54,9 @@ class Made:
             self.clipped = found if self.clipped is None else self.clipped.plus(found)
 
 
-def produce(step: Step, reader: CheckpointReader, layouts: Layouts, made: Made) -> Iterator[bytes | memoryview]:
+def produce(
+    step: Step, reader: CheckpointReader, layouts: Layouts, made: Made, gpu: "Gpu | None" = None
+) -> Iterator[bytes | memoryview]:
     """The bytes of a step's output, each piece good until the next; memory is one piece, for scales one tensor.
 
     Args:
@@ -60,12 +64,20 @@ def produce(step: Step, reader: CheckpointReader, layouts: Layouts, made: Made) 
         reader: Its input.
         layouts: How the input lies.
         made: Gets what else comes of it.
+        gpu: Where NVFP4 is quantized; on the CPU unless given.
 
     Raises:
         InputError: ``export.not_finite`` or ``export.padding``.
+        BackendError: ``device.failed``.
     """
     if step.op == "write_scale":
         yield struct.pack("<f", step.value)
+        return
+    if step.op == "quantize_nvfp4" and gpu is not None:
+        assert step.value is not None  # measured by now
+        for codes, scales in gpu.quantized(reader, reader.tensors[step.output.name], step.value):
+            made.block_scales.append(memoryview(bytes(scales)))  # theirs is good until the next only
+            yield codes
         return
     yield from _produce(step, reader, reader.tensors[step.output.name], layouts, made)
 
@@ -114,7 +126,7 @@ def _produce(
         elif step.op == "repack":
             num_rows, half = step.output.shape
             stored_half = source.shape[1]
-            height = max(1, _COPIED_BYTES // stored_half)
+            height = max(1, _REPACKED_BYTES // stored_half)
             for number, stored in enumerate(reader.buffered(source.name, height * stored_half)):
                 keep = max(0, min(height, num_rows - number * height))
                 yield raw.repack_rows(stored, stored_half, half, keep, swap=module in layouts.swapped)

@@ -4,6 +4,7 @@ torch is imported on the way.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modelopt_convert.accounting import timed
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
@@ -14,16 +15,26 @@ from modelopt_convert.report import QUANTIZED_HERE, ModuleReport, ProofReport, R
 from modelopt_convert.sources import Location
 from modelopt_convert.stream import Progress
 
+if TYPE_CHECKING:
+    from modelopt_convert.on_device import Gpu
+
 METHOD = "quantized here from the base: weights by max, inputs dynamic, not calibrated"
 
 
 def run_measure(
-    opened: Opened, plan: BuildPlan, max_error: float, workers: int, report: Report, progress: Progress
+    opened: Opened,
+    plan: BuildPlan,
+    max_error: float,
+    workers: int,
+    report: Report,
+    progress: Progress,
+    gpu: "Gpu | None",
 ) -> tuple[BuildPlan, ProofReport]:
     """The plan with its scales; there is no export whose codes could be proven.
 
     Raises:
         InputError: ``base.not_finite`` or ``base.all_zero``.
+        BackendError: ``device.failed``.
     """
     import torch
 
@@ -32,7 +43,7 @@ def run_measure(
     base = opened.model
     progress.begin(f"measure {opened.prefix}".rstrip("/ "), measured_bytes(base, plan))
     with timed(report, "measure"), torch.inference_mode():
-        scales = measure(base, plan, workers, progress.advance)
+        scales = measure(base, plan, workers, progress.advance, gpu)
     differ = differing_groups(plan, scales)
     found = ProofReport(
         method=METHOD,

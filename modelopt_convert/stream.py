@@ -15,6 +15,7 @@ from modelopt_convert.staging import StagingDir
 from modelopt_convert.workers import Stopped, in_order
 
 if TYPE_CHECKING:
+    from modelopt_convert.on_device import Gpu
     from modelopt_convert.transforms.fp8 import Clipped
 
 
@@ -68,8 +69,9 @@ def stream(
     folder: str = "",
     *,
     workers: int,
+    gpu: "Gpu | None" = None,
 ) -> Streamed:
-    """Write every shard, into a folder of the stage if one is named; bytes do not depend on the number of workers."""
+    """Write every shard, into a folder of the stage if one is named; ``workers`` and ``gpu`` change no byte."""
     done = Streamed()
     for role, reader in readers.items():
         reader.prefetch(step_readings(plan.steps, role, reader.tensors))
@@ -77,7 +79,7 @@ def stream(
         file = f"{folder}{shard.file}"
         progress.begin(f"write {file}", sum(spec.num_bytes for spec in shard.tensors))
         with stage.shard(file, shard.tensors, shard.metadata) as writer:
-            write = _Writing(writer, plan.steps, readers, layouts, progress, file)
+            write = _Writing(writer, plan.steps, readers, layouts, progress, file, gpu)
             # Block scales come with the codes.
             names = [spec.name for spec in writer.layout if plan.steps[spec.name].op != "block_scales"]
             for name, made in zip(names, in_order(names, write, workers), strict=True):
@@ -98,6 +100,7 @@ class _Writing:
     layouts: Layouts
     progress: Progress
     file: str
+    gpu: "Gpu | None"
 
     def __call__(self, name: str, stopped: Event) -> Made:
         """Write the tensor, and the block scales that come with it."""
@@ -110,7 +113,7 @@ class _Writing:
         return made
 
     def _watched(self, step: Step, made: Made, stopped: Event) -> Iterator[bytes | memoryview]:
-        for piece in self._counted(produce(step, self.readers[step.origin], self.layouts, made)):
+        for piece in self._counted(produce(step, self.readers[step.origin], self.layouts, made, self.gpu)):
             if stopped.is_set():
                 raise Stopped
             yield piece

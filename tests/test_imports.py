@@ -99,17 +99,17 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes engines.sglang header inspect_report patterns "
         "plan preset scale_shapes"
     ),
-    "measure": "checkpoint dialects.modelopt errors plan transforms.nvfp4 transforms.raw workers",
+    "on_device": "checkpoint errors header transforms.nvfp4 transforms.raw",
     "plan_inputs": "dialects.modelopt dtypes errors patterns plan preset",
     "plan_keeps": "dialects.modelopt dtypes errors header patterns plan preset",
     "plan_names": "engines.sglang errors formats patterns plan preset",
-    "produce": "checkpoint errors header patterns plan transforms.fp8 transforms.raw",
     "reads": "checkpoint header patterns plan sampling",
     "samples": "checkpoint dialects.modelopt dtypes errors transforms.raw",
     "verify.request": "checkpoint sources workers",
     "verify.scan": "checkpoint digests errors report sources strict_json transforms.raw workers",
     "hub.publishable": "checkpoint components errors hub.leaks local_file strict_json",
     "looks": "checkpoint dialects.nvfp4 header layout lint sampling scale_shapes transforms.raw transforms.scales",
+    "measure": "checkpoint dialects.modelopt errors header on_device plan transforms.nvfp4 transforms.raw workers",
     "pickle_source": "components dialects.fp8 sources torch_archive",
     "plan_mixed": (
         "dialects.fp8 dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs "
@@ -119,6 +119,7 @@ ALLOWED = {
         "dialects.modelopt dialects.nvfp4 dtypes errors formats header patterns plan plan_inputs plan_keeps "
         "plan_names preset"
     ),
+    "produce": "checkpoint errors header on_device patterns plan transforms.fp8 transforms.raw",
     "prove_fp8": (
         "checkpoint dialects.fp8 dialects.modelopt errors proof proof_fp8 samples sampling transforms.fp8 "
         "transforms.raw"
@@ -127,7 +128,6 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
         "transforms.scales"
     ),
-    "stream": "checkpoint patterns plan produce reads shard_writer staging transforms.fp8 workers",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.raw transforms.scales verify.operands"
@@ -144,6 +144,7 @@ ALLOWED = {
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
         "prove_fp8 prove_nvfp4 samples sampling transforms.raw workers"
     ),
+    "stream": "checkpoint on_device patterns plan produce reads shard_writer staging transforms.fp8 workers",
     "verify.kernels": (
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
         "verify.selftest verify.subject verify_report"
@@ -160,7 +161,7 @@ ALLOWED = {
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
         "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report workers"
     ),
-    "quantizing": "accounting engines.sglang fetching measure opening plan report sources stream",
+    "quantizing": "accounting engines.sglang fetching measure on_device opening plan report sources stream",
     "space": "header manifest opening plan preset report",
     "verify.run": (
         "accounting checkpoint closeness errors layout report sources stream verify.container verify.decode "
@@ -168,8 +169,8 @@ ALLOWED = {
         "verify_report workers"
     ),
     "verify.closing": (
-        "accounting checkpoint errors report stream verify.kernels verify.request verify.run verify.subject "
-        "verify.verdict verify_report"
+        "accounting checkpoint errors report stream verify.request verify.run verify.subject verify.verdict "
+        "verify_report"
     ),
     "verify.opened": "accounting checkpoint components report stream verify.request verify.run",
     "hub.push": (
@@ -179,6 +180,7 @@ ALLOWED = {
 }
 WITH_TORCH = {
     "measure",
+    "on_device",
     "closeness",
     "layout",
     "looks",

@@ -51,6 +51,7 @@ def run_build(
     download: bool,
     workers: int | None,
     telling: Telling,
+    device: str = "cpu",
 ) -> NoReturn:
     """Run the command and exit with its code."""
     if preset == "none" and output is None:
@@ -58,6 +59,8 @@ def run_build(
     if algorithm == "nvfp4" and base is None and preset in (None, "none"):
         raise typer.BadParameter("is required, unless a preset is named that names the base", param_hint="--base")
 
+    if device == "cuda" and export is not None:
+        raise typer.BadParameter("cuda quantizes the base; with --export nothing is quantized", param_hint="--device")
     if output is not None and output.parts[:1] == ("hf:",):
         raise typer.BadParameter("is a folder on disk; --push-to REPO_ID publishes it", param_hint="--output")
 
@@ -99,6 +102,7 @@ def run_build(
         dry_run=dry_run,
         download=download,
         workers=workers or default_workers(),
+        device=device,  # type: ignore[arg-type]
     )
 
     def work(progress: "ProgressBar") -> None:
@@ -197,6 +201,8 @@ def _show(out: "Output", report: "Report") -> None:
             share = f", {_percent(equal, codes)} of {codes} sampled codes" if codes else ""
             rules = ", ".join(sorted({one.rule for one in members if one.rule}))
             out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
+    if report.device is not None:
+        out.line(f"quantized on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
     parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
     out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
     show_cost(out, report)

@@ -19,6 +19,13 @@ class TransformerName(StrEnum):
     TRANSFORMER_2 = "transformer_2"
 
 
+class Device(StrEnum):
+    """Where to compute."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 class Closing(StrEnum):
     """How a build ends."""
 
@@ -98,6 +105,9 @@ PushToOption = Annotated[
 WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, max=64, help="Tensors worked on at a time; default: one a core, up to four."),
+]
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="Where the base is quantized if there is no --export; the same bytes.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
 ReportOption = Annotated[

@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
-class Device(StrEnum):
-    """Where to run."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
 class Required(StrEnum):
     """What must have run."""
 
@@ -49,7 +42,7 @@ def verify(
             help="Which GEMMs to compare; SGLang's names are known. One that is named must run.",
         ),
     ] = "best",
-    device: Annotated[Device | None, typer.Option("--device", help="Default: the GPU if there is one.")] = None,
+    device: Annotated[options.Device | None, typer.Option("--device", help="Default: the GPU if there is one.")] = None,
     sample: Annotated[
         str, typer.Option("--sample", metavar="N|all", help="Rows of each module that are compared with the base.")
     ] = "16",

@@ -14,7 +14,7 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
-_CACHED = 1 << 16  # elements whose float32 copies stay in a core's cache
+_CACHED = 1 << 17  # elements whose float32 copies stay in a core's cache
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
@@ -82,11 +82,18 @@ def encode_e2m1(values: Tensor) -> Tensor:
         uint8 codes of the same shape: bit 3 the sign, bits 0 to 2 the index into ``E2M1_VALUES``.
     """
     bits = values.contiguous().view(torch.int32).reshape(-1)
+    codes = torch.empty(bits.shape, dtype=torch.uint8, device=values.device)
+    _encode(bits, torch.empty_like(bits), torch.empty_like(bits), codes)
+    return codes.reshape(values.shape)
+
+
+def _encode(bits: Tensor, low: Tensor, key: Tensor, codes: Tensor) -> None:
+    """Codes of the float32 with these bits; ``low`` and ``key``, which may be ``bits`` itself, are room to work in."""
     # The upper 16 bits, the last of them set where any lower bit is: bounds between neighbours have at most three bits
     # of mantissa, so that this bit tells a value just above a bound from the bound itself, and no lower bit tells more.
-    key = torch.bitwise_right_shift(bits, 16).bitwise_and_(0xFFFF)
-    key.bitwise_or_(torch.bitwise_and(bits, 0xFFFF).clamp_(max=1))
-    return _codes_by_key(values.device).index_select(0, key).reshape(values.shape)
+    torch.bitwise_and(bits, 0xFFFF, out=low).clamp_(max=1)
+    torch.bitwise_right_shift(bits, 16, out=key).bitwise_and_(0xFFFF).bitwise_or_(low)
+    torch.index_select(_codes_by_key(bits.device), 0, key, out=codes)
 
 
 @lru_cache
@@ -182,12 +189,28 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     rows, columns = weight.reshape(-1, weight.shape[-1]), weight.shape[-1]
     packed = torch.empty(rows.shape[0], columns // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows.shape[0], columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
-    height = max(1, _CACHED // max(1, columns)) if weight.device.type == "cpu" else max(1, rows.shape[0])
+    height = max(1, _CACHED // max(1, columns)) if weight.device.type == "cpu" else rows.shape[0]
+    height = max(1, min(height, rows.shape[0]))
+    # One room to work in for all parts: fresh memory costs more than the arithmetic. What follows is quantize_codes.
+    quotients = torch.empty(height, columns, dtype=torch.float32, device=weight.device)
+    low = torch.empty(height * columns, dtype=torch.int32, device=weight.device)
+    codes = torch.empty(height, columns, dtype=torch.uint8, device=weight.device)
     for top in range(0, rows.shape[0], height):
         part = rows[top : top + height]
-        scale[top : top + height] = _block_scales_of(part, global_scale)
-        packed[top : top + height] = pack_e2m1(quantize_codes(part, scale[top : top + height], global_scale))
+        scale[top : top + height] = part_scale = _block_scales_of(part, global_scale)
+        divisors = _e4m3_values(weight.device)[part_scale.view(torch.uint8).int()] * global_scale
+        values = quotients[: len(part)].copy_(part)
+        values.view(*part_scale.shape, BLOCK_SIZE).div_(divisors.unsqueeze(-1))
+        bits, found = values.view(torch.int32).reshape(-1), codes[: len(part)]
+        _encode(bits, low[: bits.numel()], bits, found.view(-1))
+        packed[top : top + height] = pack_e2m1(found)
     return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1)
+
+
+@lru_cache
+def _e4m3_values(device: torch.device) -> Tensor:
+    """float32 [256] of all E4M3 codes: torch decodes them one by one."""
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(device)
 
 
 def _block_scales_of(rows: Tensor, global_scale: Tensor) -> Tensor:
@@ -197,8 +220,8 @@ def _block_scales_of(rows: Tensor, global_scale: Tensor) -> Tensor:
     else:
         amax = rows.reshape(len(rows), -1, BLOCK_SIZE).abs().amax(dim=-1)
     scale = amax / (E2M1_MAX * global_scale)
-    scale[scale == 0] = 1.0
-    return scale.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
+    scale.masked_fill_(scale == 0, 1.0)
+    return scale.clamp_(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def dequantize_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:

@@ -148,6 +148,23 @@ def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[
     return to_bytes(codes), clipped(weight, divisor) if beyond.count else beyond
 
 
+def largest_bits(weight: Tensor) -> Tensor:
+    """int16 []: bits of the largest magnitude in a weight once it is rounded to BF16, NaN above infinity."""
+    return (weight.to(torch.bfloat16).view(torch.int16) & 0x7FFF).amax()  # without their sign in that order
+
+
+def magnitude(bits: Tensor) -> float:
+    """The value of ``largest_bits``.
+
+    Raises:
+        ValueError: It is NaN or infinity.
+    """
+    largest = float(bits.view(torch.bfloat16))
+    if not largest < float("inf"):
+        raise ValueError(_NOT_FINITE)
+    return largest
+
+
 def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
     """Largest magnitude among consecutive elements of a weight, rounded to BF16, in which it is quantized.
 
@@ -158,11 +175,7 @@ def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
     Raises:
         ValueError: One is NaN or infinity, or rounds to infinity.
     """
-    bits = from_bytes(raw, source, (-1,)).to(torch.bfloat16).view(torch.int16) & 0x7FFF
-    largest = float(bits.amax().view(torch.bfloat16))  # in the order of magnitudes, infinity and then NaN at its end
-    if not largest < float("inf"):
-        raise ValueError(_NOT_FINITE)
-    return largest
+    return magnitude(largest_bits(from_bytes(raw, source, (-1,))))
 
 
 def quantize_nvfp4_rows(

@@ -11,10 +11,9 @@ import torch
 
 from modelopt_convert.accounting import timed
 from modelopt_convert.checkpoint import CheckpointReader
-from modelopt_convert.errors import CheckFailedError
+from modelopt_convert.errors import CheckFailedError, first_line
 from modelopt_convert.report import Report
 from modelopt_convert.stream import Progress
-from modelopt_convert.verify.kernels import first_line
 from modelopt_convert.verify.request import DEFAULT_SAMPLE, VerifyRequest
 from modelopt_convert.verify.run import verify_opened
 from modelopt_convert.verify.subject import device_of

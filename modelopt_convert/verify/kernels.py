@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from modelopt_convert.errors import InputError
+from modelopt_convert.errors import InputError, first_line
 from modelopt_convert.preset import Algorithm
 from modelopt_convert.verify.backends import BACKENDS
 from modelopt_convert.verify.backends.base import Backend
@@ -72,12 +72,6 @@ def choose(
 
 def _is_consumer_blackwell(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12
-
-
-def first_line(error: Exception) -> str:
-    """What a library said, cut to a line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def prewarm(

@@ -8,7 +8,7 @@ import torch
 from modelopt_convert.accounting import note_cost, timed
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.errors import BackendError, CheckFailedError, InconclusiveError
+from modelopt_convert.errors import BackendError, CheckFailedError, InconclusiveError, first_line
 from modelopt_convert.layout import Reading
 from modelopt_convert.report import Report
 from modelopt_convert.sources import Location
@@ -16,7 +16,7 @@ from modelopt_convert.stream import Progress
 from modelopt_convert.verify import metrics
 from modelopt_convert.verify.container import container_level, layout_level, look
 from modelopt_convert.verify.decode import decode_level
-from modelopt_convert.verify.kernels import agreement, choose, disagree, first_line, kernel_level, prewarm
+from modelopt_convert.verify.kernels import agreement, choose, disagree, kernel_level, prewarm
 from modelopt_convert.verify.names import ALIASES
 from modelopt_convert.verify.request import DEFAULT_ERROR, OpenedTransformer, VerifyRequest
 from modelopt_convert.verify.scan import (
