@@ -12,7 +12,7 @@ from modelopt_convert.lint import OddScales, Packed
 from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.scale_shapes import ROW_TILE
 from modelopt_convert.transforms.raw import from_bytes
-from modelopt_convert.transforms.scales import scale_readings
+from modelopt_convert.transforms.scales import all_positive, scale_readings
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Looks:
     def odd_scales(self) -> OddScales:
         """Block scales that are NaN, negative or zero, counted."""
         stored = from_bytes(self.raw, "U8", (-1,))
+        if all_positive(stored):
+            return OddScales(nan=0, negative=0, zero=0)
         readings = self._readings()
         return OddScales(
             nan=int(((stored & 0x7F) == 0x7F).count_nonzero()),

@@ -14,7 +14,7 @@ from modelopt_convert.proof import Judgement, judge
 from modelopt_convert.samples import base_rows, load, load_rows, tensor_scale, unusable_scale
 from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.transforms.raw import from_bytes
-from modelopt_convert.transforms.scales import scale_readings
+from modelopt_convert.transforms.scales import all_positive, scale_readings
 
 METHOD = "base rows quantized again with the export's scales; modelopt NVFP4QTensor arithmetic"
 # Half of the smallest positive E4M3 value, 2^-9: scales up to here round to zero (ties go to the even code).
@@ -34,6 +34,8 @@ def usable_nvfp4_scale(export: CheckpointReader, base: CheckpointReader, module:
     global_scale = tensor_scale(export, module, "weight_scale_2")
     tensor_scale(export, module, "input_scale")
     raw = load(export, module.scales["weight_scale"].name).view(torch.uint8)
+    if all_positive(raw):
+        return global_scale
     broken = int(((raw & 0x7F) == 0x7F).count_nonzero())
     if broken:
         raise unusable_scale(export, module, "weight_scale", "finite scales", f"{broken} NaN of {raw.numel()}")

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from modelopt_convert.scale_shapes import COLUMN_TILE, ROW_TILE, padded_shape, scale_shapes
 
+_NAN = 0x7F  # of E4M3; what is larger is negative
+
 
 def swizzle_128x4(scale: Tensor) -> Tensor:
     """Bring row-major scales into the 128x4 order, padded with zeros; ``unswizzle_128x4`` is its inverse.
@@ -57,6 +59,18 @@ def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
     tiles = tiles.view(padded_rows // ROW_TILE, padded_columns // COLUMN_TILE, 32, 4)
     linear = tiles.permute(0, 3, 2, 1).contiguous().view(torch.uint8).view(padded_rows, padded_columns)
     return linear[:rows, :columns].contiguous().view(swizzled.dtype)
+
+
+def all_positive(stored: Tensor) -> bool:
+    """Whether every scale is a positive number, none NaN or zero: one look at bytes, where counting each takes many.
+
+    Args:
+        stored: Any shape, float8_e4m3fn or its bytes.
+    """
+    if not stored.numel():
+        return True
+    least, most = stored.view(torch.uint8).aminmax()
+    return int(least) > 0 and int(most) < _NAN
 
 
 def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]:

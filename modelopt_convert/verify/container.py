@@ -17,7 +17,7 @@ from modelopt_convert.samples import load, load_weight
 from modelopt_convert.scale_shapes import ROW_TILE
 from modelopt_convert.transforms.nvfp4 import unpack_e2m1
 from modelopt_convert.transforms.raw import from_bytes
-from modelopt_convert.transforms.scales import scale_readings
+from modelopt_convert.transforms.scales import all_positive, scale_readings
 from modelopt_convert.verify.scan import Scanned
 from modelopt_convert.verify.subject import Subject
 from modelopt_convert.verify_report import LevelReport, LevelStatus
@@ -165,19 +165,21 @@ def _bias_faults(subject: Subject) -> list[str]:
 
 def _stored_faults(subject: Subject, module: PackedModule) -> list[str]:
     with torch.inference_mode():  # of each thread
-        readings = _readings(subject, module)
-        return _padding_faults(subject, module, readings) + _zero_faults(subject, module, readings)
+        stored = load(subject.reader, module.scales["weight_scale"].name)
+        if stored.shape == (module.rows, module.columns // BLOCK_SIZE) and all_positive(stored):
+            return _padding_of_weight(subject, module)
+        readings = scale_readings(stored, module.rows, module.columns // BLOCK_SIZE)
+        padding = [] if readings else [f"{module.name}: the padding of weight_scale is not zero"]
+        return padding + _padding_of_weight(subject, module) + _zero_faults(subject, module, readings)
 
 
-def _padding_faults(subject: Subject, module: PackedModule, readings: Mapping[str, torch.Tensor]) -> list[str]:
-    faults = []
-    if not readings:
-        faults.append(f"{module.name}: the padding of weight_scale is not zero")
-    if module.weight.shape != (module.rows, module.columns // 2):
-        stored = load_weight(subject.reader, module.weight.name)
-        if bool(stored[module.rows :].any()) or bool(stored[:, module.columns // 2 :].any()):
-            faults.append(f"{module.name}: the padding of weight is not zero")
-    return faults
+def _padding_of_weight(subject: Subject, module: PackedModule) -> list[str]:
+    if module.weight.shape == (module.rows, module.columns // 2):
+        return []
+    stored = load_weight(subject.reader, module.weight.name)
+    if bool(stored[module.rows :].any()) or bool(stored[:, module.columns // 2 :].any()):
+        return [f"{module.name}: the padding of weight is not zero"]
+    return []
 
 
 def _zero_faults(subject: Subject, module: PackedModule, readings: Mapping[str, torch.Tensor]) -> list[str]:
