@@ -26,7 +26,7 @@ from modelopt_convert.prove_nvfp4 import METHOD as METHOD_NVFP4
 from modelopt_convert.prove_nvfp4 import judge_nvfp4, name_the_layout, usable_nvfp4_scale
 from modelopt_convert.samples import common_dtype
 from modelopt_convert.sampling import SAMPLED_ROWS
-from modelopt_convert.transforms.raw import cast_paths, equal_after, from_bytes
+from modelopt_convert.transforms.raw import cast_paths, equal_after, equal_bytes, from_bytes
 from modelopt_convert.workers import in_order
 
 _SHOWN = 10
@@ -226,7 +226,7 @@ def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str)
     source, target = base.tensors[name].dtype, export.tensors[name].dtype
     if source == target:
         pairs = zip(export.buffered(name, _COMPARED_BYTES), base.buffered(name, _COMPARED_BYTES), strict=True)
-        if all(left == right for left, right in pairs):
+        if all(equal_bytes(left, right) for left, right in pairs):
             return True
     if not {source, target} <= HALF_AND_FLOAT:
         return False

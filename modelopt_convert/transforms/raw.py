@@ -34,6 +34,14 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def equal_bytes(left: memoryview, right: memoryview) -> bool:
+    """Whether two writable buffers of one size hold the same; memoryviews compare byte by byte, under Python's lock."""
+    words = len(left) // 8 * 8
+    one, other = from_bytes(left, "U8", (-1,)), from_bytes(right, "U8", (-1,))
+    same = torch.equal(one[:words].view(torch.int64), other[:words].view(torch.int64))
+    return same and torch.equal(one[words:], other[words:])
+
+
 def cast_chunk(raw: bytes | memoryview, source: str, target: str) -> memoryview:
     """Cast consecutive elements from one dtype to another, rounding to nearest even.
 
