@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,6 +13,7 @@ import xxhash
 from checkpoint_folders import open_fds
 from safetensors.torch import save
 
+from modelopt_convert import fsops, shard_writer
 from modelopt_convert.errors import InternalError
 from modelopt_convert.header import TensorSpec
 from modelopt_convert.shard_writer import ShardWriter
@@ -193,6 +195,39 @@ def test_the_file_is_synced_once_and_last(path: Path, expected: bytes, monkeypat
     monkeypatch.setattr(os, "fsync", lambda fd: on_disk.append(path.read_bytes()))
     assert write(path).durable
     assert on_disk == [expected]
+
+
+def test_the_disk_is_told_early_what_was_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte of a large tensor but the last few, once, after it was written."""
+    told: list[range] = []
+    size = (40 << 20) + 5
+
+    def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+        assert set(os.pread(fd, num_bytes, offset)) == {7}
+        told.append(range(offset, offset + num_bytes))
+
+    monkeypatch.setattr(fsops, "start_writeback", start_writeback)
+    with ShardWriter(path, [TensorSpec("a", "U8", (size,))]) as writer:
+        begin = writer.num_bytes - size
+        piece = b"\x07" * (3 << 20)
+        writer.write("a", (piece[: min(len(piece), size - at)] for at in range(0, size, len(piece))))
+    assert [one.start for one in told] == [begin, *(one.stop for one in told[:-1])]
+    assert 0 < writer.num_bytes - told[-1].stop < 12 << 20
+
+
+@pytest.mark.parametrize("library", ["without", "failing"])
+def test_a_disk_that_cannot_be_told_is_no_error(
+    path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    def fails(*_arguments: object) -> int:
+        return -1
+
+    monkeypatch.setattr(
+        fsops, "_libc", SimpleNamespace if library == "without" else lambda: SimpleNamespace(sync_file_range=fails)
+    )
+    monkeypatch.setattr(shard_writer, "_WRITEBACK_BYTES", 1)
+    write(path)
+    assert path.read_bytes() == expected
 
 
 def test_what_exists_is_not_overwritten(path: Path, tmp_path: Path) -> None:

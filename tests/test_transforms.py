@@ -21,12 +21,13 @@ from modelopt_convert.transforms.raw import (
     cast_chunk,
     cast_paths,
     equal_after,
+    equal_bytes,
     from_bytes,
     reorder_scales,
     repack_rows,
     to_bytes,
 )
-from modelopt_convert.transforms.scales import padded_shape, swizzle_128x4, unswizzle_128x4
+from modelopt_convert.transforms.scales import all_positive, padded_shape, swizzle_128x4, unswizzle_128x4
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
@@ -47,6 +48,28 @@ def test_swap_is_its_own_inverse_and_swaps() -> None:
     swapped = swap_nibbles(ALL_BYTES)
     assert torch.equal(swap_nibbles(swapped), before) and torch.equal(ALL_BYTES, before)
     assert torch.equal(unpack_e2m1(swapped[:, None])[:, 0], unpack_e2m1(before[:, None])[:, 1])
+
+
+@given(st.binary(max_size=80), st.integers(0, 9), st.sampled_from([1, 2]))
+def test_swap_is_that_of_each_byte(raw: bytes, skipped: int, step: int) -> None:
+    """Also of views that begin or lie oddly in memory, and of sizes that are no whole words."""
+    packed = torch.tensor(list(raw), dtype=torch.uint8)[skipped::step]
+    assert swap_nibbles(packed).tolist() == [(byte << 4 & 0xF0) | byte >> 4 for byte in packed.tolist()]
+
+
+@given(st.binary(max_size=40), st.data())
+def test_equal_bytes_sees_any_difference(raw: bytes, data: st.DataObject) -> None:
+    assert equal_bytes(memoryview(bytearray(raw)), memoryview(bytearray(raw)))
+    if raw:
+        other = bytearray(raw)
+        other[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+        assert not equal_bytes(memoryview(bytearray(raw)), memoryview(other))
+
+
+@given(st.binary(max_size=20))
+def test_all_positive_is_what_torch_says_of_each(raw: bytes) -> None:
+    scales = torch.tensor(list(raw), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert all_positive(scales) == bool((scales.float() > 0).all())
 
 
 @pytest.mark.parametrize("function", [unpack_e2m1, swap_nibbles])

@@ -63,7 +63,7 @@ def swap_nibbles(packed: Tensor) -> Tensor:
     """
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed codes must be uint8, found {packed.dtype}")
-    if packed.numel() % 8 or packed.storage_offset() % 8:
+    if not packed.numel() or packed.numel() % 8 or packed.storage_offset() % 8:
         return (packed << 4) | (packed >> 4)
     words = packed.reshape(-1).view(torch.int64)  # eight bytes at a time
     high = (words >> 4).bitwise_and_(_LOW_NIBBLES)
