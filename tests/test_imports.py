@@ -131,7 +131,12 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
         "transforms.scales"
     ),
-    "stream": "checkpoint patterns plan produce reads shard_writer staging transforms.fp8 workers",
+    "shard_task": "patterns plan produce transforms.fp8",
+    "source_part": "checkpoint header local_file plan reads",
+    "stream": ("checkpoint patterns plan produce reads shard_task shard_writer staging transforms.fp8 workers"),
+    "shard_attempt": "errors fsops plan shard_task shard_writer source_part stream workers",
+    "executors": "errors ray_executor sources stream",
+    "ray_executor": "checkpoint errors fsops plan shard_attempt shard_task source_part staging stream",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.scales verify.operands"

@@ -13,6 +13,7 @@ from modelopt_convert.cli._options import location
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output, ProgressBar
     from modelopt_convert.convert import BuildRequest
+    from modelopt_convert.executors import ExecutorName
     from modelopt_convert.preset import Algorithm
     from modelopt_convert.report import Report
 
@@ -50,6 +51,7 @@ def run_build(
     dry_run: bool,
     download: bool,
     workers: int | None,
+    executor: "ExecutorName",
     telling: Telling,
 ) -> NoReturn:
     """Run the command and exit with its code."""
@@ -99,6 +101,7 @@ def run_build(
         dry_run=dry_run,
         download=download,
         workers=workers or default_workers(),
+        executor=executor,
     )
 
     def work(progress: "ProgressBar") -> None:
