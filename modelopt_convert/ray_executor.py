@@ -9,7 +9,7 @@ import pickle
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from modelopt_convert import __version__, fsops
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.errors import Interrupted, RemoteError
 from modelopt_convert.plan import Origin
-from modelopt_convert.shard_attempt import ATTEMPTS, ShardJob, attempt_packed, not_shared
+from modelopt_convert.shard_attempt import ATTEMPTS, ShardJob, not_shared
 from modelopt_convert.shard_task import ShardResult, ShardTask
 from modelopt_convert.source_part import part_of
 from modelopt_convert.staging import StagingDir
@@ -27,7 +27,10 @@ from modelopt_convert.stream import Progress
 RETRIES = 3  # of a task whose worker died; what a task itself raises is final
 _CONNECT_S = 5.0
 _GRACE_S = 30.0  # for tasks to stop at their next piece
-_START = "start a cluster with `ray start --head`, or name one in RAY_ADDRESS"
+_START = (
+    "start a cluster with `ray start --head`, or name one in RAY_ADDRESS; one that authenticates by token needs "
+    "RAY_AUTH_MODE=token here too"
+)
 
 
 def connect(ray: Any) -> None:
@@ -76,7 +79,7 @@ def on_ray(
     # More than a node has would never be placed. The bytes do not depend on it.
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     workers = max(1, min(workers, largest))
-    remote = ray.remote(num_cpus=workers, max_retries=RETRIES, retry_exceptions=False)(attempt_packed)
+    remote = ray.remote(num_cpus=workers, max_retries=RETRIES, retry_exceptions=False)(portable_attempt())
     progress.begin(f"write {len(tasks)} files on Ray", sum(task.data_bytes for task in tasks))
     references: dict[Future[ShardResult], Any] = {}
     done: dict[str, ShardResult] = {}
@@ -103,10 +106,27 @@ def on_ray(
     return [done[task.file] for task in tasks]
 
 
+def portable_attempt() -> Callable[[str, bytes], ShardResult]:
+    """``attempt_packed``, as a function that travels by value: a node without mopt is then told from a bug."""
+
+    def attempt(version: str, packed: bytes) -> "ShardResult":  # a class of ours would travel with the function
+        from modelopt_convert.shard_attempt import attempt_packed
+
+        return attempt_packed(version, packed)
+
+    return attempt
+
+
 def _result(ray: Any, future: "Future[ShardResult]", task: ShardTask) -> ShardResult:
     try:
         return future.result()
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ImportError):
+            raise RemoteError(
+                f"{task.file}: a node of the Ray cluster cannot import mopt {__version__}: {error.cause}",
+                code="executor.version",
+                hint="install the same version on every node",
+            ) from error
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise RemoteError(
@@ -125,8 +145,8 @@ def _check_seen(path: Path, result: ShardResult) -> None:
 
 def _cancel(ray: Any, references: "Mapping[Future[ShardResult], Any]") -> None:
     """Stop every task, and wait until none writes into the stage any more."""
-    for future, reference in references.items():
-        if not future.done():
-            ray.cancel(reference)
-    for future in wait(references, timeout=_GRACE_S).not_done:
-        ray.cancel(references[future], force=True)
+    for force in (False, True):
+        for future, reference in references.items():
+            if not future.done():
+                ray.cancel(reference, force=force)
+        wait(references, timeout=_GRACE_S)

@@ -10,18 +10,19 @@ import errno
 import functools
 import json
 import os
+import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ray.cloudpickle
+
 from modelopt_convert import ray_executor
 from modelopt_convert.cli import main
-
-Attempt = Callable[[str, bytes], Any]
 
 
 def killed_once(folder: Path, version: str, packed: bytes) -> Any:
@@ -70,8 +71,6 @@ def unseen(folder: Path, version: str, packed: bytes) -> Any:
 
 def lost(folder: Path, version: str, packed: bytes) -> Any:
     """A file that was written and cannot be seen by the driver."""
-    import pickle
-
     from modelopt_convert import shard_attempt
 
     result = shard_attempt.attempt_packed(version, packed)
@@ -85,12 +84,21 @@ def full(folder: Path, version: str, packed: bytes) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
 
 
+def without_mopt(folder: Path, version: str, packed: bytes) -> Any:
+    """A node on which mopt is not installed gets what really travels."""
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "modelopt_convert"]:
+            del sys.modules[name]
+        sys.modules["modelopt_convert"] = None
+        return pickle.loads((folder / "attempt").read_bytes())(version, packed)
+
+
 def buggy(folder: Path, version: str, packed: bytes) -> Any:
     """A bug."""
     raise ZeroDivisionError("there")
 
 
-WORKERS = {one.__name__: one for one in (killed_once, killed_always, endless, unseen, lost, full, buggy)}
+WORKERS = {one.__name__: one for one in (killed_once, killed_always, endless, unseen, lost, full, without_mopt, buggy)}
 
 
 @contextlib.contextmanager
@@ -103,7 +111,9 @@ def planted(fault: str, folder: Path) -> Iterator[None]:
                 return one(folder, version, packed)
 
             one = WORKERS[fault]
-            stack.enter_context(mock.patch.object(ray_executor, "attempt_packed", attempt))
+            if fault == "without_mopt":
+                (folder / "attempt").write_bytes(ray.cloudpickle.dumps(ray_executor.portable_attempt()))
+            stack.enter_context(mock.patch.object(ray_executor, "portable_attempt", lambda: attempt))
             if fault == "killed_always":  # Ray waits longer before each retry
                 stack.enter_context(mock.patch.object(ray_executor, "RETRIES", 0))
         elif fault == "other_version":

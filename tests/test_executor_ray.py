@@ -89,6 +89,7 @@ def test_other_commands_and_what_goes_wrong(
         # What is planted: exit code, code, and what the message names.
         f"touched {copied / 'transformer' / touched.name}": (3, "input.changed", touched.name),
         "other_version": (5, "executor.version", "0.0.0"),
+        "without_mopt": (5, "executor.version", "modelopt_convert"),
         "unseen": (5, "executor.shared_filesystem", "stage"),
         "lost": (5, "executor.shared_filesystem", "here are none"),
         "full": (5, "storage.no_space", "there"),
