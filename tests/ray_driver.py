@@ -31,8 +31,8 @@ def killed_once(folder: Path, version: str, packed: bytes) -> Any:
 
     write = shard_writer.ShardWriter.write
 
-    def half(self: shard_writer.ShardWriter, name: str, chunks: Any) -> None:
-        write(self, name, chunks)
+    def half(self: shard_writer.ShardWriter, name: str, *more: Any) -> None:
+        write(self, name, *more)
         assert len(self.layout) > 1
         with contextlib.suppress(FileExistsError), (folder / "killed").open("x") as file:
             file.write(f"{self.path}\n{self.path.stat().st_size}\n")

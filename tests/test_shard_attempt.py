@@ -99,10 +99,10 @@ def test_done_again_after_a_half_written_attempt(
 ) -> None:
     write = ShardWriter.write
 
-    def half(self: ShardWriter, name: str, chunks: Any) -> None:
+    def half(self: ShardWriter, name: str, *more: Any) -> None:
         if name == "b.bias":
             raise KeyboardInterrupt
-        write(self, name, chunks)
+        write(self, name, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "write", half)
@@ -119,8 +119,8 @@ def test_an_attempt_that_was_given_up_gets_nowhere(job: ShardJob, monkeypatch: p
     """Its node came back after the driver had finished."""
     write = ShardWriter.write
 
-    def late(self: ShardWriter, name: str, chunks: Any) -> None:
-        write(self, name, chunks)
+    def late(self: ShardWriter, name: str, *more: Any) -> None:
+        write(self, name, *more)
         shutil.rmtree(job.stage / ATTEMPTS, ignore_errors=True)
 
     monkeypatch.setattr(ShardWriter, "write", late)
