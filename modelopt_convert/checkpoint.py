@@ -95,6 +95,10 @@ class CheckpointReader:
         """Total size of the safetensors files."""
         return sum(file.num_bytes for file in self._files.values())
 
+    def opened(self, name: str) -> OpenFile:
+        """One of those files."""
+        return self._files[name]
+
     def select(self, names: Mapping[str, str]) -> None:
         """Go on with some of the tensors, under other names.
 

@@ -14,6 +14,7 @@ from modelopt_convert.accounting import note_cost, publish, timed
 from modelopt_convert.check import check_structure, refuse_misread
 from modelopt_convert.components import COMPONENTS, resolve_components
 from modelopt_convert.errors import CheckFailedError, InputError
+from modelopt_convert.executors import ExecutorName, open_executor, refuse_far
 from modelopt_convert.fetching import note_fetch
 from modelopt_convert.formats import FORMATS, FP8
 from modelopt_convert.hub.location import PREFIX
@@ -60,6 +61,7 @@ class BuildRequest:
         dry_run: Plan only.
         download: Fetch files of the Hub whole, into its cache.
         workers: Tensors that are worked on at a time.
+        executor: Where shards are written.
         device: Where the base is quantized, if it is.
     """
 
@@ -79,6 +81,7 @@ class BuildRequest:
     dry_run: bool
     download: bool
     workers: int
+    executor: ExecutorName
     device: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -97,6 +100,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         chosen = ChosenPreset(loaded=load_preset(request.preset), also=[])
         _note_preset(report, chosen, request.algorithm)
         request = _with_base(request, chosen, report)
+    refuse_far(request.executor, request.export, request.base)
     components = resolve_components(request.export, request.base, request.components)
     found = [path for one in components for path in (one.export, one.base)]
     inputs = tuple(path for path in map(local_path, (request.export, request.base, *found)) if path is not None)
@@ -106,6 +110,7 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         output = _output_path(request, chosen, report)
         check_output_allowed(output, inputs, overwrite=request.overwrite)
     with ExitStack() as stack:
+        executor = stack.enter_context(open_executor(request.executor))
         parts = open_all(components, request.checkpoint, stack, report)
         if request.preset is None:
             chosen = _choose(parts[0], report, request.algorithm)
@@ -138,7 +143,15 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                     if part.prefix:
                         stage.add_folder(part.prefix.rstrip("/"))
                     done = stream(
-                        stage, plan, part.readers, layout, progress, part.prefix, workers=request.workers, gpu=gpu
+                        stage,
+                        plan,
+                        part.readers,
+                        layout,
+                        progress,
+                        part.prefix,
+                        workers=request.workers,
+                        executor=executor,
+                        gpu=gpu,
                     )
                 _note_clipped(report, part, done)
                 files = small_files(part, plan, chosen, report, proven, done.digests)

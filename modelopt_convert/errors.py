@@ -1,7 +1,7 @@
 """The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
 
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
@@ -46,6 +46,10 @@ class MoptError(Exception):
         self.path = path
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Come whole out of another process; Exception's own way calls the class with the message alone."""
+        return type(self).__new__, (type(self), self.message), self.__dict__
+
 
 class InputError(MoptError):
     """The source, the base or the preset is malformed, unsupported or unsafe."""
@@ -86,7 +90,7 @@ class StorageError(MoptError):
 
 
 class RemoteError(MoptError):
-    """The Hub, or the way to it, failed: nothing is wrong with the request, and it may work later."""
+    """The Hub or a cluster, or the way to it, failed: nothing is wrong with the request, and it may work later."""
 
     exit_code = ExitCode.STORAGE
 

@@ -20,6 +20,7 @@ class LocalFile:
     Attributes:
         where: Its name in messages.
         num_bytes: Its size when it was opened.
+        state: That size and the modification time (ns).
         fetched: Bytes that came over the network: none.
         requests: How many ranges were asked for: none.
     """
@@ -27,17 +28,20 @@ class LocalFile:
     fetched = 0
     requests = 0
 
-    def __init__(self, folder: Path, name: str, *, where: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, *, where: str | None = None, state: tuple[int, int] | None = None
+    ) -> None:
         """Open a regular file; links may only lead to inside the folder or to the blobs of its Hub cache.
 
         Args:
             folder: The checkpoint.
             name: Of the file in it.
             where: How messages call it, if not by its path.
+            state: Its ``state`` when somebody else opened it, if it must be that file.
 
         Raises:
-            InputError: ``input.missing``, ``input.unreadable``, ``input.too_many_files``, ``input.symlink_escape`` or
-                ``input.not_regular``.
+            InputError: ``input.missing``, ``input.unreadable``, ``input.too_many_files``, ``input.symlink_escape``,
+                ``input.not_regular`` or ``input.changed``.
         """
         path = folder / name
         self.where = where or str(path)
@@ -69,7 +73,10 @@ class LocalFile:
                 hint="checkpoints are made of plain files",
             )
         self.num_bytes = status.st_size
-        self._mtime_ns = status.st_mtime_ns
+        self.state = (status.st_size, status.st_mtime_ns)
+        if state not in (None, self.state):
+            os.close(self._fd)
+            raise self._changed()
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Bytes from ``offset``.
@@ -124,7 +131,7 @@ class LocalFile:
             InputError: ``input.changed``.
         """
         now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self.num_bytes, self._mtime_ns):
+        if (now.st_size, now.st_mtime_ns) != self.state:
             raise self._changed()
 
     def close(self) -> None:

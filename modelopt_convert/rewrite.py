@@ -28,6 +28,7 @@ from modelopt_convert.dialects.modelopt import is_layout_marker
 from modelopt_convert.dialects.nvfp4 import BLOCK_SIZE
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.errors import CheckFailedError, InputError
+from modelopt_convert.executors import ExecutorName, open_executor, refuse_far
 from modelopt_convert.header import TensorSpec
 from modelopt_convert.inspect_report import InspectReport, ModuleLayout
 from modelopt_convert.output_rules import canonical_output, check_output_allowed
@@ -66,6 +67,7 @@ class RewriteRequest:
         overwrite: Consent to replace an existing checkpoint.
         dry_run: Plan only.
         workers: Tensors that are worked on at a time.
+        executor: Where shards are written.
     """
 
     source: Location
@@ -77,6 +79,7 @@ class RewriteRequest:
     overwrite: bool
     dry_run: bool
     workers: int
+    executor: ExecutorName
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
     Raises:
         MoptError: One of its kinds; nothing was published unless a StorageError says so.
     """
+    refuse_far(request.executor, request.source)
     source_path = request.source if request.source.is_file() else resolve_component(request.source, what="source")
     base_path = resolve_component(request.base, what="base") if request.base else None
     output = canonical_output(request.output)
@@ -108,6 +112,7 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
     inputs = [path for path in map(local_path, named) if path is not None]
     check_output_allowed(output, inputs, overwrite=request.overwrite)
     with contextlib.ExitStack() as stack:
+        executor = stack.enter_context(open_executor(request.executor))
         with timed(report, "open"):
             reader = stack.enter_context(CheckpointReader(source_path))
         note_input(report, "source", reader)
@@ -130,7 +135,13 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
         swizzled = chosen if request.kind == "unswizzle" else frozenset()
         with timed(report, "stream"), torch_on_one_thread():
             digests = stream(
-                stage, plan, {"export": reader}, Layouts(swapped, swizzled), progress, workers=request.workers
+                stage,
+                plan,
+                {"export": reader},
+                Layouts(swapped, swizzled),
+                progress,
+                workers=request.workers,
+                executor=executor,
             ).digests
         reader.check_unchanged()
         files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)

@@ -109,9 +109,9 @@ class StagingDir:
         """Begin a shard in the stage; the result is a context manager."""
         return ShardWriter(self.path / name, specs, metadata)
 
-    def finish_shard(self, writer: ShardWriter) -> None:
+    def finish_shard(self, *, durable: bool) -> None:
         """Note whether the shard is on disk."""
-        self._durable = self._durable and writer.durable
+        self._durable = self._durable and durable
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write and sync one small file."""

@@ -1,15 +1,16 @@
 """Stream a plan's tensors from their inputs into the stage, several at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.patterns import module_of
-from modelopt_convert.plan import Origin, ShardPlan, Step
+from modelopt_convert.plan import Origin, Step
 from modelopt_convert.produce import Layouts, Made, produce
 from modelopt_convert.reads import step_readings
+from modelopt_convert.shard_task import ShardResult, ShardTask, StreamPlan, shard_tasks
 from modelopt_convert.shard_writer import ShardWriter
 from modelopt_convert.staging import StagingDir
 from modelopt_convert.workers import Stopped, in_order
@@ -35,16 +36,11 @@ class Progress(Protocol):
         """One line for those who asked for more."""
 
 
-class StreamPlan(Protocol):
-    """What streaming needs of a plan."""
-
-    @property
-    def shards(self) -> tuple[ShardPlan, ...]:
-        """The output files."""
-
-    @property
-    def steps(self) -> Mapping[str, Step]:
-        """One step per output tensor."""
+# Does every task into the stage, tensors of a task on so many threads; the results come in the order of the tasks.
+Executor = Callable[
+    [StagingDir, Sequence[ShardTask], Mapping[Origin, CheckpointReader], Progress, int, "Gpu | None"],
+    Iterable[ShardResult],
+]
 
 
 @dataclass(slots=True)
@@ -69,25 +65,55 @@ def stream(
     folder: str = "",
     *,
     workers: int,
+    executor: Executor,
     gpu: "Gpu | None" = None,
 ) -> Streamed:
-    """Write every shard, into a folder of the stage if one is named; ``workers`` and ``gpu`` change no byte."""
+    """Write every shard, into a folder of the stage if one is named; who does it, and where, changes no byte."""
     done = Streamed()
     for role, reader in readers.items():
         reader.prefetch(step_readings(plan.steps, role, reader.tensors))
-    for shard in plan.shards:
-        file = f"{folder}{shard.file}"
-        progress.begin(f"write {file}", sum(spec.num_bytes for spec in shard.tensors))
-        with stage.shard(file, shard.tensors, shard.metadata) as writer:
-            write = _Writing(writer, plan.steps, readers, layouts, progress, file, gpu)
-            # Block scales come with the codes.
-            names = [spec.name for spec in writer.layout if plan.steps[spec.name].op != "block_scales"]
-            for name, made in zip(names, in_order(names, write, workers), strict=True):
-                if made.clipped is not None:
-                    done.clipped[module_of(name)] = made.clipped
-        stage.finish_shard(writer)
-        done.digests |= writer.digests
+    tasks = list(shard_tasks(plan, layouts, folder))
+    for result in executor(stage, tasks, readers, progress, workers, gpu):
+        stage.finish_shard(durable=result.durable)
+        done.digests |= result.digests
+        done.clipped |= result.clipped
     return done
+
+
+def on_threads(
+    stage: StagingDir,
+    tasks: Sequence[ShardTask],
+    readers: Mapping[Origin, CheckpointReader],
+    progress: Progress,
+    workers: int,
+    gpu: "Gpu | None",
+) -> Iterator[ShardResult]:
+    """The executor of this very process: one shard after another, tensors at the same time."""
+    for task in tasks:
+        progress.begin(f"write {task.file}", task.data_bytes)
+        with stage.shard(task.file, task.shard.tensors, task.shard.metadata) as writer:
+            clipped = write_tensors(task, writer, readers, progress, workers, gpu)
+        yield ShardResult(writer.num_bytes, writer.durable, writer.digests, clipped)
+
+
+def write_tensors(
+    task: ShardTask,
+    writer: ShardWriter,
+    readers: Mapping[Origin, CheckpointReader],
+    progress: Progress,
+    workers: int,
+    gpu: "Gpu | None",
+) -> dict[str, "Clipped"]:
+    """Write all tensors of a shard.
+
+    Returns:
+        What a scale was too small for, by module.
+    """
+    write = _Writing(writer, task.steps, readers, task.layouts, progress, task.file, gpu)
+    # Block scales come with the codes.
+    names = [spec.name for spec in writer.layout if task.steps[spec.name].op != "block_scales"]
+    made = dict(zip(names, in_order(names, write, workers), strict=True))
+    return {module_of(name): one.clipped for name, one in made.items() if one.clipped is not None}
 
 
 @dataclass(frozen=True, slots=True)

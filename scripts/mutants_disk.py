@@ -44,7 +44,7 @@ def _shard(what: str, old: str, new: str) -> Mutant:
 
 
 DISK = (
-    _staging("a shard without fsync counts as on disk", "self._durable and writer.durable", "self._durable", _DURABLE),
+    _staging("a shard without fsync counts as on disk", "self._durable and durable", "self._durable", _DURABLE),
     _staging("fsync of a small file", "self._durable = fsops.sync(fd) and self._durable", "pass", _ORDER),
     _staging("a later small file makes up for one", "fsops.sync(fd) and self._durable", "fsops.sync(fd)", _DURABLE),
     _staging("fsync of the stage", "(*self._folders, self.path):", "self._folders:", _ORDER),

@@ -87,7 +87,7 @@ def fill(stage: staging.StagingDir, version: str, folders: Sequence[str] = ()) -
             for spec in writer.layout:
                 data = tensor_bytes(version, spec)
                 writer.write(spec.name, [data[:100], memoryview(data)[100:]])
-        stage.finish_shard(writer)
+        stage.finish_shard(durable=writer.durable)
         for name, data in small_files(version).items():
             stage.write_file(f"{prefix}{name}", data)
     if folders:

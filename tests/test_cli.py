@@ -17,7 +17,7 @@ from modelopt_convert.cli import app
 MAIN = "from modelopt_convert.cli import main; main()"
 
 # Every flag is a promise; a new one is a decision that somebody should see in this list.
-_WRITING = {"--download", "--workers", "--overwrite", "--dry-run", "-n", "--verbose", "-v", "--max-error"}
+_WRITING = {"--download", "--workers", "--executor", "--overwrite", "--dry-run", "-n", "--verbose", "-v", "--max-error"}
 _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
@@ -30,7 +30,7 @@ FLAGS = {
     },
     "verify": {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
-        "--max-error", "--report", "--download", *_TELLING,
+        "--max-error", "--report", "--workers", "--download", *_TELLING,
     },
     "inspect": {"source", "--base", "--all", "--engine", "--max-error", "--download", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},

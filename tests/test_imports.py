@@ -128,6 +128,7 @@ ALLOWED = {
         "checkpoint dialects.modelopt dialects.nvfp4 errors layout proof samples sampling transforms.raw "
         "transforms.scales"
     ),
+    "source_part": "checkpoint header local_file plan reads",
     "verify.subject": (
         "checkpoint dialects.fp8 dialects.modelopt dialects.nvfp4 errors preset samples transforms.nvfp4 "
         "transforms.raw transforms.scales verify.operands"
@@ -144,14 +145,16 @@ ALLOWED = {
         "checkpoint dialects.fp8 dialects.modelopt dtypes errors formats patterns plan plan_mixed proof "
         "prove_fp8 prove_nvfp4 samples sampling transforms.raw workers"
     ),
-    "stream": "checkpoint on_device patterns plan produce reads shard_writer staging transforms.fp8 workers",
+    "shard_task": "patterns plan produce transforms.fp8",
     "verify.kernels": (
         "errors preset verify.backends verify.backends.base verify.names verify.operands verify.probes "
         "verify.selftest verify.subject verify_report"
     ),
     "fetching": "opening plan reads report",
     "manifest": "accounting card digests opening plan preset report",
-    "proving": "accounting errors formats opening plan proof prove reads report stream",
+    "stream": (
+        "checkpoint on_device patterns plan produce reads shard_task shard_writer staging transforms.fp8 workers"
+    ),
     "verify.container": (
         "checkpoint dialects.modelopt dialects.nvfp4 dtypes errors formats inspect_report inspection layout "
         "samples scale_shapes transforms.nvfp4 transforms.raw transforms.scales verify.scan verify.subject "
@@ -161,18 +164,22 @@ ALLOWED = {
         "checkpoint closeness dialects.modelopt dtypes errors layout patterns proof prove prove_fp8 "
         "prove_nvfp4 report samples sampling transforms.raw verify.subject verify_report workers"
     ),
+    "proving": "accounting errors formats opening plan proof prove reads report stream",
     "quantizing": "accounting engines.sglang fetching measure on_device opening plan report sources stream",
+    "shard_attempt": "errors fsops plan shard_task shard_writer source_part stream workers",
     "space": "header manifest opening plan preset report",
     "verify.run": (
         "accounting checkpoint closeness errors layout report sources stream verify.container verify.decode "
         "verify.kernels verify.metrics verify.names verify.request verify.scan verify.subject verify.verdict "
         "verify_report workers"
     ),
+    "ray_executor": "checkpoint errors fsops plan shard_attempt shard_task source_part staging stream",
     "verify.closing": (
         "accounting checkpoint errors report stream verify.request verify.run verify.subject verify.verdict "
         "verify_report"
     ),
     "verify.opened": "accounting checkpoint components report stream verify.request verify.run",
+    "executors": "errors ray_executor sources stream",
     "hub.push": (
         "accounting card errors hub.access hub.client hub.publishable hub.remote report stream verify.opened "
         "verify.request"

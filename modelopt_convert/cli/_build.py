@@ -13,6 +13,7 @@ from modelopt_convert.cli._options import location
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output, ProgressBar
     from modelopt_convert.convert import BuildRequest
+    from modelopt_convert.executors import ExecutorName
     from modelopt_convert.preset import Algorithm
     from modelopt_convert.report import Report
 
@@ -50,6 +51,7 @@ def run_build(
     dry_run: bool,
     download: bool,
     workers: int | None,
+    executor: "ExecutorName",
     telling: Telling,
     device: str = "cpu",
 ) -> NoReturn:
@@ -59,6 +61,8 @@ def run_build(
     if algorithm == "nvfp4" and base is None and preset in (None, "none"):
         raise typer.BadParameter("is required, unless a preset is named that names the base", param_hint="--base")
 
+    if device == "cuda" and executor == "ray":
+        raise typer.BadParameter("cuda is for --executor threads", param_hint="--device")
     if device == "cuda" and export is not None:
         raise typer.BadParameter("cuda quantizes the base; with --export nothing is quantized", param_hint="--device")
     if output is not None and output.parts[:1] == ("hf:",):
@@ -102,6 +106,7 @@ def run_build(
         dry_run=dry_run,
         download=download,
         workers=workers or default_workers(),
+        executor=executor,
         device=device,  # type: ignore[arg-type]
     )
 

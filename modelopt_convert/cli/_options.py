@@ -34,6 +34,13 @@ class Closing(StrEnum):
     OFF = "off"
 
 
+class Executor(StrEnum):
+    """Where shards are written."""
+
+    THREADS = "threads"
+    RAY = "ray"
+
+
 @overload
 def location(text: str, name: str, *, download: bool) -> "Location": ...
 @overload
@@ -105,6 +112,10 @@ PushToOption = Annotated[
 WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, max=64, help="Tensors worked on at a time; default: one a core, up to four."),
+]
+ExecutorOption = Annotated[
+    Executor,
+    typer.Option("--executor", help="Write shards on threads here, or as tasks of the Ray cluster that runs already."),
 ]
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where the base is quantized if there is no --export; the same bytes.")

@@ -37,6 +37,7 @@ def build_nvfp4(
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
     workers: options.WorkersOption = None,
+    executor: options.ExecutorOption = options.Executor.THREADS,
     device: options.DeviceOption = options.Device.CPU,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
@@ -76,6 +77,7 @@ def build_nvfp4(
         dry_run=dry_run,
         download=download,
         workers=workers,
+        executor=executor.value,
         device=device.value,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

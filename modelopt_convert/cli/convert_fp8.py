@@ -41,6 +41,7 @@ def convert_fp8(
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
     workers: options.WorkersOption = None,
+    executor: options.ExecutorOption = options.Executor.THREADS,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -79,5 +80,6 @@ def convert_fp8(
         dry_run=dry_run,
         download=download,
         workers=workers,
+        executor=executor.value,
         telling=Telling(json, report_json, quiet, verbose, no_color),
     )

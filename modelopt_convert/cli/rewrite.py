@@ -9,6 +9,7 @@ from modelopt_convert.cli import _options as options
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
+    from modelopt_convert.executors import ExecutorName
     from modelopt_convert.report import Report
     from modelopt_convert.rewrite import Kind
 
@@ -35,6 +36,7 @@ def swap_nibbles(
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
     workers: options.WorkersOption = None,
+    executor: options.ExecutorOption = options.Executor.THREADS,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -54,7 +56,19 @@ def swap_nibbles(
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=verbose, no_color=no_color)
     _run(
-        out, "swap-nibbles", "swap", source, output, base, force_names, max_error, overwrite, dry_run, download, workers
+        out,
+        "swap-nibbles",
+        "swap",
+        source,
+        output,
+        base,
+        force_names,
+        max_error,
+        overwrite,
+        dry_run,
+        download,
+        workers,
+        executor.value,
     )
 
 
@@ -69,6 +83,7 @@ def unswizzle_scales(
     dry_run: options.DryRunOption = False,
     download: options.DownloadOption = False,
     workers: options.WorkersOption = None,
+    executor: options.ExecutorOption = options.Executor.THREADS,
     json: options.JsonOption = False,
     report_json: options.ReportOption = None,
     quiet: options.QuietOption = False,
@@ -101,6 +116,7 @@ def unswizzle_scales(
         dry_run,
         download,
         workers,
+        executor.value,
     )
 
 
@@ -117,6 +133,7 @@ def _run(
     dry_run: bool,
     download: bool,
     workers: int | None,
+    executor: "ExecutorName",
 ) -> NoReturn:
     from modelopt_convert.cli._output import run
     from modelopt_convert.report import OutputReport, Report
@@ -137,6 +154,7 @@ def _run(
         overwrite=overwrite,
         dry_run=dry_run,
         workers=workers or default_workers(),
+        executor=executor,
     )
     run(out, report, lambda progress: rewrite(request, report, progress), lambda: _show(out, report))
 

@@ -1,0 +1,114 @@
+"""Do one shard's task in a process of its own, which may die in the midst of it and be replaced. No torch.
+
+An attempt writes under a name of its own, and only a whole file gets the shard's name. So a task that is done again,
+even while a first attempt still runs somewhere, ends with the same file.
+"""
+
+import contextlib
+import pickle
+import platform
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelopt_convert import __version__, fsops
+from modelopt_convert.errors import InputError, RemoteError
+from modelopt_convert.plan import Origin
+from modelopt_convert.shard_task import ShardResult, ShardTask
+from modelopt_convert.shard_writer import ShardWriter
+from modelopt_convert.source_part import PartReader, SourcePart
+from modelopt_convert.stream import write_tensors
+from modelopt_convert.workers import torch_on_one_thread
+
+ATTEMPTS = "attempts"  # a folder of the stage; once it is removed no attempt that was given up can get anywhere
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """A task, and where a process that has opened nothing finds what it needs.
+
+    Attributes:
+        task: What is to be written.
+        parts: What is read of each input.
+        stage: The stage, which has the folder ``ATTEMPTS``.
+        workers: Tensors that are worked on at a time.
+    """
+
+    task: ShardTask
+    parts: Mapping[Origin, SourcePart]
+    stage: Path
+    workers: int
+
+
+class Unwatched:
+    """Progress that nobody watches."""
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """Nothing."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Nothing."""
+
+    def announce(self, text: str) -> None:
+        """Nothing."""
+
+    def detail(self, text: str) -> None:
+        """Nothing."""
+
+
+def attempt(job: ShardJob) -> ShardResult:
+    """Write the shard; the same file and the same result however often.
+
+    Raises:
+        InputError: An input is not the one that was planned with, or not what it claimed.
+        RemoteError: ``executor.shared_filesystem``: stage or input are not to be seen from here.
+        OSError: The disk failed.
+    """
+    room = job.stage / ATTEMPTS
+    if not room.is_dir():
+        raise not_shared(f"{platform.node()} does not see {job.stage}", job.stage)
+    path = room / secrets.token_hex(8)
+    with contextlib.ExitStack() as stack:
+        try:
+            readers = {origin: stack.enter_context(PartReader(part)) for origin, part in job.parts.items()}
+        except InputError as error:
+            if error.code != "input.missing":
+                raise
+            raise not_shared(f"{platform.node()}: {error.message}", Path(str(error.path))) from error
+        with ShardWriter(path, job.task.shard.tensors, job.task.shard.metadata) as writer, torch_on_one_thread():
+            clipped = write_tensors(job.task, writer, readers, Unwatched(), job.workers, None)
+    # The inputs were looked at once more on the way out of the block.
+    fsops.rename(path, job.stage / job.task.file)
+    return ShardResult(writer.num_bytes, writer.durable, writer.digests, clipped)
+
+
+def attempt_packed(version: str, packed: bytes) -> ShardResult:
+    """As ``attempt``, for a job that comes from another machine.
+
+    Args:
+        version: Of the mopt that packed it; looked at first, since another version may not even be able to read it.
+        packed: The job, pickled.
+
+    Raises:
+        RemoteError: ``executor.version``; or as ``attempt``.
+    """
+    if version != __version__:
+        raise RemoteError(
+            f"{platform.node()} has mopt {__version__}, this is {version}",
+            code="executor.version",
+            hint="install the same version on every node",
+        )
+    job = pickle.loads(packed)
+    assert isinstance(job, ShardJob)
+    return attempt(job)
+
+
+def not_shared(what: str, path: Path) -> RemoteError:
+    """The refusal of a cluster that does not share the file system."""
+    return RemoteError(
+        what,
+        code="executor.shared_filesystem",
+        path=str(path),
+        hint="inputs and output must lie, under the same paths, on a file system that every node sees",
+    )
