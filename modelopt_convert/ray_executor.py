@@ -5,7 +5,6 @@ checked and published here.
 """
 
 import os
-import pickle
 import signal
 import socket
 import threading
@@ -18,7 +17,7 @@ from modelopt_convert import __version__, fsops
 from modelopt_convert.checkpoint import CheckpointReader
 from modelopt_convert.errors import Interrupted, RemoteError
 from modelopt_convert.plan import Origin
-from modelopt_convert.shard_attempt import ATTEMPTS, ShardJob, not_shared
+from modelopt_convert.shard_attempt import ATTEMPTS, ShardJob, not_shared, pack
 from modelopt_convert.shard_task import ShardResult, ShardTask
 from modelopt_convert.source_part import part_of
 from modelopt_convert.staging import StagingDir
@@ -89,7 +88,7 @@ def on_ray(
         for task in tasks:
             parts = {origin: part_of(reader, origin, task.steps) for origin, reader in readers.items()}
             job = ShardJob(task, parts, stage.path, workers)
-            reference = remote.remote(__version__, pickle.dumps(job))
+            reference = remote.remote(__version__, pack(job))
             # Waiting on futures and not in ray.get, in which a signal's exception would be lost.
             future = reference.future()
             references[future], waiting[future] = reference, task

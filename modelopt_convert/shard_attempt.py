@@ -5,12 +5,13 @@ even while a first attempt still runs somewhere, ends with the same file.
 """
 
 import contextlib
-import pickle
+import json
 import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelopt_convert import __version__, fsops
 from modelopt_convert.errors import InputError, RemoteError
@@ -20,6 +21,9 @@ from modelopt_convert.shard_writer import ShardWriter
 from modelopt_convert.source_part import PartReader, SourcePart
 from modelopt_convert.stream import write_tensors
 from modelopt_convert.workers import torch_on_one_thread
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 ATTEMPTS = "attempts"  # a folder of the stage; once it is removed no attempt that was given up can get anywhere
 
@@ -88,7 +92,7 @@ def attempt_packed(version: str, packed: bytes) -> ShardResult:
 
     Args:
         version: Of the mopt that packed it; looked at first, since another version may not even be able to read it.
-        packed: The job, pickled.
+        packed: The job, by ``pack``.
 
     Raises:
         RemoteError: ``executor.version``; or as ``attempt``.
@@ -99,9 +103,23 @@ def attempt_packed(version: str, packed: bytes) -> ShardResult:
             code="executor.version",
             hint="install the same version on every node",
         )
-    job = pickle.loads(packed)
-    assert isinstance(job, ShardJob)
-    return attempt(job)
+    return attempt(unpack(packed))
+
+
+def pack(job: ShardJob) -> bytes:
+    """A job as JSON, for another process; no pickle, which could hold anything."""
+    return json.dumps(_adapter().dump_python(job, mode="json")).encode()
+
+
+def unpack(packed: bytes) -> ShardJob:
+    """The inverse of ``pack``."""
+    return _adapter().validate_python(json.loads(packed))
+
+
+def _adapter() -> "TypeAdapter[ShardJob]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(ShardJob)
 
 
 def not_shared(what: str, path: Path) -> RemoteError:

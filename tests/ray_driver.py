@@ -53,7 +53,9 @@ def killed_always(folder: Path, version: str, packed: bytes) -> Any:
 
 def endless(folder: Path, version: str, packed: bytes) -> Any:
     """A task that goes on until it is told to stop, and then notes whether its stage still stands."""
-    stage = pickle.loads(packed).stage
+    from modelopt_convert.shard_attempt import unpack
+
+    stage = unpack(packed).stage
     (folder / f"begun-{os.getpid()}").touch()
     try:
         for _ in range(3000):
@@ -75,7 +77,7 @@ def lost(folder: Path, version: str, packed: bytes) -> Any:
     from modelopt_convert import shard_attempt
 
     result = shard_attempt.attempt_packed(version, packed)
-    job = pickle.loads(packed)
+    job = shard_attempt.unpack(packed)
     (job.stage / job.task.file).unlink()
     return result
 

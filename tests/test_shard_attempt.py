@@ -21,7 +21,7 @@ from modelopt_convert.header import TensorSpec
 from modelopt_convert.local_file import LocalFile
 from modelopt_convert.plan import Op, ShardPlan, Step
 from modelopt_convert.produce import Layouts
-from modelopt_convert.shard_attempt import ATTEMPTS, ShardJob, attempt, attempt_packed
+from modelopt_convert.shard_attempt import ATTEMPTS, ShardJob, attempt, attempt_packed, pack, unpack
 from modelopt_convert.shard_task import shard_tasks
 from modelopt_convert.shard_writer import ShardWriter
 from modelopt_convert.source_part import part_of
@@ -82,9 +82,10 @@ def test_a_task_is_plain_data_and_parses_no_header(
     job: ShardJob, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modelopt_convert.checkpoint.parse_header", None)
-    assert pickle.loads(pickle.dumps(job)) == job
+    odd = replace(job, stage=Path("/no utf-8: \udcff"))
+    assert (unpack(pack(job)), unpack(pack(odd))) == (job, odd)
     assert {info.name for info in job.parts["base"].tensors} == set(NAMES)
-    result = attempt_packed(__version__, pickle.dumps(job))
+    result = attempt_packed(__version__, pack(job))
     assert written(job) == {FILE: expected} and not list((job.stage / ATTEMPTS).iterdir())
     assert result.num_bytes == len(expected) and result.durable and set(result.digests) == set(NAMES)
 
@@ -166,7 +167,7 @@ def test_what_a_node_does_not_see_is_named(job: ShardJob, source: Path) -> None:
 
 def test_another_version_is_refused_before_the_job_is_read() -> None:
     with pytest.raises(RemoteError) as caught:
-        attempt_packed("0.0.0", b"no pickle")
+        attempt_packed("0.0.0", b"no job")
     assert caught.value.code == "executor.version" and __version__ in caught.value.message
 
 

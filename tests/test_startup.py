@@ -104,8 +104,11 @@ def test_packed_weights_are_looked_at_with_torch(places: dict[str, Path]) -> Non
     assert found == 0 and {"torch", "rich", "pydantic"} <= imported
 
 
-def test_no_plugin_of_pydantic_runs_in_mopt(places: dict[str, Path], tmp_path: Path) -> None:
+def test_no_plugin_of_pydantic_runs_in_mopt(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Looking for them means to read the metadata of every installed package."""
+    monkeypatch.delenv("PYDANTIC_DISABLE_PLUGINS", raising=False)  # another test may have run mopt in this process
     installed = tmp_path / "noisy-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n")
