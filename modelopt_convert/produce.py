@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from modelopt_convert.transforms.fp8 import Clipped
 
 _COPIED_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
-_REPACKED_BYTES = _COPIED_BYTES // 4  # three more pieces of this size are in use
 _COMPUTED_BYTES = CHUNK_BYTES // 4  # arithmetic makes several wider arrays of a piece
 
 
@@ -126,7 +125,7 @@ def _produce(
         elif step.op == "repack":
             num_rows, half = step.output.shape
             stored_half = source.shape[1]
-            height = max(1, _REPACKED_BYTES // stored_half)
+            height = max(1, _COPIED_BYTES // stored_half)
             for number, stored in enumerate(reader.buffered(source.name, height * stored_half)):
                 keep = max(0, min(height, num_rows - number * height))
                 yield raw.repack_rows(stored, stored_half, half, keep, swap=module in layouts.swapped)

@@ -15,6 +15,7 @@ from modelopt_convert.transforms.nvfp4 import (
     quantize_nvfp4,
     shared_global_scale,
     swap_nibbles,
+    swap_nibbles_,
     unpack_e2m1,
 )
 from modelopt_convert.transforms.raw import (
@@ -54,7 +55,11 @@ def test_swap_is_its_own_inverse_and_swaps() -> None:
 def test_swap_is_that_of_each_byte(raw: bytes, skipped: int, step: int) -> None:
     """Also of views that begin or lie oddly in memory, and of sizes that are no whole words."""
     packed = torch.tensor(list(raw), dtype=torch.uint8)[skipped::step]
-    assert swap_nibbles(packed).tolist() == [(byte << 4 & 0xF0) | byte >> 4 for byte in packed.tolist()]
+    swapped = [(byte << 4 & 0xF0) | byte >> 4 for byte in packed.tolist()]
+    before = packed.tolist()
+    assert (swap_nibbles(packed).tolist(), packed.tolist()) == (swapped, before)
+    packed = packed.contiguous()
+    assert swap_nibbles_(packed) is packed and packed.tolist() == swapped
 
 
 @given(st.binary(max_size=40), st.data())

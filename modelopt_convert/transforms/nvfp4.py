@@ -61,13 +61,26 @@ def swap_nibbles(packed: Tensor) -> Tensor:
     Raises:
         ValueError: Not uint8.
     """
+    return swap_nibbles_(packed.clone(memory_format=torch.contiguous_format))
+
+
+def swap_nibbles_(packed: Tensor) -> Tensor:
+    """``swap_nibbles`` in place.
+
+    Args:
+        packed: uint8, any shape, contiguous.
+
+    Raises:
+        ValueError: Not uint8.
+    """
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed codes must be uint8, found {packed.dtype}")
     if not packed.numel() or packed.numel() % 8 or packed.storage_offset() % 8:
-        return (packed << 4) | (packed >> 4)
-    words = packed.reshape(-1).view(torch.int64)  # eight bytes at a time
+        return packed.copy_((packed << 4) | (packed >> 4))
+    words = packed.view(-1).view(torch.int64)  # eight bytes at a time
     high = (words >> 4).bitwise_and_(_LOW_NIBBLES)
-    return high.bitwise_or_((words & _LOW_NIBBLES).bitwise_left_shift_(4)).view(torch.uint8).reshape(packed.shape)
+    words.bitwise_and_(_LOW_NIBBLES).bitwise_left_shift_(4).bitwise_or_(high)
+    return packed
 
 
 def encode_e2m1(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.transforms.fp8 import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
-from modelopt_convert.transforms.nvfp4 import quantize_nvfp4, swap_nibbles
+from modelopt_convert.transforms.nvfp4 import quantize_nvfp4, swap_nibbles_
 from modelopt_convert.transforms.scales import scale_readings, swizzle_128x4
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -70,7 +70,7 @@ def repack_rows(raw: bytes | memoryview, stored_half: int, half: int, num_rows: 
     """Bring rows of packed codes into the canonical layout: padding cut, the even column in the low nibble.
 
     Args:
-        raw: Whole stored rows.
+        raw: Whole stored rows; a buffer that may be written to is used as room for the result.
         stored_half: Bytes of a stored row.
         half: Bytes of a row without padding, K/2.
         num_rows: Rows to keep; what follows is padding.
@@ -83,7 +83,7 @@ def repack_rows(raw: bytes | memoryview, stored_half: int, half: int, num_rows: 
     if bool(rows[num_rows:].any()) or bool(rows[:, half:].any()):
         raise ValueError("the padding to be cut is not zero")
     kept = rows[:num_rows, :half].contiguous()
-    return to_bytes(swap_nibbles(kept) if swap else kept)
+    return to_bytes(swap_nibbles_(kept) if swap else kept)
 
 
 def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, order: str) -> memoryview:
