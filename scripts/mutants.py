@@ -18,9 +18,11 @@ from pathlib import Path
 
 from mutants_disk import DISK, Mutant
 from mutants_rules import RULES
+from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
+MUTANTS = DISK + RULES + TASKS
 _SECONDS = 600
 HEAD = """# Guards taken away, one at a time
 
@@ -94,7 +96,7 @@ def table(results: list[Result]) -> str:
     """A row for each mutant; those that were not run now keep the row that they had."""
     old = TABLE.read_text().splitlines() if TABLE.exists() else []
     new = [row(result) for result in results]
-    rows = [next((line for line in new + old if line.startswith(_begin(one))), "") for one in DISK + RULES]
+    rows = [next((line for line in new + old if line.startswith(_begin(one))), "") for one in MUTANTS]
     rows = [line for line in rows if line]
     survived = sum("**" in line for line in rows)
     lines = ["| file | taken away | red |", "|---|---|---|", *rows]
@@ -107,7 +109,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""])
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    chosen = [one for one in DISK + RULES if any(word in f"{one.file} {one.what}" for word in options.only)]
+    chosen = [one for one in MUTANTS if any(word in f"{one.file} {one.what}" for word in options.only)]
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as cache:
         for mutant in chosen:
