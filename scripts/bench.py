@@ -1,6 +1,6 @@
 """Speed and memory of mopt against cp, in one run: interleaved, medians, ratios.
 
-    python scripts/bench.py [--quick] [--dir FOLDER] [--output docs/performance.md]
+    python scripts/bench.py [--quick] [--dir FOLDER] [--output FILE.md]
 
 Makes FLUX.1-shaped checkpoints of about 4 GB (--quick: 200 MB) in FOLDER: the base in BF16, an NVFP4 export of it, and
 the same with its scales in the 128x4 order. Each command is timed in a process of its own with the files in the page

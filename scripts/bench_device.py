@@ -1,6 +1,6 @@
 """What --device cuda gains: build-nvfp4 of a base on the CPU and on a GPU, in one run, with the same bytes.
 
-    python scripts/bench_device.py [--quick] [--dir FOLDER] [--workers N] [--output docs/performance-gpu.md]
+    python scripts/bench_device.py [--quick] [--dir FOLDER] [--workers N] [--output FILE.md]
 
 Makes a FLUX.1-shaped base of about 4 GB (--quick: 1 GB) in FOLDER and builds from it in turns, each command in a
 process of its own, files in the page cache, a sync included: on the CPU, on the GPU, and on the GPU with nothing
