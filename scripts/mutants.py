@@ -3,7 +3,8 @@
     python scripts/mutants.py [--only WORD ...] [--write]
 
 Each mutant is the package copied into a temporary folder with one text replaced; the tests named beside it then run
-against that copy. ``--only`` takes those whose file or description has one of the words; ``--write`` puts the rows into
+against that copy. First all of them run against a copy in which nothing is replaced, and must pass: else red would mean
+nothing. ``--only`` takes those whose file or description has one of the words; ``--write`` puts the rows into
 docs/reliability-mutants.md. It ends with 1 if one survived, or if its text is not in the source exactly once.
 """
 
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +25,12 @@ from mutants_tasks import TASKS
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
 MUTANTS = DISK + RULES + TASKS
-_SECONDS = 600
+_SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 
 Made by `make mutants`, which is not part of CI. Each row is mopt's own source with one guard removed or turned round,
-and the test that went red first. A row with **survived** would be a guard that no test watches.
+and the test that went red first; where nothing is removed all these tests pass, which is tried before. A row with
+**survived** would be a guard that no test watches.
 
 """
 
@@ -41,10 +44,15 @@ class Result:
     fault: str = ""
 
 
-def plant(mutant: Mutant, folder: Path) -> str:
-    """Copy the package and apply the mutant; what is wrong, if it cannot be."""
+def copy_package(folder: Path) -> None:
+    """As tests are to find it."""
     for name in ("modelopt_convert", "presets"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def plant(mutant: Mutant, folder: Path) -> str:
+    """Copy the package and apply the mutant; what is wrong, if it cannot be."""
+    copy_package(folder)
     path = folder / "modelopt_convert" / mutant.file
     source = path.read_text()
     if source.count(mutant.old) != 1:
@@ -53,33 +61,55 @@ def plant(mutant: Mutant, folder: Path) -> str:
     return ""
 
 
+def test(folder: Path, tests: Sequence[str], cache: Path, *more: str) -> tuple[tuple[str, ...], str]:
+    """Run tests against the package in a folder.
+
+    Returns:
+        Those that failed, and what kept them from running, if anything did; an error before a test is no failure of it.
+    """
+    # With the safe path neither the tests nor what they start find the package of the working folder first; the scripts
+    # that they start find their neighbours all the same.
+    paths = os.pathsep.join([str(folder), str(ROOT / "scripts")])
+    around = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "MOPT_TEST_EXPORTS": str(cache)}
+    where = "import modelopt_convert as m; print(m.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=ROOT, env=around, capture_output=True, text=True)
+    if not found.stdout.startswith(str(folder)):
+        return (), "another copy of the package was found"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *more]
+    try:
+        done = subprocess.run(
+            [*words, *(f"tests/{name}" for name in tests)],
+            cwd=ROOT,
+            env=around,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return (), f"the tests did not end in {_SECONDS} s"
+    lines = done.stdout.splitlines()
+    if done.returncode not in (0, 1) or any(line.startswith("ERROR ") for line in lines):
+        return (), f"pytest ended with {done.returncode}: {done.stdout[-300:]}{done.stderr[-300:]}"
+    red = [line.split()[1].removeprefix("tests/").partition("[")[0] for line in lines if line.startswith("FAILED ")]
+    return tuple(dict.fromkeys(red)), ""
+
+
 def run(mutant: Mutant, cache: Path) -> Result:
     """Plant it and run its tests."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if fault := plant(mutant, folder):
+        if fault := plant(mutant, Path(name)):
             return Result(mutant, (), fault)
-        # With the safe path neither the tests nor what they start find the package of the working folder first.
-        more = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "MOPT_TEST_EXPORTS": str(cache)}
-        words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
-        tests = [f"tests/{test}" for test in mutant.tests]
-        where = "import modelopt_convert as m; print(m.__file__)"
-        found = subprocess.run(
-            [sys.executable, "-c", where], cwd=ROOT, env=os.environ | more, capture_output=True, text=True
+        return Result(mutant, *test(Path(name), mutant.tests, cache, "-x"))
+
+
+def control(mutants: Sequence[Mutant], cache: Path) -> str:
+    """What is wrong with the tests where nothing was taken away; empty if they pass."""
+    with tempfile.TemporaryDirectory() as name:
+        copy_package(Path(name))
+        red, fault = test(
+            Path(name), list(dict.fromkeys(one for mutant in mutants for one in mutant.tests)), cache, "-n2"
         )
-        if not found.stdout.startswith(str(folder)):
-            return Result(mutant, (), "another copy of the package was found")
-        try:
-            done = subprocess.run(
-                [*words, *tests], cwd=ROOT, env=os.environ | more, capture_output=True, text=True, timeout=_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return Result(mutant, (), f"its tests did not end in {_SECONDS} s")
-    lines = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    red = tuple(dict.fromkeys(line.removeprefix("tests/").partition("[")[0] for line in lines))
-    if done.returncode not in (0, 1):  # such as 2, where the package cannot even be imported
-        return Result(mutant, (), f"pytest ended with {done.returncode}: {done.stdout[-300:]}{done.stderr[-300:]}")
-    return Result(mutant, red)
+        return fault or ", ".join(red)
 
 
 def row(result: Result) -> str:
@@ -112,6 +142,8 @@ def main() -> int:
     chosen = [one for one in MUTANTS if any(word in f"{one.file} {one.what}" for word in options.only)]
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as cache:
+        if wrong := control(chosen, Path(cache)):
+            raise SystemExit(f"with nothing taken away: {wrong}")
         for mutant in chosen:
             last = run(mutant, Path(cache))
             results.append(last)
