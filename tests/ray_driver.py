@@ -119,6 +119,8 @@ def planted(fault: str, folder: Path) -> Iterator[None]:
             stack.enter_context(mock.patch.object(ray_executor, "portable_attempt", lambda: attempt))
             if fault == "killed_always":  # Ray waits longer before each retry
                 stack.enter_context(mock.patch.object(ray_executor, "RETRIES", 0))
+            if fault == "endless":  # on a busy machine, too, the task is to stop by itself
+                stack.enter_context(mock.patch.object(ray_executor, "_GRACE_S", 150.0))
         elif fault == "other_version":
             stack.enter_context(mock.patch.object(ray_executor, "__version__", "0.0.0"))
         elif fault.startswith("touched "):

@@ -130,7 +130,7 @@ def test_a_signal_stops_the_tasks_and_removes_the_stage(
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(120) == 128 + number
+        assert process.wait(300) == 128 + number
     assert list(room.iterdir()) == []
     pids = [one.name.removeprefix("begun-") for one in tmp_path.glob("begun-*")]
     # Nobody writes into a stage that is being removed.
