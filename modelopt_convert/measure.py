@@ -13,7 +13,7 @@ from modelopt_convert.header import TensorInfo
 from modelopt_convert.plan import BuildPlan
 from modelopt_convert.transforms.nvfp4 import shared_global_scale
 from modelopt_convert.transforms.raw import largest_of_chunk
-from modelopt_convert.workers import Stopped, in_order
+from modelopt_convert.workers import in_order, until
 
 if TYPE_CHECKING:
     from modelopt_convert.on_device import Gpu
@@ -81,9 +81,8 @@ def _largest(
     where = str(base.path / info.file)
     found = 0.0
     try:
-        for num_bytes, largest in gpu.largest(base, info) if gpu is not None else _pieces(base, info):
-            if stopped.is_set():
-                raise Stopped
+        pieces = gpu.largest(base, info) if gpu is not None else _pieces(base, info)
+        for num_bytes, largest in until(stopped, pieces):
             found = max(found, largest)
             advance(num_bytes)
     except ValueError as error:

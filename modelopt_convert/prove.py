@@ -27,7 +27,7 @@ from modelopt_convert.prove_nvfp4 import judge_nvfp4, name_the_layout, usable_nv
 from modelopt_convert.samples import common_dtype
 from modelopt_convert.sampling import SAMPLED_ROWS
 from modelopt_convert.transforms.raw import cast_paths, equal_after, equal_bytes, from_bytes
-from modelopt_convert.workers import in_order
+from modelopt_convert.workers import in_order, until
 
 _SHOWN = 10
 _COMPARED_BYTES = 1 << 20  # of either side, while it is in a core's cache
@@ -189,9 +189,9 @@ def _check_unquantized(
     workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    def same(name: str, _stopped: Event) -> bool:
+    def same(name: str, stopped: Event) -> bool:
         with torch.inference_mode():  # of each thread
-            found = same_up_to_cast(export, base, name)
+            found = same_up_to_cast(export, base, name, stopped)
         advance(plan.steps[name].output.num_bytes)
         return found
 
@@ -221,12 +221,16 @@ def _check_unquantized(
         )
 
 
-def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str) -> bool:
-    """Whether a tensor is the base's, directly or rounded to another float dtype."""
+def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str, stopped: Event) -> bool:
+    """Whether a tensor is the base's, directly or rounded to another float dtype.
+
+    Raises:
+        Stopped: The event was set meanwhile.
+    """
     source, target = base.tensors[name].dtype, export.tensors[name].dtype
     if source == target:
         pairs = zip(export.buffered(name, _COMPARED_BYTES), base.buffered(name, _COMPARED_BYTES), strict=True)
-        if all(equal_bytes(left, right) for left, right in pairs):
+        if all(equal_bytes(left, right) for left, right in until(stopped, pairs)):
             return True
     if not {source, target} <= HALF_AND_FLOAT:
         return False
@@ -234,7 +238,8 @@ def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str)
     source_bytes, target_bytes = DTYPE_BITS[source] // 8, DTYPE_BITS[target] // 8
     num_elements = CHUNK_BYTES // 4
     left_chunks = base.chunks(name, num_elements * source_bytes)
-    for left, right in zip(left_chunks, export.chunks(name, num_elements * target_bytes), strict=True):
+    casts = zip(left_chunks, export.chunks(name, num_elements * target_bytes), strict=True)
+    for left, right in until(stopped, casts):
         values, wanted = from_bytes(left, source, (-1,)), from_bytes(right, target, (-1,))
         paths = [path for path in paths if equal_after(values, path, wanted)]
         if not paths:

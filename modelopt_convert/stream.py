@@ -13,7 +13,7 @@ from modelopt_convert.reads import step_readings
 from modelopt_convert.shard_task import ShardResult, ShardTask, StreamPlan, shard_tasks
 from modelopt_convert.shard_writer import ShardWriter
 from modelopt_convert.staging import StagingDir
-from modelopt_convert.workers import Stopped, in_order
+from modelopt_convert.workers import in_order, until
 
 if TYPE_CHECKING:
     from modelopt_convert.on_device import Gpu
@@ -133,16 +133,11 @@ class _Writing:
         step, made = self.steps[name], Made()
         self.progress.detail(f"{self.file}: {name}: {step.op} from {step.origin}")
         extent = self.readers[step.origin].extent(name) if step.op == "copy" else None
-        self.writer.write(name, self._watched(step, made, stopped), extent)
+        pieces = self._counted(produce(step, self.readers[step.origin], self.layouts, made, self.gpu))
+        self.writer.write(name, until(stopped, pieces), extent)
         if step.op == "quantize_nvfp4":
             self.writer.write(f"{module_of(name)}.weight_scale", self._counted(made.block_scales))
         return made
-
-    def _watched(self, step: Step, made: Made, stopped: Event) -> Iterator[bytes | memoryview]:
-        for piece in self._counted(produce(step, self.readers[step.origin], self.layouts, made, self.gpu)):
-            if stopped.is_set():
-                raise Stopped
-            yield piece
 
     def _counted(self, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         for piece in pieces:

@@ -1,7 +1,7 @@
 """Run independent jobs on a few threads. No torch."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
+_Piece = TypeVar("_Piece")
 _MOST = 4  # beyond, disks and memory are the limit, and each worker has its buffers
 
 
@@ -32,6 +33,18 @@ def torch_on_one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def until(stopped: Event, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+    """The pieces of a job, as long as it is not told to stop: else an interrupted run would wait for a whole tensor.
+
+    Raises:
+        Stopped: It is.
+    """
+    for piece in pieces:
+        if stopped.is_set():
+            raise Stopped
+        yield piece
 
 
 def in_order(jobs: Sequence[_Job], work: Callable[[_Job, Event], _Result], workers: int) -> list[_Result]:

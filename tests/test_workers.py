@@ -1,13 +1,18 @@
 """Several tensors at a time: the same bytes, the same first error, and nothing left running."""
 
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import build, edit, run_mopt, tree
 
-from modelopt_convert.workers import Stopped, default_workers, in_order
+from modelopt_convert.checkpoint import CheckpointReader
+from modelopt_convert.verify.scan import scan
+from modelopt_convert.workers import Stopped, default_workers, in_order, until
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
@@ -82,3 +87,35 @@ def test_a_rewrite_with_several_workers(nvfp4: Path, base: Path, tmp_path: Path)
         done = run_mopt("swap-nibbles", tmp_path / "built", tmp_path / f"s{workers}", "--workers", workers)
         assert done.exit_code == 0
     assert tree(tmp_path / "s1") == tree(tmp_path / "s3")
+
+
+def test_a_scan_stops_between_two_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor that cannot be read ends it, however much of another is still to be read."""
+    names = {name: torch.zeros(4, dtype=torch.float8_e4m3fn) for name in ("a.weight", "b.weight")}
+    save_file(names, tmp_path / "x.safetensors")
+    begun, pieces = threading.Event(), []
+
+    def buffered(reader: CheckpointReader, name: str, _size: int) -> Iterator[memoryview]:
+        if name == "a.weight":
+            assert begun.wait(30)
+            raise ZeroDivisionError
+        for number in range(3000):
+            begun.set()
+            pieces.append(number)
+            time.sleep(0.01)
+            yield memoryview(bytearray(4))
+
+    monkeypatch.setattr(CheckpointReader, "buffered", buffered)
+    with CheckpointReader(tmp_path / "x.safetensors") as reader, pytest.raises(ZeroDivisionError):
+        scan(reader, None, 2, lambda _bytes: None)
+    assert len(pieces) < 3000
+
+
+def test_pieces_come_until_it_is_told_to_stop() -> None:
+    stopped, found = threading.Event(), []
+    with pytest.raises(Stopped):
+        for piece in until(stopped, range(10)):
+            found.append(piece)
+            if piece == 3:
+                stopped.set()
+    assert found == [0, 1, 2, 3]

@@ -4,7 +4,7 @@ A single flipped bit is seen where the codes are reproduced, by the identity pro
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from threading import Event
 
 import torch
@@ -27,7 +27,7 @@ from modelopt_convert.sampling import SAMPLED_ROWS, sample_rows
 from modelopt_convert.transforms.raw import to_bytes
 from modelopt_convert.verify.subject import Subject
 from modelopt_convert.verify_report import LevelReport, LevelStatus, ModuleVerify
-from modelopt_convert.workers import in_order
+from modelopt_convert.workers import in_order, until
 
 _NEARLY_ALL = 0.9
 _DUE = ("reproduced", QUANTIZED_HERE)  # verdicts at build after which every code must be the base's
@@ -63,7 +63,7 @@ def decode_level(
     """
     common = common_dtype(subject.reader)
 
-    def judged(module: PackedModule, _stopped: Event) -> str | Reading | None:
+    def judged(module: PackedModule, stopped: Event) -> str | Reading | None:
         """What is wrong with it, or the reading under which it fits."""
         found, reading = modules[module.name], None
         try:
@@ -71,7 +71,7 @@ def decode_level(
                 tiles = list(_tiles(module, sample))
                 found.digest = _digest(subject, module, tiles[0])
                 if base is not None:
-                    reading = _judge(subject, base, module, tiles, common, max_error, found, advance)
+                    reading = _judge(subject, base, module, until(stopped, tiles), common, max_error, found, advance)
         except (InputError, ValueError) as error:
             found.worsen("fail")
             return str(error) if module.name in str(error) else f"{module.name}: {error}"
@@ -138,12 +138,12 @@ def _unquantized(
     failures += [f"{name}: the checkpoint has it, the base has not" for name in sorted(mine - base.tensors.keys())]
     coded = {module.weight.name for module in subject.modules.values()}
 
-    def compared(name: str, _stopped: Event) -> str | None:
+    def compared(name: str, stopped: Event) -> str | None:
         info = subject.reader.tensors[name]
         if info.shape != base.tensors[name].shape:
             return f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}"
         with torch.inference_mode():  # of each thread
-            same = same_up_to_cast(subject.reader, base, name)
+            same = same_up_to_cast(subject.reader, base, name, stopped)
             if not same and name.endswith(".weight") and module_of(name) in dequantized:
                 same = _is_near(subject.reader, base, name, max_error)
         advance(info.num_bytes)
@@ -174,7 +174,7 @@ def _judge(
     subject: Subject,
     base: CheckpointReader,
     module: PackedModule,
-    tiles: list[list[int]],
+    tiles: Iterable[list[int]],
     common: str,
     max_error: float,
     found: ModuleVerify,

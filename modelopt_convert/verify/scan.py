@@ -14,7 +14,7 @@ from modelopt_convert.report import QUANTIZED_HERE
 from modelopt_convert.sources import Location, open_file, read_small
 from modelopt_convert.strict_json import parse_json_object
 from modelopt_convert.transforms.raw import check_e4m3
-from modelopt_convert.workers import in_order
+from modelopt_convert.workers import in_order, until
 
 RECORD = "mopt.json"
 _SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
@@ -110,10 +110,10 @@ def scan(
     if record is not None:
         reader.prefetch((name, 0, info.num_bytes) for name, info in reader.tensors.items())
 
-    def read(name: str, _stopped: Event) -> str | None:
+    def read(name: str, stopped: Event) -> str | None:
         """What is wrong with the bytes of a tensor."""
         digest, coded = xxhash.xxh3_128(), name in weights
-        for chunk in reader.buffered(name, _SCANNED_BYTES):
+        for chunk in until(stopped, reader.buffered(name, _SCANNED_BYTES)):
             digest.update(chunk)
             if coded and name not in found.broken:
                 try:
