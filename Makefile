@@ -23,16 +23,16 @@ $(HUB2)/installed: $(INSTALLED) constraints-hub2.txt
 
 # A real ModelOpt export of a small FLUX.1 on the CPU, and the mixed repo built from it.
 demo: $(INSTALLED)
-	$(BIN)/python scripts/make_export.py demo nvfp4
+	$(BIN)/python scripts/make/make_export.py demo nvfp4
 	$(BIN)/mopt build-nvfp4 --preset flux1-dev --export demo/nvfp4 --base demo/base --output demo/flux1-dev-nvfp4 --overwrite
 
 test: $(INSTALLED) $(HUB2)/installed quality
 	$(BIN)/pytest -n 2
-	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(BIN)/pytest -n 2 tests/test_loopback_hub.py $(wildcard tests/test_hub_*.py)
+	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(BIN)/pytest -n 2 tests/support/test_loopback_hub.py $(shell find tests -name "test_hub_*.py")
 
 # What takes too long for every change: random histories of OUT, full sizes, a million tensors. Not part of CI.
 test-long: $(INSTALLED)
-	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/test_bounds.py
+	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -41,17 +41,17 @@ quality: $(INSTALLED)
 
 # Takes away one guard of the output protocol at a time and expects a test to go red; some minutes, not part of CI.
 mutants: $(INSTALLED)
-	$(BIN)/python scripts/mutants.py --write
+	$(BIN)/python scripts/reliability/mutants.py --write
 
 # Every tier of docs/reliability.md, run again; some ten minutes on two cores, not part of CI.
 reliability: $(INSTALLED)
-	$(BIN)/python scripts/reliability.py --write
+	$(BIN)/python scripts/reliability/reliability.py --write
 
-# Ten minutes for each parser. What is found lies in the current folder as crash-*; it belongs in tests/fuzz_corpus.
+# Ten minutes for each parser. What is found lies in the current folder as crash-*; it belongs in tests/checkpoint/fuzz_corpus.
 FUZZ_SECONDS ?= 600
 fuzz: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[fuzz]'
 	for name in header index; do \
-		mkdir -p .venv/fuzz/$$name && $(BIN)/python scripts/fuzz_$$name.py -max_total_time=$(FUZZ_SECONDS) -max_len=2048 \
-			-dict=tests/fuzz_corpus/words.dict .venv/fuzz/$$name tests/fuzz_corpus/$$name || exit 1; \
+		mkdir -p .venv/fuzz/$$name && $(BIN)/python scripts/reliability/fuzz_$$name.py -max_total_time=$(FUZZ_SECONDS) -max_len=2048 \
+			-dict=tests/checkpoint/fuzz_corpus/words.dict .venv/fuzz/$$name tests/checkpoint/fuzz_corpus/$$name || exit 1; \
 	done

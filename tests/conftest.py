@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 from hub_support import start_afresh
 from loopback_hub import LoopbackHub
+from root import ROOT
 
 # Not even collected without that, since on CI a skipped test would fail the run.
 collect_ignore = [] if os.environ.get("MOPT_TEST_LONG") else ["long"]
@@ -37,11 +38,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 def _made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str, name: str, *arguments: str) -> Path:
-    """A folder filled by scripts/make_export.py, once for all workers of a test run, or for all runs of mutants.py."""
+    """A folder filled by scripts/make/make_export.py, once for all workers of a run, or for all runs of mutants.py."""
     shared = tmp_path_factory.getbasetemp()
     if "MOPT_TEST_EXPORTS" in os.environ:
         shared = Path(os.environ["MOPT_TEST_EXPORTS"])
@@ -50,7 +48,7 @@ def _made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str, name: s
     folder = shared / name
     with FileLock(shared / f"{name}.lock"):
         if not (folder / "done").exists():
-            command = [sys.executable, str(ROOT / "scripts" / "make_export.py"), str(folder), *arguments]
+            command = [sys.executable, str(ROOT / "scripts" / "make" / "make_export.py"), str(folder), *arguments]
             # ModelOpt's exporter needs transformers, which does not take a newer huggingface_hub put in front.
             variables = os.environ | ({"PYTHONPATH": ""} if "MOPT_TEST_HUB" in os.environ else {})
             subprocess.run(command, check=True, capture_output=True, text=True, env=variables)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from action_runner import Ended, Expression, commands, fill, read_pairs, run_action
-from conftest import ROOT
+from root import ROOT
 from support import build
 
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())

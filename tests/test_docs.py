@@ -6,14 +6,14 @@ import sys
 import zipfile
 from pathlib import Path
 
-from conftest import ROOT
+from root import ROOT
 from support import run_mopt
 
 
 def test_support_table_is_current() -> None:
     from make_support import render
 
-    assert (ROOT / "docs" / "support.md").read_text() == render(), "run scripts/make_support.py"
+    assert (ROOT / "docs" / "support.md").read_text() == render(), "run scripts/make/make_support.py"
 
 
 def test_readme_commands_are_real_flags() -> None:
@@ -25,7 +25,7 @@ def test_readme_commands_are_real_flags() -> None:
 
 
 def test_readme_lists_every_exit_code() -> None:
-    from modelopt_convert.errors import ExitCode
+    from modelopt_convert.run.errors import ExitCode
 
     text = (ROOT / "README.md").read_text()
     for code in ExitCode:
@@ -35,10 +35,10 @@ def test_readme_lists_every_exit_code() -> None:
 def test_every_regression_names_a_test_that_exists() -> None:
     tests = ROOT / "tests"
     rows = [line for line in (tests / "REGRESSIONS.md").read_text().splitlines() if line.startswith("| ")]
-    named = [row for row in rows if "`test_" in row]
+    named = [row for row in rows if "test_" in row]
     assert len(named) > 40
     for row in named:
-        file, name = re.findall(r"`(test_\w+\.py)::(test_\w+)` \|$", row)[0]
+        file, name = re.findall(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)` \|$", row)[0]
         assert f"\ndef {name}(" in (tests / file).read_text(), row
     assert len(rows) - len(named) == 3, "a row without a test"  # the heads of the tables
 
@@ -49,7 +49,7 @@ def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for preset in (ROOT / "presets").glob("*.toml"):
-        assert f"modelopt_convert/presets/{preset.name}" in names
+        assert f"modelopt_convert/preset/toml/{preset.name}" in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     unpacked = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, presets, push, rewrite, verify
-from modelopt_convert.errors import ExitCode
+from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, push, rewrite, verify
+from modelopt_convert.cli import preset as presets
+from modelopt_convert.run.errors import ExitCode
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "build-nvfp4": build_nvfp4.build_nvfp4,

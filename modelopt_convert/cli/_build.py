@@ -12,10 +12,10 @@ from modelopt_convert.cli._options import location
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output, ProgressBar
-    from modelopt_convert.convert import BuildRequest
-    from modelopt_convert.executors import ExecutorName
-    from modelopt_convert.preset import Algorithm
-    from modelopt_convert.report import Report
+    from modelopt_convert.commands.build.command import BuildRequest
+    from modelopt_convert.formats.table import Algorithm
+    from modelopt_convert.report.report import Report
+    from modelopt_convert.write.executors import ExecutorName
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?[KMGT]i?B", re.IGNORECASE)
 
@@ -70,9 +70,9 @@ def run_build(
 
     from modelopt_convert.cli._output import Output, run
     from modelopt_convert.cli.push import show_pushed
-    from modelopt_convert.convert import BuildRequest, convert
-    from modelopt_convert.report import OutputReport, Report
-    from modelopt_convert.workers import default_workers
+    from modelopt_convert.commands.build.command import BuildRequest, convert
+    from modelopt_convert.report.report import OutputReport, Report
+    from modelopt_convert.run.workers import default_workers
 
     out = Output(
         json=telling.json,
@@ -125,12 +125,12 @@ def run_build(
 
 def _build_and_push(request: "BuildRequest", repo_id: str, report: "Report", progress: "ProgressBar") -> None:
     """Rights are asked for first: hours of work that may not be published are hours lost."""
-    from modelopt_convert.convert import convert
-    from modelopt_convert.errors import MoptError
-    from modelopt_convert.hub.access import check_access
-    from modelopt_convert.hub.client import page_of
-    from modelopt_convert.hub.push import PushRequest, push
-    from modelopt_convert.report import PushedReport
+    from modelopt_convert.checkpoint.hub.client import page_of
+    from modelopt_convert.commands.build.command import convert
+    from modelopt_convert.commands.push.access import check_access
+    from modelopt_convert.commands.push.command import PushRequest, push
+    from modelopt_convert.report.report import PushedReport
+    from modelopt_convert.run.errors import MoptError
 
     check_access(repo_id, create_pr=False, private=False, again="run the same command again")
     convert(request, report, progress)
@@ -164,8 +164,8 @@ def _shard_bytes(text: str) -> int:
 
 
 def _show(out: "Output", report: "Report") -> None:
-    from modelopt_convert.card import load_command
     from modelopt_convert.cli._output import human_bytes, show_cost, show_written
+    from modelopt_convert.engines.sglang import load_command
 
     show_written(out, report)
     several = any(rule.component for rule in report.rules)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
-from modelopt_convert.errors import InputError
+from modelopt_convert.run.errors import InputError
 
 if TYPE_CHECKING:
-    from modelopt_convert.sources import Location
+    from modelopt_convert.checkpoint.location import Location
 
 
 class TransformerName(StrEnum):
@@ -51,7 +51,7 @@ def location(text: str | None, name: str, *, download: bool) -> "Location | None
     Raises:
         BadParameter: It is written ``hf://`` and names no repo.
     """
-    from modelopt_convert.sources import parse_location
+    from modelopt_convert.checkpoint.location import parse_location
 
     if text is None:
         return None

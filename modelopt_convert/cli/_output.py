@@ -15,7 +15,10 @@ from typing import NoReturn, Self
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.errors import (
+from modelopt_convert.checkpoint.location import Location
+from modelopt_convert.report.inspect import InspectReport
+from modelopt_convert.report.report import ErrorReport, Report, Status
+from modelopt_convert.run.errors import (
     BackendError,
     CheckFailedError,
     ExitCode,
@@ -27,10 +30,7 @@ from modelopt_convert.errors import (
     RemoteError,
     StorageError,
 )
-from modelopt_convert.inspect_report import InspectReport
-from modelopt_convert.output_rules import canonical_output
-from modelopt_convert.report import ErrorReport, Report, Status
-from modelopt_convert.sources import Location
+from modelopt_convert.stage.output_rules import canonical_output
 
 
 def debugging() -> bool:

@@ -9,7 +9,7 @@ from modelopt_convert.cli import _options as options
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
-    from modelopt_convert.inspect_report import ComponentReport, LintReport
+    from modelopt_convert.report.inspect import ComponentReport, LintReport
 
 _SHOWN = 10
 
@@ -48,7 +48,7 @@ def inspect(
         raise typer.BadParameter("known is sglang (0.5.23)", param_hint="--engine")
 
     from modelopt_convert.cli._output import Output, run
-    from modelopt_convert.inspect_report import InspectReport
+    from modelopt_convert.report.inspect import InspectReport
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
     subject = options.location(source, "SOURCE", download=download)
@@ -57,7 +57,7 @@ def inspect(
     report = InspectReport()
 
     def work(_: object) -> None:
-        from modelopt_convert.inspection import inspect as look
+        from modelopt_convert.commands.inspect import inspect as look
 
         look(subject, against, report, every_scale=all_scales, max_error=max_error)
 

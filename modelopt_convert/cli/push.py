@@ -9,7 +9,7 @@ from modelopt_convert.cli import _options as options
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
-    from modelopt_convert.report import Report
+    from modelopt_convert.report.report import Report
 
 
 def push(
@@ -52,15 +52,15 @@ def push(
         raise typer.BadParameter("must not be empty", param_hint="--message")
 
     from modelopt_convert.cli._output import Output, run
-    from modelopt_convert.report import OutputReport, Report
+    from modelopt_convert.report.report import OutputReport, Report
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
     out.check_report_path(checkpoint)
     report = Report(command="push", output=OutputReport(path=""))
 
     def work(progress: object) -> None:
-        from modelopt_convert.hub.push import PushRequest
-        from modelopt_convert.hub.push import push as publish
+        from modelopt_convert.commands.push.command import PushRequest
+        from modelopt_convert.commands.push.command import push as publish
 
         request = PushRequest(checkpoint, repo_id, create_pr, private, revision, message)
         publish(request, report, progress)  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ from modelopt_convert.cli import _options as options
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
-    from modelopt_convert.executors import ExecutorName
-    from modelopt_convert.report import Report
-    from modelopt_convert.rewrite import Kind
+    from modelopt_convert.commands.rewrite import Kind
+    from modelopt_convert.report.report import Report
+    from modelopt_convert.write.executors import ExecutorName
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A transformer folder, or one .safetensors file; it is not changed.")
@@ -136,9 +136,9 @@ def _run(
     executor: "ExecutorName",
 ) -> NoReturn:
     from modelopt_convert.cli._output import run
-    from modelopt_convert.report import OutputReport, Report
-    from modelopt_convert.rewrite import RewriteRequest, rewrite
-    from modelopt_convert.workers import default_workers
+    from modelopt_convert.commands.rewrite import RewriteRequest, rewrite
+    from modelopt_convert.report.report import OutputReport, Report
+    from modelopt_convert.run.workers import default_workers
 
     subject = options.location(source, "SOURCE", download=download)
     against = options.location(base, "--base", download=download)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelopt_convert.cli import _options as options
-from modelopt_convert.errors import MoptError
-from modelopt_convert.verify.names import ALIASES, NAMES, SGLANG_VARIABLE
+from modelopt_convert.run.errors import MoptError
+from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
-    from modelopt_convert.report import Report
+    from modelopt_convert.report.report import Report
 
 _SHOWN = 10
 
@@ -94,7 +94,7 @@ def verify(
         raise typer.BadParameter("is not looked at by --self-test", param_hint="CHECKPOINT")
 
     from modelopt_convert.cli._output import Output, check_file, run
-    from modelopt_convert.report import OutputReport, Report
+    from modelopt_convert.report.report import OutputReport, Report
 
     out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
     subject = options.location(checkpoint, "CHECKPOINT", download=download)
@@ -106,9 +106,9 @@ def verify(
     found = Report(command="verify", output=OutputReport(path=""))
 
     def work(progress: object) -> None:
-        from modelopt_convert.verify.opened import verify as look
-        from modelopt_convert.verify.request import VerifyRequest
-        from modelopt_convert.workers import default_workers
+        from modelopt_convert.commands.verify import verify as look
+        from modelopt_convert.run.workers import default_workers
+        from modelopt_convert.verification.request import VerifyRequest
 
         request = VerifyRequest(
             checkpoint=subject or Path(),
@@ -123,12 +123,12 @@ def verify(
             workers=workers or default_workers(),
         )
         if report is not None:
-            from modelopt_convert.verify.html_report import require_plotly
+            from modelopt_convert.verification.page.document import require_plotly
 
             require_plotly()  # before the work, and not after it
         try:
             if checkpoint is None:
-                from modelopt_convert.verify.run import verify_backends
+                from modelopt_convert.verification.transformer import verify_backends
 
                 verify_backends(request, found, progress)  # type: ignore[arg-type]
             else:
@@ -159,8 +159,8 @@ def _check_names(names: tuple[str, ...], where: str) -> None:
 def _write_page(path: Path | None, report: "Report") -> None:
     if path is None or report.verify is None:
         return
-    from modelopt_convert.errors import StorageError
-    from modelopt_convert.verify.html_report import render
+    from modelopt_convert.run.errors import StorageError
+    from modelopt_convert.verification.page.document import render
 
     text = render(report.verify.model_dump())
     try:

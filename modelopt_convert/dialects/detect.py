@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.engines.sglang import PACKED_QKV
-from modelopt_convert.header import TensorInfo
-from modelopt_convert.scale_shapes import round_up
+from modelopt_convert.formats.nvfp4.shapes import round_up
 
 _SHOWN = 2
 _PLAIN = frozenset({"BF16", "F16", "F32", "F64", "I64", "BOOL"})

@@ -7,7 +7,7 @@ checkpoint for ComfyUI, with ``model.diffusion_model.`` beside the VAE and the r
 
 from collections.abc import Iterable, Mapping
 
-from modelopt_convert.errors import InputError
+from modelopt_convert.run.errors import InputError
 
 CLASS_NAME = "X0Model"
 _PREFIXES = ("velocity_model.", "model.diffusion_model.")

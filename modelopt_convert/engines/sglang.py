@@ -7,11 +7,11 @@ Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference f
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelopt_convert.header import TensorInfo
+from modelopt_convert.checkpoint.header import TensorInfo
 
 VERSION = "sglang@0.5.23"
 
@@ -239,3 +239,16 @@ def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packe
     if missed:
         found.append(f"{belief.engine} would take {len(missed)} packed modules for unquantized ({missed[0]} first)")
     return found
+
+
+def load_command(prefix: str, base: str, components: Sequence[str], flag: str = "--transformer-path") -> str:
+    """SGLang's command that loads the output.
+
+    Args:
+        prefix: The output, up to the name of a component.
+        base: The base model.
+        components: Folder names, or none where the output itself is the transformer.
+        flag: What loads that.
+    """
+    flags = [f"--{name.replace('_', '-')}-path {prefix}/{name}" for name in components] or [f"{flag} {prefix}"]
+    return f"sglang generate --model-path {base} {' '.join(flags)} --prompt '...'"

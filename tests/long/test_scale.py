@@ -10,7 +10,7 @@ from figures import note
 from limited import Ended, run_limited
 from safetensors.torch import save_file
 
-from modelopt_convert.transforms.nvfp4 import quantize_nvfp4
+from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
 
 MODULES = 10_000
 PEAK_MB = 4000

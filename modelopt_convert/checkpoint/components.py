@@ -1,0 +1,172 @@
+"""Which folders of a pipeline hold the transformers that a user means. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modelopt_convert.checkpoint.location import Location, hint_if_missing, is_dir, names, read_small
+from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES
+from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.run.errors import InputError
+
+COMPONENTS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One transformer to build.
+
+    Attributes:
+        name: One of ``COMPONENTS``, or None where the export's folder is called otherwise.
+        export: Its folder in the export, if there is an export.
+        base: Its folder in the base, if there is a base.
+    """
+
+    name: str | None
+    export: Location | None
+    base: Location | None
+
+
+def resolve_component(path: Location, *, what: str) -> Location:
+    """The one transformer folder that a user means: ``path`` itself, or its ``transformer/``.
+
+    Args:
+        path: A component folder, or a pipeline folder holding one transformer.
+        what: How messages call it: ``export`` or ``base``.
+
+    Raises:
+        InputError: Not a folder, nothing in it to load, or two transformers to choose from.
+    """
+    found = _found(path, what=what)
+    if len(found) == 1:
+        return found[0]
+    raise InputError(
+        f"{what} {path}: expected one transformer, found {' and '.join(one.name for one in found)}",
+        code="input.ambiguous",
+        path=str(path),
+        hint=f"name the one you mean: {found[0]}",
+    )
+
+
+def resolve_components(export: Location | None, base: Location | None, wanted: Sequence[str]) -> list[Component]:
+    """The transformers to build: those wanted, or every one that the export quantized; without an export, the base's.
+
+    Args:
+        export: A component folder, or a pipeline folder; None where the base itself is quantized.
+        base: Likewise, or None.
+        wanted: Names from ``COMPONENTS``; empty for all.
+
+    Raises:
+        InputError: ``input.missing`` or ``input.ambiguous``.
+    """
+    if export is None:
+        assert base is not None  # the command requires one of both
+        chosen = _wanted(base, wanted, what="base")
+        return [Component(one.name if one.name in COMPONENTS else None, None, one) for one in chosen]
+    chosen = _wanted(export, wanted, what="export")
+    if not wanted and len(chosen) > 1:
+        # With none of them quantized the first is opened, and refused for that.
+        chosen = [one for one in chosen if _is_quantized(one)] or chosen[:1]
+    names = [one.name if one.name in COMPONENTS else None for one in chosen]
+    return [
+        Component(name, one, _base_of(base, name, several=len(chosen) > 1) if base is not None else None)
+        for name, one in zip(names, chosen, strict=True)
+    ]
+
+
+def _wanted(path: Location, wanted: Sequence[str], *, what: str) -> list[Location]:
+    """The transformer folders of a pipeline that are wanted, or all."""
+    found = _found(path, what=what)
+    missing = sorted(set(wanted) - {one.name for one in found})
+    if missing:
+        raise InputError(
+            f"{what} {path}: expected {missing[0]}, found {', '.join(one.name for one in found)}",
+            code="input.missing",
+            path=str(path),
+            hint=f"--component names a transformer folder of the {what}'s pipeline",
+        )
+    return [one for one in found if not wanted or one.name in wanted]
+
+
+def transformers_of(source: Location, base: Location | None) -> list[tuple[str, Location, Location | None]]:
+    """Every transformer of a checkpoint that is only looked at, with its base: ``.`` names the source itself.
+
+    Raises:
+        InputError: ``input.missing`` or ``input.ambiguous``.
+    """
+    try:
+        alone = source.is_file() or (source / "config.json").is_file()
+    except OSError:  # a name that no file system takes
+        return [(".", resolve_component(source, what="source"), None)]
+    if alone:
+        return [(".", source, resolve_component(base, what="base") if base else None)]
+    found = [name for name in COMPONENTS if (source / name / "config.json").is_file()]
+    if not found:
+        path = (
+            source
+            if any(name.endswith(".safetensors") for name in names(source))
+            else resolve_component(source, what="source")
+        )
+        return [(".", path, resolve_component(base, what="base") if base else None)]
+    pairs: list[tuple[str, Location, Location | None]] = []
+    for name in found:
+        beside = base / name if base and (base / name / "config.json").is_file() else None
+        if base and beside is None and len(found) == 1:
+            beside = resolve_component(base, what="base")
+        if base and beside is None:
+            raise InputError(
+                f"base {base}: expected {name}/ as in the source, found none",
+                code="input.missing",
+                path=str(base),
+                hint="give the base pipeline, or one component at a time",
+            )
+        pairs.append((name, source / name, beside))
+    return pairs
+
+
+def _base_of(base: Location, name: str | None, *, several: bool) -> Location:
+    found = _found(base, what="base")
+    named = [one for one in found if one.name == name]
+    if named and found != [base]:
+        return named[0]
+    if several:
+        raise InputError(
+            f"base {base}: expected a pipeline with {name}, as the export has, found no such transformer",
+            code="input.missing",
+            path=str(base),
+            hint="give the pipeline that the export was made from, or build one transformer with --component",
+        )
+    return resolve_component(base, what="base")
+
+
+def _found(path: Location, *, what: str) -> list[Location]:
+    """``path`` itself if it is a transformer, or those in it; at least one."""
+    if not is_dir(path):
+        raise InputError(
+            f"{what} {path}: no such folder",
+            code="input.missing",
+            path=str(path),
+            hint=hint_if_missing(
+                path,
+                "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME",
+            ),
+        )
+    if (path / "config.json").is_file():
+        return [path]
+    found = [path / name for name in COMPONENTS if (path / name / "config.json").is_file()]
+    if not found:
+        raise InputError(
+            f"{what} {path}: expected config.json here or in transformer/, found neither",
+            code="input.missing",
+            path=str(path),
+            hint=hint_if_missing(path, "give a diffusers transformer folder, or the pipeline that holds transformer/"),
+        )
+    return found
+
+
+def _is_quantized(folder: Location) -> bool:
+    path = folder / "config.json"
+    try:
+        raw = read_small(path, MAX_CONFIG_BYTES)
+    except OSError:  # opening it as a checkpoint says why
+        return True
+    return "quantization_config" in parse_json_object(raw, code="config", path=str(path))

@@ -1,0 +1,214 @@
+"""The Hub's client, and its failures in mopt's words: each with its own code and the command to run next."""
+
+import errno
+import importlib
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from modelopt_convert import __version__
+from modelopt_convert.run.errors import InputError, MoptError, RemoteError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
+BUSY = frozenset({408, 429, 500, 502, 503, 504})
+NOT_CACHED = "run once without HF_HUB_OFFLINE and with --download"
+_LONGEST_PAUSE_S = 60.0
+_T = TypeVar("_T")
+_AGAIN = "run the same command again"
+_QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def hub_api() -> "HfApi":
+    """A client that says who calls."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="mopt", library_version=__version__)
+
+
+def http_library() -> Any:
+    """The client's: httpx, and httpx2 from huggingface_hub 2 on. 1.30 does not say which yet."""
+    from huggingface_hub import utils
+
+    return getattr(utils, "httpx", None) or importlib.import_module("httpx")
+
+
+def page_of(repo_id: str) -> str:
+    """A repo's web page, at the endpoint in use."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def retried(call: Callable[[], _T]) -> _T:
+    """What ``call`` returns, once the Hub is neither busy nor out of reach; the client retries downloads alone.
+
+    Raises:
+        OSError, HTTPError: The last of the client's exceptions.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    httpx = http_library()
+    for pause in PAUSES_S:
+        try:
+            return call()
+        except OfflineModeIsEnabled:
+            raise
+        except HfHubHTTPError as error:
+            if error.response.status_code not in BUSY:
+                raise
+            asked = retry_after(error.response.headers)
+            time.sleep(pause if asked is None else asked)
+        except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError):
+            time.sleep(pause)
+    return call()
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a busy server asks to wait, within reason."""
+    said = str(headers.get("Retry-After", ""))
+    return min(float(said), _LONGEST_PAUSE_S) if said.isdecimal() else None
+
+
+@contextmanager
+def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
+    """Turn what the client raises into one line: InputError where the user must act, RemoteError to try again.
+
+    Args:
+        repo_id: Whom it concerns.
+        again: How to try again, for hints; None for a command that reads, which the cache may serve.
+
+    Raises:
+        MoptError: With a ``hub.*`` code.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    httpx = http_library()
+    try:
+        yield
+    except MoptError:
+        raise
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        raise _explained(error, repo_id, again) from error
+    except Exception as error:
+        if isinstance(error.__cause__, OSError | httpx.HTTPError):  # an upload says which file, its cause says why
+            raise _explained(error.__cause__, repo_id, again) from error
+        if _is_xet_error(error):
+            raise _transfer_error(error, repo_id, again or _AGAIN) from error
+        if isinstance(error, ValueError | KeyError) and _is_of_the_client(error):
+            # Its own refusals, such as of a card or by storage, and an answer that is not what the Hub says.
+            hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
+            what = f"the client gave up: {first_line(error)}"
+            raise _error(InputError, repo_id, "refused", what, hint) from error
+        raise
+
+
+def _is_of_the_client(error: Exception) -> bool:
+    """Whether it was raised below huggingface_hub: what our own code raises is a bug, and none of the Hub's."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in frames)
+
+
+def _transfer_error(error: Exception, repo_id: str, again: str) -> MoptError:
+    said = str(error)
+    if "No space left" in said or "os error 28" in said:
+        return _disk_full(repo_id)
+    return _error(RemoteError, repo_id, "transfer", f"the transfer failed: {first_line(error)}", again)
+
+
+def _disk_full(repo_id: str) -> MoptError:
+    return _error(RemoteError, repo_id, "disk_full", "the disk is full", "free some space; HF_HOME moves the cache")
+
+
+def _is_xet_error(error: Exception) -> bool:
+    """hf_xet raises RuntimeError for most, and classes of its own."""
+    return isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in ("hf_xet", "builtins.hf_xet")
+
+
+def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
+    """The client's exceptions, the special before the general: a gated repo is a missing repo to it, too."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_token
+
+    page = page_of(repo_id)
+    later = again or f"{_AGAIN}; HF_HUB_OFFLINE=1 uses the cache"
+    again = again or _AGAIN
+    login = "`hf auth whoami` says who you are, `hf auth login` or HF_TOKEN changes it"
+    if isinstance(error, hub.GatedRepoError):
+        hint = f"accept its terms at {page}" + ("" if get_token() else ", then `hf auth login`") + "; " + again
+        return _error(InputError, repo_id, "gated", "the repo is gated, and this account was not let in", hint)
+    if isinstance(error, hub.RepositoryNotFoundError) and not _bad_token(error):
+        hint = f"check the name; {login}"
+        return _error(
+            InputError, repo_id, "no_repo", "no such repo, or a private one that this account cannot see", hint
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        hint = f"branches and tags are listed at {page}"
+        return _error(InputError, repo_id, "no_revision", "the repo has no such revision", hint)
+    if isinstance(error, hub.DisabledRepoError):
+        return _error(InputError, repo_id, "disabled", "the Hub has disabled this repo", f"see {page}")
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        what = "not in the cache, and the Hub may not be asked"
+        return _error(InputError, repo_id, "not_cached", what, NOT_CACHED)
+    if isinstance(error, hub.EntryNotFoundError):
+        return _error(InputError, repo_id, "no_file", "the repo has no such file or folder", f"see {page}/tree/main")
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return _error(InputError, repo_id, "offline", "HF_HUB_OFFLINE is set", "unset it, and " + again)
+    if isinstance(error, hub.HFValidationError):
+        return _error(InputError, repo_id, "repo_id", "not a repo name", "names are ORGANIZATION/NAME")
+    if isinstance(error, hub.HfHubHTTPError):
+        return _http_error(error, error.response.status_code, repo_id, login, again)
+    if isinstance(error, hub.FileMetadataError):
+        hint = "a mirror or proxy left out the Hub's headers; use another HF_ENDPOINT"
+        return _error(InputError, repo_id, "headers", first_line(error), hint)
+    if isinstance(error, hub.LocalTokenNotFoundError):
+        return _error(InputError, repo_id, "token", "there is no access token", f"`hf auth login`; {again}")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return _disk_full(repo_id)
+    if isinstance(error, http_library().TimeoutException):
+        return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
+    return _error(RemoteError, repo_id, "unreachable", first_line(error), later)
+
+
+def _bad_token(error: Exception) -> bool:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None) == 401 and "nvalid" in _said(error)
+
+
+def _http_error(error: Exception, status: int, repo_id: str, login: str, again: str) -> MoptError:
+    said = _said(error)
+    if status == 401:
+        return _error(InputError, repo_id, "token", "the Hub does not know this token", login)
+    if status == 403:
+        hint = f"ask its owner, or take a token with write access; {login}"
+        return _error(InputError, repo_id, "forbidden", f"this account may not do that: {said}", hint)
+    if status == 412:
+        hint = f"someone else committed meanwhile; {again}, which starts from what is there now"
+        return _error(InputError, repo_id, "stale_parent", "the repo changed since this push began", hint)
+    if status == 429:
+        return _error(
+            RemoteError, repo_id, "rate_limited", "the Hub asks to slow down", f"wait a few minutes, then {again}"
+        )
+    if status >= 500:
+        return _error(RemoteError, repo_id, "server", f"the Hub failed with status {status}", again)
+    return _error(InputError, repo_id, "refused", f"the Hub answered {status}: {said}", f"see {page_of(repo_id)}")
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "server_message", None) or first_line(error))
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; without the signatures of links, which open a file to whoever has them."""
+    lines = _QUERY.sub(r"\1", str(error).strip()).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _error(kind: type[MoptError], repo_id: str, code: str, what: str, hint: str) -> MoptError:
+    return kind(f"hf://{repo_id}: {what}", code=f"hub.{code}", path=f"hf://{repo_id}", hint=hint)

@@ -1,0 +1,88 @@
+"""Where something lies on the Hub: what ``pathlib.Path`` is to the disk. Nothing is asked of the Hub before it must."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelopt_convert.run.errors import InputError
+
+if TYPE_CHECKING:
+    from modelopt_convert.checkpoint.hub.repo import HubRepo
+
+PREFIX = "hf://"
+
+
+@dataclass(frozen=True, slots=True)
+class HubPath:
+    """A folder or file of a repo, as far as ``Path`` has the same methods.
+
+    Attributes:
+        repo: At one commit, once it was asked for anything.
+        path: Inside the repo; empty for its root.
+    """
+
+    repo: "HubRepo"
+    path: str
+
+    def __truediv__(self, name: str) -> "HubPath":
+        """What lies in this folder."""
+        return HubPath(self.repo, f"{self.path}/{name}".strip("/"))
+
+    def __str__(self) -> str:
+        """As it would be written on a command line."""
+        return f"{self.repo}/{self.path}".rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """Its last part; that of the repo for the root."""
+        return (self.path or self.repo.repo_id).rpartition("/")[2]
+
+    @property
+    def parent(self) -> "HubPath":
+        """The folder it lies in."""
+        return HubPath(self.repo, self.path.rpartition("/")[0])
+
+    def is_file(self) -> bool:
+        """Whether the repo has such a file."""
+        return self.path in self.repo.files
+
+    def is_dir(self) -> bool:
+        """Whether the repo has files below it."""
+        prefix = f"{self.path}/" if self.path else ""
+        return any(name.startswith(prefix) for name in self.repo.files)
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it, sorted."""
+        prefix = f"{self.path}/" if self.path else ""
+        inside = (name.removeprefix(prefix) for name in self.repo.files if name.startswith(prefix))
+        return sorted({name.partition("/")[0] for name in inside})
+
+
+def parse_hub_path(text: str, *, download: bool) -> HubPath:
+    """Understand ``hf://ORGANIZATION/NAME[@REVISION][/PATH]``.
+
+    Args:
+        text: As given.
+        download: Whether files are fetched whole, into the Hub's cache.
+
+    Raises:
+        InputError: ``hub.uri``.
+    """
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    from modelopt_convert.checkpoint.hub.repo import HubRepo
+
+    try:
+        uri = parse_hf_uri(text.rstrip("/"))
+        if uri.type != "model":
+            raise HfUriError(text, f"a {uri.type} holds no transformer")
+        if {".", ".."} & set(uri.path_in_repo.split("/")):
+            raise HfUriError(text, "a path inside a repo has no . and ..")
+    except HfUriError as error:
+        raise InputError(
+            f"{text}: {str(error).splitlines()[-1]}",
+            code="hub.uri",
+            path=text,
+            hint="write hf://ORGANIZATION/NAME, hf://ORGANIZATION/NAME@REVISION or either with /FOLDER behind it",
+        ) from error
+    return HubPath(HubRepo(uri.id, uri.revision, download=download), uri.path_in_repo)

@@ -1,0 +1,194 @@
+"""A file on the Hub that is read like one on disk: each byte is fetched at most once, and only if it is asked for.
+
+What was fetched lies in a file without a name beside the Hub's cache: it takes disk, not memory, and is gone with the
+process, however that ends.
+"""
+
+import bisect
+import os
+import tempfile
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future
+from typing import IO
+
+from modelopt_convert.checkpoint.hub.client import hub_errors
+from modelopt_convert.checkpoint.hub.range_source import HubFile, RangeSource
+from modelopt_convert.checkpoint.hub.ranges import Range, bridged, pieces, total, union, without
+from modelopt_convert.run.errors import RemoteError, StorageError
+
+PIECE_BYTES = 16 << 20
+# A gap between two ranges is fetched with them while that adds less than a twenty-fifth: a request costs as much time.
+_SPARE = 25
+
+
+class RemoteFile:
+    """A file of a repo. Whoever opens it again finds what was fetched before.
+
+    Attributes:
+        where: Its name in messages.
+        num_bytes: Its size.
+        fetched: Bytes that came over the network so far.
+    """
+
+    def __init__(self, repo_id: str, commit: str, path: str, file: HubFile, pool: Executor, *, where: str) -> None:
+        """Ask nothing of the Hub yet.
+
+        Args:
+            repo_id: ORGANIZATION/NAME.
+            commit: Of the repo.
+            path: In the repo.
+            file: As the Hub lists it.
+            pool: Fetches.
+            where: How messages call it.
+
+        Raises:
+            StorageError: ``storage.spool``: there is no room of our own on disk.
+        """
+        self.where = where
+        self.num_bytes = file.num_bytes
+        self.fetched = 0
+        self._repo_id = repo_id
+        self._source = RangeSource(repo_id, commit, path, file)
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._counting = threading.Lock()  # apart: close() holds the other while it waits for the fetching threads
+        self._stopped = threading.Event()
+        self._taken: list[Range] = []  # sorted, disjoint; those touching are kept apart, as each has its future
+        self._futures: dict[Range, Future[bool]] = {}  # of every piece in _taken
+        self._spool = _spool()
+        self._users = 0
+
+    @property
+    def requests(self) -> int:
+        """How many ranges were asked for."""
+        return self._source.requests
+
+    def open(self) -> "RemoteFile":
+        """The file itself, to be closed as often as it is opened."""
+        with self._lock:
+            self._users += 1
+            self._stopped.clear()
+        return self
+
+    def prefetch(self, ranges: Iterable[Range]) -> None:
+        """Begin to fetch what is not there yet, in the order of the file.
+
+        Args:
+            ranges: (begin, end) in bytes.
+
+        Raises:
+            RemoteError: ``hub.disk_full``.
+        """
+        with self._lock:
+            asked = union(ranges)
+            if not asked:
+                return
+            near = self._near(asked[0][0], asked[-1][1])
+            missing = without(asked, near)
+            if not missing:
+                return
+            wanted = without(bridged(missing, total(missing) // _SPARE), near)
+            self._check_room(total(wanted))
+            for piece in pieces(wanted, PIECE_BYTES):
+                # In this order: a signal may act in between, and close() asks for the future of all that is taken.
+                self._futures[piece] = self._pool.submit(self._fetch, *piece)
+                bisect.insort(self._taken, piece)
+
+    def unfetched(self, ranges: Iterable[Range]) -> int:
+        """Bytes of ``ranges`` that are not there yet."""
+        return total(without(union(ranges), self._taken))
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Bytes from ``offset``, once they are there.
+
+        Raises:
+            MoptError: With a ``hub.*`` code.
+        """
+        self._wait(offset, offset + num_bytes)
+        found = os.pread(self._spool.fileno(), num_bytes, offset)
+        assert len(found) == num_bytes
+        return found
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset``, once they are there.
+
+        Raises:
+            MoptError: With a ``hub.*`` code.
+        """
+        self._wait(offset, offset + len(target))
+        count = os.preadv(self._spool.fileno(), [target], offset)
+        assert count == len(target)
+
+    def fileno(self) -> None:
+        """It has none."""
+
+    def _wait(self, offset: int, end: int) -> None:
+        self.prefetch([(offset, end)])
+        with self._lock:
+            needed = [self._futures[piece] for piece in self._near(offset, end)]
+        for future in needed:
+            future.result()
+
+    def check_unchanged(self) -> None:
+        """Nothing: a commit does not change, and every link's etag was compared."""
+
+    def close(self) -> None:
+        """With the last user, stop fetching; what is there stays."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            self._stopped.set()
+            found = [(piece, self._futures[piece]) for piece in self._taken]
+            whole = {
+                piece: future
+                for piece, future in found
+                if not future.cancel() and future.exception() is None and future.result()
+            }
+            self._taken, self._futures = list(whole), whole
+
+    def _near(self, begin: int, end: int) -> list[Range]:
+        """All pieces that may hold bytes of [begin, end), found without a look at the thousands of others."""
+        first = max(0, bisect.bisect(self._taken, (begin, self.num_bytes)) - 1)
+        return self._taken[first : bisect.bisect_left(self._taken, (end, 0))]
+
+    def _fetch(self, begin: int, end: int) -> bool:
+        """Whether all of it is there, and not only what came before it was stopped."""
+        with hub_errors(self._repo_id):
+            self._source.fetch(begin, end, self._put, self._stopped)
+        return not self._stopped.is_set()
+
+    def _put(self, chunk: bytes, offset: int) -> None:
+        view = memoryview(chunk)
+        while view:
+            written = os.pwrite(self._spool.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+        with self._counting:
+            self.fetched += len(chunk)
+
+    def _check_room(self, num_bytes: int) -> None:
+        room = os.fstatvfs(self._spool.fileno())
+        free = room.f_bavail * room.f_frsize
+        if num_bytes > free:
+            raise RemoteError(
+                f"{self.where}: {num_bytes} bytes are to be fetched, {free} are free beside the Hub's cache",
+                code="hub.disk_full",
+                path=self.where,
+                hint="free some space, or point HF_HOME at a larger disk",
+            )
+
+
+def _spool() -> IO[bytes]:
+    """A file without a name, where the Hub's cache has its disk."""
+    from huggingface_hub import cached_assets_path
+
+    try:
+        folder = cached_assets_path("mopt", namespace="ranges")
+        return tempfile.TemporaryFile(dir=folder)
+    except (OSError, ValueError) as error:  # a file in place of a folder is a ValueError to the client
+        raise StorageError(
+            f"what is fetched cannot be held: {error}",
+            code="storage.spool",
+            hint="point HF_HOME at a folder that can be written",
+        ) from error

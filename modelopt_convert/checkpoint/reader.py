@@ -1,0 +1,399 @@
+"""Open a checkpoint, folder or single file, near or far: check headers and index, read tensor bytes. No torch."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
+from modelopt_convert.checkpoint.hub.hub_path import HubPath
+from modelopt_convert.checkpoint.location import Location, OpenFile, open_file
+from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.run.errors import InputError
+
+CHUNK_BYTES = 8 << 20
+MAX_INDEX_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 16_000_000
+# Of a tensor in memory at a time. What is read whole beside a weight is looked at in several copies: the block scales
+# of a weight of 4e9 elements have this many. No row and no weight that is multiplied is larger than the second.
+MAX_WHOLE_BYTES = 256 << 20
+MAX_READ_BYTES = 1 << 30
+_SHOWN_CHARS = 200
+_MAX_FILE_NAME = 255  # bytes, as Linux takes them
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
+
+
+# Of a tensor: its name, the byte to begin with, and how many.
+Reading = tuple[str, int, int]
+
+
+class CheckpointReader:
+    """A checkpoint, opened and checked; a context manager that holds its files open.
+
+    Attributes:
+        path: The folder, also for a single file.
+        tensors: Every tensor by name.
+        metadata: Header metadata by file.
+        config: config.json as an object; empty for a single file.
+        indexes: Names of the index files, at most one.
+        skipped: Names in the folder that are neither read nor copied.
+    """
+
+    def __init__(self, path: Location, *, need_config: bool = True) -> None:
+        """Open a folder, or one .safetensors file: headers, index and config are cross-checked, no tensor is read.
+
+        Args:
+            path: The folder or file.
+            need_config: Whether a folder without config.json is an error.
+
+        Raises:
+            InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
+        """
+        single = path.is_file()
+        self.path = path.parent if single else path
+        self.tensors: dict[str, TensorInfo] = {}
+        self.config: dict[str, Any] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        self.skipped: tuple[str, ...] = ()
+        self.indexes: tuple[str, ...] = ()
+        self._files: dict[str, OpenFile] = {}
+        self._identity = hashlib.sha256()
+        try:
+            if single:
+                self._open_shard(path.name)
+            else:
+                self._open_folder(need_config)
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> Self:
+        """The reader itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files; report those that changed meanwhile, unless something else already failed."""
+        try:
+            if error is None:
+                self.check_unchanged()
+        finally:
+            self._release()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the safetensors files, sorted."""
+        return tuple(sorted(self._files))
+
+    @property
+    def num_bytes(self) -> int:
+        """Total size of the safetensors files."""
+        return sum(file.num_bytes for file in self._files.values())
+
+    def opened(self, name: str) -> OpenFile:
+        """One of those files."""
+        return self._files[name]
+
+    def select(self, names: Mapping[str, str]) -> None:
+        """Go on with some of the tensors, under other names.
+
+        Args:
+            names: The new name of each tensor to keep, by its name in the files.
+        """
+        kept = {new: self.tensors[old] for old, new in names.items()}
+        self.tensors = {
+            new: TensorInfo(new, info.dtype, info.shape, info.file, info.start, info.num_bytes)
+            for new, info in kept.items()
+        }
+
+    def identity(self) -> dict[str, str]:
+        """What this checkpoint is, without its path: a digest of its headers; repo and commit if it is of the Hub."""
+        found = {"headers_sha256": self._identity.hexdigest()}
+        if isinstance(self.path, HubPath):
+            return found | {"repo": self.path.repo.repo_id, "commit": self.path.repo.commit}
+        if match := _SNAPSHOT.search(self.path.resolve().as_posix()):
+            found["commit"] = match[1]
+        return found
+
+    def read(self, name: str, *, limit: int = MAX_WHOLE_BYTES) -> bytes:
+        """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``.
+
+        Raises:
+            MoptError: ``input.too_large``: more than ``limit``; or as ``read_range``.
+        """
+        self._check_size(name, self.tensors[name].num_bytes, limit)
+        return self.read_range(name, 0, self.tensors[name].num_bytes)
+
+    def read_range(self, name: str, begin: int, num_bytes: int) -> bytes:
+        """``num_bytes`` bytes of a tensor from its byte ``begin``.
+
+        Raises:
+            MoptError: ``input.too_large``, ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be
+                had.
+        """
+        self._check_size(name, num_bytes, MAX_READ_BYTES)
+        info = self.tensors[name]
+        return self._files[info.file].read(info.start + begin, num_bytes)
+
+    def read_into(self, name: str, begin: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
+
+        Raises:
+            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be had.
+        """
+        info = self.tensors[name]
+        self._files[info.file].read_into(info.start + begin, target)
+
+    def read_rows(self, name: str, rows: Sequence[int], row_bytes: int, num_bytes: int | None = None) -> bytes:
+        """Some rows of a matrix, one behind the other.
+
+        Args:
+            name: Of the tensor.
+            rows: Row indices.
+            row_bytes: From one row to the next.
+            num_bytes: How many are wanted of each row, from its first; all unless given.
+
+        Raises:
+            MoptError: As ``read_range``.
+        """
+        width = row_bytes if num_bytes is None else num_bytes
+        self._check_size(name, width * len(rows), MAX_READ_BYTES)
+        self.prefetch((name, row * row_bytes, width) for row in rows)
+        return b"".join(self.read_range(name, row * row_bytes, width) for row in rows)
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
+        """A tensor's bytes in pieces of at most ``chunk_bytes``."""
+        total = self.tensors[name].num_bytes
+        self.prefetch([(name, 0, total)])
+        for begin in range(0, total, chunk_bytes):
+            yield self.read_range(name, begin, min(chunk_bytes, total - begin))
+
+    def buffered(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces of at most ``chunk_bytes``, in one buffer: each is good until the next is taken.
+
+        Fresh memory for every piece would cost more than the reading: the kernel has to clear it first.
+        """
+        info = self.tensors[name]
+        self.prefetch([(name, 0, info.num_bytes)])
+        buffer = memoryview(bytearray(min(chunk_bytes, info.num_bytes)))
+        for begin in range(0, info.num_bytes, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, info.num_bytes - begin)]
+            self._files[info.file].read_into(info.start + begin, piece)
+            yield piece
+
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """Descriptor and offset of a tensor's bytes; None if they are far."""
+        info = self.tensors[name]
+        fd = self._files[info.file].fileno()
+        return None if fd is None else (fd, info.start)
+
+    def prefetch(self, readings: Iterable[Reading]) -> None:
+        """Say what will be read soon: from afar it is then fetched together, ahead of the reader."""
+        for file, ranges in self._by_file(readings).items():
+            self._files[file].prefetch(ranges)
+
+    def unfetched(self, readings: Iterable[Reading]) -> int:
+        """Bytes that reading this would bring over the network."""
+        return sum(self._files[file].unfetched(ranges) for file, ranges in self._by_file(readings).items())
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes and ranges that came over the network so far."""
+        files = self._files.values()
+        return sum(file.fetched for file in files), sum(file.requests for file in files)
+
+    def _check_size(self, name: str, num_bytes: int, limit: int) -> None:
+        """A file may be sparse, a header claim anything: what is too large for memory is refused and not read."""
+        if num_bytes > limit:
+            info = self.tensors[name]
+            where = str(self.path / info.file)
+            found = f"found {num_bytes} of {info.dtype} {str(list(info.shape))[:_SHOWN_CHARS]}"
+            raise InputError(
+                f"{where}: tensor {_cut(name)}: expected at most {limit} bytes to be read at once, {found}",
+                code="input.too_large",
+                path=where,
+                hint="no model has scales, biases or rows of this size; do not use this checkpoint",
+            )
+
+    def _by_file(self, readings: Iterable[Reading]) -> dict[str, list[tuple[int, int]]]:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, begin, num_bytes in readings:
+            info = self.tensors[name]
+            found.setdefault(info.file, []).append((info.start + begin, info.start + begin + num_bytes))
+        return found
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were at opening.
+
+        Raises:
+            InputError: ``input.changed``.
+        """
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def _release(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _open_folder(self, need_config: bool) -> None:
+        names = self._list()
+        if need_config or "config.json" in names:
+            raw_config = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
+            self.config = parse_json_object(raw_config, code="config", path=str(self.path / "config.json"))
+        indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+        shards = [name for name in names if name.endswith(".safetensors")]
+        weight_map = self._weight_map(indexes, shards)
+        listed = sorted(set(weight_map.values())) if weight_map is not None else shards
+        for shard in listed:
+            self._open_shard(shard)
+        if weight_map is not None:
+            self._check_index(indexes[0], weight_map)
+        self.indexes = tuple(indexes)
+        used = {"config.json", *indexes, *listed}
+        self.skipped = tuple(name for name in names if name not in used)
+
+    def _list(self) -> list[str]:
+        """Names in the folder, sorted; what is not UTF-8 is escaped, and so is never taken for a file of ours."""
+        if isinstance(self.path, HubPath):
+            return self.path.names()
+        try:
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be listed: {error.strerror}",
+                code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
+                path=str(self.path),
+                hint="give a folder that exists and can be read",
+            ) from error
+        plain = sorted(name.encode(errors="backslashreplace").decode() for name in names)
+        odd = [name for name in plain if name not in names and name.endswith((".safetensors", INDEX_SUFFIX))]
+        if odd:
+            raise InputError(
+                f"{self.path}: {odd[0]!r} is not a UTF-8 file name",
+                code="input.name",
+                path=str(self.path),
+                hint="rename the file",
+            )
+        return plain
+
+    def _weight_map(self, indexes: list[str], shards: list[str]) -> dict[str, str] | None:
+        where = str(self.path)
+        if len(indexes) > 1:
+            raise InputError(
+                f"{where}: expected one index, found {', '.join(indexes)}",
+                code="input.ambiguous",
+                path=where,
+                hint="move the one that does not belong to this checkpoint out of the folder",
+            )
+        if not shards:
+            raise InputError(
+                f"{where}: expected a .safetensors file, found none",
+                code="input.missing",
+                path=where,
+                hint="give the folder that holds the weights; .bin and .pt files are not read",
+            )
+        if not indexes:
+            if len(shards) > 1:
+                raise InputError(
+                    f"{where}: expected one .safetensors file or an index, found {', '.join(shards[:10])}",
+                    code="input.ambiguous",
+                    path=where,
+                    hint="move the files that do not belong to this checkpoint out of the folder",
+                )
+            return None
+        index_path = self.path / indexes[0]
+        raw = self._read_small(indexes[0], MAX_INDEX_BYTES, code="index")
+        weight_map = parse_json_object(raw, code="index", path=str(index_path)).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(
+                f"{index_path}: weight_map must map tensor names to file names",
+                code="index.weight_map",
+                path=str(index_path),
+                hint="rebuild the index, or export again",
+            )
+        for file in set(weight_map.values()):
+            if not _is_shard_name(file):
+                raise InputError(
+                    f"{index_path}: {_cut(file)} is not the name of a .safetensors file in this folder",
+                    code="index.path_escape",
+                    path=str(index_path),
+                    hint="an index may only name files beside it; do not use this checkpoint",
+                )
+        stray = sorted(set(shards) - set(weight_map.values()))
+        if stray:
+            raise InputError(
+                f"{where}: {indexes[0]} does not name {', '.join(stray[:10])}",
+                code="input.ambiguous",
+                path=where,
+                hint="two checkpoints in one folder; move the files that the index does not name elsewhere",
+            )
+        return weight_map
+
+    def _check_index(self, index: str, weight_map: dict[str, str]) -> None:
+        where = str(self.path / index)
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise InputError(
+                    f"{where}: tensor {_cut(name)} should be in {file[:_SHOWN_CHARS]}, its header does not list it",
+                    code="index.mismatch",
+                    path=where,
+                    hint="the index is stale; rebuild it, or export again",
+                )
+        for name, info in self.tensors.items():
+            if name not in weight_map:
+                raise InputError(
+                    f"{where}: {info.file} holds tensor {_cut(name)}, the index does not list it",
+                    code="index.mismatch",
+                    path=where,
+                    hint="the index is stale; rebuild it, or export again",
+                )
+
+    def _open_shard(self, name: str) -> None:
+        file = open_file(self.path, name)
+        self._files[name] = file
+        where = file.where
+        prefix = file.read(0, min(PREFIX_BYTES, file.num_bytes))
+        length = read_header_length(prefix, file=where, file_bytes=file.num_bytes)
+        raw = file.read(PREFIX_BYTES, length)
+        header = parse_header(raw, file=where, file_bytes=file.num_bytes)
+        self._identity.update(f"{name}\0{length}\0".encode() + raw)
+        self.metadata[name] = header.metadata
+        for tensor, info in header.tensors.items():
+            if tensor in self.tensors:
+                raise InputError(
+                    f"{where}: tensor {_cut(tensor)} is also in {self.tensors[tensor].file}",
+                    code="index.mismatch",
+                    path=where,
+                    hint="two checkpoints are mixed in one folder; export again into an empty one",
+                )
+            self.tensors[tensor] = TensorInfo(tensor, info.dtype, info.shape, name, info.start, info.num_bytes)
+
+    def _read_small(self, name: str, limit: int, *, code: str) -> bytes:
+        file = open_file(self.path, name)
+        try:
+            if file.num_bytes > limit:
+                raise InputError(
+                    f"{file.where}: expected at most {limit} bytes, found {file.num_bytes}",
+                    code=f"{code}.too_large",
+                    path=file.where,
+                    hint="this is not the file its name says",
+                )
+            return file.read(0, file.num_bytes)
+        finally:
+            file.close()
+
+
+def _cut(name: str) -> str:
+    """A name for a message: it may have a hundred million characters."""
+    return repr(name[:_SHOWN_CHARS])
+
+
+def _is_shard_name(name: str) -> bool:
+    plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
+    return plain and len(name.encode()) <= _MAX_FILE_NAME and PurePosixPath(name).name == name

@@ -1,0 +1,93 @@
+"""The structure check of a finished stage: headers, index and config against the plan and each other. No torch."""
+
+from pathlib import Path
+
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.modelopt.fp8 import find_fp8_modules
+from modelopt_convert.dialects.modelopt.export import check_quant_config
+from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs, find_nvfp4_modules
+from modelopt_convert.engines.sglang import believe, ignored_by, misread
+from modelopt_convert.run.errors import InputError
+from modelopt_convert.formats.table import FP8
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.plan.plan import BuildPlan
+from modelopt_convert.stage.shard_writer import METADATA
+
+
+def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
+    """Open what was written as any reader would, and compare.
+
+    Returns:
+        What is wrong, in words; empty if nothing is.
+
+    Raises:
+        InputError: The folder cannot even be opened as a checkpoint.
+    """
+    faults: list[str] = []
+    with CheckpointReader(folder) as reader:
+        planned = {name: (step.output.dtype, step.output.shape) for name, step in plan.steps.items()}
+        written = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+        for name in sorted(planned.keys() | written.keys()):
+            if planned.get(name) != written.get(name):
+                faults.append(f"tensor {name!r}: planned {planned.get(name)}, written {written.get(name)}")
+        for file, metadata in reader.metadata.items():
+            if metadata != dict(METADATA):
+                faults.append(f"{file}: header metadata {metadata}")
+        if plan.format is FP8:
+            modules = find_fp8_modules(reader.tensors, {}, (), path=str(folder))
+        else:
+            dynamic = declares_dynamic_inputs(plan.config)
+            modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder), dynamic_inputs=dynamic)
+        faults += [module.fault.message for module in modules.values() if module.fault is not None]
+        if sorted(modules) != sorted(plan.packed):
+            faults.append("the packed modules are not the planned ones")
+        for module in modules.values():
+            if len({info.file for info in module.tensors}) > 1:
+                faults.append(f"{module.name} is spread over several files")
+        for group in plan.fused:
+            if not set(group) <= modules.keys():
+                faults.append(f"fused group {', '.join(group)} is not whole")
+        faults += _config_faults(reader, plan, set(modules), str(folder))
+    return faults
+
+
+def refuse_misread(plan: BuildPlan, path: str) -> None:
+    """Refuse, before any work, what the target engine would misread although it is written right.
+
+    FP8 has nothing to misread but ``ignore``, which is settled where that is made.
+
+    Raises:
+        InputError: ``engine.misread``.
+    """
+    if plan.format is FP8:
+        return
+    tensors = {
+        spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, shard.file, 0, spec.num_bytes)
+        for shard in plan.shards
+        for spec in shard.tensors
+    }
+    metadata = {shard.file: shard.metadata for shard in plan.shards}
+    belief = believe(tensors, metadata, plan.config)
+    faults = misread(belief, nibbles="low", scales="linear", group_size=BLOCK_SIZE, packed=frozenset(plan.packed))
+    if faults:
+        raise InputError(
+            f"{path}: {faults[0]} ({belief.because[0]})",
+            code="engine.misread",
+            path=path,
+            hint="give export and base in diffusers' naming; nothing else can change what the engine believes",
+        )
+
+
+def _config_faults(reader: CheckpointReader, plan: BuildPlan, packed: set[str], path: str) -> list[str]:
+    config = check_quant_config(reader.config, plan.format.quant_algo, path=path)
+    ignore = set(config["ignore"])
+    faults = [f"`ignore` lists the packed module {name}" for name in sorted(packed) if ignored_by(ignore, name)]
+    for name, info in reader.tensors.items():
+        module = module_of(name)
+        linear = name.endswith(".weight") and len(info.shape) >= 2
+        if linear and module not in packed and module not in ignore:
+            faults.append(f"`ignore` does not list {module}, which is not packed")
+    planned = {**plan.config["quantization_config"], **plan.format.declared}
+    faults += [f"{key} is {config.get(key)!r}" for key, value in planned.items() if config.get(key) != value]
+    return faults

@@ -1,0 +1,97 @@
+"""The 128x4 ("swizzled") order of block scales that GEMM kernels read.
+
+cuBLAS documents it under "1D block scaling factors layout"; flashinfer calls it SfLayout.layout_128x4.
+"""
+
+import torch
+from torch import Tensor
+
+from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, scale_shapes
+
+_NAN = 0x7F  # of E4M3; what is larger is negative
+
+
+def swizzle_128x4(scale: Tensor) -> Tensor:
+    """Bring row-major scales into the 128x4 order, padded with zeros; ``unswizzle_128x4`` is its inverse.
+
+    Args:
+        scale: [N, C], any dtype of one byte.
+
+    Returns:
+        ``padded_shape(N, C)``.
+
+    Raises:
+        ValueError: Not two dimensions.
+    """
+    if scale.ndim != 2:
+        raise ValueError(f"scales must be [N, K/16], found {list(scale.shape)}")
+    rows, columns = scale.shape
+    padded_rows, padded_columns = padded_shape(rows, columns)
+    padded = torch.zeros(padded_rows, padded_columns, dtype=torch.uint8, device=scale.device)
+    padded[:rows, :columns] = scale.view(torch.uint8)
+    # The four scales of a tile's row stay side by side in both orders: as one word they move at once.
+    tiles = padded.view(torch.int32).view(padded_rows // ROW_TILE, 4, 32, padded_columns // COLUMN_TILE)
+    return tiles.permute(0, 3, 2, 1).contiguous().view(torch.uint8).view(padded_rows, padded_columns).view(scale.dtype)
+
+
+def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
+    """Bring scales from the 128x4 order into row-major order and cut the padding.
+
+    Within each tile of 128 rows and 4 columns, the scale of row r, column c lies at (r % 32) * 16 + (r // 32) * 4 + c.
+
+    Args:
+        swizzled: Any dtype of one byte, ``padded_shape(rows, columns)`` elements in any shape.
+        rows: N.
+        columns: K/16.
+
+    Returns:
+        [rows, columns], contiguous.
+
+    Raises:
+        ValueError: The number of elements is not that of the padded shape.
+    """
+    padded_rows, padded_columns = padded_shape(rows, columns)
+    if swizzled.numel() != padded_rows * padded_columns:
+        raise ValueError(
+            f"[{rows}, {columns}] scales take {padded_rows * padded_columns} bytes, found {swizzled.numel()}"
+        )
+    tiles = swizzled.reshape(-1).contiguous().view(torch.int32)  # four scales a word, as above
+    tiles = tiles.view(padded_rows // ROW_TILE, padded_columns // COLUMN_TILE, 32, 4)
+    linear = tiles.permute(0, 3, 2, 1).contiguous().view(torch.uint8).view(padded_rows, padded_columns)
+    return linear[:rows, :columns].contiguous().view(swizzled.dtype)
+
+
+def all_positive(stored: Tensor) -> bool:
+    """Whether every scale is a positive number, none NaN or zero: one look at bytes, where counting each takes many.
+
+    Args:
+        stored: Any shape, float8_e4m3fn or its bytes.
+    """
+    if not stored.numel():
+        return True
+    least, most = stored.view(torch.uint8).aminmax()
+    return int(least) > 0 and int(most) < _NAN
+
+
+def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """The ways in which stored scales can be meant, by their shape and by zeros in what would be padding.
+
+    Args:
+        stored: float8_e4m3fn as in the file.
+        rows: N of the weight.
+        columns: K/16 of the weight.
+
+    Returns:
+        ``linear`` and ``128x4`` as far as possible, each [N, K/16] row-major; empty if the shape is not a known one or
+        no reading leaves the padding at zero.
+    """
+    found: dict[str, Tensor] = {}
+    for shape in scale_shapes(rows, columns):
+        order = "128x4" if shape.swizzled else "linear"
+        if tuple(stored.shape) != shape.stored or order in found:
+            continue
+        whole = unswizzle_128x4(stored, *shape.grid) if shape.swizzled else stored
+        raw = whole.view(torch.uint8)
+        if not bool(raw[rows:].any()) and not bool(raw[:, columns:].any()):
+            found[order] = whole[:rows, :columns].contiguous()
+    return found

@@ -1,0 +1,216 @@
+"""Between the bytes of a safetensors file and torch: views, casts of chunks, and comparison up to a cast."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modelopt_convert.formats.fp8.codes import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
+from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, swap_nibbles_
+from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+_NOT_FINITE = "expected finite weights, found NaN or infinity"
+
+
+def from_bytes(raw: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
+    """A tensor from the bytes of a safetensors tensor: of its own memory, or of a buffer that may be written to."""
+    view = memoryview(raw)
+    torch_dtype = TORCH_DTYPES[dtype]  # frombuffer refuses an empty buffer
+    if not view.nbytes:
+        return torch.empty(0, dtype=torch_dtype).reshape(tuple(shape))
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch_dtype).reshape(tuple(shape))
+
+
+def to_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def equal_bytes(left: memoryview, right: memoryview) -> bool:
+    """Whether two writable buffers of one size hold the same; memoryviews compare byte by byte, under Python's lock."""
+    words = len(left) // 8 * 8
+    one, other = from_bytes(left, "U8", (-1,)), from_bytes(right, "U8", (-1,))
+    same = torch.equal(one[:words].view(torch.int64), other[:words].view(torch.int64))
+    return same and torch.equal(one[words:], other[words:])
+
+
+def cast_chunk(raw: bytes | memoryview, source: str, target: str) -> memoryview:
+    """Cast consecutive elements from one dtype to another, rounding to nearest even.
+
+    Args:
+        raw: Whole elements of ``source``.
+        source: safetensors dtype name.
+        target: safetensors dtype name.
+    """
+    return to_bytes(from_bytes(raw, source, (-1,)).to(TORCH_DTYPES[target]))
+
+
+def cast_paths(source: str, target: str) -> list[tuple[str, ...]]:
+    """The ways in which a ``source`` value may have become a ``target`` one: directly, or by way of 16 bits."""
+    middle = [dtype for dtype in ("BF16", "F16") if dtype not in (source, target)]
+    return [(target,), *((dtype, target) for dtype in middle)]
+
+
+def equal_after(base: Tensor, path: Sequence[str], export: Tensor) -> bool:
+    """Whether ``base``, cast along ``path``, has the very bits of ``export``."""
+    for dtype in path:
+        base = base.to(TORCH_DTYPES[dtype])
+    return torch.equal(base.contiguous().view(torch.uint8), export.contiguous().view(torch.uint8))
+
+
+def repack_rows(raw: bytes | memoryview, stored_half: int, half: int, num_rows: int, *, swap: bool) -> memoryview:
+    """Bring rows of packed codes into the canonical layout: padding cut, the even column in the low nibble.
+
+    Args:
+        raw: Whole stored rows; a buffer that may be written to is used as room for the result.
+        stored_half: Bytes of a stored row.
+        half: Bytes of a row without padding, K/2.
+        num_rows: Rows to keep; what follows is padding.
+        swap: Whether the high nibble holds the even column.
+
+    Raises:
+        ValueError: The padding is not zero.
+    """
+    rows = from_bytes(raw, "U8", (-1, stored_half))
+    if bool(rows[num_rows:].any()) or bool(rows[:, half:].any()):
+        raise ValueError("the padding to be cut is not zero")
+    kept = rows[:num_rows, :half].contiguous()
+    return to_bytes(swap_nibbles_(kept) if swap else kept)
+
+
+def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, order: str) -> memoryview:
+    """Bring block scales into row-major [rows, columns] from ``order``.
+
+    Args:
+        raw: All bytes of the tensor.
+        stored: Its shape.
+        rows: N.
+        columns: K/16.
+        order: ``linear`` or ``128x4``.
+
+    Raises:
+        ValueError: The stored shape allows no such reading.
+    """
+    readings = scale_readings(from_bytes(raw, "F8_E4M3", stored), rows, columns)
+    if order not in readings:
+        raise ValueError(f"scales {list(stored)} cannot be [{rows}, {columns}] in the {order} order")
+    return to_bytes(readings[order])
+
+
+def swizzle_scales(raw: bytes, stored: Sequence[int]) -> memoryview:
+    """Bring row-major block scales into the 128x4 order, padded.
+
+    Args:
+        raw: All bytes of the tensor.
+        stored: Its shape [N, K/16].
+
+    Raises:
+        ValueError: Not two dimensions.
+    """
+    return to_bytes(swizzle_128x4(from_bytes(raw, "F8_E4M3", stored)))
+
+
+def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
+    """The same bytes, once it is known that no code is NaN.
+
+    Raises:
+        ValueError: How many are.
+    """
+    broken = int(((from_bytes(raw, "U8", (-1,)) & 0x7F) == 0x7F).count_nonzero())
+    if broken:
+        raise ValueError(f"expected finite codes, found {broken} NaN")
+    return raw
+
+
+def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[memoryview, Clipped]:
+    """E4M3 codes of consecutive elements of a weight, and what of them was clipped.
+
+    Args:
+        raw: Whole elements of ``source``.
+        source: safetensors dtype name.
+        scale: Of the whole weight.
+
+    Raises:
+        ValueError: The weight holds NaN or infinity.
+    """
+    weight, divisor = from_bytes(raw, source, (-1,)), torch.tensor(scale, dtype=torch.float32)
+    if source != "BF16":
+        if not bool(weight.isfinite().all()):
+            raise ValueError(_NOT_FINITE)
+        return to_bytes(quantize_fp8(weight, divisor)), clipped(weight, divisor)
+    bits = weight.view(torch.int16)
+    largest = (bits & 0x7FFF).amax().view(torch.bfloat16)  # bits without their sign are in the order of magnitudes
+    if not bool(largest.isfinite()):
+        raise ValueError(_NOT_FINITE)
+    # BF16 has 65,536 values: the code of each is computed once, and then looked up.
+    codes = bf16_codes(scale).index_select(0, bits.to(torch.int32).bitwise_and_(0xFFFF))
+    beyond = clipped(largest, divisor)  # nearly always nothing: count only where there is something
+    return to_bytes(codes), clipped(weight, divisor) if beyond.count else beyond
+
+
+def largest_bits(weight: Tensor) -> Tensor:
+    """int16 []: bits of the largest magnitude in a weight once it is rounded to BF16, NaN above infinity."""
+    return (weight.to(torch.bfloat16).view(torch.int16) & 0x7FFF).amax()  # without their sign in that order
+
+
+def magnitude(bits: Tensor) -> float:
+    """The value of ``largest_bits``.
+
+    Raises:
+        ValueError: It is NaN or infinity.
+    """
+    largest = float(bits.view(torch.bfloat16))
+    if not largest < float("inf"):
+        raise ValueError(_NOT_FINITE)
+    return largest
+
+
+def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
+    """Largest magnitude among consecutive elements of a weight, rounded to BF16, in which it is quantized.
+
+    Args:
+        raw: Whole elements of ``source``.
+        source: safetensors dtype name.
+
+    Raises:
+        ValueError: One is NaN or infinity, or rounds to infinity.
+    """
+    return magnitude(largest_bits(from_bytes(raw, source, (-1,))))
+
+
+def quantize_nvfp4_rows(
+    raw: bytes | memoryview, source: str, columns: int, scale: float
+) -> tuple[memoryview, memoryview]:
+    """Packed codes and block scales of whole rows of a weight, rounded to BF16 first: ModelOpt's recipe loads it so.
+
+    Args:
+        raw: Rows [R, K] of ``source``.
+        source: safetensors dtype name.
+        columns: K, a multiple of 16.
+        scale: The global scale.
+
+    Returns:
+        uint8 [R, K/2], low nibble first, and float8_e4m3fn [R, K/16], row-major.
+    """
+    rows = from_bytes(raw, source, (-1, columns)).to(torch.bfloat16)
+    packed, scales = quantize_nvfp4(rows, torch.tensor(scale, dtype=torch.float32))
+    return to_bytes(packed), to_bytes(scales)
+
+
+def dequantize_chunk(raw: bytes | memoryview, scale: float) -> memoryview:
+    """BF16 values of consecutive E4M3 codes.
+
+    Args:
+        raw: The codes.
+        scale: Of the whole weight.
+    """
+    values = dequantize_fp8(from_bytes(raw, "F8_E4M3", (-1,)), torch.tensor(scale, dtype=torch.float32))
+    return to_bytes(values.to(torch.bfloat16))

@@ -1,0 +1,269 @@
+"""Plan ``build-nvfp4`` and ``convert-fp8`` from headers and configs alone. Pure: opens no file, imports no torch.
+
+Both inputs must be the same model, every pattern must match, no fused group may be kept in part; then every tensor of
+both gets its fate.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
+from modelopt_convert.checkpoint.names import module_of, natural_key
+from modelopt_convert.dialects.modelopt.export import (
+    PackedModule,
+    check_quant_config,
+    is_layout_marker,
+    is_quantizer_state,
+)
+from modelopt_convert.dialects.modelopt.fp8 import Calibration, find_fp8_modules
+from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.table import FP8, Format
+from modelopt_convert.plan.ignore import ignore_list, merged_modules
+from modelopt_convert.plan.inputs import check_base, check_configs, check_plain, check_preset, model_tensors
+from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
+from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
+from modelopt_convert.preset.patterns import PatternMatcher, ignored
+from modelopt_convert.run.errors import InputError
+
+# Of an export's quantization_config these mean what they say in the output too; the rest is rebuilt or left out.
+_KEPT_CONFIG_KEYS = ("quant_method", "quant_algo", "config_groups", "producer", "kv_cache_scheme")
+
+
+def plan_mixed(
+    target: Format,
+    export: Source,
+    base: Source | None,
+    keeps: Keeps,
+    *,
+    max_shard_size: int,
+    calibration: Calibration | None = None,
+) -> BuildPlan:
+    """Plan a transformer repo of which part is quantized and part BF16.
+
+    Args:
+        target: The format, of the export and of the output.
+        export: A ModelOpt diffusers export.
+        base: The unquantized transformer it was made from; only FP8 can do without.
+        keeps: What stays in BF16.
+        max_shard_size: Largest output file, in bytes of tensors.
+        calibration: Amax values from a ``--checkpoint``, FP8 only.
+
+    Raises:
+        InputError: The export is not of this format, the base does not fit it, or a pattern does not fit either.
+    """
+    where = str(export.path / "config.json")
+    quant_config = check_quant_config(export.config, target.quant_algo, path=where)
+    if base is not None:
+        check_configs(export, base)
+    check_preset(keeps.preset, export)
+    modules = _find_modules(target, export, base, calibration or {}, quant_config.get("ignore"))
+    if base is not None:
+        check_base(export, base, modules)
+    else:
+        check_plain(export, modules)
+    names = model_tensors(export) | (set(base.tensors) if base else set())
+    matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
+    replaced, matched = apply_patterns(keeps, matcher, modules)
+    for module in modules.values():
+        if module.fault is not None and module.name not in replaced:
+            raise module.fault
+        if module.fault is not None and base is None and _is_coded(module):
+            raise needs_base(module.fault)
+    if len(replaced) == len(modules):
+        raise InputError(
+            f"{export.path}: all {len(modules)} packed modules would be kept in BF16, nothing would be quantized",
+            code="preset.nothing_left",
+            path=str(export.path),
+            hint="use the base as it is, or keep fewer modules",
+        )
+    fused = fused_groups(keeps.preset, modules, replaced, export)
+    merged = merged_modules(modules, keeps.preset, export.config)
+    build = _Build(target, export, base, modules, replaced, keep_fp32(keeps.preset, matcher, base or export), merged)
+    build.run()
+    steps = dict(sorted(build.steps.items(), key=lambda item: natural_key(item[0])))
+    kept = {key: quant_config[key] for key in _KEPT_CONFIG_KEYS if key in quant_config}
+    ignore = ignore_list(steps, target, modules.keys() - replaced.keys(), keeps.preset, export.config)
+    # _name_or_path is where the exporting machine kept the model.
+    rest = {key: value for key, value in export.config.items() if key not in ("_name_or_path", "quantization_config")}
+    return BuildPlan(
+        format=target,
+        steps=steps,
+        shards=split_into_shards([step.output for step in steps.values()], max_shard_size),
+        config=rest | {"quantization_config": kept | {"ignore": ignore, **target.declared}},
+        modules=modules,
+        replaced=replaced,
+        fused=fused,
+        rules=tuple(count_rules(keeps, matched, replaced, steps)),
+        ledger={"export": build.export_fates} | ({"base": build.base_fates} if base else {}),
+        dequantized=tuple(build.dequantized),
+        must_equal=tuple(build.must_equal),
+        may_differ=tuple(build.may_differ),
+        warnings=tuple(_config_warnings(quant_config, modules, where)),
+    )
+
+
+def needs_base(fault: InputError) -> InputError:
+    """The fault of a module that is kept in BF16: without a base its scale is all that its weight can be had from."""
+    hint = "give --base, which modules kept in BF16 are taken from; or export again"
+    return InputError(fault.message, code=fault.code, path=fault.path, hint=hint)
+
+
+def _find_modules(
+    target: Format, export: Source, base: Source | None, calibration: Calibration, ignore: object
+) -> dict[str, PackedModule]:
+    path = str(export.path)
+    if target is FP8:
+        modules = find_fp8_modules(export.tensors, calibration, ignore, path=path)
+    else:
+        true_shapes = {name: info.shape for name, info in base.tensors.items()} if base else {}
+        modules = find_nvfp4_modules(export.tensors, true_shapes, path=path, dynamic_inputs=False)
+    if not modules:
+        older = "; an export of ModelOpt before 0.42 needs --checkpoint with its .pt" if target is FP8 else ""
+        raise InputError(
+            f"{export.path}: expected {target.quant_algo} modules ({target.packed_dtype} weights), found none",
+            code="export.nothing_quantized",
+            path=path,
+            hint=f"the export failed half-way or was never calibrated; export again{older}",
+        )
+    return modules
+
+
+def _is_coded(module: PackedModule) -> bool:
+    """Whether the weight is stored as codes, which mean nothing without their scale."""
+    return module.weight.dtype not in HALF_AND_FLOAT
+
+
+class _Build:
+    """Walks both inputs once and gives every tensor its fate."""
+
+    def __init__(
+        self,
+        target: Format,
+        export: Source,
+        base: Source | None,
+        modules: Mapping[str, PackedModule],
+        replaced: Mapping[str, str],
+        keep_fp32: frozenset[str],
+        merged: frozenset[str],
+    ) -> None:
+        self._target = target
+        self._export = export
+        self._base: Mapping[str, TensorInfo] | None = base.tensors if base else None
+        self._modules = modules
+        self._replaced = replaced
+        self._keep_fp32 = keep_fp32
+        self._merged = merged
+        self.steps: dict[str, Step] = {}
+        self.export_fates: dict[str, str] = {}
+        self.base_fates: dict[str, str] = {}
+        self.dequantized: list[str] = []
+        self.must_equal: list[str] = []
+        self.may_differ: list[str] = []
+
+    def run(self) -> None:
+        for name, info in self._export.tensors.items():
+            if is_quantizer_state(name):
+                self.export_fates[name] = "dropped: calibration state"
+                continue
+            if is_layout_marker(name):
+                self.export_fates[name] = "dropped: layout marker of another loader"
+                continue
+            module = self._modules.get(module_of(name))
+            if module is None:
+                self._plain(name, "unquantized")
+            elif module.name in self._replaced:
+                self._replace(module, info)
+            elif info is module.bias:
+                self._bias(info)
+            else:
+                self._keep(info, module)
+        for module in self._modules.values():
+            for role, value in module.calibrated.items() if module.name not in self._replaced else ():
+                self._put(f"{module.name}.{role}", "F32", (1,), "write_scale", value)
+        for name in self._base or ():
+            self.base_fates.setdefault(name, "unused: packed in the output")
+
+    def _put(self, name: str, dtype: str, shape: tuple[int, ...], op: Op, value: float | None = None) -> None:
+        self.steps[name] = Step(TensorSpec(name, dtype, shape), "export", op, value)
+
+    def _plain(self, name: str, fate: str) -> None:
+        """A tensor that the export did not quantize."""
+        if self._base is not None:
+            self._from_base(self._base, name, f"from base: {fate}")
+            self.must_equal.append(name)
+            return
+        info = self._export.tensors[name]
+        dtype = plain_dtype(info, self._keep_fp32)
+        self._put(name, dtype, info.shape, "copy" if dtype == info.dtype else "cast_bf16")
+        self.export_fates[name] = f"kept: {fate}" + ("" if dtype == info.dtype else f", {info.dtype} to {dtype}")
+
+    def _bias(self, info: TensorInfo) -> None:
+        """Of a module that stays quantized: the export's, unless it was rounded to another dtype there."""
+        if info.dtype != "BF16":
+            self._plain(info.name, f"{info.dtype} bias of a packed module")
+            return
+        self._put(info.name, info.dtype, info.shape, "copy")
+        self.export_fates[info.name] = "kept"
+        if self._base is not None:
+            self.may_differ.append(info.name)
+
+    def _keep(self, info: TensorInfo, module: PackedModule) -> None:
+        if self._target is not FP8:
+            shapes = {"weight": module.columns // 2, "weight_scale": module.columns // BLOCK_SIZE}
+            role = info.name.rpartition(".")[2]
+            # A loader that joins modules into one cannot join scales of no dimension.
+            tensor_scale = (1,) if module.name in self._merged else ()
+            shape = (module.rows, shapes[role]) if role in shapes else tensor_scale
+            self._put(info.name, info.dtype, shape, "copy")
+            self.export_fates[info.name] = "kept"
+        elif info is not module.weight:
+            self._put(info.name, info.dtype, (1,), "copy")  # the loader takes one scale per fused part
+            self.export_fates[info.name] = "kept"
+        elif _is_coded(module):
+            self._put(info.name, info.dtype, info.shape, "copy_e4m3")
+            self.export_fates[info.name] = "kept"
+        else:
+            value = module.calibrated.get("weight_scale")
+            self._put(info.name, self._target.packed_dtype, info.shape, "quantize_fp8", value)
+            self.export_fates[info.name] = f"quantized: {info.dtype} to {self._target.packed_dtype}"
+            if self._base is not None:
+                self.must_equal.append(info.name)
+
+    def _replace(self, module: PackedModule, info: TensorInfo) -> None:
+        """A tensor of a quantized module that shall be BF16."""
+        if info is not module.weight and info is not module.bias:
+            self.export_fates[info.name] = "dropped: scale of a module kept in BF16"
+        elif self._base is not None and info.name in self._base:
+            self._from_base(self._base, info.name, "replaced: kept in BF16")
+        elif info is module.weight and _is_coded(module):
+            self._put(info.name, "BF16", info.shape, "dequantize_fp8", module.calibrated.get("weight_scale"))
+            self.export_fates[info.name] = "dequantized: kept in BF16"
+            self.dequantized.append(module.name)
+        else:
+            self._plain(info.name, "kept in BF16")
+
+    def _from_base(self, base: Mapping[str, TensorInfo], name: str, fate: str) -> None:
+        info = base[name]
+        dtype = plain_dtype(info, self._keep_fp32)
+        as_is = dtype == info.dtype
+        self.steps[name] = Step(TensorSpec(name, dtype, info.shape), "base", "copy" if as_is else "cast_bf16")
+        exported = self._export.tensors[name].dtype
+        same = exported in (dtype, self._target.packed_dtype)
+        self.export_fates[name] = fate if same else f"{fate}, {exported} to {dtype}"
+        self.base_fates[name] = "used" if as_is else f"used: cast {info.dtype} to BF16"
+
+
+def _config_warnings(
+    quant_config: Mapping[str, Any], modules: Mapping[str, PackedModule], where: str
+) -> Iterator[tuple[str, str]]:
+    dropped = sorted(quant_config.keys() - {*_KEPT_CONFIG_KEYS, "ignore", "quant_type", "group_size"})
+    if dropped:
+        yield "config.dropped_keys", f"not carried into quantization_config: {', '.join(dropped)}"
+    covered = ignored(quant_config.get("ignore"), modules, path=where)
+    listed = [name for name in modules if name in covered]
+    if listed:
+        yield (
+            "config.stale_ignore",
+            f"the export's `ignore` lists {len(listed)} modules that are packed ({listed[0]} first); it is rebuilt",
+        )

@@ -1,0 +1,188 @@
+"""Require that export, base and preset are of one model, from headers and configs alone. Pure, no torch."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.dialects.modelopt.export import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.plan.plan import Source
+from modelopt_convert.preset.preset import Preset
+from modelopt_convert.run.errors import InputError
+
+_INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+
+def model_tensors(export: Source) -> set[str]:
+    """Names of the tensors that are part of the model: no calibration state, no markers."""
+    return {name for name in export.tensors if not is_quantizer_state(name) and not is_layout_marker(name)}
+
+
+def check_config_unquantized(base: Source) -> None:
+    """Require a config.json that declares no quantization.
+
+    Raises:
+        InputError: ``base.quantized``.
+    """
+    path = str(base.path / "config.json")
+    if base.config.get("quantization_config") is not None:
+        raise InputError(
+            f"{path}: expected an unquantized base, found a quantization_config",
+            code="base.quantized",
+            path=path,
+            hint="give the original model as --base, and the ModelOpt export as --export",
+        )
+
+
+def check_unquantized(base: Source) -> None:
+    """Require, where there is no export to compare with, that nothing of a base is quantized or belongs to a quantizer.
+
+    Raises:
+        InputError: ``base.quantized`` or ``base.dtype``.
+    """
+    check_config_unquantized(base)
+    for name, info in base.tensors.items():
+        where = f"{base.path}/{info.file}"
+        if name.rpartition(".")[2] in SCALE_ROLES or is_quantizer_state(name) or is_layout_marker(name):
+            raise InputError(
+                f"{where}: tensor {name!r}: expected an unquantized base, found a quantizer's tensor",
+                code="base.quantized",
+                path=where,
+                hint="give the original model as --base, and a ModelOpt export as --export",
+            )
+        is_weight = name.endswith(".weight")
+        if info.dtype not in (HALF_AND_FLOAT if is_weight else HALF_AND_FLOAT | _INTEGER_DTYPES):
+            raise InputError(
+                f"{where}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                code="base.dtype",
+                path=where,
+                hint="give an unquantized base",
+            )
+
+
+def check_configs(export: Source, base: Source) -> None:
+    """Require a base that is not quantized and has the export's config.
+
+    Raises:
+        InputError: ``base.quantized`` or ``base.config``.
+    """
+    path = str(base.path / "config.json")
+    check_config_unquantized(base)
+    for key in ("_class_name", *sorted(export.config.keys() & base.config.keys())):
+        # Keys with an underscore say who wrote the file, not what the model is.
+        if key.startswith("_") and key != "_class_name":
+            continue
+        left, right = export.config.get(key), base.config.get(key)
+        if left != right:
+            raise InputError(
+                f"{path}: {key}: expected {left!r} as in the export, found {right!r}",
+                code="base.config",
+                path=path,
+                hint="give the base that the export was made from",
+            )
+
+
+def check_preset(preset: Preset | None, export: Source) -> None:
+    """Require that the preset is of the export's model.
+
+    Raises:
+        InputError: ``preset.wrong_model``.
+    """
+    if preset is None:
+        return
+    expected = {"_class_name": preset.class_name, **preset.config}
+    for key, value in expected.items():
+        found = export.config.get(key)
+        if found != value:
+            raise InputError(
+                f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {value!r}, found {found!r}",
+                code="preset.wrong_model",
+                path=str(export.path / "config.json"),
+                hint="leave --preset out to have it chosen, or name the model's own",
+            )
+
+
+def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]) -> None:
+    """Require that both inputs are the same model: same tensors, same shapes, and a base in plain dtypes.
+
+    Raises:
+        InputError: ``base.naming``, ``base.missing_tensor``, ``base.shape``, ``base.dtype`` or
+            ``export.missing_tensor``.
+    """
+    # What the export's tensors were before quantization.
+    logical = {name: export.tensors[name].shape for name in model_tensors(export)}
+    for module in modules.values():
+        for role in module.scales:
+            del logical[f"{module.name}.{role}"]
+        logical[module.weight.name] = (module.rows, module.columns)
+    if not logical.keys() & base.tensors.keys():
+        raise InputError(
+            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one)",
+            code="base.naming",
+            path=str(base.path),
+            hint="the names follow another convention; give the base in the export's own (diffusers) naming",
+        )
+    _raise_first(_base_faults(logical, export, base))
+    for name, info in base.tensors.items():
+        if name not in logical:
+            raise InputError(
+                f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
+                code="export.missing_tensor",
+                path=str(export.path),
+                hint="the export is incomplete, or was made from another base",
+            )
+
+
+def _base_faults(logical: Mapping[str, tuple[int, ...]], export: Source, base: Source) -> Iterator[InputError]:
+    for name, shape in logical.items():
+        info = base.tensors.get(name)
+        if info is None:
+            yield InputError(
+                f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor",
+                code="base.missing_tensor",
+                path=str(base.path),
+                hint="give the base that the export was made from, whole",
+            )
+        elif info.shape != shape:
+            yield InputError(
+                f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
+                f"found {list(info.shape)}",
+                code="base.shape",
+                path=f"{base.path}/{info.file}",
+                hint="give the base that the export was made from",
+            )
+        elif info.dtype not in HALF_AND_FLOAT and not (
+            info.dtype in _INTEGER_DTYPES and info.dtype == export.tensors[name].dtype
+        ):
+            yield InputError(
+                f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                code="base.dtype",
+                path=f"{base.path}/{info.file}",
+                hint="give an unquantized base",
+            )
+
+
+def check_plain(export: Source, modules: Mapping[str, PackedModule]) -> None:
+    """Require, where there is no base, that whatever is not quantized is of a plain dtype.
+
+    Raises:
+        InputError: ``export.dtype``.
+    """
+    for name in sorted(model_tensors(export)):
+        info = export.tensors[name]
+        if module_of(name) not in modules and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
+            raise InputError(
+                f"{export.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                code="export.dtype",
+                path=f"{export.path}/{info.file}",
+                hint="this export is not plain FP8; give the --base, or export again",
+            )
+
+
+def _raise_first(faults: Iterable[InputError]) -> None:
+    found = list(faults)
+    if not found:
+        return
+    first = found[0]
+    same = sum(fault.code == first.code for fault in found)
+    more = f" ({same} tensors in all)" if same > 1 else ""
+    raise InputError(first.message + more, code=first.code, path=first.path, hint=first.hint)

@@ -1,0 +1,105 @@
+"""What stays in BF16: patterns, fused groups and F32 tensors, matched against a model's modules. Pure, no torch."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import module_of, natural_key
+from modelopt_convert.dialects.modelopt.export import PackedModule
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
+from modelopt_convert.preset.patterns import PatternMatcher, check_pattern
+from modelopt_convert.preset.preset import Preset
+from modelopt_convert.run.errors import InputError
+
+
+def apply_patterns(
+    keeps: Keeps, matcher: PatternMatcher, modules: Mapping[str, PackedModule]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Packed modules to replace with their first pattern, and every pattern's matches."""
+    replaced: dict[str, str] = {}
+    matched: dict[str, list[str]] = {}
+    for _, pattern in keeps.patterns():
+        check_pattern(pattern)
+        matched[pattern] = matcher.find(pattern)
+        for module in matched[pattern]:
+            if module in modules:
+                replaced.setdefault(module, pattern)
+    return replaced, matched
+
+
+def count_rules(
+    keeps: Keeps, matched: Mapping[str, Sequence[str]], replaced: Mapping[str, str], steps: Mapping[str, Step]
+) -> Iterator[RuleCount]:
+    """What each pattern did."""
+    sizes: dict[str, int] = {}
+    for name, step in steps.items():
+        sizes[module_of(name)] = sizes.get(module_of(name), 0) + step.output.num_bytes
+    for kind, pattern in dict((pattern, (kind, pattern)) for kind, pattern in keeps.patterns()).values():
+        yield RuleCount(
+            kind,
+            pattern,
+            matched=len(matched[pattern]),
+            replaced=sum(by == pattern for by in replaced.values()),
+            num_bytes=sum(sizes.get(module, 0) for module in matched[pattern]),
+        )
+
+
+def fused_groups(
+    preset: Preset | None, modules: Mapping[str, PackedModule], replaced: Mapping[str, str], export: Source
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of sibling modules that stay packed together.
+
+    Raises:
+        InputError: ``preset.fused_group``: a group would be part packed, part BF16; runtimes refuse such a mix.
+    """
+    groups: list[tuple[str, ...]] = []
+    linears = {module_of(name) for name in export.tensors if name.endswith(".weight")}
+    for members in siblings(preset.fused if preset else [], linears):
+        packed = tuple(member for member in members if member in modules and member not in replaced)
+        if packed and len(packed) < len(members):
+            rest = ", ".join(member for member in members if member not in packed)
+            raise InputError(
+                f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
+                code="preset.fused_group",
+                path=str(export.path),
+                hint="keep the whole group or none of it: " + " ".join(f"--keep-bf16 '{one}'" for one in members),
+            )
+        if packed:
+            groups.append(packed)
+    # A group within a larger one says nothing of its own.
+    return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
+
+
+def siblings(groups: Sequence[Sequence[str]], modules: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """For each group of names, and each parent that has some of them, the modules of that name."""
+    for group in groups:
+        ends = tuple(f".{leaf}" for leaf in group)
+        parents = {name.removesuffix(end) for name in modules for end in ends if name.endswith(end)}
+        for parent in sorted(parents, key=natural_key):
+            yield tuple(f"{parent}.{leaf}" for leaf in group if f"{parent}.{leaf}" in modules)
+
+
+def plain_dtype(info: TensorInfo, fp32: Collection[str]) -> str:
+    """The dtype in which a tensor that is not quantized is written; ``fp32`` names those that keep F32."""
+    as_is = info.dtype not in HALF_AND_FLOAT or info.dtype == "BF16" or info.name in fp32
+    return info.dtype if as_is else "BF16"
+
+
+def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) -> frozenset[str]:
+    """Tensors of the base, or of the export where there is none, that keep F32.
+
+    Raises:
+        InputError: ``preset.no_match``.
+    """
+    found: set[str] = set()
+    for pattern in preset.keep_fp32 if preset else []:
+        names = [name for name in source.tensors if matcher.matches(pattern, name)]
+        if not names:
+            raise InputError(
+                f"keep_fp32 pattern {pattern!r} matches no tensor of the model",
+                code="preset.no_match",
+                path=str(source.path),
+                hint="keep_fp32 patterns are matched against whole tensor names",
+            )
+        found.update(names)
+    return frozenset(found)

@@ -1,0 +1,320 @@
+"""Presets: which modules of a model stay in BF16, as TOML data. No Python is needed to add one."""
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.preset.patterns import check_pattern, stars
+from modelopt_convert.run.errors import InputError
+
+# A license is that of one model's weights. One that extends a preset shares its architecture, and maybe not this.
+_NOT_INHERITED = ("license", "license_name", "license_link")
+_HERE = Path(__file__).resolve().parent
+# In the wheel the TOML files lie inside the package; in a checkout, beside it. Nowhere else is looked.
+_FOLDERS = (_HERE / "toml", _HERE.parent.parent / "presets")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class KeepRules(_Strict):
+    """What stays in BF16 for one algorithm, and what that choice rests on."""
+
+    status: Literal["validated", "candidate"] = Field(description="what the set rests on")
+    source: str = Field(description="where the set comes from")
+    min_gpu: str = Field(description="smallest GPU that runs the result")
+    known_limits: list[str] = Field(description="what a user should know before building")
+    structural: list[str] = Field(description="module globs that the runtime cannot load packed")
+    quality: list[str] = Field(description="module globs kept for quality")
+    known_broken: dict[str, str] = Field(
+        default_factory=dict, description="engine@version = why it cannot use what is built; also for other sets"
+    )
+
+    @field_validator("structural", "quality")
+    @classmethod
+    def _patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            check_pattern(pattern)
+        return patterns
+
+
+class Preset(_Strict):
+    """One model's preset; the TOML file has these fields, and ``extends`` for those it shares with another."""
+
+    schema_: Literal[1] = Field(alias="schema", description="version of the preset language")
+    name: str = Field(description="what --preset takes")
+    title: str = Field(description="the model's name for people")
+    class_name: str = Field(description="_class_name of the transformer's config.json")
+    base_repo: str = Field(description="Hub id of the base model")
+    repos: list[str] = Field(description="Hub ids the preset fits")
+    pipeline_tag: str = Field(description="the Hub's pipeline tag")
+    license: str | None = Field(default=None, description="the base's license, as its model card has it")
+    license_name: str | None = Field(default=None, description="its name where license is other")
+    license_link: str | None = Field(default=None, description="where it is to be read, in full")
+    modelopt_model: str | None = Field(
+        default=None, description="--model of ModelOpt's quantize.py that makes the export"
+    )
+    load_flag: str = Field(description="SGLang's flag that loads the result")
+    fused: list[list[str]] = Field(description="names under one parent that the runtime may fuse; dots allowed")
+    shared_scale: list[list[str]] | None = Field(
+        default=None,
+        description="names under one parent to which ModelOpt's export gives one global scale; dots allowed; needed to "
+        "build NVFP4 without an export",
+    )
+    keep_fp32: list[str] = Field(description="globs over tensor names that stay in F32 where the base holds F32")
+    config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
+    runtime_names: dict[str, list[str]] = Field(
+        description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key"
+    )
+    nvfp4: KeepRules | None = None
+    fp8: KeepRules | None = None
+
+    @field_validator("schema_", mode="before")
+    @classmethod
+    def _version(cls, version: object) -> object:
+        if type(version) is not int:  # True and 1.0 equal 1
+            raise ValueError("must be the integer 1")
+        return version
+
+    @field_validator("keep_fp32")
+    @classmethod
+    def _patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            check_pattern(pattern)
+        return patterns
+
+    @field_validator("runtime_names")
+    @classmethod
+    def _stars(cls, names: dict[str, list[str]]) -> dict[str, list[str]]:
+        for disk, spellings in names.items():
+            for runtime in spellings:
+                if any(stars(disk)) or len(stars(disk)) != len(stars(runtime)):
+                    raise ValueError(f"{disk!r} and {runtime!r} must have the same number of * segments")
+        return names
+
+    def rules(self, algorithm: Algorithm) -> KeepRules:
+        """The keep sets of one algorithm.
+
+        Raises:
+            InputError: ``preset.algorithm``: the preset has none.
+        """
+        found = self.sets().get(algorithm)
+        if found is None:
+            raise InputError(
+                f"preset {self.name}: has no {algorithm} section",
+                code="preset.algorithm",
+                hint="write one in a TOML of your own and give its path to --preset",
+            )
+        return found
+
+    def sets(self) -> dict[Algorithm, KeepRules]:
+        """The keep sets there are, by algorithm."""
+        found: dict[Algorithm, KeepRules | None] = {"nvfp4": self.nvfp4, "fp8": self.fp8}
+        return {algorithm: rules for algorithm, rules in found.items() if rules is not None}
+
+    def recipe(self) -> list[str]:
+        """The commands of ModelOpt's examples/diffusers/quantization that make the exports, as lines of text."""
+        if self.modelopt_model is None:
+            return []
+        formats = {"nvfp4": "fp4", "fp8": "fp8"}
+        lines = ["The exports come from ModelOpt's examples/diffusers/quantization. Its default dtype is Half:"]
+        for algorithm in self.sets():
+            lines.append(
+                f"python quantize.py --model {self.modelopt_model} --override-model-path {self.base_repo} "
+                f"--model-dtype BFloat16 --format {formats[algorithm]} --batch-size 1 --calib-size 128 --n-steps 20 "
+                f"--quantized-torch-ckpt-save-path out/ckpt --hf-ckpt-dir out/hf"
+            )
+        return lines
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this model: same class, and the values that single it out."""
+        same = config.get("_class_name") == self.class_name
+        return same and all(config.get(key) == value for key, value in self.config.items())
+
+
+class LoadedPreset(_Strict):
+    """A preset with its text and where it came from.
+
+    Attributes:
+        preset: What was read.
+        text: The TOML text.
+        path: Its name or path, as it was asked for.
+        inherited: The texts that it extends, nearest first.
+    """
+
+    preset: Preset
+    text: str
+    path: str
+    inherited: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the TOML text and of those it extends, recorded in mopt.json."""
+        return hashlib.sha256("\0".join((self.text, *self.inherited)).encode()).hexdigest()
+
+
+class ChosenPreset(_Strict):
+    """The preset of a run.
+
+    Attributes:
+        loaded: The preset.
+        also: Others that fit as well and would give the same, where it was chosen by config.json.
+    """
+
+    loaded: LoadedPreset
+    also: list[str]
+
+    @property
+    def base_repo(self) -> str | None:
+        """Hub id of the base, or None where config.json cannot tell which of several it is."""
+        return None if self.also else self.loaded.preset.base_repo
+
+    def status(self, algorithm: Algorithm) -> str | None:
+        """What the set rests on: the least of all that fit."""
+        found = [self.loaded, *(load_preset(name) for name in self.also)]
+        status = {one.preset.rules(algorithm).status for one in found}
+        return "validated" if status == {"validated"} else "candidate"
+
+    def limits(self, algorithm: Algorithm) -> list[str]:
+        """Known limits, and the engines that cannot use what is built."""
+        rules = self.loaded.preset.rules(algorithm)
+        return [
+            *rules.known_limits,
+            *(f"known broken for {engine}: {why}" for engine, why in rules.known_broken.items()),
+        ]
+
+
+def parse_preset(text: str, *, path: str) -> LoadedPreset:
+    """Parse and validate a preset.
+
+    Raises:
+        InputError: ``preset.toml``, ``preset.field``, ``preset.pattern`` or ``preset.extends``.
+    """
+    fields, texts = _with_inherited(text, path)
+    try:
+        preset = Preset.model_validate(fields)
+    except ValidationError as error:
+        raise _field_error(error, path) from error
+    return LoadedPreset(preset=preset, text=text, path=path, inherited=texts[1:])
+
+
+def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a preset over those it extends, tables merged key by key; and all texts, its own first."""
+    try:
+        fields = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="mend the file") from error
+    extended = fields.pop("extends", None)
+    if extended is None:
+        return fields, [text]
+    if not isinstance(extended, str) or extended in seen:
+        raise InputError(
+            f"{path}: extends: expected the name or path of another preset, found {extended!r}",
+            code="preset.extends",
+            path=path,
+            hint="a preset can extend one other, and not itself by a detour",
+        )
+    where = Path(path).parent / extended if _is_path(extended) else _folder() / f"{extended}.toml"
+    parent, texts = _with_inherited(_read(where, extended), str(where), (*seen, extended))
+    parent = {key: value for key, value in parent.items() if key not in _NOT_INHERITED}
+    for key, value in fields.items():
+        inherited = parent.get(key)
+        parent[key] = inherited | value if isinstance(inherited, dict) and isinstance(value, dict) else value
+    return parent, [text, *texts]
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith(".toml")
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
+        known = ", ".join(preset_names())
+        raise InputError(
+            f"preset {name!r}: {'cannot be read' if _is_path(name) else 'is not one that comes with mopt'}",
+            code="preset.unknown",
+            path=str(path) if _is_path(name) else None,
+            hint=f"known are {known}; a path to a TOML of your own must have a / or end in .toml",
+        ) from error
+
+
+def _field_error(error: ValidationError, path: str) -> InputError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return InputError(
+        f"{path}: {where}: {first['msg']} ({error.error_count()} in all)",
+        code="preset.field",
+        path=path,
+        hint="`mopt presets flux1-dev` prints a whole one to start from",
+    )
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with mopt, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def load_preset(name: str) -> LoadedPreset:
+    """A preset by name, or by path if ``name`` has a slash or ends in ``.toml``.
+
+    Raises:
+        InputError: ``preset.unknown`` or what ``parse_preset`` raises.
+    """
+    path = Path(name) if _is_path(name) else _folder() / f"{name}.toml"
+    return parse_preset(_read(path, name), path=name)
+
+
+def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPreset:
+    """The preset for a config.json, when the user named none.
+
+    Raises:
+        InputError: ``preset.none_fits``, or ``preset.ambiguous`` if several fit and their rules differ.
+    """
+    loaded = [load_preset(name) for name in preset_names()]
+    fitting = [one for one in loaded if one.preset.fits(config) and algorithm in one.preset.sets()]
+    most = max((len(one.preset.config) for one in fitting), default=0)  # what says more fits better
+    fitting = [one for one in fitting if len(one.preset.config) == most]
+    names = [one.preset.name for one in fitting]
+    if not fitting:
+        raise InputError(
+            f"no preset fits {config.get('_class_name')!r}",
+            code="preset.none_fits",
+            hint=f"name one of {', '.join(preset_names())}, a TOML of your own, or --preset none with --keep-bf16",
+        )
+    sets = {_rule_key(one.preset, algorithm) for one in fitting}
+    if len(sets) > 1:
+        raise InputError(
+            f"several presets fit {config.get('_class_name')!r}: {', '.join(names)}",
+            code="preset.ambiguous",
+            hint=f"name one: --preset {names[0]}",
+        )
+    return ChosenPreset(loaded=fitting[0], also=list(names[1:]))
+
+
+def known_broken(config: Mapping[str, Any], algorithm: Algorithm) -> dict[str, str]:
+    """Engines that cannot use what is built for a model of this class, whatever is kept in BF16, with the reason."""
+    found: dict[str, str] = {}
+    for preset in (load_preset(name).preset for name in preset_names()):
+        rules = preset.sets().get(algorithm)
+        if rules is not None and preset.class_name == config.get("_class_name"):
+            found |= rules.known_broken
+    return found
+
+
+def _rule_key(preset: Preset, algorithm: Algorithm) -> str:
+    rules = preset.rules(algorithm)
+    shared = (preset.keep_fp32, preset.fused, preset.shared_scale, preset.runtime_names)
+    return repr((rules.structural, rules.quality, *shared))
+
+
+def _folder() -> Path:
+    return next(folder for folder in _FOLDERS if folder.is_dir())

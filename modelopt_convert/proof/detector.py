@@ -1,0 +1,261 @@
+"""Find out how a packed weight is laid out: against its base (proof), or from its own statistics (hint). Pure.
+
+Three questions, each decided on its own: which nibble holds the even column, in which order the scales lie, and whether
+the global scale multiplies or divides. An answer is given only where the others are ruled out; otherwise it is
+``equivalent`` (the readings decode alike, so it does not matter) or ``undetermined``.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modelopt_convert.formats.nvfp4.codes import (
+    BLOCK_SIZE,
+    block_scales,
+    decode_e2m1,
+    quantize_codes,
+    swap_nibbles,
+    unpack_e2m1,
+)
+from modelopt_convert.proof.closeness import Closeness, closeness
+
+NibbleOrder = Literal["low", "high", "equivalent", "undetermined"]
+ScaleOrder = Literal["linear", "128x4", "equivalent", "undetermined"]
+GlobalScale = Literal["multiply", "divide", "undetermined"]
+
+# A reading is accepted on its error alone only if it is this many times better than the best of the other readings.
+RUNNER_UP_FACTOR = 3.0
+# Below this cosine under every reading, export and base have nothing in common.
+RELATED_COSINE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One way of reading a module's bytes."""
+
+    nibbles: Literal["low", "high"]
+    scales: Literal["linear", "128x4"]
+    global_scale: Literal["multiply", "divide"]
+
+    def in_words(self) -> str:
+        """How it departs from what ModelOpt writes; empty if it does not."""
+        parts = [
+            "the high nibble holds the even column (nibbles swapped)" if self.nibbles == "high" else "",
+            "the scales lie in the 128x4 order (swizzled)" if self.scales == "128x4" else "",
+            "the global scale is a reciprocal" if self.global_scale == "divide" else "",
+        ]
+        return " and ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What a comparison with the base says of a module's layout.
+
+    Attributes:
+        nibbles: Order of the nibbles.
+        scales: Order of the scales.
+        global_scale: Whether it multiplies or divides.
+        best: The reading that comes nearest; the canonical one where nothing tells them apart.
+        codes: Codes compared.
+        codes_equal: Of them equal to the base's, quantized again, under the best reading.
+        closeness: Of the best reading's dequantized rows.
+        related: Whether any reading resembles the base.
+    """
+
+    nibbles: NibbleOrder
+    scales: ScaleOrder
+    global_scale: GlobalScale
+    best: Reading
+    codes: int
+    codes_equal: int
+    closeness: Closeness
+    related: bool
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the base, quantized again, gives every code."""
+        return self.codes_equal == self.codes
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A reading with what it gives; how near it comes is computed only if asked for."""
+
+    reading: Reading
+    equal: int
+    base: Tensor
+    codes: Tensor
+    scale: Tensor
+    factor: Tensor
+
+    @functools.cached_property
+    def closeness(self) -> Closeness:
+        base = self.base.to(torch.float64)
+        again = decode_e2m1(quantize_codes(self.base, self.scale, self.factor))
+        inherent = (again * block_scales(self.scale, self.factor) - base).norm(dim=0)
+        dequantized = decode_e2m1(self.codes) * block_scales(self.scale, self.factor)
+        return closeness(base, dequantized.to(torch.float64), inherent)
+
+
+def detect_with_base(
+    base_rows: Sequence[Tensor],
+    packed_rows: Tensor,
+    readings: Mapping[str, Tensor],
+    rows: Sequence[int],
+    global_scale: Tensor,
+    *,
+    max_error: float,
+) -> Detection:
+    """Try every reading of sampled rows against the base.
+
+    Args:
+        base_rows: The base's rows [R, K], once for each dtype the exporter may have quantized from.
+        packed_rows: uint8 [R, K/2], the same rows of the export.
+        readings: Scales [N, K/16] by order (``scale_readings``); at least one.
+        rows: The R row indices.
+        global_scale: float32 [].
+        max_error: Largest relative error of a reading that is accepted without reproducing the codes.
+    """
+    index = torch.tensor(rows)
+    tried = [
+        _try(base_rows, packed, Reading(nibbles, order, convention), readings[order][index], factor)
+        for (nibbles, packed), order, (convention, factor) in itertools.product(
+            _nibble_readings(packed_rows), _orders(readings), _global_readings(global_scale)
+        )
+    ]
+    num_codes = packed_rows.numel() * 2
+    exact = [one for one in tried if one.equal == num_codes]
+    best = exact[0] if exact else min(tried, key=lambda one: one.closeness.relative_error)
+    accepted = exact or ([best] if best.closeness.relative_error <= max_error else [])
+    same_nibbles = torch.equal(packed_rows, swap_nibbles(packed_rows))
+    same_scales = len(readings) == 2 and torch.equal(
+        readings["linear"].view(torch.uint8), readings["128x4"].view(torch.uint8)
+    )
+    return Detection(
+        nibbles=_decide(tried, accepted, "nibbles", bool(exact), same_nibbles),  # type: ignore[arg-type]
+        scales=_decide(tried, accepted, "scales", bool(exact), same_scales),  # type: ignore[arg-type]
+        global_scale=_decide(tried, accepted, "global_scale", bool(exact), False),  # type: ignore[arg-type]
+        best=best.reading,
+        codes=num_codes,
+        codes_equal=best.equal,
+        closeness=best.closeness,
+        related=bool(exact) or any(abs(one.closeness.cosine) >= RELATED_COSINE for one in tried),
+    )
+
+
+def telling_rows(readings: Mapping[str, Tensor], count: int) -> list[int]:
+    """Rows in which the two orders of the scales differ most: what tells them apart, if anything does."""
+    if len(readings) < 2:
+        return []
+    differing = (readings["linear"].view(torch.uint8) != readings["128x4"].view(torch.uint8)).sum(dim=1)
+    order = torch.argsort(differing, descending=True, stable=True)[:count]
+    return sorted(int(row) for row in order if differing[row])
+
+
+def _orders(readings: Mapping[str, Tensor]) -> list[Literal["linear", "128x4"]]:
+    both: tuple[Literal["linear", "128x4"], ...] = ("linear", "128x4")
+    return [order for order in both if order in readings]
+
+
+def _nibble_readings(packed: Tensor) -> list[tuple[Literal["low", "high"], Tensor]]:
+    return [("low", packed), ("high", swap_nibbles(packed))]
+
+
+def _global_readings(global_scale: Tensor) -> list[tuple[Literal["multiply", "divide"], Tensor]]:
+    return [("multiply", global_scale), ("divide", 1.0 / global_scale)]
+
+
+def _try(base_rows: Sequence[Tensor], packed: Tensor, reading: Reading, scale: Tensor, factor: Tensor) -> _Tried:
+    codes = unpack_e2m1(packed)
+    return _Tried(reading, count_equal(base_rows, codes, scale, factor), base_rows[0], codes, scale, factor)
+
+
+def count_equal(base_rows: Sequence[Tensor], codes: Tensor, scale: Tensor, factor: Tensor) -> int:
+    """How many codes the base, quantized again, gives back: of all dtypes it may have been in, the best.
+
+    Args:
+        base_rows: Rows [R, K], once for each dtype.
+        codes: uint8 [R, K].
+        scale: float8_e4m3fn [R, K/16].
+        factor: float32 [], the global scale.
+    """
+    best = 0
+    for one in base_rows:
+        best = max(best, int((quantize_codes(one, scale, factor) == codes).sum()))
+        # All, or so few that another rounding of the base cannot be the reason.
+        if best == codes.numel() or best < 0.9 * codes.numel():
+            break
+    return best
+
+
+def _decide(tried: Sequence[_Tried], accepted: Sequence[_Tried], axis: str, exact: bool, same: bool) -> str:
+    """The answer to one question: the value that all accepted readings share, if every other value is ruled out."""
+    if same:
+        return "equivalent"
+    values = {getattr(one.reading, axis) for one in accepted}
+    if len(values) != 1:
+        return "undetermined"
+    (value,) = values
+    rest = [one for one in tried if getattr(one.reading, axis) != value]
+    if exact or not rest:  # no other value reproduces the codes, or the shape leaves no other
+        return str(value)
+    others = [one.closeness.relative_error for one in rest]
+    mine = min(one.closeness.relative_error for one in accepted)
+    clear = all(not math.isfinite(error) or error >= RUNNER_UP_FACTOR * mine for error in others)
+    return str(value) if clear else "undetermined"
+
+
+def hint_scale_order(packed: Tensor, readings: Mapping[str, Tensor]) -> ScaleOrder:
+    """Guess the order of the scales without a base.
+
+    In a quantized weight a block's scale and the energy of its codes are anti-correlated once rows and columns are
+    centred: a block whose amax is an outlier has small codes elsewhere. In the wrong order there is no such relation.
+
+    Args:
+        packed: uint8 [R, K/2], some rows.
+        readings: Scales [R, K/16] of the same rows, by order.
+    """
+    if len(readings) == 1:
+        return _orders(readings)[0]
+    if torch.equal(readings["linear"].view(torch.uint8), readings["128x4"].view(torch.uint8)):
+        return "equivalent"
+    codes = decode_e2m1(unpack_e2m1(packed)).view(len(packed), -1, BLOCK_SIZE)
+    energy = codes.square().mean(dim=-1).sqrt()
+    # A zero scale over codes that are not zero cannot be meant.
+    possible = [order for order in _orders(readings) if not _zero_over_codes(readings[order], energy)]
+    if len(possible) == 1:
+        return possible[0]
+    correlations = {order: _correlation(readings[order], energy) for order in _orders(readings)}
+    best = min(_orders(readings), key=lambda order: correlations[order])
+    other = max(correlations.values())
+    mine = correlations[best]
+    clear = mine < -0.05 and (other - mine) * math.sqrt(energy.numel()) > 8 and mine < 2 * min(other, 0.0)
+    return best if clear else "undetermined"
+
+
+def _zero_over_codes(scale: Tensor, energy: Tensor) -> bool:
+    # ModelOpt up to 0.44 let scales underflow to zero; all codes of such a block are saturated.
+    return bool(((scale.view(torch.uint8) == 0) & (energy > 0) & (energy < 6.0)).any())
+
+
+def _correlation(scale: Tensor, energy: Tensor) -> float:
+    usable = (scale.to(torch.float64) > 0) & (energy > 0)
+    logs = [_centred(torch.where(usable, values.to(torch.float64), 1.0).log2(), usable) for values in (scale, energy)]
+    norm = logs[0].norm() * logs[1].norm()
+    return float((logs[0] * logs[1]).sum() / norm) if float(norm) > 0 else 0.0
+
+
+def _centred(values: Tensor, usable: Tensor) -> Tensor:
+    """Less the means of its row and of its column, unusable places at zero."""
+    weight = usable.to(torch.float64)
+    for _ in range(3):  # with gaps one pass of each does not centre exactly
+        for dim in (0, 1):
+            mean = (values * weight).sum(dim=dim, keepdim=True) / weight.sum(dim=dim, keepdim=True).clamp(min=1.0)
+            values = (values - mean) * weight
+    return values

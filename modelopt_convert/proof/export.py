@@ -1,0 +1,232 @@
+"""Prove an export against its base, module by module; the only reader of scale values.
+
+Three passes, cheapest cause first: scales that no kernel could use, unquantized tensors that are not the base's, and
+then the packed weights themselves. Without a base only the first is possible.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Event
+
+import torch
+
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.modelopt.export import PackedModule
+from modelopt_convert.dialects.modelopt.fp8 import Calibration
+from modelopt_convert.formats.rows import SAMPLED_ROWS
+from modelopt_convert.formats.table import FP8
+from modelopt_convert.formats.tensor_bytes import from_bytes
+from modelopt_convert.plan.from_export import needs_base
+from modelopt_convert.plan.plan import BuildPlan
+from modelopt_convert.proof.fp8 import AMAX_DISAGREES, judge_fp8_module, usable_fp8_scale
+from modelopt_convert.proof.fp8 import METHOD as METHOD_FP8
+from modelopt_convert.proof.judgement import Judgement
+from modelopt_convert.proof.nvfp4 import METHOD as METHOD_NVFP4
+from modelopt_convert.proof.nvfp4 import judge_nvfp4, name_the_layout, usable_nvfp4_scale
+from modelopt_convert.proof.tensors import common_dtype
+from modelopt_convert.proof.unquantized import same_up_to_cast
+from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.workers import in_order
+
+_SHOWN = 10
+
+
+@dataclass(slots=True)
+class Proof:
+    """What was proven of an export against its base.
+
+    Attributes:
+        method: In words; empty without a base.
+        modules: The judgement on every packed module, by name.
+        unproven: Modules about to be replaced whose scales are unusable, with the reason.
+        fused_differ: Fused groups whose global scales differ, with the largest ratio; runtimes rebase them.
+        biases_differ: Packed modules whose bias is not the base's.
+    """
+
+    method: str = ""
+    modules: dict[str, Judgement] = field(default_factory=dict)
+    unproven: dict[str, str] = field(default_factory=dict)
+    fused_differ: dict[str, float] = field(default_factory=dict)
+    biases_differ: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every module that could be judged is what the base says it should be."""
+        return not self.failing()
+
+    def failing(self) -> list[str]:
+        """Modules that are not."""
+        return [name for name, one in self.modules.items() if not one.passed]
+
+    def swapped(self) -> set[str]:
+        """Modules whose high nibble holds the even column."""
+        return {name for name, one in self.modules.items() if one.reading and one.reading.nibbles == "high"}
+
+    def swizzled(self) -> set[str]:
+        """Modules whose scales lie in the 128x4 order."""
+        return {name for name, one in self.modules.items() if one.reading and one.reading.scales == "128x4"}
+
+
+def prove(
+    export: CheckpointReader,
+    base: CheckpointReader | None,
+    plan: BuildPlan,
+    calibration: Calibration,
+    *,
+    max_error: float,
+    workers: int,
+    advance: Callable[[int], None],
+) -> Proof:
+    """Run the passes.
+
+    Args:
+        export: The opened export.
+        base: The opened base, or None.
+        plan: What will be built from them.
+        calibration: Amax values to compare scales with; FP8 only.
+        max_error: Limit of the relative error where codes are not reproduced.
+        workers: Modules judged at a time.
+        advance: Called with the number of bytes just read.
+
+    Returns:
+        The proof; it may have failed for a reason that cannot be named (``Proof.passed``).
+
+    Raises:
+        InputError: A cause that can be named: unusable scales, another base, another layout.
+    """
+    proof = Proof()
+    with torch.inference_mode():
+        scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
+        _note_fused(plan, scales, proof)
+        if base is None:
+            return proof
+        proof.method = METHOD_FP8 if plan.format is FP8 else METHOD_NVFP4
+        _check_unquantized(export, base, plan, proof, workers, advance)
+        common = common_dtype(export)
+        judge = judge_fp8_module if plan.format is FP8 else judge_nvfp4
+
+        def judged(module: PackedModule, _stopped: Event) -> Judgement:
+            with torch.inference_mode():  # of each thread
+                found = judge(export, base, module, common, scales[module.name], max_error)
+            advance((SAMPLED_ROWS + 2) * module.columns * 3)
+            return found
+
+        due = [module for module in plan.modules.values() if module.name not in proof.unproven]
+        proof.modules = {module.name: one for module, one in zip(due, in_order(due, judged, workers), strict=True)}
+    name_the_layout(export, proof.modules)
+    _name_another_base(export, proof)
+    return proof
+
+
+def proof_bytes(plan: BuildPlan) -> int:
+    """Bytes that ``prove`` will report as read, for the progress bar."""
+    scales = sum(_scale_bytes(module) for module in plan.modules.values())
+    names = (*plan.must_equal, *plan.may_differ)
+    rows = (
+        sum((SAMPLED_ROWS + 2) * module.columns * 3 for module in plan.modules.values()) if "base" in plan.ledger else 0
+    )
+    return scales + rows + sum(plan.steps[name].output.num_bytes for name in names)
+
+
+def _scale_bytes(module: PackedModule) -> int:
+    return sum(info.num_bytes for info in module.scales.values())
+
+
+def _check_scales(
+    export: CheckpointReader,
+    base: CheckpointReader | None,
+    plan: BuildPlan,
+    calibration: Calibration,
+    proof: Proof,
+    workers: int,
+    advance: Callable[[int], None],
+) -> dict[str, float]:
+    """Scales by module, after all were looked at; modules to be replaced by the base are excused."""
+
+    def checked(module: PackedModule, _stopped: Event) -> float | InputError:
+        try:
+            if module.fault is not None:
+                raise module.fault
+            with torch.inference_mode():  # of each thread
+                if plan.format is FP8:
+                    return usable_fp8_scale(export, module, calibration)
+                assert base is not None  # the command requires it
+                return usable_nvfp4_scale(export, base, module)
+        except InputError as error:
+            # Two runs that were mixed up are never excused.
+            if module.name not in plan.replaced or error.code == AMAX_DISAGREES:
+                raise
+            if module.name in plan.dequantized:
+                raise needs_base(error) from error
+            return error
+        finally:
+            advance(_scale_bytes(module))
+
+    found: dict[str, float] = {}
+    modules = list(plan.modules.values())
+    for module, scale in zip(modules, in_order(modules, checked, workers), strict=True):
+        if isinstance(scale, InputError):
+            proof.unproven[module.name] = scale.message
+        else:
+            found[module.name] = scale
+    return found
+
+
+def _note_fused(plan: BuildPlan, scales: dict[str, float], proof: Proof) -> None:
+    for group in plan.fused:
+        values = [scales[name] for name in group if name in scales]
+        if len(set(values)) > 1:
+            proof.fused_differ[", ".join(group)] = max(values) / min(values)
+
+
+def _check_unquantized(
+    export: CheckpointReader,
+    base: CheckpointReader,
+    plan: BuildPlan,
+    proof: Proof,
+    workers: int,
+    advance: Callable[[int], None],
+) -> None:
+    def same(name: str, stopped: Event) -> bool:
+        with torch.inference_mode():  # of each thread
+            found = same_up_to_cast(export, base, name, stopped)
+        advance(plan.steps[name].output.num_bytes)
+        return found
+
+    equal = in_order(plan.must_equal, same, workers)
+    differing = [name for name, one in zip(plan.must_equal, equal, strict=True) if not one]
+    equal = in_order(plan.may_differ, same, workers)
+    for name, one in zip(plan.may_differ, equal, strict=True):
+        if not one:
+            proof.biases_differ.append(module_of(name))
+            info = export.tensors[name]
+            if not bool(from_bytes(export.read(name), info.dtype, (-1,)).isfinite().all()):
+                raise InputError(
+                    f"{export.path / info.file}: tensor {name!r}: expected finite values, found NaN or infinity",
+                    code="export.not_finite",
+                    path=str(export.path / info.file),
+                    hint="the export is damaged; export again",
+                )
+    if differing:
+        names = ", ".join(differing[:_SHOWN])
+        where = str(export.path / export.tensors[differing[0]].file)
+        raise InputError(
+            f"{where}: {len(differing)} unquantized tensors differ from the base by more than a dtype cast: {names}",
+            code="export.other_base",
+            path=where,
+            hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "
+            "by AWQ or SVDQuant; give that base, or export again",
+        )
+
+
+def _name_another_base(export: CheckpointReader, proof: Proof) -> None:
+    unrelated = [name for name, one in proof.modules.items() if one.verdict == "unrelated"]
+    if 2 * len(unrelated) > len(proof.modules):
+        raise InputError(
+            f"{export.path}: {len(unrelated)} of {len(proof.modules)} packed weights have nothing in common with the "
+            f"base ({unrelated[0]} first)",
+            code="export.other_base",
+            path=str(export.path),
+            hint="give the base that the export was made from",
+        )

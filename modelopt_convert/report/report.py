@@ -1,0 +1,196 @@
+"""The report of a run: one JSON object for every outcome, whose fields are only ever added. No torch."""
+
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modelopt_convert.report.verify import VerifyReport
+
+QUANTIZED_HERE: Literal["quantized here"] = "quantized here"
+Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error", "interrupted"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class InputReport(_Model):
+    """An input as it was opened."""
+
+    path: str
+    identity: dict[str, str]
+    tensors: int
+    bytes: int
+    files: list[str]
+    skipped_files: list[str]
+    renamed: dict[str, str] = Field(
+        default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"
+    )
+
+
+class NetworkReport(_Model):
+    """What an input on the Hub cost to read; ranges asked for ahead of a failure count too."""
+
+    repo: str
+    commit: str
+    of_bytes: int
+    to_fetch_bytes: int | None = Field(default=None, description="planned, beyond headers and what is cached")
+    fetched_bytes: int = 0
+    requests: int = 0
+
+
+class OutputReport(_Model):
+    """What stands, or was planned to stand, at OUT."""
+
+    path: str
+    tensors: int = 0
+    bytes: int = 0
+    shards: list[dict[str, Any]] = Field(default_factory=list)
+    published: bool = False
+    method: str | None = None
+    durable: bool | None = None
+    kept_at: str | None = None
+
+
+class RuleReport(_Model):
+    """What one pattern matched and replaced; ``component`` where several transformers are built."""
+
+    component: str | None = None
+    kind: str
+    pattern: str
+    matched: int
+    replaced: int
+    bytes: int
+
+
+class ModuleReport(_Model):
+    """The proof of one packed module; numbers are of the sampled rows."""
+
+    verdict: str
+    codes: int = 0
+    codes_equal: int = 0
+    relative_error: float | None = None
+    gain: float | None = None
+    worst_row: float | None = None
+    worst_column: float | None = None
+    reading: str | None = None
+    rule: str | None = None
+    reason: str | None = None
+
+
+class ClippedReport(_Model):
+    """Values of a weight that its scale is too small for; of sampled rows where the export had quantized it."""
+
+    count: int
+    largest: float
+
+
+class ProofReport(_Model):
+    """The proof of the input against the base.
+
+    ``not proven`` where there is no base, ``quantized here`` where there was no export to prove.
+    """
+
+    method: str
+    status: Literal["pass", "fail", "not proven", "quantized here"]
+    max_error: float
+    counts: dict[str, int]
+    fused_scales_differ: dict[str, float]
+    biases_differ: list[str]
+    modules: dict[str, ModuleReport]
+
+
+class PushedReport(_Model):
+    """What stands, or was planned to stand, on the Hub; ``commit`` is None where nothing was committed."""
+
+    repo_id: str
+    revision: str
+    url: str
+    commit: str | None = None
+    pull_request: str | None = None
+    sent: list[str] = Field(default_factory=list)
+    same: list[str] = Field(default_factory=list, description="files that were there already, and equal")
+    deleted: list[str] = Field(default_factory=list, description="shards and indexes of the checkpoint before")
+    not_published: list[str] = Field(default_factory=list, description="what else the local folder holds")
+    bytes_sent: int = Field(default=0, description="size of `sent`; of what the Hub held already, less was transferred")
+    load: str | None = Field(default=None, description="the command that loads it")
+
+
+class ErrorReport(_Model):
+    """Why a run ended without a checkpoint."""
+
+    code: str
+    message: str
+    hint: str | None
+    path: str | None
+
+
+class Report(_Model):
+    """Everything one run has to say."""
+
+    schema_: Literal["mopt.report/1"] = Field(default="mopt.report/1", alias="schema")
+    status: Status = "ok"
+    exit_code: int = 0
+    command: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    inputs: dict[str, InputReport] = Field(default_factory=dict)
+    network: dict[str, NetworkReport] = Field(default_factory=dict, description="for each input that is on the Hub")
+    preset: dict[str, Any] | None = None
+    output: OutputReport
+    rules: list[RuleReport] = Field(default_factory=list)
+    counts: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="for each input, how many tensors met each fate"
+    )
+    ledger: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="for each input, the fate of every tensor"
+    )
+    proof: ProofReport | None = None
+    calibration: Literal["none"] | None = Field(
+        default=None, description="none: mopt quantized the base itself; null: the export's, as it was calibrated"
+    )
+    clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
+    dequantized: list[str] = Field(
+        default_factory=list, description="modules kept in BF16 by way of their scale, for want of a base"
+    )
+    checks: list[dict[str, Any]] = Field(default_factory=list)
+    verify: VerifyReport | None = None
+    pushed: PushedReport | None = None
+    free_bytes: int | None = None
+    peak_working_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    throughput_bytes_per_s: int | None = Field(
+        default=None,
+        description="tensor bytes of the output by the seconds of `stream`; null where nothing was streamed",
+    )
+    device: str | None = Field(default=None, description="the GPU that quantized, with --device cuda")
+    peak_gpu_bytes: int | None = Field(default=None, description="of measuring and quantizing there")
+    timings_s: dict[str, float] = Field(default_factory=dict)
+    warnings: list[dict[str, str]] = Field(default_factory=list)
+    error: ErrorReport | None = None
+
+    def to_json(self) -> str:
+        """The report as one line of ASCII JSON; what a terminal could act on is escaped."""
+        return self.model_dump_json(by_alias=True, ensure_ascii=True)
+
+    def add_proof(self, found: ProofReport, prefix: str) -> None:
+        """Add the proof of one transformer, its modules under ``prefix``."""
+        named = found.model_copy(
+            update={
+                "fused_scales_differ": {f"{prefix}{group}": one for group, one in found.fused_scales_differ.items()},
+                "biases_differ": [f"{prefix}{name}" for name in found.biases_differ],
+                "modules": {f"{prefix}{name}": one for name, one in found.modules.items()},
+            }
+        )
+        if self.proof is not None:
+            before = self.proof
+            named.status = found.status if before.status == "pass" else before.status
+            named.counts = dict(sorted((Counter(before.counts) + Counter(found.counts)).items()))
+            named.fused_scales_differ = before.fused_scales_differ | named.fused_scales_differ
+            named.biases_differ = before.biases_differ + named.biases_differ
+            named.modules = before.modules | named.modules
+        self.proof = named
+
+    def warn(self, code: str, message: str) -> None:
+        """Add a warning."""
+        self.warnings.append({"code": code, "message": message})

@@ -1,0 +1,51 @@
+"""The referee: decoded codes in float64, on any device."""
+
+import torch
+from torch import Tensor
+
+from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.verification.gemm.backends.base import Kind
+from modelopt_convert.verification.gemm.operands import Activations, Weight
+
+_TILE_ROWS = 1024
+
+
+class Reference:
+    """Exact up to the last rounding, to BF16."""
+
+    name = "reference"
+    kind: Kind = "reference"
+    formats: frozenset[Algorithm] = frozenset({"nvfp4", "fp8"})
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Runs everywhere."""
+        del device
+        return None
+
+    def prepare(self, weight: Weight, *, poison: bool) -> Weight:
+        """Nothing to prepare."""
+        del poison
+        return weight
+
+    def gemm(self, prepared: Weight, activations: Activations, alpha: float, out: Tensor | None) -> Tensor:
+        """Of ``exact``, rounded."""
+        del out
+        return exact(prepared, activations, alpha).to(torch.bfloat16)
+
+
+def exact(weight: Weight, activations: Activations, alpha: float) -> Tensor:
+    """``alpha * activations @ weight.T + bias`` in float64 [M, N], by tiles of rows of the weight."""
+    rows, tiles = activations.decode(), []
+    for begin in range(0, weight.shape[0], _TILE_ROWS):
+        tiles.append(rows @ weight.decode(begin, begin + _TILE_ROWS).T)
+    product = torch.cat(tiles, dim=1) * alpha
+    return product if weight.bias is None else product + weight.bias.to(torch.float64)
+
+
+def spread(weight: Weight, activations: Activations, alpha: float) -> Tensor:
+    """Root of the sum of the squares of what ``exact`` sums up, bias included: float64 [M, N]."""
+    squares, tiles = activations.decode().square(), []
+    for begin in range(0, weight.shape[0], _TILE_ROWS):
+        tiles.append(squares @ weight.decode(begin, begin + _TILE_ROWS).square().T)
+    total = torch.cat(tiles, dim=1) * alpha**2
+    return (total if weight.bias is None else total + weight.bias.to(torch.float64).square()).sqrt()

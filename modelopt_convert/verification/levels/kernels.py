@@ -1,0 +1,203 @@
+"""L3: every module through the GEMM of each backend, against the exact product of the same operands."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.report.verify import (
+    AgreementReport,
+    BackendReport,
+    LevelReport,
+    LevelStatus,
+    ModuleVerify,
+    ProbeReport,
+)
+from modelopt_convert.run.errors import InputError, first_line
+from modelopt_convert.verification.gemm.backends import BACKENDS
+from modelopt_convert.verification.gemm.backends.base import Backend
+from modelopt_convert.verification.gemm.names import ALIASES
+from modelopt_convert.verification.gemm.operands import random_activations
+from modelopt_convert.verification.gemm.probes import (
+    ProbeResult,
+    identity_probe,
+    poison_probe,
+    random_probe,
+    sweep_probe,
+)
+from modelopt_convert.verification.gemm.selftest import self_test
+from modelopt_convert.verification.subject import Subject
+
+Probe = Callable[..., ProbeResult]
+
+
+def choose(
+    wanted: Sequence[str], preferred: str | None, algorithm: Algorithm, device: torch.device
+) -> tuple[list[Backend], list[BackendReport]]:
+    """The backends to run, and what became of every one that was asked for.
+
+    Args:
+        wanted: ``best``, ``all``, or names; aliases are known.
+        preferred: What ``best`` takes if it runs.
+        algorithm: The format.
+        device: Where to run.
+    """
+    several = list(wanted) in (["all"], ["best"])
+    names = {ALIASES.get(name, name) for name in wanted}
+    named = [one for one in BACKENDS if several or one.name in names]
+    # Where a name stands for several, those that take the format speak for it.
+    taking = {one.name for one in named if algorithm in one.formats}
+    candidates = [one for one in named if algorithm in one.formats or one.name not in taking]
+    if preferred is None and _is_consumer_blackwell(device):  # where SGLang leaves the choice to flashinfer
+        preferred = "flashinfer-auto"
+    candidates.sort(key=lambda one: one.name != preferred)
+    chosen: list[Backend] = []
+    reports: list[BackendReport] = []
+    for backend in candidates:
+        why = f"does not take {algorithm.upper()}" if algorithm not in backend.formats else backend.unavailable(device)
+        if why is not None:
+            reports.append(BackendReport(name=backend.name, kind=backend.kind, status="skipped", reason=why))
+            continue
+        if list(wanted) == ["best"] and chosen:
+            continue
+        try:
+            broken = self_test(backend, algorithm, device)
+        except torch.OutOfMemoryError:  # of the GPU, which says nothing about the backend
+            raise
+        except Exception as error:  # whatever a kernel's library raises
+            broken = f"raises on a layer known to be right: {first_line(error)}"
+        if broken is not None:
+            reports.append(BackendReport(name=backend.name, kind=backend.kind, status="broken", reason=broken))
+            continue
+        chosen.append(backend)
+        reports.append(BackendReport(name=backend.name, kind=backend.kind, status="pass"))
+    return chosen, reports
+
+
+def _is_consumer_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12
+
+
+def prewarm(
+    subject: Subject, backends: Sequence[Backend], device: torch.device, advance: Callable[[int], None]
+) -> None:
+    """Multiply once for each shape, so that kernels which compile just in time are there before anything is timed.
+
+    What a backend raises here it raises again, and is reported, when it is probed.
+    """
+    seen: set[tuple[int, int]] = set()
+    for module in subject.modules.values():
+        if module.fault is None and (module.rows, module.columns) not in seen:
+            seen.add((module.rows, module.columns))
+            for backend in backends:
+                with contextlib.suppress(Exception):
+                    weight = subject.operands(module).to(device)
+                    activations = random_activations(weight, 1, device)
+                    backend.gemm(backend.prepare(weight, poison=False), activations, 1.0, None)
+        advance(sum(info.num_bytes for info in module.tensors))
+
+
+def agreement(modules: Mapping[str, ModuleVerify], reports: Sequence[BackendReport]) -> list[AgreementReport]:
+    """All pairs of native backends that ran: each equals the decoded weight bit for bit where both pass.
+
+    So they equal each other there, and their random outputs lie within twice the limit of one another.
+    """
+    native = sorted({report.name for report in reports if report.kind == "native" and report.modules})
+    found = []
+    for left, right in itertools.combinations(native, 2):
+        both = [one.probes for one in modules.values() if {left, right} <= one.probes.keys()]
+        equal = sum(all(probes[name]["identity"].status == "pass" for name in (left, right)) for probes in both)
+        found.append(AgreementReport(backends=[left, right], modules=len(both), bitwise_equal=equal))
+    return found
+
+
+def kernel_level(
+    subject: Subject,
+    backends: Sequence[Backend],
+    reports: Sequence[BackendReport],
+    device: torch.device,
+    modules: dict[str, ModuleVerify],
+    level: LevelReport,
+    advance: Callable[[int], None],
+) -> None:
+    """Run the probes on every module, the costlier ones once for each shape, and fill ``level``."""
+    # A name may stand for two, of which one runs here.
+    by_name = {report.name: report for report in reports if report.status == "pass"}
+    seen: set[tuple[int, int]] = set()
+    for name, module in subject.modules.items():
+        if module.fault is not None:
+            continue
+        found = modules[name]
+        try:
+            stored = subject.operands(module)
+        except (InputError, ValueError) as error:
+            level.failures.append(f"{name}: {error}")
+            found.worsen("fail")
+            continue
+        weight = stored.to(device)
+        probes: list[Probe] = [identity_probe, random_probe]
+        if weight.shape not in seen:
+            probes += [sweep_probe, poison_probe]
+            seen.add(weight.shape)
+        for backend in backends:
+            report = by_name[backend.name]
+            if report.status == "broken":
+                continue
+            try:
+                results = [probe(backend, weight, device) for probe in probes]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a kernel's library raises
+                report.status, report.reason = "broken", f"raises on {name}: {first_line(error)}"
+                continue
+            found.probes[backend.name] = {result.probe: _report(result) for result in results}
+            report.modules += 1
+            _note(name, results, report, found, level)
+        advance(sum(info.num_bytes for info in module.tensors))
+    if level.failures:
+        level.status = "fail"
+    elif level.warnings:
+        level.status = "warn"
+
+
+def _note(
+    name: str, results: list[ProbeResult], report: BackendReport, found: ModuleVerify, level: LevelReport
+) -> None:
+    for result in results:
+        if result.status not in ("warn", "fail"):
+            continue
+        status: LevelStatus = "fail" if result.status == "fail" else "warn"
+        rows = f"; rows {', '.join(map(str, result.rows))}" if result.rows else ""
+        words = f"{name}: {report.name}: {result.probe}: {result.detail}{rows}"
+        (level.failures if status == "fail" else level.warnings).append(words)
+        found.worsen(status)
+        if report.status != "fail":
+            report.status = "fail" if status == "fail" else "warn"
+
+
+def disagree(modules: dict[str, ModuleVerify]) -> str | None:
+    """A module on which one backend passes and another fails, in words: then the kernels are in question."""
+    for name, module in modules.items():
+        failed = {
+            backend: any(probe.status == "fail" for probe in probes.values())
+            for backend, probes in module.probes.items()
+        }
+        if len(set(failed.values())) > 1:
+            bad = ", ".join(backend for backend, one in failed.items() if one)
+            good = ", ".join(backend for backend, one in failed.items() if not one)
+            return f"{name}: {bad} fails where {good} passes"
+    return None
+
+
+def _report(result: ProbeResult) -> ProbeReport:
+    found = ProbeReport(
+        status=result.status, detail=result.detail, rows=list(result.rows), columns=list(result.columns)
+    )
+    if result.metrics is not None and result.metrics.finite:
+        metrics = result.metrics
+        found.calc_diff, found.relative_frobenius = metrics.calc_diff, metrics.relative_frobenius
+        found.gain, found.worst_row, found.worst_column = metrics.gain, metrics.worst_row, metrics.worst_column
+        found.sqnr_db = metrics.sqnr_db if metrics.sqnr_db != float("inf") else None
+    return found

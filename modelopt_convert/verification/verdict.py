@@ -1,0 +1,107 @@
+"""From what was found to how the run ends: several transformers as one, and the exit code. No torch."""
+
+from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
+from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
+from modelopt_convert.verification.gemm.names import ALIASES
+from modelopt_convert.verification.request import VerifyRequest
+
+SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "backend broken", "backends disagree", "fail")
+
+
+def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
+    """Several transformers as one: names under their prefixes, the worst verdict."""
+    if list(found) == [""]:
+        return found[""]
+    prefix = max(found, key=lambda name: SEVERITY.index(found[name].verdict))
+    first = found[prefix]
+    levels: list[LevelReport] = []
+    for name, one in found.items():
+        for level in one.levels:
+            named = {
+                "title": f"{name}: {level.title}",
+                "failures": [f"{name}{words}" for words in level.failures],
+                "warnings": [f"{name}{words}" for words in level.warnings],
+            }
+            levels.append(level.model_copy(update=named))
+    return first.model_copy(
+        update={
+            "checkpoint": checkpoint,
+            "statement": "; ".join(f"{name}: {one.statement}" for name, one in found.items()),
+            "levels": levels,
+            "backends": [backend for one in found.values() for backend in one.backends],
+            "modules": {f"{name}{module}": one for name, each in found.items() for module, one in each.modules.items()},
+            "native_executed": "; ".join(f"{name}: {one.native_executed}" for name, one in found.items()),
+        }
+    )
+
+
+def conclude(found: VerifyReport, request: VerifyRequest) -> None:
+    """End with the code of the verdict.
+
+    Raises:
+        CheckFailedError: ``check.verify``.
+        BackendError: ``verify.backend``.
+        InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
+    """
+    where = found.checkpoint or str(request.checkpoint)
+    if found.verdict == "fail":
+        raise CheckFailedError(
+            f"{where}: {found.statement}",
+            code="check.verify",
+            path=where,
+            hint="the report names every module; build or export it again",
+        )
+    if found.verdict in ("backend broken", "backends disagree"):
+        raise BackendError(
+            f"{where}: {found.verdict}: {found.statement}",
+            code="verify.backend",
+            path=where,
+            hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
+        )
+    if found.verdict == "inconclusive":
+        raise InconclusiveError(
+            f"{where}: {found.statement}",
+            code="verify.inconclusive",
+            path=where,
+            hint="give --base to prove it",
+        )
+    if not request.prewarm:
+        _require_named(found, request)
+    kernels = [level for level in found.levels if level.level == "L3"]
+    on_gpu = found.device is not None and found.device.capability is not None
+    # A name may stand for two, of which one ran.
+    native = {one.name for one in found.backends if one.kind == "native" and one.modules and on_gpu}
+    all_native = all(native & one.probes.keys() for one in found.modules.values())
+    ran = all(level.status != "skipped" for level in kernels)
+    if (request.require == "gpu" and not (ran and on_gpu)) or (
+        request.require == "native" and not (ran and all_native)
+    ):
+        raise InconclusiveError(
+            f"{where}: --require {request.require}: native kernels executed: {found.native_executed} modules",
+            code="verify.required",
+            path=where,
+            hint="run it where the GPU and the kernels are",
+        )
+
+
+def _require_named(found: VerifyReport, request: VerifyRequest) -> None:
+    """A backend that was named must have run."""
+    if request.backends in (("best",), ("all",)):
+        return
+    for name in (ALIASES.get(one, one) for one in request.backends):
+        reports = [one for one in found.backends if one.name == name]
+        if any(one.modules for one in reports):
+            continue
+        broken = next((one for one in reports if one.status == "broken"), None)
+        if broken is not None:
+            raise BackendError(
+                f"{name} {broken.reason}",
+                code="verify.backend",
+                hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
+            )
+        why = next((one.reason for one in reports), found.level("L3").reason)
+        raise InconclusiveError(
+            f"--backend {name} did not run: {why}",
+            code="verify.required",
+            hint="name one that runs here, or leave --backend out",
+        )

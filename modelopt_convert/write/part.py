@@ -1,0 +1,64 @@
+"""What a task reads of an input, for a process that has not opened it: the headers are not parsed again. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.local_file import LocalFile
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.plan.plan import Origin, Step
+from modelopt_convert.plan.readings import step_readings
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePart:
+    """Some tensors of a checkpoint on disk.
+
+    Attributes:
+        folder: The checkpoint, as an absolute path.
+        tensors: Those tensors.
+        files: Size and modification time (ns) of each file that holds one, as they were when it was first opened.
+    """
+
+    folder: Path
+    tensors: tuple[TensorInfo, ...]
+    files: Mapping[str, tuple[int, int]]
+
+
+def part_of(reader: CheckpointReader, origin: Origin, steps: Mapping[str, Step]) -> SourcePart:
+    """What the steps read of one input.
+
+    Args:
+        reader: The input, on disk.
+        origin: Which input it is.
+        steps: By output tensor.
+    """
+    assert isinstance(reader.path, Path)
+    names = dict.fromkeys(name for name, _, _ in step_readings(steps, origin, reader.tensors))
+    tensors = tuple(reader.tensors[name] for name in names)
+    files: dict[str, tuple[int, int]] = {}
+    for name in sorted({info.file for info in tensors}):
+        file = reader.opened(name)
+        assert isinstance(file, LocalFile)
+        files[name] = file.state
+    return SourcePart(reader.path.absolute(), tensors, files)
+
+
+class PartReader(CheckpointReader):
+    """Reads a part of a checkpoint; a context manager, as its base."""
+
+    def __init__(self, part: SourcePart) -> None:
+        """Open the files.
+
+        Raises:
+            InputError: ``input.changed`` if one is not the file that was opened first; or as ``LocalFile``.
+        """
+        self._part = part
+        super().__init__(part.folder, need_config=False)
+
+    def _open_folder(self, need_config: bool) -> None:
+        """The files that are needed, instead of all; their headers were checked by whoever made the part."""
+        for name, state in self._part.files.items():
+            self._files[name] = LocalFile(self._part.folder, name, state=state)
+        self.tensors = {info.name: info for info in self._part.tensors}

@@ -1,0 +1,81 @@
+"""One output shard as a task: plain data in, its line of the record out. No torch.
+
+Nothing in a task depends on who does it, when, or how often: the bytes are the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.plan.plan import ShardPlan, Step
+from modelopt_convert.write.pieces import Layouts
+
+if TYPE_CHECKING:
+    from modelopt_convert.formats.fp8.codes import Clipped
+
+
+class StreamPlan(Protocol):
+    """What streaming needs of a plan."""
+
+    @property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """The output files."""
+
+    @property
+    def steps(self) -> Mapping[str, Step]:
+        """One step per output tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One file to be written.
+
+    Attributes:
+        file: Its name in the stage, with its folder.
+        shard: Its tensors and header metadata.
+        steps: How each of its tensors is made.
+        layouts: How its modules lie in the input.
+    """
+
+    file: str
+    shard: ShardPlan
+    steps: Mapping[str, Step]
+    layouts: Layouts
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(spec.num_bytes for spec in self.shard.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What came of a task.
+
+    Attributes:
+        num_bytes: Size of the file.
+        durable: Whether fsync worked.
+        digests: xxh3-128 of each tensor by name.
+        clipped: What a scale was too small for, by module; only where there was any.
+    """
+
+    num_bytes: int
+    durable: bool
+    digests: Mapping[str, str]
+    clipped: Mapping[str, "Clipped"]
+
+
+def shard_tasks(plan: StreamPlan, layouts: Layouts, folder: str) -> Iterator[ShardTask]:
+    """A task for each file of a plan.
+
+    Args:
+        plan: What will be written.
+        layouts: How the input lies.
+        folder: Of the stage, with its slash; empty for the stage itself.
+    """
+    for shard in plan.shards:
+        steps = {spec.name: plan.steps[spec.name] for spec in shard.tensors}
+        modules = {module_of(name) for name in steps}
+        mine = replace(layouts, swapped=layouts.swapped & modules, swizzled=layouts.swizzled & modules)
+        yield ShardTask(f"{folder}{shard.file}", shard, steps, mine)

@@ -1,0 +1,216 @@
+"""Write tests/preset/headers/<preset>.json: names, dtypes and shapes of every preset's real model, without its weights.
+
+    python scripts/make/make_headers.py
+
+diffusers' own classes make them on the meta device, from the published config.json. Needs the ``modelopt`` extra.
+Blocks that are alike are one entry: ``blocks.{0-39}.norm2.weight`` stands for forty tensors.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).resolve().parent.parent.parent / "tests" / "preset" / "headers"
+Tensors = Mapping[str, tuple[str, list[int]]]
+
+_FLUX1 = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+_WAN = {
+    "_class_name": "WanTransformer3DModel",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "pos_embed_seq_len": None,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+# Public notes that quote the file of Qwen-Image-Edit give these and 20,430,401,088 parameters.
+_QWEN = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+
+# The published transformer/config.json of each, less the keys that say who wrote the file.
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "flux1-dev": _FLUX1,
+    "flux1-schnell": _FLUX1 | {"guidance_embeds": False},
+    # That the published file spells the defaults out is an assumption; no tensor depends on it.
+    "flux1-kontext-dev": _FLUX1 | {"axes_dims_rope": [16, 56, 56], "out_channels": 64},
+    # As diffusers' scripts/convert_flux2_to_diffusers.py writes it; the published file has no guidance_embeds.
+    "flux2-dev": {
+        "_class_name": "Flux2Transformer2DModel",
+        "attention_head_dim": 128,
+        "axes_dims_rope": [32, 32, 32, 32],
+        "eps": 1e-06,
+        "in_channels": 128,
+        "joint_attention_dim": 15360,
+        "mlp_ratio": 3.0,
+        "num_attention_heads": 48,
+        "num_layers": 8,
+        "num_single_layers": 48,
+        "patch_size": 1,
+        "rope_theta": 2000,
+        "timestep_guidance_channels": 256,
+    },
+    # diffusers' defaults, which are Wan 2.1's 14B too; SGLang's configs/models/dits/wanvideo.py has the same.
+    "wan2.2-t2v-a14b": _WAN,
+    # Wan's own configs (wan_ti2v_5B.py): dim 3072, ffn 14336, 24 heads, 30 blocks, 48 channels.
+    "wan2.2-ti2v-5b": _WAN
+    | {"ffn_dim": 14336, "in_channels": 48, "num_attention_heads": 24, "num_layers": 30, "out_channels": 48},
+    "qwen-image": _QWEN | {"pooled_projection_dim": 768},
+    # That 2512 has Qwen-Image-Edit's keys is an assumption: SGLang and others load both with the same values.
+    "qwen-image-2512": _QWEN,
+    "qwen-image-edit": _QWEN,
+    "qwen-image-edit-2511": _QWEN | {"zero_cond_t": True},
+    "hunyuanvideo": {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "attention_head_dim": 128,
+        "guidance_embeds": True,
+        "in_channels": 16,
+        "mlp_ratio": 4.0,
+        "num_attention_heads": 24,
+        "num_layers": 20,
+        "num_refiner_layers": 2,
+        "num_single_layers": 40,
+        "out_channels": 16,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "pooled_projection_dim": 768,
+        "qk_norm": "rms_norm",
+        "rope_axes_dim": [16, 56, 56],
+        "rope_theta": 256.0,
+        "text_embed_dim": 4096,
+    },
+    # As diffusers' scripts/convert_ltx2_to_diffusers.py writes version 2.0. Whether the published file has the keys of
+    # LTX-2.3 (gated_attn and the like) is not known; they are left out, and their defaults change no tensor.
+    "ltx2": {
+        "_class_name": "LTX2VideoTransformer3DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": 128,
+        "attention_out_bias": True,
+        "audio_attention_head_dim": 64,
+        "audio_cross_attention_dim": 2048,
+        "audio_hop_length": 160,
+        "audio_in_channels": 128,
+        "audio_num_attention_heads": 32,
+        "audio_out_channels": 128,
+        "audio_patch_size": 1,
+        "audio_patch_size_t": 1,
+        "audio_pos_embed_max_pos": 20,
+        "audio_sampling_rate": 16000,
+        "audio_scale_factor": 4,
+        "base_height": 2048,
+        "base_width": 2048,
+        "caption_channels": 3840,
+        "causal_offset": 1,
+        "cross_attention_dim": 4096,
+        "cross_attn_timestep_scale_multiplier": 1000,
+        "in_channels": 128,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-06,
+        "num_attention_heads": 32,
+        "num_layers": 48,
+        "out_channels": 128,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "pos_embed_max_pos": 20,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_double_precision": True,
+        "rope_theta": 10000.0,
+        "rope_type": "split",
+        "timestep_scale_multiplier": 1000,
+        "vae_scale_factors": [8, 32, 32],
+    },
+}
+# All are published in BF16 but Wan's, whose files have four bytes a parameter.
+_F32 = ("wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
+
+
+def model_of(preset: str) -> Any:
+    """A preset's model as diffusers' class makes it, on the meta device."""
+    import diffusers
+    import torch
+
+    config = dict(CONFIGS[preset])
+    name = config.pop("_class_name")
+    if name == "QwenImageTransformer2DModel":
+        config.pop("pooled_projection_dim", None)  # diffusers ignores it now, with a warning
+    with torch.device("meta"):
+        return getattr(diffusers, name)(**config)
+
+
+def tensors_of(preset: str) -> dict[str, tuple[str, list[int]]]:
+    """Every tensor of a preset's model, as diffusers' class has it."""
+    model = model_of(preset)
+    dtype = "F32" if preset in _F32 else "BF16"
+    return {name: (dtype, list(tensor.shape)) for name, tensor in model.state_dict().items()}
+
+
+def compress(tensors: Tensors) -> dict[str, tuple[str, list[int]]]:
+    """One entry for what is alike in blocks 0 to n of a list, in the order in which entries first occur."""
+    alike: dict[str, list[str]] = {}
+    for name, (dtype, shape) in tensors.items():
+        alike.setdefault(f"{re.sub(r'[.]([0-9]+)[.]', '.*.', name, count=1)} {dtype} {shape}", []).append(name)
+    found: dict[str, tuple[str, list[int]]] = {}
+    for names in alike.values():
+        numbers = [int(match[1]) for name in names if (match := re.search(r"[.]([0-9]+)[.]", name))]
+        if len(names) > 1 and numbers == list(range(len(names))):
+            found[re.sub(r"[.]0[.]", f".{{0-{len(names) - 1}}}.", names[0], count=1)] = tensors[names[0]]
+        else:
+            found |= {name: tensors[name] for name in names}
+    return found
+
+
+def expand(tensors: Mapping[str, Iterable[Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors that compressed entries stand for."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in tensors.items():
+        head, brace, rest = name.partition("{0-")
+        last, _, tail = rest.partition("}")
+        names = [f"{head}{number}{tail}" for number in range(int(last) + 1)] if brace else [name]
+        found |= dict.fromkeys(names, (dtype, tuple(shape)))
+    return found
+
+
+def render(preset: str) -> str:
+    """The text of a preset's file, one tensor a line."""
+    entries = compress(tensors_of(preset)).items()
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries)
+    return f'{{\n "config": {json.dumps(CONFIGS[preset])},\n "tensors": {{\n{lines}\n }}\n}}\n'
+
+
+if __name__ == "__main__":
+    TARGET.mkdir(exist_ok=True)
+    for name in CONFIGS:
+        (TARGET / f"{name}.json").write_text(render(name), encoding="utf-8")

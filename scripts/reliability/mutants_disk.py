@@ -1,0 +1,347 @@
+"""The guards of what goes to disk that mutants.py takes away, each with the tests that are to notice."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One guard taken away.
+
+    Attributes:
+        file: In the package.
+        what: In words.
+        old: Its text, which is in the file exactly once.
+        new: What stands there instead.
+        tests: Below tests/; one of them is to go red.
+    """
+
+    file: str
+    what: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+_STAGING = "stage/test_directory.py::"
+_FAILURES = "stage/test_directory_failures.py::"
+_GUARDS = "stage/test_directory_guards.py::"
+_PLANTED = "stage/test_directory_planted.py::"
+_SHARD = "stage/test_shard_writer.py"
+_ORDER = f"{_STAGING}test_order_of_what_reaches_the_disk"
+_DURABLE = f"{_GUARDS}test_one_thing_that_cannot_be_synced_is_enough"
+
+
+def _staging(what: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant("staging.py", what, old, new, tests)
+
+
+def _fsops(what: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant("fsops.py", what, old, new, tests)
+
+
+def _shard(what: str, old: str, new: str) -> Mutant:
+    return Mutant("shard_writer.py", what, old, new, (_SHARD,))
+
+
+DISK = (
+    _staging("a shard without fsync counts as on disk", "self._durable and durable", "self._durable", _DURABLE),
+    _staging("fsync of a small file", "self._durable = fsops.sync(fd) and self._durable", "pass", _ORDER),
+    _staging("a later small file makes up for one", "fsops.sync(fd) and self._durable", "fsops.sync(fd)", _DURABLE),
+    _staging("fsync of the stage", "(*self._folders, self.path):", "self._folders:", _ORDER),
+    _staging("fsync of folders in the stage", "(*self._folders, self.path):", "(self.path,):", _DURABLE),
+    _staging(
+        "the stage's fsync makes up for a file",
+        "fsops.sync_dir(folder) and self._durable",
+        "fsops.sync_dir(folder)",
+        _DURABLE,
+    ),
+    _staging(
+        "fsync of the parent after the swap",
+        "        try:\n            self._durable = fsops.sync_dir(self.output.parent) and self._durable",
+        "        try:\n            pass",
+        _ORDER,
+    ),
+    _staging(
+        "the parent's fsync makes up for a file",
+        "        try:\n            self._durable = fsops.sync_dir(self.output.parent) and self._durable",
+        "        try:\n            self._durable = fsops.sync_dir(self.output.parent)",
+        _DURABLE,
+    ),
+    _staging(
+        "fsync of the parent before two renames",
+        "self._durable = fsops.sync_dir(self.output.parent) and self._durable\n        fsops.rename(self.output, old)",
+        "fsops.rename(self.output, old)",
+        "stage/test_powerloss.py::test_a_power_cut_in_the_next_run",
+    ),
+    _staging(
+        "the fsync before two renames makes up for a file",
+        "fsops.sync_dir(self.output.parent) and self._durable\n        fsops.rename(self.output, old)",
+        "fsops.sync_dir(self.output.parent)\n        fsops.rename(self.output, old)",
+        _DURABLE,
+    ),
+    _staging(
+        "fsync before a sweep",
+        "        fsops.sync_dir(self.output.parent)\n        if kept",
+        "        if kept",
+        f"{_STAGING}test_an_old_tree_beside_the_new_is_swept",
+    ),
+    _staging(
+        "fsync after a recovery",
+        "                fsops.sync_dir(self.output.parent)\n\n",
+        "\n",
+        f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
+    ),
+    _staging(
+        "fsync after a stage is kept",
+        "            fsops.rename(self.path, kept)\n            fsops.sync_dir(self.output.parent)\n",
+        "            fsops.rename(self.path, kept)\n",
+        f"{_FAILURES}test_a_failed_second_rename_undoes_the_first",
+    ),
+    _staging(
+        "the old mode is kept",
+        "replaces else 0o777",
+        "False else 0o777",
+        f"{_STAGING}test_the_mode_of_the_replaced_folder_is_kept",
+    ),
+    _staging("setgid is inherited", " & stat.S_ISGID", " & 0", f"{_GUARDS}test_a_setgid_parent_hands_its_group_on"),
+    _staging(
+        "ENOSYS is no exchange",
+        "{errno.EINVAL, errno.ENOSYS}",
+        "{errno.EINVAL}",
+        f"{_GUARDS}test_a_kernel_or_file_system_that_cannot_exchange",
+    ),
+    _staging(
+        "EINVAL is no exchange",
+        "{errno.EINVAL, errno.ENOSYS}",
+        "{errno.ENOSYS}",
+        f"{_GUARDS}test_a_kernel_or_file_system_that_cannot_exchange",
+    ),
+    _staging(
+        "OUT is checked after recovery",
+        "                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)\n"
+        "                if self.output",
+        "                if self.output",
+        f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
+    ),
+    _staging(
+        "OUT is checked before the swap",
+        "                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)\n"
+        "            except OutputRefusedError",
+        "                pass\n            except OutputRefusedError",
+        f"{_FAILURES}test_an_output_that_changed_since_the_check",
+    ),
+    _staging(
+        "another OUT is not replaced",
+        "if self._changed_hands():",
+        "if False:",
+        f"{_PLANTED}test_another_checkpoint_in_place_of_the_one_that_may_be_replaced",
+    ),
+    _staging(
+        "an OUT that appeared is not replaced",
+        "return then is None or (then",
+        "return then is not None and (then",
+        f"{_PLANTED}test_a_checkpoint_where_there_was_none",
+    ),
+    _staging(
+        "links and files are not leftovers",
+        " and path.is_dir() and not path.is_symlink()]",
+        "]",
+        f"{_PLANTED}test_what_is_no_folder_is_neither_restored_nor_swept",
+    ),
+    _staging(
+        "links to folders are not leftovers",
+        " and not path.is_symlink()]",
+        "]",
+        f"{_PLANTED}test_what_is_no_folder_is_neither_restored_nor_swept",
+    ),
+    _staging(
+        "only this output's leftovers",
+        'if name.startswith(f"{self._prefix}{kind}-")',
+        'if f".mopt-{kind}-" in name',
+        f"{_STAGING}test_only_what_belongs_to_this_output_is_swept",
+    ),
+    _staging(
+        "no sweep where locks prove nothing",
+        "if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:",
+        "if False:",
+        f"{_STAGING}test_where_locks_prove_nothing_nothing_is_swept",
+    ),
+    _staging(
+        "a parent that cannot be listed is an error",
+        "os.listdir(self.output.parent)",
+        '[path.name for path in self.output.parent.glob(".*")]',
+        "stage/test_real_limits.py::test_without_rights",
+    ),
+    _staging(
+        "a stage that went meanwhile is nobody's",
+        "if not other.exists():  #",
+        "if False:  #",
+        f"{_GUARDS}test_a_stage_that_goes_between_the_listing_and_the_lock",
+    ),
+    _staging(
+        "a held stage is busy",
+        "            if lock is None:\n",
+        "            if lock is None:\n                continue\n",
+        f"{_STAGING}test_while_one_run_writes_another_is_refused",
+    ),
+    _staging(
+        "recovery renames back",
+        "if os.path.lexists(self.output):\n                self._sweep",
+        "if True:\n                self._sweep",
+        f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
+    ),
+    _staging(
+        "a stranger's file in the old tree is kept",
+        "if stranger := foreign_entry(tree):",
+        "if stranger := None:",
+        f"{_FAILURES}test_what_somebody_put_into_the_old_tree_outlives_it",
+    ),
+    _staging(
+        "the space is checked",
+        "if free < num_bytes:",
+        "if False:",
+        f"{_FAILURES}test_no_space_is_found_before_anything_is_written",
+    ),
+    _staging(
+        "an OUT that appears is not renamed over",
+        "if os.path.lexists(self.output):\n                        raise",
+        "if False:\n                        raise",
+        f"{_FAILURES}test_an_output_that_appears_just_before_the_swap",
+    ),
+    _staging(
+        "a failed second rename is undone",
+        "            try:\n                fsops.rename(old, self.output)\n            except OSError:",
+        "            try:\n                pass\n            except OSError:",
+        f"{_FAILURES}test_a_failed_second_rename_undoes_the_first",
+    ),
+    _staging(
+        "a kept stage is named where it is",
+        "if not kept.exists():  #",
+        "if True:  #",
+        f"{_GUARDS}test_a_kept_stage_whose_name_is_not_yet_on_disk",
+    ),
+    _staging(
+        "a failed parent's fsync is told",
+        '            left = f"; the old checkpoint is kept',
+        '            return\n            left = f"; the old checkpoint is kept',
+        f"{_FAILURES}test_a_failed_sync_after_the_swap",
+    ),
+    _staging(
+        "SIGINT is held",
+        "(signal.SIGINT, signal.SIGTERM)",
+        "(signal.SIGTERM,)",
+        f"{_GUARDS}test_both_signals_wait_for_the_swap",
+    ),
+    _staging(
+        "SIGTERM is held",
+        "(signal.SIGINT, signal.SIGTERM)",
+        "(signal.SIGINT,)",
+        f"{_GUARDS}test_both_signals_wait_for_the_swap",
+    ),
+    _staging(
+        "a held signal acts in the end",
+        "    if noted:\n",
+        "    if False:\n",
+        f"{_GUARDS}test_both_signals_wait_for_the_swap",
+    ),
+    _staging(
+        "no handlers outside the main thread",
+        "if threading.current_thread() is not threading.main_thread():",
+        "if False:",
+        f"{_GUARDS}test_publishing_outside_the_main_thread",
+    ),
+    _staging(
+        "a failed run removes its stage",
+        "        if not self._done:\n            self._discard()",
+        "        pass",
+        f"{_STAGING}test_an_error_leaves_nothing",
+    ),
+    _fsops("files are made, never opened", " | os.O_EXCL", "", f"{_FAILURES}test_nothing_in_the_stage_is_written_over"),
+    _fsops("space is reserved", "os.posix_fallocate(fd, 0, num_bytes)", "pass", _SHARD),
+    _fsops(
+        "short writes are continued",
+        "view = view[written:]",
+        "view = view[len(view):]",
+        f"{_FAILURES}test_short_writes_are_continued",
+    ),
+    _fsops(
+        "a write that takes nothing is an error",
+        'raise OSError(errno.EIO, "the file system accepted no bytes")',
+        "return",
+        f"{_FAILURES}test_a_write_that_takes_nothing_is_an_error",
+    ),
+    _fsops(
+        "a failed fsync is an error",
+        "            return False\n        raise\n",
+        "            return False\n",
+        f"{_FAILURES}test_a_failed_fsync_is_not_tried_again",
+    ),
+    _fsops(
+        "a file system without fsync is told",
+        "            return False\n        raise\n",
+        "            return True\n        raise\n",
+        _DURABLE,
+    ),
+    _fsops(
+        "NOREPLACE",
+        "_renameat2(source, target, _RENAME_NOREPLACE)",
+        "_renameat2(source, target, 0)",
+        f"{_FAILURES}test_an_output_that_appears_just_before_the_swap",
+    ),
+    _fsops(
+        "a C library without renameat2",
+        "if function is None:",
+        "if False:",
+        f"{_GUARDS}test_a_c_library_without_renameat2",
+    ),
+    Mutant(
+        "locks.py",
+        "locks are exclusive",
+        "fcntl.LOCK_EX",
+        "fcntl.LOCK_SH",
+        (f"{_STAGING}test_while_one_run_writes_another_is_refused",),
+    ),
+    Mutant(
+        "locks.py",
+        "a child process does not get the lock",
+        "        fcntl.flock(fd,",
+        "        os.set_inheritable(fd, True)\n        fcntl.flock(fd,",
+        (f"{_GUARDS}test_a_child_process_does_not_keep_the_lock",),
+    ),
+    Mutant(
+        "locks.py",
+        "no lock through a link",
+        " | os.O_NOFOLLOW",
+        "",
+        (f"{_GUARDS}test_a_lock_is_never_taken_through_a_link",),
+    ),
+    Mutant(
+        "locks.py",
+        "another user's stage is busy",
+        "(FileNotFoundError, PermissionError)",
+        "FileNotFoundError",
+        (f"{_GUARDS}test_a_stage_of_another_user_is_busy",),
+    ),
+    Mutant(
+        "locks.py",
+        "the path still names what was locked",
+        "if (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):",
+        "if True:",
+        (f"{_STAGING}test_a_stage_swept_before_it_was_locked_is_made_again",),
+    ),
+    Mutant(
+        "locks.py",
+        "the longest mount point counts",
+        "len(mount.point.parts) >= best",
+        "best < 0",
+        (f"{_STAGING}test_file_system_type_by_mount_point",),
+    ),
+    _shard("fsync of a shard", "self.durable = fsops.sync(self._fd)", "pass"),
+    _shard("the size is reserved", "            fsops.preallocate(self._fd, self.num_bytes)\n", ""),
+    _shard("every tensor is written", "                if missing:\n", "                if False:\n"),
+    _shard("only what is planned", "if name not in self._offsets or name in self.digests:", "if False:"),
+    _shard("nothing twice", "if name not in self._offsets or name in self.digests:", "if name not in self._offsets:"),
+    _shard("not too many bytes", "            if left < 0:\n                break\n", ""),
+    _shard("not too few bytes", "        if left != 0:\n", "        if left < 0:\n"),
+    _shard("digests", "            digest.update(chunk)\n", ""),
+)

@@ -1,0 +1,172 @@
+"""The guards of where mopt writes and of what it wrote that mutants.py takes away, each with its tests."""
+
+from mutants_disk import Mutant
+
+_RULES = "stage/test_output_rules.py"
+_MOUNTS = "stage/test_mounts.py"
+_CHECK = "commands/build/test_structure.py::"
+
+
+def _rules(what: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant("output_rules.py", what, old, new, tests or (_RULES,))
+
+
+def _check(what: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant("check.py", what, old, new, tests)
+
+
+RULES = (
+    _rules("names too long", "> _MAX_NAME_BYTES:", "> 300:"),
+    _rules("the longest name is allowed", "> _MAX_NAME_BYTES:", ">= _MAX_NAME_BYTES:"),
+    _rules("OUT is a link", "if output.is_symlink():", "if False:"),
+    _rules("OUT has no parent", "if not parent.is_dir():", "if False:"),
+    _rules("OUT is a file", "if not output.is_dir():", "if False:"),
+    _rules("OUT is a mount point", "if os.path.ismount(output):", "if False:"),
+    _rules("OUT is the home", "[Path.home(), Path.cwd()]", "[Path.cwd()]"),
+    _rules("OUT is the current folder", "[Path.home(), Path.cwd()]", "[Path.home()]"),
+    _rules("a removed current folder", "except FileNotFoundError:  # the current", "except KeyError:  # the current"),
+    _rules("OUT exists", "    if not overwrite:\n", "    if False:\n"),
+    _rules("OUT is no checkpoint", "if stranger := find_stranger(output):", "if stranger := None:"),
+    _rules("OUT has no manifest", "if not any((folder / name).is_file() for", "if False and not any(name for"),
+    _rules("OUT has no tensors", 'if not any(folder.rglob("*.safetensors")):', "if False:"),
+    _rules("OUT holds a stranger", "return foreign_entry(folder)", "return None"),
+    _rules("links and pipes are strangers", "if not known or not plain:", "if not known:"),
+    _rules("unknown names are strangers", "if not known or not plain:", "if not plain:"),
+    _rules("a linked component is a stranger", "path.is_dir() and not path.is_symlink()", "path.is_dir()"),
+    _rules("a vanishing file", "except FileNotFoundError:  # a tree", "except KeyError:  # a tree"),
+    _rules("OUT is an input", "out_chain[0] == source_chain[0]:", "False:"),
+    _rules(
+        "inodes are compared, not paths",
+        "[_inode(place) for place in (real, *real.parents) if place.exists()]",
+        "[(0, hash(place)) for place in (real, *real.parents) if place.exists()]",
+        f"{_MOUNTS}::test_an_input_is_seen_through_a_bind_mount",
+    ),
+    _rules("parents of OUT are compared", "source_chain[0] in out_chain or", "", f"{_MOUNTS}"),
+    _rules("parents of the input are compared", "out_chain[0] in source_chain or", "", f"{_MOUNTS}"),
+    _rules("OUT in a part of an input, mounted", " or _lies_in(output, source)", "", _MOUNTS),
+    _rules("OUT around an input, mounted", " or _lies_in(source, output)", "", _MOUNTS),
+    Mutant("mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
+    _check(
+        "tensors as planned",
+        "if planned.get(name) != written.get(name):",
+        "if False:",
+        f"{_CHECK}test_a_tensor_of_another_shape",
+    ),
+    _check(
+        "tensors too many",
+        "sorted(planned.keys() | written.keys())",
+        "sorted(planned)",
+        f"{_CHECK}test_a_tensor_too_many",
+    ),
+    _check(
+        "tensors that are missing",
+        "sorted(planned.keys() | written.keys())",
+        "sorted(written)",
+        f"{_CHECK}test_a_tensor_that_is_missing",
+    ),
+    _check("header metadata", "if metadata != dict(METADATA):", "if False:", f"{_CHECK}test_other_header_metadata"),
+    _check(
+        "modules at fault",
+        "faults += [module.fault.message for",
+        "[module.fault.message for",
+        f"{_CHECK}test_a_module_with_a_scale_of_the_wrong_shape",
+    ),
+    _check(
+        "packed as planned",
+        "if sorted(modules) != sorted(plan.packed):",
+        "if False:",
+        f"{_CHECK}test_a_packed_module_that_is_not_planned",
+    ),
+    _check(
+        "a module in one file",
+        "len({info.file for info in module.tensors}) > 1",
+        "False",
+        f"{_CHECK}test_a_module_spread_over_files",
+    ),
+    _check(
+        "fused groups are whole",
+        "if not set(group) <= modules.keys():",
+        "if False:",
+        f"{_CHECK}test_a_fused_group_of_which_one_is_packed",
+    ),
+    _check(
+        "the config is looked at",
+        "        faults += _config_faults(reader, plan, set(modules), str(folder))\n",
+        "",
+        f"{_CHECK}test_a_packed_module_on_the_ignore_list",
+    ),
+    _check(
+        "`ignore` lists nothing packed",
+        "if ignored_by(ignore, name)]",
+        "if False]",
+        f"{_CHECK}test_a_packed_module_on_the_ignore_list",
+    ),
+    _check(
+        "`ignore` lists every other Linear",
+        "if linear and module not in packed and module not in ignore:",
+        "if False:",
+        f"{_CHECK}test_a_linear_that_is_neither_packed_nor_on_the_ignore_list",
+    ),
+    _check(
+        "config keys as planned",
+        "if config.get(key) != value]",
+        "if False]",
+        f"{_CHECK}test_another_key_in_the_config",
+    ),
+    Mutant(
+        "convert.py",
+        "inputs are compared before the swap",
+        "                    reader.check_unchanged()\n",
+        "                    pass\n",
+        (f"{_CHECK}test_an_input_that_changed_meanwhile",),
+    ),
+    Mutant(
+        "convert.py",
+        "check.structure",
+        "    if faults:\n",
+        "    if False:\n",
+        (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
+    ),
+    Mutant(
+        "rewrite.py",
+        "check.structure",
+        "    if found != planned:\n",
+        "    if False:\n",
+        (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
+    ),
+    Mutant(
+        "rewrite.py",
+        "the source is compared before the swap",
+        "        reader.check_unchanged()\n",
+        "",
+        (f"{_CHECK}test_a_source_that_changed_while_it_was_rewritten",),
+    ),
+    Mutant(
+        "rewrite.py",
+        "the room is asked for",
+        "        stage.check_space(",
+        "        str(",
+        ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
+    ),
+    Mutant(
+        "convert.py",
+        "the room is asked for",
+        "need_bytes=need)",
+        "need_bytes=0)",
+        ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
+    ),
+    Mutant(
+        "space.py",
+        "headers count",
+        "build_header(shard.tensors, shard.metadata)[2]",
+        "sum(spec.num_bytes for spec in shard.tensors)",
+        ("stage/test_space.py::test_headers_count_too",),
+    ),
+    Mutant(
+        "space.py",
+        "small files count",
+        "        sizes += _lengths(files)\n",
+        "",
+        ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
+    ),
+)

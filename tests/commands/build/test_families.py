@@ -1,0 +1,198 @@
+"""build-nvfp4 on real exports of every family with its preset, and what of the preset language FLUX.1 does not need."""
+
+from families import PRESETS, FAMILIES, allowed
+from pathlib import Path
+
+import pytest
+import torch
+from support import build, config_of, load, same_bits
+
+from modelopt_convert.preset.patterns import PatternMatcher
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.preset.preset import load_preset
+
+SINGLE_BLOCKS = {"single_transformer_blocks.0", "single_transformer_blocks.1"}
+
+
+
+WAN = """
+schema = 1
+name = "wan-test"
+title = "Wan"
+class_name = "WanTransformer3DModel"
+base_repo = "org/wan"
+repos = ["org/wan"]
+pipeline_tag = "text-to-video"
+load_flag = "--transformer-path"
+fused = [["to_q", "to_k", "to_v"]]
+keep_fp32 = KEEP
+[config]
+[runtime_names]
+[nvfp4]
+status = "candidate"
+source = "a test"
+min_gpu = "SM100"
+known_limits = []
+structural = ["patch_embedding", "condition_embedder.**", "proj_out"]
+quality = ["blocks.[:3].**", "blocks.[-4:].**"]
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_reproduced(families: Path, tmp_path: Path, family: str) -> None:
+    export, base = families / family / "nvfp4", families / family / "base"
+    outcome = build(export, base, tmp_path / "out", *allowed(family), preset="none")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    out, source = load(tmp_path / "out"), load(export / "transformer")
+    packed = {name.removesuffix(".weight") for name, tensor in out.items() if tensor.dtype == torch.uint8}
+    assert outcome.report["proof"]["counts"] == {"reproduced": len(packed)} and packed
+    for name, tensor in out.items():
+        if name.rpartition(".")[0] in packed:
+            assert same_bits(tensor, source[name]), name
+        else:
+            assert tensor.dtype == torch.bfloat16, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: str) -> None:
+    name, blocks = PRESETS[family]
+    preset = load_preset(name).preset
+    where = families / family
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *allowed(family), preset=name)
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert set(outcome.report["proof"]["counts"]) == {"reproduced"}
+    out, export, base = load(tmp_path / "out"), load(where / "nvfp4/transformer"), load(where / "base/transformer")
+
+    packed = {module_of(name) for name, tensor in out.items() if tensor.dtype == torch.uint8}
+    matcher = PatternMatcher(map(module_of, base))
+    rules = preset.rules("nvfp4")
+    kept = {module for pattern in [*rules.structural, *rules.quality] for module in matcher.find(pattern)}
+    assert packed == {module_of(name) for name, tensor in export.items() if tensor.dtype == torch.uint8} - kept
+    blocks = blocks | SINGLE_BLOCKS & {".".join(module.split(".")[:2]) for module in base}
+    assert {".".join(module.split(".")[:2]) for module in packed} == blocks
+
+    for tensor_name, tensor in out.items():
+        if module_of(tensor_name) in packed:
+            assert same_bits(tensor.reshape(export[tensor_name].shape), export[tensor_name]), tensor_name
+        elif any(matcher.matches(pattern, tensor_name) for pattern in preset.keep_fp32):
+            assert tensor.dtype == torch.float32 and same_bits(tensor, base[tensor_name]), tensor_name
+        else:
+            assert same_bits(tensor, base[tensor_name].bfloat16()), tensor_name
+    ignore = set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
+    linears = {module_of(name) for name, tensor in base.items() if name.endswith(".weight") and tensor.ndim >= 2}
+    assert linears - packed <= ignore and not ignore & packed
+
+
+@pytest.mark.parametrize("preset", ["flux2-dev", "none", None])
+def test_what_an_engine_is_known_to_break_is_refused(families: Path, tmp_path: Path, preset: str | None) -> None:
+    where = families / "flux2"
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", preset=preset)
+    assert outcome.exit_code == 3 and outcome.error_code == "preset.known_broken"
+    assert "sglang@0.5.23" in outcome.message and "norm_out.linear" in outcome.message
+    assert not (tmp_path / "out").exists()
+
+
+# What SGLang looks up by other names than those on disk: one module each that is kept, and one that is packed.
+SPELLINGS = {
+    "wan": (["blocks.0.to_q", "blocks.7.attn2.to_out", "blocks.2.ffn.fc_in"], ["blocks.3.to_q"]),
+    "qwen_image": (
+        ["transformer_blocks.3.img_mod", "transformer_blocks.3.txt_mod"],
+        ["transformer_blocks.3.attn.to_q"],
+    ),
+    "hunyuan_video": (
+        ["double_blocks.0.img_mod.linear", "txt_in.refiner_blocks.0.self_attn_qkv"],
+        ["single_blocks.0.linear1"],
+    ),
+    "ltx2": (
+        ["patchify_proj", "adaln_single.linear", "transformer_blocks.0.ff.proj_in"],
+        ["transformer_blocks.4.ff.proj_in"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SPELLINGS)
+def test_ignore_has_the_names_of_the_runtime(families: Path, tmp_path: Path, family: str) -> None:
+    where = families / family
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", preset=PRESETS[family][0])
+    assert outcome.exit_code == 0, outcome.stderr
+    ignore = config_of(tmp_path / "out")["quantization_config"]["ignore"]
+    kept, packed = SPELLINGS[family]
+    assert set(kept) <= set(ignore)
+    assert not set(packed) & set(ignore)
+
+
+def test_hunyuan_counts_its_single_blocks_on(families: Path, tmp_path: Path) -> None:
+    """Two double blocks come first, so that the runtime's single block 1 is its block 3."""
+    where = families / "hunyuan_video"
+    group = [f"single_transformer_blocks.1.{leaf}" for leaf in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    more = [word for module in group for word in ("--keep-bf16", module)]
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *more, preset="hunyuanvideo")
+    assert outcome.exit_code == 0, outcome.stderr
+    ignore = config_of(tmp_path / "out")["quantization_config"]["ignore"]
+    assert {"single_blocks.1.linear1", "Hunyuan.single_blocks.3.linear1"} <= set(ignore)
+    assert not [entry for entry in ignore if entry.endswith(("single_blocks.2.linear1", "single_blocks.0.linear1"))]
+
+
+def test_hunyuan_single_blocks_are_fused_with_the_mlp(families: Path, tmp_path: Path) -> None:
+    where = families / "hunyuan_video"
+    more = ["--keep-bf16", "single_transformer_blocks.1.proj_mlp"]
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *more, preset="hunyuanvideo")
+    assert outcome.exit_code == 3 and outcome.error_code == "preset.fused_group"
+    assert "single_transformer_blocks.1.attn.to_q" in outcome.message
+
+
+def wan_preset(path: Path, keep: str) -> Path:
+    # tomllib has no null: a model that ModelOpt's example does not name leaves modelopt_model out.
+    path.write_text(WAN.replace("KEEP", keep))
+    return path
+
+
+def test_f32_stays_where_the_preset_says_so_and_nowhere_else(families: Path, tmp_path: Path) -> None:
+    """Wan's base is F32 on disk; diffusers keeps tables and norms in F32."""
+    keep = '["**.scale_shift_table", "blocks.*.norm2.*"]'
+    preset = wan_preset(tmp_path / "wan.toml", keep)
+    base = families / "wan" / "base"
+    outcome = build(families / "wan" / "nvfp4", base, tmp_path / "out", preset=str(preset))
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    out, source = load(tmp_path / "out"), load(base / "transformer")
+    wide = {name for name, tensor in out.items() if tensor.dtype == torch.float32 and tensor.ndim}
+    assert wide == {name for name in out if name.endswith("scale_shift_table") or ".norm2." in name}
+    assert all(same_bits(out[name], source[name]) for name in wide)
+    kept = {name for name, fate in outcome.report["ledger"]["export"].items() if fate == "kept"}
+    narrow = {name for name, tensor in out.items() if tensor.dtype == torch.bfloat16} - kept
+    assert all(same_bits(out[name], source[name].bfloat16()) for name in narrow)
+    assert outcome.report["counts"]["base"]["used: cast F32 to BF16"] == len(narrow)
+    # Eight blocks: the first three and the last four are kept, one of which ModelOpt had packed.
+    packed = {name.split(".")[1] for name, tensor in out.items() if tensor.dtype == torch.uint8}
+    assert packed == {"3"}
+    assert "blocks.4.attn1.to_q" in config_of(tmp_path / "out")["quantization_config"]["ignore"]
+
+
+def test_a_keep_fp32_pattern_that_matches_nothing_is_an_error(families: Path, tmp_path: Path) -> None:
+    preset = wan_preset(tmp_path / "wan.toml", '["blocks.*.norm9.*"]')
+    where = families / "wan"
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", preset=str(preset))
+    assert outcome.exit_code == 3 and outcome.error_code == "preset.no_match" and "norm9" in outcome.message
+
+
+def test_fused_scales_that_differ_are_reported_and_pass(families: Path, tmp_path: Path) -> None:
+    """ModelOpt does not unify q, k and v of Wan's attn2 (k and v only); SGLang rebases them."""
+    where = families / "wan"
+    preset = wan_preset(tmp_path / "wan.toml", "[]")
+    outcome = build(where / "nvfp4", where / "base", tmp_path / "out", preset=str(preset))
+    assert outcome.exit_code == 0 and outcome.report is not None
+    differ = outcome.report["proof"]["fused_scales_differ"]
+    assert list(differ) == ["blocks.3.attn2.to_q, blocks.3.attn2.to_k, blocks.3.attn2.to_v"]
+    assert "export.fused_scales" in {warning["code"] for warning in outcome.report["warnings"]}
+
+
+def test_scales_of_what_the_loader_joins_have_a_dimension(families: Path, tmp_path: Path) -> None:
+    """SGLang joins HunyuanVideo's q, k and v (and proj_mlp) with torch.cat, which takes no scale of no dimension."""
+    where = families / "hunyuan_video"
+    assert build(where / "nvfp4", where / "base", tmp_path / "out", preset="hunyuanvideo").exit_code == 0
+    out = load(tmp_path / "out")
+    for role in ("weight_scale_2", "input_scale"):
+        parts = [out[f"single_transformer_blocks.0.{name}.{role}"] for name in ("attn.to_q", "attn.to_k", "proj_mlp")]
+        assert torch.cat(parts).shape == (3,)
+        alone = out[f"single_transformer_blocks.0.proj_out.{role}"]
+        assert alone.shape == ()  # as ModelOpt writes it

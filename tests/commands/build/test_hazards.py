@@ -1,0 +1,358 @@
+"""The 27 ways in which other builders were seen to go wrong on real exports: none of them happens here.
+
+====  ==============================================  ===============================================================
+H     hazard                                          shown not to happen by
+====  ==============================================  ===============================================================
+H1    --overwrite deletes an input                    test_refusals_output: out_may_not_be_in_or_around_an_input
+H2    OUT is destroyed before the input is checked    test_refusals_output: a_good_out_outlives_a_bad_input
+H3    patterns that match nothing are silent          test_refusals_patterns: a_typo_*, the_preset_of_another_model_*
+H4    base of another shape; F32 base not cast        test_refusals_base: a_base_of_another_shape_*; h4 here
+H5    AWQ and SVDQuant taken for plain NVFP4          test_refusals_export: what_awq_and_svdquant_leave_*;
+                                                      test_refusals_base: many_unquantized_tensors_that_differ_*
+H6    quant_algo matched as a substring               test_refusals_export: other_algorithms_*, only_exactly_nvfp4_*
+H7    no input_scale: the runtime assumes 1           test_refusals_scales: a_layer_never_calibrated_is_refused
+H8    scales of backbone.pt replace the export's      h8 here: no .pt is read (backbone.pt itself: FP8 only)
+H9    cast to FP8 without a clamp                     FP8 only
+H10   all-zero layer: NaN scales pass                 test_refusals_scales: an_all_zero_layer_*; h10 here
+H11   swizzled or padded scales read as linear        test_refusals_proof: other_layouts_are_put_in_order_and_said;
+                                                      test_refusals_export: swizzled_scales_with_padding_*
+H12   F16 left beside BF16                            h12 here
+H13   stray files are copied, stray index is taken    h13 here
+H14   flat config under _quantization_metadata        h14 here
+H15   q, k, v packed in part                          test_refusals_patterns: a_fused_group_*
+H16   base lacks a tensor of a kept module            test_refusals_base: a_tensor_missing_from_the_base_is_refused
+H17   no base: codes are left as weights              test_refusals_output: usage_errors_* (--base is required)
+H18   transformer_2 silently left out                 test_refusals_base: a_pipeline_with_two_transformers_*
+H19   pattern characters act as regular expressions   test_refusals_patterns: metacharacters_are_refused_or_literal
+H20   torch.load may execute what it reads            h20 here
+H21   a whole shard, and all of the base, in memory   h21 here
+H22   `ignore` has one of two spellings               h22 here
+H23   FLUX.2: the runtime swaps halves of norm_out    FLUX.2 only: there is no preset for it
+H24   a failed export looks like a good one           h24 here
+H25   no preset, no bias from the base                h25 here; test_refusals_patterns: a_model_that_no_preset_fits_*
+H26   names that do not overlap: nothing is replaced  test_refusals_base: a_module_that_no_base_tensor_shares_*
+H27   preset lacks proj_mlp                           h27 here
+====  ==============================================  ===============================================================
+"""
+
+import ast
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from faults import PACKED, QUANTIZATION_CONFIG, REPLACED, SHARD, refused
+from safetensors import safe_open
+from support import Tensors, build, config_of, copy, edit, load, same_bits
+
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_h4_a_base_in_another_float_is_cast_to_bf16_and_counted(
+    dtype: torch.dtype, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    def widen(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtype)
+
+    def round_as_base(tensors: Tensors) -> None:
+        """F16 cannot hold every BF16 value; an export from such a base has what it holds."""
+        for name in cast.keys() & tensors.keys():
+            if tensors[name].dtype == torch.bfloat16:
+                tensors[name] = cast[name].to(torch.bfloat16)
+
+    other = edit(base, tmp_path / "base", widen)
+    cast = load(other)
+    export = edit(nvfp4, tmp_path / "export", round_as_base)
+    outcome = build(export, other, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    out = load(tmp_path / "out")
+    assert {tensor.dtype for tensor in out.values()} == {
+        torch.bfloat16,
+        torch.uint8,
+        torch.float8_e4m3fn,
+        torch.float32,
+    }
+    for name, tensor in out.items():
+        if tensor.dtype == torch.float32:
+            assert name.endswith(("weight_scale_2", "input_scale"))
+        elif tensor.dtype == torch.bfloat16 and name.removesuffix(".bias") + ".weight_scale" not in out:
+            assert same_bits(tensor, cast[name].to(torch.bfloat16)), name
+    counts = outcome.report["counts"]["base"]
+    kind = {torch.float32: "F32", torch.float16: "F16"}[dtype]
+    unused = sum(name.endswith(".weight_scale") for name in out) * 2  # weight and bias of each packed module
+    assert counts == {f"used: cast {kind} to BF16": len(cast) - unused, "unused: packed in the output": unused}
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_h8_h20_no_pickle_is_ever_opened(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    export, other = copy(nvfp4, tmp_path / "export"), copy(base, tmp_path / "base")
+    fired = tmp_path / "fired"
+    for folder in (export, other):
+        for name in ("backbone.pt", "transformer.pt", "pytorch_model.bin", "diffusion_pytorch_model.bin"):
+            (folder / name).write_bytes(pickle.dumps(Bomb(fired)))
+    assert build(export, other, tmp_path / "out").exit_code == 0
+    assert not fired.exists()
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".md", ".json", ".safetensors"}
+    pickle.loads((export / "backbone.pt").read_bytes())
+    assert fired.exists()  # the bomb is a real one
+
+
+def calls_and_imports(source: str) -> set[str]:
+    """Dotted names of everything that a module's text imports or calls."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+    return found
+
+
+DANGEROUS = re.compile(
+    r"(^|\.)(pickle|cPickle|dill|joblib|marshal|shelve|cloudpickle)(\.|$)|^(torch|np|numpy)\.load$|^(eval|exec|compile)$"
+    r"|^os\.system$|^subprocess(\.|$)|^yaml\.(load|unsafe_load)$|^(torch|numpy)\.(load|serialization)"
+)
+
+
+# The second compiles a kernel of ours in a process of its own, since Triton can abort the one it runs in.
+ALLOWED = {"pickle_source.py": ["torch.load"], "triton_gemm.py": ["subprocess", "subprocess.run"]}
+
+
+def test_h20_nothing_in_the_package_can_unpickle_or_execute() -> None:
+    """One file may: it opens the ``.pt`` that an option names, with ``weights_only`` and nothing else."""
+    files = sorted((ROOT / "modelopt_convert").rglob("*.py"))
+    assert len(files) > 20
+    for path in files:
+        bad = sorted(name for name in calls_and_imports(path.read_text()) if DANGEROUS.search(name))
+        assert bad == ALLOWED.get(path.name, []), path.name
+    source = (ROOT / "modelopt_convert" / "pickle_source.py").read_text()
+    assert source.count("torch.load(copy, ") == source.count("weights_only=True, mmap=True)") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path)",
+        "import pickle",
+        "from torch import load",
+        "import numpy\nnumpy.load(path, allow_pickle=True)",
+        "from torch.serialization import load",
+        "eval(text)",
+        "subprocess.run(command)",
+    ],
+)
+def test_h20_the_search_finds_what_it_looks_for(line: str) -> None:
+    assert [name for name in calls_and_imports(line) if DANGEROUS.search(name)]
+
+
+def test_h10_no_scale_in_an_output_is_nan_or_zero(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    assert build(nvfp4, base, tmp_path / "out").exit_code == 0
+    scales = {name: tensor.float() for name, tensor in load(tmp_path / "out").items() if "scale" in name}
+    assert len(scales) == 72
+    for name, scale in scales.items():
+        assert bool(scale.isfinite().all()) and bool((scale > 0).all()), name
+
+
+def test_h12_no_f16_is_left(exports: Path, base: Path, tmp_path: Path) -> None:
+    """ModelOpt's default dtype is Half; a BF16 weight beside an F16 bias in one module is what others make of it."""
+    export = exports / "nvfp4_fp16"
+    assert torch.float16 in {tensor.dtype for tensor in load(export / "transformer").values()}
+    assert build(export, base, tmp_path / "out").exit_code == 0
+    out = load(tmp_path / "out")
+    assert torch.float16 not in {tensor.dtype for tensor in out.values()}
+    for name, tensor in out.items():
+        if name.endswith(".bias"):
+            assert tensor.dtype == torch.bfloat16, name
+
+
+def test_h13_stray_files_are_not_copied(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    export = copy(nvfp4, tmp_path / "export")
+    strays = ("hf_quant_config.json", "pytorch_model.bin", "x.txt", "modelopt_state.pth", ".hidden")
+    for name in strays:
+        (export / name).write_text('{"quantization": {"quant_algo": "FP8", "exclude_modules": []}}')
+    (export / "old" / "deep").mkdir(parents=True)
+    (export / "old" / "deep" / "a.safetensors").write_bytes((export / SHARD).read_bytes())
+    outcome = build(export, base, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert sorted(outcome.report["inputs"]["export"]["skipped_files"]) == sorted([*strays, "old"])
+    found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*"))
+    assert found == ["README.md", "config.json", SHARD, "mopt.json"]
+    # Not a byte depends on them.
+    assert build(nvfp4, base, tmp_path / "clean").exit_code == 0
+    for name in found:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "clean" / name).read_bytes()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": {"x": "../x.safetensors"}}', "[]", ""])
+@pytest.mark.parametrize("variant", ["nvfp4", "nvfp4_sharded"])
+def test_h13_a_stray_index_is_refused(variant: str, content: str, exports: Path, base: Path, tmp_path: Path) -> None:
+    """Beside a single file it is an index that names nothing; beside a sharded one, a second index."""
+    export = copy(exports / variant, tmp_path / "export")
+    stray = export / "old.safetensors.index.json"
+    stray.write_text(content)
+    outcome = build(export, base, tmp_path / "out")
+    codes = {"input.ambiguous", "index.weight_map", "index.path_escape", "index.json", "index.not_object"}
+    assert outcome.exit_code == 3 and outcome.error_code in codes, outcome.error_code
+    assert stray.name in outcome.message or str(export) in outcome.message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
+
+
+def test_h13_a_stray_shard_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
+    for variant, stray in (("nvfp4", "model.safetensors"), ("nvfp4_sharded", "a.safetensors")):
+        export = copy(exports / variant, tmp_path / variant)
+        (export / stray).write_bytes(next(export.glob("*.safetensors")).read_bytes())
+        refused(export, base, tmp_path, code="input.ambiguous", names=(str(export), stray))
+
+
+def test_h14_there_is_no_quantization_metadata(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """Not even where the export has some: ModelOpt's layerwise one would contradict the rebuilt config."""
+    from safetensors.torch import save_file
+
+    export = copy(nvfp4, tmp_path / "export")
+    layers = {"format_version": "1.0", "layers": {REPLACED: {"format": "nvfp4"}}}
+    metadata = {
+        "format": "pt",
+        "_quantization_metadata": json.dumps(layers),
+        "quantization_config": json.dumps(QUANTIZATION_CONFIG),
+    }
+    save_file(load(export), export / SHARD, metadata)
+    assert build(export, base, tmp_path / "out").exit_code == 0
+    with safe_open(tmp_path / "out" / SHARD, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+# Builds pairs of sparse files, a small one first, and prints by how many MB the large ones raised the process's peak.
+MEMORY = """
+import json, sys
+from pathlib import Path
+from faults import QUANTIZATION_CONFIG
+from support import build
+
+def sparse(folder, tensors, config):
+    header, at, filled = {}, 0, {}
+    for name, (dtype, shape, num_bytes, fill) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + num_bytes]}
+        if fill:
+            filled[at] = fill * (num_bytes // len(fill))
+        at += num_bytes
+    raw = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for place, content in filled.items():
+            file.seek(8 + len(raw) + place)
+            file.write(content)
+        file.truncate(8 + len(raw) + at)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+def pair(room, count, n):
+    # All-zero weights: codes 0 under scales of 1 (E4M3 0x38, F32 0x3f800000), as ModelOpt writes a block of zeros.
+    base, packed = {}, {}
+    for module in (f"blocks.{number}.lin" for number in range(count)):
+        base[f"{module}.weight"] = "BF16", [n, n], 2 * n * n, b""
+        packed[f"{module}.weight"] = "U8", [n, n // 2], n * n // 2, b""
+        packed[f"{module}.weight_scale"] = "F8_E4M3", [n, n // 16], n * n // 16, bytes([0x38])
+        for role in ("weight_scale_2", "input_scale"):
+            packed[f"{module}.{role}"] = "F32", [], 4, bytes([0, 0, 0x80, 0x3F])
+    config = {"_class_name": "Sparse"}
+    export = sparse(room / "export", packed, config | {"quantization_config": QUANTIZATION_CONFIG})
+    return export, sparse(room / "base", base, config)
+
+def peak():
+    # Not ru_maxrss: across exec it keeps the peak of the process that started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+def run(name, count, n):
+    room = Path(sys.argv[1]) / name
+    # One worker: each has a step of its own in memory.
+    options = ("--keep-bf16", "blocks.0.lin", "--workers", "1")
+    outcome = build(*pair(room, count, n), room / "out", *options, preset="none")
+    assert outcome.exit_code == 0, outcome.stderr
+    return peak() * 1024
+
+before = run("small", 2, 256)
+print(json.dumps([run("many", 60, 2048) - before, run("large", 2, 8192) - before]))
+"""
+
+
+def test_h21_memory_grows_neither_with_the_model_nor_with_its_shards(tmp_path: Path) -> None:
+    """60 modules, 503 MB of base; then two, 268 MB of base, with one tensor of 134 MB in a shard of 175 MB.
+
+    Other builders hold all that they replace and a shard.
+    """
+    paths = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'support')!r})\n"
+    command = [sys.executable, "-c", paths + MEMORY, str(tmp_path)]
+    # One thread: on a busy host, threads that wait for each other take most of the time.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "large" / "out" / SHARD).stat().st_size > 170_000_000
+    many, large = json.loads(found.stdout.splitlines()[-1])
+    assert many < 40_000_000
+    assert large < 100_000_000
+
+
+def test_h22_ignore_has_both_spellings(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """At TP > 1 the runtime looks FLUX.1's ff layers up under their names on disk, else under its own."""
+    assert build(nvfp4, base, tmp_path / "out").exit_code == 0
+    ignore = set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
+    for block in (0, 1):
+        for name in ("ff.net.0.proj", "ff.proj_in", "ff.net.2", "ff.proj_out", "ff_context.net.0.proj"):
+            assert f"transformer_blocks.{block}.{name}" in ignore
+
+
+def test_h24_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
+    """ModelOpt's post-processing fails on shards after they were saved: packed, and no quantization_config."""
+    export = copy(exports / "nvfp4_sharded", tmp_path / "export")
+    config = config_of(export)
+    del config["quantization_config"]
+    (export / "config.json").write_text(json.dumps(config))
+    refused(export, base, tmp_path, code="export.not_quantized", names=(str(export / "config.json"),), hint="again")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model-00002-of-00003.safetensors"])
+def test_h24_an_export_cut_short_is_refused(missing: str, exports: Path, base: Path, tmp_path: Path) -> None:
+    export = copy(exports / "nvfp4_sharded", tmp_path / "export")
+    (export / missing).unlink()
+    refused(export, base, tmp_path, code="input.missing", names=(str(export), missing))
+
+
+def test_h25_the_bias_of_a_replaced_module_is_the_bases_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors[f"{REPLACED}.bias"].add_(1.0))
+    assert build(export, base, tmp_path / "out").exit_code == 0
+    out, expected = load(tmp_path / "out"), load(base / "transformer")
+    assert same_bits(out[f"{REPLACED}.bias"], expected[f"{REPLACED}.bias"])
+    assert not same_bits(load(export)[f"{REPLACED}.bias"], expected[f"{REPLACED}.bias"])
+
+
+def test_h25_no_module_loses_its_bias(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    assert build(nvfp4, base, tmp_path / "out", "--keep-bf16", PACKED).exit_code == 0
+    expected = {name for name in load(base / "transformer") if name.endswith(".bias")}
+    assert {name for name in load(tmp_path / "out") if name.endswith(".bias")} == expected
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_h27_both_sets_of_the_preset_keep_proj_mlp(algorithm: str) -> None:
+    preset = tomllib.loads((ROOT / "presets" / "flux1-dev.toml").read_text())
+    kept = preset[algorithm]["structural"] + preset[algorithm]["quality"]
+    assert "single_transformer_blocks.*.proj_mlp" in kept

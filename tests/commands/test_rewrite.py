@@ -1,0 +1,301 @@
+"""swap-nibbles and unswizzle-scales: bytes, config keys, refusals; and build-nvfp4 on layouts not ModelOpt's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import Tensors, build, config_of, copy, edit, load, run_mopt, same_bits, tree
+
+from modelopt_convert.commands.inspect import inspect
+from modelopt_convert.report.inspect import InspectReport
+
+
+def packed(tensors: Tensors) -> list[str]:
+    return [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.uint8]
+
+
+def swap(tensors: Tensors) -> None:
+    for module in packed(tensors):
+        weight = tensors[f"{module}.weight"]
+        tensors[f"{module}.weight"] = (weight >> 4) | ((weight & 0x0F) << 4)
+
+
+def postprocess(tensors: Tensors, *, padding: str | None = None) -> None:
+    """ModelOpt's own padding and swizzling, in the order in which it does them."""
+    from modelopt.torch.export.diffusers_utils import pad_nvfp4_weights, swizzle_nvfp4_scales
+
+    if padding:
+        tensors.update(pad_nvfp4_weights(dict(tensors), padding))
+    tensors.update(swizzle_nvfp4_scales(dict(tensors)))
+
+
+def same_tensors(left: Path, right: Path) -> bool:
+    a, b = load(left), load(right)
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
+def keys(folder: Path) -> dict[str, Any]:
+    return config_of(folder)["quantization_config"]
+
+
+@pytest.mark.parametrize("against_base", [True, False])
+def test_swapped_file_is_swapped_back(nvfp4: Path, base: Path, tmp_path: Path, against_base: bool) -> None:
+    source = edit(nvfp4, tmp_path / "source", swap)
+    before = tree(source)
+    with_base = ["--base", base] if against_base else []
+    outcome = run_mopt("swap-nibbles", source, tmp_path / "out", *with_base)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert same_tensors(tmp_path / "out", nvfp4 / "transformer")
+    assert keys(tmp_path / "out")["swap_weight_nibbles"] is False
+    assert tree(source) == before
+    unproven = "layout.unproven" in {warning["code"] for warning in outcome.report["warnings"]}
+    assert unproven is not against_base
+    proofs = [check["status"] for check in outcome.report["checks"] if check["name"] == "proof"]
+    assert proofs == (["pass"] if against_base else [])
+
+
+def test_twice_swapped_is_the_source(nvfp4: Path, tmp_path: Path) -> None:
+    assert run_mopt("swap-nibbles", nvfp4, tmp_path / "once").exit_code == 0
+    assert not same_tensors(tmp_path / "once", nvfp4 / "transformer")
+    assert run_mopt("swap-nibbles", tmp_path / "once", tmp_path / "twice").exit_code == 0
+    assert same_tensors(tmp_path / "twice", nvfp4 / "transformer")
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+def test_unswizzle_and_reverse_are_inverse(families: Path, tmp_path: Path, family: str) -> None:
+    source = families / family / "nvfp4"
+    assert run_mopt("unswizzle-scales", source, tmp_path / "swizzled", "--reverse").exit_code == 0
+    assert keys(tmp_path / "swizzled")["checkpoint_weight_scale_layout"] == "swizzled"
+    expected = dict(load(source / "transformer"))
+    postprocess(expected)
+    found = load(tmp_path / "swizzled")
+    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
+    assert run_mopt("unswizzle-scales", tmp_path / "swizzled", tmp_path / "back").exit_code == 0
+    assert same_tensors(tmp_path / "back", source / "transformer")
+    assert keys(tmp_path / "back")["checkpoint_weight_scale_layout"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("swap-nibbles", []), ("unswizzle-scales", [])],
+)
+def test_a_right_file_is_not_made_wrong(nvfp4: Path, base: Path, tmp_path: Path, command: str, more: list[str]) -> None:
+    outcome = run_mopt(command, nvfp4, tmp_path / "out", "--base", base, *more)
+    assert outcome.exit_code == 1 and outcome.error_code == "check.already_in_order"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reverse_of_a_swizzled_file_is_already_in_order(families: Path, tmp_path: Path) -> None:
+    base = families / "flux2" / "base"
+    source = edit(families / "flux2" / "nvfp4", tmp_path / "source", postprocess)
+    outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", "--reverse", "--base", base)
+    assert outcome.exit_code == 1 and outcome.error_code == "check.already_in_order"
+
+
+def test_only_modules_that_need_it_are_rewritten(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """ModelOpt's sharded post-processing leaves a module linear when its weight and scale lie in different shards."""
+    odd = packed(load(nvfp4 / "transformer"))[3]
+
+    def most(tensors: Tensors) -> None:
+        left = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{odd}.")}
+        postprocess(tensors)
+        tensors.update(left)
+
+    source = edit(nvfp4, tmp_path / "source", most)
+    outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", "--base", base)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert same_tensors(tmp_path / "out", nvfp4 / "transformer")
+    assert outcome.report["counts"]["source"]["rewritten: 128x4 to row-major"] == 39
+    assert outcome.report["ledger"]["source"][f"{odd}.weight_scale"] == "kept"
+
+
+@pytest.mark.parametrize("padding", [None, "row", "row_col"])
+@pytest.mark.parametrize("against_base", [True, False])
+def test_post_processed_export_is_mended(
+    families: Path, tmp_path: Path, padding: str | None, against_base: bool
+) -> None:
+    """HunyuanVideo's proj_out has 16 rows, Wan's layers K/16 = 6: both kinds of padding show."""
+    family = families / "hunyuan_video"
+    source = edit(family / "nvfp4", tmp_path / "source", lambda tensors: postprocess(tensors, padding=padding))
+    with_base = ["--base", family / "base"] if against_base else []
+    outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", *with_base)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert same_tensors(tmp_path / "out", family / "nvfp4" / "transformer")
+
+
+def test_sharded_post_processed_export_is_proven_and_mended(exports: Path, base: Path, tmp_path: Path) -> None:
+    """ModelOpt post-processes shard by shard: where a module's weight and scale lie apart, the scale stays linear."""
+    source = copy(exports / "nvfp4_sharded", tmp_path / "source")
+    plain = load(source)
+    for shard in sorted(source.glob("*.safetensors")):
+        tensors = load_file(shard)
+        whole = {name for name in tensors if f"{name.removesuffix('_scale')}" in tensors}
+        part = {name: tensor for name, tensor in tensors.items() if not name.endswith("weight_scale") or name in whole}
+        postprocess(part)
+        save_file({name: tensor.contiguous() for name, tensor in (tensors | part).items()}, shard, {"format": "pt"})
+    apart = sum(
+        same_bits(load(source)[f"{name}.weight_scale"], plain[f"{name}.weight_scale"]) for name in packed(plain)
+    )
+    report = run_mopt("inspect", source, "--base", base).report
+    assert report is not None and 0 < apart < 40
+    assert report["layout"]["scale_layout"] == "mixed" and report["layout"]["modules_contradicting"] == 40 - apart
+    outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", "--base", base)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert outcome.report["counts"]["source"]["rewritten: 128x4 to row-major"] == 40 - apart
+    assert same_tensors(tmp_path / "out", exports / "nvfp4" / "transformer")
+    assert build(source, base, tmp_path / "built").exit_code == 0
+    assert build(exports / "nvfp4", base, tmp_path / "plain").exit_code == 0
+    assert same_tensors(tmp_path / "built", tmp_path / "plain")
+
+
+def test_padding_that_holds_something_is_an_error(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        postprocess(tensors)
+        name = f"{packed(tensors)[0]}.weight_scale"
+        raw = tensors[name].view(torch.uint8).clone()
+        raw[-1, -1] = 7
+        tensors[name] = raw.view(torch.float8_e4m3fn)
+
+    source = edit(nvfp4, tmp_path / "source", plant)
+    for with_base in ([], ["--base", base]):
+        outcome = run_mopt("unswizzle-scales", source, tmp_path / "out", *with_base)
+        assert outcome.exit_code == 3, outcome.stderr
+        assert not (tmp_path / "out").exists()
+    assert build(source, base, tmp_path / "out").exit_code == 3
+
+
+def comfy_file(tensors: Tensors, path: Path, *, packed_qkv: bool = False) -> Path:
+    """A ComfyUI file of the same weights: high nibble first, swizzled, with markers or BFL's names."""
+    tensors = dict(tensors)
+    postprocess(tensors)
+    swap(tensors)
+    if packed_qkv:
+        renamed = {module: f"double_blocks.{number}.img_attn.qkv" for number, module in enumerate(packed(tensors))}
+        tensors = {
+            f"{renamed[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": tensor
+            for name, tensor in tensors.items()
+            if name.rpartition(".")[0] in renamed
+        }
+    else:
+        for module in packed(tensors):
+            text = json.dumps({"format": "nvfp4"}).encode()
+            tensors[f"{module}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    path.parent.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", "note": "kept"})
+    return path
+
+
+def test_markers_by_which_a_loader_would_guess_wrong_are_stripped(families: Path, tmp_path: Path) -> None:
+    plain = load(families / "flux2" / "nvfp4" / "transformer")
+    source = comfy_file(plain, tmp_path / "in" / "comfy.safetensors")
+    assert run_mopt("swap-nibbles", source, tmp_path / "low").exit_code == 0
+    assert run_mopt("unswizzle-scales", tmp_path / "low" / "comfy.safetensors", tmp_path / "out").exit_code == 0
+    found = load(tmp_path / "out")
+    assert found.keys() == plain.keys() and all(same_bits(found[name], plain[name]) for name in plain)
+    with safe_open(tmp_path / "out" / "comfy.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+
+
+def test_names_that_decide_are_refused(families: Path, tmp_path: Path) -> None:
+    plain = load(families / "flux2" / "nvfp4" / "transformer")
+    source = comfy_file(plain, tmp_path / "in" / "bfl.safetensors", packed_qkv=True)
+    for command in ("swap-nibbles", "unswizzle-scales"):
+        outcome = run_mopt(command, source, tmp_path / "out")
+        assert outcome.exit_code == 3 and outcome.error_code == "layout.names_decide"
+        assert "SGLang already reads this file right; rewritten under these names" in outcome.message
+        assert not (tmp_path / "out").exists()
+    assert run_mopt("swap-nibbles", source, tmp_path / "out", "--force-names").exit_code == 0
+
+
+def test_base_that_does_not_tell_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def other(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2:
+                tensors[name] = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.dtype)
+
+    outcome = run_mopt("swap-nibbles", nvfp4, tmp_path / "out", "--base", edit(base, tmp_path / "other", other))
+    assert outcome.exit_code == 3 and outcome.error_code == "layout.undetermined"
+
+
+def test_nothing_packed_is_refused(base: Path, tmp_path: Path) -> None:
+    outcome = run_mopt("swap-nibbles", base, tmp_path / "out")
+    assert outcome.exit_code == 3 and outcome.error_code == "layout.nothing_packed"
+
+
+def test_shards_and_index_are_kept(exports: Path, tmp_path: Path) -> None:
+    source = copy(exports / "nvfp4_sharded", tmp_path / "source")
+    assert run_mopt("swap-nibbles", source, tmp_path / "out").exit_code == 0
+    names = {path.name for path in source.glob("*.safetensors*")}
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors*")} == names
+    index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["weight_map"] == json.loads(next(source.glob("*.index.json")).read_text())["weight_map"]
+
+
+def test_output_rules_hold_here_too(nvfp4: Path, tmp_path: Path) -> None:
+    source = copy(nvfp4, tmp_path / "source")
+    before = tree(tmp_path)
+    for output in (source, source / "inner", tmp_path):
+        assert run_mopt("swap-nibbles", source, output, "--overwrite").exit_code == 4
+    assert run_mopt("swap-nibbles", source, tmp_path / "out", "--dry-run").exit_code == 0
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("order", ["swapped", "swizzled", "both", "row_col", "comfyui"])
+@pytest.mark.parametrize("family", ["flux1", "hunyuan_video"])
+def test_build_writes_the_canonical_layout(families: Path, tmp_path: Path, family: str, order: str) -> None:
+    """Whatever the order of the export, the build has the very bytes of the build from the plain export."""
+
+    def plant(tensors: Tensors) -> None:
+        if order in ("swizzled", "both", "comfyui"):
+            postprocess(tensors)
+        if order == "row_col":
+            postprocess(tensors, padding="row_col")
+        if order in ("swapped", "both", "comfyui"):
+            swap(tensors)
+        if order == "comfyui":
+            for module in packed(tensors):
+                tensors[f"{module}.comfy_quant"] = torch.tensor(list(b'{"format":"nvfp4"}'), dtype=torch.uint8)
+
+    where = families / family
+    source = edit(where / "nvfp4", tmp_path / "export", plant)
+    mixed = ["--keep-bf16", "transformer_blocks.[:1].**"]
+    plain = build(where / "nvfp4", where / "base", tmp_path / "plain", *mixed, preset="none")
+    found = build(source, where / "base", tmp_path / "out", *mixed, preset="none")
+    assert plain.exit_code == found.exit_code == 0, found.stderr
+    assert same_tensors(tmp_path / "out", tmp_path / "plain")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+    assert found.report is not None and "export.layout" in {warning["code"] for warning in found.report["warnings"]}
+    report = InspectReport()
+    inspect(tmp_path / "out", where / "base", report, every_scale=True, max_error=0.15)
+    assert report.layout.nibble_order == "low" and report.layout.basis == "proven"
+    # HunyuanVideo's q, k and v have scales of their own, which is as ModelOpt exports it.
+    assert {one.code for one in report.lint} <= {"fused.global_scale"}
+
+
+def test_build_drops_keys_by_which_the_engine_would_misread(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def declare(config: dict[str, Any]) -> None:
+        config["quantization_config"] |= {"checkpoint_uses_packed_qkv": True, "swap_weight_nibbles": True}
+
+    source = edit(nvfp4, tmp_path / "export", None, declare)
+    assert build(source, base, tmp_path / "out").exit_code == 0
+    assert "checkpoint_uses_packed_qkv" not in keys(tmp_path / "out")
+    assert keys(tmp_path / "out")["swap_weight_nibbles"] is False
+
+
+def test_build_refuses_what_the_engine_would_misread(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """From packed-QKV names SGLang infers swapped and swizzled, and no config key overrides it."""
+
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            if ".attn.to_q." in name and name.startswith("transformer_blocks.0."):
+                tensors[f"double_blocks.0.img_attn.qkv.{name.rpartition('.')[2]}"] = tensors.pop(name)
+
+    source, plain = edit(nvfp4, tmp_path / "export", rename), edit(base, tmp_path / "base", rename)
+    for more in ([], ["--dry-run"]):
+        outcome = build(source, plain, tmp_path / "out", *more, preset="none")
+        assert outcome.exit_code == 3 and outcome.error_code == "engine.misread"
+        assert "double_blocks.0.img_attn.qkv" in outcome.message and not (tmp_path / "out").exists()

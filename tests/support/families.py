@@ -1,0 +1,18 @@
+"""The families of small models, and the preset of each."""
+
+# The preset of each family, and the blocks of which something stays packed.
+PRESETS = {
+    "flux1": ("flux1-dev", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "flux2": ("flux2-dev", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "wan": ("wan2.2-t2v-a14b", {"blocks.3", "blocks.4"}),
+    "wan_5b": ("wan2.2-ti2v-5b", {"blocks.3"}),
+    "qwen_image": ("qwen-image", {f"transformer_blocks.{block}" for block in (2, 3, 4, 5)}),
+    "hunyuan_video": ("hunyuanvideo", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "ltx2": ("ltx2", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
+}
+FAMILIES = tuple(PRESETS)
+
+
+def allowed(family: str) -> list[str]:
+    """What a build needs that SGLang 0.5.23 is known not to use rightly."""
+    return ["--allow-known-broken"] if family == "flux2" else []

@@ -1,0 +1,379 @@
+"""mopt verify on checkpoints that mopt built: levels, the record that travels, exit codes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import build, config_of, copy, edit, load, run_mopt
+from verify_support import PACKED, SHARD, found, statuses, verify
+
+from modelopt_convert.verification.gemm.names import NAMES
+
+
+@pytest.fixture(scope="session")
+def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A build of each format, by algorithm. Never write there."""
+    room = tmp_path_factory.mktemp("built")
+    assert build(exports / "nvfp4", exports / "base", room / "nvfp4").exit_code == 0
+    arguments = ("--export", exports / "fp8", "--base", exports / "base", "--output", room / "fp8")
+    assert run_mopt("convert-fp8", "--preset", "flux1-dev", *arguments).exit_code == 0
+    return {"nvfp4": room / "nvfp4", "fp8": room / "fp8"}
+
+
+def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / SHARD, {"format": "pt"})
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_the_proof_travels(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    """Neither base nor GPU, as in CI: the bytes are those that were proven."""
+    outcome = verify(copy(built[algorithm], tmp_path / "downloaded"))
+    assert outcome.exit_code == 0, outcome.stderr
+    report = found(outcome)
+    assert report["verdict"] == "pass" and "cpu only" in report["statement"]
+    assert report["statement"].startswith("proven at build against black-forest-labs/FLUX.1-dev@headers ")
+    layout = {"nvfp4": "pass", "fp8": "skipped"}[algorithm]
+    assert statuses(outcome) == {"record": "pass", "L0": "pass", "L1": layout, "L2": "skipped", "L3": "skipped"}
+    assert all(level["reason"] for level in report["levels"] if level["status"] == "skipped")
+    assert report["native_executed"] == "0 of 24"
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("sample", ["3", "16", "all"])
+def test_the_base_proves_again(algorithm: str, sample: str, built: dict[str, Path], base: Path) -> None:
+    outcome = verify(built[algorithm], "--base", base, "--sample", sample)
+    assert outcome.exit_code == 0 and statuses(outcome)["L2"] == "pass"
+    modules = found(outcome)["modules"]
+    assert {one["verdict"] for one in modules.values()} == {"reproduced"}
+    for name, one in modules.items():
+        rows, columns = one["shape"]
+        assert one["codes"] == one["codes_equal"] > 0 and one["digest"], name
+        assert one["sqnr_db"] > 15
+        if sample == "all":
+            assert one["codes"] == rows * columns
+
+
+def test_the_digest_of_decoded_rows_is_of_their_values(built: dict[str, Path]) -> None:
+    """The same values, whatever layout they are stored in."""
+    import xxhash
+
+    modules = found(verify(built["fp8"]))["modules"]
+    weight = load(built["fp8"])[f"{PACKED}.weight"]
+    from modelopt_convert.formats.rows import sample_rows
+
+    rows = weight[sample_rows(weight.shape[0], 16)].float().contiguous()
+    assert modules[PACKED]["digest"] == xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_neither_record_nor_base_is_inconclusive(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built[algorithm], tmp_path / "bare")
+    (folder / "mopt.json").unlink()
+    outcome = verify(folder)
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.inconclusive" and "--base" in outcome.message
+    assert outcome.report is not None and outcome.report["status"] == "inconclusive"
+
+
+def test_a_record_of_an_unproven_build_is_inconclusive(exports: Path, base: Path, tmp_path: Path) -> None:
+    arguments = ("--preset", "flux1-dev", "--export", exports / "fp8", "--output", tmp_path / "out")
+    assert run_mopt("convert-fp8", *arguments).exit_code == 0
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 6 and "not proven" in outcome.message
+    assert statuses(outcome)["record"] == "pass"
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_one_changed_byte_is_seen_and_named(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built[algorithm], tmp_path / "changed")
+    tensors = load(folder)
+    raw = tensors[f"{PACKED}.bias"].view(torch.uint8)
+    raw[3] ^= 1
+    resave(folder, tensors)
+    outcome = verify(folder)
+    assert outcome.exit_code == 1 and outcome.error_code == "check.verify" and f"{PACKED}.bias" in outcome.message
+    assert statuses(outcome)["record"] == "fail"
+
+
+def test_tensors_and_files_that_come_or_go(built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "changed")
+    tensors = load(folder)
+    resave(folder, {**{name: one for name, one in tensors.items() if name != "proj_out.bias"}, "new": torch.ones(2)})
+    config = config_of(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"in_channels": 65}))
+    failures = next(level for level in found(verify(folder))["levels"] if level["level"] == "record")["failures"]
+    assert [
+        word for word in ("'new'", "'proj_out.bias'", "config.json") if not any(word in one for one in failures)
+    ] == []
+
+
+def test_the_same_bytes_under_another_shape_are_not_the_same(built: dict[str, Path], tmp_path: Path) -> None:
+    for algorithm, name in (("fp8", f"{PACKED}.weight"), ("nvfp4", "x_embedder.weight")):
+        folder = copy(built[algorithm], tmp_path / algorithm)
+        tensors = load(folder)
+        rows, columns = tensors[name].shape
+        resave(folder, tensors | {name: tensors[name].reshape(columns, rows)})
+        outcome = verify(folder)
+        assert outcome.exit_code == 1 and statuses(outcome)["record"] == "fail"
+
+
+def test_one_of_two_transformers_is_gone_or_another(families: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        copy(families / "wan" / "fp8", tmp_path / "export" / name)
+        copy(families / "wan" / "base", tmp_path / "base" / name)
+    edit(families / "wan" / "base", tmp_path / "other", lambda tensors: tensors["proj_out.bias"].fill_(1.5))
+    where = ("--export", tmp_path / "export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert run_mopt("convert-fp8", "--preset", "wan2.2-t2v-a14b", *where).exit_code == 0
+    manifest = tmp_path / "out" / "transformer_2" / "mopt.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"tool"', ' "tool"'))  # the record of another build
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 1 and "transformer_2 is not the one" in outcome.message
+    manifest.write_text(text)
+    assert verify(tmp_path / "out").exit_code == 0
+    shutil.rmtree(tmp_path / "out" / "transformer_2")
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 1 and "transformer_2 was built and is gone" in outcome.message
+
+
+def test_two_transformers_need_a_checkpoint_each(families: Path, tmp_path: Path) -> None:
+    """Of one file the second would get the first's scales, and prove itself by them."""
+    for name in ("transformer", "transformer_2"):
+        copy(families / "wan" / "fp8", tmp_path / "export" / name)
+        copy(families / "wan" / "base", tmp_path / "base" / name)
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "transformer.pt").write_bytes(b"")
+    for checkpoint in (tmp_path / "ckpt", tmp_path / "ckpt" / "transformer.pt"):
+        where = ("--export", tmp_path / "export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+        chosen = ("--preset", "wan2.2-t2v-a14b", "--checkpoint", checkpoint)
+        outcome = run_mopt("convert-fp8", *chosen, *where)
+        assert outcome.exit_code == 3 and outcome.error_code == "pickle.missing", outcome.stderr
+
+
+def test_an_edited_card_is_a_warning(built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "carded")
+    (folder / "README.md").write_text("# mine")
+    outcome = verify(folder)
+    assert outcome.exit_code == 0 and statuses(outcome)["record"] == "warn"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"digests": {"algorithm": "md5", "tensors": {}, "files": {}}}'])
+def test_a_record_that_cannot_be_used_is_bad_input(text: str, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "odd")
+    (folder / "mopt.json").write_text(text)
+    outcome = verify(folder)
+    assert outcome.exit_code == 3 and (outcome.error_code or "").startswith("record.")
+
+
+@pytest.mark.parametrize("required", ["gpu", "native"])
+def test_what_is_required_and_did_not_run_is_exit_6(required: str, built: dict[str, Path]) -> None:
+    outcome = verify(built["nvfp4"], "--require", required, "--device", "cpu")
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.required" and "0 of 24" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--backend", "flashinfer-trtlm"),
+        ("--backend", "best,reference"),
+        ("--backend", ""),
+        ("--sample", "0"),
+        ("--sample", "-1"),
+        ("--sample", "some"),
+        ("--require", "luck"),
+        ("--device", "tpu"),
+        ("--self-test",),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], built: dict[str, Path]) -> None:
+    assert verify(built["nvfp4"], *arguments).exit_code == 2
+
+
+def test_a_named_backend_must_run(built: dict[str, Path]) -> None:
+    for name in ("flashinfer-trtllm", "flashinfer_cudnn", "bf16", "reference,triton"):
+        outcome = verify(built["nvfp4"], "--backend", name, "--device", "cpu")
+        assert outcome.exit_code == 6 and outcome.error_code == "verify.required", name
+    assert verify(built["nvfp4"], "--backend", "torch,reference", "--device", "cpu").exit_code == 6  # FP8 alone
+    assert verify(built["fp8"], "--backend", "torch,reference", "--device", "cpu").exit_code == 0
+
+
+def test_sglangs_variable_is_a_preference(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "SGLANG_DIFFUSION_FLASHINFER_FP4_GEMM_BACKEND"
+    monkeypatch.setenv(variable, "flashinfer_cutlass")
+    assert verify(built["nvfp4"], "--device", "cpu").exit_code == 0
+    monkeypatch.setenv(variable, "marlin")
+    assert verify(built["nvfp4"], "--device", "cpu").exit_code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_inconclusive(built: dict[str, Path]) -> None:
+    outcome = verify(built["nvfp4"], "--device", "cuda")
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.no_gpu"
+
+
+def test_a_checkpoint_is_required() -> None:
+    assert run_mopt("verify").exit_code == 2
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_the_reference_backend_runs_on_the_cpu(algorithm: str, built: dict[str, Path]) -> None:
+    outcome = verify(built[algorithm], "--backend", "reference", "--device", "cpu")
+    assert outcome.exit_code == 0 and statuses(outcome)["L3"] == "pass"
+    for one in found(outcome)["modules"].values():
+        probes = one["probes"]["reference"]
+        assert {probe["status"] for probe in probes.values()} == {"pass"}
+        assert probes["random"]["calc_diff"] < 1e-5
+    assert {backend["name"]: backend["modules"] for backend in found(outcome)["backends"]} == {"reference": 24}
+
+
+def test_the_self_test_needs_no_checkpoint() -> None:
+    outcome = run_mopt("verify", "--self-test", "--backend", "all", "--device", "cpu")
+    assert outcome.exit_code == 0, outcome.stderr
+    by_name = {(one["name"], one["reason"].partition(":")[0]): one["status"] for one in found(outcome)["backends"]}
+    assert {name for name, _ in by_name} == set(NAMES)
+    assert by_name["reference", "nvfp4"] == by_name["reference", "fp8"] == by_name["torch", "fp8"] == "pass"
+    assert all(one["reason"] for one in found(outcome)["backends"])
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_prewarm_builds_kernels_for_the_shapes_and_judges_nothing(algorithm: str, built: dict[str, Path]) -> None:
+    outcome = verify(built[algorithm], "--prewarm", "--backend", "reference", "--device", "cpu")
+    assert outcome.exit_code == 0 and "nothing was verified" in found(outcome)["statement"]
+    assert found(outcome)["levels"] == [] and found(outcome)["modules"] == {}
+
+
+def test_native_backends_are_compared_in_pairs() -> None:
+    from modelopt_convert.report.verify import BackendReport, ModuleVerify, ProbeReport
+    from modelopt_convert.verification.levels.kernels import agreement
+
+    def module(**statuses: str) -> ModuleVerify:
+        probes = {name: {"identity": ProbeReport(status=status)} for name, status in statuses.items()}
+        return ModuleVerify(shape=[16, 16], probes=probes)
+
+    reports = [BackendReport(name=name, kind="native", status="pass", modules=2) for name in ("a", "b", "c")]
+    reports.append(BackendReport(name="reference", kind="reference", status="pass", modules=2))
+    modules = {"one": module(a="pass", b="pass", c="pass"), "two": module(a="pass", b="fail", c="pass")}
+    pairs = {tuple(one.backends): (one.modules, one.bitwise_equal) for one in agreement(modules, reports)}
+    assert pairs == {("a", "b"): (2, 1), ("a", "c"): (2, 2), ("b", "c"): (2, 1)}
+
+
+def test_nothing_quantized_is_bad_input(base: Path) -> None:
+    outcome = verify(base)
+    assert outcome.exit_code == 3 and outcome.error_code == "verify.nothing_quantized"
+
+
+def test_an_export_with_its_base(exports: Path, base: Path) -> None:
+    outcome = verify(exports / "nvfp4", "--base", base)
+    assert outcome.exit_code == 0 and statuses(outcome)["record"] == "skipped"
+
+
+def test_two_transformers_are_both_verified(families: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        copy(families / "wan" / "fp8", tmp_path / "export" / name)
+        copy(families / "wan" / "base", tmp_path / "base" / name)
+    where = ("--export", tmp_path / "export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert run_mopt("convert-fp8", "--preset", "wan2.2-t2v-a14b", *where).exit_code == 0
+    assert verify(tmp_path / "out").exit_code == 0
+    tensors = load(tmp_path / "out" / "transformer_2")
+    raw = tensors["proj_out.bias"].view(torch.uint8)
+    raw[0] ^= 1
+    resave(tmp_path / "out" / "transformer_2", tensors)
+    outcome = verify(tmp_path / "out")
+    assert outcome.exit_code == 1 and "transformer_2" in outcome.message and "proj_out.bias" in outcome.message
+
+
+def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from modelopt_convert.checkpoint.reader import CheckpointReader
+    from modelopt_convert.cli._output import Output, ProgressBar
+    from modelopt_convert.report.verify import VerifyReport
+    from modelopt_convert.verification import transformer as run
+    from modelopt_convert.verification.request import VerifyRequest
+    from modelopt_convert.verification.subject import find_subject
+
+    def busy(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "choose", busy)
+    request = VerifyRequest(tmp_path, None, ("best",), None, 16, None, None)
+    report = VerifyReport()
+    with CheckpointReader(built["nvfp4"]) as reader:
+        progress = ProgressBar(Output(json=True, report_path=None, quiet=True, verbose=False, no_color=True))
+        run.run_kernels(report, find_subject(reader, None), request, torch.device("cuda"), progress)
+    assert report.level("L3").status == "skipped" and "out of memory" in report.level("L3").reason
+
+
+def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:
+    outcome = verify(built["nvfp4"], "--report", tmp_path / "page.html")
+    assert outcome.exit_code == 0 and PACKED in (tmp_path / "page.html").read_text()
+    assert verify(built["nvfp4"], "--report", tmp_path / "nowhere" / "page.html").exit_code == 2
+    assert verify(built["nvfp4"], "--report", built["nvfp4"] / "page.html").exit_code == 2
+
+
+def test_a_nibble_swapped_declaration_is_read_as_declared(exports: Path, base: Path, tmp_path: Path) -> None:
+    """What is stored otherwise and says so is right."""
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.uint8:
+                tensors[name] = (tensor >> 4) | (tensor << 4)
+
+    def declare(config: dict[str, Any]) -> None:
+        config["quantization_config"]["swap_weight_nibbles"] = True
+
+    swapped = edit(exports / "nvfp4", tmp_path / "swapped", swap, declare)
+    assert verify(swapped, "--base", base, "--backend", "reference").exit_code == 0
+    silent = edit(exports / "nvfp4", tmp_path / "silent", swap)
+    outcome = verify(silent, "--base", base)
+    assert outcome.exit_code == 1 and statuses(outcome)["L1"] == "fail"
+
+
+def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path: Path) -> None:
+    """On Hopper `triton` decodes; its native path is skipped under the same name."""
+    from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, ProbeReport
+    from modelopt_convert.report.verify import VerifyReport as Found
+    from modelopt_convert.run.errors import InconclusiveError
+    from modelopt_convert.verification.request import VerifyRequest
+    from modelopt_convert.verification.verdict import conclude
+
+    probes = {"triton": {"identity": ProbeReport(status="pass")}}
+    report = Found(
+        verdict="pass",
+        device=DeviceReport(name="GPU", capability="9.0", torch="2.13", cuda="13.0"),
+        levels=[LevelReport(level="L3", title="kernel parity", status="pass")],
+        backends=[
+            BackendReport(name="triton", kind="native", status="skipped"),
+            BackendReport(name="triton", kind="emulated", status="pass", modules=1),
+        ],
+        modules={"m": ModuleVerify(shape=[16, 16], probes=probes)},
+        native_executed="0 of 1",
+    )
+    request = VerifyRequest(tmp_path, None, ("best",), None, 16, "native", None)
+    with pytest.raises(InconclusiveError) as caught:
+        conclude(report, request)
+    assert caught.value.code == "verify.required" and "0 of 1" in caught.value.message
+    report.backends[0] = BackendReport(name="triton", kind="native", status="pass", modules=1)
+    conclude(report, request)
+
+
+def test_weights_dequantized_at_build_are_compared_too(exports: Path, base: Path, tmp_path: Path) -> None:
+    """They cannot equal the base; the record that names them does not excuse them either."""
+    out = tmp_path / "out"
+    where = ("--preset", "none", "--keep-bf16", PACKED, "--export", exports / "fp8", "--output", out)
+    assert run_mopt("convert-fp8", *where).exit_code == 0
+    assert verify(out, "--base", base).exit_code == 0
+    tensors = load(out)
+    resave(out, tensors | {f"{PACKED}.weight": tensors[f"{PACKED}.weight"] * 1.1})
+    outcome = verify(out, "--base", base)
+    level = next(one for one in found(outcome)["levels"] if one["level"] == "L2")
+    assert outcome.exit_code == 1 and f"{PACKED}.weight: not the base's" in level["failures"]
+
+
+@pytest.mark.parametrize("option", ["--report", "--report-json"])
+def test_a_path_that_no_file_system_takes_is_a_usage_error(option: str, built: dict[str, Path], tmp_path: Path) -> None:
+    assert verify(built["nvfp4"], option, tmp_path / ("a" * 5000)).exit_code == 2

@@ -1,0 +1,208 @@
+"""build-nvfp4 --device cuda: the CPU's bytes, whenever the device does its work; and what is said where it cannot.
+
+The pipeline runs on the CPU too, where a launch works at once or, as a GPU may, only when it is waited for. Where
+there is a GPU the same tests run on it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from faults import entries, refusal
+from support import Outcome, edit, run_mopt, tree
+from torch import Tensor
+
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.formats.tensor_bytes import quantize_nvfp4_rows
+from modelopt_convert.run.errors import BackendError
+from modelopt_convert.write import gpu as on_device
+from modelopt_convert.write.gpu import Gpu, Slot
+
+PACKED = "single_transformer_blocks.0.proj_out"
+SMALL = 6 * 64  # bytes of a chunk: whole blocks of every dtype, and no divisor of the weights
+
+
+class Late(Slot):
+    """Does nothing before it is waited for: what was read over in the meantime, or taken too early, is wrong."""
+
+    log: list[tuple[str, int]]
+    _work: Callable[[Tensor, Slot], None]
+
+    def launch(self, work: Callable[[Tensor, Slot], None], num_bytes: int) -> None:
+        self._work, self.num_bytes = work, num_bytes
+        self.log.append(("launch", id(self)))
+        for room in (self.codes, self.scales, self.largest):
+            room.numpy().fill(0xA5)
+
+    def wait(self) -> None:
+        self.log.append(("wait", id(self)))
+        super().launch(self._work, self.num_bytes)
+
+
+KINDS = ["at once", "late", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=KINDS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``--device cuda`` means."""
+    if request.param != "cuda":
+        monkeypatch.setattr(on_device, "open_gpu", lambda: Gpu(torch.device("cpu")))
+    if request.param == "late":
+        monkeypatch.setattr(Late, "log", [], raising=False)
+        monkeypatch.setattr(on_device, "Slot", Late)
+    return str(request.param)
+
+
+def quantize(base: Path, output: Path, *more: str | Path) -> Outcome:
+    return run_mopt("build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", output, *more)
+
+
+def widened(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor.float() * 1.003).to(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_file_is_the_cpus(
+    exports: Path, tmp_path: Path, gpu: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """With a last chunk that is not whole, slots used for one weight after another, and by one and several workers."""
+    base = edit(exports / "base", tmp_path / "base", widened(dtype))
+    assert quantize(base, tmp_path / "cpu").exit_code == 0
+    for chunk_bytes, workers in ((SMALL, 1), (SMALL, 3), (on_device.CHUNK_BYTES, 2)):
+        monkeypatch.setattr(on_device, "CHUNK_BYTES", chunk_bytes)
+        out = tmp_path / f"{chunk_bytes}-{workers}"
+        outcome = quantize(base, out, "--device", "cuda", "--workers", str(workers))
+        assert outcome.exit_code == 0 and outcome.report is not None
+        assert tree(out) == tree(tmp_path / "cpu")
+        assert outcome.report["device"] == (torch.cuda.get_device_name() if gpu == "cuda" else "cpu")
+        assert (outcome.report["peak_gpu_bytes"] > 0) == (gpu == "cuda")
+
+
+def test_the_next_chunk_is_under_way_before_one_is_waited_for(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Late, "log", [], raising=False)
+    monkeypatch.setattr(on_device, "Slot", Late)
+    monkeypatch.setattr(on_device, "CHUNK_BYTES", SMALL)
+    reading = CheckpointReader.read_into
+
+    def noted(self: CheckpointReader, name: str, begin: int, target: memoryview) -> None:
+        Late.log.append(("read", begin))
+        reading(self, name, begin, target)
+
+    monkeypatch.setattr(CheckpointReader, "read_into", noted)
+    device = Gpu(torch.device("cpu"))
+    with CheckpointReader(exports / "base/transformer") as reader:
+        info = reader.tensors[f"{PACKED}.weight"]
+        pieces = [(bytes(codes), bytes(scales)) for codes, scales in device.quantized(reader, info, 3e-5)]
+        expected = quantize_nvfp4_rows(reader.read(info.name), info.dtype, info.shape[1], 3e-5)
+    assert len(pieces) > 4 and len({len(codes) for codes, _ in pieces}) == 2
+    assert b"".join(codes for codes, _ in pieces) == bytes(expected[0])
+    assert b"".join(scales for _, scales in pieces) == bytes(expected[1])
+    first, second = dict.fromkeys(slot for what, slot in Late.log if what == "launch")
+    assert Late.log[:8] == [
+        ("read", 0), ("launch", first), ("read", SMALL), ("launch", second), ("wait", first),
+        ("read", 2 * SMALL), ("launch", first), ("wait", second),
+    ]  # fmt: skip
+
+
+def test_the_error_is_the_cpus(exports: Path, room: Path, gpu: str) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{PACKED}.weight"].view(-1)[-1] = float("nan")
+
+    base = edit(exports / "base", room / "base", damage)
+    here = quantize(base, room / "out")
+    there = refusal(
+        lambda: quantize(base, room / "out", "--device", "cuda"), room, code="base.not_finite", names=(PACKED,)
+    )
+    assert here.message == there.message
+
+
+@pytest.mark.parametrize("launches", [0, 1, 40])
+def test_a_gpu_that_fails_leaves_out_as_it_was(
+    exports: Path, room: Path, monkeypatch: pytest.MonkeyPatch, launches: int
+) -> None:
+    """Once while the base is measured, and once while a shard is half written."""
+    monkeypatch.setattr(on_device, "open_gpu", lambda: Gpu(torch.device("cpu")))
+    assert quantize(exports / "base", room / "out").exit_code == 0
+    working, left = Slot.launch, launches
+
+    def failing(self: Slot, work: Callable[[Tensor, Slot], None], num_bytes: int) -> None:
+        def full(given: Tensor, slot: Slot) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB.\nSee documentation")
+            work(given, slot)
+
+        working(self, full, num_bytes)
+
+    monkeypatch.setattr(Slot, "launch", failing)
+    outcome = refusal(
+        lambda: quantize(exports / "base", room / "out", "--device", "cuda", "--overwrite"),
+        room,
+        code="device.failed",
+        names=("CUDA out of memory. Tried to allocate 32.00 MiB.",),
+        hint="--workers",
+        exit_code=7,
+    )
+    assert "See documentation" not in outcome.message
+
+
+def test_without_a_gpu_nothing_is_read(exports: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("read_into", "buffered", "read_range"):
+        monkeypatch.setattr(CheckpointReader, name, None)
+    arguments = (exports / "base", room / "out", "--device", "cuda")
+    refusal(lambda: quantize(*arguments), room, code="device.none", names=("GPU",), hint="--device", exit_code=6)
+    assert quantize(*arguments, "--dry-run").exit_code == 0  # the plan is the same on any machine
+    assert entries(room) == {}
+
+
+def test_people_are_told(exports: Path, tmp_path: Path, gpu: str) -> None:
+    arguments = ("--preset", "flux1-dev", "--base", exports / "base", "--output", tmp_path / "out", "--device", "cuda")
+    outcome = run_mopt("build-nvfp4", *arguments, json_report=False)
+    name = torch.cuda.get_device_name() if gpu == "cuda" else "cpu"
+    assert outcome.exit_code == 0 and f"quantized on {name}, with " in outcome.stdout
+
+
+@pytest.mark.parametrize("more", [["--export", "E"], ["--export", "E", "--dry-run"]])
+def test_with_an_export_there_is_nothing_to_quantize(more: list[str]) -> None:
+    outcome = run_mopt("build-nvfp4", "--base", "B", "--output", "O", "--device", "cuda", *more, json_report=False)
+    assert outcome.exit_code == 2 and "--device" in outcome.stderr and "--export" in outcome.stderr
+
+
+@pytest.mark.parametrize("fault", ["reciprocal", "one code"])
+def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    device = Gpu(torch.device("cpu"))
+    device.check()
+
+    def damaged(dtype: str, scale: float) -> Callable[[Tensor, Slot], None]:
+        del dtype
+
+        def work(given: Tensor, slot: Slot) -> None:
+            blocks = given.view(torch.bfloat16).view(-1, 16)
+            if fault == "reciprocal":  # what torch does on a GPU with a divisor that lies on the CPU
+                blocks = blocks.float()
+                divisor = torch.tensor(6.0, dtype=torch.float32) * torch.tensor(scale)
+                amax = blocks.abs().amax(-1, keepdim=True) * divisor.reciprocal()
+                scales = amax.masked_fill(amax == 0, 1.0).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+                packed, _ = quantize_nvfp4(blocks, torch.tensor(scale))
+            else:
+                packed, scales = quantize_nvfp4(blocks, torch.tensor(scale))
+                packed[-1, -1] ^= 1
+            slot.codes[: packed.numel()] = packed.reshape(-1)
+            slot.scales[: scales.numel()] = scales.view(torch.uint8).reshape(-1)
+
+        return work
+
+    monkeypatch.setattr(on_device, "_quantizing", damaged)
+    with pytest.raises(BackendError, match="rounds otherwise") as caught:
+        device.check()
+    assert caught.value.code == "device.differs"

@@ -1,0 +1,137 @@
+"""Shards as tasks of a real Ray cluster, on this machine: the same output as on threads, whatever befalls a worker."""
+
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from root import ROOT
+from support import build, config_of, run_mopt, tree
+
+SMALL = ("--max-shard-size", "400kB")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """A cluster, and the environment in which it is found."""
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short path, for its sockets
+        environment = os.environ | {
+            "HOME": folder,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        environment.pop("RAY_ADDRESS", None)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "support" / "ray_cluster.py"), folder],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            assert select.select([process.stdout], [], [], 120)[0], "no cluster after two minutes"
+            yield environment | {"RAY_ADDRESS": process.stdout.readline().strip()}
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
+                process.stdout.close()
+
+
+def driver(*words: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "support" / "ray_driver.py"), *map(str, words)]
+
+
+def inputs(exports: Path) -> tuple[str, ...]:
+    return "--preset", "flux1-dev", "--export", str(exports / "nvfp4"), "--base", str(exports / "base")
+
+
+def test_a_killed_worker_changes_nothing(exports: Path, room: Path, cluster: dict[str, str], tmp_path: Path) -> None:
+    assert build(exports / "nvfp4", exports / "base", room / "threads", *SMALL).exit_code == 0
+    assert len(list((room / "threads").glob("*.safetensors"))) > 5
+    words = ("build-nvfp4", *inputs(exports), *SMALL, "--output", room / "ray", "--executor", "ray", "--json")
+    done = subprocess.run(driver("killed_once", tmp_path, *words), env=cluster, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path, size = (tmp_path / "killed").read_text().splitlines()
+    assert Path(path).parent.parent.name.startswith(".ray.mopt-stage-") and int(size) > 0
+    assert tree(room / "ray") == tree(room / "threads")
+    assert sorted(one.name for one in room.iterdir()) == ["ray", "threads"]
+    assert json.loads(done.stdout)["status"] == "ok" and done.stdout.count("\n") == 1
+
+
+def test_other_commands_and_what_goes_wrong(
+    exports: Path, room: Path, cluster: dict[str, str], tmp_path: Path, old: Path, good: Path
+) -> None:
+    base, out = exports / "base", room / "out"
+    quantize = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, *SMALL]
+    cast = ["convert-fp8", "--preset", "flux1-dev", "--export", old, "--checkpoint", good, "--base", base, *SMALL]
+    equal = {"quantize": quantize, "cast": cast, "swap": ["swap-nibbles", exports / "nvfp4_sharded" / "transformer"]}
+    for name, words in equal.items():
+        where = [room / f"{name}-threads"] if name == "swap" else ["--output", room / f"{name}-threads"]
+        assert run_mopt(*words, *where).exit_code == 0
+    touched = sorted((base / "transformer").glob("*.safetensors"))[0]
+    copied = tmp_path / "base"
+    subprocess.run(["cp", "-r", base, copied], check=True)
+    faults = {
+        # What is planted: exit code, code, and what the message names.
+        f"touched {copied / 'transformer' / touched.name}": (3, "input.changed", touched.name),
+        "other_version": (5, "executor.version", "0.0.0"),
+        "without_mopt": (5, "executor.version", "modelopt_convert"),
+        "unseen": (5, "executor.shared_filesystem", "stage"),
+        "lost": (5, "executor.shared_filesystem", "here are none"),
+        "full": (5, "storage.no_space", "there"),
+        "killed_always": (5, "executor.lost", "diffusion_pytorch_model"),
+        "buggy": (70, "internal", "ZeroDivisionError: there"),
+        "no_cluster": (5, "executor.no_cluster", "RAY_ADDRESS"),
+    }
+    failing = ["build-nvfp4", "--preset", "flux1-dev", "--base", copied, *SMALL, "--output", out]
+    jobs = [["none", [*words, *([] if name == "swap" else ["--output"]), room / name]] for name, words in equal.items()]
+    jobs += [[fault, failing] for fault in faults]
+    lines = [[fault, str(tmp_path), [*map(str, words), "--executor", "ray"]] for fault, words in jobs]
+    done = subprocess.run(driver("batch"), env=cluster, input=json.dumps(lines), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    for name, (exit_code, _, stderr) in zip(equal, outcomes, strict=False):
+        assert exit_code == 0, (name, stderr)
+        assert tree(room / name) == tree(room / f"{name}-threads")
+        assert config_of(room / name)
+    for (fault, (exit_code, code, named)), outcome in zip(faults.items(), outcomes[len(equal) :], strict=True):
+        assert outcome[0] == exit_code, (fault, outcome)
+        report = json.loads(outcome[1])
+        assert report["error"]["code"] == code, fault
+        assert named in report["error"]["message"] + str(report["error"]["hint"]), (fault, report["error"])
+        assert "Traceback" not in outcome[1] + outcome[2]
+    assert sorted(one.name for one in room.iterdir()) == sorted(
+        f"{name}{end}" for name in equal for end in ("", "-threads")
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_tasks_and_removes_the_stage(
+    exports: Path, room: Path, cluster: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    words = ("build-nvfp4", *inputs(exports), *SMALL, "--output", room / "out", "--executor", "ray")
+    with subprocess.Popen(driver("endless", tmp_path, *words), env=cluster, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("begun-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(300) == 128 + number
+    assert list(room.iterdir()) == []
+    pids = [one.name.removeprefix("begun-") for one in tmp_path.glob("begun-*")]
+    # Nobody writes into a stage that is being removed.
+    assert {pid: (tmp_path / f"ended-{pid}").read_text() for pid in pids} == dict.fromkeys(pids, "True")
