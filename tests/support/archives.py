@@ -1,5 +1,6 @@
 """Archives of torch that are hostile, or changed member by member."""
 
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
