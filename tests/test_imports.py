@@ -8,7 +8,7 @@ from root import ROOT
 PACKAGE = ROOT / "modelopt_convert"
 # From below to above: a room imports rooms before it, and its own.
 ROOMS = (
-    "run", "report", "formats", "checkpoint", "preset", "engines", "dialects", "plan", "proof", "stage", "write",
+    "run", "formats", "report", "checkpoint", "preset", "engines", "dialects", "plan", "proof", "stage", "write",
     "inspection", "verification", "commands", "api", "cli",
 )  # fmt: skip
 

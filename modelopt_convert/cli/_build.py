@@ -13,7 +13,7 @@ from modelopt_convert.cli._options import location
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output, ProgressBar
     from modelopt_convert.commands.build.command import BuildRequest
-    from modelopt_convert.formats.table import Algorithm
+    from modelopt_convert.formats.format import Algorithm
     from modelopt_convert.report.report import Report
     from modelopt_convert.write.executors import ExecutorName
 

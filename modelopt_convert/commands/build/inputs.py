@@ -11,7 +11,7 @@ from modelopt_convert.commands.accounting import note_input, timed, traffic_note
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.components import Component
 from modelopt_convert.dialects import ltx2
-from modelopt_convert.dialects.modelopt.fp8 import Amax
+from modelopt_convert.dialects.calibration import Amax
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.checkpoint.names import module_of
