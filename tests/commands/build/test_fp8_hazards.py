@@ -55,6 +55,7 @@ from fp8_support import (
     small_fp8_pair,
     two_weights,
 )
+from root import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import Tensors, build, config_of, copy, edit, load, same_bits, tree

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from faults import SHARD
-
+from root import ROOT
 
 # Makes old exports with a checkpoint, a small one first, and prints by how many MB a large one raises the peak.
 MEMORY = """

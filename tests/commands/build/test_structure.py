@@ -14,14 +14,14 @@ from faults import PACKED, REPLACED
 from safetensors.torch import load_file, save_file
 from support import Tensors, build, edit, run_mopt
 
-from modelopt_convert.commands.build import command as convert
-from modelopt_convert.commands import rewrite
-from modelopt_convert.commands.build.structure import check_structure
-from modelopt_convert.run.errors import InputError
 from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.commands import rewrite
+from modelopt_convert.commands.build import command as convert
+from modelopt_convert.commands.build.structure import check_structure
 from modelopt_convert.plan.plan import INDEX_NAME, BuildPlan
-from modelopt_convert.stage.shard_writer import ShardWriter
+from modelopt_convert.run.errors import InputError
 from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.shard_writer import ShardWriter
 
 Checked = tuple[Path, BuildPlan]
 PLAIN = "context_embedder"  # a Linear that is never packed
