@@ -156,7 +156,7 @@ RULES = (
         ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
     ),
     Mutant(
-        "commands/space.py",
+        "stage/space.py",
         "headers count",
         "build_header(shard.tensors, shard.metadata)[2]",
         "sum(spec.num_bytes for spec in shard.tensors)",

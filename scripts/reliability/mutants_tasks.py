@@ -28,7 +28,11 @@ TASKS = (
     ),
     Mutant("write/executors.py", "inputs on the Hub", 'if name == "ray" and far:', "if False:", (_ATTEMPT,)),
     Mutant(
-        "write/ray_cluster.py", "a file that the driver does not see", "if size != result.num_bytes:", "if False:", (_RAY,)
+        "write/ray_cluster.py",
+        "a file that the driver does not see",
+        "if size != result.num_bytes:",
+        "if False:",
+        (_RAY,),
     ),
     Mutant(
         "write/ray_cluster.py",
@@ -40,7 +44,11 @@ TASKS = (
     Mutant("stage/fsops.py", "a failing copy is an error", "if error.errno in _FAILED:", "if False:", (_SHARED,)),
     Mutant("stage/fsops.py", "blocks must lie alike", "if (source_offset - offset) % block:", "if False:", (_SHARED,)),
     Mutant(
-        "stage/shard_writer.py", "copies where blocks are shared", "is not None and self._shares:", "is not None:", (_SHARED,)
+        "stage/shard_writer.py",
+        "copies where blocks are shared",
+        "is not None and self._shares:",
+        "is not None:",
+        (_SHARED,),
     ),
     Mutant(
         "write/gpu.py",

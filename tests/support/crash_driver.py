@@ -19,7 +19,7 @@ from types import FrameType
 
 from modelopt_convert.checkpoint.header import TensorSpec, build_header
 from modelopt_convert.run.errors import ExitCode, Interrupted, MoptError, StorageError
-from modelopt_convert.stage import directory as staging
+from modelopt_convert.stage import directory
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.shard_writer import METADATA
 
@@ -78,8 +78,8 @@ def held_by(folder: Path) -> dict[str, bytes]:
     return held
 
 
-def fill(stage: staging.StagingDir, version: str, folders: Sequence[str] = ()) -> None:
-    """Write a version into a stage, as convert.py does."""
+def fill(stage: directory.StagingDir, version: str, folders: Sequence[str] = ()) -> None:
+    """Write a version into a stage, as a build does."""
     for folder in folders or [""]:
         prefix = f"{folder}/" if folder else ""
         if folder:
@@ -187,7 +187,7 @@ def main(words: list[str]) -> int:
     if "--pause" in switches:
         pause_before_removal()
     overwrite = "--no-overwrite" not in switches
-    stage = staging.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000)
+    stage = directory.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000)
     if "--wait" in switches:
         sys.stdin.read()  # all racers leave when the test closes the pipe
     told: dict[str, object] = {}
