@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay
-from staging_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish, record
+from stage_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish, record
 from tracing import driver, run
 
 from modelopt_convert.checkpoint.header import parse_header, read_header_length
 from modelopt_convert.run.errors import ExitCode, Interrupted, OutputRefusedError
-from modelopt_convert.stage import directory
-from modelopt_convert.stage import fsops
+from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.locks import file_system_of
 

@@ -19,8 +19,7 @@ from types import FrameType
 
 from modelopt_convert.checkpoint.header import TensorSpec, build_header
 from modelopt_convert.run.errors import ExitCode, Interrupted, MoptError, StorageError
-from modelopt_convert.stage import directory
-from modelopt_convert.stage import fsops
+from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.shard_writer import METADATA
 
 SHARD = "diffusion_pytorch_model.safetensors"

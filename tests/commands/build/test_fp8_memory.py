@@ -1,4 +1,4 @@
-"""Memory that convert-fp8 takes: neither the model nor the checkpoint is ever in it as a whole (hazard H21)."""
+"""Memory that convert-fp8 takes: neither the model nor the checkpoint is ever in it as a whole."""
 
 import json
 import os
