@@ -25,7 +25,7 @@ from bench_support import MAIN, RUNS, make_base, quantize, working_s
 CHUNKS = 40
 KERNELS = ("kernels that measure, launches included", "kernels that quantize, launches included")
 ONE_BY_ONE = f"""
-from modelopt_convert.on_device import Slot
+from modelopt_convert.write.gpu import Slot
 launch = Slot.launch
 def waited(self, work, num_bytes):
     launch(self, work, num_bytes)

@@ -29,7 +29,7 @@ app()
 """
 MAIN = "from modelopt_convert.cli import main; main()"
 # What inspect imports where it looks at packed weights, and nothing more.
-WITH_TORCH = "import modelopt_convert.cli._output, modelopt_convert.inspection, modelopt_convert.looks"
+WITH_TORCH = "import modelopt_convert.cli._output, modelopt_convert.inspection.module_bytes"
 _PEAK = """
 import atexit, sys
 from pathlib import Path

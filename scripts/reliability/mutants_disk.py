@@ -32,15 +32,15 @@ _DURABLE = f"{_GUARDS}test_one_thing_that_cannot_be_synced_is_enough"
 
 
 def _staging(what: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant("staging.py", what, old, new, tests)
+    return Mutant("stage/directory.py", what, old, new, tests)
 
 
 def _fsops(what: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant("fsops.py", what, old, new, tests)
+    return Mutant("stage/fsops.py", what, old, new, tests)
 
 
 def _shard(what: str, old: str, new: str) -> Mutant:
-    return Mutant("shard_writer.py", what, old, new, (_SHARD,))
+    return Mutant("stage/shard_writer.py", what, old, new, (_SHARD,))
 
 
 DISK = (
@@ -295,42 +295,42 @@ DISK = (
         f"{_GUARDS}test_a_c_library_without_renameat2",
     ),
     Mutant(
-        "locks.py",
+        "stage/locks.py",
         "locks are exclusive",
         "fcntl.LOCK_EX",
         "fcntl.LOCK_SH",
         (f"{_STAGING}test_while_one_run_writes_another_is_refused",),
     ),
     Mutant(
-        "locks.py",
+        "stage/locks.py",
         "a child process does not get the lock",
         "        fcntl.flock(fd,",
         "        os.set_inheritable(fd, True)\n        fcntl.flock(fd,",
         (f"{_GUARDS}test_a_child_process_does_not_keep_the_lock",),
     ),
     Mutant(
-        "locks.py",
+        "stage/locks.py",
         "no lock through a link",
         " | os.O_NOFOLLOW",
         "",
         (f"{_GUARDS}test_a_lock_is_never_taken_through_a_link",),
     ),
     Mutant(
-        "locks.py",
+        "stage/locks.py",
         "another user's stage is busy",
         "(FileNotFoundError, PermissionError)",
         "FileNotFoundError",
         (f"{_GUARDS}test_a_stage_of_another_user_is_busy",),
     ),
     Mutant(
-        "locks.py",
+        "stage/locks.py",
         "the path still names what was locked",
         "if (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):",
         "if True:",
         (f"{_STAGING}test_a_stage_swept_before_it_was_locked_is_made_again",),
     ),
     Mutant(
-        "locks.py",
+        "stage/locks.py",
         "the longest mount point counts",
         "len(mount.point.parts) >= best",
         "best < 0",

@@ -8,11 +8,11 @@ _CHECK = "commands/build/test_structure.py::"
 
 
 def _rules(what: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant("output_rules.py", what, old, new, tests or (_RULES,))
+    return Mutant("stage/output_rules.py", what, old, new, tests or (_RULES,))
 
 
 def _check(what: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant("check.py", what, old, new, tests)
+    return Mutant("commands/build/structure.py", what, old, new, tests)
 
 
 RULES = (
@@ -45,7 +45,7 @@ RULES = (
     _rules("parents of the input are compared", "out_chain[0] in source_chain or", "", f"{_MOUNTS}"),
     _rules("OUT in a part of an input, mounted", " or _lies_in(output, source)", "", _MOUNTS),
     _rules("OUT around an input, mounted", " or _lies_in(source, output)", "", _MOUNTS),
-    Mutant("mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
+    Mutant("stage/mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
     _check(
         "tensors as planned",
         "if planned.get(name) != written.get(name):",
@@ -114,56 +114,56 @@ RULES = (
         f"{_CHECK}test_another_key_in_the_config",
     ),
     Mutant(
-        "convert.py",
+        "commands/build/command.py",
         "inputs are compared before the swap",
         "                    reader.check_unchanged()\n",
         "                    pass\n",
         (f"{_CHECK}test_an_input_that_changed_meanwhile",),
     ),
     Mutant(
-        "convert.py",
+        "commands/build/command.py",
         "check.structure",
         "    if faults:\n",
         "    if False:\n",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
-        "rewrite.py",
+        "commands/rewrite.py",
         "check.structure",
         "    if found != planned:\n",
         "    if False:\n",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
-        "rewrite.py",
+        "commands/rewrite.py",
         "the source is compared before the swap",
         "        reader.check_unchanged()\n",
         "",
         (f"{_CHECK}test_a_source_that_changed_while_it_was_rewritten",),
     ),
     Mutant(
-        "rewrite.py",
+        "commands/rewrite.py",
         "the room is asked for",
         "        stage.check_space(",
         "        str(",
         ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
     ),
     Mutant(
-        "convert.py",
+        "commands/build/command.py",
         "the room is asked for",
         "need_bytes=need)",
         "need_bytes=0)",
         ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
     ),
     Mutant(
-        "space.py",
+        "stage/space.py",
         "headers count",
         "build_header(shard.tensors, shard.metadata)[2]",
         "sum(spec.num_bytes for spec in shard.tensors)",
         ("stage/test_space.py::test_headers_count_too",),
     ),
     Mutant(
-        "space.py",
+        "commands/space.py",
         "small files count",
         "        sizes += _lengths(files)\n",
         "",

@@ -9,7 +9,7 @@ _DEVICE = "write/test_gpu.py"
 
 
 def _attempt(what: str, old: str, new: str) -> Mutant:
-    return Mutant("shard_attempt.py", what, old, new, (_ATTEMPT,))
+    return Mutant("write/attempt.py", what, old, new, (_ATTEMPT,))
 
 
 TASKS = (
@@ -20,34 +20,42 @@ TASKS = (
     _attempt("a node that does not see the stage", "if not room.is_dir():", "if False:"),
     _attempt("a node that does not see an input", 'if error.code != "input.missing":', "if True:"),
     Mutant(
-        "local_file.py",
+        "checkpoint/local_file.py",
         "a task reads the planned files",
         "if state not in (None, self.state):",
         "if False:",
         (_ATTEMPT,),
     ),
-    Mutant("executors.py", "inputs on the Hub", 'if name == "ray" and far:', "if False:", (_ATTEMPT,)),
+    Mutant("write/executors.py", "inputs on the Hub", 'if name == "ray" and far:', "if False:", (_ATTEMPT,)),
     Mutant(
-        "ray_executor.py", "a file that the driver does not see", "if size != result.num_bytes:", "if False:", (_RAY,)
+        "write/ray_cluster.py",
+        "a file that the driver does not see",
+        "if size != result.num_bytes:",
+        "if False:",
+        (_RAY,),
     ),
     Mutant(
-        "ray_executor.py",
+        "write/ray_cluster.py",
         "what dead attempts left is removed",
         "    fsops.remove_tree(stage.path / ATTEMPTS)\n",
         "",
         ("write/test_ray_cluster.py::test_a_killed_worker_changes_nothing",),
     ),
-    Mutant("fsops.py", "a failing copy is an error", "if error.errno in _FAILED:", "if False:", (_SHARED,)),
-    Mutant("fsops.py", "blocks must lie alike", "if (source_offset - offset) % block:", "if False:", (_SHARED,)),
+    Mutant("stage/fsops.py", "a failing copy is an error", "if error.errno in _FAILED:", "if False:", (_SHARED,)),
+    Mutant("stage/fsops.py", "blocks must lie alike", "if (source_offset - offset) % block:", "if False:", (_SHARED,)),
     Mutant(
-        "shard_writer.py", "copies where blocks are shared", "is not None and self._shares:", "is not None:", (_SHARED,)
+        "stage/shard_writer.py",
+        "copies where blocks are shared",
+        "is not None and self._shares:",
+        "is not None:",
+        (_SHARED,),
     ),
     Mutant(
-        "on_device.py",
+        "write/gpu.py",
         "a GPU that rounds otherwise",
         "            if not (\n",
         "            if False and not (\n",
         (_DEVICE,),
     ),
-    Mutant("on_device.py", "a chunk is waited for", "                    launched.wait()\n", "", (_DEVICE,)),
+    Mutant("write/gpu.py", "a chunk is waited for", "                    launched.wait()\n", "", (_DEVICE,)),
 )

@@ -12,7 +12,7 @@ from faults import PACKED
 from figures import note
 from support import Outcome, Tensors, edit, run_mopt
 
-from modelopt_convert.commands.build import command as convert
+from modelopt_convert.commands.build import command as build_command
 from modelopt_convert.run.errors import ExitCode
 from modelopt_convert.verification.levels import kernels
 
@@ -33,12 +33,12 @@ def broken_kernel(patch: pytest.MonkeyPatch) -> None:
 
 
 def bug(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(convert, "plan_mixed", None)
+    patch.setattr(build_command, "plan_mixed", None)
 
 
 def stopped_by(number: signal.Signals) -> Patch:
     def patched(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(convert, "plan_mixed", lambda *_words, **_more: os.kill(os.getpid(), number))
+        patch.setattr(build_command, "plan_mixed", lambda *_words, **_more: os.kill(os.getpid(), number))
 
     return patched
 

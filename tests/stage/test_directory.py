@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay
-from staging_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish, record
+from stage_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish, record
 from tracing import driver, run
 
 from modelopt_convert.checkpoint.header import parse_header, read_header_length
 from modelopt_convert.run.errors import ExitCode, Interrupted, OutputRefusedError
-from modelopt_convert.stage import directory as staging
-from modelopt_convert.stage import fsops
+from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.locks import file_system_of
 
@@ -163,14 +162,14 @@ def test_a_failed_sync_keeps_the_dead_stage(out: Path, place: Path, monkeypatch:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     before(monkeypatch, "sync_dir", fail)
-    with pytest.raises(staging.StorageError):
+    with pytest.raises(directory.StorageError):
         publish(out)
     assert (held_by(out), held_by(place / LEFT)) == (OLD, files_of("another"))
 
 
 def test_where_locks_prove_nothing_nothing_is_swept(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(place / LEFT, "another")
-    monkeypatch.setattr(staging, "file_system_of", lambda _path: "nfs4")
+    monkeypatch.setattr(directory, "file_system_of", lambda _path: "nfs4")
     with pytest.raises(OutputRefusedError) as refused:
         publish(out)
     assert refused.value.code == "output.busy"

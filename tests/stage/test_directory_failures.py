@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay, refuse_with, stop
-from staging_support import Calls, before, forbid_renameat2, litter, prepare, publish, record
+from stage_support import Calls, before, forbid_renameat2, litter, prepare, publish, record
 
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage import fsops

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
-from staging_support import LEFT, before, litter, locked, prepare, publish
+from stage_support import LEFT, before, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
 from modelopt_convert.stage import directory as staging

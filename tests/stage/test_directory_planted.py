@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay
-from staging_support import LEFT, SET_ASIDE, litter, prepare, publish
+from stage_support import LEFT, SET_ASIDE, litter, prepare, publish
 
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage.directory import StagingDir

@@ -9,8 +9,8 @@ from modelopt_convert.stage.mounts import Mount, Place, mount_table, place_of, p
 
 CHECK = """
 from crash_driver import lay
-from modelopt_convert import output_rules
-from modelopt_convert.errors import OutputRefusedError
+from modelopt_convert.stage import output_rules
+from modelopt_convert.run.errors import OutputRefusedError
 
 def told(output, *sources):
     try:

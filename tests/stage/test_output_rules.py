@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from crash_driver import files_of, held_by, lay
-from staging_support import publish
+from stage_support import publish
 
 from modelopt_convert.run.errors import ExitCode, OutputRefusedError
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, foreign_entry

@@ -19,7 +19,7 @@ from crash_driver import FOLDERS, lay, refuse_with
 from figures import note
 from fs_trace import PACKAGE, Event, Trace
 from powerloss_model import Disk, Entry, PowerLoss, found_in, lay_out, listing, read_disk, visible
-from staging_support import forbid_renameat2, publish
+from stage_support import forbid_renameat2, publish
 
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
 from modelopt_convert.stage import fsops

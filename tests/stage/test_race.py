@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from crash_driver import SHARD, files_of, held_by, lay
 from figures import note
-from staging_support import litter, publish
+from stage_support import litter, publish
 from tracing import ENVIRONMENT, Ended, driver, run, told_in
 
 from modelopt_convert.run.errors import OutputRefusedError

@@ -12,8 +12,8 @@ from own_mounts import in_own_mounts
 
 HEAD = """
 from crash_driver import files_of, fill, held_by, lay
-from modelopt_convert.errors import MoptError
-from modelopt_convert.staging import StagingDir
+from modelopt_convert.run.errors import MoptError
+from modelopt_convert.stage.directory import StagingDir
 
 VERSIONS = {name: files_of(name) for name in ("old", "new")}
 place = top / "place"

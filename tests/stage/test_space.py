@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from crash_driver import files_of, held_by, lay
 from faults import PACKED, entries
-from staging_support import LEFT, SET_ASIDE, locked
+from stage_support import LEFT, SET_ASIDE, locked
 from support import Outcome, Tensors, copy, edit, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader

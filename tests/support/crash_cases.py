@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from crash_driver import FOLDERS, files_of, held_by, lay
-from staging_support import forbid_renameat2, publish
+from stage_support import forbid_renameat2, publish
 from tracing import Call, Ended, calls_under, driver, run
 
 from modelopt_convert.run.errors import MoptError

@@ -19,8 +19,7 @@ from types import FrameType
 
 from modelopt_convert.checkpoint.header import TensorSpec, build_header
 from modelopt_convert.run.errors import ExitCode, Interrupted, MoptError, StorageError
-from modelopt_convert.stage import directory as staging
-from modelopt_convert.stage import fsops
+from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.shard_writer import METADATA
 
 SHARD = "diffusion_pytorch_model.safetensors"
@@ -78,8 +77,8 @@ def held_by(folder: Path) -> dict[str, bytes]:
     return held
 
 
-def fill(stage: staging.StagingDir, version: str, folders: Sequence[str] = ()) -> None:
-    """Write a version into a stage, as convert.py does."""
+def fill(stage: directory.StagingDir, version: str, folders: Sequence[str] = ()) -> None:
+    """Write a version into a stage, as a build does."""
     for folder in folders or [""]:
         prefix = f"{folder}/" if folder else ""
         if folder:
@@ -187,7 +186,7 @@ def main(words: list[str]) -> int:
     if "--pause" in switches:
         pause_before_removal()
     overwrite = "--no-overwrite" not in switches
-    stage = staging.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000)
+    stage = directory.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000)
     if "--wait" in switches:
         sys.stdin.read()  # all racers leave when the test closes the pipe
     told: dict[str, object] = {}

@@ -28,7 +28,7 @@ from modelopt_convert.write import ray_cluster as ray_executor
 def killed_once(folder: Path, version: str, packed: bytes) -> Any:
     """The first worker to have written the first tensor of a shard dies, by the hand that cannot be caught."""
     from modelopt_convert.stage import shard_writer
-    from modelopt_convert.write import attempt as shard_attempt
+    from modelopt_convert.write import attempt
 
     write = shard_writer.ShardWriter.write
 
@@ -42,7 +42,7 @@ def killed_once(folder: Path, version: str, packed: bytes) -> Any:
 
     shard_writer.ShardWriter.write = half
     try:
-        return shard_attempt.attempt_packed(version, packed)
+        return attempt.attempt_packed(version, packed)
     finally:
         shard_writer.ShardWriter.write = write
 
@@ -67,18 +67,18 @@ def endless(folder: Path, version: str, packed: bytes) -> Any:
 
 def unseen(folder: Path, version: str, packed: bytes) -> Any:
     """A node on which the stage is not what the driver made."""
-    from modelopt_convert.write import attempt as shard_attempt
+    from modelopt_convert.write import attempt
 
-    with mock.patch.object(shard_attempt, "ATTEMPTS", "elsewhere"):
-        return shard_attempt.attempt_packed(version, packed)
+    with mock.patch.object(attempt, "ATTEMPTS", "elsewhere"):
+        return attempt.attempt_packed(version, packed)
 
 
 def lost(folder: Path, version: str, packed: bytes) -> Any:
     """A file that was written and cannot be seen by the driver."""
-    from modelopt_convert.write import attempt as shard_attempt
+    from modelopt_convert.write import attempt
 
-    result = shard_attempt.attempt_packed(version, packed)
-    job = shard_attempt.unpack(packed)
+    result = attempt.attempt_packed(version, packed)
+    job = attempt.unpack(packed)
     (job.stage / job.task.file).unlink()
     return result
 

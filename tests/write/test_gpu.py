@@ -17,7 +17,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
 from modelopt_convert.formats.tensor_bytes import quantize_nvfp4_rows
 from modelopt_convert.run.errors import BackendError
-from modelopt_convert.write import gpu as on_device
+from modelopt_convert.write import gpu as gpu_module
 from modelopt_convert.write.gpu import Gpu, Slot
 
 PACKED = "single_transformer_blocks.0.proj_out"
@@ -48,10 +48,10 @@ KINDS = ["at once", "late", *(["cuda"] if torch.cuda.is_available() else [])]
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What ``--device cuda`` means."""
     if request.param != "cuda":
-        monkeypatch.setattr(on_device, "open_gpu", lambda: Gpu(torch.device("cpu")))
+        monkeypatch.setattr(gpu_module, "open_gpu", lambda: Gpu(torch.device("cpu")))
     if request.param == "late":
         monkeypatch.setattr(Late, "log", [], raising=False)
-        monkeypatch.setattr(on_device, "Slot", Late)
+        monkeypatch.setattr(gpu_module, "Slot", Late)
     return str(request.param)
 
 
@@ -74,8 +74,8 @@ def test_every_file_is_the_cpus(
     """With a last chunk that is not whole, slots used for one weight after another, and by one and several workers."""
     base = edit(exports / "base", tmp_path / "base", widened(dtype))
     assert quantize(base, tmp_path / "cpu").exit_code == 0
-    for chunk_bytes, workers in ((SMALL, 1), (SMALL, 3), (on_device.CHUNK_BYTES, 2)):
-        monkeypatch.setattr(on_device, "CHUNK_BYTES", chunk_bytes)
+    for chunk_bytes, workers in ((SMALL, 1), (SMALL, 3), (gpu_module.CHUNK_BYTES, 2)):
+        monkeypatch.setattr(gpu_module, "CHUNK_BYTES", chunk_bytes)
         out = tmp_path / f"{chunk_bytes}-{workers}"
         outcome = quantize(base, out, "--device", "cuda", "--workers", str(workers))
         assert outcome.exit_code == 0 and outcome.report is not None
@@ -88,8 +88,8 @@ def test_the_next_chunk_is_under_way_before_one_is_waited_for(
     exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Late, "log", [], raising=False)
-    monkeypatch.setattr(on_device, "Slot", Late)
-    monkeypatch.setattr(on_device, "CHUNK_BYTES", SMALL)
+    monkeypatch.setattr(gpu_module, "Slot", Late)
+    monkeypatch.setattr(gpu_module, "CHUNK_BYTES", SMALL)
     reading = CheckpointReader.read_into
 
     def noted(self: CheckpointReader, name: str, begin: int, target: memoryview) -> None:
@@ -129,7 +129,7 @@ def test_a_gpu_that_fails_leaves_out_as_it_was(
     exports: Path, room: Path, monkeypatch: pytest.MonkeyPatch, launches: int
 ) -> None:
     """Once while the base is measured, and once while a shard is half written."""
-    monkeypatch.setattr(on_device, "open_gpu", lambda: Gpu(torch.device("cpu")))
+    monkeypatch.setattr(gpu_module, "open_gpu", lambda: Gpu(torch.device("cpu")))
     assert quantize(exports / "base", room / "out").exit_code == 0
     working, left = Slot.launch, launches
 
@@ -202,7 +202,7 @@ def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
 
         return work
 
-    monkeypatch.setattr(on_device, "_quantizing", damaged)
+    monkeypatch.setattr(gpu_module, "_quantizing", damaged)
     with pytest.raises(BackendError, match="rounds otherwise") as caught:
         device.check()
     assert caught.value.code == "device.differs"

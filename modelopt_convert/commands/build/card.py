@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
 from modelopt_convert.commands.build.error_table import error_table
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.preset.preset import ChosenPreset, Preset
 from modelopt_convert.report.report import QUANTIZED_HERE, ProofReport
-
 
 
 def _head(algorithm: Algorithm, chosen: ChosenPreset | None) -> list[str]:

@@ -11,33 +11,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modelopt_convert.commands.accounting import note_cost, publish, timed
-from modelopt_convert.commands.build.structure import check_structure, refuse_misread
 from modelopt_convert.checkpoint.components import COMPONENTS, resolve_components
-from modelopt_convert.run.errors import CheckFailedError, InputError
-from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
-from modelopt_convert.commands.build.downloads import note_fetch
-from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
-from modelopt_convert.commands.record import pipeline_files, small_files
-from modelopt_convert.commands.build.inputs import Opened, open_all
-from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
-from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
-from modelopt_convert.plan.plan import BuildPlan, Keeps
-from modelopt_convert.plan.from_export import plan_mixed
-from modelopt_convert.plan.from_base import plan_quantized, preset_required
-from modelopt_convert.formats.format import Algorithm
-from modelopt_convert.preset.preset import ChosenPreset, choose_preset, known_broken, load_preset
-from modelopt_convert.formats.layout import Layout
-from modelopt_convert.commands.build.proof import run_proof
-from modelopt_convert.commands.build.measurement import note_uncalibrated, run_measure, uncalibrated_line
-from modelopt_convert.report.report import ClippedReport, ProofReport, Report, RuleReport
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
+from modelopt_convert.commands.accounting import note_cost, publish, timed
+from modelopt_convert.commands.build.downloads import note_fetch
+from modelopt_convert.commands.build.inputs import Opened, open_all
+from modelopt_convert.commands.build.measurement import note_uncalibrated, run_measure, uncalibrated_line
+from modelopt_convert.commands.build.proof import run_proof
+from modelopt_convert.commands.build.structure import check_structure, refuse_misread
+from modelopt_convert.commands.record import pipeline_files, small_files
 from modelopt_convert.commands.space import build_bytes
-from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.plan.from_base import plan_quantized, preset_required
+from modelopt_convert.plan.from_export import plan_mixed
+from modelopt_convert.plan.plan import BuildPlan, Keeps
+from modelopt_convert.preset.preset import ChosenPreset, choose_preset, known_broken, load_preset
+from modelopt_convert.report.report import ClippedReport, ProofReport, Report, RuleReport
+from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.write.stream import Streamed, stream
 from modelopt_convert.run.workers import torch_on_one_thread
+from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
+from modelopt_convert.write.stream import Streamed, stream
 
 if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
@@ -349,9 +349,7 @@ def _lay_out(report: Report, part: Opened, plan: BuildPlan, layouts: Mapping[str
         (sum(one.scales == "128x4" for one in layouts.values()), "the scales in the 128x4 order"),
     ):
         if found:
-            report.warn(
-                "export.layout", f"{found} of {total} modules have {words}; written in the canonical layout"
-            )
+            report.warn("export.layout", f"{found} of {total} modules have {words}; written in the canonical layout")
     return plan
 
 

@@ -4,16 +4,16 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from modelopt_convert.commands.accounting import timed
-from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.readings import proof_readings
 from modelopt_convert.report.report import ClippedReport, ModuleReport, ProofReport, Report
+from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:
-    from modelopt_convert.proof.judgement import Judgement
     from modelopt_convert.proof.export import Proof
+    from modelopt_convert.proof.judgement import Judgement
 
 
 def run_proof(

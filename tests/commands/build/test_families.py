@@ -1,18 +1,17 @@
 """build-nvfp4 on real exports of every family with its preset, and what of the preset language FLUX.1 does not need."""
 
-from families import PRESETS, FAMILIES, allowed
 from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, PRESETS, allowed
 from support import build, config_of, load, same_bits
 
-from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import load_preset
 
 SINGLE_BLOCKS = {"single_transformer_blocks.0", "single_transformer_blocks.1"}
-
 
 
 WAN = """

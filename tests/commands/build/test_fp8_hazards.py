@@ -1,36 +1,23 @@
-"""The ways in which FP8 builders were seen to go wrong on real exports, by number: none of them happens here.
+"""What FP8 builders were seen to get wrong on real exports: none of it happens here.
 
-====  ==============================================  ===============================================================
-H     hazard                                          shown not to happen by
-====  ==============================================  ===============================================================
-H1    --overwrite deletes an input                    h1 here, the checkpoint's folder included
-H2    OUT is destroyed before the input is checked    h2 here; test_fp8_refusals: one_damaged_module_*
-H3    patterns that match nothing are silent          h3 here
-H4    base of another shape; F32 base not cast        h4 here
-H5    AWQ and SVDQuant taken for plain exports        test_fp8_refusals: a_module_that_is_not_plain_fp8_*
-H6    quant_algo matched as a substring               test_fp8_refusals: other_algorithms_*, a_real_nvfp4_export_*
-H7    no input_scale: everything goes to `ignore`     test_fp8_refusals: an_export_that_was_never_calibrated_*; h7 here
-H8    scales of backbone.pt replace the export's      test_fp8_checkpoint_pt: a_checkpoint_of_another_run_*
-H9    cast to FP8 without a clamp                     test_fp8_oracle: what_is_clipped_*; h9 here
-H10   all-zero layer: NaN codes under a scale of 0    h10 here
-H11   swizzled or padded scales                       NVFP4 only
-H12   F16 left beside BF16                            h12 here
-H13   stray files are copied, stray index is taken    h13 here
-H14   flat config under _quantization_metadata        h14 here
-H15   q, k, v packed in part                          h15 here
-H16   base lacks a tensor of a kept module            h16 here
-H17   no base: codes are left as weights              h17 here; test_fp8_ltx2: no_codes_are_left_*
-H18   transformer_2 silently left out                 h18 here; test_fp8_checkpoint_pt: a_folder_*
-H19   pattern characters act as regular expressions   h19 here
-H20   torch.load may execute what it reads            h20 here; test_fp8_checkpoint_pt
-H21   a whole .pt and a whole shard in memory         test_fp8_memory
-H22   `ignore` has one of two spellings               h22 here; test_fp8_families: ignore_is_complete_*
-H23   FLUX.2: the runtime swaps halves of norm_out    NVFP4 only
-H24   a failed export looks like a good one           h24 here
-H25   LTX-2 has no preset, no bias from the base      h25 here; test_fp8_ltx2: the_preset_is_chosen_*
-H26   names that do not overlap: nothing is replaced  h26 here
-H27   preset lacks proj_mlp                           h27 here
-====  ==============================================  ===============================================================
+What has its test elsewhere:
+
+- AWQ and SVDQuant taken for plain exports:
+  ``commands/build/test_fp8_refusals.py::test_a_module_that_is_not_plain_fp8_is_refused``
+- quant_algo matched as a substring: ``commands/build/test_fp8_refusals.py::test_other_algorithms_are_refused_by_name``
+- an NVFP4 export: ``commands/build/test_fp8_refusals.py::test_a_real_nvfp4_export_is_refused``
+- no input_scale: ``commands/build/test_fp8_refusals.py::test_an_export_that_was_never_calibrated_is_refused``
+- scales of a checkpoint replace the export's:
+  ``dialects/modelopt/test_amax_file.py::test_a_checkpoint_of_another_run_is_refused_with_both_values``
+- cast to FP8 without a clamp: ``commands/build/test_fp8_oracle.py::test_what_is_clipped_is_counted_and_measured``
+- codes without a scale: ``dialects/test_ltx2.py::test_no_codes_are_left_without_their_scale``
+- one of several checkpoints picked: ``checkpoint/test_torch_archive.py::test_a_folder_with_none_or_several_is_refused``
+- torch.load may execute what it reads: ``checkpoint/test_torch_archive.py::test_a_reduce_is_refused_and_never_runs``
+- a whole .pt in memory:
+  ``commands/build/test_fp8_memory.py::test_memory_does_not_grow_with_the_model_or_the_checkpoint``
+- `ignore` has one of two spellings:
+  ``commands/build/test_fp8_families.py::test_ignore_is_complete_on_disk_and_at_runtime``
+- LTX-2 has no preset: ``dialects/test_ltx2.py::test_the_preset_is_chosen_by_the_bases_class``
 """
 
 import ast
@@ -55,6 +42,7 @@ from fp8_support import (
     small_fp8_pair,
     two_weights,
 )
+from root import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import Tensors, build, config_of, copy, edit, load, same_bits, tree
@@ -63,7 +51,7 @@ QKV = tuple(f"transformer_blocks.1.attn.{leaf}" for leaf in ("to_q", "to_k", "to
 
 
 @pytest.mark.parametrize("which", ["export", "base", "checkpoint", "pipeline", "file of the checkpoint"])
-def test_h1_overwrite_never_deletes_an_input(which: str, fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_overwrite_never_deletes_an_input(which: str, fp8: Path, base: Path, tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline"
     export, other = copy(fp8, pipeline / "transformer"), copy(base, tmp_path / "base")
     checkpoint = copy(fp8, tmp_path / "ckpt")  # a checkpoint in its looks, so that --overwrite alone would allow it
@@ -83,7 +71,7 @@ def test_h1_overwrite_never_deletes_an_input(which: str, fp8: Path, base: Path, 
 
 
 @pytest.mark.parametrize("fault", ["nvfp4", "uncalibrated", "nan", "other base"])
-def test_h2_a_good_output_outlives_a_bad_input(fault: str, exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_good_output_outlives_a_bad_input(fault: str, exports: Path, base: Path, tmp_path: Path) -> None:
     assert convert(exports / "fp8", base, tmp_path / "out").exit_code == 0
     before = tree(tmp_path / "out")
     scale = {f"{PACKED}.weight_scale": torch.tensor(float("nan"))}
@@ -102,7 +90,7 @@ def test_h2_a_good_output_outlives_a_bad_input(fault: str, exports: Path, base: 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_h3_patterns_that_match_nothing_are_refused(fp8: Path, families: Path, base: Path, tmp_path: Path) -> None:
+def test_patterns_that_match_nothing_are_refused(fp8: Path, families: Path, base: Path, tmp_path: Path) -> None:
     typo = "single_transformer_blocks.*.proj_mpl"
     for beside in (base, None):
         refused(
@@ -113,7 +101,7 @@ def test_h3_patterns_that_match_nothing_are_refused(fp8: Path, families: Path, b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_h4_a_base_in_another_float_is_cast_to_bf16(dtype: torch.dtype, fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_a_base_in_another_float_is_cast_to_bf16(dtype: torch.dtype, fp8: Path, base: Path, tmp_path: Path) -> None:
     def widen(tensors: Tensors) -> None:
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(dtype).to(torch.bfloat16).to(dtype)
@@ -137,20 +125,20 @@ def test_h4_a_base_in_another_float_is_cast_to_bf16(dtype: torch.dtype, fp8: Pat
 
 
 @pytest.mark.parametrize("module", [PACKED, REPLACED])
-def test_h4_a_base_of_another_shape_is_refused(module: str, fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_shape_is_refused(module: str, fp8: Path, base: Path, tmp_path: Path) -> None:
     shape = {f"{module}.weight": torch.zeros(192, 32)}
     other = edit(base, tmp_path / "base", lambda tensors: tensors.update(shape))
     refused(fp8, other, tmp_path, code="base.shape", names=(f"{module}.weight", "[192, 32]"))
 
 
-def test_h7_what_was_quantized_is_never_listed_as_ignored(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_what_was_quantized_is_never_listed_as_ignored(fp8: Path, base: Path, tmp_path: Path) -> None:
     assert convert(fp8, base, tmp_path / "out").exit_code == 0
     packed = packed_modules(load(tmp_path / "out"))
     assert len(packed) == 24
     assert not packed & set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
 
 
-def test_h9_no_code_of_an_output_is_nan(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_no_code_of_an_output_is_nan(fp8: Path, base: Path, tmp_path: Path) -> None:
     old = old_export(fp8, tmp_path / "old")
     assert convert(old, base, tmp_path / "out", "--checkpoint", checkpoint_of(fp8)).exit_code == 0
     for name, tensor in load(tmp_path / "out").items():
@@ -158,7 +146,7 @@ def test_h9_no_code_of_an_output_is_nan(fp8: Path, base: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_h10_an_all_zero_layer_is_refused_and_the_hint_helps(with_base: bool, tmp_path: Path) -> None:
+def test_an_all_zero_layer_is_refused_and_the_hint_helps(with_base: bool, tmp_path: Path) -> None:
     """What ModelOpt's arithmetic makes of it: NaN codes under a scale of zero."""
     zero = torch.zeros(64, 96, dtype=torch.bfloat16)
     codes = modelopt_cast(zero, torch.tensor(0.0))
@@ -175,7 +163,7 @@ def test_h10_an_all_zero_layer_is_refused_and_the_hint_helps(with_base: bool, tm
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_h12_no_f16_is_left(with_base: bool, exports: Path, base: Path, tmp_path: Path) -> None:
+def test_no_f16_is_left(with_base: bool, exports: Path, base: Path, tmp_path: Path) -> None:
     """A BF16 weight beside an F16 bias in one module is what others make of ModelOpt's default dtype."""
     outcome = convert(exports / "fp8_fp16", base if with_base else None, tmp_path / "out")
     assert outcome.exit_code == 0, outcome.stderr
@@ -184,7 +172,7 @@ def test_h12_no_f16_is_left(with_base: bool, exports: Path, base: Path, tmp_path
     assert {tensor.dtype for name, tensor in out.items() if name.endswith(".bias")} == {torch.bfloat16}
 
 
-def test_h13_stray_files_are_neither_read_nor_copied(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_stray_files_are_neither_read_nor_copied(fp8: Path, base: Path, tmp_path: Path) -> None:
     export = copy(fp8, tmp_path / "export")
     for name in ("hf_quant_config.json", "pytorch_model.bin", "modelopt_state.pth", "transformer.pt", "backbone.pt"):
         (export / name).write_text('{"quantization": {"quant_algo": "NVFP4", "exclude_modules": []}}')
@@ -200,7 +188,7 @@ def test_h13_stray_files_are_neither_read_nor_copied(fp8: Path, base: Path, tmp_
     assert outcome.exit_code == 3 and not (tmp_path / "third").exists()
 
 
-def test_h14_there_is_no_quantization_metadata(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_there_is_no_quantization_metadata(fp8: Path, base: Path, tmp_path: Path) -> None:
     export = copy(fp8, tmp_path / "export")
     layers = {"format_version": "1.0", "layers": {REPLACED: {"format": "fp8"}}}
     save_file(load(export), export / SHARD, {"format": "pt", "_quantization_metadata": json.dumps(layers)})
@@ -210,14 +198,14 @@ def test_h14_there_is_no_quantization_metadata(fp8: Path, base: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_h15_a_fused_group_kept_in_part_is_refused(with_base: bool, fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_a_fused_group_kept_in_part_is_refused(with_base: bool, fp8: Path, base: Path, tmp_path: Path) -> None:
     beside = base if with_base else None
     refused(
         fp8, beside, tmp_path, "--keep-bf16", QKV[1], code="preset.fused_group", names=(", ".join(QKV),), hint=QKV[0]
     )
 
 
-def test_h15_a_group_that_the_export_packed_in_part_is_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_a_group_that_the_export_packed_in_part_is_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
     weight = load(base / "transformer")[f"{QKV[1]}.weight"]
 
     def unpack(tensors: Tensors) -> None:
@@ -230,7 +218,7 @@ def test_h15_a_group_that_the_export_packed_in_part_is_refused(fp8: Path, base: 
 
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
 @pytest.mark.parametrize("module", [PACKED, REPLACED])
-def test_h16_a_tensor_missing_from_the_base_is_refused(
+def test_a_tensor_missing_from_the_base_is_refused(
     module: str, leaf: str, fp8: Path, base: Path, tmp_path: Path
 ) -> None:
     other = edit(base, tmp_path / "base", lambda tensors: tensors.pop(f"{module}.{leaf}"))
@@ -238,7 +226,7 @@ def test_h16_a_tensor_missing_from_the_base_is_refused(
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_h17_codes_never_go_without_their_scales(with_base: bool, fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_codes_never_go_without_their_scales(with_base: bool, fp8: Path, base: Path, tmp_path: Path) -> None:
     outcome = convert(fp8, base if with_base else None, tmp_path / "out", "--keep-bf16", PACKED)
     assert outcome.exit_code == 0, outcome.stderr
     out = load(tmp_path / "out")
@@ -250,7 +238,7 @@ def test_h17_codes_never_go_without_their_scales(with_base: bool, fp8: Path, bas
     assert {name.rpartition(".")[0] for name in out if name.endswith("_scale")} == packed
 
 
-def test_h18_neither_of_two_transformers_is_left_out(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_neither_of_two_transformers_is_left_out(exports: Path, base: Path, tmp_path: Path) -> None:
     """Other builders take the first."""
     export, other = tmp_path / "export", tmp_path / "base"
     for name, variant in (("transformer", "fp8"), ("transformer_2", "fp8_trained")):
@@ -277,13 +265,13 @@ def test_h18_neither_of_two_transformers_is_left_out(exports: Path, base: Path, 
         (".*", "preset.pattern"),
     ],
 )
-def test_h19_pattern_characters_are_no_regular_expressions(
+def test_pattern_characters_are_no_regular_expressions(
     pattern: str, code: str, fp8: Path, base: Path, tmp_path: Path
 ) -> None:
     refused(fp8, base, tmp_path, "--keep-bf16", pattern, code=code, names=(repr(pattern),))
 
 
-def test_h20_the_package_unpickles_in_one_place_and_only_weights() -> None:
+def test_the_package_unpickles_in_one_place_and_only_weights() -> None:
     calls = []
     for path in sorted((ROOT / "modelopt_convert").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -299,7 +287,7 @@ def test_h20_the_package_unpickles_in_one_place_and_only_weights() -> None:
     assert given["weights_only"] == "True" and given["mmap"] == "True"
 
 
-def test_h20_no_pickle_is_opened_unless_it_is_named(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_no_pickle_is_opened_unless_it_is_named(fp8: Path, base: Path, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (tmp_path / "fired",)
@@ -313,7 +301,7 @@ def test_h20_no_pickle_is_opened_unless_it_is_named(fp8: Path, base: Path, tmp_p
     assert (tmp_path / "fired").exists()  # the bomb is a real one
 
 
-def test_h22_ignore_has_both_spellings(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_ignore_has_both_spellings(fp8: Path, base: Path, tmp_path: Path) -> None:
     """Other builders list FLUX.1's ff layers under the last of their names alone, which holds at one TP size."""
     assert convert(fp8, base, tmp_path / "out").exit_code == 0
     ignore = set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
@@ -322,7 +310,7 @@ def test_h22_ignore_has_both_spellings(fp8: Path, base: Path, tmp_path: Path) ->
             assert f"transformer_blocks.{block}.{name}" in ignore
 
 
-def test_h24_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
     export = copy(exports / "fp8_sharded", tmp_path / "export")
     config = config_of(export)
     del config["quantization_config"]
@@ -335,7 +323,7 @@ def test_h24_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Pat
     refused(other, base, tmp_path, code="input.missing", names=(str(other), shard))
 
 
-def test_h25_the_bias_of_a_replaced_module_is_the_bases_too(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_the_bias_of_a_replaced_module_is_the_bases_too(fp8: Path, base: Path, tmp_path: Path) -> None:
     export = edit(fp8, tmp_path / "export", lambda tensors: tensors[f"{REPLACED}.bias"].add_(1.0))
     assert convert(export, base, tmp_path / "out").exit_code == 0
     out, expected = load(tmp_path / "out"), load(base / "transformer")
@@ -343,7 +331,7 @@ def test_h25_the_bias_of_a_replaced_module_is_the_bases_too(fp8: Path, base: Pat
     assert {name for name in out if name.endswith(".bias")} == {name for name in expected if name.endswith(".bias")}
 
 
-def test_h26_names_that_do_not_overlap_are_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_names_that_do_not_overlap_are_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
     def prefix(tensors: Tensors) -> None:
         renamed = {f"velocity_model.{name}": tensor for name, tensor in tensors.items()}
         tensors.clear()
@@ -355,7 +343,7 @@ def test_h26_names_that_do_not_overlap_are_refused(fp8: Path, base: Path, tmp_pa
     assert (outcome.exit_code, outcome.error_code) == (3, "preset.no_match"), outcome.stderr
 
 
-def test_h27_the_fp8_set_of_flux1_keeps_proj_mlp(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_the_fp8_set_of_flux1_keeps_proj_mlp(fp8: Path, base: Path, tmp_path: Path) -> None:
     assert convert(fp8, base, tmp_path / "out").exit_code == 0
     packed = packed_modules(load(tmp_path / "out"))
     assert not [module for module in packed if module.endswith("proj_mlp")]

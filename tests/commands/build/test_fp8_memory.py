@@ -1,4 +1,4 @@
-"""Memory that convert-fp8 takes: neither the model nor the checkpoint is ever in it as a whole (hazard H21)."""
+"""Memory that convert-fp8 takes: neither the model nor the checkpoint is ever in it as a whole."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from faults import SHARD
-
+from root import ROOT
 
 # Makes old exports with a checkpoint, a small one first, and prints by how many MB a large one raises the peak.
 MEMORY = """

@@ -22,9 +22,9 @@ from fp8_support import (
     two_weights,
     warnings_of,
 )
+from root import ROOT
 from support import Tensors, copy, edit, load, same_bits, tree
 
-from root import ROOT
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
 
 # Every other algorithm that ModelOpt exports diffusion transformers with, and a word of why it is not for us.

@@ -1,38 +1,29 @@
-"""The 27 ways in which other builders were seen to go wrong on real exports: none of them happens here.
+"""What other builders were seen to get wrong on real exports: none of it happens here.
 
-====  ==============================================  ===============================================================
-H     hazard                                          shown not to happen by
-====  ==============================================  ===============================================================
-H1    --overwrite deletes an input                    test_refusals_output: out_may_not_be_in_or_around_an_input
-H2    OUT is destroyed before the input is checked    test_refusals_output: a_good_out_outlives_a_bad_input
-H3    patterns that match nothing are silent          test_refusals_patterns: a_typo_*, the_preset_of_another_model_*
-H4    base of another shape; F32 base not cast        test_refusals_base: a_base_of_another_shape_*; h4 here
-H5    AWQ and SVDQuant taken for plain NVFP4          test_refusals_export: what_awq_and_svdquant_leave_*;
-                                                      test_refusals_base: many_unquantized_tensors_that_differ_*
-H6    quant_algo matched as a substring               test_refusals_export: other_algorithms_*, only_exactly_nvfp4_*
-H7    no input_scale: the runtime assumes 1           test_refusals_scales: a_layer_never_calibrated_is_refused
-H8    scales of backbone.pt replace the export's      h8 here: no .pt is read (backbone.pt itself: FP8 only)
-H9    cast to FP8 without a clamp                     FP8 only
-H10   all-zero layer: NaN scales pass                 test_refusals_scales: an_all_zero_layer_*; h10 here
-H11   swizzled or padded scales read as linear        test_refusals_proof: other_layouts_are_put_in_order_and_said;
-                                                      test_refusals_export: swizzled_scales_with_padding_*
-H12   F16 left beside BF16                            h12 here
-H13   stray files are copied, stray index is taken    h13 here
-H14   flat config under _quantization_metadata        h14 here
-H15   q, k, v packed in part                          test_refusals_patterns: a_fused_group_*
-H16   base lacks a tensor of a kept module            test_refusals_base: a_tensor_missing_from_the_base_is_refused
-H17   no base: codes are left as weights              test_refusals_output: usage_errors_* (--base is required)
-H18   transformer_2 silently left out                 test_refusals_base: a_pipeline_with_two_transformers_*
-H19   pattern characters act as regular expressions   test_refusals_patterns: metacharacters_are_refused_or_literal
-H20   torch.load may execute what it reads            h20 here
-H21   a whole shard, and all of the base, in memory   h21 here
-H22   `ignore` has one of two spellings               h22 here
-H23   FLUX.2: the runtime swaps halves of norm_out    FLUX.2 only: there is no preset for it
-H24   a failed export looks like a good one           h24 here
-H25   no preset, no bias from the base                h25 here; test_refusals_patterns: a_model_that_no_preset_fits_*
-H26   names that do not overlap: nothing is replaced  test_refusals_base: a_module_that_no_base_tensor_shares_*
-H27   preset lacks proj_mlp                           h27 here
-====  ==============================================  ===============================================================
+What has its test elsewhere:
+
+- OUT lies in an input: ``stage/test_refusals.py::test_out_may_not_be_in_or_around_an_input``
+- OUT is destroyed before the input is checked: ``stage/test_refusals.py::test_a_good_out_outlives_a_bad_input``
+- patterns that match nothing are silent:
+  ``plan/test_refusals_patterns.py::test_a_typo_is_refused_with_the_nearest_names``
+- a preset of another model: ``plan/test_refusals_patterns.py::test_the_preset_of_another_model_is_refused``
+- a base of another shape: ``plan/test_refusals_base.py::test_a_base_of_another_shape_is_refused``
+- AWQ, SVDQuant taken for NVFP4: ``plan/test_refusals_export.py::test_what_awq_and_svdquant_leave_is_refused``
+- quant_algo matched as a substring: ``plan/test_refusals_export.py::test_only_exactly_nvfp4_is_accepted``
+- no input_scale, the runtime assumes 1: ``proof/test_refusals_scales.py::test_a_layer_never_calibrated_is_refused``
+- NaN scales pass: ``proof/test_refusals_scales.py::test_an_all_zero_layer_is_refused_and_the_hint_helps``
+- swizzled scales read as linear: ``proof/test_refusals.py::test_other_layouts_are_put_in_order_and_said``
+- padded scales read as linear: ``plan/test_refusals_export.py::test_swizzled_scales_with_padding_are_put_in_order``
+- q, k, v packed in part: ``plan/test_refusals_patterns.py::test_a_fused_group_kept_in_part_is_refused``
+- the base lacks a tensor of a kept module:
+  ``plan/test_refusals_base.py::test_a_tensor_missing_from_the_base_is_refused``
+- transformer_2 silently left out: ``plan/test_refusals_base.py::test_two_transformers_need_two_bases``
+- pattern characters act as regular expressions:
+  ``plan/test_refusals_patterns.py::test_metacharacters_are_refused_or_literal``
+- FLUX.2, halves of norm_out swapped:
+  ``commands/build/test_families.py::test_what_an_engine_is_known_to_break_is_refused``
+- no name overlaps, nothing is replaced:
+  ``plan/test_refusals_base.py::test_a_module_that_no_base_tensor_shares_a_name_with_is_refused``
 """
 
 import ast
@@ -48,13 +39,13 @@ from pathlib import Path
 import pytest
 import torch
 from faults import PACKED, QUANTIZATION_CONFIG, REPLACED, SHARD, refused
+from root import ROOT
 from safetensors import safe_open
 from support import Tensors, build, config_of, copy, edit, load, same_bits
 
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_h4_a_base_in_another_float_is_cast_to_bf16_and_counted(
+def test_a_base_in_another_float_is_cast_to_bf16_and_counted(
     dtype: torch.dtype, nvfp4: Path, base: Path, tmp_path: Path
 ) -> None:
     def widen(tensors: Tensors) -> None:
@@ -100,7 +91,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_h8_h20_no_pickle_is_ever_opened(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_no_pickle_is_ever_opened(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     export, other = copy(nvfp4, tmp_path / "export"), copy(base, tmp_path / "base")
     fired = tmp_path / "fired"
     for folder in (export, other):
@@ -133,17 +124,17 @@ DANGEROUS = re.compile(
 
 
 # The second compiles a kernel of ours in a process of its own, since Triton can abort the one it runs in.
-ALLOWED = {"pickle_source.py": ["torch.load"], "triton_gemm.py": ["subprocess", "subprocess.run"]}
+ALLOWED = {"amax_file.py": ["torch.load"], "triton_gemm.py": ["subprocess", "subprocess.run"]}
 
 
-def test_h20_nothing_in_the_package_can_unpickle_or_execute() -> None:
+def test_nothing_in_the_package_can_unpickle_or_execute() -> None:
     """One file may: it opens the ``.pt`` that an option names, with ``weights_only`` and nothing else."""
     files = sorted((ROOT / "modelopt_convert").rglob("*.py"))
     assert len(files) > 20
     for path in files:
         bad = sorted(name for name in calls_and_imports(path.read_text()) if DANGEROUS.search(name))
         assert bad == ALLOWED.get(path.name, []), path.name
-    source = (ROOT / "modelopt_convert" / "pickle_source.py").read_text()
+    source = (ROOT / "modelopt_convert" / "dialects" / "modelopt" / "amax_file.py").read_text()
     assert source.count("torch.load(copy, ") == source.count("weights_only=True, mmap=True)") == 1
 
 
@@ -159,11 +150,11 @@ def test_h20_nothing_in_the_package_can_unpickle_or_execute() -> None:
         "subprocess.run(command)",
     ],
 )
-def test_h20_the_search_finds_what_it_looks_for(line: str) -> None:
+def test_the_search_finds_what_it_looks_for(line: str) -> None:
     assert [name for name in calls_and_imports(line) if DANGEROUS.search(name)]
 
 
-def test_h10_no_scale_in_an_output_is_nan_or_zero(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_no_scale_in_an_output_is_nan_or_zero(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     assert build(nvfp4, base, tmp_path / "out").exit_code == 0
     scales = {name: tensor.float() for name, tensor in load(tmp_path / "out").items() if "scale" in name}
     assert len(scales) == 72
@@ -171,7 +162,7 @@ def test_h10_no_scale_in_an_output_is_nan_or_zero(nvfp4: Path, base: Path, tmp_p
         assert bool(scale.isfinite().all()) and bool((scale > 0).all()), name
 
 
-def test_h12_no_f16_is_left(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_no_f16_is_left(exports: Path, base: Path, tmp_path: Path) -> None:
     """ModelOpt's default dtype is Half; a BF16 weight beside an F16 bias in one module is what others make of it."""
     export = exports / "nvfp4_fp16"
     assert torch.float16 in {tensor.dtype for tensor in load(export / "transformer").values()}
@@ -183,7 +174,7 @@ def test_h12_no_f16_is_left(exports: Path, base: Path, tmp_path: Path) -> None:
             assert tensor.dtype == torch.bfloat16, name
 
 
-def test_h13_stray_files_are_not_copied(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_stray_files_are_not_copied(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     export = copy(nvfp4, tmp_path / "export")
     strays = ("hf_quant_config.json", "pytorch_model.bin", "x.txt", "modelopt_state.pth", ".hidden")
     for name in strays:
@@ -203,7 +194,7 @@ def test_h13_stray_files_are_not_copied(nvfp4: Path, base: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": {"x": "../x.safetensors"}}', "[]", ""])
 @pytest.mark.parametrize("variant", ["nvfp4", "nvfp4_sharded"])
-def test_h13_a_stray_index_is_refused(variant: str, content: str, exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_stray_index_is_refused(variant: str, content: str, exports: Path, base: Path, tmp_path: Path) -> None:
     """Beside a single file it is an index that names nothing; beside a sharded one, a second index."""
     export = copy(exports / variant, tmp_path / "export")
     stray = export / "old.safetensors.index.json"
@@ -215,14 +206,14 @@ def test_h13_a_stray_index_is_refused(variant: str, content: str, exports: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
-def test_h13_a_stray_shard_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_stray_shard_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
     for variant, stray in (("nvfp4", "model.safetensors"), ("nvfp4_sharded", "a.safetensors")):
         export = copy(exports / variant, tmp_path / variant)
         (export / stray).write_bytes(next(export.glob("*.safetensors")).read_bytes())
         refused(export, base, tmp_path, code="input.ambiguous", names=(str(export), stray))
 
 
-def test_h14_there_is_no_quantization_metadata(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_there_is_no_quantization_metadata(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     """Not even where the export has some: ModelOpt's layerwise one would contradict the rebuilt config."""
     from safetensors.torch import save_file
 
@@ -295,7 +286,7 @@ print(json.dumps([run("many", 60, 2048) - before, run("large", 2, 8192) - before
 """
 
 
-def test_h21_memory_grows_neither_with_the_model_nor_with_its_shards(tmp_path: Path) -> None:
+def test_memory_grows_neither_with_the_model_nor_with_its_shards(tmp_path: Path) -> None:
     """60 modules, 503 MB of base; then two, 268 MB of base, with one tensor of 134 MB in a shard of 175 MB.
 
     Other builders hold all that they replace and a shard.
@@ -312,7 +303,7 @@ def test_h21_memory_grows_neither_with_the_model_nor_with_its_shards(tmp_path: P
     assert large < 100_000_000
 
 
-def test_h22_ignore_has_both_spellings(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_ignore_has_both_spellings(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     """At TP > 1 the runtime looks FLUX.1's ff layers up under their names on disk, else under its own."""
     assert build(nvfp4, base, tmp_path / "out").exit_code == 0
     ignore = set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
@@ -321,7 +312,7 @@ def test_h22_ignore_has_both_spellings(nvfp4: Path, base: Path, tmp_path: Path) 
             assert f"transformer_blocks.{block}.{name}" in ignore
 
 
-def test_h24_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
     """ModelOpt's post-processing fails on shards after they were saved: packed, and no quantization_config."""
     export = copy(exports / "nvfp4_sharded", tmp_path / "export")
     config = config_of(export)
@@ -331,13 +322,13 @@ def test_h24_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model-00002-of-00003.safetensors"])
-def test_h24_an_export_cut_short_is_refused(missing: str, exports: Path, base: Path, tmp_path: Path) -> None:
+def test_an_export_cut_short_is_refused(missing: str, exports: Path, base: Path, tmp_path: Path) -> None:
     export = copy(exports / "nvfp4_sharded", tmp_path / "export")
     (export / missing).unlink()
     refused(export, base, tmp_path, code="input.missing", names=(str(export), missing))
 
 
-def test_h25_the_bias_of_a_replaced_module_is_the_bases_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_the_bias_of_a_replaced_module_is_the_bases_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors[f"{REPLACED}.bias"].add_(1.0))
     assert build(export, base, tmp_path / "out").exit_code == 0
     out, expected = load(tmp_path / "out"), load(base / "transformer")
@@ -345,14 +336,14 @@ def test_h25_the_bias_of_a_replaced_module_is_the_bases_too(nvfp4: Path, base: P
     assert not same_bits(load(export)[f"{REPLACED}.bias"], expected[f"{REPLACED}.bias"])
 
 
-def test_h25_no_module_loses_its_bias(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_no_module_loses_its_bias(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     assert build(nvfp4, base, tmp_path / "out", "--keep-bf16", PACKED).exit_code == 0
     expected = {name for name in load(base / "transformer") if name.endswith(".bias")}
     assert {name for name in load(tmp_path / "out") if name.endswith(".bias")} == expected
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
-def test_h27_both_sets_of_the_preset_keep_proj_mlp(algorithm: str) -> None:
+def test_both_sets_of_the_preset_keep_proj_mlp(algorithm: str) -> None:
     preset = tomllib.loads((ROOT / "presets" / "flux1-dev.toml").read_text())
     kept = preset[algorithm]["structural"] + preset[algorithm]["quality"]
     assert "single_transformer_blocks.*.proj_mlp" in kept

@@ -14,15 +14,15 @@ from faults import PACKED, REPLACED
 from safetensors.torch import load_file, save_file
 from support import Tensors, build, edit, run_mopt
 
-from modelopt_convert.commands.build import command as convert
-from modelopt_convert.commands import rewrite
-from modelopt_convert.commands.build.structure import check_structure
-from modelopt_convert.run.errors import InputError
 from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.commands import rewrite
+from modelopt_convert.commands.build import command as build_command
+from modelopt_convert.commands.build.structure import check_structure
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.stage.shard_writer import ShardWriter
+from modelopt_convert.run.errors import InputError
 from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.shard_writer import ShardWriter
 
 Checked = tuple[Path, BuildPlan]
 PLAIN = "context_embedder"  # a Linear that is never packed
@@ -40,7 +40,7 @@ def checked(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
                 plans.append(plan)
                 return check_structure(folder, plan)
 
-            patch.setattr(convert, "check_structure", note)
+            patch.setattr(build_command, "check_structure", note)
             out = tmp_path_factory.mktemp("checked") / algorithm
             words = ["--preset", "flux1-dev", "--export", exports / algorithm, "--base", exports / "base"]
             done = run_mopt(command, *words, "--output", out, "--max-shard-size", "800kB")
@@ -255,7 +255,7 @@ def test_an_input_that_changed_meanwhile(
 ) -> None:
     """What was read before and after may be of two versions: found before OUT is replaced, not after."""
     inputs = {name: edit(exports / kind, tmp_path / name) for name, kind in (("export", "nvfp4"), ("base", "base"))}
-    growing(monkeypatch, convert, "small_files", inputs[role])
+    growing(monkeypatch, build_command, "small_files", inputs[role])
     refused = build(inputs["export"], inputs["base"], room / "out")
     assert (refused.exit_code, refused.error_code) == (3, "input.changed"), refused.stderr
     assert refused.report is not None and refused.report["output"]["published"] is False

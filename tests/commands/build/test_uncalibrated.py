@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from root import ROOT
+from families import FAMILIES, PRESETS, allowed
 from faults import entries, refusal
 from make_headers import model_of
+from root import ROOT
 from support import Outcome, Tensors, config_of, copy, edit, load, run_mopt, same_bits, tree
-from families import FAMILIES, PRESETS, allowed
 
-from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.formats import tensor_bytes as raw
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.preset.patterns import PatternMatcher
+from modelopt_convert.preset.preset import load_preset, preset_names
 
 ROLES = ("weight", "weight_scale", "weight_scale_2")
 PACKED = "single_transformer_blocks.0.proj_out"

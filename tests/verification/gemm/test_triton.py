@@ -16,11 +16,11 @@ from modelopt_convert.verification.gemm.backends.triton_gemm import TritonDecode
 CPU = torch.device("cpu")
 RUN = """
 import json, torch
-from modelopt_convert.transforms.nvfp4 import quantize_nvfp4, shared_global_scale
-from modelopt_convert.verify.backends.reference import exact
-from modelopt_convert.verify.backends.triton_gemm import TritonDecode
-from modelopt_convert.verify.operands import Nvfp4Weight, random_activations
-from modelopt_convert.verify.selftest import self_test
+from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, shared_global_scale
+from modelopt_convert.verification.gemm.backends.reference import exact
+from modelopt_convert.verification.gemm.backends.triton_gemm import TritonDecode
+from modelopt_convert.verification.gemm.operands import Nvfp4Weight, random_activations
+from modelopt_convert.verification.gemm.selftest import self_test
 
 cpu, backend, found = torch.device("cpu"), TritonDecode(), {}
 assert backend.unavailable(cpu) is None

@@ -225,7 +225,8 @@ def test_no_network(variables: dict[str, str], filled: LoopbackHub, base: Path, 
     """In a process of its own: the client reads both variables once. What is in the cache serves offline."""
     environment = hub_environment(filled) | variables
     code = (
-        "from modelopt_convert.hub import client; client.PAUSES_S = (0.0,); import modelopt_convert.cli as c; c.main()"
+        "from modelopt_convert.checkpoint.hub import client; client.PAUSES_S = (0.0,); "
+        "import modelopt_convert.cli as c; c.main()"
     )
 
     def mopt(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
