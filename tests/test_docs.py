@@ -43,13 +43,14 @@ def test_every_regression_names_a_test_that_exists() -> None:
     assert len(rows) - len(named) == 3, "a row without a test"  # the heads of the tables
 
 
-def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
+def test_the_wheel_carries_the_presets_and_the_mark_of_types(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for preset in (ROOT / "presets").glob("*.toml"):
         assert f"modelopt_convert/preset/toml/{preset.name}" in names
+    assert "modelopt_convert/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     unpacked = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)

@@ -5,7 +5,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
 from inspect import Parameter, Signature
 from pathlib import Path
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -89,5 +89,6 @@ def _list_of(kind: Any) -> Any:
     """Typer takes no list of literals, but one of an enum."""
     (one,) = get_args(kind)
     if get_origin(one) is Literal:
-        one = StrEnum("Choice", [(word, word) for word in get_args(one)])
-    return list[one]
+        words = {word: word for word in get_args(one)}
+        return GenericAlias(list, StrEnum("Choice", words))
+    return GenericAlias(list, one)

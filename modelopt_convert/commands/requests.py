@@ -397,7 +397,8 @@ class VerifyRequest(Request["Report"]):
     workers: Workers = None
     download: Download = False
     report: Annotated[
-        Folder | None, Flag("Write a page to look at, too.", metavar="FILE.html", after="report_json")
+        Folder | None,
+        Flag("Write a page to look at, too.", metavar="FILE.html", after="report_json"),
     ] = None
 
     def check(self) -> None:
