@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from inspect import signature
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
@@ -82,10 +82,14 @@ def _function(kind: Callable[_P, Request[_Result]]) -> Callable[_P, _Result]:
         return perform(kind(*words, **named))
 
     assert isinstance(kind, type) and issubclass(kind, Request)
-    helps = "".join(f"    {name}: {flag.help}\n" for name, (_, flag) in flags_of(kind).items())
+    flags = flags_of(kind)
+    helps = "".join(f"    {name}: {flag.help}\n" for name, (_, flag) in flags.items())
+    taken = dict(signature(kind).parameters)
+    progress = taken.pop("progress")
+    plain = [one.replace(annotation=flags[name][0]) for name, one in taken.items()]
     function.__name__ = function.__qualname__ = kind.command.replace("-", "_")
     function.__doc__ = f"{kind.__doc__}\n\nArgs:\n{helps}    progress: Told how far the work is.\n{_ENDING}"
-    function.__signature__ = signature(kind)  # type: ignore[attr-defined]
+    function.__signature__ = Signature([*plain, progress])  # type: ignore[attr-defined]
     return function
 
 

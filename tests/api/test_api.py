@@ -271,7 +271,10 @@ def test_keywords_are_the_fields_and_the_flags(name: str) -> None:
     """Every field of a request is a keyword of the function, and has one place on the command line."""
     kind, function = FUNCTIONS[name], getattr(mopt, name)
     keywords = introspection.signature(function).parameters
-    assert keywords == introspection.signature(kind).parameters
+    taken = introspection.signature(kind).parameters
+    assert {one.name: (one.kind, one.default) for one in keywords.values()} == {
+        one.name: (one.kind, one.default) for one in taken.values()
+    }
     assert {one.name for one in fields(kind)} == set(keywords)
     command = get_command(app).commands[name.replace("_", "-")]  # type: ignore[attr-defined]
     asked = {parameter.name for parameter in command.params}
