@@ -266,7 +266,7 @@ def _inspect(request: requests.InspectRequest, report: "InspectReport", _: Progr
 def _push(request: requests.PushRequest, report: "Report", progress: Progress) -> None:
     from modelopt_convert.commands.push.command import PushRequest, push
 
-    push(_inner(PushRequest, request, checkpoint=Path(request.checkpoint)), report, progress)
+    push(_inner(PushRequest, request), report, progress)
 
 
 def _end(report: "Report | InspectReport", error: BaseException | None) -> None:

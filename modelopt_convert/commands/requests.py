@@ -471,6 +471,7 @@ class PushRequest(Request["Report"]):
     """Publish a checkpoint on the Hugging Face Hub: verified first, in one commit, only what is missing there."""
 
     command: ClassVar[str] = "push"
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint",)
     checkpoint: Annotated[
         Folder, Flag("A transformer folder, or the folder that a build wrote.", metavar="CHECKPOINT")
     ] = field(kw_only=False)
