@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import Tensors, build, config_of, copy, edit, load, run_mopt, same_bits, tree
 
-from modelopt_convert.commands.inspect import inspect
-from modelopt_convert.report.inspect import InspectReport
+from modelopt_convert import inspect
 
 
 def packed(tensors: Tensors) -> list[str]:
@@ -269,8 +268,7 @@ def test_build_writes_the_canonical_layout(families: Path, tmp_path: Path, famil
     assert same_tensors(tmp_path / "out", tmp_path / "plain")
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
     assert found.report is not None and "export.layout" in {warning["code"] for warning in found.report["warnings"]}
-    report = InspectReport()
-    inspect(tmp_path / "out", where / "base", report, every_scale=True, max_error=0.15)
+    report = inspect(tmp_path / "out", base=where / "base", all_scales=True)
     assert report.layout.nibble_order == "low" and report.layout.basis == "proven"
     # HunyuanVideo's q, k and v have scales of their own, which is as ModelOpt exports it.
     assert {one.code for one in report.lint} <= {"fused.global_scale"}

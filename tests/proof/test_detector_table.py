@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import Tensors, edit, load
 
-from modelopt_convert.commands.inspect import inspect
+from modelopt_convert import inspect
 from modelopt_convert.report.inspect import InspectReport
 
 FAMILIES = ("flux1", "flux2", "wan", "qwen_image", "hunyuan_video", "ltx2")
@@ -79,9 +79,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors, list[str]], None], tuple[str, str, st
 
 
 def look(source: Path, base: Path | None) -> InspectReport:
-    report = InspectReport()
-    inspect(source, base, report, every_scale=True, max_error=0.15)
-    return report
+    return inspect(source, base=base, all_scales=True)
 
 
 def score(report: InspectReport, truth: tuple[str, str, str] | None) -> Counter[str]:

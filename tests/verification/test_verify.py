@@ -293,14 +293,14 @@ def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
     from modelopt_convert.cli._output import Output, ProgressBar
     from modelopt_convert.report.verify import VerifyReport
     from modelopt_convert.verification import transformer as run
-    from modelopt_convert.verification.request import VerifyRequest
+    from modelopt_convert.verification.options import VerifyOptions
     from modelopt_convert.verification.subject import find_subject
 
     def busy(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "choose", busy)
-    request = VerifyRequest(tmp_path, None, ("best",), None, 16, None, None)
+    request = VerifyOptions()
     report = VerifyReport()
     with CheckpointReader(built["nvfp4"]) as reader:
         progress = ProgressBar(Output(json=True, quiet=True))
@@ -338,7 +338,7 @@ def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path:
     from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, ProbeReport
     from modelopt_convert.report.verify import VerifyReport as Found
     from modelopt_convert.run.errors import InconclusiveError
-    from modelopt_convert.verification.request import VerifyRequest
+    from modelopt_convert.verification.options import VerifyOptions
     from modelopt_convert.verification.verdict import conclude
 
     probes = {"triton": {"identity": ProbeReport(status="pass")}}
@@ -353,7 +353,7 @@ def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path:
         modules={"m": ModuleVerify(shape=[16, 16], probes=probes)},
         native_executed="0 of 1",
     )
-    request = VerifyRequest(tmp_path, None, ("best",), None, 16, "native", None)
+    request = VerifyOptions(require="native")
     with pytest.raises(InconclusiveError) as caught:
         conclude(report, request)
     assert caught.value.code == "verify.required" and "0 of 1" in caught.value.message
