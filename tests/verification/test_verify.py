@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from faults import swapped
 from safetensors.torch import save_file
-from support import build, config_of, copy, edit, load, run_mopt
+from support import config_of, copy, edit, load, run_mopt
 from verify_support import PACKED, SHARD, found, statuses, verify
 
 from modelopt_convert.verification.gemm.names import NAMES
 
 
-@pytest.fixture(scope="session")
-def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def built(built_nvfp4: Path, built_fp8: Path) -> dict[str, Path]:
     """A build of each format, by algorithm. Never write there."""
-    room = tmp_path_factory.mktemp("built")
-    assert build(exports / "nvfp4", exports / "base", room / "nvfp4").exit_code == 0
-    arguments = ("--export", exports / "fp8", "--base", exports / "base", "--output", room / "fp8")
-    assert run_mopt("convert-fp8", "--preset", "flux1-dev", *arguments).exit_code == 0
-    return {"nvfp4": room / "nvfp4", "fp8": room / "fp8"}
+    return {"nvfp4": built_nvfp4, "fp8": built_fp8}
 
 
 def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -318,17 +315,12 @@ def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:
 def test_a_nibble_swapped_declaration_is_read_as_declared(exports: Path, base: Path, tmp_path: Path) -> None:
     """What is stored otherwise and says so is right."""
 
-    def swap(tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if tensor.dtype == torch.uint8:
-                tensors[name] = (tensor >> 4) | (tensor << 4)
-
     def declare(config: dict[str, Any]) -> None:
         config["quantization_config"]["swap_weight_nibbles"] = True
 
-    swapped = edit(exports / "nvfp4", tmp_path / "swapped", swap, declare)
-    assert verify(swapped, "--base", base, "--backend", "reference").exit_code == 0
-    silent = edit(exports / "nvfp4", tmp_path / "silent", swap)
+    declared = edit(exports / "nvfp4", tmp_path / "declared", swapped, declare)
+    assert verify(declared, "--base", base, "--backend", "reference").exit_code == 0
+    silent = edit(exports / "nvfp4", tmp_path / "silent", swapped)
     outcome = verify(silent, "--base", base)
     assert outcome.exit_code == 1 and statuses(outcome)["L1"] == "fail"
 
