@@ -64,6 +64,7 @@ def test_the_wheel_carries_the_package_and_the_presets(tmp_path: Path) -> None:
         assert module.relative_to(ROOT).as_posix() in names
     for preset in (ROOT / "presets").glob("*.toml"):
         assert f"modelopt_convert/preset/toml/{preset.name}" in names
+    assert "modelopt_convert/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     unpacked = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)

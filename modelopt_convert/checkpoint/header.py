@@ -16,6 +16,7 @@ from modelopt_convert.run.errors import InputError
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit
+METADATA: Mapping[str, str] = {"format": "pt"}  # of every file that diffusers writes
 MAX_RANK = 64
 MAX_NAME_BYTES = 4096
 MAX_INT = 1 << 63

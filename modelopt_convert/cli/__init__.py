@@ -4,24 +4,30 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Callable
 
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli import build_nvfp4, convert_fp8, inspect, push, rewrite, verify
-from modelopt_convert.cli import preset as presets
+from modelopt_convert.cli._options import from_request
+from modelopt_convert.cli.build import build_nvfp4, convert_fp8
+from modelopt_convert.cli.inspect import inspect
+from modelopt_convert.cli.preset import presets
+from modelopt_convert.cli.push import push
+from modelopt_convert.cli.rewrite import swap_nibbles, unswizzle_scales
+from modelopt_convert.cli.verify import verify
+from modelopt_convert.commands import requests
 from modelopt_convert.run.errors import ExitCode
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "build-nvfp4": build_nvfp4.build_nvfp4,
-    "convert-fp8": convert_fp8.convert_fp8,
-    "verify": verify.verify,
-    "inspect": inspect.inspect,
-    "swap-nibbles": rewrite.swap_nibbles,
-    "unswizzle-scales": rewrite.unswizzle_scales,
-    "push": push.push,
-    "presets": presets.presets,
+_SILENT = ("verbose",)  # they have no line per tensor
+_COMMANDS = {
+    "build-nvfp4": from_request(requests.BuildNvfp4Request, build_nvfp4),
+    "convert-fp8": from_request(requests.ConvertFp8Request, convert_fp8),
+    "verify": from_request(requests.VerifyRequest, verify, without=_SILENT),
+    "inspect": from_request(requests.InspectRequest, inspect, without=_SILENT),
+    "swap-nibbles": from_request(requests.SwapNibblesRequest, swap_nibbles),
+    "unswizzle-scales": from_request(requests.UnswizzleScalesRequest, unswizzle_scales),
+    "push": from_request(requests.PushRequest, push, without=_SILENT),
+    "presets": presets,
 }
 # Typer's own flags have no default, and for any option without a value Typer imports pydantic, which takes longer than
 # all the rest of its start-up. With these they are off by default, and the help of a command costs no more than mopt's.

@@ -1,130 +1,94 @@
-"""Options that several commands share."""
+"""A command of the command line, made from its request: arguments and options are the fields that have a flag."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, overload
+from types import GenericAlias, NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.commands.requests import Flag, Request, flags_of
+from modelopt_convert.run.errors import UsageError
 
 if TYPE_CHECKING:
-    from modelopt_convert.checkpoint.location import Location
+    from modelopt_convert.cli._output import Output
 
 
-class TransformerName(StrEnum):
-    """The transformers that a pipeline may hold; Typer knows choices as enums."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telling:
+    """How the user wants to be told: what every command takes beside its request."""
 
-    TRANSFORMER = "transformer"
-    TRANSFORMER_2 = "transformer_2"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
-class Closing(StrEnum):
-    """How a build ends."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    OFF = "off"
+    json: Annotated[bool, Flag("One JSON report on stdout, whatever the outcome.")] = False
+    report_json: Annotated[Path | None, Flag("Write the JSON report there, whatever the outcome.", metavar="PATH")] = (
+        None
+    )
+    quiet: Annotated[bool, Flag("Nothing on stdout, no progress; errors on stderr.", short="-q")] = False
+    verbose: Annotated[bool, Flag("One line per tensor on stderr.", short="-v")] = False
+    no_color: Annotated[bool, Flag("No colors.")] = False
 
 
-class Executor(StrEnum):
-    """Where shards are written."""
+def from_request(
+    kind: type[Request[Any]], work: "Callable[[Any, Output], None]", *, without: Sequence[str] = ()
+) -> Callable[..., None]:
+    """The function that Typer makes a command of.
 
-    THREADS = "threads"
-    RAY = "ray"
-
-
-@overload
-def location(text: str, name: str, *, download: bool) -> "Location": ...
-@overload
-def location(text: str | None, name: str, *, download: bool) -> "Location | None": ...
-def location(text: str | None, name: str, *, download: bool) -> "Location | None":
-    """What an option or argument names, on disk or ``hf://``.
-
-    Raises:
-        BadParameter: It is written ``hf://`` and names no repo.
+    Args:
+        kind: The request that is made from what the user gives.
+        work: Does what is asked; the docstring is the command's help.
+        without: Fields of ``Telling`` that mean nothing for this command.
     """
-    from modelopt_convert.checkpoint.location import parse_location
 
-    if text is None:
-        return None
-    try:
-        return parse_location(text, download=download)
-    except InputError as error:
-        raise typer.BadParameter(f"{error.message}; {error.hint}", param_hint=name) from error
+    def command(**given: Any) -> None:
+        told = {one.name: given.pop(one.name) for one in fields(Telling) if one.name in given}
+        try:
+            request = kind(**{name: value for name, value in given.items() if value is not None})
+        except UsageError as error:
+            raise typer.BadParameter(error.reason, param_hint=error.flag) from error
+        from modelopt_convert.cli._output import Output
+
+        output = Output(**told)
+        output.check_report_path(*request.on_disk())
+        work(request, output)
+
+    flags = flags_of(kind) | flags_of(Telling)
+    ours = {one.name: one for one in (*fields(kind), *fields(Telling)) if one.name in flags}
+    names = [name for name in ours if name not in without]
+    for name in [name for name in names if flags[name][1].after]:
+        names.remove(name)
+        names.insert(names.index(str(flags[name][1].after)) + 1, name)
+    parameters = [_parameter(ours[name], *flags[name]) for name in names]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__doc__ = work.__doc__
+    return command
 
 
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        metavar="NAME|FILE",
-        help="What stays in BF16; chosen by config.json if left out; 'none' for nothing.",
-    ),
-]
-KeepOption = Annotated[
-    list[str] | None,
-    typer.Option("--keep-bf16", metavar="PATTERN", help="Keep these modules in BF16 too; may be given several times."),
-]
-ComponentOption = Annotated[
-    list[TransformerName] | None,
-    typer.Option(
-        "--component",
-        help="Of a pipeline's transformers, this one alone; may be given for both.",
-    ),
-]
-KnownBrokenOption = Annotated[
-    bool, typer.Option("--allow-known-broken", help="Build also what an engine is known not to load right.")
-]
-VerifyOption = Annotated[
-    Closing,
-    typer.Option("--verify", help="The closing step: with the GPU if there is one, on the CPU alone, or none."),
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing checkpoint; the old one stands until the new is whole.")
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Open, plan, refuse, print; write nothing.")]
-ShardSizeOption = Annotated[
-    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, such as 5GB or 500MB.")
-]
-MaxErrorOption = Annotated[
-    float,
-    typer.Option(
-        "--max-error",
-        min=0.0,
-        help="Largest relative error of a module whose codes are not reproduced from the base.",
-    ),
-]
-DownloadOption = Annotated[
-    bool, typer.Option("--download", help="Fetch files of the Hub whole, into its cache, and not only what is needed.")
-]
-PushToOption = Annotated[
-    str | None,
-    typer.Option("--push-to", metavar="REPO_ID", help="Publish OUT there too, as `mopt push` does; rights come first."),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, max=64, help="Tensors worked on at a time; default: one a core, up to four."),
-]
-ExecutorOption = Annotated[
-    Executor,
-    typer.Option("--executor", help="Write shards on threads here, or as tasks of the Ray cluster that runs already."),
-]
-DeviceOption = Annotated[
-    Device, typer.Option("--device", help="Where the base is quantized if there is no --export; the same bytes.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON report on stdout, whatever the outcome.")]
-ReportOption = Annotated[
-    Path | None,
-    typer.Option("--report-json", metavar="PATH", help="Write the JSON report there, whatever the outcome."),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stdout, no progress; errors on stderr.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor on stderr.")]
-NoColorOption = Annotated[bool, typer.Option("--no-color", help="No colors.")]
+def _parameter(one: Field[Any], kind: Any, flag: Flag) -> Parameter:
+    taken = [each for each in get_args(kind) if each is not NoneType] if get_origin(kind) is UnionType else [kind]
+    typed = _list_of(kind) if get_origin(kind) is Sequence else taken[0]
+    default = Parameter.empty if one.default is MISSING else one.default
+    if default in (None, ()):
+        typed, default = typed | None, None
+    elif typed is str and default is not Parameter.empty:
+        default = str(default)
+    if not one.kw_only:
+        return Parameter(
+            one.name,
+            Parameter.POSITIONAL_OR_KEYWORD,
+            default=default,
+            annotation=Annotated[typed, typer.Argument(metavar=flag.metavar, help=flag.help)],
+        )
+    spelled = [flag.name or f"--{one.name.replace('_', '-')}", *([flag.short] if flag.short else [])]
+    option = typer.Option(*spelled, metavar=flag.metavar, help=flag.help, min=flag.minimum, max=flag.maximum)
+    return Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[typed, option])
+
+
+def _list_of(kind: Any) -> Any:
+    """Typer takes no list of literals, but one of an enum."""
+    (one,) = get_args(kind)
+    if get_origin(one) is Literal:
+        words = {word: word for word in get_args(one)}
+        return GenericAlias(list, StrEnum("Choice", words))
+    return GenericAlias(list, one)

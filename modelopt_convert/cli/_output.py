@@ -2,35 +2,25 @@
 
 import contextlib
 import os
-import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 import typer
 
-from modelopt_convert import __version__
-from modelopt_convert.checkpoint.location import Location
+from modelopt_convert.api import command_of
+from modelopt_convert.cli._options import Telling
+from modelopt_convert.commands.requests import Request
 from modelopt_convert.report.inspect import InspectReport
-from modelopt_convert.report.report import ErrorReport, Report, Status
-from modelopt_convert.run.errors import (
-    BackendError,
-    CheckFailedError,
-    ExitCode,
-    InconclusiveError,
-    InternalError,
-    Interrupted,
-    MoptError,
-    OutputRefusedError,
-    RemoteError,
-    StorageError,
-)
+from modelopt_convert.report.report import Report
+from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
 from modelopt_convert.stage.output_rules import canonical_output
+
+Shown = TypeVar("Shown", bound=Report | InspectReport)
 
 
 def debugging() -> bool:
@@ -50,23 +40,10 @@ def printable(text: str) -> str:
     return f"{shown} ... and {rest} characters more" if rest > 0 else shown
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """The user's choice of how to be told.
+class Output(Telling):
+    """What is told, as the user wants it."""
 
-    Attributes:
-        json: One report object on stdout.
-        report_path: Where the same object is written too.
-        quiet: Nothing on stdout but JSON, no progress.
-        verbose: One line per tensor.
-        no_color: No colors, whatever the terminal.
-    """
-
-    json: bool
-    report_path: Path | None
-    quiet: bool
-    verbose: bool
-    no_color: bool
+    __slots__ = ()
 
     def line(self, text: str) -> None:
         """One line of the result, for people."""
@@ -95,28 +72,27 @@ class Output:
         width = None if sys.stdout is not None and sys.stdout.isatty() else 160
         Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
 
-    def check_report_path(self, *others: Location | None) -> None:
+    def check_report_path(self, *others: Path) -> None:
         """Refuse a report path that could not be written in the end, or that lies in an input or in OUT.
 
         Args:
-            others: Inputs and OUT, as far as they were given.
+            others: Inputs and OUT, as far as they lie on disk.
         """
-        check_file(self.report_path, "--report-json", *others)
+        check_file(self.report_json, "--report-json", *others)
 
 
-def check_file(file: Path | None, option: str, *others: Location | None) -> None:
+def check_file(file: Path | None, option: str, *others: Path) -> None:
     """Refuse a file to be written at the end that could not be, or that lies in an input or in OUT.
 
     Args:
-        file: As given.
-        option: By which it was.
-        others: Inputs and OUT, as far as they were given.
+        file: The file, if one is named.
+        option: The option that names it.
+        others: Inputs and OUT, as far as they lie on disk.
     """
     if file is not None:
-        near = [other for other in others if isinstance(other, Path)]
         try:
             path = canonical_output(file)
-            inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in near)
+            inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in others)
         except OutputRefusedError as error:
             raise typer.BadParameter(error.message, param_hint=option) from error
         try:
@@ -208,9 +184,6 @@ def show_cost(output: Output, report: Report) -> None:
     output.line(f"peak memory {human_bytes(report.peak_rss_bytes)}{f', written at {speed}' if speed else ''}")
 
 
-AnyReport = Report | InspectReport
-
-
 def human_bytes(count: int) -> str:
     """Decimal units, as file sizes on the Hub."""
     value = float(count)
@@ -222,38 +195,27 @@ def human_bytes(count: int) -> str:
 
 
 def run(
-    output: Output,
-    report: AnyReport,
-    work: Callable[[ProgressBar], None],
-    show: Callable[[], None],
-    *,
-    show_failed: bool = False,
+    output: Output, request: Request[Shown], show: Callable[[Output, Shown], None], *, show_failed: bool = False
 ) -> NoReturn:
-    """Do the work, say how it ended, and exit with the documented code.
+    """Do what is asked, say how it ended, and exit with the documented code.
 
     Args:
         output: How the user wants to be told.
-        report: Filled by the work; status, exit code and error are filled here.
-        work: Raises a MoptError if it cannot be done.
-        show: Prints the result for people, after success.
+        request: What is asked.
+        show: Prints the report for people, after success.
         show_failed: Print it after a failure too.
     """
+    command = command_of(request)
+    failure: BaseException | None = None
     try:
         with _signals(), ProgressBar(output) as progress:
-            work(progress)
-    except MoptError as error:
-        if debugging() and isinstance(error, InternalError):
+            command.run(progress)
+    except (Exception, Interrupted) as error:
+        foreseen = isinstance(error, MoptError | Interrupted) and not isinstance(error, InternalError)
+        if debugging() and not foreseen:
             raise
-        _note_error(report, error)
-    except Interrupted as stop:
-        _end(
-            report, "interrupted", ExitCode(128 + stop.signum), "interrupted", f"stopped by signal {stop.signum}", None
-        )
-    except Exception as error:
-        if debugging():
-            raise
-        hint = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows"
-        _end(report, "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}", hint)
+        failure = error
+    report = command.report(failure)
     try:
         _tell(output, report, show, show_failed)
     except OSError as error:
@@ -261,41 +223,6 @@ def run(
         output.aside(f"error: the result could not be printed: {error.strerror}")
         report.exit_code = report.exit_code or int(ExitCode.STORAGE)
     raise typer.Exit(report.exit_code)
-
-
-def _note_error(report: AnyReport, error: MoptError) -> None:
-    status: Status = "refused"
-    if isinstance(error, CheckFailedError):
-        status = "mismatch"
-    elif isinstance(error, InconclusiveError):
-        status = "inconclusive"
-    elif isinstance(error, StorageError | RemoteError | InternalError | BackendError):
-        status = "error"
-    if isinstance(error, StorageError) and isinstance(report, Report):
-        report.output.published = error.published
-        report.output.kept_at = error.kept_at
-    _end(report, status, error.exit_code, error.code, error.message, error.hint, error.path)
-
-
-def _end(
-    report: AnyReport,
-    status: Status,
-    exit_code: ExitCode,
-    code: str,
-    message: str,
-    hint: str | None,
-    path: str | None = None,
-) -> None:
-    report.status = status
-    report.exit_code = int(exit_code)
-    report.error = ErrorReport(
-        code=code, message=_unicode(message), hint=hint, path=_unicode(path) if path is not None else None
-    )
-
-
-def _unicode(text: str) -> str:
-    """A path that is not UTF-8 has characters that no JSON can hold."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager
@@ -318,42 +245,34 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(output: Output, report: AnyReport, show: Callable[[], None], show_failed: bool) -> None:
+def _tell(output: Output, report: Shown, show: Callable[[Output, Shown], None], show_failed: bool) -> None:
     with reader_may_leave():
         for warning in report.warnings:
             output.aside(f"warning: {warning['message']} [{warning['code']}]")
         if report.error is None or show_failed:
-            show()
+            show(output, report)
         if report.error is not None:
             output.aside(f"error: {report.error.message} [{report.error.code}]")
             if report.error.hint:
                 output.aside(f"hint: {report.error.hint}")
-        if output.report_path is None and not output.json:
+        if output.report_json is None and not output.json:
             return
-        if isinstance(report, Report):
-            report.versions = _versions()
         text = report.to_json()
-        if output.report_path is not None:
+        if output.report_json is not None:
             _write_report(output, report, text)
         if output.json:
             typer.echo(text)
 
 
-def _versions() -> dict[str, str]:
-    torch = sys.modules.get("torch")  # not imported for its version's sake
-    found = {"mopt": __version__, "python": platform.python_version()}
-    return found | ({"torch": str(torch.__version__)} if torch is not None else {})
-
-
-def _write_report(output: Output, report: AnyReport, text: str) -> None:
-    assert output.report_path is not None
+def _write_report(output: Output, report: Report | InspectReport, text: str) -> None:
+    assert output.report_json is not None
     try:
         if isinstance(report, Report) and report.output.path:  # OUT may have been named after the preset only now
             output.check_report_path(Path(report.output.path))
-        output.report_path.write_text(text + "\n", encoding="ascii")
+        output.report_json.write_text(text + "\n", encoding="ascii")
     except (OSError, typer.BadParameter) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        output.aside(f"error: {output.report_path}: the report could not be written: {reason}")
+        output.aside(f"error: {output.report_json}: the report could not be written: {reason}")
         report.exit_code = report.exit_code or int(ExitCode.STORAGE)
 
 

@@ -1,40 +1,18 @@
 """``mopt inspect``."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from modelopt_convert.cli import _options as options
+from modelopt_convert.commands.requests import InspectRequest
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
-    from modelopt_convert.report.inspect import ComponentReport, LintReport
+    from modelopt_convert.report.inspect import ComponentReport, InspectReport, LintReport
 
 _SHOWN = 10
 
 
-def inspect(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A transformer folder, a pipeline folder, or one .safetensors file."),
-    ],
-    base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="The unquantized base: proves the layout.")
-    ] = None,
-    all_scales: Annotated[
-        bool, typer.Option("--all", help="Look at the scales of every module, not of a few.")
-    ] = False,
-    engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="Whose view of the checkpoint to show: sglang.")
-    ] = "sglang",
-    max_error: options.MaxErrorOption = 0.15,
-    download: options.DownloadOption = False,
-    json: options.JsonOption = False,
-    report_json: options.ReportOption = None,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-) -> None:
+def inspect(request: InspectRequest, output: "Output") -> None:
     """Say what a checkpoint is, how it is laid out and how that is known, and what is wrong with it.
 
     \b
@@ -44,31 +22,17 @@ def inspect(
 
     Exits 0 whenever the source can be read: what is found is data.
     """
-    if engine not in ("sglang", "sglang@0.5.23"):
-        raise typer.BadParameter("known is sglang (0.5.23)", param_hint="--engine")
+    from modelopt_convert.cli._output import run
 
-    from modelopt_convert.cli._output import Output, run
-    from modelopt_convert.report.inspect import InspectReport
-
-    out = Output(json=json, report_path=report_json, quiet=quiet, verbose=False, no_color=no_color)
-    subject = options.location(source, "SOURCE", download=download)
-    against = options.location(base, "--base", download=download)
-    out.check_report_path(subject, against)
-    report = InspectReport()
-
-    def work(_: object) -> None:
-        from modelopt_convert.commands.inspect import inspect as look
-
-        look(subject, against, report, every_scale=all_scales, max_error=max_error)
-
-    def show() -> None:
-        for name, component in report.components.items():
-            _show(out, name, component)
-
-    run(out, report, work, show)
+    run(output, request, _show)
 
 
-def _show(out: "Output", name: str, component: "ComponentReport") -> None:
+def _show(out: "Output", report: "InspectReport") -> None:
+    for name, component in report.components.items():
+        _show_component(out, name, component)
+
+
+def _show_component(out: "Output", name: str, component: "ComponentReport") -> None:
     from modelopt_convert.cli._output import human_bytes
 
     totals, layout = component.totals, component.layout

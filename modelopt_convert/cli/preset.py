@@ -4,6 +4,9 @@ from typing import Annotated
 
 import typer
 
+from modelopt_convert import api
+from modelopt_convert.run.errors import MoptError
+
 
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="Print this preset's TOML.")] = None,
@@ -16,11 +19,9 @@ def presets(
       mopt presets flux1-dev > mine.toml
     """
     from modelopt_convert.cli._output import printable, reader_may_leave
-    from modelopt_convert.preset.preset import load_preset, preset_names
-    from modelopt_convert.run.errors import MoptError
 
     try:
-        loaded = [load_preset(each) for each in ([name] if name is not None else preset_names())]
+        loaded = api.presets(name)
     except MoptError as error:
         typer.echo(f"error: {printable(error.message)} [{error.code}]", err=True)
         typer.echo(f"hint: {printable(error.hint or '')}", err=True)

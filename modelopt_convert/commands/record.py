@@ -10,7 +10,8 @@ from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.build.card import model_card, pipeline_card
 from modelopt_convert.commands.build.inputs import Opened
-from modelopt_convert.plan.plan import INDEX_NAME, BuildPlan
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
+from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.preset.preset import ChosenPreset
 from modelopt_convert.report.report import ModuleReport, ProofReport, Report
 

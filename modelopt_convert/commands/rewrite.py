@@ -21,11 +21,13 @@ from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.accounting import note_cost, note_input, publish, timed, traffic_noted
-from modelopt_convert.dialects.modelopt.export import is_layout_marker
-from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
+from modelopt_convert.dialects.packed import is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
+from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
-from modelopt_convert.plan.plan import INDEX_NAME, ShardPlan, Step
+from modelopt_convert.plan.plan import ShardPlan, Step
 from modelopt_convert.report.inspect import InspectReport, ModuleLayout
 from modelopt_convert.report.report import Report
 from modelopt_convert.run.errors import CheckFailedError, InputError
@@ -35,7 +37,6 @@ from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
 from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
-from modelopt_convert.write.pieces import Layouts
 from modelopt_convert.write.stream import stream
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
@@ -127,14 +128,11 @@ def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None
             report.status = "planned"
             return
         stage.check_space(_disk_bytes(reader, plan, request.kind, report, proven=base_path is not None))
-        swapped = chosen if request.kind == "swap" else frozenset()
-        swizzled = chosen if request.kind == "unswizzle" else frozenset()
         with timed(report, "stream"), torch_on_one_thread():
             digests = stream(
                 stage,
                 plan,
                 {"export": reader},
-                Layouts(swapped, swizzled),
                 progress,
                 workers=request.workers,
                 executor=executor,
@@ -250,7 +248,7 @@ def _plan(
                 cut = kind == "unswizzle" and shape != (rows, columns // 2)
                 if kind == "swap":
                     step, fates[name] = (
-                        Step(TensorSpec(name, "U8", shape), "export", "repack"),
+                        Step(TensorSpec(name, "U8", shape), "export", "repack", layout=Layout(nibbles="high")),
                         "rewritten: nibbles swapped",
                     )
                 elif cut:
@@ -258,7 +256,10 @@ def _plan(
                     step, fates[name] = Step(spec, "export", "repack"), "rewritten: padding cut"
             elif name.endswith(".weight_scale") and kind == "unswizzle":
                 spec = TensorSpec(name, info.dtype, (rows, columns // BLOCK_SIZE))
-                step, fates[name] = Step(spec, "export", "reorder_scales"), "rewritten: 128x4 to row-major"
+                step, fates[name] = (
+                    Step(spec, "export", "reorder_scales", layout=Layout(scales="128x4")),
+                    "rewritten: 128x4 to row-major",
+                )
             elif name.endswith(".weight_scale") and kind == "swizzle":
                 spec = TensorSpec(name, info.dtype, padded_shape(rows, columns // BLOCK_SIZE))
                 step, fates[name] = Step(spec, "export", "swizzle_scales"), "rewritten: row-major to 128x4"

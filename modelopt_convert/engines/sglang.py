@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.formats.layout import Layout
 
 VERSION = "sglang@0.5.23"
+GUESSED = frozenset({"nvfp4"})  # formats whose layout is inferred from tensors
 
 # These names, and marker tensors, are the only things from which swapped nibbles and swizzled scales are inferred; both
 # together, and no config key overrides it.
@@ -38,8 +40,7 @@ class Belief:
     Attributes:
         engine: Name and version.
         quantized: Whether it will be loaded as NVFP4 at all.
-        nibble_order: Which nibble it reads as the even column.
-        scale_layout: In which order it reads the scales.
+        layout: How the engine reads codes and scales.
         group_size: Columns per scale.
         modules: Modules it takes for packed.
         input_scales: The checkpoint's, or 1.0 where one is missing, whatever is declared.
@@ -49,8 +50,7 @@ class Belief:
 
     engine: str
     quantized: bool
-    nibble_order: Literal["low", "high"]
-    scale_layout: Literal["linear", "128x4"]
+    layout: Layout
     group_size: int | None
     modules: frozenset[str]
     input_scales: Literal["stored", "ones"]
@@ -107,8 +107,7 @@ def believe(
     return Belief(
         engine=VERSION,
         quantized=bool(modules) or declared is not None,
-        nibble_order="high" if swap else "low",
-        scale_layout="linear" if layout == "linear" else "128x4",
+        layout=Layout("high" if swap else "low", "linear" if layout == "linear" else "128x4"),
         group_size=group_size,
         modules=frozenset(modules),
         input_scales="stored" if all(f"{module}.input_scale" in tensors for module in modules) else "ones",
@@ -212,7 +211,7 @@ def ignored_by(entries: Collection[str], name: str) -> str | None:
     return next((entry for entry in (name, name.partition(".")[0]) if entry in entries), None)
 
 
-def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packed: frozenset[str]) -> list[str]:
+def misread(belief: Belief, nibbles: str, scales: str, *, group_size: int, packed: frozenset[str]) -> list[str]:
     """Where a belief departs from what is known, in words; answers that are not known contradict nothing.
 
     Args:
@@ -227,12 +226,11 @@ def misread(belief: Belief, *, nibbles: str, scales: str, group_size: int, packe
     if packed and not belief.quantized:
         return [f"{belief.engine} would not load it as NVFP4, {len(packed)} modules are packed"]
     found: list[str] = []
-    if nibbles in ("low", "high") and belief.nibble_order != nibbles:
-        found.append(
-            f"{belief.engine} would read the {belief.nibble_order} nibble as the even column, it is the {nibbles}"
-        )
-    if scales in ("linear", "128x4") and belief.scale_layout != scales:
-        found.append(f"{belief.engine} would read the scales as {belief.scale_layout}, they are {scales}")
+    read = belief.layout
+    if nibbles in ("low", "high") and read.nibbles != nibbles:
+        found.append(f"{belief.engine} would read the {read.nibbles} nibble as the even column, it is the {nibbles}")
+    if scales in ("linear", "128x4") and read.scales != scales:
+        found.append(f"{belief.engine} would read the scales as {read.scales}, they are {scales}")
     if belief.group_size not in (None, group_size):
         found.append(f"{belief.engine} would read groups of {belief.group_size}, they are of {group_size}")
     missed = sorted(packed - belief.modules)

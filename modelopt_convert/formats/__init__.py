@@ -1,4 +1,5 @@
-"""Pure functions on tensors: no paths, no config, no logging; no argument is ever changed.
+"""The arithmetic and the facts of quantization formats: a folder a format, and what all of them share.
 
-Shapes: N rows (output features), K columns (input features), blocks of 16 columns.
+Functions are pure: no paths, no config, no logging, and no argument is ever changed. Who names tensors how is a
+matter of dialects, and does not belong here.
 """

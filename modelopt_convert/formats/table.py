@@ -1,48 +1,20 @@
-"""What the two formats differ in, beside their tensors: names, declarations, limits. Pure, no torch."""
+"""All quantization formats, by what their folders say. Pure, no torch.
+
+A format is a folder beside this file whose ``format.py`` has its ``FORMAT``. What another room knows of a format
+lies in that room, in a module with the format's name whose ``ENTRY`` keeps the room's contract.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from importlib import import_module
+from pathlib import Path
 
-Algorithm = Literal["nvfp4", "fp8"]
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A quantization format that mopt writes.
-
-    Attributes:
-        algorithm: As presets and commands name it.
-        quant_algo: As config.json does.
-        packed_dtype: Of a quantized weight.
-        words: What it is, for the model card.
-        declared: Keys of ``quantization_config`` that say how the tensors are to be read.
-    """
-
-    algorithm: Algorithm
-    quant_algo: str
-    packed_dtype: str
-    words: str
-    declared: Mapping[str, Any]
+from modelopt_convert.formats.format import Algorithm, Format
 
 
-NVFP4 = Format(
-    algorithm="nvfp4",
-    quant_algo="NVFP4",
-    packed_dtype="U8",
-    words="W4A4, blocks of 16",
-    declared={
-        "quant_type": "NVFP4",
-        "group_size": 16,
-        "swap_weight_nibbles": False,
-        "checkpoint_weight_scale_layout": "linear",
-    },
-)
-FP8 = Format(
-    algorithm="fp8",
-    quant_algo="FP8",
-    packed_dtype="F8_E4M3",
-    words="W8A8, E4M3 with one scale per tensor",
-    declared={"quant_type": "FP8"},
-)
-FORMATS: Mapping[Algorithm, Format] = {"nvfp4": NVFP4, "fp8": FP8}
+def _found() -> dict[Algorithm, Format]:
+    folders = (path.parent.name for path in Path(__file__).parent.glob("*/format.py"))
+    formats: list[Format] = [import_module(f"{__package__}.{name}.format").FORMAT for name in folders]
+    return {one.algorithm: one for one in sorted(formats, key=lambda one: (one.bits, one.algorithm))}
+
+
+FORMATS: Mapping[Algorithm, Format] = _found()

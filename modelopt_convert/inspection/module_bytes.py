@@ -6,17 +6,19 @@ import torch
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.layout import ScaleOrder
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import from_bytes
-from modelopt_convert.inspection.lint import OddScales, Packed
-from modelopt_convert.proof.detector import Detection, ScaleOrder, detect_with_base, hint_scale_order, telling_rows
+from modelopt_convert.inspection.lint import OddScales
+from modelopt_convert.proof.detector import Detection, detect_with_base, hint_scale_order, telling_rows
 
 
 @dataclass(frozen=True)
-class Looks:
+class ModuleBytes:
     """One packed module whose block scales are read.
 
     Attributes:
@@ -26,7 +28,7 @@ class Looks:
     """
 
     reader: CheckpointReader
-    packed: Packed
+    packed: PackedModule
     raw: bytes
 
     @torch.inference_mode()
@@ -87,5 +89,5 @@ class Looks:
         return hint_scale_order(codes, {order: scale[top : top + height] for order, scale in readings.items()})
 
     def _readings(self) -> dict[str, torch.Tensor]:
-        stored = from_bytes(self.raw, "F8_E4M3", self.packed.scale.shape)
+        stored = from_bytes(self.raw, "F8_E4M3", self.packed.scales["weight_scale"].shape)
         return scale_readings(stored, self.packed.rows, self.packed.columns // BLOCK_SIZE)

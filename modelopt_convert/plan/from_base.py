@@ -5,37 +5,37 @@ a Linear, so there has to be a preset, which knows the model.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from modelopt_convert import __version__
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of, natural_key
-from modelopt_convert.dialects.modelopt.export import PackedModule
-from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE
+from modelopt_convert.dialects.modelopt.dialect import output_config
+from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.table import NVFP4
+from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.plan.ignore import ignore_list, merged_modules
 from modelopt_convert.plan.inputs import check_preset, check_unquantized
 from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, siblings
-from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
+from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import Preset
 from modelopt_convert.run.errors import InputError
 
-# As ModelOpt 0.47's convert_hf_config.py has them, but for the inputs: these are scaled by the engine.
-_DECLARED: Mapping[str, Any] = {
-    "quant_method": "modelopt",
-    "quant_algo": NVFP4.quant_algo,
-    "config_groups": {
-        "group_0": {
-            "input_activations": {"dynamic": True, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE},
-            "weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE},
-            "targets": ["Linear"],
-        }
-    },
-    "producer": {"name": "mopt", "version": __version__},
-    "dynamic_input_scale": True,
-}
+
+class BaseFormat(Protocol):
+    """What is made of a base that is quantized here: the entry of a format in this room.
+
+    Attributes:
+        declared: Keys of ``quantization_config`` beside ``ignore`` and what the format declares.
+    """
+
+    declared: Mapping[str, Any]
+
+    def steps(self, module: PackedModule, *, is_merged: bool) -> Iterator[Step]:
+        """The tensors of one module; ``is_merged`` where the runtime makes one module of several."""
+
+    def fault(self, base: Source, info: TensorInfo) -> InputError | None:
+        """Why a weight cannot be quantized, or None."""
 
 
 def preset_required() -> InputError:
@@ -47,10 +47,11 @@ def preset_required() -> InputError:
     )
 
 
-def plan_quantized(base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildPlan:
+def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildPlan:
     """Plan a transformer repo whose weights are quantized here.
 
     Args:
+        target: The format.
         base: The unquantized transformer, in BF16, F16 or F32.
         keeps: What stays in BF16; with a preset.
         max_shard_size: Largest output file, in bytes of tensors.
@@ -67,7 +68,8 @@ def plan_quantized(base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildP
         raise preset_required()
     check_unquantized(base)
     check_preset(preset, base)
-    modules = {module.name: module for module in _linears(base)}
+    quantizer: BaseFormat = entry("modelopt_convert.plan", target.algorithm)
+    modules = {module.name: module for module in _linears(base, quantizer)}
     matcher = PatternMatcher(sorted({module_of(name) for name in base.tensors}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules)
     for module in modules.values():
@@ -88,7 +90,7 @@ def plan_quantized(base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildP
     for name, info in base.tensors.items():
         if name == f"{module_of(name)}.weight" and module_of(name) in packed:
             module = packed[module_of(name)]
-            found |= {step.output.name: step for step in _quantized(module, module.name in merged)}
+            found |= {step.output.name: step for step in quantizer.steps(module, is_merged=module.name in merged)}
             fates[name] = "quantized" + ("" if info.dtype == "BF16" else f": {info.dtype} rounded to BF16 first")
         else:
             dtype = plain_dtype(info, fp32)
@@ -96,14 +98,12 @@ def plan_quantized(base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildP
             found[name] = Step(TensorSpec(name, dtype, info.shape), "base", "cast_bf16" if cast else "copy")
             fates[name] = f"used: cast {info.dtype} to {dtype}" if cast else "used"
     steps = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
-    ignore = ignore_list(steps, NVFP4, packed, preset, base.config)
-    # _name_or_path is where the machine that saved it kept the model.
-    rest = {key: value for key, value in base.config.items() if key != "_name_or_path"}
+    ignore = ignore_list(steps, target, packed, preset, base.config)
     return BuildPlan(
-        format=NVFP4,
+        format=target,
         steps=steps,
         shards=split_into_shards([step.output for step in steps.values()], max_shard_size),
-        config=rest | {"quantization_config": {**_DECLARED, "ignore": ignore, **NVFP4.declared}},
+        config=output_config(base.config, quantizer.declared, ignore, target),
         modules=modules,
         replaced=replaced,
         fused=fused_groups(preset, modules, replaced, base),
@@ -116,38 +116,14 @@ def plan_quantized(base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildP
     )
 
 
-def _linears(base: Source) -> Iterator[PackedModule]:
+def _linears(base: Source, quantizer: "BaseFormat") -> Iterator[PackedModule]:
     """What ModelOpt would see as a Linear, if nothing were kept."""
     for name, info in base.tensors.items():
         if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or info.dtype not in HALF_AND_FLOAT:
             continue
         rows, columns = info.shape
         bias = base.tensors.get(f"{module_of(name)}.bias")
-        yield PackedModule(module_of(name), rows, columns, info, {}, bias, _block_fault(base, info))
-
-
-def _block_fault(base: Source, info: TensorInfo) -> InputError | None:
-    """ModelOpt's exporter asserts the same (``NVFP4QTensor.get_weights_scaling_factor``)."""
-    if info.shape[1] % BLOCK_SIZE == 0:
-        return None
-    where = f"{base.path}/{info.file}"
-    return InputError(
-        f"{where}: tensor {info.name!r}: expected K divisible by {BLOCK_SIZE}, found K = {info.shape[1]}",
-        code="base.block_size",
-        path=where,
-        hint=f"NVFP4 scales blocks of {BLOCK_SIZE} columns: --keep-bf16 '{module_of(info.name)}'",
-    )
-
-
-def _quantized(module: PackedModule, is_merged: bool) -> Iterator[Step]:
-    outputs: dict[str, tuple[str, tuple[int, ...], Op]] = {
-        "weight": (NVFP4.packed_dtype, (module.rows, module.columns // 2), "quantize_nvfp4"),
-        "weight_scale": ("F8_E4M3", (module.rows, module.columns // BLOCK_SIZE), "block_scales"),
-        # A loader that joins modules into one cannot join scales of no dimension.
-        "weight_scale_2": ("F32", (1,) if is_merged else (), "write_scale"),
-    }
-    for role, (dtype, shape, op) in outputs.items():
-        yield Step(TensorSpec(f"{module.name}.{role}", dtype, shape), "base", op)
+        yield PackedModule(module_of(name), rows, columns, info, {}, bias, quantizer.fault(base, info))
 
 
 def _shared_groups(preset: Preset, packed: Mapping[str, PackedModule]) -> tuple[tuple[str, ...], ...]:

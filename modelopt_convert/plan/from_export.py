@@ -4,30 +4,29 @@ Both inputs must be the same model, every pattern must match, no fused group may
 both gets its fate.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of, natural_key
-from modelopt_convert.dialects.modelopt.export import (
+from modelopt_convert.dialects.calibration import Calibration
+from modelopt_convert.dialects.modelopt.dialect import output_config, split_keys
+from modelopt_convert.dialects.modelopt.export import check_quant_config
+from modelopt_convert.dialects.packed import (
+    Evidence,
     PackedModule,
-    check_quant_config,
+    find_packed,
     is_layout_marker,
     is_quantizer_state,
+    module_format,
 )
-from modelopt_convert.dialects.modelopt.fp8 import Calibration, find_fp8_modules
-from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE, find_nvfp4_modules
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.table import FP8, Format
+from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.ignore import ignore_list, merged_modules
 from modelopt_convert.plan.inputs import check_base, check_configs, check_plain, check_preset, model_tensors
 from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, ignored
 from modelopt_convert.run.errors import InputError
-
-# Of an export's quantization_config these mean what they say in the output too; the rest is rebuilt or left out.
-_KEPT_CONFIG_KEYS = ("quant_method", "quant_algo", "config_groups", "producer", "kv_cache_scheme")
 
 
 def plan_mixed(
@@ -53,7 +52,7 @@ def plan_mixed(
         InputError: The export is not of this format, the base does not fit it, or a pattern does not fit either.
     """
     where = str(export.path / "config.json")
-    quant_config = check_quant_config(export.config, target.quant_algo, path=where)
+    quant_config = check_quant_config(export.config, target, path=where)
     if base is not None:
         check_configs(export, base)
     check_preset(keeps.preset, export)
@@ -82,15 +81,13 @@ def plan_mixed(
     build = _Build(target, export, base, modules, replaced, keep_fp32(keeps.preset, matcher, base or export), merged)
     build.run()
     steps = dict(sorted(build.steps.items(), key=lambda item: natural_key(item[0])))
-    kept = {key: quant_config[key] for key in _KEPT_CONFIG_KEYS if key in quant_config}
+    keys, dropped = split_keys(quant_config)
     ignore = ignore_list(steps, target, modules.keys() - replaced.keys(), keeps.preset, export.config)
-    # _name_or_path is where the exporting machine kept the model.
-    rest = {key: value for key, value in export.config.items() if key not in ("_name_or_path", "quantization_config")}
     return BuildPlan(
         format=target,
         steps=steps,
         shards=split_into_shards([step.output for step in steps.values()], max_shard_size),
-        config=rest | {"quantization_config": kept | {"ignore": ignore, **target.declared}},
+        config=output_config(export.config, keys, ignore, target),
         modules=modules,
         replaced=replaced,
         fused=fused,
@@ -99,7 +96,7 @@ def plan_mixed(
         dequantized=tuple(build.dequantized),
         must_equal=tuple(build.must_equal),
         may_differ=tuple(build.may_differ),
-        warnings=tuple(_config_warnings(quant_config, modules, where)),
+        warnings=tuple(_config_warnings(dropped, quant_config.get("ignore"), modules, where)),
     )
 
 
@@ -112,19 +109,15 @@ def needs_base(fault: InputError) -> InputError:
 def _find_modules(
     target: Format, export: Source, base: Source | None, calibration: Calibration, ignore: object
 ) -> dict[str, PackedModule]:
-    path = str(export.path)
-    if target is FP8:
-        modules = find_fp8_modules(export.tensors, calibration, ignore, path=path)
-    else:
-        true_shapes = {name: info.shape for name, info in base.tensors.items()} if base else {}
-        modules = find_nvfp4_modules(export.tensors, true_shapes, path=path, dynamic_inputs=False)
+    true_shapes = {name: info.shape for name, info in base.tensors.items()} if base else {}
+    evidence = Evidence(true_shapes, calibration, ignore)
+    modules = find_packed(export.tensors, target, evidence, path=str(export.path)).or_raise()
     if not modules:
-        older = "; an export of ModelOpt before 0.42 needs --checkpoint with its .pt" if target is FP8 else ""
         raise InputError(
             f"{export.path}: expected {target.quant_algo} modules ({target.packed_dtype} weights), found none",
             code="export.nothing_quantized",
-            path=path,
-            hint=f"the export failed half-way or was never calibrated; export again{older}",
+            path=str(export.path),
+            hint=f"the export failed half-way or was never calibrated; export again{target.older}",
         )
     return modules
 
@@ -209,26 +202,18 @@ class _Build:
             self.may_differ.append(info.name)
 
     def _keep(self, info: TensorInfo, module: PackedModule) -> None:
-        if self._target is not FP8:
-            shapes = {"weight": module.columns // 2, "weight_scale": module.columns // BLOCK_SIZE}
-            role = info.name.rpartition(".")[2]
-            # A loader that joins modules into one cannot join scales of no dimension.
-            tensor_scale = (1,) if module.name in self._merged else ()
-            shape = (module.rows, shapes[role]) if role in shapes else tensor_scale
-            self._put(info.name, info.dtype, shape, "copy")
+        """A weight or scale of a module that stays quantized."""
+        role = info.name.rpartition(".")[2]
+        shape = module_format(self._target).shape(module, role, is_merged=module.name in self._merged)
+        if info is not module.weight or _is_coded(module):
+            checked = info is module.weight and info.dtype == "F8_E4M3"  # whose codes can be NaN
+            self._put(info.name, info.dtype, shape, "copy_e4m3" if checked else "copy")
             self.export_fates[info.name] = "kept"
-        elif info is not module.weight:
-            self._put(info.name, info.dtype, (1,), "copy")  # the loader takes one scale per fused part
-            self.export_fates[info.name] = "kept"
-        elif _is_coded(module):
-            self._put(info.name, info.dtype, info.shape, "copy_e4m3")
-            self.export_fates[info.name] = "kept"
-        else:
-            value = module.calibrated.get("weight_scale")
-            self._put(info.name, self._target.packed_dtype, info.shape, "quantize_fp8", value)
-            self.export_fates[info.name] = f"quantized: {info.dtype} to {self._target.packed_dtype}"
-            if self._base is not None:
-                self.must_equal.append(info.name)
+            return
+        self._put(info.name, self._target.packed_dtype, shape, "quantize_fp8", module.calibrated.get("weight_scale"))
+        self.export_fates[info.name] = f"quantized: {info.dtype} to {self._target.packed_dtype}"
+        if self._base is not None:
+            self.must_equal.append(info.name)
 
     def _replace(self, module: PackedModule, info: TensorInfo) -> None:
         """A tensor of a quantized module that shall be BF16."""
@@ -255,12 +240,11 @@ class _Build:
 
 
 def _config_warnings(
-    quant_config: Mapping[str, Any], modules: Mapping[str, PackedModule], where: str
+    dropped: Sequence[str], ignore: object, modules: Mapping[str, PackedModule], where: str
 ) -> Iterator[tuple[str, str]]:
-    dropped = sorted(quant_config.keys() - {*_KEPT_CONFIG_KEYS, "ignore", "quant_type", "group_size"})
     if dropped:
         yield "config.dropped_keys", f"not carried into quantization_config: {', '.join(dropped)}"
-    covered = ignored(quant_config.get("ignore"), modules, path=where)
+    covered = ignored(ignore, modules, path=where)
     listed = [name for name in modules if name in covered]
     if listed:
         yield (

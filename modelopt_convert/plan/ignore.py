@@ -9,7 +9,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.engines.sglang import ignored_by
-from modelopt_convert.formats.table import Format
+from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Step
 from modelopt_convert.preset.patterns import rename
 from modelopt_convert.preset.preset import Preset

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.dialects.modelopt.export import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
 from modelopt_convert.preset.preset import Preset

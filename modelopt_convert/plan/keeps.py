@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of, natural_key
-from modelopt_convert.dialects.modelopt.export import PackedModule
+from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
 from modelopt_convert.preset.patterns import PatternMatcher, check_pattern

@@ -4,22 +4,20 @@ Every tensor of both inputs gets a fate here, and every output tensor a step wit
 free-space check and the report all speak of the same plan.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
+from modelopt_convert.checkpoint.header import METADATA, TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES
-from modelopt_convert.dialects.modelopt.export import PackedModule
+from modelopt_convert.dialects.modelopt.dialect import FILE_PATTERN
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.format import Format
+from modelopt_convert.formats.layout import CANONICAL, Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS
-from modelopt_convert.formats.table import Format
 from modelopt_convert.preset.preset import KeepRules, Preset
-
-FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
-
 
 Op = Literal[
     "copy",
@@ -67,12 +65,14 @@ class Step:
             a weight and its E4M3 codes; ``quantize_nvfp4`` makes E2M1 codes of a weight, and ``block_scales`` are those
             that come with them; ``write_scale`` writes ``value``.
         value: The scale of the weight, where it does not lie beside it.
+        layout: How the input lies, for ``repack`` and ``reorder_scales``.
     """
 
     output: TensorSpec
     origin: Origin
     op: Op
     value: float | None = None
+    layout: Layout = CANONICAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class ShardPlan:
 
     file: str
     tensors: tuple[TensorSpec, ...]
-    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,26 +165,26 @@ class BuildPlan:
         """Modules that are quantized in the output, in name order."""
         return sorted((name for name in self.modules if name not in self.replaced), key=natural_key)
 
-    def with_layouts(self, swapped: Collection[str], swizzled: Collection[str]) -> "BuildPlan":
-        """The plan once the proof has found the layouts of an NVFP4 export.
+    def with_layouts(self, layouts: Mapping[str, Layout]) -> "BuildPlan":
+        """The plan once the proof has found how packed modules lie.
 
         Args:
-            swapped: Modules whose high nibble holds the even column.
-            swizzled: Modules whose scales lie in the 128x4 order.
+            layouts: By module; a module without one lies as its format always does.
         """
         steps = dict(self.steps)
         fates = dict(self.ledger["export"])
-        for module in (self.modules[name] for name in self.packed):
-            weight, scale = module.weight, module.scales["weight_scale"]
+        for module in (self.modules[name] for name in self.packed if name in layouts):
+            weight, scale, layout = module.weight, module.scales["weight_scale"], layouts[module.name]
+            swapped, swizzled = layout.nibbles == "high", layout.scales == "128x4"
             padded = weight.shape != steps[weight.name].output.shape
-            if module.name in swapped or padded:
-                steps[weight.name] = replace(steps[weight.name], op="repack")
-                done = ["nibbles swapped"] * (module.name in swapped) + ["padding cut"] * padded
+            if swapped or padded:
+                steps[weight.name] = replace(steps[weight.name], op="repack", layout=layout)
+                done = ["nibbles swapped"] * swapped + ["padding cut"] * padded
                 fates[weight.name] = f"kept: {' and '.join(done)}"
             padded = scale.shape != steps[scale.name].output.shape
-            if module.name in swizzled or padded:
-                steps[scale.name] = replace(steps[scale.name], op="reorder_scales")
-                fates[scale.name] = "kept: 128x4 to row-major" if module.name in swizzled else "kept: padding cut"
+            if swizzled or padded:
+                steps[scale.name] = replace(steps[scale.name], op="reorder_scales", layout=layout)
+                fates[scale.name] = "kept: 128x4 to row-major" if swizzled else "kept: padding cut"
         return replace(self, steps=steps, ledger={**self.ledger, "export": fates})
 
     def with_scales(self, scales: Mapping[str, float]) -> "BuildPlan":
@@ -213,7 +213,7 @@ class BuildPlan:
         quarter of a GB a worker, is not counted here.
         """
         proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
-        computed = any(step.op in ("quantize_fp8", "dequantize_fp8", "quantize_nvfp4") for step in self.steps.values())
+        computed = any(step.op.startswith(("quantize_", "dequantize_")) for step in self.steps.values())
         # The block scales of one weight wait for the last of its codes.
         waiting = max((step.output.num_bytes for step in self.steps.values() if step.op == "block_scales"), default=0)
         return workers * max((8 if computed else 3) * CHUNK_BYTES + waiting, proof + 2 * waiting)

@@ -10,24 +10,20 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from modelopt_convert.formats.layout import GlobalScale, Layout, NibbleOrder, ScaleOrder
 from modelopt_convert.formats.nvfp4.codes import (
-    BLOCK_SIZE,
     block_scales,
     decode_e2m1,
     quantize_codes,
     swap_nibbles,
     unpack_e2m1,
 )
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.proof.closeness import Closeness, closeness
-
-NibbleOrder = Literal["low", "high", "equivalent", "undetermined"]
-ScaleOrder = Literal["linear", "128x4", "equivalent", "undetermined"]
-GlobalScale = Literal["multiply", "divide", "undetermined"]
 
 # A reading is accepted on its error alone only if it is this many times better than the best of the other readings.
 RUNNER_UP_FACTOR = 3.0
@@ -36,31 +32,11 @@ RELATED_COSINE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """One way of reading a module's bytes."""
-
-    nibbles: Literal["low", "high"]
-    scales: Literal["linear", "128x4"]
-    global_scale: Literal["multiply", "divide"]
-
-    def in_words(self) -> str:
-        """How it departs from what ModelOpt writes; empty if it does not."""
-        parts = [
-            "the high nibble holds the even column (nibbles swapped)" if self.nibbles == "high" else "",
-            "the scales lie in the 128x4 order (swizzled)" if self.scales == "128x4" else "",
-            "the global scale is a reciprocal" if self.global_scale == "divide" else "",
-        ]
-        return " and ".join(part for part in parts if part)
-
-
-@dataclass(frozen=True, slots=True)
 class Detection:
     """What a comparison with the base says of a module's layout.
 
     Attributes:
-        nibbles: Order of the nibbles.
-        scales: Order of the scales.
-        global_scale: Whether it multiplies or divides.
+        layout: The answers.
         best: The reading that comes nearest; the canonical one where nothing tells them apart.
         codes: Codes compared.
         codes_equal: Of them equal to the base's, quantized again, under the best reading.
@@ -68,10 +44,8 @@ class Detection:
         related: Whether any reading resembles the base.
     """
 
-    nibbles: NibbleOrder
-    scales: ScaleOrder
-    global_scale: GlobalScale
-    best: Reading
+    layout: Layout
+    best: Layout
     codes: int
     codes_equal: int
     closeness: Closeness
@@ -87,7 +61,7 @@ class Detection:
 class _Tried:
     """A reading with what it gives; how near it comes is computed only if asked for."""
 
-    reading: Reading
+    reading: Layout
     equal: int
     base: Tensor
     codes: Tensor
@@ -124,7 +98,7 @@ def detect_with_base(
     """
     index = torch.tensor(rows)
     tried = [
-        _try(base_rows, packed, Reading(nibbles, order, convention), readings[order][index], factor)
+        _try(base_rows, packed, Layout(nibbles, order, convention), readings[order][index], factor)
         for (nibbles, packed), order, (convention, factor) in itertools.product(
             _nibble_readings(packed_rows), _orders(readings), _global_readings(global_scale)
         )
@@ -137,10 +111,17 @@ def detect_with_base(
     same_scales = len(readings) == 2 and torch.equal(
         readings["linear"].view(torch.uint8), readings["128x4"].view(torch.uint8)
     )
+    nibbles = _decide(tried, accepted, "nibbles", bool(exact), same_nibbles)
+    scales = _decide(tried, accepted, "scales", bool(exact), same_scales)
+    convention = _decide(tried, accepted, "global_scale", bool(exact), False)
     return Detection(
-        nibbles=_decide(tried, accepted, "nibbles", bool(exact), same_nibbles),  # type: ignore[arg-type]
-        scales=_decide(tried, accepted, "scales", bool(exact), same_scales),  # type: ignore[arg-type]
-        global_scale=_decide(tried, accepted, "global_scale", bool(exact), False),  # type: ignore[arg-type]
+        layout=Layout(
+            nibbles,  # type: ignore[arg-type]
+            scales,  # type: ignore[arg-type]
+            convention,  # type: ignore[arg-type]
+            nibbles_by="none" if nibbles == "undetermined" else "proven",
+            scales_by="none" if scales == "undetermined" else "proven",
+        ),
         best=best.reading,
         codes=num_codes,
         codes_equal=best.equal,
@@ -158,20 +139,20 @@ def telling_rows(readings: Mapping[str, Tensor], count: int) -> list[int]:
     return sorted(int(row) for row in order if differing[row])
 
 
-def _orders(readings: Mapping[str, Tensor]) -> list[Literal["linear", "128x4"]]:
-    both: tuple[Literal["linear", "128x4"], ...] = ("linear", "128x4")
+def _orders(readings: Mapping[str, Tensor]) -> list[ScaleOrder]:
+    both: tuple[ScaleOrder, ...] = ("linear", "128x4")
     return [order for order in both if order in readings]
 
 
-def _nibble_readings(packed: Tensor) -> list[tuple[Literal["low", "high"], Tensor]]:
+def _nibble_readings(packed: Tensor) -> list[tuple[NibbleOrder, Tensor]]:
     return [("low", packed), ("high", swap_nibbles(packed))]
 
 
-def _global_readings(global_scale: Tensor) -> list[tuple[Literal["multiply", "divide"], Tensor]]:
+def _global_readings(global_scale: Tensor) -> list[tuple[GlobalScale, Tensor]]:
     return [("multiply", global_scale), ("divide", 1.0 / global_scale)]
 
 
-def _try(base_rows: Sequence[Tensor], packed: Tensor, reading: Reading, scale: Tensor, factor: Tensor) -> _Tried:
+def _try(base_rows: Sequence[Tensor], packed: Tensor, reading: Layout, scale: Tensor, factor: Tensor) -> _Tried:
     codes = unpack_e2m1(packed)
     return _Tried(reading, count_equal(base_rows, codes, scale, factor), base_rows[0], codes, scale, factor)
 

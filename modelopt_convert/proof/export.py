@@ -12,18 +12,14 @@ import torch
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.modelopt.export import PackedModule
-from modelopt_convert.dialects.modelopt.fp8 import Calibration
+from modelopt_convert.dialects.calibration import Calibration
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS
-from modelopt_convert.formats.table import FP8
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.plan.from_export import needs_base
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.proof.fp8 import AMAX_DISAGREES, judge_fp8_module, usable_fp8_scale
-from modelopt_convert.proof.fp8 import METHOD as METHOD_FP8
-from modelopt_convert.proof.judgement import Judgement
-from modelopt_convert.proof.nvfp4 import METHOD as METHOD_NVFP4
-from modelopt_convert.proof.nvfp4 import judge_nvfp4, name_the_layout, usable_nvfp4_scale
+from modelopt_convert.proof.judgement import Judgement, format_proof
 from modelopt_convert.proof.tensors import common_dtype
 from modelopt_convert.proof.unquantized import same_up_to_cast
 from modelopt_convert.run.errors import InputError
@@ -38,6 +34,7 @@ class Proof:
 
     Attributes:
         method: In words; empty without a base.
+        is_rebased: Whether a runtime brings the tensor scales of a fused group to one.
         modules: The judgement on every packed module, by name.
         unproven: Modules about to be replaced whose scales are unusable, with the reason.
         fused_differ: Fused groups whose global scales differ, with the largest ratio; runtimes rebase them.
@@ -45,6 +42,7 @@ class Proof:
     """
 
     method: str = ""
+    is_rebased: bool = True
     modules: dict[str, Judgement] = field(default_factory=dict)
     unproven: dict[str, str] = field(default_factory=dict)
     fused_differ: dict[str, float] = field(default_factory=dict)
@@ -59,13 +57,9 @@ class Proof:
         """Modules that are not."""
         return [name for name, one in self.modules.items() if not one.passed]
 
-    def swapped(self) -> set[str]:
-        """Modules whose high nibble holds the even column."""
-        return {name for name, one in self.modules.items() if one.reading and one.reading.nibbles == "high"}
-
-    def swizzled(self) -> set[str]:
-        """Modules whose scales lie in the 128x4 order."""
-        return {name for name, one in self.modules.items() if one.reading and one.reading.scales == "128x4"}
+    def layouts(self) -> dict[str, Layout]:
+        """How each module lies, of those that are known to lie somehow."""
+        return {name: one.reading for name, one in self.modules.items() if one.reading is not None}
 
 
 def prove(
@@ -95,26 +89,26 @@ def prove(
     Raises:
         InputError: A cause that can be named: unusable scales, another base, another layout.
     """
-    proof = Proof()
+    rules = format_proof(plan.format.algorithm)
+    proof = Proof(is_rebased=rules.is_rebased)
     with torch.inference_mode():
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
         _note_fused(plan, scales, proof)
         if base is None:
             return proof
-        proof.method = METHOD_FP8 if plan.format is FP8 else METHOD_NVFP4
+        proof.method = rules.method
         _check_unquantized(export, base, plan, proof, workers, advance)
         common = common_dtype(export)
-        judge = judge_fp8_module if plan.format is FP8 else judge_nvfp4
 
         def judged(module: PackedModule, _stopped: Event) -> Judgement:
             with torch.inference_mode():  # of each thread
-                found = judge(export, base, module, common, scales[module.name], max_error)
+                found = rules.judge(export, base, module, common, scales[module.name], max_error)
             advance((SAMPLED_ROWS + 2) * module.columns * 3)
             return found
 
         due = [module for module in plan.modules.values() if module.name not in proof.unproven]
         proof.modules = {module.name: one for module, one in zip(due, in_order(due, judged, workers), strict=True)}
-    name_the_layout(export, proof.modules)
+    rules.name_cause(export, proof.modules)
     _name_another_base(export, proof)
     return proof
 
@@ -143,19 +137,16 @@ def _check_scales(
     advance: Callable[[int], None],
 ) -> dict[str, float]:
     """Scales by module, after all were looked at; modules to be replaced by the base are excused."""
+    rules = format_proof(plan.format.algorithm)
 
     def checked(module: PackedModule, _stopped: Event) -> float | InputError:
         try:
             if module.fault is not None:
                 raise module.fault
             with torch.inference_mode():  # of each thread
-                if plan.format is FP8:
-                    return usable_fp8_scale(export, module, calibration)
-                assert base is not None  # the command requires it
-                return usable_nvfp4_scale(export, base, module)
+                return rules.scale(export, base, module, calibration)
         except InputError as error:
-            # Two runs that were mixed up are never excused.
-            if module.name not in plan.replaced or error.code == AMAX_DISAGREES:
+            if module.name not in plan.replaced or error.code in rules.never_excused:
                 raise
             if module.name in plan.dequantized:
                 raise needs_base(error) from error

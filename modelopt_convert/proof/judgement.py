@@ -1,21 +1,16 @@
-"""Judge an NVFP4 weight by sampled rows of its BF16 base. Pure.
+"""The judgement on one packed module, and what a format has to know for it."""
 
-The idea: base rows quantized again with the export's own scales must give the export's codes. That proves nibble
-order, scale order, base and producer at once. Where it does not hold (QAT, ``mtq.compress``), the dequantized rows
-decide. Both are asked of every reading of the bytes, so that another layout is found and not mistaken for damage.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.calibration import Calibration
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.format import Algorithm, entry
 from modelopt_convert.formats.fp8.codes import Clipped
-from modelopt_convert.formats.nvfp4.codes import block_scales, decode_e2m1, unpack_e2m1
-from modelopt_convert.proof.closeness import Closeness, closeness
-from modelopt_convert.proof.detector import Reading, count_equal, detect_with_base
+from modelopt_convert.formats.layout import Layout
+from modelopt_convert.proof.closeness import Closeness
 
 Verdict = Literal["reproduced", "within limits", "undetermined", "unrelated", "mismatch"]
 
@@ -43,7 +38,7 @@ class Judgement:
     codes: int
     codes_equal: int
     closeness: Closeness
-    reading: Reading | None = None
+    reading: Layout | None = None
     rule: str | None = None
     clipped: Clipped | None = None
 
@@ -53,47 +48,57 @@ class Judgement:
         return self.verdict in ("reproduced", "within limits")
 
 
-def judge(
-    base_rows: Sequence[Tensor],
-    packed_rows: Tensor,
-    readings: Mapping[str, Tensor],
-    rows: Sequence[int],
-    global_scale: Tensor,
-    *,
-    max_error: float,
-) -> Judgement:
-    """Judge one module from sampled rows.
-
-    Args:
-        base_rows: The base's rows [R, K], once for each dtype the exporter may have quantized from.
-        packed_rows: uint8 [R, K/2], the same rows of the export.
-        readings: Scales [N, K/16] by order (``scale_readings``).
-        rows: The R row indices.
-        global_scale: float32 [].
-        max_error: Limit of the relative error where codes are not reproduced.
-    """
-    verdict: Verdict
-    index, canonical = torch.tensor(rows), Reading("low", "linear", "multiply")
-    codes = unpack_e2m1(packed_rows)
-    if "linear" in readings:
-        scale = readings["linear"][index]
-        if count_equal(base_rows, codes, scale, global_scale) == codes.numel():  # nearly always: look no further
-            dequantized = decode_e2m1(codes) * block_scales(scale, global_scale)
-            near = closeness(base_rows[0].to(torch.float64), dequantized.to(torch.float64))
-            verdict = of_reproduced(near, codes.numel(), max_error)
-            return Judgement(verdict, codes.numel(), codes.numel(), near, canonical)
-    found = detect_with_base(base_rows, packed_rows, readings, rows, global_scale, max_error=max_error)
-    verdict = "mismatch" if found.related else "unrelated"
-    if found.reproduced:
-        verdict = of_reproduced(found.closeness, found.codes, max_error)
-    elif found.closeness.within(max_error):
-        answers = (found.nibbles, found.scales, found.global_scale)
-        clear = found.best == canonical or "undetermined" not in answers
-        verdict = "within limits" if clear else "undetermined"
-    return Judgement(verdict, found.codes, found.codes_equal, found.closeness, found.best)
-
-
 def of_reproduced(near: Closeness, num_codes: int, max_error: float) -> Verdict:
     """A stale global scale clips the weight, and the clipped codes are reproduced all the same: the error tells."""
     limit = max_error if num_codes >= _ENOUGH_CODES else 2 * max_error
     return "reproduced" if near.relative_error <= limit else "mismatch"
+
+
+class FormatProof(Protocol):
+    """How modules of one format are proven: the entry of a format in this room.
+
+    Attributes:
+        method: In words.
+        never_excused: Codes of faults that are told although the base replaces the module.
+        is_rebased: Whether a runtime brings the tensor scales of a fused group to one.
+    """
+
+    method: str
+    never_excused: frozenset[str]
+    is_rebased: bool
+
+    def scale(
+        self, export: CheckpointReader, base: CheckpointReader | None, module: PackedModule, calibration: Calibration
+    ) -> float:
+        """The tensor scale, after all scales of the module were looked at.
+
+        A float: many small tensors held between large ones keep the allocator from giving memory back.
+
+        Raises:
+            InputError: A scale that cannot be used.
+        """
+
+    def judge(
+        self,
+        export: CheckpointReader,
+        base: CheckpointReader,
+        module: PackedModule,
+        common_dtype: str,
+        scale: float,
+        max_error: float,
+        rows: list[int] | None = None,
+    ) -> Judgement:
+        """Judge one module by the rows given, or by rows that the format samples.
+
+        Raises:
+            InputError: Export or base cannot be judged.
+        """
+
+    def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
+        """Turn a failure of modules whose cause is known into an InputError that says so."""
+
+
+def format_proof(algorithm: Algorithm) -> FormatProof:
+    """How modules of a format are proven."""
+    found: FormatProof = entry("modelopt_convert.proof", algorithm)
+    return found

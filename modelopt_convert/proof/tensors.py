@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import MAX_READ_BYTES, MAX_WHOLE_BYTES, CheckpointReader
-from modelopt_convert.dialects.modelopt.export import PackedModule, is_quantizer_state
+from modelopt_convert.dialects.packed import PackedModule, is_quantizer_state
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes
 from modelopt_convert.run.errors import InputError

@@ -4,9 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from modelopt_convert.formats.layout import Basis
 from modelopt_convert.report.report import ErrorReport
-
-Basis = Literal["proven", "declared", "shape", "hint", "none"]
 
 
 class _Model(BaseModel):

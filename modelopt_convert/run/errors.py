@@ -34,9 +34,13 @@ class MoptError(Exception):
         code: Stable name such as ``header.size_mismatch``, for scripts and tests.
         path: The file concerned, if one is.
         hint: What to do about it.
+
+    Attributes:
+        report: The report of the run that ended so, where a function of the API raised it.
     """
 
     exit_code: ClassVar[ExitCode]
+    report: Any = None
 
     def __init__(self, message: str, *, code: str, path: str | None = None, hint: str | None = None) -> None:
         """Keep the parts apart so that the terminal and the JSON report can each show them."""
@@ -49,6 +53,23 @@ class MoptError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Come whole out of another process; Exception's own way calls the class with the message alone."""
         return type(self).__new__, (type(self), self.message), self.__dict__
+
+
+class UsageError(MoptError, ValueError):
+    """A request that cannot be meant: a value that is none, or two that exclude each other. Nothing was read.
+
+    Args:
+        flag: The option or argument concerned, as the command line spells it.
+        reason: What is wrong with it.
+    """
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, flag: str, reason: str) -> None:
+        """Keep the two apart: a command line shows the flag in its own way."""
+        super().__init__(f"{flag}: {reason}", code="usage")
+        self.flag = flag
+        self.reason = reason
 
 
 class InputError(MoptError):

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, Self
 
-from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, foreign_entry
-from modelopt_convert.stage.shard_writer import METADATA, ShardWriter
+from modelopt_convert.stage.shard_writer import ShardWriter
 
 _REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"

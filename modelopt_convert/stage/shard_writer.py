@@ -7,7 +7,7 @@ from typing import Self
 
 import xxhash
 
-from modelopt_convert.checkpoint.header import TensorSpec, build_header
+from modelopt_convert.checkpoint.header import METADATA, TensorSpec, build_header
 from modelopt_convert.run.errors import InternalError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.locks import file_system_of
@@ -16,7 +16,6 @@ from modelopt_convert.stage.locks import file_system_of
 # into a core's cache: see docs/performance.md.
 SHARING_FILE_SYSTEMS = frozenset({"xfs", "btrfs"})
 _WRITEBACK_BYTES = 8 << 20  # large enough for the disk to write in one go
-METADATA: Mapping[str, str] = {"format": "pt"}
 
 
 class ShardWriter:

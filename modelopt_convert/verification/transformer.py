@@ -8,8 +8,8 @@ import torch
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.accounting import note_cost, timed
+from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.proof.detector import Reading
 from modelopt_convert.report.report import Report
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError, first_line
@@ -81,12 +81,12 @@ def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
 
 def _prewarmed(subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress) -> VerifyReport:
     """Build kernels and judge nothing."""
-    backends, reports = choose(request.backends, request.preferred, subject.algorithm, device)
+    backends, reports = choose(request.backends, request.preferred, subject.format.algorithm, device)
     progress.begin("prewarm", _weight_bytes(subject))
     prewarm(subject, backends, device, progress.advance)
     names = ", ".join(backend.name for backend in backends) or "none that runs here"
     return VerifyReport(
-        algorithm=subject.algorithm,
+        algorithm=subject.format.algorithm,
         verdict="pass",
         statement=f"kernels built for {names}; nothing was verified",
         device=describe(device),
@@ -157,13 +157,13 @@ def verify_opened(
     """
     subject = find_subject(reader, base)
     record = read_record(reader.path) if with_record else None
-    max_error = DEFAULT_ERROR[subject.algorithm] if request.max_error is None else request.max_error
+    max_error = DEFAULT_ERROR[subject.format.algorithm] if request.max_error is None else request.max_error
     progress.begin("read", reader.num_bytes)
     scanned = scan(reader, record, request.workers, progress.advance) if with_record else Scanned()
     seen = look(subject)
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
     progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
-    readings: dict[str, Reading] = {}
+    readings: dict[str, Layout] = {}
     with torch_on_one_thread():
         decoded = decode_level(
             subject,
@@ -185,7 +185,7 @@ def verify_opened(
     ]
     found = VerifyReport(
         checkpoint=str(reader.path),
-        algorithm=subject.algorithm,
+        algorithm=subject.format.algorithm,
         device=describe(device),
         levels=levels,
         modules=modules,
@@ -242,7 +242,7 @@ def _multiply(
     found: VerifyReport, subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress
 ) -> None:
     total = len(subject.modules)
-    backends, found.backends = choose(request.backends, request.preferred, subject.algorithm, device)
+    backends, found.backends = choose(request.backends, request.preferred, subject.format.algorithm, device)
     if not backends:
         why = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))

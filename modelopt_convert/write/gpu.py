@@ -13,7 +13,8 @@ from torch import Tensor
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.formats.nvfp4.codes import BLOCK_SIZE, quantize_nvfp4
+from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, largest_bits, magnitude, to_bytes
 from modelopt_convert.run.errors import BackendError, InconclusiveError, first_line
 

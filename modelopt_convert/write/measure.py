@@ -8,7 +8,7 @@ import torch
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.modelopt.export import PackedModule
+from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.nvfp4.codes import shared_global_scale
 from modelopt_convert.formats.tensor_bytes import largest_of_chunk
 from modelopt_convert.plan.plan import BuildPlan

@@ -22,19 +22,6 @@ _COPIED_BYTES = 1 << 20  # read, hashed and written while it is in a core's cach
 _COMPUTED_BYTES = CHUNK_BYTES // 4  # arithmetic makes several wider arrays of a piece
 
 
-@dataclass(frozen=True, slots=True)
-class Layouts:
-    """Modules that are not stored as ModelOpt writes them.
-
-    Attributes:
-        swapped: The high nibble holds the even column.
-        swizzled: The scales lie in the 128x4 order.
-    """
-
-    swapped: frozenset[str]
-    swizzled: frozenset[str]
-
-
 @dataclass(slots=True)
 class Made:
     """What else came of one step.
@@ -53,15 +40,12 @@ class Made:
             self.clipped = found if self.clipped is None else self.clipped.plus(found)
 
 
-def produce(
-    step: Step, reader: CheckpointReader, layouts: Layouts, made: Made, gpu: "Gpu | None" = None
-) -> Iterator[bytes | memoryview]:
+def produce(step: Step, reader: CheckpointReader, made: Made, gpu: "Gpu | None" = None) -> Iterator[bytes | memoryview]:
     """The bytes of a step's output, each piece good until the next; memory is one piece, for scales one tensor.
 
     Args:
         step: What is done.
         reader: Its input.
-        layouts: How the input lies.
         made: Gets what else comes of it.
         gpu: Where NVFP4 is quantized; on the CPU unless given.
 
@@ -78,7 +62,7 @@ def produce(
             made.block_scales.append(memoryview(bytes(scales)))  # theirs is good until the next only
             yield codes
         return
-    yield from _produce(step, reader, reader.tensors[step.output.name], layouts, made)
+    yield from _produce(step, reader, reader.tensors[step.output.name], made)
 
 
 def _scale_of(step: Step, reader: CheckpointReader) -> float:
@@ -88,15 +72,12 @@ def _scale_of(step: Step, reader: CheckpointReader) -> float:
     return float(struct.unpack("<f", reader.read(f"{module_of(step.output.name)}.weight_scale"))[0])
 
 
-def _produce(
-    step: Step, reader: CheckpointReader, source: TensorInfo, layouts: Layouts, made: Made
-) -> Iterator[bytes | memoryview]:
+def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Made) -> Iterator[bytes | memoryview]:
     if step.op == "copy":
         yield from reader.buffered(source.name, _COPIED_BYTES)
         return
     from modelopt_convert.formats import tensor_bytes as raw
 
-    module = module_of(source.name)
     try:
         if step.op == "copy_e4m3":
             for chunk in reader.buffered(source.name, _COPIED_BYTES):
@@ -128,13 +109,12 @@ def _produce(
             height = max(1, _COPIED_BYTES // stored_half)
             for number, stored in enumerate(reader.buffered(source.name, height * stored_half)):
                 keep = max(0, min(height, num_rows - number * height))
-                yield raw.repack_rows(stored, stored_half, half, keep, swap=module in layouts.swapped)
+                yield raw.repack_rows(stored, stored_half, half, keep, swap=step.layout.nibbles == "high")
         elif step.op == "swizzle_scales":
             yield raw.swizzle_scales(reader.read(source.name), source.shape)
         else:
-            order = "128x4" if module in layouts.swizzled else "linear"
             rows, columns = step.output.shape
-            yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, order)
+            yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, step.layout.scales)
     except ValueError as error:
         where = str(reader.path / source.file)
         fp8 = step.op in ("copy_e4m3", "quantize_fp8", "dequantize_fp8")

@@ -13,7 +13,7 @@ from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import in_order, until
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.shard_writer import ShardWriter
-from modelopt_convert.write.pieces import Layouts, Made, produce
+from modelopt_convert.write.pieces import Made, produce
 from modelopt_convert.write.task import ShardResult, ShardTask, StreamPlan, shard_tasks
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def stream(
     stage: StagingDir,
     plan: StreamPlan,
     readers: Mapping[Origin, CheckpointReader],
-    layouts: Layouts,
     progress: Progress,
     folder: str = "",
     *,
@@ -57,7 +56,7 @@ def stream(
     done = Streamed()
     for role, reader in readers.items():
         reader.prefetch(step_readings(plan.steps, role, reader.tensors))
-    tasks = list(shard_tasks(plan, layouts, folder))
+    tasks = list(shard_tasks(plan, folder))
     for result in executor(stage, tasks, readers, progress, workers, gpu):
         stage.finish_shard(durable=result.durable)
         done.digests |= result.digests
@@ -94,7 +93,7 @@ def write_tensors(
     Returns:
         What a scale was too small for, by module.
     """
-    write = _Writing(writer, task.steps, readers, task.layouts, progress, task.file, gpu)
+    write = _Writing(writer, task.steps, readers, progress, task.file, gpu)
     # Block scales come with the codes.
     names = [spec.name for spec in writer.layout if task.steps[spec.name].op != "block_scales"]
     made = dict(zip(names, in_order(names, write, workers), strict=True))
@@ -108,7 +107,6 @@ class _Writing:
     writer: ShardWriter
     steps: Mapping[str, Step]
     readers: Mapping[Origin, CheckpointReader]
-    layouts: Layouts
     progress: Progress
     file: str
     gpu: "Gpu | None"
@@ -118,7 +116,7 @@ class _Writing:
         step, made = self.steps[name], Made()
         self.progress.detail(f"{self.file}: {name}: {step.op} from {step.origin}")
         extent = self.readers[step.origin].extent(name) if step.op == "copy" else None
-        pieces = self._counted(produce(step, self.readers[step.origin], self.layouts, made, self.gpu))
+        pieces = self._counted(produce(step, self.readers[step.origin], made, self.gpu))
         self.writer.write(name, until(stopped, pieces), extent)
         if step.op == "quantize_nvfp4":
             self.writer.write(f"{module_of(name)}.weight_scale", self._counted(made.block_scales))

@@ -4,12 +4,10 @@ Nothing in a task depends on who does it, when, or how often: the bytes are the 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.plan.plan import ShardPlan, Step
-from modelopt_convert.write.pieces import Layouts
 
 if TYPE_CHECKING:
     from modelopt_convert.formats.fp8.codes import Clipped
@@ -35,13 +33,11 @@ class ShardTask:
         file: Its name in the stage, with its folder.
         shard: Its tensors and header metadata.
         steps: How each of its tensors is made.
-        layouts: How its modules lie in the input.
     """
 
     file: str
     shard: ShardPlan
     steps: Mapping[str, Step]
-    layouts: Layouts
 
     @property
     def data_bytes(self) -> int:
@@ -66,16 +62,13 @@ class ShardResult:
     clipped: Mapping[str, "Clipped"]
 
 
-def shard_tasks(plan: StreamPlan, layouts: Layouts, folder: str) -> Iterator[ShardTask]:
+def shard_tasks(plan: StreamPlan, folder: str) -> Iterator[ShardTask]:
     """A task for each file of a plan.
 
     Args:
         plan: What will be written.
-        layouts: How the input lies.
         folder: Of the stage, with its slash; empty for the stage itself.
     """
     for shard in plan.shards:
         steps = {spec.name: plan.steps[spec.name] for spec in shard.tensors}
-        modules = {module_of(name) for name in steps}
-        mine = replace(layouts, swapped=layouts.swapped & modules, swizzled=layouts.swizzled & modules)
-        yield ShardTask(f"{folder}{shard.file}", shard, steps, mine)
+        yield ShardTask(f"{folder}{shard.file}", shard, steps)

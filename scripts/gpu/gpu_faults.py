@@ -12,7 +12,9 @@ from torch import Tensor
 
 from modelopt_convert.formats.nvfp4.codes import swap_nibbles
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
-from modelopt_convert.verification.gemm.operands import Fp8Weight, Nvfp4Weight, Weight
+from modelopt_convert.verification.gemm.fp8 import Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import Weight
 
 Damage = Callable[[Any, Any], Weight]  # of a weight, given another module's of the same shape
 

@@ -38,7 +38,9 @@ from modelopt_convert.verification.gemm.backends.reference import Reference
 from modelopt_convert.verification.gemm.backends.sgl_kernel import SglFp8, SglNvfp4
 from modelopt_convert.verification.gemm.backends.torch_scaled import TorchFp8, TorchNvfp4
 from modelopt_convert.verification.gemm.backends.triton_gemm import TritonDecode, TritonNative
-from modelopt_convert.verification.gemm.operands import Fp8Weight, Nvfp4Weight, Weight, random_activations
+from modelopt_convert.verification.gemm.fp8 import Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import Weight, random_activations
 from modelopt_convert.verification.gemm.probes import (
     ProbeResult,
     identity_probe,

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from modelopt_convert.checkpoint.header import TensorSpec, build_header
-from modelopt_convert.plan.plan import INDEX_NAME, split_into_shards
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
+from modelopt_convert.plan.plan import split_into_shards
 
 SHARD_BYTES = 10_000_000_000
 _LEFT_ALONE = ("time_text_embed.", "context_embedder.", "x_embedder.", "norm_out.", "proj_out.")

@@ -181,7 +181,7 @@ def test_what_a_terminal_could_act_on_is_escaped(exports: Path, tmp_path: Path) 
 
 
 def test_a_bug_is_exit_70_and_not_a_failed_check(exports: Path, tmp_path: Path) -> None:
-    code = "import modelopt_convert.convert as c; c.plan_mixed = None; " + MAIN
+    code = "import modelopt_convert.commands.build.command as c; c.plan_mixed = None; " + MAIN
     arguments = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--output", tmp_path / "out"]
     result = mopt(*arguments, code=code)
     assert result.returncode == 70 and "bug in mopt" in result.stderr and "Traceback" not in result.stderr

@@ -32,10 +32,11 @@ from safetensors.torch import load_file
 from support import inspected, misreads, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.detect import DIALECTS, Looked, detect_dialect
+from modelopt_convert.dialects.detect import DIALECTS, detect_dialect
+from modelopt_convert.dialects.dialect import Dialect, Headers
 
 Maker = Callable[[Path], Path]
-ORDER = [name for name, _ in DIALECTS]
+ORDER = [one.name for one in DIALECTS]
 
 # Rows of the table that are true of a dialect of their own and of more special ones, which must be asked first.
 MODELOPT_ROWS = {"modelopt", "modelopt-postprocessed", "modelopt-fp8", "modelopt-llm", "bfl-package"}
@@ -62,9 +63,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {maker.__name__: maker(root / maker.__name__) for _, maker in MAKERS}
 
 
-def look(source: Path) -> Looked:
+def look(source: Path) -> Headers:
     with CheckpointReader(source, need_config=False) as reader:
-        return Looked(reader.tensors, reader.metadata, reader.config, reader.skipped)
+        return Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
 
 
 def test_every_row_of_the_table_has_a_file() -> None:
@@ -80,12 +81,11 @@ def test_the_dialect_is_named_with_evidence(dialect: str, maker: Maker, sources:
     assert report["components"]["."]["dialect"] == report["dialect"]
 
 
-@pytest.mark.parametrize(("dialect", "recognise"), DIALECTS, ids=ORDER)
-def test_each_recogniser_says_no_to_the_other_dialects(
-    dialect: str, recognise: Callable[[Looked], list[str]], sources: dict[str, Path]
-) -> None:
+@pytest.mark.parametrize("asked", DIALECTS, ids=ORDER)
+def test_each_recogniser_says_no_to_the_other_dialects(asked: Dialect, sources: dict[str, Path]) -> None:
+    dialect = asked.name
     for other, maker in MAKERS:
-        said = recognise(look(sources[maker.__name__]))
+        said = asked.recognise(look(sources[maker.__name__]))
         if other == dialect:
             assert said, f"{dialect} does not know its own {maker.__name__}"
         elif said:
@@ -113,7 +113,7 @@ def test_without_the_evidence_the_name_is_gone(
     whole = look(sources[maker])
     tensors = {name: info for name, info in whole.tensors.items() if not name.endswith(ending)}
     assert len(tensors) < len(whole.tensors)
-    assert detect_dialect(Looked(tensors, whole.metadata, whole.config, whole.other_files)).name == left
+    assert detect_dialect(Headers(tensors, whole.metadata, whole.config, whole.other_files))[0].name == left
 
 
 @pytest.mark.parametrize("with_config", [True, False])

@@ -108,8 +108,8 @@ def test_no_key_takes_back_what_is_inferred(evidence: Tensors, said: dict[str, A
 
 
 def test_a_declared_layout_wins_over_the_inferred_linear_one() -> None:
-    assert believed(packed(), MODELOPT | SWIZZLED).scale_layout == "128x4"
-    assert believed(packed(), MODELOPT).scale_layout == "linear"
+    assert believed(packed(), MODELOPT | SWIZZLED).layout.scales == "128x4"
+    assert believed(packed(), MODELOPT).layout.scales == "linear"
 
 
 def test_config_json_comes_before_the_header() -> None:
@@ -223,7 +223,7 @@ def test_no_input_is_changed() -> None:
 
 
 def wrong(belief: Belief, nibbles: str = "low", scales: str = "linear", *modules: str) -> list[str]:
-    return misread(belief, nibbles=nibbles, scales=scales, group_size=16, packed=frozenset(modules))
+    return misread(belief, nibbles, scales, group_size=16, packed=frozenset(modules))
 
 
 def test_a_misreading_names_both_sides() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from root import ROOT
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.preset.patterns import check_pattern
 from modelopt_convert.preset.preset import choose_preset, known_broken, load_preset, parse_preset, preset_names
 from modelopt_convert.run.errors import InputError

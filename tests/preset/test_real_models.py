@@ -11,7 +11,7 @@ import sglang_names as sglang
 from make_headers import CONFIGS, expand, render
 
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.preset.patterns import PatternMatcher, rename
 from modelopt_convert.preset.preset import Preset, choose_preset, known_broken, load_preset, preset_names
 

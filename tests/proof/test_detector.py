@@ -66,11 +66,11 @@ def test_adversarial_tensors_are_never_misjudged(kind: str, shape: tuple[int, in
             stored = scale if order == "linear" else swizzle_128x4(scale)
             codes = packed if nibbles == "low" else swap_nibbles(packed)
             found = detect(base, codes, stored, global_scale)
-            assert found.nibbles in (nibbles, "equivalent", "undetermined")
-            assert found.scales in (order, "equivalent", "undetermined")
+            assert found.layout.nibbles in (nibbles, "equivalent", "undetermined")
+            assert found.layout.scales in (order, "equivalent", "undetermined")
             if kind in ("gauss", "heavy", "tiny"):
-                assert found.nibbles == nibbles
-                assert found.scales == order
+                assert found.layout.nibbles == nibbles
+                assert found.layout.scales == order
 
 
 @pytest.mark.parametrize("kind", ["constant", "all zero", "symmetric"])
@@ -78,14 +78,14 @@ def test_what_cannot_be_told_apart_is_not_decided(kind: str) -> None:
     base = KINDS[kind](128, 64)
     global_scale = shared_global_scale([base]).clamp(min=1e-30)
     packed, scale = quantize_nvfp4(base, global_scale)
-    assert detect(base, packed, scale, global_scale).nibbles == "equivalent"
+    assert detect(base, packed, scale, global_scale).layout.nibbles == "equivalent"
 
 
 def test_equal_scales_are_equivalent_in_both_orders() -> None:
     base = equal_scales(128, 64)
     global_scale = shared_global_scale([base])
     packed, scale = quantize_nvfp4(base, global_scale)
-    assert detect(base, packed, scale, global_scale).scales == "equivalent"
+    assert detect(base, packed, scale, global_scale).layout.scales == "equivalent"
     assert telling_rows(scale_readings(scale, 128, 4), 4) == []
 
 
@@ -94,7 +94,9 @@ def test_a_global_scale_far_off_is_not_taken_for_a_layout() -> None:
     global_scale = shared_global_scale([base])
     packed, scale = quantize_nvfp4(base, global_scale)
     found = detect(base, packed, scale, global_scale * 2)
-    assert (found.nibbles, found.scales, found.global_scale) == ("undetermined",) * 3 and found.related
+    assert (found.layout.nibbles, found.layout.scales, found.layout.global_scale) == (
+        "undetermined",
+    ) * 3 and found.related
 
 
 @pytest.mark.parametrize("kind", KINDS)

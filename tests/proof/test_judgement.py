@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.codes import swap_nibbles
 from modelopt_convert.formats.nvfp4.scales import scale_readings
 from modelopt_convert.formats.rows import sample_rows
 from modelopt_convert.proof.closeness import Closeness
-from modelopt_convert.proof.detector import Reading
-from modelopt_convert.proof.judgement import Judgement, judge
+from modelopt_convert.proof.judgement import Judgement
+from modelopt_convert.proof.nvfp4 import judge
 
 MAX_ERROR = 0.15
 
@@ -82,14 +83,14 @@ def _reciprocal(one: Packed) -> None:
 @pytest.mark.parametrize(
     ("plant", "reading"),
     [
-        (lambda one: None, Reading("low", "linear", "multiply")),
-        (_swap, Reading("high", "linear", "multiply")),
-        (_swizzle, Reading("low", "128x4", "multiply")),
-        (_both, Reading("high", "128x4", "multiply")),
-        (_reciprocal, Reading("low", "linear", "divide")),
+        (lambda one: None, Layout("low", "linear", "multiply")),
+        (_swap, Layout("high", "linear", "multiply")),
+        (_swizzle, Layout("low", "128x4", "multiply")),
+        (_both, Layout("high", "128x4", "multiply")),
+        (_reciprocal, Layout("low", "linear", "divide")),
     ],
 )
-def test_another_layout_is_found(plant: Callable[[Packed], None], reading: Reading, noise: float) -> None:
+def test_another_layout_is_found(plant: Callable[[Packed], None], reading: Layout, noise: float) -> None:
     one = pack(noise=noise)
     plant(one)
     verdict = one.judge()

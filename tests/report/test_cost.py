@@ -60,5 +60,5 @@ def test_the_line(capsys: pytest.CaptureFixture[str], rate: int | None, words: s
     report = Report(
         command="x", output=OutputReport(path=""), peak_rss_bytes=1_500_000_000, throughput_bytes_per_s=rate
     )
-    show_cost(Output(json=False, report_path=None, quiet=False, verbose=False, no_color=False), report)
+    show_cost(Output(), report)
     assert capsys.readouterr().out == words

@@ -7,7 +7,7 @@ import torch
 
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, shared_global_scale
 from modelopt_convert.run.workers import torch_on_one_thread
-from modelopt_convert.verification.gemm.operands import Nvfp4Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
 from modelopt_convert.verification.gemm.probes import identity_probe, poison_probe, random_probe, sweep_probe
 
 CPU = torch.device("cpu")

@@ -49,4 +49,4 @@ def believed(
 
 
 def layout(belief: Belief) -> tuple[str, str]:
-    return belief.nibble_order, belief.scale_layout
+    return belief.layout.nibbles, belief.layout.scales

@@ -12,7 +12,9 @@ from support import Tensors, edit, run_mopt
 from verify_support import PACKED, found, statuses
 
 from modelopt_convert.verification.gemm.backends.reference import Reference
-from modelopt_convert.verification.gemm.operands import Activations, Fp8Weight, Nvfp4Weight, Weight
+from modelopt_convert.verification.gemm.fp8 import Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import Activations, Weight
 from modelopt_convert.verification.gemm.probes import (
     ProbeResult,
     identity_probe,

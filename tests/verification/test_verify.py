@@ -300,7 +300,7 @@ def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
     request = VerifyRequest(tmp_path, None, ("best",), None, 16, None, None)
     report = VerifyReport()
     with CheckpointReader(built["nvfp4"]) as reader:
-        progress = ProgressBar(Output(json=True, report_path=None, quiet=True, verbose=False, no_color=True))
+        progress = ProgressBar(Output(json=True, quiet=True))
         run.run_kernels(report, find_subject(reader, None), request, torch.device("cuda"), progress)
     assert report.level("L3").status == "skipped" and "out of memory" in report.level("L3").reason
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
 from modelopt_convert.commands.build.error_table import error_table
-from modelopt_convert.formats.table import FORMATS, FP8
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.formats.table import Algorithm
 from modelopt_convert.preset.preset import ChosenPreset, Preset
 from modelopt_convert.report.report import QUANTIZED_HERE, ProofReport
-
 
 
 def _head(algorithm: Algorithm, chosen: ChosenPreset | None) -> list[str]:
@@ -63,7 +62,6 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
         how += ["**Not proven**: no base was given to compare the weights with."]
     else:
         how += ["Before publishing, rows of every packed weight were proven against the", f"base: {proven}."]
-    layout = "Codes: the low nibble holds the even column. Scales: row-major. Both are declared in `config.json`."
     body = [
         f"# {title}, {target.quant_algo}",
         "",
@@ -82,7 +80,7 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
         "|---|---|---|---|",
         *(f"| `{rule.pattern}` | {rule.matched} | {rule.replaced} | {rule.kind} |" for rule in plan.rules),
         "",
-        "Scales: float32, one per weight and one per input." if target is FP8 else layout,
+        target.stored,
         "`mopt.json` lists the digest of every tensor.",
         "",
         *_errors_section(plan, proof),

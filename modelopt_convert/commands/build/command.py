@@ -5,38 +5,39 @@ The only place where a plan meets the disk. torch is imported on the way, not at
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modelopt_convert.commands.accounting import note_cost, publish, timed
-from modelopt_convert.commands.build.structure import check_structure, refuse_misread
 from modelopt_convert.checkpoint.components import COMPONENTS, resolve_components
-from modelopt_convert.run.errors import CheckFailedError, InputError
-from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
-from modelopt_convert.commands.build.downloads import note_fetch
-from modelopt_convert.formats.table import FORMATS, FP8
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
-from modelopt_convert.commands.record import pipeline_files, small_files
-from modelopt_convert.commands.build.inputs import Opened, open_all
-from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
-from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
-from modelopt_convert.plan.plan import BuildPlan, Keeps
-from modelopt_convert.plan.from_export import plan_mixed
-from modelopt_convert.plan.from_base import plan_quantized, preset_required
-from modelopt_convert.formats.table import Algorithm
-from modelopt_convert.preset.preset import ChosenPreset, choose_preset, known_broken, load_preset
-from modelopt_convert.write.pieces import Layouts
-from modelopt_convert.commands.build.proof import run_proof
-from modelopt_convert.commands.build.measurement import note_uncalibrated, run_measure, uncalibrated_line
-from modelopt_convert.report.report import ClippedReport, ProofReport, Report, RuleReport
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
+from modelopt_convert.commands.accounting import note_cost, publish, timed
+from modelopt_convert.commands.build.downloads import note_fetch
+from modelopt_convert.commands.build.inputs import Opened, open_all
+from modelopt_convert.commands.build.measurement import note_uncalibrated, run_measure, uncalibrated_line
+from modelopt_convert.commands.build.proof import run_proof
+from modelopt_convert.commands.build.structure import check_structure, refuse_misread
+from modelopt_convert.commands.record import pipeline_files, small_files
 from modelopt_convert.commands.space import build_bytes
-from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.plan.from_base import plan_quantized, preset_required
+from modelopt_convert.plan.from_export import plan_mixed
+from modelopt_convert.plan.plan import BuildPlan, Keeps
+from modelopt_convert.preset.preset import ChosenPreset, choose_preset, known_broken, load_preset
+from modelopt_convert.report.report import ClippedReport, ProofReport, Report, RuleReport
+from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.write.stream import Streamed, stream
 from modelopt_convert.run.workers import torch_on_one_thread
+from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
+from modelopt_convert.write.stream import Streamed, stream
 
 if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
@@ -138,9 +139,9 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
         # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
         with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
             with torch_on_one_thread():
-                proofs, layouts = _prove(request, parts, plans, report, progress, gpu)
+                proofs = _prove(request, parts, plans, report, progress, gpu)
             manifests: dict[str, bytes] = {}
-            for part, plan, proven, layout in zip(parts, plans, proofs, layouts, strict=True):
+            for part, plan, proven in zip(parts, plans, proofs, strict=True):
                 with timed(report, "stream"), torch_on_one_thread():
                     if part.prefix:
                         stage.add_folder(part.prefix.rstrip("/"))
@@ -148,7 +149,6 @@ def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
                         stage,
                         plan,
                         part.readers,
-                        layout,
                         progress,
                         part.prefix,
                         workers=request.workers,
@@ -188,22 +188,19 @@ def _prove(
     report: Report,
     progress: Progress,
     gpu: "Gpu | None",
-) -> tuple[list[ProofReport], list[Layouts]]:
+) -> list[ProofReport]:
     """Prove, or measure, every transformer; its plan is brought in line with what was found."""
     proofs: list[ProofReport] = []
-    layouts: list[Layouts] = []
     for number, part in enumerate(parts):
         if part.export is None:
             plans[number], found = run_measure(
                 part, plans[number], request.max_error, request.workers, report, progress, gpu
             )
-            layouts.append(Layouts(frozenset(), frozenset()))
         else:
             proof, found = run_proof(part, plans[number], request.max_error, request.workers, report, progress)
-            layouts.append(Layouts(frozenset(proof.swapped()), frozenset(proof.swizzled())))
-            plans[number] = _lay_out(report, part, plans[number], layouts[-1])
+            plans[number] = _lay_out(report, part, plans[number], proof.layouts())
         proofs.append(found)
-    return proofs, layouts
+    return proofs
 
 
 def _open_gpu(report: Report) -> "Gpu":
@@ -263,7 +260,7 @@ def _plan(request: BuildRequest, part: Opened, chosen: ChosenPreset | None) -> B
     preset = chosen.loaded.preset if chosen else None
     keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, request.keep_bf16)
     if part.export is None:
-        return plan_quantized(part.model, keeps, max_shard_size=request.max_shard_size)
+        return plan_quantized(FORMATS[request.algorithm], part.model, keeps, max_shard_size=request.max_shard_size)
     return plan_mixed(
         FORMATS[request.algorithm],
         part.export,
@@ -342,21 +339,17 @@ def _amax_fate(scale: str, plan: BuildPlan) -> str:
     return "compared with the export's scale" if role in plan.modules[module].scales else "used"
 
 
-def _lay_out(report: Report, part: Opened, plan: BuildPlan, layouts: Layouts) -> BuildPlan:
+def _lay_out(report: Report, part: Opened, plan: BuildPlan, layouts: Mapping[str, Layout]) -> BuildPlan:
     """Bring the plan in line with the layouts found, and say what is found otherwise than ModelOpt writes it."""
-    if plan.format is FP8:
-        return plan
-    plan = plan.with_layouts(layouts.swapped, layouts.swizzled)
+    plan = plan.with_layouts(layouts)
     _note_fates(report, part, plan)
     total = len(plan.modules)
     for found, words in (
-        (layouts.swapped, "the even column in the high nibble"),
-        (layouts.swizzled, "the scales in the 128x4 order"),
+        (sum(one.nibbles == "high" for one in layouts.values()), "the even column in the high nibble"),
+        (sum(one.scales == "128x4" for one in layouts.values()), "the scales in the 128x4 order"),
     ):
         if found:
-            report.warn(
-                "export.layout", f"{len(found)} of {total} modules have {words}; written in the canonical layout"
-            )
+            report.warn("export.layout", f"{found} of {total} modules have {words}; written in the canonical layout")
     return plan
 
 

@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from modelopt_convert.commands.accounting import note_input, timed, traffic_noted
-from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.components import Component
-from modelopt_convert.dialects import ltx2
-from modelopt_convert.dialects.modelopt.fp8 import Amax
-from modelopt_convert.run.errors import InputError
-from modelopt_convert.preset.patterns import ignored
-from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.plan.plan import Origin
-from modelopt_convert.report.report import Report
 from modelopt_convert.checkpoint.location import Location, is_dir
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.commands.accounting import note_input, timed, traffic_noted
+from modelopt_convert.dialects import ltx2
+from modelopt_convert.dialects.calibration import Amax
+from modelopt_convert.plan.plan import Origin
+from modelopt_convert.preset.patterns import ignored
+from modelopt_convert.report.report import Report
+from modelopt_convert.run.errors import InputError
 
 
 @dataclass(slots=True)

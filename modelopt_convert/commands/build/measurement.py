@@ -6,13 +6,13 @@ torch is imported on the way.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.commands.accounting import timed
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
 from modelopt_convert.commands.build.downloads import to_fetch_bytes
 from modelopt_convert.commands.build.inputs import Opened
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.report.report import QUANTIZED_HERE, ModuleReport, ProofReport, Report
-from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:

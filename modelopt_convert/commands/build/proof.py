@@ -4,17 +4,16 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from modelopt_convert.commands.accounting import timed
-from modelopt_convert.run.errors import CheckFailedError
-from modelopt_convert.formats.table import FP8
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.readings import proof_readings
 from modelopt_convert.report.report import ClippedReport, ModuleReport, ProofReport, Report
+from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:
-    from modelopt_convert.proof.judgement import Judgement
     from modelopt_convert.proof.export import Proof
+    from modelopt_convert.proof.judgement import Judgement
 
 
 def run_proof(
@@ -80,7 +79,7 @@ def _warn(opened: Opened, plan: BuildPlan, proof: "Proof", found: ProofReport, r
     prefix = opened.prefix
     if opened.base is None:
         report.warn("proof.none", "not proven: without --base nothing says that the weights are those of the model")
-    for group, ratio in proof.fused_differ.items() if plan.format is not FP8 else ():  # FP8 keeps a scale per part
+    for group, ratio in proof.fused_differ.items() if proof.is_rebased else ():
         report.warn(
             "export.fused_scales", f"{prefix}{group}: global scales differ {ratio:.3f}x; SGLang rebases them on loading"
         )

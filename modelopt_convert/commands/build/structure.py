@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.modelopt.fp8 import find_fp8_modules
-from modelopt_convert.dialects.modelopt.export import check_quant_config
-from modelopt_convert.dialects.modelopt.nvfp4 import BLOCK_SIZE, declares_dynamic_inputs, find_nvfp4_modules
-from modelopt_convert.engines.sglang import believe, ignored_by, misread
-from modelopt_convert.run.errors import InputError
-from modelopt_convert.formats.table import FP8
-from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.modelopt.export import check_quant_config
+from modelopt_convert.dialects.packed import Evidence, declares_dynamic_inputs, find_packed
+from modelopt_convert.engines.sglang import GUESSED, believe, ignored_by, misread
+from modelopt_convert.formats.layout import CANONICAL
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.stage.shard_writer import METADATA
+from modelopt_convert.run.errors import InputError
 
 
 def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
@@ -34,11 +33,8 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         for file, metadata in reader.metadata.items():
             if metadata != dict(METADATA):
                 faults.append(f"{file}: header metadata {metadata}")
-        if plan.format is FP8:
-            modules = find_fp8_modules(reader.tensors, {}, (), path=str(folder))
-        else:
-            dynamic = declares_dynamic_inputs(plan.config)
-            modules = find_nvfp4_modules(reader.tensors, {}, path=str(folder), dynamic_inputs=dynamic)
+        evidence = Evidence(dynamic_inputs=declares_dynamic_inputs(plan.config))
+        modules = find_packed(reader.tensors, plan.format, evidence, path=str(folder)).or_raise()
         faults += [module.fault.message for module in modules.values() if module.fault is not None]
         if sorted(modules) != sorted(plan.packed):
             faults.append("the packed modules are not the planned ones")
@@ -55,12 +51,12 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
 def refuse_misread(plan: BuildPlan, path: str) -> None:
     """Refuse, before any work, what the target engine would misread although it is written right.
 
-    FP8 has nothing to misread but ``ignore``, which is settled where that is made.
+    Of other formats the engine guesses nothing; ``ignore`` is settled where the list is made.
 
     Raises:
         InputError: ``engine.misread``.
     """
-    if plan.format is FP8:
+    if plan.format.algorithm not in GUESSED:
         return
     tensors = {
         spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, shard.file, 0, spec.num_bytes)
@@ -69,7 +65,7 @@ def refuse_misread(plan: BuildPlan, path: str) -> None:
     }
     metadata = {shard.file: shard.metadata for shard in plan.shards}
     belief = believe(tensors, metadata, plan.config)
-    faults = misread(belief, nibbles="low", scales="linear", group_size=BLOCK_SIZE, packed=frozenset(plan.packed))
+    faults = misread(belief, CANONICAL.nibbles, CANONICAL.scales, group_size=BLOCK_SIZE, packed=frozenset(plan.packed))
     if faults:
         raise InputError(
             f"{path}: {faults[0]} ({belief.because[0]})",
@@ -80,7 +76,7 @@ def refuse_misread(plan: BuildPlan, path: str) -> None:
 
 
 def _config_faults(reader: CheckpointReader, plan: BuildPlan, packed: set[str], path: str) -> list[str]:
-    config = check_quant_config(reader.config, plan.format.quant_algo, path=path)
+    config = check_quant_config(reader.config, plan.format, path=path)
     ignore = set(config["ignore"])
     faults = [f"`ignore` lists the packed module {name}" for name in sorted(packed) if ignored_by(ignore, name)]
     for name, info in reader.tensors.items():

@@ -14,7 +14,7 @@ from typing import Any
 from modelopt_convert.checkpoint.components import COMPONENTS
 from modelopt_convert.checkpoint.location import Location, names, on_disk
 from modelopt_convert.checkpoint.torch_archive import COPIED_BYTES, private_copy, refusal
-from modelopt_convert.dialects.modelopt.fp8 import Amax
+from modelopt_convert.dialects.calibration import Amax
 
 _ROLES = {".weight_quantizer._amax": "weight_scale", ".input_quantizer._amax": "input_scale"}
 # What unpickling may take beside the mapped copy: torch's safe pickles may still ask for any amount.

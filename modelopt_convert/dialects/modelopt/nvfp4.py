@@ -1,4 +1,4 @@
-"""ModelOpt's NVFP4 modules: which tensors belong together, by dtype and shape. Pure, no torch.
+"""ModelOpt's NVFP4 modules. Pure, no torch.
 
 Per Linear of shape [N, K] (modelopt/torch/export/quant_utils.py, NVFP4QTensor):
 
@@ -17,59 +17,61 @@ activations at hand.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.dialects.modelopt.export import (
-    SCALE_ROLES,
+from modelopt_convert.dialects.packed import (
     SCALE_SHAPES,
+    Evidence,
+    ModuleFormat,
     PackedModule,
-    group_modules,
+    Roles,
     missing_scale,
 )
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import packed_shapes, scale_shapes
 from modelopt_convert.run.errors import InputError
 
-BLOCK_SIZE = 16
 _PACKED_DTYPES = frozenset({"U8", "F8_E4M3", "F8_E5M2"})
 
 
-def declares_dynamic_inputs(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that input scales are taken from the activations."""
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("dynamic_input_scale") is True
+class _Nvfp4Modules:
+    def names(self, grouped: Mapping[str, Roles], evidence: Evidence, path: str) -> list[str]:
+        return [
+            module
+            for module, roles in grouped.items()
+            if any(role in roles for role in FORMAT.scales)
+            or ("weight" in roles and roles["weight"].dtype in _PACKED_DTYPES)
+        ]
 
+    def module(self, name: str, roles: Roles, evidence: Evidence, path: str) -> PackedModule:
+        weight = roles.get("weight")
+        where = f"{path}/{(weight or next(iter(roles.values()))).file}"
+        if weight is None or weight.dtype != FORMAT.packed_dtype or len(weight.shape) != 2 or 0 in weight.shape:
+            found = f"{weight.dtype} {list(weight.shape)}" if weight else "no weight"
+            fp8 = weight is not None and weight.dtype.startswith("F8_")
+            raise InputError(
+                f"{where}: tensor {name + '.weight'!r}: expected U8 [N, K/2] beside its scales, found {found}",
+                code="export.mixed" if fp8 else "export.weight",
+                path=where,
+                hint="this module is not NVFP4; export again with one algorithm for all modules",
+            )
+        bias = roles.get("bias")
+        rows, columns = _true_shape(weight, bias, evidence.true_shapes.get(weight.name))
+        scales = {role: roles[role] for role in FORMAT.scales if role in roles}
+        due = FORMAT.scales[:-1] if evidence.dynamic_inputs else FORMAT.scales
+        return PackedModule(
+            name, rows, columns, weight, scales, bias, _scale_fault(name, rows, columns, scales, where, due)
+        )
 
-def find_nvfp4_modules(
-    tensors: Mapping[str, TensorInfo],
-    true_shapes: Mapping[str, tuple[int, ...]],
-    *,
-    path: str,
-    dynamic_inputs: bool,
-) -> dict[str, PackedModule]:
-    """Group an export's tensors into packed modules, judged by dtype and shape and not by ``ignore``.
+    def shape(self, module: PackedModule, role: str, *, is_merged: bool) -> tuple[int, ...]:
+        shapes = {"weight": module.columns // 2, "weight_scale": module.columns // BLOCK_SIZE}
+        # A loader that joins modules into one cannot join scales of no dimension.
+        return (module.rows, shapes[role]) if role in shapes else (1,) if is_merged else ()
 
-    Args:
-        tensors: All of the export.
-        true_shapes: Shapes [N, K] of weights by tensor name, as far as a base tells them: what lies beyond is padding.
-        path: The export's folder, for messages.
-        dynamic_inputs: Whether modules may do without ``input_scale``: all of them, or none.
-
-    Returns:
-        Packed modules by name. Unquantized tensors are in none of them.
-
-    Raises:
-        InputError: ``export.transformed`` (AWQ, SVDQuant) or ``export.mixed`` (an FP8 weight among them): no module
-            that is kept can excuse these.
-    """
-    due = SCALE_ROLES[:-1] if dynamic_inputs else SCALE_ROLES
-    found = {
-        module: _nvfp4_module(module, roles, true_shapes.get(f"{module}.weight"), path, due)
-        for module, roles in group_modules(tensors, path=path).items()
-        if any(role in roles for role in SCALE_ROLES) or ("weight" in roles and roles["weight"].dtype in _PACKED_DTYPES)
-    }
-    calibrated = [module for module in found.values() if "input_scale" in module.scales]
-    if dynamic_inputs and 0 < len(calibrated) < len(found):
+    def check_together(self, found: dict[str, PackedModule], evidence: Evidence, path: str) -> None:
+        calibrated = [module for module in found.values() if "input_scale" in module.scales]
+        if not evidence.dynamic_inputs or not 0 < len(calibrated) < len(found):
+            return
         fault = InputError(
             f"{path}: {len(calibrated)} of {len(found)} modules have an input_scale ({calibrated[0].name} first), "
             "though config.json declares dynamic_input_scale",
@@ -78,34 +80,23 @@ def find_nvfp4_modules(
             hint="all modules have one, or none; build again",
         )
         found |= {module.name: replace(module, fault=fault) for module in calibrated}
-    return found
 
 
-def _nvfp4_module(
-    module: str, roles: Mapping[str, TensorInfo], true_shape: tuple[int, ...] | None, path: str, due: tuple[str, ...]
-) -> PackedModule:
-    anything = next(iter(roles.values()))
-    weight = roles.get("weight")
-    where = f"{path}/{(weight or anything).file}"
-    if weight is None or weight.dtype != "U8" or len(weight.shape) != 2 or 0 in weight.shape:
-        found = f"{weight.dtype} {list(weight.shape)}" if weight else "no weight"
-        fp8 = weight is not None and weight.dtype.startswith("F8_")
-        raise InputError(
-            f"{where}: tensor {module + '.weight'!r}: expected U8 [N, K/2] beside its scales, found {found}",
-            code="export.mixed" if fp8 else "export.weight",
-            path=where,
-            hint="this module is not NVFP4; export again with one algorithm for all modules",
-        )
+ENTRY: ModuleFormat = _Nvfp4Modules()
+
+
+def _true_shape(weight: TensorInfo, bias: TensorInfo | None, base: tuple[int, ...] | None) -> tuple[int, int]:
+    """N and K without padding, if a base or else a bias tells them."""
     rows, columns = weight.shape[0], weight.shape[1] * 2
-    if true_shape is not None and len(true_shape) == 2 and weight.shape in packed_shapes(*true_shape):
-        rows, columns = true_shape
-    scales = {role: roles[role] for role in SCALE_ROLES if role in roles}
-    fault = _scale_fault(module, rows, columns, scales, where, due)
-    return PackedModule(module, rows, columns, weight, scales, roles.get("bias"), fault)
+    if base is not None and len(base) == 2 and weight.shape in packed_shapes(*base):
+        rows, columns = base
+    elif bias is not None and len(bias.shape) == 1 and weight.shape in packed_shapes(bias.shape[0], columns):
+        rows = bias.shape[0]
+    return rows, columns
 
 
 def _scale_fault(
-    module: str, rows: int, columns: int, scales: Mapping[str, TensorInfo], where: str, due: tuple[str, ...]
+    module: str, rows: int, columns: int, scales: Roles, where: str, due: tuple[str, ...]
 ) -> InputError | None:
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight_scale": ("F8_E4M3", (rows, columns // BLOCK_SIZE)),

@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 16
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

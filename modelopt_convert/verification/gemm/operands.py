@@ -3,147 +3,104 @@
 M is the number of rows of activations, N of output features, K of input features.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.fp8.codes import quantize_fp8
-from modelopt_convert.formats.nvfp4.codes import (
-    BLOCK_SIZE,
-    decode_e2m1,
-    pack_e2m1,
-    quantize_nvfp4,
-    shared_global_scale,
-    unpack_e2m1,
-)
-
-_ONE_E2M1 = 2  # the code of 1.0
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.format import Algorithm, entry
+from modelopt_convert.formats.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class Nvfp4Weight:
-    """An NVFP4 weight.
+class Activations(Protocol):
+    """Quantized activations.
 
     Attributes:
-        packed: uint8 [N, K/2], the even column in the low nibble.
-        scale: float8_e4m3fn [N, K/16], row-major.
-        tensor_scale: ``weight_scale_2``.
-        bias: [N] or None.
+        tensor_scale: ``input_scale``.
     """
 
-    packed: Tensor
-    scale: Tensor
-    tensor_scale: float
-    bias: Tensor | None = None
+    @property
+    def tensor_scale(self) -> float:
+        """The scale of the tensor."""
+
+    def decode(self) -> Tensor:
+        """float64 [M, K], without the scale of the tensor."""
+
+    def to(self, device: torch.device) -> "Activations":
+        """The same on a device."""
+
+
+class Weight(Protocol):
+    """A quantized weight, in the canonical layout."""
+
+    @property
+    def tensor_scale(self) -> float:
+        """The scale of the tensor."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[N] or None."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """N and K."""
-        return self.packed.shape[0], self.packed.shape[1] * 2
 
     def decode(self, begin: int, end: int) -> Tensor:
         """float64 [end - begin, K]: rows of codes times block scales, without the scale of the tensor."""
-        values = decode_e2m1(unpack_e2m1(self.packed[begin:end])).to(torch.float64)
-        return values * self.scale[begin:end].to(torch.float64).repeat_interleave(BLOCK_SIZE, dim=-1)
 
-    def to(self, device: torch.device) -> "Nvfp4Weight":
+    def to(self, device: torch.device) -> "Weight":
         """The same on a device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return Nvfp4Weight(self.packed.to(device), self.scale.to(device), self.tensor_scale, bias)
+
+    def without_bias(self) -> "Weight":
+        """The same without its bias."""
+
+    def one_hot(self, begin: int, end: int, device: torch.device) -> Activations:
+        """Rows ``begin`` to ``end`` of the K x K identity in the weight's own format, with a tensor scale of 1.
+
+        A GEMM with them returns columns of the decoded weight, bit for bit: E2M1 times E4M3 fits BF16.
+        """
+
+    def activations(self, values: Tensor) -> Activations:
+        """float32 values [M, K], quantized to the weight's own format here and not by any backend."""
+
+    def mutants(self) -> Mapping[str, "Weight"]:
+        """The same weight, damaged in ways that must be seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """An FP8 weight.
+class OperandFormat(Protocol):
+    """Operands of one format: the entry of a format in this folder."""
 
-    Attributes:
-        codes: float8_e4m3fn [N, K].
-        tensor_scale: ``weight_scale``.
-        bias: [N] or None.
-    """
+    def read(
+        self, reader: CheckpointReader, module: PackedModule, layout: Layout, rows: Sequence[int] | None
+    ) -> Weight:
+        """A module's weight, read as it is declared to lie.
 
-    codes: Tensor
-    tensor_scale: float
-    bias: Tensor | None = None
+        Args:
+            reader: The opened checkpoint.
+            module: Which.
+            layout: How it is declared to lie.
+            rows: Of these rows only, and without its bias; None for all.
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N and K."""
-        return self.codes.shape[0], self.codes.shape[1]
+        Raises:
+            InputError: A scale that cannot be used.
+            ValueError: The stored shape does not allow the declared reading.
+        """
 
-    def decode(self, begin: int, end: int) -> Tensor:
-        """float64 [end - begin, K]: rows of codes, without the scale of the tensor."""
-        return self.codes[begin:end].to(torch.float64)
-
-    def to(self, device: torch.device) -> "Fp8Weight":
-        """The same on a device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return Fp8Weight(self.codes.to(device), self.tensor_scale, bias)
+    def quantized(self, values: Tensor, bias: Tensor) -> Weight:
+        """A weight made of BF16 values [N, K]."""
 
 
-Weight = Nvfp4Weight | Fp8Weight
-
-
-@dataclass(frozen=True, slots=True)
-class Nvfp4Activations:
-    """NVFP4 activations.
-
-    Attributes:
-        packed: uint8 [M, K/2], the even column in the low nibble: kernel order, whatever the weight's.
-        scale: float8_e4m3fn [M, K/16], row-major.
-        tensor_scale: ``input_scale``.
-    """
-
-    packed: Tensor
-    scale: Tensor
-    tensor_scale: float
-
-    def decode(self) -> Tensor:
-        """float64 [M, K], without the scale of the tensor."""
-        values = decode_e2m1(unpack_e2m1(self.packed)).to(torch.float64)
-        return values * self.scale.to(torch.float64).repeat_interleave(BLOCK_SIZE, dim=-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Activations:
-    """FP8 activations.
-
-    Attributes:
-        codes: float8_e4m3fn [M, K].
-        tensor_scale: ``input_scale``.
-    """
-
-    codes: Tensor
-    tensor_scale: float
-
-    def decode(self) -> Tensor:
-        """float64 [M, K], without the scale of the tensor."""
-        return self.codes.to(torch.float64)
-
-
-Activations = Nvfp4Activations | Fp8Activations
-
-
-def one_hot(weight: Weight, begin: int, end: int, device: torch.device) -> Activations:
-    """Rows ``begin`` to ``end`` of the K x K identity in the weight's own format, with a tensor scale of 1.
-
-    A GEMM with them returns columns of the decoded weight, bit for bit: E2M1 times E4M3 fits BF16.
-    """
-    num_columns = weight.shape[1]
-    rows = torch.arange(end - begin, device=device)
-    if isinstance(weight, Fp8Weight):
-        codes = torch.zeros(end - begin, num_columns, dtype=torch.float32, device=device)
-        codes[rows, rows + begin] = 1.0
-        return Fp8Activations(codes.to(torch.float8_e4m3fn), 1.0)
-    codes = torch.zeros(end - begin, num_columns, dtype=torch.uint8, device=device)
-    codes[rows, rows + begin] = _ONE_E2M1
-    scale = torch.ones(end - begin, num_columns // BLOCK_SIZE, device=device).to(torch.float8_e4m3fn)
-    return Nvfp4Activations(pack_e2m1(codes), scale, 1.0)
+def operand_format(algorithm: Algorithm) -> OperandFormat:
+    """Operands of a format."""
+    found: OperandFormat = entry("modelopt_convert.verification.gemm", algorithm)
+    return found
 
 
 def random_activations(weight: Weight, num_rows: int, device: torch.device) -> Activations:
-    """Seeded activations with channels of different size, quantized here and not by any backend.
+    """Seeded activations with channels of different size.
 
     Drawn on the CPU, so that they are the same on every machine.
     """
@@ -151,9 +108,11 @@ def random_activations(weight: Weight, num_rows: int, device: torch.device) -> A
     num_columns = weight.shape[1]
     values = torch.randn(num_rows, num_columns, generator=generator)
     values *= torch.rand(num_columns, generator=generator).pow(2) * 3 + 0.2
-    if isinstance(weight, Fp8Weight):
-        scale = values.abs().amax() / 448.0
-        return Fp8Activations(quantize_fp8(values, scale).to(device), float(scale))
-    tensor_scale = shared_global_scale([values])
-    packed, block_scale = quantize_nvfp4(values, tensor_scale)
-    return Nvfp4Activations(packed.to(device), block_scale.to(device), float(tensor_scale))
+    return weight.activations(values).to(device)
+
+
+def one_row_zero(raw: Tensor) -> Tensor:
+    """A copy of bytes [N, C] with one row of zeros."""
+    raw = raw.clone()
+    raw[77] = 0
+    return raw

@@ -12,7 +12,7 @@ import torch
 from modelopt_convert.verification.gemm.backends.base import Backend
 from modelopt_convert.verification.gemm.backends.reference import exact, spread
 from modelopt_convert.verification.gemm.metrics import Metrics, measure
-from modelopt_convert.verification.gemm.operands import Weight, one_hot, random_activations
+from modelopt_convert.verification.gemm.operands import Weight, random_activations
 
 SWEEP = (1, 8, 32, 64, 128, 512)
 RANDOM_ROWS = 64
@@ -46,14 +46,14 @@ def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> Pr
 
     It localises a fault to rows and columns, and is the only probe that sees a single flipped bit of the preparation.
     """
-    plain = _without_bias(weight)
+    plain = weight.without_bias()
     prepared = backend.prepare(plain, poison=False)
     num_rows, num_columns = weight.shape
     bad_rows = torch.zeros(num_rows, dtype=torch.bool, device=device)
     bad_columns = torch.zeros(num_columns, dtype=torch.bool, device=device)
     for begin in range(0, num_columns, _TILE_ROWS):
         end = min(begin + _TILE_ROWS, num_columns)
-        found = backend.gemm(prepared, one_hot(plain, begin, end, device), 1.0, None).T
+        found = backend.gemm(prepared, plain.one_hot(begin, end, device), 1.0, None).T
         for top in range(0, num_rows, _TILE_ROWS):
             wanted = plain.decode(top, top + _TILE_ROWS)[:, begin:end].to(torch.bfloat16)
             # + 0.0: a GEMM of -0 with zeros gives +0.
@@ -111,9 +111,3 @@ def _compare(
 
 def _rank(metrics: Metrics) -> tuple[int, float]:
     return ("pass", "warn", "fail").index(metrics.status), metrics.calc_diff if metrics.finite else float("inf")
-
-
-def _without_bias(weight: Weight) -> Weight:
-    from dataclasses import replace
-
-    return replace(weight, bias=None)

@@ -12,15 +12,13 @@ import xxhash
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.modelopt.export import PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.dialects.packed import PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import to_bytes
 from modelopt_convert.proof.closeness import closeness
-from modelopt_convert.proof.detector import Reading
-from modelopt_convert.proof.fp8 import judge_fp8_module
-from modelopt_convert.proof.judgement import Judgement
-from modelopt_convert.proof.nvfp4 import judge_nvfp4
+from modelopt_convert.proof.judgement import Judgement, format_proof
 from modelopt_convert.proof.tensors import common_dtype, load_rows, tensor_scale
 from modelopt_convert.proof.unquantized import same_up_to_cast
 from modelopt_convert.report.report import QUANTIZED_HERE
@@ -41,7 +39,7 @@ def decode_level(
     *,
     sample: int | None,
     max_error: float,
-    readings: dict[str, Reading],
+    readings: dict[str, Layout],
     expected: Mapping[str, str] | None,
     dequantized: Collection[str],
     workers: int,
@@ -63,7 +61,7 @@ def decode_level(
     """
     common = common_dtype(subject.reader)
 
-    def judged(module: PackedModule, stopped: Event) -> str | Reading | None:
+    def judged(module: PackedModule, stopped: Event) -> str | Layout | None:
         """What is wrong with it, or the reading under which it fits."""
         found, reading = modules[module.name], None
         try:
@@ -179,17 +177,17 @@ def _judge(
     max_error: float,
     found: ModuleVerify,
     advance: Callable[[int], None],
-) -> Reading | None:
+) -> Layout | None:
     info = base.tensors.get(module.weight.name)
     shape = (module.rows, module.columns)
     if info is None or info.shape != shape or info.dtype not in HALF_AND_FLOAT:
         what = "none" if info is None else f"{info.dtype} {list(info.shape)}"
         raise ValueError(f"{module.weight.name}: expected {list(shape)} in the base, found {what}")
-    judge, role = (judge_fp8_module, "weight_scale") if subject.algorithm == "fp8" else (judge_nvfp4, "weight_scale_2")
-    scale = tensor_scale(subject.reader, module, role)
+    rules = format_proof(subject.format.algorithm)
+    scale = tensor_scale(subject.reader, module, subject.format.tensor_scale)
     worst: Judgement | None = None
     for rows in tiles:
-        one = judge(subject.reader, base, module, common, scale, max_error, rows)
+        one = rules.judge(subject.reader, base, module, common, scale, max_error, rows)
         found.codes += one.codes
         found.codes_equal += one.codes_equal
         if worst is None or (worst.passed, -worst.closeness.relative_error) > (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.report.verify import (
     AgreementReport,
     BackendReport,

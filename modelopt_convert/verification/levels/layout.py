@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.modelopt.export import PackedModule
-from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
+from modelopt_convert.formats.layout import Layout
 from modelopt_convert.inspection.component import inspect_component
-from modelopt_convert.proof.detector import Reading, hint_scale_order
 from modelopt_convert.report.inspect import ComponentReport
 from modelopt_convert.report.verify import LevelReport
-from modelopt_convert.verification.levels.container import _codes, _readings, _status
+from modelopt_convert.verification.levels.container import level_status, stored_format
 from modelopt_convert.verification.subject import Subject
 
 
@@ -17,7 +15,7 @@ def layout_level(
     subject: Subject,
     seen: ComponentReport,
     base: CheckpointReader | None,
-    readings: Mapping[str, Reading],
+    readings: Mapping[str, Layout],
     max_error: float,
 ) -> LevelReport:
     """L1: the layout found against the one declared; by the base where there is one, else by what tells.
@@ -30,12 +28,12 @@ def layout_level(
         max_error: As for L2.
     """
     level = LevelReport(level="L1", title="layout", status="pass")
-    if subject.algorithm == "fp8":
-        level.status, level.reason = "skipped", "FP8 has one layout"
+    rules = stored_format(subject)
+    if rules.one_layout:
+        level.status, level.reason = "skipped", rules.one_layout
         return level
-    nibbles, scales = ("high" if subject.high_first else "low"), ("128x4" if subject.swizzled else "linear")
-    declared = Reading("high" if subject.high_first else "low", "128x4" if subject.swizzled else "linear", "multiply")
-    if base is not None and any(reading != declared for reading in readings.values()):
+    nibbles, scales = subject.layout.nibbles, subject.layout.scales
+    if base is not None and any(reading != subject.layout for reading in readings.values()):
         # Several readings may mean the same: only the detector can tell, and it is asked only now, since it takes long.
         seen = inspect_component(subject.reader, base, every_scale=False, max_error=max_error)
     for name, one in seen.modules.items():
@@ -48,21 +46,11 @@ def layout_level(
     if base is None:
         level.reason = "without a base the nibble order is only declared; the order of the scales is a hint"
         for name, module in subject.modules.items():
-            hint = _hint(subject, module) if module.fault is None else "undetermined"
+            hint = rules.hint(subject, module) if module.fault is None else "undetermined"
             if hint in ("linear", "128x4") and hint != scales:
                 level.failures.append(f"{name}: scales and codes fit the {hint} order, declared {scales}")
     level.failures += [
         f"{name}: weight_scale_2 is a reciprocal" for name, one in readings.items() if one.global_scale == "divide"
     ]
-    level.status = _status(level.failures, level.warnings)
+    level.status = level_status(level.failures, level.warnings)
     return level
-
-
-def _hint(subject: Subject, module: PackedModule) -> str:
-    readings = _readings(subject, module)
-    if not readings:
-        return "undetermined"
-    top = module.rows // 2 // ROW_TILE * ROW_TILE
-    height = min(ROW_TILE, module.rows - top)
-    rows = {order: scale[top : top + height] for order, scale in readings.items()}
-    return hint_scale_order(_codes(subject, module, list(range(top, top + height))), rows)

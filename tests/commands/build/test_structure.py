@@ -18,7 +18,8 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.commands import rewrite
 from modelopt_convert.commands.build import command as build_command
 from modelopt_convert.commands.build.structure import check_structure
-from modelopt_convert.plan.plan import INDEX_NAME, BuildPlan
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
+from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.shard_writer import ShardWriter

@@ -24,7 +24,9 @@ from modelopt_convert.verification.gemm.backends.padding import (
 from modelopt_convert.verification.gemm.backends.reference import Reference, exact
 from modelopt_convert.verification.gemm.backends.sgl_kernel import SglFp8, SglNvfp4
 from modelopt_convert.verification.gemm.backends.torch_scaled import TorchFp8, TorchNvfp4, refusal
-from modelopt_convert.verification.gemm.operands import Fp8Weight, Nvfp4Weight, Weight, random_activations
+from modelopt_convert.verification.gemm.fp8 import Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import Weight, random_activations
 from modelopt_convert.verification.gemm.probes import identity_probe, poison_probe, random_probe
 from modelopt_convert.verification.gemm.selftest import self_test
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 
 Kind = Literal["reference", "emulated", "native"]
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.backends.padding import epilogue
-from modelopt_convert.verification.gemm.operands import Activations, Fp8Activations, Fp8Weight, Weight
+from modelopt_convert.verification.gemm.fp8 import Fp8Activations, Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Activations, Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import Activations, Weight
 
 _BLOCK_BYTES = 8  # codes of a block of 16
 
@@ -52,6 +54,7 @@ class Bf16:
 def _values(operand: Weight | Activations) -> Tensor:
     if isinstance(operand, Fp8Weight | Fp8Activations):
         return operand.codes.to(torch.bfloat16)
+    assert isinstance(operand, Nvfp4Weight | Nvfp4Activations)  # the other of its formats
     return decode_nvfp4(operand.packed, operand.scale)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.nvfp4.codes import BLOCK_SIZE
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import unswizzle_128x4
 from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, round_up
-from modelopt_convert.formats.table import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.backends.padding import kernel_scales, pad_bytes
-from modelopt_convert.verification.gemm.operands import Activations, Nvfp4Activations, Nvfp4Weight, Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Activations, Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import Activations, Weight
 
 _AUTO = ("cudnn", "cutlass", "b12x")  # what "auto" may resolve to; trtllm's operands differ, so never that
 _EPILOGUE_TILE = 128  # of trtllm's kernels: their weight's rows are shuffled within blocks of 32

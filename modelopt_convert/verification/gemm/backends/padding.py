@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE, padded_shape, round_up
-from modelopt_convert.verification.gemm.operands import Fp8Weight, Nvfp4Weight
+from modelopt_convert.verification.gemm.fp8 import Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
 
 _NAN = 0x7F  # in E4M3
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.operands import Activations, Weight
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.backends.padding import (
     Padded,
@@ -22,7 +22,8 @@ from modelopt_convert.verification.gemm.backends.padding import (
     pad_nvfp4,
 )
 from modelopt_convert.verification.gemm.backends.torch_scaled import refusal
-from modelopt_convert.verification.gemm.operands import Fp8Activations, Fp8Weight, Nvfp4Activations, Nvfp4Weight
+from modelopt_convert.verification.gemm.fp8 import Fp8Activations, Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Activations, Nvfp4Weight
 
 _FP8_ALIGNMENT = 16  # of K; of N 8, whose output rows are to be multiples of 16 bytes
 _NVFP4_ALIGNMENT = 32  # of N and K

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.backends.padding import (
     Padded,
@@ -21,7 +21,8 @@ from modelopt_convert.verification.gemm.backends.padding import (
     pad_fp8,
     pad_nvfp4,
 )
-from modelopt_convert.verification.gemm.operands import Fp8Activations, Fp8Weight, Nvfp4Activations, Nvfp4Weight
+from modelopt_convert.verification.gemm.fp8 import Fp8Activations, Fp8Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Activations, Nvfp4Weight
 
 _ALIGNMENT = 16  # of N, and of K in FP8
 _NVFP4_ALIGNMENT = 32  # of K: torch asks for 16, cuBLASLt needs 32

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelopt_convert.formats.table import Algorithm
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.backends.padding import epilogue, strided_scales
-from modelopt_convert.verification.gemm.operands import Nvfp4Activations, Nvfp4Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Activations, Nvfp4Weight
 
 # Where Triton has the instruction. Elsewhere (8.9, 9.0, 12.1) its refusal is an assertion that can end the process.
 NATIVE_CAPABILITIES = frozenset({100, 103, 120})

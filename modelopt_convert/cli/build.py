@@ -1,0 +1,109 @@
+"""``mopt build-nvfp4`` and ``mopt convert-fp8``."""
+
+from typing import TYPE_CHECKING
+
+from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
+
+if TYPE_CHECKING:
+    from modelopt_convert.cli._output import Output
+    from modelopt_convert.report.report import Report
+
+
+def build_nvfp4(request: BuildNvfp4Request, output: "Output") -> None:
+    """Build a mixed BF16+NVFP4 transformer repo from a ModelOpt export and its base, or from the base alone.
+
+    \b
+    Examples:
+      mopt build-nvfp4 --preset flux1-dev
+      mopt build-nvfp4 --preset flux1-dev --export out/hf --base FLUX.1-dev
+      mopt build-nvfp4 --export out/hf --base FLUX.1-dev --keep-bf16 'transformer_blocks.[:2].**' --dry-run
+
+    Every packed weight of an export is proven against the base before anything is written. Without --export the base's
+    own weights are quantized, uncalibrated, but for those that the preset keeps. Without --base it is the preset's,
+    on the Hub. Of a pipeline with two transformers each one that was quantized is built, into OUT/transformer and
+    OUT/transformer_2. Exit codes: see mopt --help.
+    """
+    _run(request, output)
+
+
+def convert_fp8(request: ConvertFp8Request, output: "Output") -> None:
+    """Convert a ModelOpt FP8 export into an FP8 transformer repo, sensitive modules in BF16.
+
+    \b
+    Examples:
+      mopt convert-fp8 --preset flux1-dev --export out/hf --base FLUX.1-dev
+      mopt convert-fp8 --export old/hf --checkpoint old/ckpt/backbone.pt --base FLUX.1-dev
+
+    With --base every weight is proven before anything is written, and modules kept in BF16 are the base's. Without it
+    they are dequantized, and the result is published as not proven. Of a pipeline with two transformers each one that
+    was quantized is converted, into OUT/transformer and OUT/transformer_2. Exit codes: see mopt --help.
+    """
+    _run(request, output)
+
+
+def _run(request: BuildRequest, output: "Output") -> None:
+    from modelopt_convert.cli._output import run
+    from modelopt_convert.cli.push import show_pushed
+
+    def show(out: "Output", report: "Report") -> None:
+        _show(out, report)
+        show_pushed(out, report)
+
+    run(output, request, show)
+
+
+def _show(out: "Output", report: "Report") -> None:
+    from modelopt_convert.cli._output import human_bytes, show_cost, show_written
+    from modelopt_convert.engines.sglang import load_command
+
+    show_written(out, report)
+    several = any(rule.component for rule in report.rules)
+    out.table(
+        ["pattern kept in BF16", "matched", "replaced", "bytes", "kind"],
+        [
+            [
+                f"{rule.component or ''}{': ' if several else ''}{rule.pattern}",
+                str(rule.matched),
+                str(rule.replaced),
+                human_bytes(rule.bytes),
+                rule.kind,
+            ]
+            for rule in report.rules
+        ],
+    )
+    out.line("")
+    for limit in (report.preset or {}).get("known_limits", ()):
+        out.line(f"known limit: {limit}")
+    if report.dequantized:
+        more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
+        out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
+    planned = report.status == "planned"
+    for name, one in report.network.items():
+        count, verb = (one.to_fetch_bytes or 0, "would fetch") if planned else (one.fetched_bytes, "fetched")
+        sizes = f"{human_bytes(count)} of {human_bytes(one.of_bytes)}"
+        out.line(f"{verb} {sizes} of the {name}, {one.repo}@{one.commit[:12]}")
+    if planned:
+        assert report.peak_working_bytes is not None and report.free_bytes is not None
+        out.line(
+            f"memory {human_bytes(report.peak_working_bytes)} beyond start-up, {human_bytes(report.free_bytes)} free"
+        )
+        return
+    if report.proof is not None:
+        for verdict, count in report.proof.counts.items():
+            members = [one for one in report.proof.modules.values() if one.verdict == verdict]
+            codes, equal = sum(one.codes for one in members), sum(one.codes_equal for one in members)
+            share = f", {_percent(equal, codes)} of {codes} sampled codes" if codes else ""
+            rules = ", ".join(sorted({one.rule for one in members if one.rule}))
+            out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
+    if report.device is not None:
+        out.line(f"quantized on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
+    parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
+    out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
+    show_cost(out, report)
+    folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
+    out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
+
+
+def _percent(part: int, whole: int) -> str:
+    """Rounded down, so that 100.00% means all."""
+    return f"{part * 10000 // whole / 100:.2f}%"

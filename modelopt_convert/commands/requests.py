@@ -1,0 +1,506 @@
+"""What mopt can be asked for: every flag once, with its name, type, default and help. No torch, no pydantic.
+
+The keywords of the public functions and the options of the command line are read off these fields. The help of a
+command lists them in the order in which dataclasses take them: those of the base classes first, from right to left.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from modelopt_convert.checkpoint.hub.hub_path import PREFIX
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.run.errors import InputError, UsageError
+from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.workers import default_workers
+from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
+
+if TYPE_CHECKING:
+    from modelopt_convert.checkpoint.location import Location
+    from modelopt_convert.report.inspect import InspectReport  # noqa: F401 - named in strings below
+    from modelopt_convert.report.report import Report  # noqa: F401
+
+Result = TypeVar("Result", covariant=True)
+# The command line takes the first of several types.
+Place = str | Path  # may be hf://
+Folder = Path | str
+TransformerName = Literal["transformer", "transformer_2"]
+Device = Literal["cuda", "cpu"]
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How the command line shows a field; one that is not keyword-only is a positional argument there.
+
+    Attributes:
+        help: What it means, for ``--help``.
+        metavar: What stands for its value; None for choices, numbers and switches.
+        name: Its spelling, where that is not the field's name with dashes.
+        short: One letter with a dash, if it has one.
+        minimum: The smallest number that is taken.
+        maximum: The largest.
+        after: The field that it follows in the help, where that is not its place among the fields.
+    """
+
+    help: str
+    metavar: str | None = None
+    name: str | None = None
+    short: str | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    after: str | None = None
+
+
+def flags_of(kind: type[Any]) -> dict[str, tuple[Any, Flag]]:
+    """The type and the flag of every field that has one, by name."""
+    annotated = {one.name: get_args(one.type) for one in fields(kind) if get_origin(one.type) is Annotated}
+    return {name: (words[0], words[1]) for name, words in annotated.items()}
+
+
+MaxError = Annotated[
+    float, Flag("Largest relative error of a module whose codes are not reproduced from the base.", minimum=0.0)
+]
+Download = Annotated[bool, Flag("Fetch files of the Hub whole, into its cache, and not only what is needed.")]
+Workers = Annotated[
+    int | None, Flag("Tensors worked on at a time; default: one a core, up to four.", minimum=1, maximum=64)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Generic[Result]):
+    """What every request has.
+
+    Attributes:
+        command: The command line's name of it.
+        inputs: Fields that name what is read: a path, or ``hf://ORGANIZATION/NAME[@REVISION][/PATH]``.
+        progress: Told how far the work is; None for nobody.
+
+    Raises:
+        UsageError: A value is none that its field takes, or two exclude each other.
+    """
+
+    __slots__ = ()
+    command: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]] = ()
+    progress: Progress | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name, (kind, flag) in flags_of(type(self)).items():
+            value = getattr(self, name)
+            if value is not None:
+                _check_value(self.spelled(name), kind, flag, value)
+        self.check()
+        for name in self.inputs:
+            self.locate(name)
+
+    def check(self) -> None:
+        """Refuse what one value alone does not tell."""
+
+    def spelled(self, name: str) -> str:
+        """A field as the command line spells it."""
+        (one,) = (one for one in fields(self) if one.name == name)
+        _, flag = flags_of(type(self))[name]
+        return flag.name or (f"--{name.replace('_', '-')}" if one.kw_only else flag.metavar or name)
+
+    def refuse(self, name: str, reason: str) -> NoReturn:
+        """Say what is wrong with a field.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(self.spelled(name), reason)
+
+    def locate(self, name: str) -> "Location | None":
+        """Where an input lies, on disk or on the Hub; None if it is left out.
+
+        Raises:
+            UsageError: It is written ``hf://`` and names no repo.
+        """
+        from modelopt_convert.checkpoint.location import parse_location
+
+        place: Place | None = getattr(self, name)
+        if place is None:
+            return None
+        try:
+            return parse_location(str(place), download=self.fetches_whole)
+        except InputError as error:
+            raise UsageError(self.spelled(name), f"{error.message}; {error.hint}") from error
+
+    @property
+    def fetches_whole(self) -> bool:
+        """Whether files of the Hub are fetched whole, into its cache."""
+        return bool(getattr(self, "download", False))
+
+    def on_disk(self) -> list[Path]:
+        """Inputs and output, as far as they lie on disk and are given."""
+        places = (getattr(self, name, None) for name in (*self.inputs, "output"))
+        return [Path(one) for one in places if one is not None and not str(one).startswith(PREFIX)]
+
+
+def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
+    if get_origin(kind) is Sequence and isinstance(value, str):
+        raise UsageError(flag, f"takes a list, found {value!r}")
+    choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
+    for word in value if isinstance(value, tuple | list) else (value,):
+        if choices and word not in choices:
+            raise UsageError(flag, f"{word!r} is none of {', '.join(choices)}")
+    low, high = limits.minimum, limits.maximum
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        raise UsageError(flag, f"{value!r} is not in the range {low:g} to {'any' if high is None else f'{high:g}'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writing(Request["Report"]):
+    """How a checkpoint is written."""
+
+    __slots__ = ()
+    dry_run: Annotated[bool, Flag("Open, plan, refuse, print; write nothing.", short="-n")] = False
+    download: Download = False
+    workers: Workers = None
+    executor: Annotated[
+        Literal["threads", "ray"],
+        Flag("Write shards on threads here, or as tasks of the Ray cluster that runs already."),
+    ] = "threads"
+
+    @property
+    def worker_count(self) -> int:
+        """Tensors that are worked on at a time."""
+        return self.workers or default_workers()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Replacing(Request["Report"]):
+    """What is accepted of the input, and what may be replaced."""
+
+    __slots__ = ()
+    max_error: MaxError = 0.15
+    overwrite: Annotated[bool, Flag("Replace an existing checkpoint; the old one stands until the new is whole.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Releasing(Request["Report"]):
+    """How a build ends."""
+
+    __slots__ = ()
+    allow_known_broken: Annotated[bool, Flag("Build also what an engine is known not to load right.")] = False
+    verify: Annotated[
+        Literal["auto", "cpu", "off"],
+        Flag("The closing step: with the GPU if there is one, on the CPU alone, or none."),
+    ] = "auto"
+    push_to: Annotated[
+        str | None, Flag("Publish OUT there too, as `mopt push` does; rights come first.", metavar="REPO_ID")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choosing(Request["Report"]):
+    """What is built, from what, and where to."""
+
+    __slots__ = ()
+    preset: Annotated[
+        str | Path | None,
+        Flag("What stays in BF16; chosen by config.json if left out; 'none' for nothing.", metavar="NAME|FILE"),
+    ] = None
+    export: Annotated[
+        Place | None, Flag("ModelOpt NVFP4 export; without it the base is quantized.", metavar="EXPORT")
+    ] = None
+    base: Annotated[
+        Place | None,
+        Flag("The unquantized base: transformer or pipeline; default the preset's on the Hub.", metavar="BASE"),
+    ] = None
+    component: Annotated[
+        Sequence[TransformerName], Flag("Of a pipeline's transformers, this one alone; may be given for both.")
+    ] = ()
+    output: Annotated[Folder | None, Flag("Where to write; default ./<preset>-nvfp4.", metavar="OUT")] = None
+    keep_bf16: Annotated[
+        Sequence[str], Flag("Keep these modules in BF16 too; may be given several times.", metavar="PATTERN")
+    ] = ()
+    max_shard_size: Annotated[str, Flag("Largest output file, such as 5GB or 500MB.", metavar="SIZE")] = "5GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
+    """What ``build-nvfp4`` and ``convert-fp8`` have in common."""
+
+    __slots__ = ()
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base")
+    algorithm: ClassVar[Algorithm]
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if self.preset == "none" and self.output is None:
+            self.refuse("output", "is required with --preset none")
+        if self.output is not None and Path(self.output).parts[:1] == ("hf:",):
+            self.refuse("output", "is a folder on disk; --push-to REPO_ID publishes it")
+        if self.shard_bytes <= 0:
+            self.refuse("max_shard_size", "must be more than nothing")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest output file, in bytes of tensors."""
+        found = _SIZE.fullmatch(self.max_shard_size)
+        number, unit, binary = found.groups() if found else ("inf", "K", "")
+        size = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
+        if math.isinf(size):
+            self.refuse("max_shard_size", f"{self.max_shard_size!r} is not a size such as 5GB or 500MB")
+        return int(size)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Which transformers of a pipeline; none for every one that the export quantized."""
+        return tuple(dict.fromkeys(self.component))
+
+    @property
+    def fetches_whole(self) -> bool:
+        """Not where nothing is written either."""
+        return self.download and not self.dry_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildNvfp4Request(BuildRequest):
+    """Build a mixed BF16+NVFP4 transformer repo from a ModelOpt export and its base, or from the base alone."""
+
+    command: ClassVar[str] = "build-nvfp4"
+    algorithm: ClassVar[Algorithm] = "nvfp4"
+    device: Annotated[Device, Flag("Where the base is quantized if there is no --export; the same bytes.")] = "cpu"
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if self.base is None and self.preset in (None, "none"):
+            self.refuse("base", "is required, unless a preset is named that names the base")
+        if self.device == "cuda" and self.executor == "ray":
+            self.refuse("device", "cuda is for --executor threads")
+        if self.device == "cuda" and self.export is not None:
+            self.refuse("device", "cuda quantizes the base; with --export nothing is quantized")
+        BuildRequest.check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertFp8Request(BuildRequest):
+    """Convert a ModelOpt FP8 export into an FP8 transformer repo, sensitive modules in BF16."""
+
+    command: ClassVar[str] = "convert-fp8"
+    algorithm: ClassVar[Algorithm] = "fp8"
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "checkpoint")
+    export: Annotated[
+        Place | None, Flag("ModelOpt FP8 export: its transformer or pipeline folder.", metavar="EXPORT")
+    ] = None
+    base: Annotated[Place | None, Flag("The unquantized base; without it nothing is proven.", metavar="BASE")] = None
+    checkpoint: Annotated[
+        Place | None,
+        Flag(
+            "ModelOpt's saved quantizer state, or its folder; exports before ModelOpt 0.42 need it.",
+            metavar="FILE.pt",
+            after="base",
+        ),
+    ] = None
+    output: Annotated[Folder | None, Flag("Where to write; default ./<preset>-fp8.", metavar="OUT")] = None
+    max_error: MaxError = 0.1
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if self.export is None:
+            self.refuse("export", "is required: the folder of a ModelOpt FP8 export")
+        BuildRequest.check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source(Request["Report"]):
+    """What is rewritten, against what, and where to."""
+
+    __slots__ = ()
+    source: Annotated[
+        Place, Flag("A transformer folder, or one .safetensors file; it is not changed.", metavar="SOURCE")
+    ] = field(kw_only=False)
+    output: Annotated[Folder, Flag("The folder to write.", metavar="OUTPUT")] = field(kw_only=False)
+    base: Annotated[
+        Place | None, Flag("The unquantized base: only what needs it is rewritten, and proven.", metavar="BASE")
+    ] = None
+    force_names: Annotated[bool, Flag("Rewrite although loaders guess the old layout from the tensor names.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteRequest(_Writing, _Replacing, _Source):
+    """What ``swap-nibbles`` and ``unswizzle-scales`` have in common."""
+
+    __slots__ = ()
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+
+    @property
+    def kind(self) -> Literal["swap", "unswizzle", "swizzle"]:
+        """Which rewrite."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapNibblesRequest(RewriteRequest):
+    """Exchange the two codes in every byte of the packed weights."""
+
+    command: ClassVar[str] = "swap-nibbles"
+
+    @property
+    def kind(self) -> Literal["swap"]:
+        """Which rewrite."""
+        return "swap"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnswizzleScalesRequest(RewriteRequest):
+    """Bring block scales from the 128x4 (swizzled) order into row-major order, or back."""
+
+    command: ClassVar[str] = "unswizzle-scales"
+    reverse: Annotated[bool, Flag("From row-major to the 128x4 order.", after="base")] = False
+
+    @property
+    def kind(self) -> Literal["unswizzle", "swizzle"]:
+        """Which rewrite."""
+        return "swizzle" if self.reverse else "unswizzle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest(Request["Report"]):
+    """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own."""
+
+    command: ClassVar[str] = "verify"
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base")
+    checkpoint: Annotated[
+        Place | None,
+        Flag("A transformer folder, or the pipeline folder that holds it.", metavar="CHECKPOINT"),
+    ] = field(default=None, kw_only=False)
+    base: Annotated[Place | None, Flag("The unquantized base: proves it again.", metavar="BASE")] = None
+    backend: Annotated[
+        str,
+        Flag(
+            "Which GEMMs to compare; SGLang's names are known. One that is named must run.",
+            metavar="best|all|NAME[,NAME]",
+        ),
+    ] = "best"
+    device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
+    sample: Annotated[str | int, Flag("Rows of each module that are compared with the base.", metavar="N|all")] = 16
+    require: Annotated[
+        Literal["native", "gpu"] | None, Flag("Exit 6 unless the kernel level ran so on every module.")
+    ] = None
+    max_error: Annotated[
+        float | None, Flag("Largest relative error of a module whose codes are not reproduced.", minimum=0.0)
+    ] = None
+    self_test: Annotated[bool, Flag("Test the backends alone, without a checkpoint.")] = False
+    prewarm: Annotated[bool, Flag("Build kernels, for CHECKPOINT's shapes if one is given, and stop.")] = False
+    workers: Workers = None
+    download: Download = False
+    report: Annotated[
+        Folder | None,
+        Flag("Write a page to look at, too.", metavar="FILE.html", after="report_json"),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant."""
+        _check_names(self.backends, self.spelled("backend"))
+        if self.preferred is not None:
+            _check_names((self.preferred,), SGLANG_VARIABLE)
+        rows = str(self.sample)
+        if rows != "all" and not (rows.isascii() and rows.isdecimal() and len(rows) <= 7 and int(rows) > 0):
+            self.refuse("sample", "must be a number of rows, or all")
+        if self.checkpoint is None and not (self.self_test or self.prewarm):
+            self.refuse("checkpoint", "is required, but for --self-test and --prewarm")
+        if self.checkpoint is not None and self.self_test:
+            self.refuse("checkpoint", "is not looked at by --self-test")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """``best``, ``all``, or names."""
+        return tuple(dict.fromkeys(part.strip().lower() for part in self.backend.split(",")))
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of each module that are compared with the base; None for all."""
+        return None if self.sample == "all" else int(self.sample)
+
+    @property
+    def preferred(self) -> str | None:
+        """The backend that ``best`` takes if it runs: the one that SGLang is told to take."""
+        name = os.environ.get(SGLANG_VARIABLE, "").strip().lower()
+        return ALIASES.get(name, name) or None
+
+    @property
+    def worker_count(self) -> int:
+        """Modules that are decoded at a time."""
+        return self.workers or default_workers()
+
+
+def _check_names(names: tuple[str, ...], flag: str) -> None:
+    """An unknown name is a usage error: falling back to another kernel would prove nothing."""
+    if names in (("best",), ("all",)):
+        return
+    unknown = [name for name in names if name not in NAMES and name not in ALIASES]
+    if unknown:
+        raise UsageError(flag, f"{unknown[0]!r} is none of best, all, {', '.join(NAMES)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectRequest(Request["InspectReport"]):
+    """Say what a checkpoint is, how it is laid out and how that is known, and what is wrong with it."""
+
+    command: ClassVar[str] = "inspect"
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+    source: Annotated[
+        Place, Flag("A transformer folder, a pipeline folder, or one .safetensors file.", metavar="SOURCE")
+    ] = field(kw_only=False)
+    base: Annotated[Place | None, Flag("The unquantized base: proves the layout.", metavar="BASE")] = None
+    all_scales: Annotated[bool, Flag("Look at the scales of every module, not of a few.", name="--all")] = False
+    engine: Annotated[str, Flag("Whose view of the checkpoint to show: sglang.", metavar="NAME")] = "sglang"
+    max_error: MaxError = 0.15
+    download: Download = False
+
+    def check(self) -> None:
+        """Refuse engines that are not known."""
+        if self.engine not in ("sglang", "sglang@0.5.23"):
+            self.refuse("engine", "known is sglang (0.5.23)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushRequest(Request["Report"]):
+    """Publish a checkpoint on the Hugging Face Hub: verified first, in one commit, only what is missing there."""
+
+    command: ClassVar[str] = "push"
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint",)
+    checkpoint: Annotated[
+        Folder, Flag("A transformer folder, or the folder that a build wrote.", metavar="CHECKPOINT")
+    ] = field(kw_only=False)
+    repo_id: Annotated[str, Flag("ORGANIZATION/NAME; created if there is none.", metavar="REPO_ID")] = field(
+        kw_only=False
+    )
+    create_pr: Annotated[bool, Flag("Open a pull request instead of committing to main.")] = False
+    private: Annotated[bool, Flag("Create the repo as a private one; refuse a public one.")] = False
+    revision: Annotated[str | None, Flag("Commit there; made from main if there is none.", metavar="BRANCH")] = None
+    message: Annotated[str | None, Flag("Of the commit.", metavar="TEXT")] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.create_pr and self.revision is not None:
+            self.refuse("create_pr", "a pull request goes to main; leave one of the two out")
+        if Path(self.checkpoint).parts[:1] == ("hf:",):
+            self.refuse("checkpoint", "is a folder on disk; `hf download REPO_ID --local-dir FOLDER` makes one")
+        if self.message is not None and not self.message.strip():
+            self.refuse("message", "must not be empty")
+
+    def command_line(self) -> str:
+        """The command line that asks the same."""
+        words = ["mopt", self.command, str(self.checkpoint), self.repo_id]
+        words += ["--create-pr"] * self.create_pr + ["--private"] * self.private
+        words += ["--revision", self.revision] if self.revision is not None else []
+        words += ["--message", self.message] if self.message is not None else []
+        return shlex.join(words)
+
+    @property
+    def again(self) -> str:
+        """How to try again, for hints."""
+        return f"run `{self.command_line()}`; what was sent is not sent again"

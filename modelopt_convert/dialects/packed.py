@@ -1,0 +1,203 @@
+"""The one finder of quantized modules: which tensors belong together, by dtype and shape. Pure, no torch.
+
+What a module of a format consists of is the format's entry, in the folder ``modelopt``: names and roles are ModelOpt's
+in every checkpoint that mopt reads today.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.dialects.calibration import Calibration
+from modelopt_convert.formats.format import Format, entry
+from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.run.errors import InputError
+
+Roles = Mapping[str, TensorInfo]
+"""The tensors of one module by role, such as ``weight_scale``."""
+
+SCALE_SHAPES: tuple[tuple[int, ...], ...] = ((), (1,))  # of a scale per tensor: ModelOpt's, and that of some loaders
+
+SCALE_ROLES = frozenset(role for one in FORMATS.values() for role in one.scales)
+
+# Tensors that AWQ and SVDQuant leave beside a packed weight: without them the weight means something else.
+_TRANSFORM_ROLES: Mapping[str, str] = {
+    "pre_quant_scale": "AWQ or SVDQuant",
+    "_pre_quant_scale": "AWQ or SVDQuant",
+    "svdquant_lora_a": "SVDQuant",
+    "svdquant_lora_b": "SVDQuant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedModule:
+    """One quantized module.
+
+    Attributes:
+        name: Full module name.
+        rows: N, the number of output features, without padding.
+        columns: K, the number of input features, without padding.
+        weight: NVFP4: U8 [N, K/2], or padded as ModelOpt's post-processing does. FP8: F8_E4M3 [N, K], or still BF16.
+            Without an export: the base's [N, K].
+        scales: Those of the format's scales that are there, by role.
+        bias: The bias, if the module has one.
+        fault: Why the scales cannot be used, or None; only a module about to be replaced may have one.
+        calibrated: Scales by role that come from a ``--checkpoint``, for those that the export lacks.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    weight: TensorInfo
+    scales: Roles
+    bias: TensorInfo | None
+    fault: InputError | None
+    calibrated: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """Everything but the bias."""
+        return [self.weight, *self.scales.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of modules beside their tensors.
+
+    Attributes:
+        true_shapes: Shapes [N, K] of weights by tensor name, as far as a base tells them: what lies beyond is padding.
+        calibration: What a ``--checkpoint`` knows.
+        ignore: The checkpoint's own ``ignore``. It is asked only where no weight is quantized yet.
+        dynamic_inputs: Whether modules may do without ``input_scale``: all of them, or none.
+    """
+
+    true_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=dict)
+    ignore: object = ()
+    dynamic_inputs: bool = False
+
+
+class ModuleFormat(Protocol):
+    """How the modules of one format are packed: the entry of a format in ``modelopt``."""
+
+    def names(self, grouped: Mapping[str, Roles], evidence: Evidence, path: str) -> list[str]:
+        """The quantized modules."""
+
+    def module(self, name: str, roles: Roles, evidence: Evidence, path: str) -> PackedModule:
+        """One of them; an InputError if no scale and no kept module can excuse it."""
+
+    def shape(self, module: PackedModule, role: str, *, is_merged: bool) -> tuple[int, ...]:
+        """The shape under which a weight or scale is written, in the canonical layout."""
+
+    def check_together(self, found: dict[str, PackedModule], evidence: Evidence, path: str) -> None:
+        """Give a fault to what cannot be beside the others."""
+
+
+def module_format(target: Format) -> ModuleFormat:
+    """How modules of a format are packed."""
+    found: ModuleFormat = entry("modelopt_convert.dialects.modelopt", target.algorithm)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The quantized modules of a checkpoint.
+
+    Attributes:
+        modules: By name. Unquantized tensors are in none of them.
+        refused: What no module that is kept can excuse (AWQ, SVDQuant, a mixture of formats).
+    """
+
+    modules: dict[str, PackedModule]
+    refused: tuple[InputError, ...]
+
+    def or_raise(self) -> dict[str, PackedModule]:
+        """The modules.
+
+        Raises:
+            InputError: The first thing that is refused: ``export.transformed``, ``export.mixed`` or ``export.weight``.
+        """
+        if self.refused:
+            raise self.refused[0]
+        return self.modules
+
+
+def find_packed(tensors: Mapping[str, TensorInfo], target: Format, evidence: Evidence, *, path: str) -> Found:
+    """Group tensors into the quantized modules of a format, judged by dtype and shape.
+
+    Args:
+        tensors: All of the checkpoint.
+        target: The format.
+        evidence: What else is known.
+        path: The checkpoint's folder, for messages.
+    """
+    packing, modules = module_format(target), dict[str, PackedModule]()
+    refused = list(_transformed(tensors, path))
+    grouped = _group(tensors)
+    for name in packing.names(grouped, evidence, path):
+        try:
+            modules[name] = packing.module(name, grouped[name], evidence, path)
+        except InputError as error:
+            refused.append(error)
+    packing.check_together(modules, evidence, path)
+    return Found(modules, tuple(refused))
+
+
+def format_of(tensors: Mapping[str, TensorInfo]) -> Format:
+    """The format of a checkpoint's quantized modules, of several the one of fewer bits; the last if there are none."""
+    grouped = _group(tensors).values()
+    dtypes = {roles["weight"].dtype for roles in grouped if "weight" in roles}
+    return next((one for one in FORMATS.values() if one.packed_dtype in dtypes), [*FORMATS.values()][-1])
+
+
+def declares_dynamic_inputs(config: Mapping[str, object]) -> bool:
+    """Whether a config.json says that input scales are taken from the activations."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("dynamic_input_scale") is True
+
+
+def is_layout_marker(name: str) -> bool:
+    """Whether a tensor is ComfyUI's per-module marker, by which loaders guess the layout."""
+    return name.endswith(".comfy_quant")
+
+
+def is_quantizer_state(name: str) -> bool:
+    """Whether a tensor is calibration state that ModelOpt leaks into exports (``q_bmm_quantizer._amax``)."""
+    return "_quantizer." in name
+
+
+def missing_scale(module: str, role: str, expected: str, where: str) -> InputError:
+    """The fault of a quantized module that lacks a scale."""
+    return InputError(
+        f"{where}: tensor {module + '.' + role!r}: expected {expected}, found no such tensor",
+        code=f"export.missing_{role}",
+        path=where,
+        hint=(
+            "calibration never reached this module; calibrate with real prompts and export again"
+            if role == "input_scale"
+            else "the export is incomplete; export again"
+        )
+        + f", or --keep-bf16 '{module}'",
+    )
+
+
+def _group(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of every module by role; calibration state and markers left out."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if not is_quantizer_state(name) and not is_layout_marker(name):
+            modules.setdefault(module_of(name), {})[name.rpartition(".")[2]] = info
+    return modules
+
+
+def _transformed(tensors: Mapping[str, TensorInfo], path: str) -> Iterator[InputError]:
+    for name, info in tensors.items():
+        if transform := _TRANSFORM_ROLES.get(name.rpartition(".")[2]):
+            yield InputError(
+                f"{path}/{info.file}: tensor {name!r}: expected a plain export, found {transform}",
+                code="export.transformed",
+                path=f"{path}/{info.file}",
+                hint="export again with ModelOpt's --quant-algo max; the other weights of this export are changed too",
+            )

@@ -1,0 +1,58 @@
+"""What a quantization format is, beside its arithmetic. Pure, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+Algorithm = str
+"""A format as presets and commands name it: the name of its folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A quantization format that mopt reads and writes.
+
+    Attributes:
+        algorithm: As presets and commands name it.
+        bits: Of a code; formats are listed by them.
+        quant_algo: As config.json names it.
+        packed_dtype: safetensors dtype of a quantized weight.
+        words: What it is, for the model card.
+        stored: How its tensors lie, for the model card.
+        declared: Keys of ``quantization_config`` that say how the tensors are to be read.
+        block_size: Columns per block scale; None without block scales.
+        tensor_scale: Role of the scale of the whole weight.
+        scales: Roles of all scales of a calibrated module.
+        export_flags: Of ModelOpt's quantize.py that make an export of it.
+        export_format: Its ``--format`` there.
+        command: Of mopt that takes such an export.
+        max_error: Largest relative error of a module whose codes are not reproduced.
+        older: What may be done where an export seems to hold none, or empty.
+    """
+
+    algorithm: Algorithm
+    bits: int
+    quant_algo: str
+    packed_dtype: str
+    words: str
+    stored: str
+    declared: Mapping[str, Any]
+    block_size: int | None
+    tensor_scale: str
+    scales: tuple[str, ...]
+    export_flags: str
+    export_format: str
+    command: str
+    max_error: float
+    older: str = ""
+
+
+def entry(room: str, algorithm: Algorithm) -> Any:
+    """What a room knows of a format.
+
+    Args:
+        room: The package whose modules are named after formats.
+        algorithm: The format.
+    """
+    return import_module(f"{room}.{algorithm}").ENTRY

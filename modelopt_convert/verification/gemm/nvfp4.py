@@ -1,0 +1,137 @@
+"""NVFP4 operands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.nvfp4.codes import (
+    decode_e2m1,
+    pack_e2m1,
+    quantize_nvfp4,
+    shared_global_scale,
+    swap_nibbles,
+    unpack_e2m1,
+)
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
+from modelopt_convert.formats.tensor_bytes import from_bytes
+from modelopt_convert.proof.tensors import load, load_weight, tensor_scale
+from modelopt_convert.verification.gemm.operands import OperandFormat, Weight, one_row_zero
+
+_ONE_E2M1 = 2  # the code of 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Weight:
+    """An NVFP4 weight.
+
+    Attributes:
+        packed: uint8 [N, K/2], the even column in the low nibble.
+        scale: float8_e4m3fn [N, K/16], row-major.
+        tensor_scale: ``weight_scale_2``.
+        bias: [N] or None.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    tensor_scale: float
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.packed.shape[0], self.packed.shape[1] * 2
+
+    def decode(self, begin: int, end: int) -> Tensor:
+        """float64 [end - begin, K]: rows of codes times block scales, without the scale of the tensor."""
+        values = decode_e2m1(unpack_e2m1(self.packed[begin:end])).to(torch.float64)
+        return values * self.scale[begin:end].to(torch.float64).repeat_interleave(BLOCK_SIZE, dim=-1)
+
+    def to(self, device: torch.device) -> "Nvfp4Weight":
+        """The same on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Nvfp4Weight(self.packed.to(device), self.scale.to(device), self.tensor_scale, bias)
+
+    def one_hot(self, begin: int, end: int, device: torch.device) -> "Nvfp4Activations":
+        """See ``Weight``."""
+        rows, num_columns = torch.arange(end - begin, device=device), self.shape[1]
+        codes = torch.zeros(end - begin, num_columns, dtype=torch.uint8, device=device)
+        codes[rows, rows + begin] = _ONE_E2M1
+        scale = torch.ones(end - begin, num_columns // BLOCK_SIZE, device=device).to(torch.float8_e4m3fn)
+        return Nvfp4Activations(pack_e2m1(codes), scale, 1.0)
+
+    def activations(self, values: Tensor) -> "Nvfp4Activations":
+        """See ``Weight``."""
+        tensor_scale = shared_global_scale([values])
+        packed, block_scale = quantize_nvfp4(values, tensor_scale)
+        return Nvfp4Activations(packed, block_scale, float(tensor_scale))
+
+    def mutants(self) -> dict[str, Weight]:
+        """See ``Weight``."""
+        raw = one_row_zero(self.scale.view(torch.uint8)).view(torch.float8_e4m3fn)
+        return {
+            "nibbles swapped": replace(self, packed=swap_nibbles(self.packed)),
+            "scales swizzled": replace(self, scale=swizzle_128x4(self.scale)),
+            "one row zero": replace(self, scale=raw),
+        }
+
+    def without_bias(self) -> "Nvfp4Weight":
+        """The same without its bias."""
+        return replace(self, bias=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Activations:
+    """NVFP4 activations.
+
+    Attributes:
+        packed: uint8 [M, K/2], the even column in the low nibble: kernel order, whatever the weight's.
+        scale: float8_e4m3fn [M, K/16], row-major.
+        tensor_scale: ``input_scale``.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    tensor_scale: float
+
+    def decode(self) -> Tensor:
+        """float64 [M, K], without the scale of the tensor."""
+        values = decode_e2m1(unpack_e2m1(self.packed)).to(torch.float64)
+        return values * self.scale.to(torch.float64).repeat_interleave(BLOCK_SIZE, dim=-1)
+
+    def to(self, device: torch.device) -> "Nvfp4Activations":
+        """The same on a device."""
+        return Nvfp4Activations(self.packed.to(device), self.scale.to(device), self.tensor_scale)
+
+
+class _Nvfp4Operands:
+    def read(
+        self, reader: CheckpointReader, module: PackedModule, layout: Layout, rows: Sequence[int] | None
+    ) -> Nvfp4Weight:
+        bias = load(reader, module.bias.name) if module.bias is not None and rows is None else None
+        name, half = module.weight.name, module.columns // 2
+        stored = load(reader, module.scales["weight_scale"].name)
+        readings = scale_readings(stored, module.rows, module.columns // BLOCK_SIZE)
+        if layout.scales not in readings:
+            raise ValueError(f"scales {list(stored.shape)} cannot be read as {layout.scales}")
+        scales = readings[layout.scales]
+        if rows is None:
+            packed = load_weight(reader, name)[: module.rows, :half].contiguous()
+        else:
+            raw = reader.read_rows(name, rows, module.weight.shape[1], half)
+            packed = from_bytes(raw, "U8", (len(rows), half))
+            scales = scales.view(torch.uint8)[list(rows)].view(torch.float8_e4m3fn)
+        packed = swap_nibbles(packed) if layout.nibbles == "high" else packed
+        return Nvfp4Weight(packed, scales, tensor_scale(reader, module, "weight_scale_2"), bias)
+
+    def quantized(self, values: Tensor, bias: Tensor) -> Nvfp4Weight:
+        scale = shared_global_scale([values])
+        return Nvfp4Weight(*quantize_nvfp4(values, scale), float(scale), bias)
+
+
+ENTRY: OperandFormat = _Nvfp4Operands()
