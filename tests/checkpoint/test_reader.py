@@ -11,7 +11,7 @@ from checkpoint_folders import INDEX, SHARDS, SINGLE, WEIGHT_MAP, A, B, C, open_
 from safetensors.torch import save, save_file
 from support import load
 
-from modelopt_convert.checkpoint import reader as checkpoint
+from modelopt_convert.checkpoint import reader
 from modelopt_convert.checkpoint.components import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.run.errors import InputError
@@ -209,9 +209,9 @@ def test_refused_and_not_a_crash(sharded: Path, change: Callable[[Path], object]
 @pytest.mark.parametrize(("limit", "file", "code"), [("CONFIG", "config.json", "config"), ("INDEX", INDEX, "index")])
 def test_too_large(sharded: Path, monkeypatch: pytest.MonkeyPatch, limit: str, file: str, code: str) -> None:
     size = (sharded / file).stat().st_size
-    monkeypatch.setattr(checkpoint, f"MAX_{limit}_BYTES", size)
+    monkeypatch.setattr(reader, f"MAX_{limit}_BYTES", size)
     CheckpointReader(sharded).__exit__(None, None, None)
-    monkeypatch.setattr(checkpoint, f"MAX_{limit}_BYTES", size - 1)
+    monkeypatch.setattr(reader, f"MAX_{limit}_BYTES", size - 1)
     assert reader_refusal(sharded).code == f"{code}.too_large"
 
 

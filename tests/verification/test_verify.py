@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from modelopt_convert.verification.gemm.names import NAMES
 def built(built_nvfp4: Path, built_fp8: Path) -> dict[str, Path]:
     """A build of each format, by algorithm. Never write there."""
     return {"nvfp4": built_nvfp4, "fp8": built_fp8}
+
+
+@pytest.fixture(scope="session")
+def few(make_build: Callable[..., Path]) -> dict[str, Path]:
+    """The same with four packed modules, for what runs kernels. Never write there."""
+    kept = ("--keep-bf16", "transformer_blocks.**", "--keep-bf16", "single_transformer_blocks.1.**")
+    return {
+        algorithm: make_build(f"few-{algorithm}", command, algorithm, *kept)
+        for algorithm, command in (("nvfp4", "build-nvfp4"), ("fp8", "convert-fp8"))
+    }
 
 
 def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -190,12 +201,12 @@ def test_usage_errors(arguments: tuple[str, ...], built: dict[str, Path]) -> Non
     assert verify(built["nvfp4"], *arguments).exit_code == 2
 
 
-def test_a_named_backend_must_run(built: dict[str, Path]) -> None:
+def test_a_named_backend_must_run(few: dict[str, Path]) -> None:
     for name in ("flashinfer-trtllm", "flashinfer_cudnn", "bf16", "reference,triton"):
-        outcome = verify(built["nvfp4"], "--backend", name, "--device", "cpu")
+        outcome = verify(few["nvfp4"], "--backend", name, "--device", "cpu")
         assert outcome.exit_code == 6 and outcome.error_code == "verify.required", name
-    assert verify(built["nvfp4"], "--backend", "torch,reference", "--device", "cpu").exit_code == 6  # FP8 alone
-    assert verify(built["fp8"], "--backend", "torch,reference", "--device", "cpu").exit_code == 0
+    assert verify(few["nvfp4"], "--backend", "torch,reference", "--device", "cpu").exit_code == 6  # FP8 alone
+    assert verify(few["fp8"], "--backend", "torch,reference", "--device", "cpu").exit_code == 0
 
 
 def test_sglangs_variable_is_a_preference(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,13 +323,15 @@ def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:
     assert verify(built["nvfp4"], "--report", built["nvfp4"] / "page.html").exit_code == 2
 
 
-def test_a_nibble_swapped_declaration_is_read_as_declared(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_nibble_swapped_declaration_is_read_as_declared(
+    exports: Path, few: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
     """What is stored otherwise and says so is right."""
 
     def declare(config: dict[str, Any]) -> None:
         config["quantization_config"]["swap_weight_nibbles"] = True
 
-    declared = edit(exports / "nvfp4", tmp_path / "declared", swapped, declare)
+    declared = edit(few["nvfp4"], tmp_path / "declared", swapped, declare)
     assert verify(declared, "--base", base, "--backend", "reference").exit_code == 0
     silent = edit(exports / "nvfp4", tmp_path / "silent", swapped)
     outcome = verify(silent, "--base", base)
