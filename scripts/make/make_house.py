@@ -23,7 +23,7 @@ from rooms import PACKAGE, ROOMS, imported, modules, room  # noqa: E402
 WIDTH, BOX, HEIGHT, FLOOR, TOP = 900, 264, 64, 94, 64
 LANE, GAP = 14, 22  # the width of an arrow that passes a floor, and what lies between two neighbours
 LETTERS = 39  # of a line in a box
-WORDS = "An arrow says that modules of the upper room import the lower. Where other arrows lead there too, none is drawn."
+WORDS = "An arrow says that modules of the upper room import the lower. Where others lead there too, none is drawn."
 STYLE = """
 svg { --paper: #ffffff; --floor: #f4f6f9; --box: #ffffff; --edge: #5b6b82; --name: #10233f; --words: #44546a;
   --arrow: #8494a9; font-family: system-ui, "Segoe UI", "DejaVu Sans", Helvetica, Arial, sans-serif }
