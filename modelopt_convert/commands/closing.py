@@ -1,93 +1,141 @@
-"""The closing step of a build: what was written is verified before anyone can see it.
+"""The closing step of builds and rewrites: what was written is checked before anyone can see it.
 
 A wrong checkpoint is thrown away. A GPU that is busy or broken, or a kernel that is wrong, says nothing about the
 checkpoint: it is published, and the report says that GPU parity was not shown.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.accounting import timed
-from modelopt_convert.report.report import Report
+from modelopt_convert.commands.command import Warned
+from modelopt_convert.plan.plan import ShardPlan, Step
+from modelopt_convert.report.report import ProofReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.run.errors import CheckFailedError, first_line
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.verification.request import DEFAULT_SAMPLE, VerifyRequest
-from modelopt_convert.verification.subject import device_of
-from modelopt_convert.verification.transformer import verify_opened
-from modelopt_convert.verification.verdict import combine
+from modelopt_convert.verification.options import VerifyOptions
 
 
-def verify_stage(
-    stage: Path,
-    parts: Mapping[str, CheckpointReader | None],
-    how: str,
-    max_error: float,
-    workers: int,
-    report: Report,
-    progress: Progress,
-) -> None:
-    """Verify every transformer of a finished stage.
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What a check of the closing step found.
+
+    Attributes:
+        check: Its entry in the report.
+        failure: What is wrong, in one line, or None.
+        warned: What the user should know.
+        verify: By the levels of verify, where they ran.
+    """
+
+    check: dict[str, Any]
+    failure: str | None
+    warned: list[Warned] = field(default_factory=list)
+    verify: VerifyReport | None = None
+
+
+def written_faults(reader: CheckpointReader, steps: Mapping[str, Step], shards: Iterable[ShardPlan]) -> list[str]:
+    """Where the headers of what was written depart from the plan, in words.
 
     Args:
-        stage: The stage.
-        parts: The opened base of each, or None, by the folder in the stage.
-        how: ``auto`` or ``cpu``.
-        max_error: Limit of the relative error where codes are not reproduced.
-        workers: Modules that are decoded at a time.
-        report: Gets ``verify`` and an entry under ``checks``.
-        progress: Told what is read.
+        reader: Of what was written.
+        steps: One per planned tensor.
+        shards: The planned files.
+    """
+    planned = {name: (step.output.dtype, step.output.shape) for name, step in steps.items()}
+    written = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+    faults = [
+        f"tensor {name!r}: planned {planned.get(name)}, written {written.get(name)}"
+        for name in sorted(planned.keys() | written.keys())
+        if planned.get(name) != written.get(name)
+    ]
+    metadata = {shard.file: dict(shard.metadata) for shard in shards}
+    return faults + [
+        f"{file}: header metadata {found}" for file, found in reader.metadata.items() if found != metadata.get(file)
+    ]
+
+
+def structure_checked(faults: list[str]) -> Closed:
+    """The check of headers, index and config against the plan and each other."""
+    check = {"name": "structure", "status": "fail" if faults else "pass", "failures": faults[:10]}
+    failure = f"the finished checkpoint is not the planned one: {faults[0]} ({len(faults)} faults)" if faults else None
+    return Closed(check, failure)
+
+
+def refuse_failed(closed: Closed) -> None:
+    """Refuse to publish what failed a check.
 
     Raises:
-        CheckFailedError: ``check.verify``.
+        CheckFailedError: ``check.structure``, ``check.proof`` or ``check.verify``.
     """
-    device = device_of("cpu" if how == "cpu" else None)
-    found: dict[str, VerifyReport] = {}
-    for prefix, base in parts.items():
-        request = VerifyRequest(stage / prefix, None, ("best",), None, DEFAULT_SAMPLE, None, max_error, workers=workers)
-        proof = report.proof.modules if report.proof is not None else {}
-        proven = {name.removeprefix(prefix): one.verdict for name, one in proof.items() if name.startswith(prefix)}
-        with CheckpointReader(stage / prefix) as reader, timed(report, "verify"), torch.inference_mode():
-            try:
-                found[prefix] = _verify(reader, base, request, device, progress, proven)
-            except RuntimeError as error:  # CUDA's
-                if device.type != "cuda":
-                    raise
-                report.warn("verify.gpu_parity", f"gpu_parity: not run: {first_line(error)}")
-                device = torch.device("cpu")
-                found[prefix] = _verify(reader, base, request, device, progress, proven)
-    report.verify = combine(found, report.output.path)
-    report.verify.checkpoint = report.output.path
-    verdict = report.verify.verdict
-    kernels = [level for level in report.verify.levels if level.level == "L3"]
-    skipped = [level.reason for level in kernels if level.status == "skipped"]
-    if skipped and device.type == "cuda":
-        report.warn("verify.gpu_parity", f"gpu_parity: not run: {skipped[0]}")
-    parity = "not run" if skipped or verdict.startswith("backend") else "pass"
-    report.checks.append(
-        {"name": "verify", "status": "fail" if verdict == "fail" else "pass", "gpu_parity": parity, "failures": []}
-    )
-    if verdict.startswith("backend"):
-        report.warn("verify.gpu_parity", f"gpu_parity: not run: {verdict}: {report.verify.statement}")
-    if verdict == "fail":
-        failures = [words for level in report.verify.levels for words in level.failures]
-        report.checks[-1]["failures"] = failures[:10]
+    if closed.failure is not None:
         raise CheckFailedError(
-            f"the finished checkpoint is not right: {report.verify.statement}",
-            code="check.verify",
+            closed.failure,
+            code=f"check.{closed.check['name']}",
             hint="this is a bug in mopt, a disk that lies or memory that fails; nothing was published",
         )
 
 
-def _verify(
-    reader: CheckpointReader,
-    base: CheckpointReader | None,
-    request: VerifyRequest,
-    device: torch.device,
+def verify_stage(
+    stage: Path,
+    parts: Mapping[str, tuple[CheckpointReader | None, ProofReport]],
+    options: VerifyOptions,
+    output: str,
     progress: Progress,
-    proven: Mapping[str, str],
-) -> VerifyReport:
-    return verify_opened(reader, base, request, device, progress, with_record=False, expected=proven)
+) -> Closed:
+    """Verify every transformer of a finished stage.
+
+    Args:
+        stage: The stage.
+        parts: The opened base of each, or None, and its proof, by the folder in the stage.
+        options: What to run.
+        output: Where the checkpoint will stand.
+        progress: Told what is read.
+    """
+    import torch
+
+    from modelopt_convert.verification.subject import device_of
+    from modelopt_convert.verification.transformer import verify_opened
+    from modelopt_convert.verification.verdict import combine
+
+    device = device_of(options.device)
+    found: dict[str, VerifyReport] = {}
+    warned: list[Warned] = []
+    for prefix, (base, proof) in parts.items():
+        expected = {name: one.verdict for name, one in proof.modules.items()}
+
+        def verified(
+            reader: CheckpointReader,
+            device: torch.device,
+            base: CheckpointReader | None = base,
+            expected: Mapping[str, str] = expected,
+        ) -> VerifyReport:
+            return verify_opened(reader, base, options, device, progress, with_record=False, expected=expected)
+
+        with CheckpointReader(stage / prefix) as reader, torch.inference_mode():
+            try:
+                found[prefix] = verified(reader, device)
+            except RuntimeError as error:  # CUDA's
+                if device.type != "cuda":
+                    raise
+                warned.append(("verify.gpu_parity", f"gpu_parity: not run: {first_line(error)}"))
+                device = torch.device("cpu")
+                found[prefix] = verified(reader, device)
+    verify = combine(found, output)
+    verify.checkpoint = output
+    skipped = [level.reason for level in verify.levels if level.level == "L3" and level.status == "skipped"]
+    if skipped and device.type == "cuda":
+        warned.append(("verify.gpu_parity", f"gpu_parity: not run: {skipped[0]}"))
+    is_broken, has_failed = verify.verdict.startswith("backend"), verify.verdict == "fail"
+    if is_broken:
+        warned.append(("verify.gpu_parity", f"gpu_parity: not run: {verify.verdict}: {verify.statement}"))
+    check = {
+        "name": "verify",
+        "status": "fail" if has_failed else "pass",
+        "gpu_parity": "not run" if skipped or is_broken else "pass",
+        "failures": [words for level in verify.levels for words in level.failures][:10] if has_failed else [],
+    }
+    failure = f"the finished checkpoint is not right: {verify.statement}" if has_failed else None
+    return Closed(check, failure, warned, verify)

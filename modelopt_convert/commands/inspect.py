@@ -3,33 +3,43 @@
 from contextlib import ExitStack
 
 from modelopt_convert.checkpoint.components import transformers_of
-from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.inspection.component import inspect_component
-from modelopt_convert.report.inspect import InspectReport
+from modelopt_convert.commands.command import ending
+from modelopt_convert.commands.requests import InspectRequest
+from modelopt_convert.report.inspect import ComponentReport, InspectReport
+from modelopt_convert.run.progress import Progress
 
 
-def inspect(
-    source: Location, base: Location | None, report: InspectReport, *, every_scale: bool, max_error: float
-) -> None:
-    """Fill ``report`` with what ``source`` is.
+class InspectCommand:
+    """Say what a checkpoint is."""
 
-    Args:
-        source: A transformer folder, a pipeline folder, or one .safetensors file.
-        base: The unquantized base, or None.
-        report: Filled component by component.
-        every_scale: Look at every scale of every module, not at a sample of modules.
-        max_error: Largest relative error of a reading that is accepted without reproducing the codes.
+    def __init__(self, request: InspectRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._components: dict[str, ComponentReport] = {}
 
-    Raises:
-        InputError: Something cannot be read at all.
-    """
-    for name, path, base_path in transformers_of(source, base):
-        with ExitStack() as stack:
-            reader = stack.enter_context(CheckpointReader(path, need_config=False))
-            against = stack.enter_context(CheckpointReader(base_path)) if base_path else None
-            component = inspect_component(reader, against, every_scale=every_scale, max_error=max_error)
-        report.components[name] = component
-    first = next(iter(report.components.values()))
-    report.dialect, report.layout, report.modules = first.dialect, first.layout, first.modules
-    report.lint, report.totals, report.engine = first.lint, first.totals, first.engine
+    def run(self, progress: Progress) -> None:
+        """Look at every transformer.
+
+        Raises:
+            InputError: Something cannot be read at all.
+        """
+        from modelopt_convert.inspection.component import inspect_component
+
+        request, source = self._request, self._request.locate("source")
+        assert source is not None  # the request requires it
+        for name, path, base_path in transformers_of(source, request.locate("base")):
+            with ExitStack() as stack:
+                reader = stack.enter_context(CheckpointReader(path, need_config=False))
+                against = stack.enter_context(CheckpointReader(base_path)) if base_path else None
+                component = inspect_component(
+                    reader, against, every_scale=request.all_scales, max_error=request.max_error
+                )
+            self._components[name] = component
+
+    def report(self, error: BaseException | None = None) -> InspectReport:
+        """What was found; the fields at the top are the first transformer's."""
+        first = next(iter(self._components.values()), None) if error is None else None
+        names = ("dialect", "layout", "modules", "lint", "totals", "engine") if first is not None else ()
+        of_first = {name: getattr(first, name) for name in names}
+        return InspectReport(components=self._components, **of_first, **ending(error))

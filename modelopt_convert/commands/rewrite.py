@@ -4,39 +4,53 @@ Everything else streams through. The config keys are set to what is true then, a
 otherwise are stripped. With a base only modules that need it are rewritten, and the result is proven.
 """
 
-import contextlib
-from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
-
-from modelopt_convert import __version__
 from modelopt_convert.checkpoint.components import resolve_component
-from modelopt_convert.checkpoint.header import TensorSpec
-from modelopt_convert.checkpoint.location import Location, local_path
+from modelopt_convert.checkpoint.header import METADATA, TensorSpec
+from modelopt_convert.checkpoint.location import local_path
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
-from modelopt_convert.commands.accounting import note_cost, note_input, publish, timed, traffic_noted
+from modelopt_convert.commands.build.files import counted, proof_record
+from modelopt_convert.commands.build.proof import module_report, verdict_counts
+from modelopt_convert.commands.build.space import LONGEST
+from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, written_faults
+from modelopt_convert.commands.command import (
+    Clock,
+    Inputs,
+    Warned,
+    ending,
+    output_report,
+    peak_rss_bytes,
+    published_warnings,
+    throughput,
+    versions,
+    warnings_of,
+)
+from modelopt_convert.commands.requests import RewriteRequest
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.packed import is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.formats.layout import Layout
-from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
-from modelopt_convert.plan.plan import ShardPlan, Step
-from modelopt_convert.report.inspect import InspectReport, ModuleLayout
-from modelopt_convert.report.report import Report
+from modelopt_convert.inspection.component import inspect_component
+from modelopt_convert.plan.plan import Origin, ShardPlan, Step
+from modelopt_convert.report.inspect import ModuleLayout
+from modelopt_convert.report.report import PASSING, ModuleReport, ProofReport, Report
 from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
-from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
-from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
+from modelopt_convert.write.executors import open_executor, refuse_far
 from modelopt_convert.write.stream import stream
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
@@ -46,37 +60,8 @@ _FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
     "swizzle": "scale_layout",
 }
 # What SGLang's loader needs besides the layout keys.
-_KEYS = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": BLOCK_SIZE, "ignore": []}
+_KEYS = {"quant_method": "modelopt", "quant_algo": FORMAT.quant_algo, "group_size": BLOCK_SIZE, "ignore": []}
 _WANTED: Mapping[Kind, str] = {"swap": "low", "unswizzle": "linear", "swizzle": "128x4"}
-
-
-@dataclass(frozen=True, slots=True)
-class RewriteRequest:
-    """What the user asked for.
-
-    Attributes:
-        source: A transformer folder, or one .safetensors file.
-        output: The folder to be written.
-        base: The unquantized base, or None to do as told without proof.
-        kind: Which rewrite.
-        force_names: Rewrite although a loader guesses the old layout from the names.
-        max_error: Largest relative error of a reading that is accepted without reproducing the codes.
-        overwrite: Consent to replace an existing checkpoint.
-        dry_run: Plan only.
-        workers: Tensors that are worked on at a time.
-        executor: Where shards are written.
-    """
-
-    source: Location
-    output: Path
-    base: Location | None
-    kind: Kind
-    force_names: bool
-    max_error: float
-    overwrite: bool
-    dry_run: bool
-    workers: int
-    executor: ExecutorName
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,73 +72,176 @@ class RewritePlan:
     shards: tuple[ShardPlan, ...]
     fates: Mapping[str, str]
 
-    @property
-    def total_bytes(self) -> int:
-        """Tensor bytes of the output."""
-        return sum(step.output.num_bytes for step in self.steps.values())
+
+class RewriteCommand:
+    """Rewrite the layout of a checkpoint."""
+
+    def __init__(self, request: RewriteRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._kind: Kind = request.kind
+        self._clock = Clock()
+        self._inputs = Inputs()
+        self._output = str(Path(request.output))
+        self._plan: RewritePlan | None = None
+        self._warned: list[Warned] = []
+        self._checks: list[dict[str, Any]] = []
+        self._proof: ProofReport | None = None
+        self._published: Published | None = None
+        self._peak: int | None = None
+
+    def run(self, progress: Progress) -> None:
+        """Rewrite.
+
+        Raises:
+            MoptError: One of its kinds; nothing was published unless a StorageError says so.
+        """
+        request = self._request
+        source, base = request.locate("source"), request.locate("base")
+        assert source is not None  # the request requires it
+        refuse_far(request.executor, source)
+        source_path = source if source.is_file() else resolve_component(source, what="source")
+        base_path = resolve_component(base, what="base") if base else None
+        output = canonical_output(Path(request.output))
+        self._output = str(output)
+        folder = source_path.parent if source_path.is_file() else source_path
+        named = (source if source.is_dir() else folder, folder, base, base_path)
+        inputs = [path for path in map(local_path, named) if path is not None]
+        check_output_allowed(output, inputs, overwrite=request.overwrite)
+        with ExitStack() as stack:
+            executor = stack.enter_context(open_executor(request.executor))
+            stack.enter_context(self._inputs)
+            with self._clock.timed("open"):
+                reader = self._inputs.open("source", source_path)
+            _refuse_names(reader, request)
+            stage: StagingDir | None = None
+            if not request.dry_run:
+                # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
+                stage = stack.enter_context(StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=0))
+            with self._clock.timed("open"):
+                against = self._inputs.open("base", base_path) if base_path is not None else None
+            with self._clock.timed("inspect"):
+                modules = self._look(reader, against)
+            chosen = _choose(modules, self._kind, reader, proven=against is not None)
+            plan = self._plan = _plan(reader, modules, chosen, self._kind)
+            if against is None:
+                message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
+                self._warned.append(("layout.unproven", message))
+            if stage is None:
+                return
+            stage.check_space(self._disk_bytes(reader, plan, list(modules) if against is not None else None))
+            with self._clock.timed("stream"), torch_on_one_thread():
+                readers: dict[Origin, CheckpointReader] = {"export": reader}
+                done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
+            reader.check_unchanged()
+            files = _config_and_index(reader, plan, self._kind, proven=against is not None)
+            for name, data in files.items():
+                stage.write_file(name, data)
+            with self._clock.timed("check"):
+                self._close(stage.path, plan, against)
+            stage.write_file(RECORD, self._record(plan, files, done.digests, self._proof))
+            with self._clock.timed("publish"):
+                try:
+                    stage.publish()
+                finally:  # also when a signal that was held acts right after the swap
+                    self._published = stage.published
+                    self._warned += published_warnings(stage.published)
+        self._peak = peak_rss_bytes()
+
+    def report(self, error: BaseException | None = None) -> Report:
+        """What happened, also after a failure."""
+        plan = self._plan
+        shards = {shard.file: shard.tensors for shard in plan.shards} if plan else {}
+        return Report(
+            command=self._request.command,
+            inputs=self._inputs.reports(),
+            network=self._inputs.network(),
+            output=output_report(self._output, shards, self._published, error),
+            ledger={"source": dict(plan.fates)} if plan else {},
+            counts={"source": counted(plan.fates)} if plan else {},
+            proof=self._proof,
+            checks=self._checks,
+            peak_rss_bytes=self._peak,
+            throughput_bytes_per_s=throughput(self._clock, [plan]) if plan and self._peak is not None else None,
+            timings_s=self._clock.seconds,
+            warnings=warnings_of(self._warned),
+            versions=versions(),
+            **ending(error, "planned" if self._request.dry_run else "ok"),
+        )
+
+    def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
+        found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
+        return {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
+
+    def _close(self, stage: Path, plan: RewritePlan, base: CheckpointReader | None) -> None:
+        """Reopen what was written; with a base, prove it."""
+        with CheckpointReader(stage, need_config=False) as written:
+            self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
+            if base is None:
+                return
+            field, wanted = _FIELD[self._kind], _WANTED[self._kind]
+            wrong = [
+                f"{name} is not {wanted} against the base"
+                for name, one in self._look(written, base).items()
+                if getattr(one, field) not in (wanted, "equivalent")
+            ]
+            self._proof = _proven(written, base, self._request.max_error, self._request.worker_count)
+            wrong += [
+                f"{name} is not the base's" for name, one in self._proof.modules.items() if one.verdict not in PASSING
+            ]
+        check = {"name": "proof", "status": "fail" if wrong else "pass", "failures": wrong[:10]}
+        self._keep(Closed(check, f"{len(wrong)} rewritten modules are wrong: {wrong[0]} first" if wrong else None))
+
+    def _keep(self, closed: Closed) -> None:
+        self._checks.append(closed.check)
+        refuse_failed(closed)
+
+    def _record(
+        self, plan: RewritePlan, files: Mapping[str, bytes], digests: Mapping[str, str], proof: ProofReport | None
+    ) -> bytes:
+        more: dict[str, Any] = {
+            "sources": {name: reader.identity() for name, reader in self._inputs.readers.items()},
+            "counts": {"source": counted(plan.fates)},
+        }
+        more |= {"proof": proof_record(proof)} if proof is not None else {}
+        headers = ([step.output for step in plan.steps.values()], [shard.metadata for shard in plan.shards])
+        return write_record(self._request.command, more, tensors=digests, files=files, headers=headers)
+
+    def _disk_bytes(self, reader: CheckpointReader, plan: RewritePlan, proven: list[str] | None) -> int:
+        files = _config_and_index(reader, plan, self._kind, proven=proven is not None)
+        proof = None
+        if proven is not None:
+            proof = _proof_report(dict.fromkeys(proven, LONGEST), self._request.max_error, "x" * 120)
+        record = self._record(plan, files, dict.fromkeys(plan.steps, DIGEST), proof)
+        return disk_bytes([*shard_sizes(plan.shards), len(record), *map(len, files.values())])
 
 
-def rewrite(request: RewriteRequest, report: Report, progress: Progress) -> None:
-    """Rewrite the layout; what happened is in ``report``, also when this raises.
+def _proven(written: CheckpointReader, base: CheckpointReader, max_error: float, workers: int) -> ProofReport:
+    """Prove every packed module of what was written, as a build proves those of an export."""
+    import torch
 
-    Raises:
-        MoptError: One of its kinds; nothing was published unless a StorageError says so.
-    """
-    refuse_far(request.executor, request.source)
-    source_path = request.source if request.source.is_file() else resolve_component(request.source, what="source")
-    base_path = resolve_component(request.base, what="base") if request.base else None
-    output = canonical_output(request.output)
-    report.output.path = str(output)
-    folder = source_path.parent if source_path.is_file() else source_path
-    named = (request.source if request.source.is_dir() else folder, folder, request.base, base_path)
-    inputs = [path for path in map(local_path, named) if path is not None]
-    check_output_allowed(output, inputs, overwrite=request.overwrite)
-    with contextlib.ExitStack() as stack:
-        executor = stack.enter_context(open_executor(request.executor))
-        with timed(report, "open"):
-            reader = stack.enter_context(CheckpointReader(source_path))
-        note_input(report, "source", reader)
-        stack.enter_context(traffic_noted(report, "source", reader))
-        _refuse_names(reader, request)
-        stage: StagingDir | None = None
-        if not request.dry_run:
-            # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
-            stage = stack.enter_context(StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=0))
-        with timed(report, "inspect"):
-            modules = _look(source_path, base_path, request.max_error)
-        chosen = _choose(modules, request, reader)
-        plan = _plan(reader, modules, chosen, request.kind)
-        _note(report, plan, chosen, proven=base_path is not None)
-        if stage is None:
-            report.status = "planned"
-            return
-        stage.check_space(_disk_bytes(reader, plan, request.kind, report, proven=base_path is not None))
-        with timed(report, "stream"), torch_on_one_thread():
-            digests = stream(
-                stage,
-                plan,
-                {"export": reader},
-                progress,
-                workers=request.workers,
-                executor=executor,
-            ).digests
-        reader.check_unchanged()
-        files = _small_files(reader, plan, request.kind, report, digests, proven=base_path is not None)
-        for name, data in files.items():
-            stage.write_file(name, data)
-        with timed(report, "check"):
-            _check(stage.path, plan, base_path, request, report)
-        with timed(report, "publish"):
-            publish(stage, report)
-    note_cost(report)
+    from modelopt_convert.proof.export import judge_modules
+    from modelopt_convert.proof.judgement import format_proof
+    from modelopt_convert.proof.tensors import tensor_scale
+    from modelopt_convert.verification.subject import find_subject
+
+    modules, rules = find_subject(written, base).modules, format_proof(FORMAT.algorithm)
+    with torch.inference_mode():
+        scales = {name: tensor_scale(written, one, FORMAT.tensor_scale) for name, one in modules.items()}
+        found = judge_modules(written, base, modules, scales, rules, max_error, workers, lambda _: None)
+    return _proof_report({name: module_report(one) for name, one in found.items()}, max_error, rules.method)
 
 
-def _look(source: Location, base: Location | None, max_error: float) -> dict[str, ModuleLayout]:
-    from modelopt_convert.commands.inspect import inspect
-
-    found = InspectReport()
-    inspect(source, base, found, every_scale=False, max_error=max_error)
-    return {name: one for name, one in found.modules.items() if one.algorithm == "NVFP4"}
+def _proof_report(modules: Mapping[str, ModuleReport], max_error: float, method: str) -> ProofReport:
+    return ProofReport(
+        method=method,
+        status="pass" if all(one.verdict in PASSING for one in modules.values()) else "fail",
+        max_error=max_error,
+        counts=verdict_counts(modules),
+        fused_scales_differ={},
+        biases_differ=[],
+        modules=dict(sorted(modules.items())),
+    )
 
 
 def _refuse_names(reader: CheckpointReader, request: RewriteRequest) -> None:
@@ -168,9 +256,11 @@ def _refuse_names(reader: CheckpointReader, request: RewriteRequest) -> None:
     )
 
 
-def _choose(modules: Mapping[str, ModuleLayout], request: RewriteRequest, reader: CheckpointReader) -> frozenset[str]:
+def _choose(
+    modules: Mapping[str, ModuleLayout], kind: Kind, reader: CheckpointReader, *, proven: bool
+) -> frozenset[str]:
     """The modules that need the rewrite."""
-    where, field, wanted = str(reader.path), _FIELD[request.kind], _WANTED[request.kind]
+    where, field, wanted = str(reader.path), _FIELD[kind], _WANTED[kind]
     if not modules:
         raise InputError(
             f"{where}: expected NVFP4 modules (U8 weights with E4M3 scales), found none",
@@ -179,7 +269,7 @@ def _choose(modules: Mapping[str, ModuleLayout], request: RewriteRequest, reader
             hint="`mopt inspect` says what this is",
         )
     answers = {name: getattr(one, field) for name, one in modules.items()}
-    if request.base is not None:
+    if proven:
         unclear = [name for name, answer in answers.items() if answer == "undetermined"]
         if unclear:
             raise InputError(
@@ -192,10 +282,10 @@ def _choose(modules: Mapping[str, ModuleLayout], request: RewriteRequest, reader
         chosen = {name for name, answer in answers.items() if answer not in (wanted, "equivalent")}
     else:
         # The shape of the scales is evidence too; a guess is not.
-        known = {name for name, one in modules.items() if one.scale_basis == "shape" and request.kind != "swap"}
+        known = {name for name, one in modules.items() if one.scale_basis == "shape" and kind != "swap"}
         chosen = {name for name in modules if name not in known or answers[name] != wanted}
-    if request.kind != "swap":
-        chosen = {name for name in chosen if _can(reader, modules[name], name, request.kind)}
+    if kind != "swap":
+        chosen = {name for name in chosen if _can(reader, modules[name], name, kind)}
     if not chosen:
         raise CheckFailedError(
             f"{where}: already in order: all {len(modules)} packed modules are {wanted}",
@@ -270,7 +360,7 @@ def _plan(
             tuple(step.output for name, step in steps.items() if reader.tensors[name].file == file),
             {
                 key: value
-                for key, value in sorted(({"format": "pt"} | reader.metadata[file]).items())
+                for key, value in sorted(({**METADATA} | reader.metadata[file]).items())
                 if key not in FLAT_METADATA_KEYS
             },
         )
@@ -294,72 +384,12 @@ def _output_config(config: Mapping[str, Any], kind: Kind, *, proven: bool) -> di
     return {**config, "quantization_config": keys}
 
 
-def _small_files(
-    reader: CheckpointReader, plan: RewritePlan, kind: Kind, report: Report, digests: Mapping[str, str], *, proven: bool
-) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
+def _config_and_index(reader: CheckpointReader, plan: RewritePlan, kind: Kind, *, proven: bool) -> dict[str, bytes]:
+    """config.json, if the source had one, and the index of several shards, last."""
     config = _output_config(reader.config, kind, proven=proven)
-    if config is not None:
-        files["config.json"] = json_bytes(config)
-    index: bytes | None = None
+    files = {"config.json": json_bytes(config)} if config is not None else {}
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
-        total = {"total_size": plan.total_bytes}
-        index = json_bytes({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
-    named = files | ({INDEX_NAME: index} if index is not None else {})
-    manifest = {
-        "schema": "mopt.manifest/1",
-        "tool": {"name": "mopt", "version": __version__},
-        "command": report.command,
-        "sources": {name: source.identity for name, source in report.inputs.items()},
-        "counts": report.counts,
-        "digests": {
-            "algorithm": "xxh3-128",
-            "tensors": dict(sorted(digests.items())),
-            "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(named.items())},
-        },
-    }
-    files["mopt.json"] = json_bytes(manifest)
-    return files | ({INDEX_NAME: index} if index is not None else {})
-
-
-def _disk_bytes(reader: CheckpointReader, plan: RewritePlan, kind: Kind, report: Report, *, proven: bool) -> int:
-    files = _small_files(reader, plan, kind, report, dict.fromkeys(plan.steps, DIGEST), proven=proven)
-    return disk_bytes([*shard_sizes(plan.shards), *(len(data) for data in files.values())])
-
-
-def _check(stage: Path, plan: RewritePlan, base: Location | None, request: RewriteRequest, report: Report) -> None:
-    """Reopen what was written; with a base, prove it."""
-    with CheckpointReader(stage, need_config=False) as written:
-        found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
-    planned = {name: (step.output.dtype, step.output.shape) for name, step in plan.steps.items()}
-    report.checks.append({"name": "structure", "status": "pass" if found == planned else "fail", "failures": []})
-    if found != planned:
-        raise CheckFailedError("the finished checkpoint is not the planned one", code="check.structure")
-    if base is None:
-        return
-    modules = _look(stage, base, request.max_error)
-    field, wanted = _FIELD[request.kind], _WANTED[request.kind]
-    wrong = [name for name, one in modules.items() if getattr(one, field) not in (wanted, "equivalent")]
-    report.checks.append({"name": "proof", "status": "fail" if wrong else "pass", "failures": wrong[:10]})
-    if wrong:
-        raise CheckFailedError(
-            f"{len(wrong)} rewritten modules are not {wanted} against the base ({wrong[0]} first)",
-            code="check.proof",
-            hint="this is a bug in mopt; nothing was published",
-        )
-
-
-def _note(report: Report, plan: RewritePlan, chosen: frozenset[str], *, proven: bool) -> None:
-    report.ledger = {"source": dict(plan.fates)}
-    report.counts = {"source": dict(sorted(Counter(plan.fates.values()).items()))}
-    report.output.tensors = len(plan.steps)
-    report.output.bytes = plan.total_bytes
-    report.output.shards = [
-        {"file": shard.file, "bytes": sum(spec.num_bytes for spec in shard.tensors)} for shard in plan.shards
-    ]
-    if not proven:
-        report.warn(
-            "layout.unproven",
-            f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it",
-        )
+        total = {"total_size": sum(step.output.num_bytes for step in plan.steps.values())}
+        files[INDEX_NAME] = json_bytes({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+    return files

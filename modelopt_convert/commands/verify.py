@@ -1,35 +1,151 @@
-"""Open what ``mopt verify`` looks at, before torch is imported, which takes seconds: refusals are fast."""
+"""``mopt verify``: open, run every level, write the page, conclude. torch is imported once refusals are past."""
 
-from contextlib import ExitStack
+from contextlib import suppress
+from pathlib import Path
 
 from modelopt_convert.checkpoint.components import transformers_of
+from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.accounting import note_input, timed, traffic_noted
-from modelopt_convert.report.report import Report
+from modelopt_convert.checkpoint.record import part_digest, read_parts
+from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
+from modelopt_convert.commands.requests import VerifyRequest
+from modelopt_convert.report.report import OutputReport, Report
+from modelopt_convert.report.verify import VerifyReport
+from modelopt_convert.run.errors import CheckFailedError, MoptError, StorageError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.verification.request import OpenedTransformer, VerifyRequest
+from modelopt_convert.verification.options import VerifyOptions
 
 
-def verify(request: VerifyRequest, report: Report, progress: Progress) -> None:
-    """Open every transformer of a checkpoint, then verify them.
+class VerifyCommand:
+    """Verify a checkpoint, or the backends alone."""
 
-    Raises:
-        InputError: One cannot be opened.
-        MoptError: What ``verify_all`` raises.
-    """
-    transformers = transformers_of(request.checkpoint, request.base)
-    with ExitStack() as stack:
-        opened: list[OpenedTransformer] = []
-        for name, path, base_path in transformers:
-            prefix = f"{name}/" if len(transformers) > 1 else ""
-            with timed(report, "open"):
-                reader = stack.enter_context(CheckpointReader(path))
-                base = stack.enter_context(CheckpointReader(base_path)) if base_path is not None else None
-            for role, one in (("checkpoint", reader), ("base", base)):
-                if one is not None:
-                    note_input(report, f"{prefix}{role}", one)
-                    stack.enter_context(traffic_noted(report, f"{prefix}{role}", one))
-            opened.append(OpenedTransformer(prefix, reader, base))
-        from modelopt_convert.verification.transformer import verify_all
+    def __init__(self, request: VerifyRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._options = VerifyOptions(
+            backends=request.backends,
+            device=request.device,
+            sample=request.rows,
+            require=request.require,
+            max_error=request.max_error,
+            prewarm=request.prewarm,
+            preferred=request.preferred,
+            workers=request.worker_count,
+        )
+        self._clock = Clock()
+        self._inputs = Inputs()
+        self._found: VerifyReport | None = None
+        self._peak: int | None = None
 
-        verify_all(request, opened, report, progress)
+    def run(self, progress: Progress) -> None:
+        """Verify.
+
+        Raises:
+            CheckFailedError: ``check.verify``: a level failed.
+            InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
+            BackendError: ``verify.backend``.
+            MoptError: Something cannot be opened, or the page not be written.
+        """
+        if self._request.report is not None:
+            from modelopt_convert.verification.page.document import require_plotly
+
+            require_plotly()  # before the work, and not after it
+        try:
+            checkpoint = self._request.locate("checkpoint")
+            if checkpoint is None:
+                self._verify_backends(progress)
+            else:
+                self._verify(checkpoint, self._request.locate("base"), progress)
+        except MoptError:  # what was found goes onto the page; that it cannot be written must not hide the verdict
+            with suppress(MoptError):
+                self._write_page()
+            raise
+        self._write_page()
+
+    def report(self, error: BaseException | None = None) -> Report:
+        """What was found, also after a failure."""
+        return Report(
+            command=self._request.command,
+            output=OutputReport(path=""),
+            inputs=self._inputs.reports(),
+            network=self._inputs.network(),
+            verify=self._found,
+            peak_rss_bytes=self._peak,
+            timings_s=self._clock.seconds,
+            versions=versions(),
+            **ending(error),
+        )
+
+    def _verify_backends(self, progress: Progress) -> None:
+        import torch
+
+        from modelopt_convert.verification.subject import device_of
+        from modelopt_convert.verification.transformer import verify_backends
+        from modelopt_convert.verification.verdict import conclude_backends
+
+        device = device_of(self._options.device)
+        with self._clock.timed("self_test"), torch.inference_mode():
+            self._found = verify_backends(self._options, device, progress)
+        conclude_backends(self._found, self._options)
+
+    def _verify(self, checkpoint: Location, base: Location | None, progress: Progress) -> None:
+        transformers = transformers_of(checkpoint, base)
+        with self._inputs as inputs:
+            opened: dict[str, tuple[CheckpointReader, CheckpointReader | None]] = {}
+            for name, path, base_path in transformers:
+                prefix = f"{name}/" if len(transformers) > 1 else ""
+                with self._clock.timed("open"):
+                    reader = inputs.open(f"{prefix}checkpoint", path)
+                    against = inputs.open(f"{prefix}base", base_path) if base_path is not None else None
+                opened[prefix] = reader, against
+            import torch
+
+            from modelopt_convert.verification.subject import device_of
+            from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
+            from modelopt_convert.verification.verdict import SEVERITY, combine, conclude
+
+            device, options = device_of(self._options.device), self._options
+            found: dict[str, VerifyReport] = {}
+            with torch.inference_mode():
+                for prefix, (reader, against) in opened.items():
+                    if options.prewarm:
+                        found[prefix] = prewarm_kernels(reader, against, options, device, progress)
+                        continue
+                    with self._clock.timed("verify"):
+                        found[prefix] = verify_opened(reader, against, options, device, progress, with_record=True)
+            _check_parts(checkpoint, found)
+            self._found = combine(found, str(checkpoint))
+            self._peak = peak_rss_bytes()
+            for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
+                conclude(verified, options)
+
+    def _write_page(self) -> None:
+        if self._request.report is None or self._found is None:
+            return
+        from modelopt_convert.verification.page.document import render
+
+        text = render(self._found.model_dump())
+        try:
+            Path(self._request.report).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(
+                f"{self._request.report}: the page could not be written: {error.strerror}",
+                code="storage.failed",
+                path=str(self._request.report),
+                hint="give --report a file in a folder that can be written",
+            ) from error
+
+
+def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
+    """A build of several transformers says which they are: none may be gone, or another's."""
+    for name, wanted in read_parts(checkpoint).items():
+        one = found.get(f"{name}/")
+        if not (checkpoint / name / "config.json").is_file():
+            raise CheckFailedError(
+                f"{checkpoint}: {name} was built and is gone",
+                code="check.verify",
+                path=str(checkpoint),
+                hint="the download is incomplete; get it again",
+            )
+        if one is not None and part_digest(checkpoint / name) != wanted:
+            one.verdict, one.statement = "fail", f"{name} is not the one that was built with the others"

@@ -11,12 +11,10 @@ from typing import Any, Literal, Protocol
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of, natural_key
-from modelopt_convert.checkpoint.reader import CHUNK_BYTES
 from modelopt_convert.dialects.modelopt.dialect import FILE_PATTERN
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.layout import CANONICAL, Layout
-from modelopt_convert.formats.rows import SAMPLED_ROWS
 from modelopt_convert.preset.preset import KeepRules, Preset
 
 Op = Literal[
@@ -205,24 +203,6 @@ class BuildPlan:
             return None
         weight_map = {spec.name: shard.file for shard in self.shards for spec in shard.tensors}
         return {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-
-    def peak_bytes(self, workers: int) -> int:
-        """Working memory beyond start-up: for each worker chunks in flight, or the proof of the largest module.
-
-        With a GPU the chunks in flight are the slots of ``on_device``, which are smaller; its own memory, about a
-        quarter of a GB a worker, is not counted here.
-        """
-        proof = max((_proof_bytes(module) for module in self.modules.values()), default=0)
-        computed = any(step.op.startswith(("quantize_", "dequantize_")) for step in self.steps.values())
-        # The block scales of one weight wait for the last of its codes.
-        waiting = max((step.output.num_bytes for step in self.steps.values() if step.op == "block_scales"), default=0)
-        return workers * max((8 if computed else 3) * CHUNK_BYTES + waiting, proof + 2 * waiting)
-
-
-def _proof_bytes(module: PackedModule) -> int:
-    scales = module.scales["weight_scale"].num_bytes if "weight_scale" in module.scales else 0
-    # Scale bytes twice (as read and as masks), and about a dozen float32 or int64 arrays of the sampled rows.
-    return 2 * scales + 64 * (SAMPLED_ROWS + 2) * module.columns
 
 
 def split_into_shards(specs: Sequence[TensorSpec], max_shard_size: int) -> tuple[ShardPlan, ...]:

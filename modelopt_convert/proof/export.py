@@ -4,7 +4,7 @@ Three passes, cheapest cause first: scales that no kernel could use, unquantized
 then the packed weights themselves. Without a base only the first is possible.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -15,11 +15,11 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.layout import Layout
-from modelopt_convert.formats.rows import SAMPLED_ROWS
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.plan.from_export import needs_base
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.proof.judgement import Judgement, format_proof
+from modelopt_convert.plan.prediction import num_bytes, row_readings, scale_readings
+from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof
 from modelopt_convert.proof.tensors import common_dtype
 from modelopt_convert.proof.unquantized import same_up_to_cast
 from modelopt_convert.run.errors import InputError
@@ -98,33 +98,33 @@ def prove(
             return proof
         proof.method = rules.method
         _check_unquantized(export, base, plan, proof, workers, advance)
-        common = common_dtype(export)
-
-        def judged(module: PackedModule, _stopped: Event) -> Judgement:
-            with torch.inference_mode():  # of each thread
-                found = rules.judge(export, base, module, common, scales[module.name], max_error)
-            advance((SAMPLED_ROWS + 2) * module.columns * 3)
-            return found
-
-        due = [module for module in plan.modules.values() if module.name not in proof.unproven]
-        proof.modules = {module.name: one for module, one in zip(due, in_order(due, judged, workers), strict=True)}
+        due = {module: plan.modules[module] for module in plan.modules if module not in proof.unproven}
+        proof.modules = judge_modules(export, base, due, scales, rules, max_error, workers, advance)
     rules.name_cause(export, proof.modules)
     _name_another_base(export, proof)
     return proof
 
 
-def proof_bytes(plan: BuildPlan) -> int:
-    """Bytes that ``prove`` will report as read, for the progress bar."""
-    scales = sum(_scale_bytes(module) for module in plan.modules.values())
-    names = (*plan.must_equal, *plan.may_differ)
-    rows = (
-        sum((SAMPLED_ROWS + 2) * module.columns * 3 for module in plan.modules.values()) if "base" in plan.ledger else 0
-    )
-    return scales + rows + sum(plan.steps[name].output.num_bytes for name in names)
+def judge_modules(
+    export: CheckpointReader,
+    base: CheckpointReader,
+    modules: Mapping[str, PackedModule],
+    scales: Mapping[str, float],
+    rules: FormatProof,
+    max_error: float,
+    workers: int,
+    advance: Callable[[int], None],
+) -> dict[str, Judgement]:
+    """Judge modules by sampled rows; arguments as those of ``prove``, ``scales`` by module."""
+    common = common_dtype(export)
 
+    def judged(module: PackedModule, _stopped: Event) -> Judgement:
+        with torch.inference_mode():  # of each thread
+            found = rules.judge(export, base, module, common, scales[module.name], max_error)
+        advance(sum(num_bytes(row_readings(module, one.tensors)) for one in (export, base)))
+        return found
 
-def _scale_bytes(module: PackedModule) -> int:
-    return sum(info.num_bytes for info in module.scales.values())
+    return dict(zip(modules, in_order(list(modules.values()), judged, workers), strict=True))
 
 
 def _check_scales(
@@ -152,7 +152,7 @@ def _check_scales(
                 raise needs_base(error) from error
             return error
         finally:
-            advance(_scale_bytes(module))
+            advance(num_bytes(scale_readings(module)))
 
     found: dict[str, float] = {}
     modules = list(plan.modules.values())
@@ -182,7 +182,7 @@ def _check_unquantized(
     def same(name: str, stopped: Event) -> bool:
         with torch.inference_mode():  # of each thread
             found = same_up_to_cast(export, base, name, stopped)
-        advance(plan.steps[name].output.num_bytes)
+        advance(sum(one.tensors[name].num_bytes for one in (export, base)))
         return found
 
     equal = in_order(plan.must_equal, same, workers)

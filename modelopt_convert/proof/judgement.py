@@ -11,6 +11,7 @@ from modelopt_convert.formats.format import Algorithm, entry
 from modelopt_convert.formats.fp8.codes import Clipped
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.closeness import Closeness
+from modelopt_convert.report.report import PASSING
 
 Verdict = Literal["reproduced", "within limits", "undetermined", "unrelated", "mismatch"]
 
@@ -45,7 +46,7 @@ class Judgement:
     @property
     def passed(self) -> bool:
         """Whether the module is what the base says it should be."""
-        return self.verdict in ("reproduced", "within limits")
+        return self.verdict in PASSING
 
 
 def of_reproduced(near: Closeness, num_codes: int, max_error: float) -> Verdict:

@@ -1,6 +1,5 @@
 """The report of a run: one JSON object for every outcome, whose fields are only ever added. No torch."""
 
-from collections import Counter
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -8,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from modelopt_convert.report.verify import VerifyReport
 
 QUANTIZED_HERE: Literal["quantized here"] = "quantized here"
+PASSING = ("reproduced", "within limits")
+"""Verdicts on a module that is what the base says it should be."""
 Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error", "interrupted"]
 
 
@@ -172,25 +173,3 @@ class Report(_Model):
     def to_json(self) -> str:
         """The report as one line of ASCII JSON; what a terminal could act on is escaped."""
         return self.model_dump_json(by_alias=True, ensure_ascii=True)
-
-    def add_proof(self, found: ProofReport, prefix: str) -> None:
-        """Add the proof of one transformer, its modules under ``prefix``."""
-        named = found.model_copy(
-            update={
-                "fused_scales_differ": {f"{prefix}{group}": one for group, one in found.fused_scales_differ.items()},
-                "biases_differ": [f"{prefix}{name}" for name in found.biases_differ],
-                "modules": {f"{prefix}{name}": one for name, one in found.modules.items()},
-            }
-        )
-        if self.proof is not None:
-            before = self.proof
-            named.status = found.status if before.status == "pass" else before.status
-            named.counts = dict(sorted((Counter(before.counts) + Counter(found.counts)).items()))
-            named.fused_scales_differ = before.fused_scales_differ | named.fused_scales_differ
-            named.biases_differ = before.biases_differ + named.biases_differ
-            named.modules = before.modules | named.modules
-        self.proof = named
-
-    def warn(self, code: str, message: str) -> None:
-        """Add a warning."""
-        self.warnings.append({"code": code, "message": message})

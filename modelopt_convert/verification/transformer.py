@@ -1,87 +1,39 @@
-"""Verify a checkpoint: all levels, one verdict."""
+"""Verify one opened transformer: all levels, one verdict; or the backends alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.accounting import note_cost, timed
+from modelopt_convert.checkpoint.record import read_record, recorded_dequantized, recorded_verdicts, statement
 from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.report.report import Report
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
-from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError, first_line
+from modelopt_convert.run.errors import first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm import metrics
-from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.levels.container import container_level, look
 from modelopt_convert.verification.levels.decode import decode_level
 from modelopt_convert.verification.levels.kernels import agreement, choose, disagree, kernel_level, prewarm
 from modelopt_convert.verification.levels.layout import layout_level
-from modelopt_convert.verification.levels.record import (
-    Scanned,
-    part_digest,
-    read_parts,
-    read_record,
-    recorded_dequantized,
-    recorded_verdicts,
-    scan,
-    statement,
-)
-from modelopt_convert.verification.request import DEFAULT_ERROR, OpenedTransformer, VerifyRequest
-from modelopt_convert.verification.subject import Subject, device_of, find_subject
-from modelopt_convert.verification.verdict import SEVERITY, combine, conclude
+from modelopt_convert.verification.levels.record import Scanned, scan
+from modelopt_convert.verification.options import VerifyOptions
+from modelopt_convert.verification.subject import Subject, find_subject
 
 
-def verify_all(
-    request: VerifyRequest, transformers: Sequence[OpenedTransformer], report: Report, progress: Progress
-) -> None:
-    """Verify every transformer of an opened checkpoint; what was found is in ``report.verify``, also when this raises.
-
-    Raises:
-        CheckFailedError: ``check.verify``: a level failed.
-        InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
-        BackendError: ``verify.backend``.
-    """
-    device = device_of(request.device)
-    found: dict[str, VerifyReport] = {}
-    with torch.inference_mode():
-        for one in transformers:
-            if request.prewarm:
-                subject = find_subject(one.reader, one.base)
-                found[one.prefix] = _prewarmed(subject, request, device, progress)
-                continue
-            with timed(report, "verify"):
-                found[one.prefix] = verify_opened(one.reader, one.base, request, device, progress, with_record=True)
-    _check_parts(request.checkpoint, found)
-    report.verify = combine(found, str(request.checkpoint))
-    note_cost(report)
-    for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
-        conclude(verified, request)
-
-
-def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
-    """A build of several transformers says which they are: none may be gone, or another's."""
-    record = read_parts(checkpoint)
-    for name, wanted in record.items():
-        one = found.get(f"{name}/")
-        if not (checkpoint / name / "config.json").is_file():
-            raise CheckFailedError(
-                f"{checkpoint}: {name} was built and is gone",
-                code="check.verify",
-                path=str(checkpoint),
-                hint="the download is incomplete; get it again",
-            )
-        if one is not None and part_digest(checkpoint / name) != wanted:
-            one.verdict, one.statement = "fail", f"{name} is not the one that was built with the others"
-
-
-def _prewarmed(subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress) -> VerifyReport:
-    """Build kernels and judge nothing."""
-    backends, reports = choose(request.backends, request.preferred, subject.format.algorithm, device)
+def prewarm_kernels(
+    reader: CheckpointReader,
+    base: CheckpointReader | None,
+    options: VerifyOptions,
+    device: torch.device,
+    progress: Progress,
+) -> VerifyReport:
+    """Build the kernels for one transformer's shapes, and judge nothing."""
+    subject = find_subject(reader, base)
+    backends, reports = choose(options.backends, options.preferred, subject.format.algorithm, device)
     progress.begin("prewarm", _weight_bytes(subject))
     prewarm(subject, backends, device, progress.advance)
     names = ", ".join(backend.name for backend in backends) or "none that runs here"
@@ -98,46 +50,26 @@ def _weight_bytes(subject: Subject) -> int:
     return sum(sum(info.num_bytes for info in one.tensors) for one in subject.modules.values())
 
 
-def verify_backends(request: VerifyRequest, report: Report, progress: Progress) -> None:
-    """Self-test the backends without a checkpoint, which also builds their kernels.
-
-    Raises:
-        BackendError: ``verify.backend``: one is broken.
-    """
-    device = device_of(request.device)
+def verify_backends(options: VerifyOptions, device: torch.device, progress: Progress) -> VerifyReport:
+    """Self-test the backends without a checkpoint, which also builds their kernels."""
     found = VerifyReport(checkpoint="", verdict="pass", device=describe(device))
-    with timed(report, "self_test"), torch.inference_mode():
-        for algorithm in ("nvfp4", "fp8"):
-            progress.begin(f"self-test {algorithm}", 0)
-            _, reports = choose(request.backends, request.preferred, algorithm, device)
-            for one in reports:
-                one.reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
-            found.backends += reports
-    report.verify = found
-    for name in request.backends if request.backends not in (("best",), ("all",)) else ():
-        mine = [one for one in found.backends if one.name == ALIASES.get(name, name)]
-        if all(one.status == "skipped" for one in mine):
-            raise InconclusiveError(
-                f"--backend {name} did not run: {mine[0].reason if mine else 'unknown'}",
-                code="verify.required",
-                hint="name one that runs here, or leave --backend out",
-            )
+    for algorithm in FORMATS:
+        progress.begin(f"self-test {algorithm}", 0)
+        _, reports = choose(options.backends, options.preferred, algorithm, device)
+        for one in reports:
+            one.reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
+        found.backends += reports
     broken = [one for one in found.backends if one.status == "broken"]
     found.statement = f"{sum(one.status == 'pass' for one in found.backends)} backends pass their self-test"
     if broken:
-        found.verdict = "backend broken"
-        found.statement = f"{broken[0].name}: {broken[0].reason}"
-        raise BackendError(
-            f"{found.verdict}: {found.statement}",
-            code="verify.backend",
-            hint="report it upstream; other backends can be named with --backend",
-        )
+        found.verdict, found.statement = "backend broken", f"{broken[0].name}: {broken[0].reason}"
+    return found
 
 
 def verify_opened(
     reader: CheckpointReader,
     base: CheckpointReader | None,
-    request: VerifyRequest,
+    options: VerifyOptions,
     device: torch.device,
     progress: Progress,
     *,
@@ -149,7 +81,7 @@ def verify_opened(
     Args:
         reader: The opened checkpoint.
         base: Its opened base, or None.
-        request: What to run.
+        options: What to run.
         device: Where.
         progress: Told what is read.
         with_record: Whether mopt.json is asked, and all bytes are read for it.
@@ -157,9 +89,9 @@ def verify_opened(
     """
     subject = find_subject(reader, base)
     record = read_record(reader.path) if with_record else None
-    max_error = DEFAULT_ERROR[subject.format.algorithm] if request.max_error is None else request.max_error
+    max_error = subject.format.max_error if options.max_error is None else options.max_error
     progress.begin("read", reader.num_bytes)
-    scanned = scan(reader, record, request.workers, progress.advance) if with_record else Scanned()
+    scanned = scan(reader, record, options.workers, progress.advance) if with_record else Scanned()
     seen = look(subject)
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
     progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
@@ -169,17 +101,17 @@ def verify_opened(
             subject,
             base,
             modules,
-            sample=request.sample,
+            sample=options.sample,
             max_error=max_error,
             readings=readings,
             expected=expected if expected is not None else recorded_verdicts(record),
             dequantized=recorded_dequantized(record),
-            workers=request.workers,
+            workers=options.workers,
             advance=progress.advance,
         )
     levels = [
         _record_level(record, scanned),
-        container_level(subject, seen, scanned, request.workers),
+        container_level(subject, seen, scanned, options.workers),
         layout_level(subject, seen, base, readings, max_error),
         decoded,
     ]
@@ -199,7 +131,7 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    run_kernels(found, subject, request, device, progress)
+    run_kernels(found, subject, options, device, progress)
     found.verdict, found.statement = _verdict(found, record, base is not None)
     return found
 
@@ -215,17 +147,17 @@ def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelRepor
 
 
 def run_kernels(
-    found: VerifyReport, subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress
+    found: VerifyReport, subject: Subject, options: VerifyOptions, device: torch.device, progress: Progress
 ) -> None:
     """L3, where there is something to run it on; a GPU that fails is no fault of the checkpoint."""
     total = len(subject.modules)
     found.native_executed = f"0 of {total}"
-    if device.type == "cpu" and request.backends in (("best",), ("all",)):
+    if device.type == "cpu" and options.backends in (("best",), ("all",)):
         why = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
         return
     try:
-        _multiply(found, subject, request, device, progress)
+        _multiply(found, subject, options, device, progress)
     except RuntimeError as error:  # CUDA's, memory among them: of the GPU, and not of the checkpoint
         if device.type != "cuda":
             raise
@@ -239,10 +171,10 @@ def run_kernels(
 
 
 def _multiply(
-    found: VerifyReport, subject: Subject, request: VerifyRequest, device: torch.device, progress: Progress
+    found: VerifyReport, subject: Subject, options: VerifyOptions, device: torch.device, progress: Progress
 ) -> None:
     total = len(subject.modules)
-    backends, found.backends = choose(request.backends, request.preferred, subject.format.algorithm, device)
+    backends, found.backends = choose(options.backends, options.preferred, subject.format.algorithm, device)
     if not backends:
         why = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
         found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))

@@ -3,7 +3,7 @@
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.verification.gemm.names import ALIASES
-from modelopt_convert.verification.request import VerifyRequest
+from modelopt_convert.verification.options import VerifyOptions
 
 SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "backend broken", "backends disagree", "fail")
 
@@ -35,7 +35,7 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
     )
 
 
-def conclude(found: VerifyReport, request: VerifyRequest) -> None:
+def conclude(found: VerifyReport, options: VerifyOptions) -> None:
     """End with the code of the verdict.
 
     Raises:
@@ -43,7 +43,7 @@ def conclude(found: VerifyReport, request: VerifyRequest) -> None:
         BackendError: ``verify.backend``.
         InconclusiveError: ``verify.inconclusive`` or ``verify.required``.
     """
-    where = found.checkpoint or str(request.checkpoint)
+    where = found.checkpoint
     if found.verdict == "fail":
         raise CheckFailedError(
             f"{where}: {found.statement}",
@@ -65,30 +65,30 @@ def conclude(found: VerifyReport, request: VerifyRequest) -> None:
             path=where,
             hint="give --base to prove it",
         )
-    if not request.prewarm:
-        _require_named(found, request)
+    if not options.prewarm:
+        _require_named(found, options)
     kernels = [level for level in found.levels if level.level == "L3"]
     on_gpu = found.device is not None and found.device.capability is not None
     # A name may stand for two, of which one ran.
     native = {one.name for one in found.backends if one.kind == "native" and one.modules and on_gpu}
     all_native = all(native & one.probes.keys() for one in found.modules.values())
     ran = all(level.status != "skipped" for level in kernels)
-    if (request.require == "gpu" and not (ran and on_gpu)) or (
-        request.require == "native" and not (ran and all_native)
+    if (options.require == "gpu" and not (ran and on_gpu)) or (
+        options.require == "native" and not (ran and all_native)
     ):
         raise InconclusiveError(
-            f"{where}: --require {request.require}: native kernels executed: {found.native_executed} modules",
+            f"{where}: --require {options.require}: native kernels executed: {found.native_executed} modules",
             code="verify.required",
             path=where,
             hint="run it where the GPU and the kernels are",
         )
 
 
-def _require_named(found: VerifyReport, request: VerifyRequest) -> None:
+def _require_named(found: VerifyReport, options: VerifyOptions) -> None:
     """A backend that was named must have run."""
-    if request.backends in (("best",), ("all",)):
+    if options.backends in (("best",), ("all",)):
         return
-    for name in (ALIASES.get(one, one) for one in request.backends):
+    for name in (ALIASES.get(one, one) for one in options.backends):
         reports = [one for one in found.backends if one.name == name]
         if any(one.modules for one in reports):
             continue
@@ -104,4 +104,27 @@ def _require_named(found: VerifyReport, request: VerifyRequest) -> None:
             f"--backend {name} did not run: {why}",
             code="verify.required",
             hint="name one that runs here, or leave --backend out",
+        )
+
+
+def conclude_backends(found: VerifyReport, options: VerifyOptions) -> None:
+    """End a self-test with the code of its verdict.
+
+    Raises:
+        InconclusiveError: ``verify.required``: a backend that was named did not run.
+        BackendError: ``verify.backend``: one is broken.
+    """
+    for name in options.backends if options.backends not in (("best",), ("all",)) else ():
+        mine = [one for one in found.backends if one.name == ALIASES.get(name, name)]
+        if all(one.status == "skipped" for one in mine):
+            raise InconclusiveError(
+                f"--backend {name} did not run: {mine[0].reason if mine else 'unknown'}",
+                code="verify.required",
+                hint="name one that runs here, or leave --backend out",
+            )
+    if found.verdict == "backend broken":
+        raise BackendError(
+            f"{found.verdict}: {found.statement}",
+            code="verify.backend",
+            hint="report it upstream; other backends can be named with --backend",
         )

@@ -8,7 +8,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.plan.plan import Origin, Step
-from modelopt_convert.plan.readings import step_readings
+from modelopt_convert.plan.prediction import step_readings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.plan.plan import Origin, Step
-from modelopt_convert.plan.readings import step_readings
+from modelopt_convert.plan.prediction import step_readings
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import in_order, until
 from modelopt_convert.stage.directory import StagingDir

@@ -1,367 +1,268 @@
 """The straight line of ``build-nvfp4`` and ``convert-fp8``: refuse, open, plan, stage, prove, stream, check, publish.
 
-The only place where a plan meets the disk. torch is imported on the way, not at the top: refusals are fast.
+torch is imported on the way, not at the top: refusals are fast.
 """
 
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from modelopt_convert.checkpoint.components import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
-from modelopt_convert.commands.accounting import note_cost, publish, timed
-from modelopt_convert.commands.build.downloads import note_fetch
-from modelopt_convert.commands.build.inputs import Opened, open_all
-from modelopt_convert.commands.build.measurement import note_uncalibrated, run_measure, uncalibrated_line
-from modelopt_convert.commands.build.proof import run_proof
+from modelopt_convert.checkpoint.record import RECORD
+from modelopt_convert.commands.build.files import Made, pipeline_files, small_files
+from modelopt_convert.commands.build.inputs import Opened, open_all, to_fetch
+from modelopt_convert.commands.build.proof import measure_part, prove_part, refuse_unproven
+from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
+from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
-from modelopt_convert.commands.record import pipeline_files, small_files
-from modelopt_convert.commands.space import build_bytes
+from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, verify_stage
+from modelopt_convert.commands.command import Warned, peak_rss_bytes, published_warnings
+from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
-from modelopt_convert.formats.format import Algorithm
-from modelopt_convert.formats.layout import Layout
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized, preset_required
 from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
 from modelopt_convert.preset.preset import ChosenPreset, choose_preset, known_broken, load_preset
-from modelopt_convert.report.report import ClippedReport, ProofReport, Report, RuleReport
-from modelopt_convert.run.errors import CheckFailedError, InputError
+from modelopt_convert.report.report import ClippedReport, Report
+from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
-from modelopt_convert.write.executors import ExecutorName, open_executor, refuse_far
-from modelopt_convert.write.stream import Streamed, stream
+from modelopt_convert.verification.options import VerifyOptions
+from modelopt_convert.write.executors import open_executor, refuse_far
+from modelopt_convert.write.stream import Executor, stream
 
 if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
 
 
-@dataclass(frozen=True, slots=True)
-class BuildRequest:
-    """What the user asked of ``build-nvfp4`` or ``convert-fp8``.
+class BuildCommand:
+    """Build a transformer repo, or several.
 
     Attributes:
-        algorithm: Which of the two.
-        export: The ModelOpt export: transformer folder or pipeline folder; None to quantize the base, only for NVFP4.
-        base: The unquantized base, likewise; None only for FP8.
-        checkpoint: The ``.pt`` with amax values, or its folder; FP8 only.
-        components: Which transformers of a pipeline; none for every one that the export quantized.
-        output: Where the new checkpoint shall stand; None for ``./<preset>-<algorithm>``.
-        preset: Name or path; ``none``; or None to choose by config.json.
-        keep_bf16: The user's own patterns.
-        max_shard_size: Largest output file, in bytes of tensors.
-        max_error: Limit of the relative error where codes are not reproduced.
-        overwrite: Consent to replace an existing checkpoint.
-        allow_known_broken: Build also what an engine is known not to load right.
-        verify: The closing step: ``auto`` with the GPU if there is one, ``cpu`` without, ``off`` not at all.
-        dry_run: Plan only.
-        download: Fetch files of the Hub whole, into its cache.
-        workers: Tensors that are worked on at a time.
-        executor: Where shards are written.
-        device: Where the base is quantized, if it is.
+        steps: What the steps have returned so far.
     """
 
-    algorithm: Algorithm
-    export: Location | None
-    base: Location | None
-    checkpoint: Location | None
-    components: tuple[str, ...]
-    output: Path | None
-    preset: str | None
-    keep_bf16: tuple[str, ...]
-    max_shard_size: int
-    max_error: float
-    overwrite: bool
-    allow_known_broken: bool
-    verify: Literal["auto", "cpu", "off"]
-    dry_run: bool
-    download: bool
-    workers: int
-    executor: ExecutorName
-    device: Literal["cpu", "cuda"] = "cpu"
+    def __init__(self, request: BuildRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._export = request.locate("export")
+        self._base = request.locate("base")
+        self._checkpoint = request.locate("checkpoint") if isinstance(request, ConvertFp8Request) else None
+        self.steps = Steps(output=str(Path(request.output)) if request.output is not None else "")
 
+    def report(self, error: BaseException | None = None) -> Report:
+        """What happened, also after a failure."""
+        return build_report(self._request, self.steps, calibrated=self._export is not None, error=error)
 
-def convert(request: BuildRequest, report: Report, progress: Progress) -> None:
-    """Build a transformer repo, or several; what happened is in ``report``, also when this raises.
+    def run(self, progress: Progress) -> None:
+        """Build.
 
-    Raises:
-        MoptError: One of its kinds; nothing was published unless a StorageError says so.
-    """
-    chosen: ChosenPreset | None = None
-    if request.export is None:
-        if request.preset == "none":
-            raise preset_required()
-        note_uncalibrated(report)
-    if request.preset not in (None, "none"):
-        chosen = ChosenPreset(loaded=load_preset(request.preset), also=[])
-        _note_preset(report, chosen, request.algorithm)
-        request = _with_base(request, chosen, report)
-    refuse_far(request.executor, request.export, request.base)
-    components = resolve_components(request.export, request.base, request.components)
-    found = [path for one in components for path in (one.export, one.base)]
-    inputs = tuple(path for path in map(local_path, (request.export, request.base, *found)) if path is not None)
-    if request.checkpoint is not None:
-        inputs += tuple({resolve_checkpoint(request.checkpoint, one.name or COMPONENTS[0]) for one in components})
-    if request.output is not None or chosen is not None:
-        output = _output_path(request, chosen, report)
-        check_output_allowed(output, inputs, overwrite=request.overwrite)
-    with ExitStack() as stack:
-        executor = stack.enter_context(open_executor(request.executor))
-        parts = open_all(components, request.checkpoint, stack, report)
-        if request.preset is None:
-            chosen = _choose(parts[0], report, request.algorithm)
-            output = _output_path(request, chosen, report)
-            check_output_allowed(output, inputs, overwrite=request.overwrite)
-        plans: list[BuildPlan] = []
-        for part in parts:
-            with timed(report, "plan"):
-                plans.append(_plan(request, part, chosen))
-            _note_plan(report, part, plans[-1], request.workers)
-            _refuse_known_broken(request, part, chosen, report)
-            refuse_misread(plans[-1], str(part.model.path))
-        report.free_bytes = shutil.disk_usage(output.parent).free
-        for part, plan in zip(parts, plans, strict=True):
-            note_fetch(report, part, plan, whole=request.download)
-        if request.export is None:
-            progress.announce(uncalibrated_line(request.base, parts, report))
-        if request.dry_run:
-            report.status = "planned"
-            return
-        gpu = _open_gpu(report) if request.device == "cuda" else None
-        need = build_bytes(parts, plans, chosen, report)
-        # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
-        with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
-            with torch_on_one_thread():
-                proofs = _prove(request, parts, plans, report, progress, gpu)
-            manifests: dict[str, bytes] = {}
-            for part, plan, proven in zip(parts, plans, proofs, strict=True):
-                with timed(report, "stream"), torch_on_one_thread():
-                    if part.prefix:
-                        stage.add_folder(part.prefix.rstrip("/"))
-                    done = stream(
-                        stage,
-                        plan,
-                        part.readers,
-                        progress,
-                        part.prefix,
-                        workers=request.workers,
-                        executor=executor,
-                        gpu=gpu,
-                    )
-                _note_clipped(report, part, done)
-                files = small_files(part, plan, chosen, report, proven, done.digests)
-                manifests[part.prefix.rstrip("/")] = files["mopt.json"]
-                for name, data in files.items():
-                    stage.write_file(f"{part.prefix}{name}", data)
-            if gpu is not None:
-                report.peak_gpu_bytes = gpu.peak_bytes()
-            if len(parts) > 1:
-                for name, data in pipeline_files(manifests, chosen, report).items():
-                    stage.write_file(name, data)
-            for part in parts:
-                for reader in part.readers.values():
-                    reader.check_unchanged()
-            with timed(report, "check"):
-                for part, plan in zip(parts, plans, strict=True):
-                    _check(stage.path / part.prefix, plan, report)
-            if request.verify != "off":
-                from modelopt_convert.commands.closing import verify_stage
+        Raises:
+            MoptError: One of its kinds; nothing was published unless a StorageError says so.
+        """
+        request, steps = self._request, self.steps
+        if self._export is None:
+            if request.preset == "none":
+                raise preset_required()
+            steps.warned += _uncalibrated()
+        if request.preset not in (None, "none"):
+            steps.chosen = ChosenPreset(loaded=load_preset(str(request.preset)), also=[])
+            self._take_base(steps.chosen)
+        refuse_far(request.executor, self._export, self._base)
+        components = resolve_components(self._export, self._base, request.components)
+        found = [path for one in components for path in (one.export, one.base)]
+        inputs = tuple(path for path in map(local_path, (self._export, self._base, *found)) if path is not None)
+        if self._checkpoint is not None:
+            inputs += tuple({resolve_checkpoint(self._checkpoint, one.name or COMPONENTS[0]) for one in components})
+        if request.output is not None or steps.chosen is not None:
+            output = self._output(inputs)
+        with ExitStack() as stack:
+            executor = stack.enter_context(open_executor(request.executor))
+            stack.enter_context(steps.inputs)
+            for part, warned in open_all(components, self._checkpoint, steps.inputs, steps.clock):
+                steps.parts.append(part)
+                steps.warned += warned
+            if request.preset is None:
+                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm)
+                steps.warned += _chosen(steps.chosen)
+                output = self._output(inputs)
+            for part in steps.parts:
+                with steps.clock.timed("plan"):
+                    plan = self._plan(part)
+                steps.plans.append(plan)
+                steps.warned += [*plan.warnings, *self._known_broken(part)]
+                refuse_misread(plan, str(part.model.path))
+            steps.free_bytes = shutil.disk_usage(output.parent).free
+            for part, plan in zip(steps.parts, steps.plans, strict=True):
+                steps.inputs.to_fetch |= to_fetch(part, plan, whole=request.download)
+            if self._export is None:
+                progress.announce(self._uncalibrated_line())
+            if request.dry_run:
+                steps.is_planned = True
+                return
+            gpu = self._open_gpu()
+            made = Made(request.command, steps.chosen, "none" if self._export is None else None)
+            need = build_bytes(steps.parts, steps.plans, made)
+            # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
+            with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
+                with torch_on_one_thread():
+                    self._prove(progress, gpu)
+                self._write(stage, made, executor, progress, gpu)
+                steps.inputs.check_unchanged()
+                self._close(stage, progress)
+                with steps.clock.timed("publish"):
+                    try:
+                        stage.publish()
+                    finally:  # also when a signal that was held acts right after the swap
+                        steps.published = stage.published
+                        steps.warned += published_warnings(stage.published)
+        steps.peak_rss_bytes = peak_rss_bytes()
 
-                bases = {part.prefix: part.base for part in parts}
-                verify_stage(stage.path, bases, request.verify, request.max_error, request.workers, report, progress)
-            with timed(report, "publish"):
-                publish(stage, report)
-    note_cost(report)
+    def _take_base(self, chosen: ChosenPreset) -> None:
+        """What NVFP4 cannot do without is, unless given, what the preset was made for."""
+        request, preset = self._request, chosen.loaded.preset
+        if isinstance(request, BuildNvfp4Request) and self._base is None:
+            base = f"{PREFIX}{preset.base_repo}"
+            self.steps.warned.append(("base.default", f"base {base}, which preset {preset.name} names"))
+            self._base = parse_location(base, download=request.fetches_whole)
 
+    def _output(self, inputs: Sequence[Path]) -> Path:
+        request, chosen, output = self._request, self.steps.chosen, self._request.output
+        if output is None:
+            if chosen is None:
+                hint = "give --output"
+                raise InputError("there is no preset to name the output after", code="output.unnamed", hint=hint)
+            output = f"{chosen.loaded.preset.name}-{request.algorithm}"
+        path = canonical_output(Path(output))
+        self.steps.output = str(path)
+        check_output_allowed(path, inputs, overwrite=request.overwrite)
+        return path
 
-def _prove(
-    request: BuildRequest,
-    parts: list[Opened],
-    plans: list[BuildPlan],
-    report: Report,
-    progress: Progress,
-    gpu: "Gpu | None",
-) -> list[ProofReport]:
-    """Prove, or measure, every transformer; its plan is brought in line with what was found."""
-    proofs: list[ProofReport] = []
-    for number, part in enumerate(parts):
+    def _plan(self, part: Opened) -> BuildPlan:
+        request, target = self._request, FORMATS[self._request.algorithm]
+        preset = self.steps.chosen.loaded.preset if self.steps.chosen else None
+        keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, tuple(request.keep_bf16))
         if part.export is None:
-            plans[number], found = run_measure(
-                part, plans[number], request.max_error, request.workers, report, progress, gpu
-            )
-        else:
-            proof, found = run_proof(part, plans[number], request.max_error, request.workers, report, progress)
-            plans[number] = _lay_out(report, part, plans[number], proof.layouts())
-        proofs.append(found)
-    return proofs
+            return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes)
+        return plan_mixed(
+            target, part.export, part.base, keeps, max_shard_size=request.shard_bytes, calibration=part.calibration
+        )
 
-
-def _open_gpu(report: Report) -> "Gpu":
-    from modelopt_convert.write.gpu import open_gpu
-
-    with timed(report, "device"):
-        gpu = open_gpu()
-    report.device = gpu.name()
-    return gpu
-
-
-def _with_base(request: BuildRequest, chosen: ChosenPreset, report: Report) -> BuildRequest:
-    """What NVFP4 cannot do without is, unless given, what the preset was made for."""
-    if request.algorithm != "nvfp4" or request.base is not None:
-        return request
-    base = f"{PREFIX}{chosen.loaded.preset.base_repo}"
-    report.warn("base.default", f"base {base}, which preset {chosen.loaded.preset.name} names")
-    return replace(request, base=parse_location(base, download=request.download and not request.dry_run))
-
-
-def _output_path(request: BuildRequest, chosen: ChosenPreset | None, report: Report) -> Path:
-    output = request.output
-    if output is None:
-        if chosen is None:
-            raise InputError("there is no preset to name the output after", code="output.unnamed", hint="give --output")
-        output = Path(f"{chosen.loaded.preset.name}-{request.algorithm}")
-    path = canonical_output(output)
-    report.output.path = str(path)
-    return path
-
-
-def _choose(part: Opened, report: Report, algorithm: Algorithm) -> ChosenPreset:
-    chosen = choose_preset(part.model.config, algorithm)
-    _note_preset(report, chosen, algorithm)
-    also = f"; {', '.join(chosen.also)} would give the same" if chosen.also else ""
-    report.warn("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by config.json{also}")
-    return chosen
-
-
-def _refuse_known_broken(request: BuildRequest, part: Opened, chosen: ChosenPreset | None, report: Report) -> None:
-    """Refuse, without consent, what some engine is known not to load right, whoever wrote the preset."""
-    broken = known_broken(part.model.config, request.algorithm)
-    if chosen is not None:
-        broken |= chosen.loaded.preset.rules(request.algorithm).known_broken
-    for engine, why in broken.items():
-        if not request.allow_known_broken:
+    def _known_broken(self, part: Opened) -> list[Warned]:
+        """Refuse, without consent, what some engine is known not to load right, whoever wrote the preset."""
+        broken = known_broken(part.model.config, self._request.algorithm)
+        if self.steps.chosen is not None:
+            broken |= self.steps.chosen.loaded.preset.rules(self._request.algorithm).known_broken
+        for engine, why in broken.items() if not self._request.allow_known_broken else ():
             raise InputError(
                 f"{part.model.path}: {engine} cannot use what would be built: {why}",
                 code="preset.known_broken",
                 path=str(part.model.path),
                 hint="--allow-known-broken builds it all the same, for other engines or versions",
             )
-        report.warn("preset.known_broken", f"{engine}: {why}")
+        return [("preset.known_broken", f"{engine}: {why}") for engine, why in broken.items()]
+
+    def _uncalibrated_line(self) -> str:
+        """What is said first where the base itself is quantized."""
+        fetched = self.steps.inputs.to_fetch
+        fetching = f", fetching {sum(fetched.values()) / 1e9:.1f} GB" if fetched else ""
+        named: Location | None = self.steps.parts[0].model.path if len(self.steps.parts) == 1 else self._base
+        return f"no --export: quantizing {named}, uncalibrated{fetching}"
+
+    def _open_gpu(self) -> "Gpu | None":
+        if not isinstance(self._request, BuildNvfp4Request) or self._request.device == "cpu":
+            return None
+        from modelopt_convert.write.gpu import open_gpu
+
+        with self.steps.clock.timed("device"):
+            gpu = open_gpu()
+        self.steps.device = gpu.name()
+        return gpu
+
+    def _prove(self, progress: Progress, gpu: "Gpu | None") -> None:
+        """Prove, or measure, every transformer; its plan is brought in line with what was found."""
+        request, steps = self._request, self.steps
+        for number, part in enumerate(steps.parts):
+            asked = (part, steps.plans[number], request.max_error, request.worker_count, progress)
+            with steps.clock.timed("measure" if part.export is None else "prove"):
+                found = measure_part(*asked, gpu) if part.export is None else prove_part(*asked)
+            steps.proofs.append(found)
+            steps.warned += found.warned
+            steps.clipped |= {f"{part.prefix}{name}": one for name, one in found.clipped.items()}
+            refuse_unproven(part, found.report)
+            steps.plans[number] = found.plan
+
+    def _write(self, stage: StagingDir, made: Made, executor: Executor, progress: Progress, gpu: "Gpu | None") -> None:
+        steps, records = self.steps, dict[str, bytes]()
+        for part, plan, proven in zip(steps.parts, steps.plans, steps.proofs, strict=True):
+            with steps.clock.timed("stream"), torch_on_one_thread():
+                if part.prefix:
+                    stage.add_folder(part.prefix.rstrip("/"))
+                done = stream(
+                    stage,
+                    plan,
+                    part.readers,
+                    progress,
+                    part.prefix,
+                    workers=self._request.worker_count,
+                    executor=executor,
+                    gpu=gpu,
+                )
+            # Found in full where mopt quantized, in the proof's rows where the export had.
+            steps.clipped |= {
+                f"{part.prefix}{name}": ClippedReport(count=one.count, largest=one.largest)
+                for name, one in done.clipped.items()
+            }
+            mine = {name: one for name, one in steps.clipped.items() if name.startswith(part.prefix)}
+            steps.warned += clipped_warning(mine)
+            files = small_files(part, plan, made, proven.report, done.digests)
+            records[part.prefix.rstrip("/")] = files[RECORD]
+            for name, data in files.items():
+                stage.write_file(f"{part.prefix}{name}", data)
+        if gpu is not None:
+            steps.peak_gpu_bytes = gpu.peak_bytes()
+        if len(steps.parts) > 1:
+            for name, data in pipeline_files(records, made).items():
+                stage.write_file(name, data)
+
+    def _close(self, stage: StagingDir, progress: Progress) -> None:
+        """Check what was written, and refuse to publish what is wrong."""
+        request, steps = self._request, self.steps
+        with steps.clock.timed("check"):
+            for part, plan in zip(steps.parts, steps.plans, strict=True):
+                self._keep(structure_checked(check_structure(stage.path / part.prefix, plan)))
+        if request.verify == "off":
+            return
+        parts = {part.prefix: (part.base, one.report) for part, one in zip(steps.parts, steps.proofs, strict=True)}
+        device = "cpu" if request.verify == "cpu" else None
+        options = VerifyOptions(device=device, max_error=request.max_error, workers=request.worker_count)
+        with steps.clock.timed("verify"):
+            closed = verify_stage(stage.path, parts, options, steps.output, progress)
+        steps.verify = closed.verify
+        self._keep(closed)
+
+    def _keep(self, closed: Closed) -> None:
+        self.steps.checks.append(closed.check)
+        self.steps.warned += closed.warned
+        refuse_failed(closed)
 
 
-def _plan(request: BuildRequest, part: Opened, chosen: ChosenPreset | None) -> BuildPlan:
-    preset = chosen.loaded.preset if chosen else None
-    keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, request.keep_bf16)
-    if part.export is None:
-        return plan_quantized(FORMATS[request.algorithm], part.model, keeps, max_shard_size=request.max_shard_size)
-    return plan_mixed(
-        FORMATS[request.algorithm],
-        part.export,
-        part.base,
-        keeps,
-        max_shard_size=request.max_shard_size,
-        calibration=part.calibration,
-    )
-
-
-def _check(folder: Path, plan: BuildPlan, report: Report) -> None:
-    faults = check_structure(folder, plan)
-    report.checks.append({"name": "structure", "status": "fail" if faults else "pass", "failures": faults[:10]})
-    if faults:
-        raise CheckFailedError(
-            f"the finished checkpoint is not the planned one: {faults[0]} ({len(faults)} faults)",
-            code="check.structure",
-            hint="this is a bug in mopt or a disk that lies; nothing was published",
-        )
-
-
-def _note_preset(report: Report, chosen: ChosenPreset, algorithm: Algorithm) -> None:
-    known = algorithm in chosen.loaded.preset.sets()
-    report.preset = {
-        "name": chosen.loaded.preset.name,
-        "path": chosen.loaded.path,
-        "sha256": chosen.loaded.sha256,
-        "status": chosen.status(algorithm) if known else None,
-        "known_limits": chosen.limits(algorithm) if known else [],
-        "also": chosen.also,
-    }
-
-
-def _note_plan(report: Report, part: Opened, plan: BuildPlan, workers: int) -> None:
-    report.rules += [
-        RuleReport(
-            component=part.prefix or None,
-            kind=rule.kind,
-            pattern=rule.pattern,
-            matched=rule.matched,
-            replaced=rule.replaced,
-            bytes=rule.num_bytes,
-        )
-        for rule in plan.rules
+def _uncalibrated() -> list[Warned]:
+    """What is said, also of a dry run, where nothing is calibrated."""
+    return [
+        ("build.uncalibrated", "quantized from the base without calibration: weights by max, inputs dynamic"),
+        ("engine.dynamic_input_scale", DYNAMIC_INPUTS),
     ]
-    _note_fates(report, part, plan)
-    report.output.tensors += len(plan.steps)
-    report.output.bytes += plan.total_bytes
-    report.output.shards += [
-        {"file": f"{part.prefix}{shard.file}", "bytes": sum(spec.num_bytes for spec in shard.tensors)}
-        for shard in plan.shards
-    ]
-    report.peak_working_bytes = max(plan.peak_bytes(workers), report.peak_working_bytes or 0)
-    report.dequantized += [f"{part.prefix}{name}" for name in plan.dequantized]
-    for code, message in plan.warnings:
-        report.warn(code, message)
 
 
-def _note_fates(report: Report, part: Opened, plan: BuildPlan) -> None:
-    """The fate of every tensor of every input, under its own name."""
-    ledger = {role: dict(fates) for role, fates in plan.ledger.items()}
-    if "export" in ledger:
-        renamed = {part.original.get(name, name): fate for name, fate in ledger["export"].items()}
-        ledger["export"] = renamed | part.left_out
-    if part.amax_names:
-        ledger["checkpoint"] = {key: _amax_fate(scale, plan) for key, scale in part.amax_names.items()}
-    for role, fates in ledger.items():
-        report.ledger[f"{part.prefix}{role}"] = fates
-        report.counts[f"{part.prefix}{role}"] = dict(sorted(Counter(fates.values()).items()))
-
-
-def _amax_fate(scale: str, plan: BuildPlan) -> str:
-    module, _, role = scale.rpartition(".")
-    if module not in plan.modules:
-        return "unused: of a module that is not quantized"
-    return "compared with the export's scale" if role in plan.modules[module].scales else "used"
-
-
-def _lay_out(report: Report, part: Opened, plan: BuildPlan, layouts: Mapping[str, Layout]) -> BuildPlan:
-    """Bring the plan in line with the layouts found, and say what is found otherwise than ModelOpt writes it."""
-    plan = plan.with_layouts(layouts)
-    _note_fates(report, part, plan)
-    total = len(plan.modules)
-    for found, words in (
-        (sum(one.nibbles == "high" for one in layouts.values()), "the even column in the high nibble"),
-        (sum(one.scales == "128x4" for one in layouts.values()), "the scales in the 128x4 order"),
-    ):
-        if found:
-            report.warn("export.layout", f"{found} of {total} modules have {words}; written in the canonical layout")
-    return plan
-
-
-def _note_clipped(report: Report, part: Opened, done: Streamed) -> None:
-    """Say what was cut off: found in full where mopt quantized, in the proof's rows where the export had."""
-    for name, one in done.clipped.items():
-        report.clipped[f"{part.prefix}{name}"] = ClippedReport(count=one.count, largest=one.largest)
-    mine = {name: one for name, one in report.clipped.items() if name.startswith(part.prefix)}
-    if mine:
-        worst = max(mine, key=lambda name: mine[name].largest)
-        report.warn(
-            "export.clipped",
-            f"{sum(one.count for one in mine.values())} values in {len(mine)} modules lie beyond 448 scales and are "
-            f"cut off; the largest, {mine[worst].largest:.6g} scales, is in {worst}",
-        )
+def _chosen(chosen: ChosenPreset) -> list[Warned]:
+    also = f"; {', '.join(chosen.also)} would give the same" if chosen.also else ""
+    return [("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by config.json{also}")]

@@ -3,20 +3,20 @@
 Everything that is said about an input's files, and not yet about the model, is settled here.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from modelopt_convert.checkpoint.components import Component
+from modelopt_convert.checkpoint.hub.hub_path import HubPath
 from modelopt_convert.checkpoint.location import Location, is_dir
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.accounting import note_input, timed, traffic_noted
+from modelopt_convert.commands.command import Clock, Inputs, Warned
 from modelopt_convert.dialects import ltx2
 from modelopt_convert.dialects.calibration import Amax
-from modelopt_convert.plan.plan import Origin
+from modelopt_convert.plan.plan import BuildPlan, Origin
+from modelopt_convert.plan.prediction import proof_readings, step_readings
 from modelopt_convert.preset.patterns import ignored
-from modelopt_convert.report.report import Report
 from modelopt_convert.run.errors import InputError
 
 
@@ -58,9 +58,9 @@ class Opened:
 
 
 def open_all(
-    components: list[Component], checkpoint: Location | None, stack: ExitStack, report: Report
-) -> list[Opened]:
-    """Open every component's inputs; ``stack`` closes them.
+    components: list[Component], checkpoint: Location | None, inputs: Inputs, clock: Clock
+) -> Iterator[tuple[Opened, list[Warned]]]:
+    """Open every component's inputs, one after the other.
 
     Raises:
         InputError: An input that cannot be opened, or an X0Model without a base.
@@ -72,31 +72,31 @@ def open_all(
             path=str(checkpoint),
             hint="give the folder, or convert one transformer with --component",
         )
-    return [_open(one, f"{one.name}/" if len(components) > 1 else "", checkpoint, stack, report) for one in components]
+    for one in components:
+        with clock.timed("open"):
+            opened = _open(one, f"{one.name}/" if len(components) > 1 else "", checkpoint, inputs)
+        yield opened
 
 
-def _open(component: Component, prefix: str, checkpoint: Location | None, stack: ExitStack, report: Report) -> Opened:
-    with timed(report, "open"):
-        export = stack.enter_context(CheckpointReader(component.export)) if component.export is not None else None
-        base = stack.enter_context(CheckpointReader(component.base)) if component.base is not None else None
-    opened = Opened(component, prefix, export, base)
-    for role, reader in opened.readers.items():
-        note_input(report, f"{prefix}{role}", reader)
-        stack.enter_context(traffic_noted(report, f"{prefix}{role}", reader))
+def _open(
+    component: Component, prefix: str, checkpoint: Location | None, inputs: Inputs
+) -> tuple[Opened, list[Warned]]:
+    paths = {"export": component.export, "base": component.base}
+    readers = {role: inputs.open(f"{prefix}{role}", path) for role, path in paths.items() if path is not None}
+    opened, warned = Opened(component, prefix, readers.get("export"), readers.get("base")), list[Warned]()
     name_of: Callable[[str], str | None] = str
-    if export is not None and export.config.get("_class_name") == ltx2.CLASS_NAME:
-        _name_as_diffusers(opened, export, report)
+    if opened.export is not None and opened.export.config.get("_class_name") == ltx2.CLASS_NAME:
+        warned = _name_as_diffusers(opened, opened.export, inputs)
         name_of = ltx2.diffusers_name
     if checkpoint is not None:
         from modelopt_convert.dialects.modelopt.amax_file import read_amax, resolve_checkpoint
 
         path = resolve_checkpoint(checkpoint, component.name or "transformer")
-        with timed(report, "open"):
-            opened.calibration, opened.amax_names = read_amax(path, name_of)
-    return opened
+        opened.calibration, opened.amax_names = read_amax(path, name_of)
+    return opened, warned
 
 
-def _name_as_diffusers(opened: Opened, export: CheckpointReader, report: Report) -> None:
+def _name_as_diffusers(opened: Opened, export: CheckpointReader, inputs: Inputs) -> list[Warned]:
     """Go on with an X0Model under diffusers' names, and with the config of the base: it has none of its own."""
     base = opened.base
     where = str(export.path / "config.json")
@@ -110,15 +110,30 @@ def _name_as_diffusers(opened: Opened, export: CheckpointReader, report: Report)
     names, opened.left_out = ltx2.diffusers_names(export.tensors, path=str(export.path))
     export.select(names)
     opened.original = {new: old for old, new in names.items()}
-    report.inputs[f"{opened.prefix}export"].renamed = dict(sorted(names.items()))
+    inputs.renamed[f"{opened.prefix}export"] = dict(sorted(names.items()))
     quantization = export.config.get("quantization_config")
     if isinstance(quantization, dict):
         quantization = quantization | {"ignore": _ignored(quantization.get("ignore"), names, where)}
     export.config = {**base.config, "quantization_config": quantization}
-    report.warn(
-        "export.renamed",
-        f"an X0Model: {len(names)} tensors go by diffusers' names now, {len(opened.left_out)} are left out",
-    )
+    message = f"an X0Model: {len(names)} tensors go by diffusers' names now, {len(opened.left_out)} are left out"
+    return [("export.renamed", message)]
+
+
+def to_fetch(opened: Opened, plan: BuildPlan, *, whole: bool) -> dict[str, int]:
+    """Bytes that are still to be fetched of one transformer's inputs, by their names in the report.
+
+    Args:
+        opened: The inputs.
+        plan: What will be built from them.
+        whole: Whether files are fetched whole.
+    """
+    found: dict[str, int] = {}
+    for role, reader in opened.readers.items():
+        if isinstance(reader.path, HubPath):
+            everything = [(name, 0, info.num_bytes) for name, info in reader.tensors.items()]
+            proof, steps = proof_readings(plan, role, reader.tensors), step_readings(plan.steps, role, reader.tensors)
+            found[f"{opened.prefix}{role}"] = reader.unfetched(everything if whole else [*proof, *steps])
+    return found
 
 
 def _ignored(entries: object, names: Mapping[str, str], where: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.commands.closing import written_faults
 from modelopt_convert.dialects.modelopt.export import check_quant_config
 from modelopt_convert.dialects.packed import Evidence, declares_dynamic_inputs, find_packed
 from modelopt_convert.engines.sglang import GUESSED, believe, ignored_by, misread
@@ -23,16 +24,8 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
     Raises:
         InputError: The folder cannot even be opened as a checkpoint.
     """
-    faults: list[str] = []
     with CheckpointReader(folder) as reader:
-        planned = {name: (step.output.dtype, step.output.shape) for name, step in plan.steps.items()}
-        written = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
-        for name in sorted(planned.keys() | written.keys()):
-            if planned.get(name) != written.get(name):
-                faults.append(f"tensor {name!r}: planned {planned.get(name)}, written {written.get(name)}")
-        for file, metadata in reader.metadata.items():
-            if metadata != dict(METADATA):
-                faults.append(f"{file}: header metadata {metadata}")
+        faults = written_faults(reader, plan.steps, plan.shards)
         evidence = Evidence(dynamic_inputs=declares_dynamic_inputs(plan.config))
         modules = find_packed(reader.tensors, plan.format, evidence, path=str(folder)).or_raise()
         faults += [module.fault.message for module in modules.values() if module.fault is not None]

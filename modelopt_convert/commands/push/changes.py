@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import xxhash
-
 from modelopt_convert.checkpoint.components import COMPONENTS
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX
+from modelopt_convert.checkpoint.record import RECORD, digest_of, is_record
 from modelopt_convert.checkpoint.strict_json import parse_json_object
-from modelopt_convert.commands.push.publishable import CARD, RECORD, Publishable, Upload
+from modelopt_convert.commands.push.publishable import CARD, Publishable, Upload
 from modelopt_convert.run.errors import InputError
 
 _FOLDERS = frozenset({".", *COMPONENTS})
@@ -114,7 +113,7 @@ def _stale(
         name = PurePosixPath(path).name
         if _folder(path) not in _FOLDERS:
             continue
-        ours = _is_manifest(records.get(_folder(path)))
+        ours = is_record(records.get(_folder(path)))
         if ours and (_OURS.fullmatch(name) or name == RECORD):
             stale.append(path)
         elif name.endswith((".safetensors", INDEX_SUFFIX)) or name == "config.json":
@@ -135,7 +134,7 @@ def _edited(card: bytes, record: Mapping[str, Any] | None) -> bool:
     """Whether a card is not the one that mopt wrote beside that record."""
     digests = record.get("digests") if record is not None else None
     files = digests.get("files") if isinstance(digests, dict) else None
-    return not isinstance(files, dict) or files.get(CARD) != xxhash.xxh3_128_hexdigest(card)
+    return not isinstance(files, dict) or files.get(CARD) != digest_of(card)
 
 
 def _record(raw: bytes, path: str) -> dict[str, Any]:
@@ -144,10 +143,6 @@ def _record(raw: bytes, path: str) -> dict[str, Any]:
         return parse_json_object(raw, code="record", path=path)
     except InputError:
         return {}
-
-
-def _is_manifest(record: Mapping[str, Any] | None) -> bool:
-    return record is not None and str(record.get("schema")).startswith("mopt.manifest/")
 
 
 def _is_card(path: str) -> bool:

@@ -14,55 +14,22 @@ from typing import TYPE_CHECKING
 
 from modelopt_convert import __version__
 from modelopt_convert.checkpoint.hub.client import hub_api, hub_errors, page_of
-from modelopt_convert.commands.accounting import timed
+from modelopt_convert.commands.command import Clock, Warned, ending, versions, warnings_of
 from modelopt_convert.commands.push.access import check_access
 from modelopt_convert.commands.push.changes import Changes, Listed, compare
 from modelopt_convert.commands.push.publishable import CARD, Publishable, publishable
+from modelopt_convert.commands.requests import PushRequest, VerifyRequest
+from modelopt_convert.commands.verify import VerifyCommand
 from modelopt_convert.engines.sglang import load_command
 from modelopt_convert.report.report import OutputReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.verification.request import DEFAULT_SAMPLE, VerifyRequest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _MAIN = "main"
 _NO_BRANCH = re.compile(r"[0-9a-f]{40}$|refs/")
-
-
-@dataclass(frozen=True, slots=True)
-class PushRequest:
-    """What the user asked of ``push``.
-
-    Attributes:
-        checkpoint: The transformer, or the folder above several.
-        repo_id: ORGANIZATION/NAME.
-        create_pr: Open a pull request against main, and leave main alone.
-        private: Create the repo so; refuse one that is public.
-        revision: The branch; it is made where there is none.
-        message: Of the commit.
-    """
-
-    checkpoint: Path
-    repo_id: str
-    create_pr: bool = False
-    private: bool = False
-    revision: str | None = None
-    message: str | None = None
-
-    def command(self) -> str:
-        """The command line that asks the same."""
-        words = ["mopt", "push", str(self.checkpoint), self.repo_id]
-        words += ["--create-pr"] * self.create_pr + ["--private"] * self.private
-        words += ["--revision", self.revision] if self.revision is not None else []
-        words += ["--message", self.message] if self.message is not None else []
-        return shlex.join(words)
-
-    @property
-    def again(self) -> str:
-        """How to try again, for hints."""
-        return f"run `{self.command()}`; what was sent is not sent again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +40,76 @@ class _Target:
     branch_exists: bool
 
 
-def push(request: PushRequest, report: Report, progress: Progress) -> None:
-    """Publish a checkpoint; what happened is in ``report.pushed``.
+class PushCommand:
+    """Publish a checkpoint."""
 
-    Raises:
-        MoptError: One of its kinds. Nothing is committed then; a repo that was created is empty.
-    """
-    with ExitStack() as stack:
-        local = publishable(request.checkpoint, _token, stack)
-        if local.left_out:
-            report.warn("push.left_out", f"not published: {', '.join(local.left_out)}")
-        exists = check_access(
-            request.repo_id, create_pr=request.create_pr, private=request.private, again=request.again
+    def __init__(self, request: PushRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._clock = Clock()
+        self._warned: list[Warned] = []
+        self._verified: Report | None = None
+        self._pushed: PushedReport | None = None
+
+    def run(self, progress: Progress) -> None:
+        """Publish.
+
+        Raises:
+            MoptError: One of its kinds. Nothing is committed then; a repo that was created is empty.
+        """
+        request = self._request
+        with ExitStack() as stack:
+            local = publishable(Path(request.checkpoint), _token, stack)
+            if local.left_out:
+                self._warned.append(("push.left_out", f"not published: {', '.join(local.left_out)}"))
+            exists = check_access(
+                request.repo_id, create_pr=request.create_pr, private=request.private, again=request.again
+            )
+            _check_card(request, local)
+            self._verify(progress)
+            with self._clock.timed("push"), _without_bars():
+                pushed, warned = _send(request, local, exists, progress)
+            pushed.not_published = list(local.left_out)
+            pushed.load = _load_command(pushed, local)
+            self._pushed = pushed
+            self._warned += warned
+
+    def report(self, error: BaseException | None = None) -> Report:
+        """What happened, also after a failure."""
+        return self.added_to(Report(command=self._request.command, output=OutputReport(path=""), **ending(error)))
+
+    def added_to(self, report: Report) -> Report:
+        """A report with what this push has to say; what it says itself of inputs and verdicts says more.
+
+        Args:
+            report: With nothing else in it, or of the build that the checkpoint comes from.
+        """
+        verified = self._verified
+        seconds = verified.timings_s if verified is not None else {}
+        return report.model_copy(
+            update={
+                "timings_s": report.timings_s | self._clock.seconds | {f"push_{one}": s for one, s in seconds.items()},
+                "warnings": report.warnings + warnings_of(self._warned),
+                "pushed": self._pushed,
+                "inputs": report.inputs or (verified.inputs if verified is not None else {}),
+                "verify": report.verify or (verified.verify if verified is not None else None),
+                "versions": versions(),
+            }
         )
-        _check_card(request, local)
-        _verify(request, report, progress)
-        with timed(report, "push"), _without_bars():
-            report.pushed = _send(request, local, exists, report, progress)
-        report.pushed.not_published = list(local.left_out)
-        report.pushed.load = _load_command(report.pushed, local)
+
+    def _verify(self, progress: Progress) -> None:
+        """Every byte against the record, and structure; without a record, structure alone.
+
+        On the CPU: a kernel says nothing about the checkpoint that the other levels do not.
+        """
+        command = VerifyCommand(VerifyRequest(self._request.checkpoint, device="cpu"))
+        try:
+            command.run(progress)
+        except InconclusiveError as error:
+            message = f"nothing proves the weights, only their structure was checked: {error.message}"
+            self._warned.append(("push.unproven", message))
+        finally:
+            self._verified = command.report()
 
 
 def _token() -> str | None:
@@ -126,27 +144,9 @@ def _check_card(request: PushRequest, local: Publishable) -> None:
             ) from error
 
 
-def _verify(request: PushRequest, report: Report, progress: Progress) -> None:
-    """Every byte against the record, and structure; without a record, structure alone.
-
-    On the CPU: a kernel says nothing about the checkpoint that the other levels do not.
-    """
-    from modelopt_convert.commands.verify import verify
-
-    asked = VerifyRequest(request.checkpoint, None, ("best",), "cpu", DEFAULT_SAMPLE, None, None)
-    checked = Report(command=report.command, output=OutputReport(path=""))
-    try:
-        verify(asked, checked, progress)
-    except InconclusiveError as error:
-        report.warn("push.unproven", f"nothing proves the weights, only their structure was checked: {error.message}")
-    finally:
-        # A build's own inputs and verdicts say more.
-        report.inputs = report.inputs or checked.inputs
-        report.verify = report.verify or checked.verify
-        report.timings_s |= {f"push_{name}": time for name, time in checked.timings_s.items()}
-
-
-def _send(request: PushRequest, local: Publishable, exists: bool, report: Report, progress: Progress) -> PushedReport:
+def _send(
+    request: PushRequest, local: Publishable, exists: bool, progress: Progress
+) -> tuple[PushedReport, list[Warned]]:
     api = hub_api()
     repo_id = request.repo_id
     with hub_errors(repo_id, request.again):
@@ -158,12 +158,14 @@ def _send(request: PushRequest, local: Publishable, exists: bool, report: Report
     if known:
         progress.begin("compare with what is there", known)
     changes = compare(local, there, _fetcher(api, request, target.parent), progress.advance, repo_id)
-    for card in changes.kept_cards:
-        report.warn(
+    warned = [
+        (
             "push.card_kept",
-            f"{card} was edited on the Hub and stays; `hf upload {repo_id} {request.checkpoint / card} {card}` "
+            f"{card} was edited on the Hub and stays; `hf upload {repo_id} {Path(request.checkpoint) / card} {card}` "
             "replaces it",
         )
+        for card in changes.kept_cards
+    ]
     pushed = PushedReport(
         repo_id=repo_id,
         revision=request.revision or _MAIN,
@@ -176,7 +178,7 @@ def _send(request: PushRequest, local: Publishable, exists: bool, report: Report
             api.create_branch(repo_id, branch=request.revision or _MAIN, revision=target.parent, exist_ok=True)
         if changes.send or changes.delete:
             _commit(api, request, local, changes, target.parent, pushed, progress)
-    return pushed
+    return pushed, warned
 
 
 def _commit(

@@ -14,12 +14,12 @@ from typing import Any
 from modelopt_convert.checkpoint.components import transformers_of
 from modelopt_convert.checkpoint.local_file import check_link
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
+from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.commands.push.leaks import holds_token, local_path, strings_of
 from modelopt_convert.run.errors import InputError
 
 CARD = "README.md"
-RECORD = "mopt.json"
 _PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _OF_A_TRANSFORMER = frozenset({"config.json", "hf_quant_config.json"})
 _OF_ANY_FOLDER = frozenset({CARD, RECORD})

@@ -8,18 +8,13 @@ from typing import Any
 import xxhash
 
 from modelopt_convert.checkpoint.digests import headers_digest
-from modelopt_convert.checkpoint.location import Location, open_file, read_small
+from modelopt_convert.checkpoint.location import Location, open_file
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
-from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.formats.tensor_bytes import check_e4m3
-from modelopt_convert.report.report import QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order, until
 
-RECORD = "mopt.json"
 _SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
-# Statuses of the proof at build after which the bytes are known to be the base's.
-_KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
 # The card is the user's to edit.
 _EDITABLE = frozenset({"README.md"})
 
@@ -37,61 +32,6 @@ class Scanned:
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
-
-
-def read_record(folder: Location) -> dict[str, Any] | None:
-    """mopt.json of a checkpoint that mopt built, or None where there is none.
-
-    Raises:
-        InputError: ``record.json``, ``record.duplicate_key`` or ``record.content``: it is there and cannot be used.
-    """
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        raw = read_small(path, MAX_INDEX_BYTES)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}",
-            code="record.unreadable",
-            path=str(path),
-            hint="make it readable, or give --base to prove the checkpoint again",
-        ) from error
-    record = parse_json_object(raw, code="record", path=str(path))
-    digests = record.get("digests")
-    known = digests if isinstance(digests, dict) and digests.get("algorithm") == "xxh3-128" else {}
-    if not all(_names(known.get(key)) for key in ("tensors", "files")):
-        raise InputError(
-            f"{path}: expected xxh3-128 digests of tensors and files",
-            code="record.content",
-            path=str(path),
-            hint="the record was edited or is of a newer mopt; give --base to prove the checkpoint again",
-        )
-    return record
-
-
-def part_digest(folder: Location) -> str:
-    """What identifies one transformer among several: its record."""
-    path = folder / RECORD
-    return xxhash.xxh3_128_hexdigest(read_small(path, MAX_INDEX_BYTES)) if path.is_file() else ""
-
-
-def read_parts(checkpoint: Location) -> dict[str, str]:
-    """The transformers that a build of several wrote, with the digest of each one's record; else empty.
-
-    Raises:
-        InputError: ``record.json`` or ``record.duplicate_key``.
-    """
-    path = checkpoint / RECORD
-    if not path.is_file() or (checkpoint / "config.json").is_file():
-        return {}
-    record = parse_json_object(read_small(path, MAX_INDEX_BYTES), code="record", path=str(path))
-    parts = record.get("parts")
-    return {name: str(one) for name, one in parts.items()} if isinstance(parts, dict) else {}
-
-
-def _names(found: object) -> bool:
-    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
 
 
 def scan(
@@ -165,30 +105,3 @@ def _header_faults(reader: CheckpointReader, record: Mapping[str, Any]) -> list[
     if recorded is not None and recorded != now:
         return ["a header is not what was recorded: dtypes, shapes or metadata changed"]
     return []
-
-
-def recorded_dequantized(record: Mapping[str, Any] | None) -> frozenset[str]:
-    """Modules that the build dequantized for want of a base."""
-    found = record.get("dequantized") if record is not None else None
-    return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
-
-
-def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """The verdicts of the proof at build by module, or None where there is no record of one."""
-    proof = record.get("proof") if record is not None else None
-    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") in _KNOWN else None
-    if not isinstance(modules, dict):
-        return None
-    return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
-
-
-def statement(record: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether the record says that the checkpoint was proven, and against what, in words."""
-    proof = record.get("proof")
-    sources = record.get("sources")
-    base = sources.get("base") if isinstance(sources, dict) else None
-    known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
-    if known is None or not isinstance(base, dict):
-        return False, f"{record.get('command', 'mopt')} published it as not proven"
-    commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
-    return True, f"{known} {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"

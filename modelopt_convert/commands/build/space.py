@@ -2,34 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 
+from modelopt_convert.checkpoint.record import RECORD
+from modelopt_convert.commands.build.files import Made, pipeline_files, small_files
 from modelopt_convert.commands.build.inputs import Opened
-from modelopt_convert.commands.record import pipeline_files, small_files
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.preset.preset import ChosenPreset
-from modelopt_convert.report.report import QUANTIZED_HERE, ModuleReport, ProofReport, Report
+from modelopt_convert.report.report import QUANTIZED_HERE, ModuleReport, ProofReport
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
 
 # Not shorter than what the proof of a module that passes will say; one that fails is not written.
-_MODULE = ModuleReport(
+LONGEST = ModuleReport(
     verdict="x" * 24, codes=10**12, codes_equal=10**12, relative_error=1234.5678, rule="x" * 48, reason="x"
 )
 _COUNTS = 4096  # what the proof may add to the counts of fates, and its method
 
 
-def build_bytes(
-    parts: Sequence[Opened], plans: Sequence[BuildPlan], chosen: ChosenPreset | None, report: Report
-) -> int:
+def build_bytes(parts: Sequence[Opened], plans: Sequence[BuildPlan], made: Made) -> int:
     """What a build will take, before its proof has run: the small files are made with the longest it can say."""
     sizes: list[int] = []
     manifests: dict[str, bytes] = {}
     for part, plan in zip(parts, plans, strict=True):
         sizes += shard_sizes(plan.shards)
-        files = small_files(part, plan, chosen, report, _longest_proof(part, plan), dict.fromkeys(plan.steps, DIGEST))
+        files = small_files(part, plan, made, _longest_proof(part, plan), dict.fromkeys(plan.steps, DIGEST))
         sizes += _lengths(files)
         sizes.append(_COUNTS)
-        manifests[part.prefix.rstrip("/")] = files["mopt.json"]
+        manifests[part.prefix.rstrip("/")] = files[RECORD]
     if len(parts) > 1:
-        sizes += _lengths(pipeline_files(manifests, chosen, report))
+        sizes += _lengths(pipeline_files(manifests, made))
     return disk_bytes(sizes, folders=1 + len(parts) * (len(parts) > 1))
 
 
@@ -45,5 +43,5 @@ def _longest_proof(part: Opened, plan: BuildPlan) -> ProofReport:
         counts=dict.fromkeys(("reproduced", "within limits", "not proven: replaced"), len(plan.modules)),
         fused_scales_differ={", ".join(group): 1.0 for group in plan.fused},
         biases_differ=[],
-        modules=dict.fromkeys(sorted(plan.modules), _MODULE),
+        modules=dict.fromkeys(sorted(plan.modules), LONGEST),
     )

@@ -1,0 +1,144 @@
+"""The record of a checkpoint, ``mopt.json``: how it is read, and what it says. No torch.
+
+A record is what its author claims. What is proven is proven by bytes.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import xxhash
+
+from modelopt_convert import __version__
+from modelopt_convert.checkpoint.digests import headers_digest
+from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.checkpoint.location import Location, read_small
+from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
+from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
+from modelopt_convert.report.report import QUANTIZED_HERE
+from modelopt_convert.run.errors import InputError
+
+RECORD = "mopt.json"
+_SCHEMA = "mopt.manifest/1"
+_ALGORITHM = "xxh3-128"
+# Statuses of the proof at build after which the bytes are known to be the base's.
+_KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of a small file, as records have it."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def write_record(
+    command: str,
+    more: Mapping[str, Any],
+    *,
+    tensors: Mapping[str, str],
+    files: Mapping[str, bytes],
+    headers: tuple[Iterable[TensorSpec], Iterable[Mapping[str, str]]] | None,
+) -> bytes:
+    """The record of a checkpoint, the same bytes for the same input.
+
+    Args:
+        command: Of mopt that wrote the checkpoint.
+        more: What that command has to say.
+        tensors: Digest of each tensor's bytes by name.
+        files: The small files beside the record.
+        headers: Every tensor, and the header metadata of every shard; None where there are no shards.
+    """
+    digests: dict[str, Any] = {
+        "algorithm": _ALGORITHM,
+        "tensors": dict(sorted(tensors.items())),
+        "files": {name: digest_of(data) for name, data in sorted(files.items())},
+    }
+    if headers is not None:
+        digests["headers"] = headers_digest(*headers)
+    head = {"schema": _SCHEMA, "tool": {"name": "mopt", "version": __version__}, "command": command}
+    return json_bytes(head | dict(more) | {"digests": digests})
+
+
+def is_record(record: Mapping[str, Any] | None) -> bool:
+    """Whether a JSON object is a record that mopt wrote."""
+    return record is not None and str(record.get("schema")).startswith(_SCHEMA.partition("/")[0] + "/")
+
+
+def read_record(folder: Location) -> dict[str, Any] | None:
+    """mopt.json of a checkpoint that mopt built, or None where there is none.
+
+    Raises:
+        InputError: ``record.json``, ``record.duplicate_key`` or ``record.content``: it is there and cannot be used.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        raw = read_small(path, MAX_INDEX_BYTES)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}",
+            code="record.unreadable",
+            path=str(path),
+            hint="make it readable, or give --base to prove the checkpoint again",
+        ) from error
+    record = parse_json_object(raw, code="record", path=str(path))
+    digests = record.get("digests")
+    known = digests if isinstance(digests, dict) and digests.get("algorithm") == _ALGORITHM else {}
+    if not all(_names(known.get(key)) for key in ("tensors", "files")):
+        raise InputError(
+            f"{path}: expected xxh3-128 digests of tensors and files",
+            code="record.content",
+            path=str(path),
+            hint="the record was edited or is of a newer mopt; give --base to prove the checkpoint again",
+        )
+    return record
+
+
+def _names(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+
+
+def part_digest(folder: Location) -> str:
+    """What identifies one transformer among several: its record."""
+    path = folder / RECORD
+    return digest_of(read_small(path, MAX_INDEX_BYTES)) if path.is_file() else ""
+
+
+def read_parts(checkpoint: Location) -> dict[str, str]:
+    """The transformers that a build of several wrote, with the digest of each one's record; else empty.
+
+    Raises:
+        InputError: ``record.json`` or ``record.duplicate_key``.
+    """
+    path = checkpoint / RECORD
+    if not path.is_file() or (checkpoint / "config.json").is_file():
+        return {}
+    record = parse_json_object(read_small(path, MAX_INDEX_BYTES), code="record", path=str(path))
+    parts = record.get("parts")
+    return {name: str(one) for name, one in parts.items()} if isinstance(parts, dict) else {}
+
+
+def recorded_dequantized(record: Mapping[str, Any] | None) -> frozenset[str]:
+    """Modules that the build dequantized for want of a base."""
+    found = record.get("dequantized") if record is not None else None
+    return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
+
+
+def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The verdicts of the proof at build by module, or None where there is no record of one."""
+    proof = record.get("proof") if record is not None else None
+    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") in _KNOWN else None
+    if not isinstance(modules, dict):
+        return None
+    return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
+
+
+def statement(record: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the record says that the checkpoint was proven, and against what, in words."""
+    proof = record.get("proof")
+    sources = record.get("sources")
+    base = sources.get("base") if isinstance(sources, dict) else None
+    known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
+    if known is None or not isinstance(base, dict):
+        return False, f"{record.get('command', 'mopt')} published it as not proven"
+    commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
+    return True, f"{known} {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"

@@ -1,0 +1,132 @@
+"""The small files of a build: config, card, record and index. Pure: the same bytes for the same input."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
+from modelopt_convert.checkpoint.strict_json import json_bytes
+from modelopt_convert.commands.build.card import model_card, pipeline_card
+from modelopt_convert.commands.build.inputs import Opened
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
+from modelopt_convert.plan.plan import BuildPlan
+from modelopt_convert.preset.preset import ChosenPreset
+from modelopt_convert.report.report import ModuleReport, ProofReport, RuleReport
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How a build was asked for.
+
+    Attributes:
+        command: Of mopt.
+        chosen: The preset, if there is one.
+        calibration: ``none`` where the base itself is quantized.
+    """
+
+    command: str
+    chosen: ChosenPreset | None
+    calibration: Literal["none"] | None
+
+
+def small_files(
+    opened: Opened, plan: BuildPlan, made: Made, proof: ProofReport, digests: Mapping[str, str]
+) -> dict[str, bytes]:
+    """Config, card, record and index, in the order in which they are written: the index, if any, last."""
+    producer = plan.config["quantization_config"].get("producer")
+    maker = f"{producer.get('name')} {producer.get('version')}" if isinstance(producer, dict) else "ModelOpt"
+    card = model_card(plan, made.chosen, proof, maker, made.command)
+    files = {"README.md": card.encode(), "config.json": json_bytes(plan.config)}
+    index = plan.index()
+    last = {INDEX_NAME: json_bytes(index)} if index is not None else {}
+    more = _head(made) | {
+        "sources": {role: reader.identity() for role, reader in opened.readers.items()},
+        "rules": [rule.model_dump(exclude={"component"}) for rule in rules_of(opened, plan)],
+        "counts": {role: counted(fates) for role, fates in fates_of(opened, plan).items()},
+        "proof": proof_record(proof),
+        "dequantized": list(plan.dequantized),
+        **({"calibration": made.calibration} if made.calibration is not None else {}),
+    }
+    headers = ([step.output for step in plan.steps.values()], [shard.metadata for shard in plan.shards])
+    record = write_record(made.command, more, tensors=digests, files=files | last, headers=headers)
+    return files | {RECORD: record} | last
+
+
+def pipeline_files(parts: Mapping[str, bytes], made: Made) -> dict[str, bytes]:
+    """Card and record above several transformers, each of which has its own.
+
+    Args:
+        parts: The record of each, by its folder.
+        made: How they were asked for.
+    """
+    components = list(parts)
+    files = {"README.md": pipeline_card(components, made.chosen, made.command, made.calibration).encode()}
+    digests = {name: digest_of(data) for name, data in parts.items()}
+    more = _head(made) | {"components": components, "parts": digests}
+    return files | {RECORD: write_record(made.command, more, tensors={}, files=files, headers=None)}
+
+
+def proof_record(proof: ProofReport) -> dict[str, Any]:
+    """What a record says of the proof."""
+    return {
+        "method": proof.method,
+        "status": proof.status,
+        "counts": proof.counts,
+        "fused_scales_differ": sorted(proof.fused_scales_differ),
+        "modules": {name: _stable(one) for name, one in proof.modules.items()},
+    }
+
+
+def rules_of(opened: Opened, plan: BuildPlan) -> list[RuleReport]:
+    """What each pattern did."""
+    return [
+        RuleReport(
+            component=opened.prefix or None,
+            kind=rule.kind,
+            pattern=rule.pattern,
+            matched=rule.matched,
+            replaced=rule.replaced,
+            bytes=rule.num_bytes,
+        )
+        for rule in plan.rules
+    ]
+
+
+def fates_of(opened: Opened, plan: BuildPlan) -> dict[str, dict[str, str]]:
+    """The fate of every tensor of every input, under its own name."""
+    ledger = {role: dict(fates) for role, fates in plan.ledger.items()}
+    if "export" in ledger:
+        renamed = {opened.original.get(name, name): fate for name, fate in ledger["export"].items()}
+        ledger["export"] = renamed | opened.left_out
+    if opened.amax_names:
+        ledger["checkpoint"] = {key: _amax_fate(scale, plan) for key, scale in opened.amax_names.items()}
+    return ledger
+
+
+def counted(fates: Mapping[str, str]) -> dict[str, int]:
+    """How many tensors met each fate."""
+    return dict(sorted(Counter(fates.values()).items()))
+
+
+def _amax_fate(scale: str, plan: BuildPlan) -> str:
+    module, _, role = scale.rpartition(".")
+    if module not in plan.modules:
+        return "unused: of a module that is not quantized"
+    return "compared with the export's scale" if role in plan.modules[module].scales else "used"
+
+
+def _head(made: Made) -> dict[str, Any]:
+    loaded = made.chosen.loaded if made.chosen is not None else None
+    return {
+        "preset": loaded and {"name": loaded.preset.name, "sha256": loaded.sha256},
+        "base_repo": made.chosen and made.chosen.base_repo,
+    }
+
+
+def _stable(module: ModuleReport) -> dict[str, Any]:
+    """A verdict without what could vary by machine: sums of floats depend on the order in which they are added."""
+    kept: dict[str, Any] = {"verdict": module.verdict, "codes": module.codes, "codes_equal": module.codes_equal}
+    if module.relative_error is not None:
+        kept["relative_error"] = round(module.relative_error, 4)
+    return kept | ({"rule": module.rule} if module.rule else {})

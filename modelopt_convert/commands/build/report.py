@@ -1,0 +1,163 @@
+"""The report of a build, put together in one place from what its steps returned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from modelopt_convert.commands.build.files import counted, fates_of, rules_of
+from modelopt_convert.commands.build.inputs import Opened
+from modelopt_convert.commands.build.proof import Proven, verdict_counts
+from modelopt_convert.commands.command import (
+    Clock,
+    Inputs,
+    Warned,
+    ending,
+    output_report,
+    throughput,
+    versions,
+    warnings_of,
+)
+from modelopt_convert.commands.requests import BuildRequest
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.plan.plan import BuildPlan
+from modelopt_convert.plan.prediction import peak_bytes
+from modelopt_convert.preset.preset import ChosenPreset
+from modelopt_convert.report.report import (
+    ClippedReport,
+    ProofReport,
+    PushedReport,
+    Report,
+)
+from modelopt_convert.report.verify import VerifyReport
+from modelopt_convert.stage.directory import Published
+
+
+@dataclass(slots=True)
+class Steps:
+    """What the steps of a build have returned so far.
+
+    Attributes:
+        clock: Seconds by phase.
+        inputs: As they were opened.
+        warned: What the user should know, in the order in which it was found.
+        output: Where the checkpoint shall stand.
+        chosen: The preset, if there is one.
+        parts: The transformers.
+        plans: The plan of each, brought in line with what was found since.
+        free_bytes: Room beside OUT.
+        is_planned: Whether nothing more was asked for than the plan.
+        device: The GPU that quantizes.
+        peak_gpu_bytes: Of its memory.
+        proofs: What was found of each transformer.
+        clipped: What scales were too small for, by module.
+        checks: Of the closing step.
+        verify: By the levels of verify.
+        published: How the checkpoint came into place.
+        peak_rss_bytes: Of this process, at the end of the work.
+        pushed: What stands on the Hub.
+    """
+
+    clock: Clock = field(default_factory=Clock)
+    inputs: Inputs = field(default_factory=Inputs)
+    warned: list[Warned] = field(default_factory=list)
+    output: str = ""
+    chosen: ChosenPreset | None = None
+    parts: list[Opened] = field(default_factory=list)
+    plans: list[BuildPlan] = field(default_factory=list)
+    free_bytes: int | None = None
+    is_planned: bool = False
+    device: str | None = None
+    peak_gpu_bytes: int | None = None
+    proofs: list[Proven] = field(default_factory=list)
+    clipped: dict[str, ClippedReport] = field(default_factory=dict)
+    checks: list[dict[str, object]] = field(default_factory=list)
+    verify: VerifyReport | None = None
+    published: Published | None = None
+    peak_rss_bytes: int | None = None
+    pushed: PushedReport | None = None
+
+
+def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error: BaseException | None) -> Report:
+    """The report, whatever the outcome.
+
+    Args:
+        request: What was asked for.
+        steps: What is known so far.
+        calibrated: Whether there is an export.
+        error: What ended the run, or None.
+    """
+    both = list(zip(steps.parts, steps.plans, strict=False))  # a plan may be refused after others were made
+    specs = {f"{part.prefix}{shard.file}": shard.tensors for part, plan in both for shard in plan.shards}
+    ledger = {f"{part.prefix}{role}": fates for part, plan in both for role, fates in fates_of(part, plan).items()}
+    return Report(
+        command=request.command,
+        inputs=steps.inputs.reports(),
+        network=steps.inputs.network(),
+        preset=_preset(steps.chosen, request.algorithm),
+        output=output_report(steps.output, specs, steps.published, error),
+        rules=[rule for part, plan in both for rule in rules_of(part, plan)],
+        counts={role: counted(fates) for role, fates in ledger.items()},
+        ledger=ledger,
+        proof=_proof(steps),
+        calibration=None if calibrated else "none",
+        clipped=steps.clipped,
+        dequantized=[f"{part.prefix}{name}" for part, plan in both for name in plan.dequantized],
+        checks=steps.checks,
+        verify=steps.verify,
+        pushed=steps.pushed,
+        free_bytes=steps.free_bytes,
+        peak_working_bytes=max((peak_bytes(plan, request.worker_count) for plan in steps.plans), default=None),
+        peak_rss_bytes=steps.peak_rss_bytes,
+        throughput_bytes_per_s=throughput(steps.clock, steps.plans) if steps.peak_rss_bytes is not None else None,
+        device=steps.device,
+        peak_gpu_bytes=steps.peak_gpu_bytes,
+        timings_s=steps.clock.seconds,
+        warnings=warnings_of(steps.warned),
+        versions=versions(),
+        **ending(error, "planned" if steps.is_planned else "ok"),
+    )
+
+
+def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, object] | None:
+    if chosen is None:
+        return None
+    known = algorithm in chosen.loaded.preset.sets()
+    return {
+        "name": chosen.loaded.preset.name,
+        "path": chosen.loaded.path,
+        "sha256": chosen.loaded.sha256,
+        "status": chosen.status(algorithm) if known else None,
+        "known_limits": chosen.limits(algorithm) if known else [],
+        "also": chosen.also,
+    }
+
+
+def _proof(steps: Steps) -> ProofReport | None:
+    """The proofs of all transformers as one: names under their prefixes, the first status that is no pass."""
+    named = [(part.prefix, one.report) for part, one in zip(steps.parts, steps.proofs, strict=False)]
+    if not named:
+        return None
+    modules = {f"{prefix}{name}": one for prefix, found in named for name, one in found.modules.items()}
+    first = named[-1][1]
+    return ProofReport(
+        method=first.method,
+        status=next((one.status for _, one in named if one.status != "pass"), "pass"),
+        max_error=first.max_error,
+        counts=verdict_counts(modules),
+        fused_scales_differ={
+            f"{prefix}{group}": ratio for prefix, found in named for group, ratio in found.fused_scales_differ.items()
+        },
+        biases_differ=[f"{prefix}{name}" for prefix, found in named for name in found.biases_differ],
+        modules=modules,
+    )
+
+
+def clipped_warning(found: Mapping[str, ClippedReport]) -> list[Warned]:
+    """What was cut off of one transformer's weights."""
+    if not found:
+        return []
+    worst = max(found, key=lambda name: found[name].largest)
+    message = (
+        f"{sum(one.count for one in found.values())} values in {len(found)} modules lie beyond 448 scales and are "
+        f"cut off; the largest, {found[worst].largest:.6g} scales, is in {worst}"
+    )
+    return [("export.clipped", message)]

@@ -1,0 +1,246 @@
+"""What every command has: a clock, opened inputs, warnings; and what of its report is the same for all. No torch."""
+
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from modelopt_convert import __version__
+from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.checkpoint.hub.hub_path import HubPath
+from modelopt_convert.checkpoint.location import Location
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
+from modelopt_convert.run.errors import (
+    BackendError,
+    CheckFailedError,
+    ExitCode,
+    InconclusiveError,
+    InternalError,
+    Interrupted,
+    MoptError,
+    RemoteError,
+    StorageError,
+)
+from modelopt_convert.run.progress import Progress
+from modelopt_convert.stage.directory import Published
+from modelopt_convert.write.task import StreamPlan
+
+Reported = TypeVar("Reported", covariant=True)
+Warned = tuple[str, str]
+"""The code of a warning, and what it says."""
+
+_STATUS: dict[type[MoptError], Status] = {
+    CheckFailedError: "mismatch",
+    InconclusiveError: "inconclusive",
+    StorageError: "error",
+    RemoteError: "error",
+    InternalError: "error",
+    BackendError: "error",
+}
+
+
+class Command(Protocol[Reported]):
+    """What a request asks for, ready to be done: all that the API and the command line know of a command."""
+
+    def run(self, progress: Progress) -> None:
+        """Do the work, and keep what its steps returned.
+
+        Raises:
+            MoptError: One of its kinds.
+        """
+
+    def report(self, error: BaseException | None = None) -> Reported:
+        """Put the report together from what the steps returned so far, and from the error that ended the work."""
+
+
+class Clock:
+    """Seconds by phase.
+
+    Attributes:
+        seconds: Of every phase so far; of one that came several times, the sum.
+    """
+
+    def __init__(self) -> None:
+        """Nothing took any time yet."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time that a phase takes."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] = round(self.seconds.get(what, 0.0) + time.monotonic() - begin, 3)
+
+
+class Inputs:
+    """The checkpoints that a command has opened, by name; a context manager that closes them.
+
+    Attributes:
+        readers: As they are opened.
+        to_fetch: Bytes that are still to be fetched of those on the Hub, as far as it is known.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is open yet."""
+        self.readers: dict[str, CheckpointReader] = {}
+        self.renamed: dict[str, dict[str, str]] = {}
+        self.to_fetch: dict[str, int] = {}
+        self._found: dict[str, InputReport] = {}
+        self._traffic: dict[str, tuple[int, int]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """The inputs themselves."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Note what came over the network, however the work ended, and close."""
+        self._traffic = {name: reader.traffic() for name, reader in self.readers.items()}
+        self._stack.__exit__(kind, error, trace)
+
+    def open(self, name: str, path: Location, *, need_config: bool = True) -> CheckpointReader:
+        """Open a checkpoint.
+
+        Args:
+            name: In the report.
+            path: A folder, or one .safetensors file.
+            need_config: Whether a folder without config.json is an error.
+
+        Raises:
+            InputError: It cannot be opened.
+        """
+        reader = self._stack.enter_context(CheckpointReader(path, need_config=need_config))
+        self.readers[name] = reader
+        self._found[name] = InputReport(
+            path=str(reader.path),
+            identity=reader.identity(),
+            tensors=len(reader.tensors),
+            bytes=reader.num_bytes,
+            files=list(reader.files),
+            skipped_files=list(reader.skipped),
+        )
+        return reader
+
+    def check_unchanged(self) -> None:
+        """Compare all files with what they were at opening.
+
+        Raises:
+            InputError: ``input.changed``.
+        """
+        for reader in self.readers.values():
+            reader.check_unchanged()
+
+    def reports(self) -> dict[str, InputReport]:
+        """Every input as it was opened."""
+        return {
+            name: one.model_copy(update={"renamed": self.renamed.get(name, {})}) for name, one in self._found.items()
+        }
+
+    def network(self) -> dict[str, NetworkReport]:
+        """What inputs on the Hub cost to read."""
+        found: dict[str, NetworkReport] = {}
+        for name, reader in self.readers.items():
+            if isinstance(reader.path, HubPath):
+                fetched, requests = self._traffic.get(name, (0, 0))
+                found[name] = NetworkReport(
+                    repo=reader.path.repo.repo_id,
+                    commit=reader.path.repo.commit,
+                    of_bytes=self._found[name].bytes,
+                    to_fetch_bytes=self.to_fetch.get(name),
+                    fetched_bytes=fetched,
+                    requests=requests,
+                )
+        return found
+
+
+def output_report(
+    path: str,
+    shards: Mapping[str, Sequence[TensorSpec]],
+    published: Published | None,
+    error: BaseException | None,
+) -> OutputReport:
+    """What stands, or was planned to stand, at OUT.
+
+    Args:
+        path: OUT.
+        shards: Tensors by file.
+        published: How the checkpoint came into place; None if it did not.
+        error: What ended the run, or None; a StorageError knows what stands.
+    """
+    stands = error if isinstance(error, StorageError) else None
+    sizes = {file: sum(spec.num_bytes for spec in specs) for file, specs in shards.items()}
+    return OutputReport(
+        path=path,
+        tensors=sum(len(specs) for specs in shards.values()),
+        bytes=sum(sizes.values()),
+        shards=[{"file": file, "bytes": size} for file, size in sizes.items()],
+        published=stands.published if stands is not None else published is not None,
+        method=published and published.method,
+        durable=published.durable if published is not None else None,
+        kept_at=stands.kept_at if stands is not None else None,
+    )
+
+
+def throughput(clock: Clock, plans: Sequence[StreamPlan]) -> int | None:
+    """Tensor bytes of the output by the seconds of streaming; None of so few that they say nothing."""
+    seconds = clock.seconds.get("stream")
+    total = sum(spec.num_bytes for plan in plans for shard in plan.shards for spec in shard.tensors)
+    return round(total / seconds) if seconds else None
+
+
+def published_warnings(published: Published | None) -> list[Warned]:
+    """What could not be cleaned up."""
+    return [("output.old_not_removed", text) for text in published.warnings] if published is not None else []
+
+
+def peak_rss_bytes() -> int | None:
+    """The process's own peak; ``ru_maxrss`` would begin with that of whoever started it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def warnings_of(warned: list[Warned]) -> list[dict[str, str]]:
+    """Warnings as they stand in a report."""
+    return [{"code": code, "message": message} for code, message in warned]
+
+
+def versions() -> dict[str, str]:
+    """What took part in the run."""
+    torch = sys.modules.get("torch")  # not imported for its version's sake
+    found = {"mopt": __version__, "python": platform.python_version()}
+    return found | ({"torch": str(torch.__version__)} if torch is not None else {})
+
+
+def ending(error: BaseException | None, status: Status = "ok") -> dict[str, Any]:
+    """How a run ended: the fields ``status``, ``exit_code`` and ``error`` of its report.
+
+    Args:
+        error: What ended the run, or None.
+        status: Where there was no error.
+    """
+    if error is None:
+        return {"status": status, "exit_code": int(ExitCode.OK), "error": None}
+    status, exit_code, code, message = "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}"
+    hint, path = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", None
+    if isinstance(error, MoptError):
+        status = _STATUS.get(type(error), "refused")
+        exit_code, code, message, hint, path = error.exit_code, error.code, error.message, error.hint or "", error.path
+    elif isinstance(error, Interrupted):
+        status, code, message, hint = "interrupted", "interrupted", f"stopped by signal {error.signum}", ""
+        exit_code = ExitCode(128 + error.signum)
+    told = ErrorReport(code=code, message=_unicode(message), hint=hint or None, path=path and _unicode(path))
+    return {"status": status, "exit_code": int(exit_code), "error": told}
+
+
+def _unicode(text: str) -> str:
+    """A path that is not UTF-8 has characters that no JSON can hold."""
+    return text.encode(errors="backslashreplace").decode()

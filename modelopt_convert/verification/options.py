@@ -1,0 +1,32 @@
+"""What verify is to run. No torch."""
+
+from dataclasses import dataclass, field
+
+from modelopt_convert.run.workers import default_workers
+
+DEFAULT_SAMPLE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    """What verify is to run.
+
+    Attributes:
+        backends: ``best``, ``all``, or names.
+        device: ``cuda`` or ``cpu``; None for the GPU if there is one.
+        sample: Rows of each module for L2; None for all.
+        require: ``native`` or ``gpu``: that the kernel level ran so; or None.
+        max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
+        prewarm: Build the kernels for this checkpoint's shapes, and stop.
+        preferred: The backend that ``best`` takes if it runs.
+        workers: Modules that are decoded at a time.
+    """
+
+    backends: tuple[str, ...] = ("best",)
+    device: str | None = None
+    sample: int | None = DEFAULT_SAMPLE
+    require: str | None = None
+    max_error: float | None = None
+    prewarm: bool = False
+    preferred: str | None = None
+    workers: int = field(default_factory=default_workers)
