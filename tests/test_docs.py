@@ -16,6 +16,12 @@ def test_support_table_is_current() -> None:
     assert (ROOT / "docs" / "support.md").read_text() == render(), "run scripts/make/make_support.py"
 
 
+def test_the_house_is_drawn_as_it_is() -> None:
+    from make_house import render
+
+    assert (ROOT / "docs" / "house.svg").read_text() == render(), "run scripts/make/make_house.py"
+
+
 def test_readme_commands_are_real_flags() -> None:
     text = (ROOT / "README.md").read_text()
     known = run_mopt("build-nvfp4", "--help", json_report=False).stdout

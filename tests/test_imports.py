@@ -8,14 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from rooms import PACKAGE, ROOMS
 from root import ROOT
 
-PACKAGE = ROOT / "modelopt_convert"
-# From below to above: a room imports rooms before it, and its own.
-ROOMS = (
-    "run", "formats", "report", "checkpoint", "preset", "engines", "dialects", "plan", "proof", "stage", "write",
-    "inspection", "verification", "commands", "api", "cli",
-)  # fmt: skip
 # Help, usage errors, dry runs and refusals come from these, and a library of a tenth of a second would be waited for.
 LIGHT = ("run", "report", "checkpoint", "preset", "engines", "dialects", "plan", "stage", "api", "cli")
 HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "flashinfer", "modelopt", "diffusers", "transformers"}

@@ -1,0 +1,101 @@
+"""The record of a checkpoint, ``mopt.json``: schema ``mopt.manifest/1``, keys only added. No torch.
+
+``docs/schemas`` is made from these models. A record has the keys of its command: where a key is not always there, its
+description says where it is.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="xxh3-128, in hex")]
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class ToolRecord(_Open):
+    """What wrote the checkpoint."""
+
+    name: Literal["mopt"]
+    version: str
+
+
+class PresetRecord(_Open):
+    """The preset of a build."""
+
+    name: str
+    sha256: str = Field(description="of its text and of the texts that it extends")
+
+
+class SourceRecord(_Open):
+    """What identifies an input."""
+
+    headers_sha256: str = Field(description="digest of config, index and headers")
+    repo: str | None = Field(default=None, description="of an input on the Hub")
+    commit: str | None = Field(default=None, description="of an input on the Hub or in its cache")
+
+
+class RuleRecord(_Open):
+    """What one pattern matched and replaced."""
+
+    kind: str
+    pattern: str
+    matched: int
+    replaced: int
+    bytes: int
+
+
+class ModuleRecord(_Open):
+    """The proof of one packed module; numbers are of the sampled rows."""
+
+    verdict: str
+    codes: int
+    codes_equal: int
+    relative_error: float | None = Field(default=None, description="rounded to four digits")
+    rule: str | None = Field(default=None, description="how an FP8 exporter divided, where that is known")
+
+
+class ProofRecord(_Open):
+    """The proof of what was written, or of the export that it was made from."""
+
+    method: str
+    status: Literal["pass", "fail", "not proven", "quantized here"]
+    counts: dict[str, int] = Field(description="modules by verdict")
+    fused_scales_differ: list[str] = Field(description="fused groups whose members have scales of their own")
+    modules: dict[str, ModuleRecord]
+
+
+class DigestsRecord(_Open):
+    """What ``mopt verify`` compares the bytes with."""
+
+    algorithm: Literal["xxh3-128"]
+    tensors: dict[str, Digest]
+    files: dict[str, Digest] = Field(description="the small files beside the record")
+    headers: Digest | None = Field(
+        default=None, description="of names, dtypes, shapes and header metadata; where there are shards"
+    )
+
+
+class Record(_Open):
+    """Everything that a checkpoint says of itself; a pipeline folder has a record above those of its transformers."""
+
+    schema_: Literal["mopt.manifest/1"] = Field(alias="schema")
+    tool: ToolRecord
+    command: str
+    digests: DigestsRecord
+    preset: PresetRecord | None = Field(default=None, description="of builds; null for `--preset none`")
+    base_repo: str | None = Field(default=None, description="of builds; null where nothing tells it")
+    sources: dict[str, SourceRecord] = Field(default_factory=dict, description="of a transformer: its inputs by role")
+    rules: list[RuleRecord] = Field(default_factory=list, description="of the transformer of a build")
+    counts: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="of a transformer: for each input, how many tensors met each fate"
+    )
+    proof: ProofRecord | None = Field(default=None, description="of a built transformer, and of a proven rewrite")
+    dequantized: list[str] = Field(
+        default_factory=list, description="of a built transformer: modules kept in BF16 by way of their scale"
+    )
+    calibration: Literal["none"] | None = Field(default=None, description="where mopt quantized the base itself")
+    components: list[str] = Field(default_factory=list, description="of a pipeline: its transformers")
+    parts: dict[str, Digest] = Field(default_factory=dict, description="of a pipeline: the record of each")
