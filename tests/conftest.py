@@ -1,4 +1,4 @@
-"""Fixtures. Real ModelOpt exports are made once per test run, in a process of their own, and shared by all workers.
+"""Fixtures. What is only read is made once per test run and shared by all workers: real exports, and builds of them.
 
 No test reaches the real Hugging Face Hub: importing hub_support puts one on loopback in its place.
 
@@ -8,7 +8,8 @@ On CI a skipped test fails the run: everything that a test may need is installed
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from hub_support import start_afresh
 from loopback_hub import LoopbackHub
 from root import ROOT
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of torch that wait for each other would take a third of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Not even collected without that, since on CI a skipped test would fail the run.
 collect_ignore = [] if os.environ.get("MOPT_TEST_LONG") else ["long"]
 _skipped: list[str] = []
@@ -38,47 +42,92 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str, name: str, *arguments: str) -> Path:
-    """A folder filled by scripts/make/make_export.py, once for all workers of a run, or for all runs of mutants.py."""
-    shared = tmp_path_factory.getbasetemp()
-    if "MOPT_TEST_EXPORTS" in os.environ:
-        shared = Path(os.environ["MOPT_TEST_EXPORTS"])
-    elif worker_id != "master":
-        shared = shared.parent
-    folder = shared / name
-    with FileLock(shared / f"{name}.lock"):
+def _shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all workers of this run see."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+def _made_once(folder: Path, make: Callable[[], object]) -> Path:
+    """A folder that the first worker to ask for it fills."""
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "done").exists():
-            command = [sys.executable, str(ROOT / "scripts" / "make" / "make_export.py"), str(folder), *arguments]
-            # ModelOpt's exporter needs transformers, which does not take a newer huggingface_hub put in front.
-            variables = os.environ | ({"PYTHONPATH": ""} if "MOPT_TEST_HUB" in os.environ else {})
-            subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+            make()
             (folder / "done").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def make_exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Runs scripts/make/make_export.py in a process of its own; once for all runs of mutants.py or reliability.py."""
+    given = os.environ.get("MOPT_TEST_EXPORTS")
+    shared = Path(given) if given else _shared(tmp_path_factory, worker_id)
+
+    def made(name: str, *arguments: str) -> Path:
+        command = [sys.executable, str(ROOT / "scripts" / "make" / "make_export.py"), str(shared / name), *arguments]
+        # ModelOpt's exporter needs transformers, which does not take a newer huggingface_hub put in front.
+        variables = os.environ | ({"PYTHONPATH": ""} if "MOPT_TEST_HUB" in os.environ else {})
+        run = partial(subprocess.run, command, check=True, capture_output=True, text=True, env=variables)
+        return _made_once(shared / name, run)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def exports(make_exports: Callable[..., Path]) -> Path:
     """FLUX.1: ``base`` and every variant of make_export.py, as ModelOpt wrote them. Never write there."""
     from make_export import VARIANTS
 
-    return _made_once(tmp_path_factory, worker_id, "exports", *VARIANTS)
+    return make_exports("exports", *VARIANTS)
 
 
 @pytest.fixture(scope="session")
-def families(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def families(make_exports: Callable[..., Path]) -> Path:
     """A folder with ``<family>/base``, ``/nvfp4`` and ``/fp8`` for all families. Never write there."""
-    return _made_once(tmp_path_factory, worker_id, "families", "--family", "all", "nvfp4", "fp8")
+    return make_exports("families", "--family", "all", "nvfp4", "fp8")
 
 
 @pytest.fixture(scope="session")
-def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FLUX.1 in NVFP4 as mopt builds it, in several shards. Never write there."""
-    from support import build
+def make_build(exports: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Builds FLUX.1 from its exports."""
+    from support import run_mopt
 
-    output = tmp_path_factory.mktemp("built") / "flux"
-    outcome = build(exports / "nvfp4", exports / "base", output, "--max-shard-size", "800kB")
-    assert outcome.exit_code == 0, outcome.stderr
-    return output
+    def made(name: str, command: str, export: str | None, *more: str) -> Path:
+        folder = _shared(tmp_path_factory, worker_id) / name
+        inputs = ["--base", exports / "base", *([] if export is None else ["--export", exports / export])]
+
+        def make() -> None:
+            folder.mkdir()
+            outcome = run_mopt(command, "--preset", "flux1-dev", *inputs, "--output", folder / "out", *more)
+            assert outcome.exit_code == 0, outcome.stderr
+
+        return _made_once(folder, make) / "out"
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def built(make_build: Callable[..., Path]) -> Path:
+    """FLUX.1 in NVFP4 as mopt builds it, in several shards. Never write there, nor into those that follow."""
+    return make_build("built", "build-nvfp4", "nvfp4", "--max-shard-size", "800kB")
+
+
+@pytest.fixture(scope="session")
+def built_nvfp4(make_build: Callable[..., Path]) -> Path:
+    """The same in one file."""
+    return make_build("built-nvfp4", "build-nvfp4", "nvfp4")
+
+
+@pytest.fixture(scope="session")
+def built_fp8(make_build: Callable[..., Path]) -> Path:
+    """FLUX.1 in FP8 as mopt converts it."""
+    return make_build("built-fp8", "convert-fp8", "fp8")
+
+
+@pytest.fixture(scope="session")
+def built_uncalibrated(make_build: Callable[..., Path]) -> Path:
+    """FLUX.1 in NVFP4, quantized by mopt from the base."""
+    return make_build("built-uncalibrated", "build-nvfp4", None)
 
 
 @pytest.fixture
@@ -130,6 +179,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
 def xet_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
     """An empty Hub that is a Xet server too, and an empty cache for the client."""
     return start_afresh(tmp_path, monkeypatch, "http")
+
+
+@pytest.fixture(params=["hub", "xet_hub"])
+def any_hub(request: pytest.FixtureRequest) -> LoopbackHub:
+    """An empty Hub of either kind."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from action_runner import Ended, Expression, commands, fill, read_pairs, run_action
 from root import ROOT
-from support import build
 
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 REPORT = {"verify": {"verdict": "pass", "statement": "proven", "levels": [{"level": "L0", "status": "pass"}]}}
@@ -57,15 +56,8 @@ def writing(report: Mapping[str, object], code: int) -> str:
 # The real thing.
 
 
-@pytest.fixture(scope="module")
-def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("action") / "out"
-    assert build(exports / "nvfp4", exports / "base", output).exit_code == 0
-    return output
-
-
-def test_a_right_checkpoint_passes(built: Path, base: Path, place: Path) -> None:
-    ended = run(place, checkpoint=str(built), base=str(base), args="--device cpu  --sample 4\n--quiet")
+def test_a_right_checkpoint_passes(built_nvfp4: Path, base: Path, place: Path) -> None:
+    ended = run(place, checkpoint=str(built_nvfp4), base=str(base), args="--device cpu  --sample 4\n--quiet")
     assert ended.exit_code == 0, ended.log
     assert ended.outputs["verdict"] == "pass"
     report = json.loads(Path(ended.outputs["report"]).read_text())
@@ -74,10 +66,10 @@ def test_a_right_checkpoint_passes(built: Path, base: Path, place: Path) -> None
     assert "L2" in ended.summary
 
 
-def test_a_damaged_checkpoint_fails_the_step_with_mopts_own_code(built: Path, place: Path) -> None:
+def test_a_damaged_checkpoint_fails_the_step_with_mopts_own_code(built_nvfp4: Path, place: Path) -> None:
     damaged = place / "damaged"
     damaged.mkdir()
-    for path in built.iterdir():
+    for path in built_nvfp4.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
     (shard,) = damaged.glob("*.safetensors")
     data = bytearray(shard.read_bytes())

@@ -83,7 +83,7 @@ def fused(weight, global_scale, packed, scales):  # type: ignore[no-untyped-def]
 
 
 def fused_rows(raw: bytes | memoryview, source: str, columns: int, scale: float) -> tuple[memoryview, memoryview]:
-    """As ``transforms.raw.quantize_nvfp4_rows``, of BF16."""
+    """As ``formats.tensor_bytes.quantize_nvfp4_rows``, of BF16."""
     assert source == "BF16" and columns % 16 == 0
     weight = np.frombuffer(raw, dtype=np.uint16)
     packed, scales = np.empty(weight.size // 2, np.uint8), np.empty(weight.size // 16, np.uint8)

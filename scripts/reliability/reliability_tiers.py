@@ -27,7 +27,7 @@ class Tier:
 
 
 TIERS = (
-    Tier(1, "property", "transforms: round trips, involution, all 256 bytes, arguments left as they were",
+    Tier(1, "property", "arithmetic of formats: round trips, involution, all 256 bytes, arguments left as they were",
          ("tests/formats/test_codes.py",)),
     Tier(2, "oracle", "our bytes against those of ModelOpt's quantizer, recorded", ("tests/formats/test_goldens.py",),
          counted="tensors_compared"),

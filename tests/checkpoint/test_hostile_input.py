@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from archives import Bomb
-from checkpoint_folders import INDEX, SHARDS, WEIGHT_MAP, A, B, refusal, write
+from checkpoint_folders import INDEX, WEIGHT_MAP, A, B, reader_refusal, write
 from figures import note
 from fp8_support import convert, small_fp8_pair, two_weights
 from safetensors.torch import save_file
@@ -27,11 +27,6 @@ from modelopt_convert.run.errors import InputError
 HOSTILE = "evil\x1b[2J\x9b31m\x07\u202e\u2066\r\x00[red]"
 # Characters that a terminal acts on, line breaks of our own apart.
 ACTING = frozenset("\x1b\x9b\x07\u202e\u2066\r\x00")
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", SHARDS, WEIGHT_MAP)
 
 
 def _socket(path: Path) -> None:
@@ -93,7 +88,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
 @pytest.mark.parametrize(("change", "code"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_refused(change: Callable[[Path], object], code: str, sharded: Path) -> None:
     change(sharded)
-    error = refusal(sharded)
+    error = reader_refusal(sharded)
     note(5, rows=1, code=error.code)
     assert error.code == code
     assert len(error.message) < 1000
@@ -112,7 +107,7 @@ def test_json_that_memory_does_not_suffice_for_is_refused(
         return real(text, **options)
 
     monkeypatch.setattr(json, "loads", loads)
-    error = refusal(sharded)
+    error = reader_refusal(sharded)
     assert error.code == {A: "header.too_large", INDEX: "index.too_large"}.get(file, "config.too_large")
     assert "more memory than there is" in error.message
 

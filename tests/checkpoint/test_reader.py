@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import INDEX, SHARDS, SINGLE, WEIGHT_MAP, A, B, C, open_fds, refusal, write
+from checkpoint_folders import INDEX, SHARDS, SINGLE, WEIGHT_MAP, A, B, C, open_fds, reader_refusal, write
 from safetensors.torch import save, save_file
 from support import load
 
-from modelopt_convert.checkpoint import reader as checkpoint
+from modelopt_convert.checkpoint import reader
 from modelopt_convert.checkpoint.components import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.run.errors import InputError
@@ -20,11 +20,6 @@ from modelopt_convert.run.errors import InputError
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
     return write(tmp_path / "checkpoint", {SINGLE: {n: t for tensors in SHARDS.values() for n, t in tensors.items()}})
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", SHARDS, WEIGHT_MAP)
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
@@ -61,10 +56,10 @@ def test_one_file_without_its_folder(sharded: Path) -> None:
         assert (reader.path, reader.files, reader.config) == (sharded, (B,), {})
         assert reader.tensors.keys() == SHARDS[B].keys()
         assert reader.read("b.weight") == bytes(SHARDS[B]["b.weight"].tolist())
-    assert refusal(sharded / "config.json").code.startswith("header.")
+    assert reader_refusal(sharded / "config.json").code.startswith("header.")
     (sharded / A).rename(sharded.parent / A)
     (sharded / A).symlink_to(sharded.parent / A)
-    assert refusal(sharded / A).code == "input.symlink_escape"
+    assert reader_refusal(sharded / A).code == "input.symlink_escape"
 
 
 def test_a_folder_that_needs_no_config(sharded: Path) -> None:
@@ -179,7 +174,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("change", "code", "words"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_refused(sharded: Path, change: Callable[[Path], object], code: str, words: tuple[str, ...]) -> None:
     change(sharded)
-    error = refusal(sharded)
+    error = reader_refusal(sharded)
     assert error.code == code
     for word in words:
         assert word in f"{error.message}\n{error.hint}"
@@ -214,10 +209,10 @@ def test_refused_and_not_a_crash(sharded: Path, change: Callable[[Path], object]
 @pytest.mark.parametrize(("limit", "file", "code"), [("CONFIG", "config.json", "config"), ("INDEX", INDEX, "index")])
 def test_too_large(sharded: Path, monkeypatch: pytest.MonkeyPatch, limit: str, file: str, code: str) -> None:
     size = (sharded / file).stat().st_size
-    monkeypatch.setattr(checkpoint, f"MAX_{limit}_BYTES", size)
+    monkeypatch.setattr(reader, f"MAX_{limit}_BYTES", size)
     CheckpointReader(sharded).__exit__(None, None, None)
-    monkeypatch.setattr(checkpoint, f"MAX_{limit}_BYTES", size - 1)
-    assert refusal(sharded).code == f"{code}.too_large"
+    monkeypatch.setattr(reader, f"MAX_{limit}_BYTES", size - 1)
+    assert reader_refusal(sharded).code == f"{code}.too_large"
 
 
 @pytest.mark.parametrize("file", [INDEX, B, "config.json"])
@@ -225,7 +220,7 @@ def test_cut_anywhere_is_refused(sharded: Path, file: str) -> None:
     whole = (sharded / file).read_bytes()
     for size in range(len(whole)):
         (sharded / file).write_bytes(whole[:size])
-        assert refusal(sharded).code.partition(".")[0] == {INDEX: "index", B: "header"}.get(file, "config")
+        assert reader_refusal(sharded).code.partition(".")[0] == {INDEX: "index", B: "header"}.get(file, "config")
 
 
 def test_resolve_component(tmp_path: Path) -> None:

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import COMMIT, INDEX, SHARDS, WEIGHT_MAP, A, B, C, open_fds, refusal, write
+from checkpoint_folders import COMMIT, INDEX, SHARDS, WEIGHT_MAP, A, B, C, open_fds, reader_refusal, write
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.run.errors import InputError
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", SHARDS, WEIGHT_MAP)
 
 
 @pytest.mark.parametrize("file", [A, "config.json", INDEX])
@@ -31,7 +26,7 @@ def test_a_pipe_is_refused_and_does_not_hang(sharded: Path, file: str) -> None:
     timer = threading.Timer(30, rescue)
     timer.start()
     try:
-        assert refusal(sharded).code == "input.not_regular"
+        assert reader_refusal(sharded).code == "input.not_regular"
     finally:
         timer.cancel()
     assert not rescued.is_set()
@@ -78,7 +73,7 @@ def test_a_hub_cache_snapshot_may_link_nowhere_else(tmp_path: Path, target: str)
     (folder / A).resolve().rename(tmp_path / target)
     (folder / A).unlink()
     (folder / A).symlink_to(f"../../../{target}")
-    assert refusal(folder).code == "input.symlink_escape"
+    assert reader_refusal(folder).code == "input.symlink_escape"
 
 
 def test_a_file_cut_while_open_is_an_error_and_not_a_crash(sharded: Path) -> None:

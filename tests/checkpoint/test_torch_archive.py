@@ -11,7 +11,7 @@ import pytest
 import torch
 from archives import Bomb, as_it_is, rezipped
 from faults import entries
-from fp8_support import PACKED, checkpoint_of, convert, refused
+from fp8_support import PACKED, checkpoint_of, convert, fp8_refused
 from support import load, same_bits
 
 WEIGHT_AMAX = f"{PACKED}.weight_quantizer._amax"
@@ -28,7 +28,7 @@ def test_a_reduce_is_refused_and_never_runs(place: str, old: Path, base: Path, r
     }[place]
     path = tmp_path / "transformer.pt"
     torch.save(found, path)
-    refused(old, base, room, "--checkpoint", path, code="pickle.refused", names=(str(path),))
+    fp8_refused(old, base, room, "--checkpoint", path, code="pickle.refused", names=(str(path),))
     assert not fired.exists()
     torch.load(path, weights_only=False)
     assert fired.exists()  # the bomb is a real one
@@ -68,7 +68,7 @@ def test_what_is_no_zip_is_refused(
 ) -> None:
     path = tmp_path / "transformer.pt"
     make(path, good)
-    refused(old, base, room, "--checkpoint", path, code="pickle.not_zip", names=(str(path),))
+    fp8_refused(old, base, room, "--checkpoint", path, code="pickle.not_zip", names=(str(path),))
     assert not (tmp_path / "fired").exists()
 
 
@@ -95,7 +95,7 @@ def test_a_truncated_checkpoint_is_refused(
     content = good.read_bytes()
     path = tmp_path / "transformer.pt"
     path.write_bytes(content[: int(len(content) * kept)])
-    refused(old, base, room, "--checkpoint", path, code="pickle.not_zip", names=(str(path),))
+    fp8_refused(old, base, room, "--checkpoint", path, code="pickle.not_zip", names=(str(path),))
 
 
 def compressed(write: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -152,7 +152,7 @@ def test_zips_that_torch_would_not_write_are_refused(
     tmp_path: Path,
 ) -> None:
     path = rezipped(good, tmp_path / "transformer.pt", change)
-    refused(old, base, room, "--checkpoint", path, code=code, names=(str(path),))
+    fp8_refused(old, base, room, "--checkpoint", path, code=code, names=(str(path),))
 
 
 def patched(source: Path, target: Path, member: str, field: int, value: int) -> Path:
@@ -184,7 +184,7 @@ def test_members_that_overlap_or_overflow_are_refused(
     source = plain
     for field, value in fields.items():
         source = patched(source, path, f"transformer/{member}", field, value)
-    refused(old, base, room, "--checkpoint", path, code=code, names=(str(path),))
+    fp8_refused(old, base, room, "--checkpoint", path, code=code, names=(str(path),))
     # The same zip without the patch is read.
     assert convert(old, base, room / "out", "--checkpoint", plain).exit_code == 0
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_without_amax_is_refused(
 ) -> None:
     path = tmp_path / "transformer.pt"
     torch.save(found, path)
-    refused(old, base, room, "--checkpoint", path, code="pickle.content", names=(str(path), missing))
+    fp8_refused(old, base, room, "--checkpoint", path, code="pickle.content", names=(str(path), missing))
 
 
 def test_a_folder_that_holds_one_checkpoint_is_fine(fp8: Path, old: Path, base: Path, tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_a_folder_with_none_or_several_is_refused(
     folder.mkdir()
     for name in names:
         (folder / name).write_bytes(good.read_bytes())
-    refused(old, base, room, "--checkpoint", folder, code="pickle.missing", names=(str(folder), *names))
+    fp8_refused(old, base, room, "--checkpoint", folder, code="pickle.missing", names=(str(folder), *names))
 
 
 def test_a_missing_file_is_refused(old: Path, base: Path, room: Path, tmp_path: Path) -> None:
     path = tmp_path / "absent.pt"
-    refused(old, base, room, "--checkpoint", path, code="pickle.missing", names=(str(path),))
+    fp8_refused(old, base, room, "--checkpoint", path, code="pickle.missing", names=(str(path),))

@@ -16,8 +16,8 @@ from support import run_mopt
 
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.record import read_record
 from modelopt_convert.run.errors import InputError
-from modelopt_convert.verification.levels.record import read_record
 
 RECORD = {
     "command": "build-nvfp4",

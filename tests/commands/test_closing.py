@@ -47,17 +47,17 @@ def test_a_build_that_wrote_something_else_is_thrown_away(
 def test_a_broken_gpu_does_not_cost_the_build(
     exports: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelopt_convert.commands import closing
+    from modelopt_convert.verification import subject, transformer
 
-    real = closing.verify_opened
+    real = transformer.verify_opened
 
     def out_of_memory(*arguments: Any, **more: Any) -> Any:
         if arguments[3].type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(closing, "device_of", lambda wanted: torch.device(wanted or "cuda"))
-    monkeypatch.setattr(closing, "verify_opened", out_of_memory)
+    monkeypatch.setattr(subject, "device_of", lambda wanted: torch.device(wanted or "cuda"))
+    monkeypatch.setattr(transformer, "verify_opened", out_of_memory)
     outcome = build(exports / "nvfp4", base, tmp_path / "out")
     assert outcome.exit_code == 0 and outcome.report is not None
     warnings = {warning["code"]: warning["message"] for warning in outcome.report["warnings"]}

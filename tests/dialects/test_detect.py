@@ -29,7 +29,7 @@ from dialect_files import (
     write_file,
 )
 from safetensors.torch import load_file
-from support import run_mopt
+from support import inspected, misreads, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.detect import DIALECTS, detect_dialect
@@ -66,17 +66,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def look(source: Path) -> Headers:
     with CheckpointReader(source, need_config=False) as reader:
         return Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
-
-
-def inspected(source: Path, *more: str) -> dict[str, Any]:
-    outcome = run_mopt("inspect", source, *more)
-    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
-    assert outcome.report["error"] is None
-    return outcome.report
-
-
-def misread_lint(report: dict[str, Any]) -> list[str]:
-    return [fault["message"] for fault in report["lint"] if fault["code"] == "engine.misread"]
 
 
 def test_every_row_of_the_table_has_a_file() -> None:
@@ -192,7 +181,7 @@ def test_the_header_only_comfyui_file_is_misread_and_how(tmp_path: Path) -> None
     nibbles, scales = report["engine"]["misreads"]
     assert nibbles == "sglang@0.5.23 would read the low nibble as the even column, it is the high"
     assert scales == "sglang@0.5.23 would read the scales as linear, they are 128x4"
-    assert misread_lint(report) == [nibbles, scales]
+    assert misreads(report) == [nibbles, scales]
 
 
 @pytest.mark.parametrize("maker", [comfyui, comfyui_both, bfl])
@@ -201,7 +190,7 @@ def test_markers_and_packed_qkv_names_are_read_right(maker: Maker, tmp_path: Pat
     believes = report["engine"]["believes"]
     assert (believes["nibble_order"], believes["scale_layout"], believes["group_size"]) == ("high", "128x4", 16)
     assert (report["layout"]["nibble_order"], report["layout"]["scale_layout"]) == ("high", "128x4")
-    assert report["engine"]["misreads"] == misread_lint(report) == []
+    assert report["engine"]["misreads"] == misreads(report) == []
     assert all("swapped and swizzled" in reason for reason in report["engine"]["because"])
 
 
@@ -219,14 +208,14 @@ def test_a_postprocessed_export_is_misread_in_its_scales_alone(tmp_path: Path) -
     assert report["modules"][ODD]["scale_layout"] == "128x4"
     assert report["modules"][ODD]["scale_basis"] == "shape"
     assert report["layout"]["nibble_order"] == "undetermined"
-    assert misread_lint(report) == ["sglang@0.5.23 would read the scales as linear, they are 128x4"]
+    assert misreads(report) == ["sglang@0.5.23 would read the scales as linear, they are 128x4"]
     # Where nothing is padded and nothing is declared, nothing is claimed.
     ambiguous = inspected(modelopt_header(tmp_path / "y"))
-    assert ambiguous["layout"]["scale_layout"] == "undetermined" and misread_lint(ambiguous) == []
+    assert ambiguous["layout"]["scale_layout"] == "undetermined" and misreads(ambiguous) == []
 
 
 def test_an_algorithm_that_the_engine_refuses_is_named(tmp_path: Path) -> None:
-    (refusal,) = misread_lint(inspected(modelopt_svd(tmp_path / "x")))
+    (refusal,) = misreads(inspected(modelopt_svd(tmp_path / "x")))
     assert "refuses" in refusal and "NVFP4_SVD" in refusal
 
 
@@ -327,4 +316,4 @@ def test_declared_keys_are_shown_as_declared(tmp_path: Path) -> None:
     # The shape of the other module's scales leaves no room for what is declared.
     assert report["modules"][ODD]["scale_layout"] == "linear" and report["modules"][ODD]["scale_basis"] == "shape"
     assert report["layout"]["scale_layout"] == "mixed" and report["layout"]["modules_contradicting"] == 1
-    assert misread_lint(report) == ["sglang@0.5.23 reads all scales as 128x4, they are mixed"]
+    assert misreads(report) == ["sglang@0.5.23 reads all scales as 128x4, they are mixed"]

@@ -12,10 +12,10 @@ from fp8_support import (
     E4M3,
     checkpoint_of,
     convert,
+    fp8_refused,
     ltx_name,
     old_export,
     packed_modules,
-    refused,
     save_checkpoint,
     state_dict,
     x0_export,
@@ -145,7 +145,7 @@ def test_without_a_base_there_is_no_config(merged: bool, ltx2: Path, tmp_path: P
     """The export's own config.json has no architecture."""
     export = x0_export(ltx2 / "fp8", tmp_path / "export", merged=merged)
     names = (str(export / "config.json"), "X0Model")
-    refused(export, None, tmp_path, code="export.no_config", names=names, hint="--base", preset="ltx2")
+    fp8_refused(export, None, tmp_path, code="export.no_config", names=names, hint="--base", preset="ltx2")
 
 
 def test_an_old_x0_export_takes_its_scales_from_its_own_checkpoint(ltx2: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_an_old_x0_export_takes_its_scales_from_its_own_checkpoint(ltx2: Path, t
         f"velocity_model.{ltx_name(name)}": tensor for name, tensor in state_dict(checkpoint_of(ltx2 / "fp8")).items()
     }
     checkpoint = save_checkpoint(tmp_path / "transformer.pt", state)
-    refused(export, ltx2 / "base", tmp_path, code="export.nothing_quantized", hint="--checkpoint", preset="ltx2")
+    fp8_refused(export, ltx2 / "base", tmp_path, code="export.nothing_quantized", hint="--checkpoint", preset="ltx2")
     outcome = convert(export, ltx2 / "base", tmp_path / "out", "--checkpoint", checkpoint, preset="ltx2")
     assert outcome.exit_code == 0, outcome.stderr
     assert convert(ltx2 / "fp8", ltx2 / "base", tmp_path / "today", preset="ltx2").exit_code == 0
@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused(
     change: Callable[[Tensors], object], code: str, named: str, ltx2: Path, tmp_path: Path
 ) -> None:
     export = rewritten(x0_export(ltx2 / "fp8", tmp_path / "export"), change)
-    refused(export, ltx2 / "base", tmp_path, code=code, names=(named,), preset="ltx2")
+    fp8_refused(export, ltx2 / "base", tmp_path, code=code, names=(named,), preset="ltx2")
 
 
 def test_a_base_of_another_class_is_refused(ltx2: Path, base: Path, tmp_path: Path) -> None:
@@ -261,11 +261,11 @@ def test_an_x0_export_without_a_plain_fp8_config_is_refused(
 ) -> None:
     export = x0_export(ltx2 / "fp8", tmp_path / "export")
     (export / "config.json").write_text(json.dumps(config))
-    refused(export, ltx2 / "base", tmp_path, code=code, names=("config.json",), preset="ltx2")
+    fp8_refused(export, ltx2 / "base", tmp_path, code=code, names=("config.json",), preset="ltx2")
 
 
 def test_another_class_under_these_names_is_not_renamed(ltx2: Path, tmp_path: Path) -> None:
     """The map is LTX-2's alone."""
     renamed = {f"velocity_model.{name}": tensor for name, tensor in load(ltx2 / "fp8" / "transformer").items()}
     export = write_transformer(tmp_path / "export", renamed, config_of(ltx2 / "fp8" / "transformer"))
-    refused(export, ltx2 / "base", tmp_path, code="base.naming", names=("velocity_model.",), preset="ltx2")
+    fp8_refused(export, ltx2 / "base", tmp_path, code="base.naming", names=("velocity_model.",), preset="ltx2")

@@ -1,4 +1,4 @@
-"""What ModelOpt's quantizer made once, kept as bytes: our transforms make and read the same, without ModelOpt."""
+"""What ModelOpt's quantizer made once, kept as bytes: our arithmetic makes and reads the same, without ModelOpt."""
 
 import json
 from typing import Any

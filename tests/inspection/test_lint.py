@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import Tensors, config_of, edit, load, run_mopt
+from support import Tensors, config_of, edit, inspected, load, misreads, packed_in
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ALONE = "single_transformer_blocks.1.proj_mlp"  # no sibling that its scales would have to agree with
@@ -19,23 +19,8 @@ Change = Callable[[Tensors], object]
 Lint = set[tuple[str, str | None]]
 
 
-def inspected(source: Path, *more: str | Path) -> dict[str, Any]:
-    outcome = run_mopt("inspect", source, *more)
-    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
-    assert outcome.report["status"] == "ok" and outcome.report["error"] is None
-    return outcome.report
-
-
 def lint_of(report: dict[str, Any]) -> Lint:
     return {(fault["code"], fault["module"]) for fault in report["lint"]}
-
-
-def misreads(report: dict[str, Any]) -> list[str]:
-    return [fault["message"] for fault in report["lint"] if fault["code"] == "engine.misread"]
-
-
-def packed_in(tensors: Tensors) -> list[str]:
-    return [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.uint8]
 
 
 def put(name: str, row: int, column: int, byte: int) -> Change:

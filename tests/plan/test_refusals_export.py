@@ -6,30 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from faults import PACKED, REPLACED, SHARD, poke, refused, small_pair, swizzle
+from faults import OTHER_ALGORITHMS, PACKED, REPLACED, SHARD, poke, quantization, refused, small_pair, swizzle
 from support import Tensors, build, edit, load, same_bits
 
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
 
-# Every other algorithm that ModelOpt exports diffusion transformers with, and a word of why it is not for us.
-ALGORITHMS = {
-    "NVFP4_AWQ": "AWQ",
-    "W4A16_AWQ": "AWQ",
-    "W4A8_AWQ": "AWQ",
-    "NVFP4_SVD": "SVDQuant",
-    "W4A8_NVFP4_FP8": "32 wide",
-    "W4A16_NVFP4": "input_scale",
-    "MXFP8": "E8M0",
-    "W8A8_SQ_PER_CHANNEL": "INT8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "per row",
-    "MIXED_PRECISION": "differ in algorithm",
-    "FP8": "FP8 export",
-}
+ALGORITHMS = OTHER_ALGORITHMS | {"FP8": "FP8 export"}
 ROLES = ("weight_scale", "weight_scale_2", "input_scale")
-
-
-def quantization(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config["quantization_config"].update(changes)
 
 
 def test_every_unsupported_algorithm_has_a_case_here() -> None:

@@ -7,37 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Tensors, edit, load
+from faults import postprocess, reciprocal, swapped
+from support import Tensors, edit, load, packed_in
 
-from modelopt_convert.commands.inspect import inspect
+from modelopt_convert import inspect
 from modelopt_convert.report.inspect import InspectReport
 
 FAMILIES = ("flux1", "flux2", "wan", "qwen_image", "hunyuan_video", "ltx2")
-
-
-def packed(tensors: Tensors) -> list[str]:
-    return sorted(name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
-
-
-def swap(tensors: Tensors, modules: list[str]) -> None:
-    for module in modules:
-        weight = tensors[f"{module}.weight"]
-        tensors[f"{module}.weight"] = (weight >> 4) | ((weight & 0x0F) << 4)
-
-
-def swizzle(tensors: Tensors, modules: list[str]) -> None:
-    """ModelOpt's own post-processing."""
-    from modelopt.torch.export.diffusers_utils import swizzle_nvfp4_scales
-
-    for module in modules:
-        part = {name: tensors[f"{module}.{name}"] for name in ("weight", "weight_scale", "weight_scale_2")}
-        part = swizzle_nvfp4_scales({f"m.{name}": tensor for name, tensor in part.items()})
-        tensors[f"{module}.weight_scale"] = part["m.weight_scale"]
-
-
-def reciprocal(tensors: Tensors, modules: list[str]) -> None:
-    for module in modules:
-        tensors[f"{module}.weight_scale_2"] = 1.0 / tensors[f"{module}.weight_scale_2"]
 
 
 def permute_rows(tensors: Tensors, modules: list[str]) -> None:
@@ -58,8 +34,8 @@ def permute_one_tile(tensors: Tensors, modules: list[str]) -> None:
 
 
 def swap_and_swizzle(tensors: Tensors, modules: list[str]) -> None:
-    swap(tensors, modules)
-    swizzle(tensors, modules)
+    swapped(tensors, modules)
+    postprocess(tensors, modules)
 
 
 def nothing(tensors: Tensors, modules: list[str]) -> None:
@@ -69,8 +45,8 @@ def nothing(tensors: Tensors, modules: list[str]) -> None:
 # Fault: what is planted, the truth (nibbles, scales, global scale) or None where the weights are not the base's.
 FAULTS: dict[str, tuple[Callable[[Tensors, list[str]], None], tuple[str, str, str] | None]] = {
     "none": (nothing, ("low", "linear", "multiply")),
-    "swapped": (swap, ("high", "linear", "multiply")),
-    "swizzled": (swizzle, ("low", "128x4", "multiply")),
+    "swapped": (swapped, ("high", "linear", "multiply")),
+    "swizzled": (postprocess, ("low", "128x4", "multiply")),
     "both": (swap_and_swizzle, ("high", "128x4", "multiply")),
     "reciprocal": (reciprocal, ("low", "linear", "divide")),
     "rows permuted": (permute_rows, None),
@@ -78,10 +54,12 @@ FAULTS: dict[str, tuple[Callable[[Tensors, list[str]], None], tuple[str, str, st
 }
 
 
+def everywhere(plant: Callable[[Tensors, list[str]], None]) -> Callable[[Tensors], None]:
+    return lambda tensors: plant(tensors, sorted(packed_in(tensors)))
+
+
 def look(source: Path, base: Path | None) -> InspectReport:
-    report = InspectReport()
-    inspect(source, base, report, every_scale=True, max_error=0.15)
-    return report
+    return inspect(source, base=base, all_scales=True)
 
 
 def score(report: InspectReport, truth: tuple[str, str, str] | None) -> Counter[str]:
@@ -103,7 +81,7 @@ def score(report: InspectReport, truth: tuple[str, str, str] | None) -> Counter[
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_verdict_is_wrong(families: Path, tmp_path: Path, family: str, fault: str) -> None:
     plant, truth = FAULTS[fault]
-    source = edit(families / family / "nvfp4", tmp_path / "export", lambda tensors: plant(tensors, packed(tensors)))
+    source = edit(families / family / "nvfp4", tmp_path / "export", everywhere(plant))
     counts = score(look(source, families / family / "base"), truth)
     print(f"{family}, {fault}: {dict(counts)}")
     if truth is None:
@@ -131,7 +109,7 @@ def test_another_base_proves_nothing(families: Path, tmp_path: Path, family: str
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_layer_in_another_layout_is_found(families: Path, tmp_path: Path, family: str) -> None:
-    odd = packed(load(families / family / "nvfp4/transformer"))[1]
+    odd = sorted(packed_in(load(families / family / "nvfp4/transformer")))[1]
     source = edit(families / family / "nvfp4", tmp_path / "export", lambda tensors: swap_and_swizzle(tensors, [odd]))
     report = look(source, families / family / "base")
     assert report.modules[odd].nibble_order == "high" and report.modules[odd].scale_layout == "128x4"
@@ -148,7 +126,7 @@ def test_without_a_base_no_hint_is_wrong_and_no_nibble_order_is_claimed(
 ) -> None:
     plant, truth = FAULTS[fault]
     assert truth is not None
-    source = edit(families / family / "nvfp4", tmp_path / "export", lambda tensors: plant(tensors, packed(tensors)))
+    source = edit(families / family / "nvfp4", tmp_path / "export", everywhere(plant))
     for one in look(source, None).modules.values():
         assert one.nibble_order == "undetermined" and one.nibble_basis == "none"
         assert one.scale_layout in (truth[1], "equivalent", "undetermined")

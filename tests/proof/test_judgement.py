@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from faults import swizzle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,17 +48,6 @@ def pack(seed: int = 0, shape: tuple[int, int] = (256, 256), noise: float = 0.0)
     trained = base.float() * (1 + noise * torch.randn(shape, generator=generator))
     oracle, scale, global_scale = NVFP4QTensor.quantize(trained.to(torch.bfloat16), 16)
     return Packed(base, oracle._quantized_data, scale, global_scale)
-
-
-def swizzle(scale: Tensor) -> Tensor:
-    """128x4 order by the published formula, for shapes without padding."""
-    rows, columns = scale.shape
-    out = torch.empty(scale.numel(), dtype=torch.uint8)
-    for r in range(rows):
-        for c in range(columns):
-            tile = (r // 128) * (columns // 4) + c // 4
-            out[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = scale.view(torch.uint8)[r, c]
-    return out.reshape(rows, columns).view(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (16, 32), (100, 48), (128, 64), (1000, 160)])

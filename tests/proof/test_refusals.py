@@ -1,31 +1,23 @@
 """Packed weights that are not the base's: a layout that cannot be written (exit 3), and damage (exit 1)."""
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from faults import PACKED, REPLACED, entries, quantize, refused, small_pair, swap, swizzle
+from faults import PACKED, REPLACED, entries, quantize, reciprocal, refused, small_pair, swapped, swizzle
 from support import Tensors, build, edit, load, same_bits
 
-Change = Callable[[Tensors, str], None]
+Change = Callable[[Tensors, Iterable[str]], None]
 
 # Scales of these keep their shape when swizzled: rows are a multiple of 128, blocks of 4. One has two tiles each way.
 SHAPES = {"one_tile": (128, 64), "four_tiles": (256, 128), "wide": (128, 256)}
 
 
-def swizzled(tensors: Tensors, module: str) -> None:
-    tensors[f"{module}.weight_scale"] = swizzle(tensors[f"{module}.weight_scale"])
-
-
-def swapped(tensors: Tensors, module: str) -> None:
-    tensors[f"{module}.weight"] = swap(tensors[f"{module}.weight"])
-
-
-def reciprocal(tensors: Tensors, module: str) -> None:
-    tensors[f"{module}.weight_scale_2"] = 1.0 / tensors[f"{module}.weight_scale_2"]
+def swizzled(tensors: Tensors, modules: Iterable[str]) -> None:
+    for module in modules:
+        tensors[f"{module}.weight_scale"] = swizzle(tensors[f"{module}.weight_scale"])
 
 
 LAYOUTS: dict[Change, str] = {
@@ -39,8 +31,8 @@ def relaid(export: Path, target: Path, changes: Sequence[Change], modules: Itera
     """A copy laid out in another way, of which nothing tells: names, dtypes and shapes are those of a right one."""
 
     def change(tensors: Tensors) -> None:
-        for one, module in itertools.product(changes, modules):
-            one(tensors, module)
+        for one in changes:
+            one(tensors, modules)
 
     edit(export, target, change)
     before, after = load(export), load(target)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import build, edit, run_mopt, tree
+from support import edit, run_mopt, tree
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.run.workers import Stopped, default_workers, in_order, until
@@ -81,10 +81,9 @@ def test_the_error_does_not_depend_on_them_either(exports: Path, base: Path, tmp
     assert not (tmp_path / "o").exists()
 
 
-def test_a_rewrite_with_several_workers(nvfp4: Path, base: Path, tmp_path: Path) -> None:
-    assert build(nvfp4, base, tmp_path / "built").exit_code == 0
+def test_a_rewrite_with_several_workers(built_nvfp4: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
-        done = run_mopt("swap-nibbles", tmp_path / "built", tmp_path / f"s{workers}", "--workers", workers)
+        done = run_mopt("swap-nibbles", built_nvfp4, tmp_path / f"s{workers}", "--workers", workers)
         assert done.exit_code == 0
     assert tree(tmp_path / "s1") == tree(tmp_path / "s3")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay
-from stage_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish, record
+from stage_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish
 from tracing import driver, run
 
 from modelopt_convert.checkpoint.header import parse_header, read_header_length
@@ -21,11 +21,6 @@ from modelopt_convert.stage.locks import file_system_of
 
 OLD, NEW = files_of("old"), files_of("new")
 METHODS = ("rename", "exchange", "two-renames")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, place: Path) -> Calls:
-    return record(monkeypatch, place)
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)

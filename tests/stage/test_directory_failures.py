@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay, refuse_with, stop
-from stage_support import Calls, before, forbid_renameat2, litter, prepare, publish, record
+from stage_support import Calls, before, forbid_renameat2, litter, prepare, publish
 
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage import fsops
@@ -20,11 +20,6 @@ from modelopt_convert.stage.directory import StagingDir
 OLD, NEW = files_of("old"), files_of("new")
 METHODS = ("rename", "exchange", "two-renames")
 WRITES = ("create_file", "preallocate", "write_all", "sync", "close")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, place: Path) -> Calls:
-    return record(monkeypatch, place)
 
 
 def failing(number: int, when: Callable[..., bool] = lambda *_: True) -> Callable[..., None]:

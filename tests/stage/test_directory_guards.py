@@ -1,4 +1,4 @@
-"""Small guards of staging, each of which is all that stands between a rare moment and a wrong claim. No torch."""
+"""Small guards of the stage, each of which is all that stands between a rare moment and a wrong claim. No torch."""
 
 import ctypes
 import errno
@@ -17,8 +17,7 @@ from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
 from stage_support import LEFT, before, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
-from modelopt_convert.stage import directory as staging
-from modelopt_convert.stage import fsops
+from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.locks import try_lock
 
@@ -85,7 +84,7 @@ def test_a_stage_that_goes_between_the_listing_and_the_lock(
             shutil.rmtree(path)
         return try_lock(path)
 
-    monkeypatch.setattr(staging, "try_lock", lock)
+    monkeypatch.setattr(directory, "try_lock", lock)
     publish(out)
     assert (held_by(out), litter(out)) == (NEW, [])
 

@@ -27,9 +27,9 @@ from modelopt_convert.stage.directory import StagingDir
 
 METHODS = ("absent", "exchange", "two renames")
 # The functions that sync, by the test that shows why.
-AT_EVERY_RUN = {"shard_writer.__exit__", "staging.write_file", "staging.publish", "staging._sync_after_swap"}
-IN_A_SWEEP, IN_A_ROLLBACK, IN_A_REFUSAL = "staging._sweep", "staging._recover", "staging._keep_stage"
-BEFORE_SETTING_ASIDE = "staging._two_renames"
+AT_EVERY_RUN = {"shard_writer.__exit__", "directory.write_file", "directory.publish", "directory._sync_after_swap"}
+IN_A_SWEEP, IN_A_ROLLBACK, IN_A_REFUSAL = "directory._sweep", "directory._recover", "directory._keep_stage"
+BEFORE_SETTING_ASIDE = "directory._two_renames"
 WITH_WHAT_WAS_LEFT = {IN_A_SWEEP, BEFORE_SETTING_ASIDE}
 KINDS = {"plain": (), "components": FOLDERS}
 

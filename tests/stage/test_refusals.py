@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults import PACKED, SHARD, entries
+from faults import PACKED, SHARD, entries, reciprocal
 from support import Tensors, build, copy, edit, run_mopt, tree
 
 
@@ -263,12 +263,6 @@ def uncalibrated(tensors: Tensors) -> None:
 
 def damaged(tensors: Tensors) -> None:
     tensors[f"{PACKED}.weight"][0] = 0
-
-
-def reciprocal(tensors: Tensors) -> None:
-    for name, tensor in tensors.items():
-        if name.endswith(".weight_scale_2"):
-            tensors[name] = 1.0 / tensor
 
 
 @pytest.mark.parametrize(("fault", "exit_code"), [(uncalibrated, 3), (damaged, 1), (reciprocal, 3)])

@@ -12,7 +12,7 @@ from stage_support import LEFT, SET_ASIDE, locked
 from support import Outcome, Tensors, copy, edit, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands import space
+from modelopt_convert.commands.build import space
 from modelopt_convert.stage.directory import StagingDir
 
 SLACK = 64 << 10  # what the proof may say of each module, at its longest, is not what it says

@@ -42,7 +42,7 @@ def open_fds(folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
-def refusal(folder: Path) -> InputError:
+def reader_refusal(folder: Path) -> InputError:
     """How the folder is refused; no file may be left open."""
     with pytest.raises(InputError) as caught:
         CheckpointReader(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults import swizzle
 from safetensors.torch import save_file
 from support import Tensors
 from torch import Tensor
@@ -49,17 +50,6 @@ def _layers(name: str, *modules: str) -> str:
     return json.dumps({"format_version": "1.0", "layers": {module: {"format": name} for module in modules}})
 
 
-def blocked(scales: Tensor) -> Tensor:
-    """Scales in the 128x4 order, by the formula of the cuBLAS documentation; padded with zeros."""
-    rows, columns = scales.shape
-    high, wide = -(-rows // 128), -(-columns // 4)
-    flat = torch.zeros(high * wide * 512, dtype=torch.uint8)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    offset = (row // 128 * wide + column // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
-    flat[offset.reshape(-1)] = scales.reshape(-1).view(torch.uint8)
-    return flat.view(high * 128, wide * 4).view(scales.dtype)
-
-
 def _plain() -> Tensors:
     """What is quantized in no dialect."""
     return {
@@ -83,7 +73,7 @@ def _nvfp4_modules(shapes: Mapping[str, tuple[int, int]] = SHAPES, *, swizzled: 
     for module, shape in shapes.items():
         tensors |= nvfp4(module, *shape)
     if swizzled:
-        tensors |= {name: blocked(scale) for name, scale in tensors.items() if name.endswith(".weight_scale")}
+        tensors |= {name: swizzle(scale) for name, scale in tensors.items() if name.endswith(".weight_scale")}
     return tensors
 
 
@@ -218,7 +208,7 @@ def comfyui_mxfp8(path: Path) -> Path:
     tensors: Tensors = {}
     for module, (rows, columns) in SHAPES.items():
         tensors[f"{module}.weight"] = _bytes(rows, columns, dtype=torch.float8_e4m3fn)
-        tensors[f"{module}.weight_scale"] = blocked(_bytes(rows, columns // 32))
+        tensors[f"{module}.weight_scale"] = swizzle(_bytes(rows, columns // 32))
         tensors[f"{module}.comfy_quant"] = _marker("mxfp8")
     return write_file(path, tensors)
 
@@ -238,7 +228,7 @@ def lightx2v(path: Path) -> Path:
     tensors: Tensors = {}
     for module, (rows, columns) in SHAPES.items():
         tensors[f"{module}.weight"] = _bytes(rows, columns // 2)
-        tensors[f"{module}.weight_scale"] = blocked(_bytes(rows, columns // 16, dtype=torch.float8_e4m3fn))
+        tensors[f"{module}.weight_scale"] = swizzle(_bytes(rows, columns // 16, dtype=torch.float8_e4m3fn))
         tensors[f"{module}.weight_global_scale"] = _scalar(1000.0)
         tensors[f"{module}.input_global_scale"] = _scalar(100.0)
         tensors[f"{module}.alpha"] = _scalar(1e-5)

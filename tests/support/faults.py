@@ -2,18 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from support import Outcome, Tensors, build
+from support import Outcome, Tensors, build, packed_in
 
 SHARD = "diffusion_pytorch_model.safetensors"
 # A packed module that stays packed under the preset, and one that the preset puts back to BF16; in no fused group.
 PACKED = "single_transformer_blocks.0.proj_out"
 REPLACED = "single_transformer_blocks.0.proj_mlp"
+
+# Algorithms that ModelOpt exports diffusion transformers with and mopt does not take, and a word of why.
+OTHER_ALGORITHMS = {
+    "NVFP4_AWQ": "AWQ",
+    "W4A16_AWQ": "AWQ",
+    "W4A8_AWQ": "AWQ",
+    "NVFP4_SVD": "SVDQuant",
+    "W4A8_NVFP4_FP8": "32 wide",
+    "W4A16_NVFP4": "input_scale",
+    "MXFP8": "E8M0",
+    "W8A8_SQ_PER_CHANNEL": "INT8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "per row",
+    "MIXED_PRECISION": "differ in algorithm",
+}
 
 QUANTIZATION_CONFIG: dict[str, Any] = {
     "quant_method": "modelopt",
@@ -38,7 +52,7 @@ def entries(folder: Path) -> dict[str, str]:
 
 def refused(
     export: Path,
-    base: Path,
+    base: Path | None,
     room: Path,
     *more: str | Path,
     code: str,
@@ -46,11 +60,12 @@ def refused(
     hint: str = "",
     exit_code: int = 3,
     preset: str | None = "flux1-dev",
+    command: Callable[..., Outcome] = build,
 ) -> Outcome:
     """Build to ``room/out`` and require a refusal that changes nothing at all below ``room``."""
 
     def run() -> Outcome:
-        return build(export, base, room / "out", *more, preset=preset)
+        return command(export, base, room / "out", *more, preset=preset)
 
     return refusal(run, room, code=code, names=names, hint=hint, exit_code=exit_code)
 
@@ -143,6 +158,34 @@ def swizzle(scale: torch.Tensor) -> torch.Tensor:
 def swap(packed: torch.Tensor) -> torch.Tensor:
     """The two codes of every byte exchanged."""
     return (packed % 16) * 16 + packed // 16
+
+
+def swapped(tensors: Tensors, modules: Iterable[str] | None = None) -> None:
+    """Exchange the two codes of every byte of some packed modules, or of all."""
+    for module in packed_in(tensors) if modules is None else modules:
+        tensors[f"{module}.weight"] = swap(tensors[f"{module}.weight"])
+
+
+def reciprocal(tensors: Tensors, modules: Iterable[str] | None = None) -> None:
+    """Turn the global scales of some packed modules, or of all, upside down."""
+    for module in packed_in(tensors) if modules is None else modules:
+        tensors[f"{module}.weight_scale_2"] = 1.0 / tensors[f"{module}.weight_scale_2"]
+
+
+def postprocess(tensors: Tensors, modules: Iterable[str] | None = None, *, padding: str | None = None) -> None:
+    """ModelOpt's own padding and swizzling of some packed modules, or of all, in the order in which it does them."""
+    from modelopt.torch.export.diffusers_utils import pad_nvfp4_weights, swizzle_nvfp4_scales
+
+    chosen = set(packed_in(tensors) if modules is None else modules)
+    part = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in chosen}
+    if padding:
+        part = pad_nvfp4_weights(part, padding)
+    tensors.update(swizzle_nvfp4_scales(part))
+
+
+def quantization(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of the config's quantization_config."""
+    return lambda config: config["quantization_config"].update(changes)
 
 
 def poke(tensor: torch.Tensor, row: int, column: int, byte: int) -> torch.Tensor:

@@ -4,11 +4,12 @@ The arithmetic is plain torch or ModelOpt's own, and the formats are spelled out
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from faults import refusal, seeded_weight, write_transformer
+from faults import refused, seeded_weight, write_transformer
 from safetensors.torch import save_file
 from support import Outcome, Tensors, config_of, load, run_mopt
 
@@ -36,23 +37,7 @@ def convert(
     return run_mopt("convert-fp8", *chosen, "--export", export, *beside, "--output", output, *more)
 
 
-def refused(
-    export: Path,
-    base: Path | None,
-    room: Path,
-    *more: str | Path,
-    code: str,
-    names: tuple[str, ...] = (),
-    hint: str = "",
-    exit_code: int = 3,
-    preset: str | None = "flux1-dev",
-) -> Outcome:
-    """Convert to ``room/out`` and require a refusal that changes nothing at all below ``room``."""
-
-    def run() -> Outcome:
-        return convert(export, base, room / "out", *more, preset=preset)
-
-    return refusal(run, room, code=code, names=names, hint=hint, exit_code=exit_code)
+fp8_refused = partial(refused, command=convert)
 
 
 def warnings_of(outcome: Outcome) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the tests of staging.py share: publishing the tiny checkpoint, and recording what fsops is asked. No torch."""
+"""What the tests of the stage share: publishing the tiny checkpoint, and recording what fsops is asked. No torch."""
 
 import fcntl
 import os

@@ -51,10 +51,26 @@ def run_mopt(*arguments: str | Path, json_report: bool = True) -> Outcome:
     return Outcome(result.exit_code, result.stdout, result.stderr, report)
 
 
-def build(export: Path, base: Path, output: Path, *more: str | Path, preset: str | None = "flux1-dev") -> Outcome:
-    """Run ``mopt build-nvfp4``."""
+def build(
+    export: Path | None, base: Path, output: Path, *more: str | Path, preset: str | None = "flux1-dev"
+) -> Outcome:
+    """Run ``mopt build-nvfp4``; without an export the base itself is quantized."""
     chosen = [] if preset is None else ["--preset", preset]
-    return run_mopt("build-nvfp4", *chosen, "--export", export, "--base", base, "--output", output, *more)
+    given = [] if export is None else ["--export", export]
+    return run_mopt("build-nvfp4", *chosen, *given, "--base", base, "--output", output, *more)
+
+
+def inspected(source: Path, *more: str | Path) -> dict[str, Any]:
+    """The report of ``mopt inspect``."""
+    outcome = run_mopt("inspect", source, *more)
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert outcome.report["status"] == "ok" and outcome.report["error"] is None
+    return outcome.report
+
+
+def misreads(report: dict[str, Any]) -> list[str]:
+    """What SGLang would read wrong, as the report of ``mopt inspect`` says it."""
+    return [fault["message"] for fault in report["lint"] if fault["code"] == "engine.misread"]
 
 
 def load(folder: Path) -> Tensors:
@@ -72,6 +88,11 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+def packed_in(tensors: Tensors) -> list[str]:
+    """The modules whose weight is packed in NVFP4, in the order of the tensors."""
+    return [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.uint8]
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -97,6 +118,13 @@ def edit(
     save_file(contiguous, target / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a file of JSON where it lies."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -2,26 +2,34 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import swapped
 from safetensors.torch import save_file
-from support import build, config_of, copy, edit, load, run_mopt
+from support import config_of, copy, edit, load, run_mopt
 from verify_support import PACKED, SHARD, found, statuses, verify
 
 from modelopt_convert.verification.gemm.names import NAMES
 
 
-@pytest.fixture(scope="session")
-def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def built(built_nvfp4: Path, built_fp8: Path) -> dict[str, Path]:
     """A build of each format, by algorithm. Never write there."""
-    room = tmp_path_factory.mktemp("built")
-    assert build(exports / "nvfp4", exports / "base", room / "nvfp4").exit_code == 0
-    arguments = ("--export", exports / "fp8", "--base", exports / "base", "--output", room / "fp8")
-    assert run_mopt("convert-fp8", "--preset", "flux1-dev", *arguments).exit_code == 0
-    return {"nvfp4": room / "nvfp4", "fp8": room / "fp8"}
+    return {"nvfp4": built_nvfp4, "fp8": built_fp8}
+
+
+@pytest.fixture(scope="session")
+def few(make_build: Callable[..., Path]) -> dict[str, Path]:
+    """The same with four packed modules, for what runs kernels. Never write there."""
+    kept = ("--keep-bf16", "transformer_blocks.**", "--keep-bf16", "single_transformer_blocks.1.**")
+    return {
+        algorithm: make_build(f"few-{algorithm}", command, algorithm, *kept)
+        for algorithm, command in (("nvfp4", "build-nvfp4"), ("fp8", "convert-fp8"))
+    }
 
 
 def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -193,12 +201,12 @@ def test_usage_errors(arguments: tuple[str, ...], built: dict[str, Path]) -> Non
     assert verify(built["nvfp4"], *arguments).exit_code == 2
 
 
-def test_a_named_backend_must_run(built: dict[str, Path]) -> None:
+def test_a_named_backend_must_run(few: dict[str, Path]) -> None:
     for name in ("flashinfer-trtllm", "flashinfer_cudnn", "bf16", "reference,triton"):
-        outcome = verify(built["nvfp4"], "--backend", name, "--device", "cpu")
+        outcome = verify(few["nvfp4"], "--backend", name, "--device", "cpu")
         assert outcome.exit_code == 6 and outcome.error_code == "verify.required", name
-    assert verify(built["nvfp4"], "--backend", "torch,reference", "--device", "cpu").exit_code == 6  # FP8 alone
-    assert verify(built["fp8"], "--backend", "torch,reference", "--device", "cpu").exit_code == 0
+    assert verify(few["nvfp4"], "--backend", "torch,reference", "--device", "cpu").exit_code == 6  # FP8 alone
+    assert verify(few["fp8"], "--backend", "torch,reference", "--device", "cpu").exit_code == 0
 
 
 def test_sglangs_variable_is_a_preference(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,14 +301,14 @@ def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
     from modelopt_convert.cli._output import Output, ProgressBar
     from modelopt_convert.report.verify import VerifyReport
     from modelopt_convert.verification import transformer as run
-    from modelopt_convert.verification.request import VerifyRequest
+    from modelopt_convert.verification.options import VerifyOptions
     from modelopt_convert.verification.subject import find_subject
 
     def busy(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "choose", busy)
-    request = VerifyRequest(tmp_path, None, ("best",), None, 16, None, None)
+    request = VerifyOptions()
     report = VerifyReport()
     with CheckpointReader(built["nvfp4"]) as reader:
         progress = ProgressBar(Output(json=True, quiet=True))
@@ -315,20 +323,17 @@ def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:
     assert verify(built["nvfp4"], "--report", built["nvfp4"] / "page.html").exit_code == 2
 
 
-def test_a_nibble_swapped_declaration_is_read_as_declared(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_nibble_swapped_declaration_is_read_as_declared(
+    exports: Path, few: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
     """What is stored otherwise and says so is right."""
-
-    def swap(tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if tensor.dtype == torch.uint8:
-                tensors[name] = (tensor >> 4) | (tensor << 4)
 
     def declare(config: dict[str, Any]) -> None:
         config["quantization_config"]["swap_weight_nibbles"] = True
 
-    swapped = edit(exports / "nvfp4", tmp_path / "swapped", swap, declare)
-    assert verify(swapped, "--base", base, "--backend", "reference").exit_code == 0
-    silent = edit(exports / "nvfp4", tmp_path / "silent", swap)
+    declared = edit(few["nvfp4"], tmp_path / "declared", swapped, declare)
+    assert verify(declared, "--base", base, "--backend", "reference").exit_code == 0
+    silent = edit(exports / "nvfp4", tmp_path / "silent", swapped)
     outcome = verify(silent, "--base", base)
     assert outcome.exit_code == 1 and statuses(outcome)["L1"] == "fail"
 
@@ -338,7 +343,7 @@ def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path:
     from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, ProbeReport
     from modelopt_convert.report.verify import VerifyReport as Found
     from modelopt_convert.run.errors import InconclusiveError
-    from modelopt_convert.verification.request import VerifyRequest
+    from modelopt_convert.verification.options import VerifyOptions
     from modelopt_convert.verification.verdict import conclude
 
     probes = {"triton": {"identity": ProbeReport(status="pass")}}
@@ -353,7 +358,7 @@ def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path:
         modules={"m": ModuleVerify(shape=[16, 16], probes=probes)},
         native_executed="0 of 1",
     )
-    request = VerifyRequest(tmp_path, None, ("best",), None, 16, "native", None)
+    request = VerifyOptions(require="native")
     with pytest.raises(InconclusiveError) as caught:
         conclude(report, request)
     assert caught.value.code == "verify.required" and "0 of 1" in caught.value.message

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import entries, refusal
-from support import Outcome, edit, run_mopt, tree
+from support import build, edit, run_mopt, tree
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -55,10 +55,6 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def quantize(base: Path, output: Path, *more: str | Path) -> Outcome:
-    return run_mopt("build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", output, *more)
-
-
 def widened(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -73,11 +69,11 @@ def test_every_file_is_the_cpus(
 ) -> None:
     """With a last chunk that is not whole, slots used for one weight after another, and by one and several workers."""
     base = edit(exports / "base", tmp_path / "base", widened(dtype))
-    assert quantize(base, tmp_path / "cpu").exit_code == 0
+    assert build(None, base, tmp_path / "cpu").exit_code == 0
     for chunk_bytes, workers in ((SMALL, 1), (SMALL, 3), (gpu_module.CHUNK_BYTES, 2)):
         monkeypatch.setattr(gpu_module, "CHUNK_BYTES", chunk_bytes)
         out = tmp_path / f"{chunk_bytes}-{workers}"
-        outcome = quantize(base, out, "--device", "cuda", "--workers", str(workers))
+        outcome = build(None, base, out, "--device", "cuda", "--workers", str(workers))
         assert outcome.exit_code == 0 and outcome.report is not None
         assert tree(out) == tree(tmp_path / "cpu")
         assert outcome.report["device"] == (torch.cuda.get_device_name() if gpu == "cuda" else "cpu")
@@ -117,9 +113,9 @@ def test_the_error_is_the_cpus(exports: Path, room: Path, gpu: str) -> None:
         tensors[f"{PACKED}.weight"].view(-1)[-1] = float("nan")
 
     base = edit(exports / "base", room / "base", damage)
-    here = quantize(base, room / "out")
+    here = build(None, base, room / "out")
     there = refusal(
-        lambda: quantize(base, room / "out", "--device", "cuda"), room, code="base.not_finite", names=(PACKED,)
+        lambda: build(None, base, room / "out", "--device", "cuda"), room, code="base.not_finite", names=(PACKED,)
     )
     assert here.message == there.message
 
@@ -130,7 +126,7 @@ def test_a_gpu_that_fails_leaves_out_as_it_was(
 ) -> None:
     """Once while the base is measured, and once while a shard is half written."""
     monkeypatch.setattr(gpu_module, "open_gpu", lambda: Gpu(torch.device("cpu")))
-    assert quantize(exports / "base", room / "out").exit_code == 0
+    assert build(None, exports / "base", room / "out").exit_code == 0
     working, left = Slot.launch, launches
 
     def failing(self: Slot, work: Callable[[Tensor, Slot], None], num_bytes: int) -> None:
@@ -145,7 +141,7 @@ def test_a_gpu_that_fails_leaves_out_as_it_was(
 
     monkeypatch.setattr(Slot, "launch", failing)
     outcome = refusal(
-        lambda: quantize(exports / "base", room / "out", "--device", "cuda", "--overwrite"),
+        lambda: build(None, exports / "base", room / "out", "--device", "cuda", "--overwrite"),
         room,
         code="device.failed",
         names=("CUDA out of memory. Tried to allocate 32.00 MiB.",),
@@ -160,8 +156,8 @@ def test_without_a_gpu_nothing_is_read(exports: Path, room: Path, monkeypatch: p
     for name in ("read_into", "buffered", "read_range"):
         monkeypatch.setattr(CheckpointReader, name, None)
     arguments = (exports / "base", room / "out", "--device", "cuda")
-    refusal(lambda: quantize(*arguments), room, code="device.none", names=("GPU",), hint="--device", exit_code=6)
-    assert quantize(*arguments, "--dry-run").exit_code == 0  # the plan is the same on any machine
+    refusal(lambda: build(None, *arguments), room, code="device.none", names=("GPU",), hint="--device", exit_code=6)
+    assert build(None, *arguments, "--dry-run").exit_code == 0  # the plan is the same on any machine
     assert entries(room) == {}
 
 

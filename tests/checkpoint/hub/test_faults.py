@@ -12,20 +12,16 @@ from hub_support import hub_environment
 from loopback_hub import LoopbackHub, Request
 from support import Outcome, run_mopt, tree
 
-from modelopt_convert.checkpoint.hub import client, range_source
 from modelopt_convert.checkpoint.location import parse_location
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.run.errors import InputError, MoptError, RemoteError
 
 NOW = {"Retry-After": "0"}
-NO_PAUSES = (0.0, 0.0, 0.0)
 
 
 @pytest.fixture
-def filled(hub: LoopbackHub, base: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+def filled(hub: LoopbackHub, base: Path, no_pauses: None) -> LoopbackHub:
     hub.seed("alice/base", base)
-    for module in (client, range_source):
-        monkeypatch.setattr(module, "PAUSES_S", NO_PAUSES)
     return hub
 
 

@@ -35,12 +35,11 @@ def build_from_hub(output: Path, *more: str | Path) -> Outcome:
 
 
 def test_what_is_built_from_the_hub_is_what_is_built_from_disk(
-    filled: LoopbackHub, nvfp4: Path, base: Path, tmp_path: Path
+    filled: LoopbackHub, built_nvfp4: Path, tmp_path: Path
 ) -> None:
     outcome = build_from_hub(tmp_path / "far")
     assert outcome.exit_code == 0, outcome.stderr
-    assert build(nvfp4, base, tmp_path / "near").exit_code == 0
-    far, near = tree(tmp_path / "far"), tree(tmp_path / "near")
+    far, near = tree(tmp_path / "far"), tree(built_nvfp4)
     assert {name for name in near if near[name] != far[name]} == {"mopt.json"} and far.keys() == near.keys()
     record = json.loads((tmp_path / "far" / "mopt.json").read_text())
     assert record["sources"]["base"]["commit"] == filled.head("alice/base")
@@ -150,18 +149,17 @@ def test_revisions_folders_and_single_files(hub: LoopbackHub, base: Path, tmp_pa
     assert file.exit_code == 0 and file.report["totals"] == flat.report["totals"]
 
 
-def test_verify_and_rewrite_take_the_hub_too(hub: LoopbackHub, nvfp4: Path, base: Path, tmp_path: Path) -> None:
-    assert build(nvfp4, base, tmp_path / "near").exit_code == 0
-    hub.seed("alice/built", tmp_path / "near")
+def test_verify_and_rewrite_take_the_hub_too(hub: LoopbackHub, built_nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    hub.seed("alice/built", built_nvfp4)
     hub.seed("alice/base", base)
     assert run_mopt("verify", "hf://alice/built").exit_code == 0
     assert run_mopt("verify", "hf://alice/built", "--base", "hf://alice/base").exit_code == 0
     far = run_mopt("swap-nibbles", "hf://alice/built", tmp_path / "far")
-    near = run_mopt("swap-nibbles", tmp_path / "near", tmp_path / "swapped")
+    near = run_mopt("swap-nibbles", built_nvfp4, tmp_path / "swapped")
     assert far.exit_code == near.exit_code == 0
     same = {name for name, digest in tree(tmp_path / "far").items() if tree(tmp_path / "swapped").get(name) == digest}
     assert {name for name in tree(tmp_path / "far") if name.endswith(".safetensors")} <= same
-    broken = copy(tmp_path / "near", tmp_path / "broken")
+    broken = copy(built_nvfp4, tmp_path / "broken")
     (broken / "config.json").write_text(json.dumps(config_of(broken) | {"num_layers": 3}))
     hub.seed("alice/broken", broken)
     assert run_mopt("verify", "hf://alice/broken").exit_code == 1

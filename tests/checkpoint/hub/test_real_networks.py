@@ -15,7 +15,7 @@ from huggingface_hub.utils import httpx
 from loopback_hub import LoopbackHub
 from support import run_mopt
 
-from modelopt_convert.checkpoint.hub import client, range_source, remote_file
+from modelopt_convert.checkpoint.hub import remote_file
 from modelopt_convert.checkpoint.hub.client import hub_errors
 from modelopt_convert.checkpoint.hub.range_source import HubFile
 from modelopt_convert.checkpoint.hub.ranges import Range, without
@@ -27,13 +27,10 @@ from modelopt_convert.run.errors import Interrupted, MoptError, RemoteError
 SIGNED = "https://cdn.example/xorbs/ab?X-Amz-Signature=c0ffee&Expires=1"
 
 
-@pytest.fixture(params=["hub", "xet_hub"])
-def filled(request: pytest.FixtureRequest, base: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
-    hub: LoopbackHub = request.getfixturevalue(request.param)
-    hub.seed("alice/base", base)
-    for module in (client, range_source):
-        monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0, 0.0))
-    return hub
+@pytest.fixture
+def filled(any_hub: LoopbackHub, base: Path, no_pauses: None) -> LoopbackHub:
+    any_hub.seed("alice/base", base)
+    return any_hub
 
 
 def test_what_was_downloaded_is_read_wherever_the_cache_keeps_it(filled: LoopbackHub, tmp_path: Path) -> None:

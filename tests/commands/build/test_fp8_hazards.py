@@ -28,6 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archives import Bomb
 from faults import SHARD, entries
 from fp8_support import (
     E4M3,
@@ -35,10 +36,10 @@ from fp8_support import (
     REPLACED,
     checkpoint_of,
     convert,
+    fp8_refused,
     modelopt_cast,
     old_export,
     packed_modules,
-    refused,
     small_fp8_pair,
     two_weights,
 )
@@ -93,11 +94,11 @@ def test_a_good_output_outlives_a_bad_input(fault: str, exports: Path, base: Pat
 def test_patterns_that_match_nothing_are_refused(fp8: Path, families: Path, base: Path, tmp_path: Path) -> None:
     typo = "single_transformer_blocks.*.proj_mpl"
     for beside in (base, None):
-        refused(
+        fp8_refused(
             fp8, beside, tmp_path, "--keep-bf16", typo, code="preset.no_match", names=(repr(typo),), hint="proj_mlp"
         )
     flux2 = families / "flux2"
-    refused(flux2 / "fp8", flux2 / "base", tmp_path, code="preset.wrong_model", names=("Flux2Transformer2DModel",))
+    fp8_refused(flux2 / "fp8", flux2 / "base", tmp_path, code="preset.wrong_model", names=("Flux2Transformer2DModel",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -128,14 +129,13 @@ def test_a_base_in_another_float_is_cast_to_bf16(dtype: torch.dtype, fp8: Path, 
 def test_a_base_of_another_shape_is_refused(module: str, fp8: Path, base: Path, tmp_path: Path) -> None:
     shape = {f"{module}.weight": torch.zeros(192, 32)}
     other = edit(base, tmp_path / "base", lambda tensors: tensors.update(shape))
-    refused(fp8, other, tmp_path, code="base.shape", names=(f"{module}.weight", "[192, 32]"))
+    fp8_refused(fp8, other, tmp_path, code="base.shape", names=(f"{module}.weight", "[192, 32]"))
 
 
-def test_what_was_quantized_is_never_listed_as_ignored(fp8: Path, base: Path, tmp_path: Path) -> None:
-    assert convert(fp8, base, tmp_path / "out").exit_code == 0
-    packed = packed_modules(load(tmp_path / "out"))
+def test_what_was_quantized_is_never_listed_as_ignored(built_fp8: Path) -> None:
+    packed = packed_modules(load(built_fp8))
     assert len(packed) == 24
-    assert not packed & set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
+    assert not packed & set(config_of(built_fp8)["quantization_config"]["ignore"])
 
 
 def test_no_code_of_an_output_is_nan(fp8: Path, base: Path, tmp_path: Path) -> None:
@@ -172,15 +172,14 @@ def test_no_f16_is_left(with_base: bool, exports: Path, base: Path, tmp_path: Pa
     assert {tensor.dtype for name, tensor in out.items() if name.endswith(".bias")} == {torch.bfloat16}
 
 
-def test_stray_files_are_neither_read_nor_copied(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_stray_files_are_neither_read_nor_copied(fp8: Path, base: Path, built_fp8: Path, tmp_path: Path) -> None:
     export = copy(fp8, tmp_path / "export")
     for name in ("hf_quant_config.json", "pytorch_model.bin", "modelopt_state.pth", "transformer.pt", "backbone.pt"):
         (export / name).write_text('{"quantization": {"quant_algo": "NVFP4", "exclude_modules": []}}')
     (export / "old").mkdir()
     (export / "old" / "a.safetensors").write_bytes((export / SHARD).read_bytes())
     assert convert(export, base, tmp_path / "out").exit_code == 0
-    assert convert(fp8, base, tmp_path / "clean").exit_code == 0
-    found, clean = tree(tmp_path / "out"), tree(tmp_path / "clean")
+    found, clean = tree(tmp_path / "out"), tree(built_fp8)
     assert sorted(found) == ["README.md", "config.json", SHARD, "mopt.json"]
     assert found == clean
     (export / "old.safetensors.index.json").write_text("{}")
@@ -200,7 +199,7 @@ def test_there_is_no_quantization_metadata(fp8: Path, base: Path, tmp_path: Path
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_fused_group_kept_in_part_is_refused(with_base: bool, fp8: Path, base: Path, tmp_path: Path) -> None:
     beside = base if with_base else None
-    refused(
+    fp8_refused(
         fp8, beside, tmp_path, "--keep-bf16", QKV[1], code="preset.fused_group", names=(", ".join(QKV),), hint=QKV[0]
     )
 
@@ -213,7 +212,7 @@ def test_a_group_that_the_export_packed_in_part_is_refused(fp8: Path, base: Path
         tensors[f"{QKV[1]}.weight"] = weight
 
     export = edit(fp8, tmp_path / "export", unpack)
-    refused(export, base, tmp_path, code="preset.fused_group", names=(f"{QKV[1]} in BF16",))
+    fp8_refused(export, base, tmp_path, code="preset.fused_group", names=(f"{QKV[1]} in BF16",))
 
 
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
@@ -222,7 +221,7 @@ def test_a_tensor_missing_from_the_base_is_refused(
     module: str, leaf: str, fp8: Path, base: Path, tmp_path: Path
 ) -> None:
     other = edit(base, tmp_path / "base", lambda tensors: tensors.pop(f"{module}.{leaf}"))
-    refused(fp8, other, tmp_path, code="base.missing_tensor", names=(f"{module}.{leaf}",), hint="whole")
+    fp8_refused(fp8, other, tmp_path, code="base.missing_tensor", names=(f"{module}.{leaf}",), hint="whole")
 
 
 @pytest.mark.parametrize("with_base", [True, False])
@@ -268,7 +267,7 @@ def test_neither_of_two_transformers_is_left_out(exports: Path, base: Path, tmp_
 def test_pattern_characters_are_no_regular_expressions(
     pattern: str, code: str, fp8: Path, base: Path, tmp_path: Path
 ) -> None:
-    refused(fp8, base, tmp_path, "--keep-bf16", pattern, code=code, names=(repr(pattern),))
+    fp8_refused(fp8, base, tmp_path, "--keep-bf16", pattern, code=code, names=(repr(pattern),))
 
 
 def test_the_package_unpickles_in_one_place_and_only_weights() -> None:
@@ -288,23 +287,18 @@ def test_the_package_unpickles_in_one_place_and_only_weights() -> None:
 
 
 def test_no_pickle_is_opened_unless_it_is_named(fp8: Path, base: Path, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, ...]:
-            return Path.touch, (tmp_path / "fired",)
-
     export = copy(fp8, tmp_path / "export")
     for name in ("backbone.pt", "transformer.pt", "pytorch_model.bin"):
-        (export / name).write_bytes(pickle.dumps(Bomb()))
+        (export / name).write_bytes(pickle.dumps(Bomb(tmp_path / "fired")))
     assert convert(export, base, tmp_path / "out").exit_code == 0
     assert not (tmp_path / "fired").exists()
     pickle.loads((export / "backbone.pt").read_bytes())
     assert (tmp_path / "fired").exists()  # the bomb is a real one
 
 
-def test_ignore_has_both_spellings(fp8: Path, base: Path, tmp_path: Path) -> None:
+def test_ignore_has_both_spellings(built_fp8: Path) -> None:
     """Other builders list FLUX.1's ff layers under the last of their names alone, which holds at one TP size."""
-    assert convert(fp8, base, tmp_path / "out").exit_code == 0
-    ignore = set(config_of(tmp_path / "out")["quantization_config"]["ignore"])
+    ignore = set(config_of(built_fp8)["quantization_config"]["ignore"])
     for block in (0, 1):
         for name in ("ff.net.0.proj", "ff.proj_in", "ff.net.2", "ff.proj_out", "ff_context.net.0.proj"):
             assert f"transformer_blocks.{block}.{name}" in ignore
@@ -316,11 +310,11 @@ def test_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -
     del config["quantization_config"]
     (export / "config.json").write_text(json.dumps(config))
     for beside in (base, None):
-        refused(export, beside, tmp_path, code="export.not_quantized", names=(str(export / "config.json"),))
+        fp8_refused(export, beside, tmp_path, code="export.not_quantized", names=(str(export / "config.json"),))
     shard = "diffusion_pytorch_model-00002-of-00004.safetensors"
     other = copy(exports / "fp8_sharded", tmp_path / "other")
     (other / shard).unlink()
-    refused(other, base, tmp_path, code="input.missing", names=(str(other), shard))
+    fp8_refused(other, base, tmp_path, code="input.missing", names=(str(other), shard))
 
 
 def test_the_bias_of_a_replaced_module_is_the_bases_too(fp8: Path, base: Path, tmp_path: Path) -> None:
@@ -338,14 +332,13 @@ def test_names_that_do_not_overlap_are_refused(fp8: Path, base: Path, tmp_path: 
         tensors.update(renamed)
 
     export = edit(fp8, tmp_path / "export", prefix)
-    refused(export, base, tmp_path, code="base.naming", names=("velocity_model.",))
+    fp8_refused(export, base, tmp_path, code="base.naming", names=("velocity_model.",))
     outcome = convert(export, None, tmp_path / "out")
     assert (outcome.exit_code, outcome.error_code) == (3, "preset.no_match"), outcome.stderr
 
 
-def test_the_fp8_set_of_flux1_keeps_proj_mlp(fp8: Path, base: Path, tmp_path: Path) -> None:
-    assert convert(fp8, base, tmp_path / "out").exit_code == 0
-    packed = packed_modules(load(tmp_path / "out"))
+def test_the_fp8_set_of_flux1_keeps_proj_mlp(built_fp8: Path) -> None:
+    packed = packed_modules(load(built_fp8))
     assert not [module for module in packed if module.endswith("proj_mlp")]
 
 

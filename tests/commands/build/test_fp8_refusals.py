@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import SHARD, entries, poke
+from faults import OTHER_ALGORITHMS, SHARD, entries, poke, quantization
 from fp8_support import (
     E4M3,
     PACKED,
@@ -15,9 +15,9 @@ from fp8_support import (
     UNPACKED,
     checkpoint_of,
     convert,
+    fp8_refused,
     modelopt_cast,
     packed_modules,
-    refused,
     small_fp8_pair,
     two_weights,
     warnings_of,
@@ -27,25 +27,8 @@ from support import Tensors, copy, edit, load, same_bits, tree
 
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
 
-# Every other algorithm that ModelOpt exports diffusion transformers with, and a word of why it is not for us.
-ALGORITHMS = {
-    "NVFP4": "build-nvfp4",
-    "NVFP4_AWQ": "AWQ",
-    "W4A16_AWQ": "AWQ",
-    "W4A8_AWQ": "AWQ",
-    "NVFP4_SVD": "SVDQuant",
-    "W4A8_NVFP4_FP8": "32 wide",
-    "W4A16_NVFP4": "input_scale",
-    "MXFP8": "E8M0",
-    "W8A8_SQ_PER_CHANNEL": "INT8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "per row",
-    "MIXED_PRECISION": "differ in algorithm",
-}
+ALGORITHMS = OTHER_ALGORITHMS | {"NVFP4": "build-nvfp4"}
 HINT = f"--keep-bf16 '{PACKED}'"
-
-
-def quantization(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config["quantization_config"].update(changes)
 
 
 def test_every_unsupported_algorithm_has_a_case_here() -> None:
@@ -60,21 +43,21 @@ def test_other_algorithms_are_refused_by_name(
     export = edit(fp8, tmp_path / "export", change_config=quantization(quant_algo=algorithm))
     names = (f"{export}/config.json", "quant_algo", "'FP8'", f"{algorithm!r}", why)
     beside = base if with_base else None
-    refused(export, beside, tmp_path, code="export.quant_algo", names=names, hint="--format fp8")
+    fp8_refused(export, beside, tmp_path, code="export.quant_algo", names=names, hint="--format fp8")
 
 
 @pytest.mark.parametrize("algorithm", ["FP8_V2", "fp8", "W4A8_FP8", "", None, 8, ["FP8"]])
 def test_only_exactly_fp8_is_accepted(algorithm: Any, fp8: Path, base: Path, tmp_path: Path) -> None:
     export = edit(fp8, tmp_path / "export", change_config=quantization(quant_algo=algorithm))
-    refused(export, base, tmp_path, code="export.quant_algo", names=("config.json", f"{algorithm!r} (unknown)"))
+    fp8_refused(export, base, tmp_path, code="export.quant_algo", names=("config.json", f"{algorithm!r} (unknown)"))
 
 
 def test_a_real_nvfp4_export_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
-    refused(nvfp4, base, tmp_path, code="export.quant_algo", names=("'NVFP4'",), hint="")
+    fp8_refused(nvfp4, base, tmp_path, code="export.quant_algo", names=("'NVFP4'",), hint="")
     # Also where its config says FP8: other builders cast the packed codes.
     export = edit(nvfp4, tmp_path / "export", change_config=quantization(quant_algo="FP8"))
     for beside in (base, None):
-        refused(export, beside, tmp_path, code="export.mixed", names=(SHARD, ".weight", "U8"))
+        fp8_refused(export, beside, tmp_path, code="export.mixed", names=(SHARD, ".weight", "U8"))
 
 
 def test_an_export_that_was_never_calibrated_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
@@ -86,7 +69,9 @@ def test_an_export_that_was_never_calibrated_is_refused(exports: Path, base: Pat
     for more in ((), ("--checkpoint", checkpoint_of(export))):
         for beside in (base, None):
             names = (SHARD, ".input_scale")
-            refused(export, beside, tmp_path, *more, code="export.missing_input_scale", names=names, hint="calibrate")
+            fp8_refused(
+                export, beside, tmp_path, *more, code="export.missing_input_scale", names=names, hint="calibrate"
+            )
 
 
 @pytest.mark.parametrize("with_base", [True, False])
@@ -99,7 +84,7 @@ def test_an_export_with_nothing_packed_is_refused(with_base: bool, fp8: Path, ba
 
     export = edit(fp8, tmp_path / "export", change)
     beside = base if with_base else None
-    refused(export, beside, tmp_path, code="export.nothing_quantized", names=(str(export),), hint="--checkpoint")
+    fp8_refused(export, beside, tmp_path, code="export.nothing_quantized", names=(str(export),), hint="--checkpoint")
 
 
 def put(name: str, value: torch.Tensor) -> Callable[[Tensors], None]:
@@ -115,7 +100,9 @@ def test_an_unusable_scale_is_refused_and_the_hint_helps(
     name = f"{PACKED}.{role}"
     export = edit(fp8, tmp_path / "export", put(name, torch.tensor(value)))
     beside = base if with_base else None
-    refused(export, beside, tmp_path, code="export.unusable_scale", names=(SHARD, name), hint=HINT if beside else "")
+    fp8_refused(
+        export, beside, tmp_path, code="export.unusable_scale", names=(SHARD, name), hint=HINT if beside else ""
+    )
     outcome = convert(export, base, tmp_path / "out", "--keep-bf16", PACKED)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     assert outcome.report["proof"]["modules"][PACKED]["verdict"] == "not proven: replaced"
@@ -126,9 +113,9 @@ def test_a_weight_scale_that_dequantizing_needs_is_not_excused_without_a_base(fp
     """Kept in BF16 by the preset, but its BF16 would be made from codes and this scale."""
     name = f"{REPLACED}.weight_scale"
     export = edit(fp8, tmp_path / "nan", put(name, torch.tensor(float("nan"))))
-    refused(export, None, tmp_path, code="export.unusable_scale", names=(SHARD, name), hint="--base")
+    fp8_refused(export, None, tmp_path, code="export.unusable_scale", names=(SHARD, name), hint="--base")
     export = edit(fp8, tmp_path / "none", lambda tensors: tensors.pop(name))
-    refused(export, None, tmp_path, code="export.missing_weight_scale", names=(SHARD, name), hint="--base")
+    fp8_refused(export, None, tmp_path, code="export.missing_weight_scale", names=(SHARD, name), hint="--base")
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
@@ -136,7 +123,7 @@ def test_a_weight_scale_that_dequantizing_needs_is_not_excused_without_a_base(fp
 def test_a_missing_scale_is_refused(role: str, more: tuple[str, ...], fp8: Path, base: Path, tmp_path: Path) -> None:
     name = f"{PACKED}.{role}"
     export = edit(fp8, tmp_path / "export", lambda tensors: tensors.pop(name))
-    refused(export, base, tmp_path, *more, code=f"export.missing_{role}", names=(SHARD, name), hint=HINT)
+    fp8_refused(export, base, tmp_path, *more, code=f"export.missing_{role}", names=(SHARD, name), hint=HINT)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -163,7 +150,7 @@ def test_scales_of_another_dtype_or_shape_are_refused(
 ) -> None:
     """Per row, per block, or of another algorithm: the runtime takes one F32 number."""
     export = edit(fp8, tmp_path / "export", put(name, value))
-    refused(export, base, tmp_path, code="export.shape", names=(SHARD, name, found))
+    fp8_refused(export, base, tmp_path, code="export.shape", names=(SHARD, name, found))
 
 
 @pytest.mark.parametrize(
@@ -184,13 +171,13 @@ def test_a_module_that_is_not_plain_fp8_is_refused(
 ) -> None:
     name = f"{PACKED}.{role}"
     export = edit(fp8, tmp_path / "export", put(name, value))
-    refused(export, base, tmp_path, code=code, names=(SHARD, name))
+    fp8_refused(export, base, tmp_path, code=code, names=(SHARD, name))
 
 
 def test_a_packed_weight_of_another_shape_than_the_bases_is_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
     name = f"{PACKED}.weight"
     export = edit(fp8, tmp_path / "export", lambda tensors: tensors.update({name: tensors[name][:, :-1]}))
-    refused(export, base, tmp_path, code="base.shape", names=(name, "[160, 799]", "[160, 800]"))
+    fp8_refused(export, base, tmp_path, code="base.shape", names=(name, "[160, 799]", "[160, 800]"))
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
@@ -203,7 +190,7 @@ def test_nan_codes_are_found_in_any_row(
     name = f"{module}.weight"
     export = edit(fp8, tmp_path / "export", lambda tensors: tensors.update({name: poke(tensors[name], row, 3, code)}))
     assert int(load(export)[name].float().isnan().sum()) == 1
-    refused(export, base if with_base else None, tmp_path, code="export.not_finite", names=(SHARD, name))
+    fp8_refused(export, base if with_base else None, tmp_path, code="export.not_finite", names=(SHARD, name))
 
 
 def rolled_rows(tensors: Tensors) -> None:
@@ -283,12 +270,12 @@ def test_weights_of_another_base_are_refused(fp8: Path, base: Path, tmp_path: Pa
             tensors[name] = torch.randn(tensors[name].shape, generator=generator).to(torch.bfloat16)
 
     other = edit(base, tmp_path / "base", replace)
-    refused(fp8, other, tmp_path, code="export.other_base", names=(str(fp8), "40 of 40"))
+    fp8_refused(fp8, other, tmp_path, code="export.other_base", names=(str(fp8), "40 of 40"))
 
 
 def test_unquantized_tensors_that_differ_tell_another_base(fp8: Path, base: Path, tmp_path: Path) -> None:
     other = edit(base, tmp_path / "base", lambda tensors: tensors[f"{UNPACKED}.bias"].add_(0.01))
-    refused(fp8, other, tmp_path, code="export.other_base", names=(f"{UNPACKED}.bias",), hint="LoRA")
+    fp8_refused(fp8, other, tmp_path, code="export.other_base", names=(f"{UNPACKED}.bias",), hint="LoRA")
 
 
 @pytest.mark.parametrize("with_base", [True, False])
@@ -308,7 +295,7 @@ def test_a_stale_scale_is_seen_although_its_codes_are_reproduced(tmp_path: Path)
     export, base = small_fp8_pair(tmp_path / "made", weights, {"lin": scale})
     assert same_bits(load(export)["lin.weight"], modelopt_cast(weights["lin"], torch.tensor(scale)))
     names = ("1 of 2", "lin")
-    refused(export, base, tmp_path, code="check.proof", exit_code=1, names=names, preset="none")
+    fp8_refused(export, base, tmp_path, code="check.proof", exit_code=1, names=names, preset="none")
 
 
 def test_a_bias_that_differs_is_reported_and_kept(fp8: Path, base: Path, tmp_path: Path) -> None:
@@ -334,7 +321,7 @@ def test_what_an_engine_is_known_to_load_wrong_must_be_asked_for(fp8: Path, base
         (ROOT / "presets" / "flux1-dev.toml").read_text() + '\n[fp8.known_broken]\n"engine@1.0" = "it mixes up rows"\n'
     )
     names = ("engine@1.0", "it mixes up rows")
-    refused(
+    fp8_refused(
         fp8, base, tmp_path, code="preset.known_broken", names=names, hint="--allow-known-broken", preset=str(preset)
     )
     outcome = convert(fp8, base, tmp_path / "out", "--allow-known-broken", preset=str(preset))

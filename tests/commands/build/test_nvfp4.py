@@ -3,22 +3,14 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from support import build, config_of, load, same_bits, tree
 
 QUANTIZED_LEAVES = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
 
 
-@pytest.fixture(scope="module")
-def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("built") / "out"
-    assert build(exports / "nvfp4", exports / "base", output).exit_code == 0
-    return output
-
-
-def test_packed_tensors_are_the_exports_bytes_and_the_rest_is_the_bases(exports: Path, built: Path) -> None:
-    out, export, base = load(built), load(exports / "nvfp4/transformer"), load(exports / "base/transformer")
+def test_packed_tensors_are_the_exports_bytes_and_the_rest_is_the_bases(exports: Path, built_nvfp4: Path) -> None:
+    out, export, base = load(built_nvfp4), load(exports / "nvfp4/transformer"), load(exports / "base/transformer")
     packed = {name.removesuffix(".weight") for name, tensor in out.items() if tensor.dtype == torch.uint8}
     assert len(packed) == 24
     for name, tensor in out.items():
@@ -30,18 +22,18 @@ def test_packed_tensors_are_the_exports_bytes_and_the_rest_is_the_bases(exports:
     assert out.keys() == expected
 
 
-def test_the_runtime_can_load_what_is_packed(built: Path) -> None:
+def test_the_runtime_can_load_what_is_packed(built_nvfp4: Path) -> None:
     """SGLang 0.5.23 passes quant_config to the attention projections and single-block linears of FLUX.1, no others."""
-    for name, tensor in load(built).items():
+    for name, tensor in load(built_nvfp4).items():
         if tensor.dtype == torch.uint8:
             module = name.removesuffix(".weight")
             single_out = module.startswith("single_transformer_blocks.") and module.endswith(".proj_out")
             assert single_out or (".attn." in module and module.endswith(QUANTIZED_LEAVES)), module
 
 
-def test_every_packed_module_has_all_its_scales(built: Path) -> None:
+def test_every_packed_module_has_all_its_scales(built_nvfp4: Path) -> None:
     """SGLang fills a missing scale with ones and says nothing."""
-    out = load(built)
+    out = load(built_nvfp4)
     for name, tensor in out.items():
         if tensor.dtype == torch.uint8:
             module = name.removesuffix(".weight")
@@ -52,8 +44,8 @@ def test_every_packed_module_has_all_its_scales(built: Path) -> None:
     assert not [name for name in out if "_quantizer" in name]
 
 
-def test_config_says_what_the_tensors_are(built: Path, exports: Path) -> None:
-    config, out = config_of(built), load(built)
+def test_config_says_what_the_tensors_are(built_nvfp4: Path, exports: Path) -> None:
+    config, out = config_of(built_nvfp4), load(built_nvfp4)
     quantization = config["quantization_config"]
     source = config_of(exports / "nvfp4/transformer")["quantization_config"]
     assert "_name_or_path" not in config
@@ -76,20 +68,20 @@ def test_config_says_what_the_tensors_are(built: Path, exports: Path) -> None:
         assert f"{extra}.weight" not in out
 
 
-def test_header_metadata_is_just_the_format(built: Path) -> None:
+def test_header_metadata_is_just_the_format(built_nvfp4: Path) -> None:
     """A flat config under _quantization_metadata is what ComfyUI and SGLang's own reader choke on."""
     from safetensors import safe_open
 
-    for path in built.glob("*.safetensors"):
+    for path in built_nvfp4.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
 
 
-def test_single_file_has_no_index(built: Path) -> None:
-    assert sorted(tree(built)) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "mopt.json"]
+def test_single_file_has_no_index(built_nvfp4: Path) -> None:
+    assert sorted(tree(built_nvfp4)) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "mopt.json"]
 
 
-def test_shards_are_named_and_indexed_as_diffusers_does(exports: Path, tmp_path: Path, built: Path) -> None:
+def test_shards_are_named_and_indexed_as_diffusers_does(exports: Path, tmp_path: Path, built_nvfp4: Path) -> None:
     from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
     from huggingface_hub import load_state_dict_from_file
 
@@ -111,7 +103,7 @@ def test_shards_are_named_and_indexed_as_diffusers_does(exports: Path, tmp_path:
         places.setdefault(name.rpartition(".")[0], set()).add(file)
     assert all(len(files) == 1 for files in places.values()), places
     # The same tensors came out as from the single-file export.
-    single, sharded = load(built), load(tmp_path / "out")
+    single, sharded = load(built_nvfp4), load(tmp_path / "out")
     assert single.keys() == sharded.keys()
     for name, tensor in single.items():
         assert same_bits(tensor, sharded[name])
@@ -141,35 +133,35 @@ def test_every_input_tensor_is_in_the_ledger(exports: Path, tmp_path: Path) -> N
     assert sum(outcome.report["counts"]["export"].values()) == len(ledger["export"])
 
 
-def test_same_input_same_bytes(exports: Path, tmp_path: Path, built: Path) -> None:
+def test_same_input_same_bytes(exports: Path, tmp_path: Path, built_nvfp4: Path) -> None:
     assert build(exports / "nvfp4", exports / "base", tmp_path / "elsewhere").exit_code == 0
-    assert tree(tmp_path / "elsewhere") == tree(built)
+    assert tree(tmp_path / "elsewhere") == tree(built_nvfp4)
 
 
-def test_manifest_digests_are_xxh3_of_the_tensors(built: Path) -> None:
+def test_manifest_digests_are_xxh3_of_the_tensors(built_nvfp4: Path) -> None:
     import xxhash
 
-    manifest = json.loads((built / "mopt.json").read_text())
-    tensors = load(built)
+    manifest = json.loads((built_nvfp4 / "mopt.json").read_text())
+    tensors = load(built_nvfp4)
     assert manifest["digests"]["tensors"].keys() == tensors.keys()
     for name, tensor in tensors.items():
         raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         assert manifest["digests"]["tensors"][name] == xxhash.xxh3_128_hexdigest(raw)
     for name, digest in manifest["digests"]["files"].items():
-        assert digest == xxhash.xxh3_128_hexdigest((built / name).read_bytes())
+        assert digest == xxhash.xxh3_128_hexdigest((built_nvfp4 / name).read_bytes())
 
 
-def test_nothing_in_the_output_names_a_path(built: Path, exports: Path, tmp_path: Path) -> None:
-    for path in built.iterdir():
+def test_nothing_in_the_output_names_a_path(built_nvfp4: Path, exports: Path, tmp_path: Path) -> None:
+    for path in built_nvfp4.iterdir():
         content = path.read_bytes()
         assert str(exports).encode() not in content
-        assert str(built.parent).encode() not in content
+        assert str(built_nvfp4.parent).encode() not in content
 
 
-def test_card_tells_base_and_command(built: Path) -> None:
+def test_card_tells_base_and_command(built_nvfp4: Path) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(built / "README.md")
+    card = ModelCard.load(built_nvfp4 / "README.md")
     assert card.data.base_model == "black-forest-labs/FLUX.1-dev"
     assert card.data.to_dict()["base_model_relation"] == "quantized"
     assert "--model-path black-forest-labs/FLUX.1-dev --transformer-path" in card.text

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults import PACKED, REPLACED
 from safetensors.torch import load_file, save_file
-from support import Tensors, build, edit, run_mopt
+from support import Tensors, build, edit, edit_json, run_mopt
 
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.commands import rewrite
@@ -54,12 +54,6 @@ def stage(request: pytest.FixtureRequest, checked: dict[str, Checked], tmp_path:
     """A copy to plant faults in."""
     folder, plan = checked[request.param]
     return Path(shutil.copytree(folder, tmp_path / "stage")), plan
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def shard_of(folder: Path, name: str) -> Path:

@@ -13,7 +13,8 @@ from families import FAMILIES, PRESETS, allowed
 from faults import entries, refusal
 from make_headers import model_of
 from root import ROOT
-from support import Outcome, Tensors, config_of, copy, edit, load, run_mopt, same_bits, tree
+from support import Tensors, build, config_of, copy, edit, load, packed_in, run_mopt, same_bits, tree
+from verify_support import verify
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.formats import tensor_bytes as raw
@@ -21,32 +22,17 @@ from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import load_preset, preset_names
 
+CPU = ("--device", "cpu")
 ROLES = ("weight", "weight_scale", "weight_scale_2")
 PACKED = "single_transformer_blocks.0.proj_out"
 QUERIES = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
-
-
-def quantize(base: Path, output: Path, *more: str | Path, preset: str | None = "flux1-dev") -> Outcome:
-    chosen = [] if preset is None else ["--preset", preset]
-    return run_mopt("build-nvfp4", *chosen, "--base", base, "--output", output, *more)
-
-
-def packed_in(tensors: Tensors) -> set[str]:
-    return {module_of(name) for name, tensor in tensors.items() if tensor.dtype == torch.uint8}
-
-
-@pytest.fixture(scope="module")
-def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("built") / "out"
-    assert quantize(exports / "base", output).exit_code == 0
-    return output
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_modelopts_own_bytes(families: Path, tmp_path: Path, family: str) -> None:
     """The oracle is ModelOpt's export: calibration does not change weights, and which share a scale is seen in it."""
     where, preset = families / family, PRESETS[family][0]
-    outcome = quantize(where / "base", tmp_path / "out", *allowed(family), preset=preset)
+    outcome = build(None, where / "base", tmp_path / "out", *allowed(family), preset=preset)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     arguments = ("--preset", preset, "--export", where / "nvfp4", "--base", where / "base", *allowed(family))
     assert run_mopt("build-nvfp4", *arguments, "--output", tmp_path / "calibrated").exit_code == 0
@@ -80,10 +66,10 @@ def test_what_a_preset_lets_be_quantized_is_a_linear(name: str) -> None:
     assert all(weight.shape[1] % 16 == 0 for weight in packed.values())
 
 
-def test_config_declares_what_there_is(built: Path) -> None:
+def test_config_declares_what_there_is(built_uncalibrated: Path) -> None:
     from modelopt_convert import __version__
 
-    config = config_of(built)
+    config = config_of(built_uncalibrated)
     found = config["quantization_config"]
     assert "_name_or_path" not in config and config["_class_name"] == "FluxTransformer2DModel"
     assert found["dynamic_input_scale"] is True and found["config_groups"]["group_0"]["input_activations"]["dynamic"]
@@ -91,7 +77,7 @@ def test_config_declares_what_there_is(built: Path) -> None:
     assert (found["quant_method"], found["quant_algo"]) == ("modelopt", "NVFP4")
     assert found["producer"] == {"name": "mopt", "version": __version__}
     assert found["swap_weight_nibbles"] is False and found["checkpoint_weight_scale_layout"] == "linear"
-    assert not [name for name in load(built) if name.endswith("input_scale")]
+    assert not [name for name in load(built_uncalibrated) if name.endswith("input_scale")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -107,8 +93,8 @@ def test_a_wider_base_is_rounded_to_bf16_first(exports: Path, tmp_path: Path, dt
         tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
     wide = edit(exports / "base", tmp_path / "wide", widen)
-    assert quantize(wide, tmp_path / "out").exit_code == 0
-    assert quantize(edit(exports / "base", tmp_path / "narrow", narrow), tmp_path / "other").exit_code == 0
+    assert build(None, wide, tmp_path / "out").exit_code == 0
+    assert build(None, edit(exports / "base", tmp_path / "narrow", narrow), tmp_path / "other").exit_code == 0
     out, other = load(tmp_path / "out"), load(tmp_path / "other")
     assert out.keys() == other.keys() and all(same_bits(tensor, other[name]) for name, tensor in out.items())
     weight = load(wide)[f"{PACKED}.weight"].float()
@@ -121,7 +107,7 @@ def test_siblings_share_the_scale_of_the_largest(exports: Path, tmp_path: Path) 
         tensors[f"{QUERIES[1]}.weight"] *= 5
 
     base = edit(exports / "base", tmp_path / "base", grow)
-    assert quantize(base, tmp_path / "out").exit_code == 0
+    assert build(None, base, tmp_path / "out").exit_code == 0
     out, source = load(tmp_path / "out"), load(base)
     own = {name: source[f"{name}.weight"].abs().amax().float() / 2688 for name in QUERIES}
     shared = max(own.values())
@@ -135,22 +121,22 @@ def test_siblings_share_the_scale_of_the_largest(exports: Path, tmp_path: Path) 
 
 
 def test_shards_and_row_chunks_change_no_byte(
-    exports: Path, tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+    exports: Path, tmp_path: Path, built_uncalibrated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modelopt_convert.write.pieces._COMPUTED_BYTES", 5000)  # rows of 320 bytes: 15 at a time
     monkeypatch.setattr("modelopt_convert.write.measure._MEASURED_BYTES", 4096)
-    assert quantize(exports / "base", tmp_path / "out", "--max-shard-size", "700KB").exit_code == 0
-    single, sharded = load(built), load(tmp_path / "out")
+    assert build(None, exports / "base", tmp_path / "out", "--max-shard-size", "700KB").exit_code == 0
+    single, sharded = load(built_uncalibrated), load(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert single.keys() == sharded.keys() and all(same_bits(one, sharded[name]) for name, one in single.items())
 
 
-def test_the_same_base_gives_the_same_bytes(exports: Path, tmp_path: Path, built: Path) -> None:
-    assert quantize(exports / "base", tmp_path / "out", preset=None).exit_code == 0
-    mine, other = tree(tmp_path / "out"), tree(built)
+def test_the_same_base_gives_the_same_bytes(exports: Path, tmp_path: Path, built_uncalibrated: Path) -> None:
+    assert build(None, exports / "base", tmp_path / "out", preset=None).exit_code == 0
+    mine, other = tree(tmp_path / "out"), tree(built_uncalibrated)
     assert mine.keys() == other.keys()  # the preset chosen by config.json may stand for several: another card
     assert mine["diffusion_pytorch_model.safetensors"] == other["diffusion_pytorch_model.safetensors"]
-    assert quantize(exports / "base", tmp_path / "again").exit_code == 0
+    assert build(None, exports / "base", tmp_path / "again").exit_code == 0
     assert tree(tmp_path / "again") == other
 
 
@@ -192,9 +178,9 @@ DAMAGE = {
 def test_a_damaged_base_is_refused_by_name(exports: Path, room: Path, kind: str) -> None:
     damage, code, names, hint = DAMAGE[kind]
     base = edit(exports / "base", room / "base", damage)
-    refusal(lambda: quantize(base, room / "out"), room, code=code, names=names, hint=hint)
+    refusal(lambda: build(None, base, room / "out"), room, code=code, names=names, hint=hint)
     if kind != "scale":
-        kept = quantize(base, room / "out", "--keep-bf16", PACKED, "-n")
+        kept = build(None, base, room / "out", "--keep-bf16", PACKED, "-n")
         assert kept.exit_code == (3 if kind == "codes" else 0)
 
 
@@ -226,13 +212,16 @@ def test_a_preset_must_say_once_what_shares_a_scale(exports: Path, room: Path, l
     (room / "mine.toml").write_text("\n".join([*lines[:start], line, *lines[lines.index("]", start) + 1 :]]))
     mine, words = str(room / "mine.toml"), "in two groups" if line else "does not say"
     refusal(
-        lambda: quantize(exports / "base", room / "out", preset=mine), room, code="preset.shared_scale", names=(words,)
+        lambda: build(None, exports / "base", room / "out", preset=mine),
+        room,
+        code="preset.shared_scale",
+        names=(words,),
     )
 
 
 def test_a_dry_run_plans_it_without_torch(exports: Path, room: Path) -> None:
     before = entries(room)
-    outcome = quantize(exports / "base", room / "out", "-n")
+    outcome = build(None, exports / "base", room / "out", "-n")
     assert outcome.exit_code == 0 and outcome.report is not None and entries(room) == before
     assert outcome.report["status"] == "planned" and outcome.report["calibration"] == "none"
     assert outcome.report["counts"]["base"]["quantized"] == 24
@@ -251,7 +240,7 @@ def test_people_are_told_first(exports: Path, tmp_path: Path) -> None:
 
 
 def test_card_report_and_record_say_what_it_is(exports: Path, tmp_path: Path) -> None:
-    outcome = quantize(exports / "base", tmp_path / "out")
+    outcome = build(None, exports / "base", tmp_path / "out")
     report = outcome.report
     assert report is not None and report["calibration"] == "none"
     assert {"build.uncalibrated", "engine.dynamic_input_scale"} <= {one["code"] for one in report["warnings"]}
@@ -267,19 +256,18 @@ def test_card_report_and_record_say_what_it_is(exports: Path, tmp_path: Path) ->
     assert record["sources"].keys() == {"base"}
 
 
-def verify(folder: Path, *more: str | Path) -> Outcome:
-    return run_mopt("verify", folder, "--device", "cpu", *more)
-
-
-def test_verify_takes_its_word_or_proves_it(exports: Path, built: Path) -> None:
-    alone, proven = verify(built), verify(built, "--base", exports / "base", "--backend", "reference")
+def test_verify_takes_its_word_or_proves_it(exports: Path, built_uncalibrated: Path) -> None:
+    alone, proven = (
+        verify(built_uncalibrated, *CPU),
+        verify(built_uncalibrated, *CPU, "--base", exports / "base", "--backend", "reference"),
+    )
     for outcome in (alone, proven):
         assert outcome.exit_code == 0 and outcome.report is not None, outcome.message
     assert "not calibrated" in alone.report["verify"]["statement"]
     levels = {level["level"]: level for level in proven.report["verify"]["levels"]}
     assert levels["L2"]["status"] == levels["L3"]["status"] == "pass"
     assert levels["L0"]["status"] == "warn" and "dynamic_input_scale" in levels["L0"]["warnings"][0]
-    looked = run_mopt("inspect", built)
+    looked = run_mopt("inspect", built_uncalibrated)
     assert looked.report is not None and looked.report["engine"]["believes"]["input_scales"] == "ones"
     assert [one["code"] for one in looked.report["lint"]] == ["input_scale.dynamic"]
 
@@ -299,12 +287,12 @@ def one_scale(tensors: Tensors) -> None:
 @pytest.mark.parametrize("fault", [flip, halve, one_scale])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_verify_finds_a_planted_fault(
-    exports: Path, built: Path, tmp_path: Path, fault: Callable[[Tensors], None], recorded: bool
+    exports: Path, built_uncalibrated: Path, tmp_path: Path, fault: Callable[[Tensors], None], recorded: bool
 ) -> None:
-    folder = edit(built, tmp_path / "bad", fault)
+    folder = edit(built_uncalibrated, tmp_path / "bad", fault)
     if recorded:
-        (folder / "mopt.json").write_bytes((built / "mopt.json").read_bytes())
-    outcome = verify(folder, *([] if recorded else ["--base", exports / "base"]))
+        (folder / "mopt.json").write_bytes((built_uncalibrated / "mopt.json").read_bytes())
+    outcome = verify(folder, *CPU, *([] if recorded else ["--base", exports / "base"]))
     assert outcome.exit_code == 1 and outcome.report is not None
     failures = [words for level in outcome.report["verify"]["levels"] for words in level["failures"]]
     assert any(PACKED in words for words in failures)
@@ -314,12 +302,12 @@ def test_verify_finds_a_planted_fault(
 
 @pytest.mark.parametrize("declared", [None, False, "yes"])
 def test_without_the_declaration_a_missing_input_scale_is_a_fault(
-    exports: Path, built: Path, tmp_path: Path, declared: object
+    exports: Path, built_uncalibrated: Path, tmp_path: Path, declared: object
 ) -> None:
     def declare(config: dict[str, object]) -> None:
         config["quantization_config"] |= {"dynamic_input_scale": declared}  # type: ignore[operator]
 
-    outcome = verify(edit(built, tmp_path / "bad", None, declare), "--base", exports / "base")
+    outcome = verify(edit(built_uncalibrated, tmp_path / "bad", None, declare), *CPU, "--base", exports / "base")
     assert outcome.exit_code == 1 and "input_scale" in outcome.message
 
 
@@ -334,18 +322,18 @@ def test_codes_that_are_not_the_bases_are_not_published(
         return packed, scales
 
     monkeypatch.setattr(raw, "quantize_nvfp4", wrong)
-    refusal(lambda: quantize(exports / "base", room / "out"), room, code="check.verify", exit_code=1)
+    refusal(lambda: build(None, exports / "base", room / "out"), room, code="check.verify", exit_code=1)
 
 
 def test_both_transformers_of_a_pipeline_are_quantized(families: Path, tmp_path: Path) -> None:
     for name in ("transformer", "transformer_2"):
         copy(families / "wan" / "base", tmp_path / "base" / name)
-    assert quantize(tmp_path / "base", tmp_path / "out", preset="wan2.2-t2v-a14b").exit_code == 0
+    assert build(None, tmp_path / "base", tmp_path / "out", preset="wan2.2-t2v-a14b").exit_code == 0
     more = ("--component", "transformer_2")
-    assert quantize(tmp_path / "base", tmp_path / "one", *more, preset="wan2.2-t2v-a14b").exit_code == 0
+    assert build(None, tmp_path / "base", tmp_path / "one", *more, preset="wan2.2-t2v-a14b").exit_code == 0
     assert tree(tmp_path / "out" / "transformer") == tree(tmp_path / "out" / "transformer_2") == tree(tmp_path / "one")
     assert "**NOT calibrated**" in (tmp_path / "out" / "README.md").read_text()
-    assert verify(tmp_path / "out", "--base", tmp_path / "base").exit_code == 0
+    assert verify(tmp_path / "out", *CPU, "--base", tmp_path / "base").exit_code == 0
 
 
 # Makes bases, a small one first, and prints by how many MB a large one raises the peak, and what was planned.

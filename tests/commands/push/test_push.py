@@ -20,11 +20,6 @@ from push_support import (
 from support import build, copy, run_mopt
 
 
-@pytest.fixture(params=["hub", "xet_hub"])
-def any_hub(request: pytest.FixtureRequest) -> LoopbackHub:
-    return request.getfixturevalue(request.param)
-
-
 def test_a_new_repo_holds_the_checkpoint_and_nothing_else(any_hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
     outcome = push(built)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
@@ -134,18 +129,16 @@ def test_private_means_private(hub: LoopbackHub, built: Path) -> None:
 
 
 def test_shards_of_the_checkpoint_before_are_deleted(
-    hub: LoopbackHub, built: Path, exports: Path, tmp_path: Path
+    hub: LoopbackHub, built: Path, built_nvfp4: Path, tmp_path: Path
 ) -> None:
-    one = tmp_path / "one"
-    assert build(exports / "nvfp4", exports / "base", one).exit_code == 0
     push(built)
     folder = tmp_path / "assets"
     folder.mkdir()
     (folder / "sample.png").write_bytes(b"\x89PNG\0")
     hub.seed(REPO, folder)
-    outcome = push(one)
+    outcome = push(built_nvfp4)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
-    assert published(hub) == contents(one) | {"sample.png": b"\x89PNG\0"}
+    assert published(hub) == contents(built_nvfp4) | {"sample.png": b"\x89PNG\0"}
     gone = [path.name for path in shards_of(built)] + ["diffusion_pytorch_model.safetensors.index.json"]
     assert outcome.report["pushed"]["deleted"] == sorted(gone)
     assert len(hub.commits(REPO)) == 4  # one commit for all of it

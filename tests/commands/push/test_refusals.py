@@ -1,6 +1,5 @@
 """What mopt push refuses, each before anything is created or sent."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +8,9 @@ from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 from push_support import REPO, contents, copy_of, flip_bias, published, push, shards_of, touched_nothing
 from safetensors.torch import load_file, save_file
-from support import run_mopt
+from support import edit_json, run_mopt
 
 TOKEN = "hf_" + "aB3" * 12
-
-
-def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
 
 
 def plant_pickle(folder: Path) -> None:

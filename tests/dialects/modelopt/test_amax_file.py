@@ -11,8 +11,8 @@ from fp8_support import (
     REPLACED,
     convert,
     edited_checkpoint,
+    fp8_refused,
     packed_modules,
-    refused,
     save_checkpoint,
     state_dict,
 )
@@ -22,14 +22,15 @@ WEIGHT_AMAX, INPUT_AMAX = f"{PACKED}.weight_quantizer._amax", f"{PACKED}.input_q
 
 
 def test_an_old_export_without_its_checkpoint_is_refused_with_a_hint(old: Path, base: Path, room: Path) -> None:
-    refused(old, base, room, code="export.nothing_quantized", names=(str(old),), hint="--checkpoint")
+    fp8_refused(old, base, room, code="export.nothing_quantized", names=(str(old),), hint="--checkpoint")
 
 
-def test_a_checkpoint_that_agrees_changes_nothing(fp8: Path, good: Path, base: Path, tmp_path: Path) -> None:
-    assert convert(fp8, base, tmp_path / "without").exit_code == 0
+def test_a_checkpoint_that_agrees_changes_nothing(
+    fp8: Path, good: Path, base: Path, built_fp8: Path, tmp_path: Path
+) -> None:
     outcome = convert(fp8, base, tmp_path / "out", "--checkpoint", good)
     assert outcome.exit_code == 0, outcome.stderr
-    left, right = load(tmp_path / "without"), load(tmp_path / "out")
+    left, right = load(built_fp8), load(tmp_path / "out")
     assert left.keys() == right.keys() and all(same_bits(left[name], right[name]) for name in left)
 
 
@@ -44,7 +45,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(
     path = edited_checkpoint(good, tmp_path / "transformer.pt", {name: other})
     role = "weight_scale" if name == WEIGHT_AMAX else "input_scale"
     exported = float(load(fp8 / "transformer")[f"{PACKED}.{role}"])
-    outcome = refused(fp8, base, room, "--checkpoint", path, code="export.amax_disagrees", names=(PACKED, role))
+    outcome = fp8_refused(fp8, base, room, "--checkpoint", path, code="export.amax_disagrees", names=(PACKED, role))
     shown = [float(number) for number in re.findall(r"\b\d+\.\d+(?:e-?\d+)?\b", outcome.message)]
     for value in (exported, float(other.float() / 448)):
         assert any(number == pytest.approx(value, rel=1e-5) for number in shown), outcome.message
@@ -69,7 +70,7 @@ def test_a_module_without_amax_is_refused_and_named(
 ) -> None:
     """Its neighbours have one, so it was meant to be quantized: left in BF16 it would be so without a word."""
     path = edited_checkpoint(good, tmp_path / "transformer.pt", {}, without=(name,))
-    refused(old, base, room, "--checkpoint", path, code=code, names=(PACKED,), hint=f"--keep-bf16 '{PACKED}'")
+    fp8_refused(old, base, room, "--checkpoint", path, code=code, names=(PACKED,), hint=f"--keep-bf16 '{PACKED}'")
     outcome = convert(old, base, tmp_path / "out", "--checkpoint", path, "--keep-bf16", PACKED)
     assert outcome.exit_code == 0, outcome.stderr
     out = load(tmp_path / "out")
@@ -95,7 +96,7 @@ def test_an_unusable_amax_is_refused(
 ) -> None:
     path = edited_checkpoint(good, tmp_path / "transformer.pt", {name: value.to(torch.bfloat16)})
     names = (PACKED, "checkpoint")
-    refused(old, base, room, "--checkpoint", path, code="export.unusable_scale", names=names)
+    fp8_refused(old, base, room, "--checkpoint", path, code="export.unusable_scale", names=names)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_an_amax_that_is_not_one_number_is_refused(
 ) -> None:
     """One per row is another algorithm; what has no memory to read has no value."""
     path = edited_checkpoint(good, tmp_path / "transformer.pt", {WEIGHT_AMAX: value})
-    refused(old, base, room, "--checkpoint", path, code="pickle.content", names=(str(path), WEIGHT_AMAX))
+    fp8_refused(old, base, room, "--checkpoint", path, code="pickle.content", names=(str(path), WEIGHT_AMAX))
 
 
 def test_weights_of_the_checkpoint_are_never_used(old: Path, good: Path, base: Path, tmp_path: Path) -> None:
