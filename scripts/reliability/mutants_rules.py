@@ -11,8 +11,8 @@ def _rules(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("stage/output_rules.py", what, old, new, tests or (_RULES,))
 
 
-def _check(what: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant("commands/build/structure.py", what, old, new, tests)
+def _check(what: str, old: str, new: str, *tests: str, file: str = "build/structure") -> Mutant:
+    return Mutant(f"commands/{file}.py", what, old, new, tests)
 
 
 RULES = (
@@ -48,23 +48,32 @@ RULES = (
     Mutant("stage/mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
     _check(
         "tensors as planned",
-        "if planned.get(name) != written.get(name):",
-        "if False:",
+        "if planned.get(name) != written.get(name)\n",
+        "if False\n",
         f"{_CHECK}test_a_tensor_of_another_shape",
+        file="closing",
     ),
     _check(
         "tensors too many",
         "sorted(planned.keys() | written.keys())",
         "sorted(planned)",
         f"{_CHECK}test_a_tensor_too_many",
+        file="closing",
     ),
     _check(
         "tensors that are missing",
         "sorted(planned.keys() | written.keys())",
         "sorted(written)",
         f"{_CHECK}test_a_tensor_that_is_missing",
+        file="closing",
     ),
-    _check("header metadata", "if metadata != dict(METADATA):", "if False:", f"{_CHECK}test_other_header_metadata"),
+    _check(
+        "header metadata",
+        "if found != metadata.get(file)",
+        "if False",
+        f"{_CHECK}test_other_header_metadata",
+        file="closing",
+    ),
     _check(
         "modules at fault",
         "faults += [module.fault.message for",
@@ -116,22 +125,29 @@ RULES = (
     Mutant(
         "commands/build/command.py",
         "inputs are compared before the swap",
-        "                    reader.check_unchanged()\n",
-        "                    pass\n",
+        "                steps.inputs.check_unchanged()\n",
+        "",
         (f"{_CHECK}test_an_input_that_changed_meanwhile",),
+    ),
+    Mutant(
+        "commands/closing.py",
+        "a failed check stops the publishing",
+        "    if closed.failure is not None:\n",
+        "    if False:\n",
+        (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
         "commands/build/command.py",
         "check.structure",
-        "    if faults:\n",
-        "    if False:\n",
+        "check_structure(stage.path / part.prefix, plan)",
+        "[]",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
         "commands/rewrite.py",
         "check.structure",
-        "    if found != planned:\n",
-        "    if False:\n",
+        "structure_checked(written_faults(written, plan.steps, plan.shards))",
+        "structure_checked([])",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
@@ -163,7 +179,7 @@ RULES = (
         ("stage/test_space.py::test_headers_count_too",),
     ),
     Mutant(
-        "commands/space.py",
+        "commands/build/space.py",
         "small files count",
         "        sizes += _lengths(files)\n",
         "",
