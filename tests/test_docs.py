@@ -22,6 +22,14 @@ def test_the_house_is_drawn_as_it_is() -> None:
     assert (ROOT / "docs" / "house.svg").read_text() == render(), "run scripts/make/make_house.py"
 
 
+def test_every_link_and_every_path_of_tests_and_scripts_exists() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        links = [page.parent / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)]
+        paths = [ROOT / path for path in re.findall(r"`((?:tests|scripts)/[\w/]+(?:\.\w+)?)`", text)]
+        assert [path for path in (*links, *paths) if not path.exists()] == [], page
+
+
 def test_readme_commands_are_real_flags() -> None:
     text = (ROOT / "README.md").read_text()
     known = run_mopt("build-nvfp4", "--help", json_report=False).stdout
