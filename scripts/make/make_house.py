@@ -102,6 +102,10 @@ def place(found: list[list[Spot]], paths: list[list[Spot]]) -> None:
             for spot in floor:
                 spot.x = (spot.x + wanted[spot]) / 2
             _separate(floor)
+    left = min(spot.x - spot.half for spot in where)
+    right = max(spot.x + spot.half for spot in where)
+    for spot in where:
+        spot.x += (WIDTH - left - right) / 2
     for path in paths:
         _straighten(path[1:-1], [found[where[spot]] for spot in path[1:-1]])
 

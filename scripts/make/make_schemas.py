@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from manifest import Record
 from pydantic.json_schema import GenerateJsonSchema
 
 from modelopt_convert.report.inspect import InspectReport
-from modelopt_convert.report.record import Record
 from modelopt_convert.report.report import Report
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "schemas"
