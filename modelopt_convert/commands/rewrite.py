@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.checkpoint.location import local_path
 from modelopt_convert.checkpoint.names import natural_key
+from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
@@ -130,6 +130,8 @@ class RewriteCommand:
             if stage is None:
                 return
             stage.check_space(self._disk_bytes(reader, plan, list(modules) if against is not None else None))
+            with self._clock.timed("prove"):
+                before = _proven(reader, against, request) if against is not None else None
             with self._clock.timed("stream"), torch_on_one_thread():
                 readers: dict[Origin, CheckpointReader] = {"export": reader}
                 done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
@@ -138,7 +140,7 @@ class RewriteCommand:
             for name, data in files.items():
                 stage.write_file(name, data)
             with self._clock.timed("check"):
-                self._close(stage.path, plan, against)
+                self._close(stage.path, plan, against, before)
             stage.write_file(RECORD, self._record(plan, files, done.digests, self._proof))
             with self._clock.timed("publish"):
                 try:
@@ -173,11 +175,11 @@ class RewriteCommand:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
         return {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
 
-    def _close(self, stage: Path, plan: RewritePlan, base: CheckpointReader | None) -> None:
-        """Reopen what was written; with a base, prove it."""
+    def _close(self, stage: Path, plan: RewritePlan, base: CheckpointReader | None, before: ProofReport | None) -> None:
+        """Reopen what was written; with a base, prove it as its source was proven."""
         with CheckpointReader(stage, need_config=False) as written:
             self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
-            if base is None:
+            if base is None or before is None:
                 return
             field, wanted = _FIELD[self._kind], _WANTED[self._kind]
             wrong = [
@@ -185,10 +187,17 @@ class RewriteCommand:
                 for name, one in self._look(written, base).items()
                 if getattr(one, field) not in (wanted, "equivalent")
             ]
-            self._proof = _proven(written, base, self._request.max_error, self._request.worker_count)
-            wrong += [
-                f"{name} is not the base's" for name, one in self._proof.modules.items() if one.verdict not in PASSING
-            ]
+            self._proof = proof = _proven(written, base, self._request)
+            unlike = _unlike(written, base, self._request)
+        for name, one in proof.modules.items():
+            if one.verdict not in PASSING:
+                wrong.append(f"{name} is not the base's")
+            elif (was := before.modules[name].verdict) == "reproduced" != one.verdict:
+                wrong.append(f"{name} was {was}, and is {one.verdict} now")
+        if unlike:
+            proof.status = "not proven"
+            told = f"recorded as not proven: {len(unlike)} other tensors are not the base's; {unlike[0]} first"
+            self._warned.append(("layout.not_the_base", told))
         check = {"name": "proof", "status": "fail" if wrong else "pass", "failures": wrong[:10]}
         self._keep(Closed(check, f"{len(wrong)} rewritten modules are wrong: {wrong[0]} first" if wrong else None))
 
@@ -212,12 +221,13 @@ class RewriteCommand:
         proof = None
         if proven is not None:
             proof = _proof_report(dict.fromkeys(proven, LONGEST), self._request.max_error, "x" * 120)
+            proof.status = "not proven"  # which is longer
         record = self._record(plan, files, dict.fromkeys(plan.steps, DIGEST), proof)
         return disk_bytes([*shard_sizes(plan.shards), len(record), *map(len, files.values())])
 
 
-def _proven(written: CheckpointReader, base: CheckpointReader, max_error: float, workers: int) -> ProofReport:
-    """Prove every packed module of what was written, as a build proves those of an export."""
+def _proven(reader: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> ProofReport:
+    """Prove every packed module, however it lies, as a build proves those of an export."""
     import torch
 
     from modelopt_convert.proof.export import judge_modules
@@ -225,11 +235,21 @@ def _proven(written: CheckpointReader, base: CheckpointReader, max_error: float,
     from modelopt_convert.proof.tensors import tensor_scale
     from modelopt_convert.verification.subject import find_subject
 
-    modules, rules = find_subject(written, base).modules, format_proof(FORMAT.algorithm)
+    modules, rules = find_subject(reader, base).modules, format_proof(FORMAT.algorithm)
+    limit, workers = request.max_error, request.worker_count
     with torch.inference_mode():
-        scales = {name: tensor_scale(written, one, FORMAT.tensor_scale) for name, one in modules.items()}
-        found = judge_modules(written, base, modules, scales, rules, max_error, workers, lambda _: None)
-    return _proof_report({name: module_report(one) for name, one in found.items()}, max_error, rules.method)
+        scales = {name: tensor_scale(reader, one, FORMAT.tensor_scale) for name, one in modules.items()}
+        found = judge_modules(reader, base, modules, scales, rules, limit, workers, lambda _: None)
+    return _proof_report({name: module_report(one) for name, one in found.items()}, limit, rules.method)
+
+
+def _unlike(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> list[str]:
+    """Tensors of no packed module that are not the base's."""
+    from modelopt_convert.verification.levels.decode import unlike_base
+    from modelopt_convert.verification.subject import find_subject
+
+    subject = find_subject(written, base)
+    return unlike_base(subject, base, (), request.max_error, request.worker_count, lambda _: None)
 
 
 def _proof_report(modules: Mapping[str, ModuleReport], max_error: float, method: str) -> ProofReport:

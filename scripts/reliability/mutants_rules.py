@@ -152,6 +152,27 @@ RULES = (
     ),
     Mutant(
         "commands/rewrite.py",
+        "what was reproduced stays so",
+        '== "reproduced" != one.verdict:',
+        '== "never":',
+        ("commands/test_rewrite.py::test_a_rewrite_that_wrote_something_else_is_thrown_away",),
+    ),
+    Mutant(
+        "commands/rewrite.py",
+        "the rest is the base's",
+        "        if unlike:\n",
+        "        if False:\n",
+        ("commands/test_rewrite.py::test_a_rewrite_whose_rest_is_not_the_bases_is_not_recorded_as_proven",),
+    ),
+    Mutant(
+        "commands/rewrite.py",
+        "headers of a rewrite are recorded",
+        "files=files, headers=headers)",
+        "files=files, headers=((), ()))",
+        ("commands/test_rewrite.py::test_a_header_changed_after_a_rewrite_is_not_the_recorded_one",),
+    ),
+    Mutant(
+        "commands/rewrite.py",
         "the source is compared before the swap",
         "        reader.check_unchanged()\n",
         "",

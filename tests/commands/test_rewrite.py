@@ -1,6 +1,7 @@
 """swap-nibbles and unswizzle-scales: bytes, config keys, refusals; and build-nvfp4 on layouts not ModelOpt's."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from support import Tensors, build, config_of, copy, edit, load, packed_in, run_mopt, same_bits, tree
 
 from modelopt_convert import inspect
+from modelopt_convert.plan.plan import Step
+from modelopt_convert.stage.shard_writer import ShardWriter
+from modelopt_convert.write import pieces, stream
 
 
 def same_tensors(left: Path, right: Path) -> bool:
@@ -332,13 +336,78 @@ def test_a_header_changed_after_a_rewrite_is_not_the_recorded_one(
     assert record["status"] == "fail"
 
 
-def test_a_rewrite_of_damaged_weights_is_not_proven(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor", ["weight", "weight_scale", "weight_scale_2"])
+def test_a_rewrite_of_damage_is_not_proven(nvfp4: Path, base: Path, tmp_path: Path, tensor: str) -> None:
     def damage(tensors: Tensors) -> None:
         swapped(tensors)
-        name = sorted(packed_in(tensors))[-1]
-        tensors[f"{name}.weight"][::4] ^= 0x77
+        name = f"{sorted(packed_in(tensors))[-1]}.{tensor}"
+        tensors[name] = tensors[name] * 1.5 if tensor == "weight_scale_2" else tensors[name].flip(0)
 
     source = edit(nvfp4, tmp_path / "source", damage)
     failed = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
-    assert failed.exit_code == 1, failed.stderr
+    assert (failed.exit_code, failed.error_code) == (3, "layout.undetermined"), failed.stderr
     assert [one.name for one in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_was_written_is_proven_and_not_what_was_read(
+    nvfp4: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault is in the writing: every code of one module has the other sign."""
+    source = edit(nvfp4, tmp_path / "source", swapped)
+    wrong = f"{packed_in(load(source))[-1]}.weight"
+    original = pieces.produce
+
+    def produce(step: Step, *more: Any) -> Iterator[Any]:
+        for piece in original(step, *more):
+            yield bytes(byte ^ 0x88 for byte in piece) if step.output.name == wrong else piece
+
+    monkeypatch.setattr(stream, "produce", produce)
+    failed = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert (failed.exit_code, failed.error_code) == (1, "check.proof"), failed.stderr
+    assert wrong.removesuffix(".weight") in failed.message
+    assert [one.name for one in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("fault", ["codes", "scales"])
+def test_a_rewrite_that_wrote_something_else_is_thrown_away(
+    nvfp4: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """One bit that memory or a disk turns on the way; here the writer does."""
+    source = edit(nvfp4, tmp_path / "source", swapped)
+    module = packed_in(load(source))[0]
+    name = f"{module}.weight{'_scale' if fault == 'scales' else ''}"
+    write = ShardWriter.write
+
+    def damaged(self: ShardWriter, tensor: str, chunks: Any, extent: Any = None) -> None:
+        found = [bytearray(chunk) for chunk in chunks]
+        if tensor == name:
+            found[0][0] ^= 0x08
+        write(self, tensor, found, extent)
+
+    monkeypatch.setattr(ShardWriter, "write", damaged)
+    failed = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert (failed.exit_code, failed.error_code) == (1, "check.proof"), failed.stderr
+    assert module in str(failed.report["checks"])
+    assert [one.name for one in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("fault", ["unlike", "more", "less"])
+def test_a_rewrite_whose_rest_is_not_the_bases_is_not_recorded_as_proven(
+    nvfp4: Path, base: Path, tmp_path: Path, fault: str
+) -> None:
+    def plant(tensors: Tensors) -> None:
+        swapped(tensors)
+        if fault == "unlike":
+            tensors["proj_out.weight"] = tensors["proj_out.weight"] * 1.5
+        elif fault == "more":
+            tensors["extra.weight"] = torch.ones(4, 4)
+        else:
+            del tensors["proj_out.weight"]
+
+    source = edit(nvfp4, tmp_path / "source", plant)
+    done = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert done.exit_code == 0, done.stderr
+    told = {warning["code"]: warning["message"] for warning in done.report["warnings"]}
+    assert ("extra" if fault == "more" else "proj_out.weight") in told["layout.not_the_base"]
+    assert json.loads((tmp_path / "out" / "mopt.json").read_text())["proof"]["status"] == "not proven"
+    assert run_mopt("verify", tmp_path / "out").exit_code == 6

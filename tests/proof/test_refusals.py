@@ -102,7 +102,7 @@ def test_a_layout_that_cannot_be_told_is_refused(ambiguous: bool, tmp_path: Path
 
     def requantize(tensors: Tensors) -> None:
         tensors |= quantize("lin", trained)
-        swapped(tensors, "lin")
+        swapped(tensors, ["lin"])
 
     export = edit(tmp_path / "made" / "export", tmp_path / "export", requantize)
     if ambiguous:

@@ -91,7 +91,7 @@ def decode_level(
             )
     if base is not None:
         failures += _not_reproduced(modules, expected)
-        failures += _unquantized(subject, base, dequantized, max_error, workers, advance)
+        failures += unlike_base(subject, base, dequantized, max_error, workers, advance)
     status: LevelStatus = "fail" if failures else "pass"
     reason = "" if base is not None else "without a base values are decoded, not compared"
     if base is None and not failures:
@@ -117,7 +117,7 @@ def _not_reproduced(modules: dict[str, ModuleVerify], expected: Mapping[str, str
     return failures
 
 
-def _unquantized(
+def unlike_base(
     subject: Subject,
     base: CheckpointReader,
     dequantized: Collection[str],
@@ -125,9 +125,16 @@ def _unquantized(
     workers: int,
     advance: Callable[[int], None],
 ) -> list[str]:
-    """Tensors that are not those of the base, or that only one of both has.
+    """Tensors of no packed module that are not those of the base, or that only one of both has, in words.
 
-    Weights that a build dequantized for want of a base cannot equal it: by sampled rows they must be as near as codes.
+    Args:
+        subject: The checkpoint.
+        base: Its base.
+        dequantized: Modules that a build dequantized for want of a base. Their weights cannot equal it: by sampled
+            rows they must be as near as codes.
+        max_error: Limit of the relative error of those.
+        workers: Tensors compared at a time.
+        advance: Called with the number of bytes just read.
     """
     mine = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)} - {
         info.name for module in subject.modules.values() for info in module.scales.values()
