@@ -15,6 +15,10 @@ def _check(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("commands/build/structure.py", what, old, new, tests)
 
 
+def _close(what: str, old: str, new: str, test: str) -> Mutant:
+    return Mutant("commands/closing.py", what, old, new, (f"{_CHECK}{test}",))
+
+
 RULES = (
     _rules("names too long", "> _MAX_NAME_BYTES:", "> 300:"),
     _rules("the longest name is allowed", "> _MAX_NAME_BYTES:", ">= _MAX_NAME_BYTES:"),
@@ -46,25 +50,31 @@ RULES = (
     _rules("OUT in a part of an input, mounted", " or _lies_in(output, source)", "", _MOUNTS),
     _rules("OUT around an input, mounted", " or _lies_in(source, output)", "", _MOUNTS),
     Mutant("stage/mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
-    _check(
+    _close(
         "tensors as planned",
-        "if planned.get(name) != written.get(name):",
-        "if False:",
-        f"{_CHECK}test_a_tensor_of_another_shape",
+        "if planned.get(name) != written.get(name)",
+        "if False",
+        "test_a_tensor_of_another_shape",
     ),
-    _check(
+    _close(
         "tensors too many",
         "sorted(planned.keys() | written.keys())",
         "sorted(planned)",
-        f"{_CHECK}test_a_tensor_too_many",
+        "test_a_tensor_too_many",
     ),
-    _check(
+    _close(
         "tensors that are missing",
         "sorted(planned.keys() | written.keys())",
         "sorted(written)",
-        f"{_CHECK}test_a_tensor_that_is_missing",
+        "test_a_tensor_that_is_missing",
     ),
-    _check("header metadata", "if metadata != dict(METADATA):", "if False:", f"{_CHECK}test_other_header_metadata"),
+    _close("header metadata", "if found != metadata.get(file)", "if False", "test_other_header_metadata"),
+    _close(
+        "a failed check is an error",
+        "if closed.failure is not None:",
+        "if False:",
+        "test_a_checkpoint_at_fault_is_not_published",
+    ),
     _check(
         "modules at fault",
         "faults += [module.fault.message for",
@@ -116,28 +126,28 @@ RULES = (
     Mutant(
         "commands/build/command.py",
         "inputs are compared before the swap",
-        "                    reader.check_unchanged()\n",
-        "                    pass\n",
+        "                steps.inputs.check_unchanged()\n",
+        "",
         (f"{_CHECK}test_an_input_that_changed_meanwhile",),
     ),
     Mutant(
         "commands/build/command.py",
         "check.structure",
-        "    if faults:\n",
-        "    if False:\n",
+        "self._keep(structure_checked(check_structure(stage.path / part.prefix, plan)))",
+        "pass",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
         "commands/rewrite.py",
         "check.structure",
-        "    if found != planned:\n",
-        "    if False:\n",
+        "self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))",
+        "pass",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
         "commands/rewrite.py",
         "the source is compared before the swap",
-        "        reader.check_unchanged()\n",
+        "            reader.check_unchanged()\n",
         "",
         (f"{_CHECK}test_a_source_that_changed_while_it_was_rewritten",),
     ),
@@ -163,7 +173,7 @@ RULES = (
         ("stage/test_space.py::test_headers_count_too",),
     ),
     Mutant(
-        "commands/space.py",
+        "commands/build/space.py",
         "small files count",
         "        sizes += _lengths(files)\n",
         "",
