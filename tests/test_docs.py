@@ -22,6 +22,22 @@ def test_the_house_is_drawn_as_it_is() -> None:
     assert (ROOT / "docs" / "house.svg").read_text() == render(), "run scripts/make/make_house.py"
 
 
+def test_every_file_that_is_named_exists() -> None:
+    for name in (
+        "CONTRIBUTING.md",
+        "README.md",
+        "CHANGELOG.md",
+        *(f"docs/{one}.md" for one in ("api", "decisions", "reports")),
+    ):
+        text = (ROOT / name).read_text()
+        named = set(re.findall(r"`([\w./]+/[\w./]*\w\.(?:py|md|toml|svg|json|txt|sh))(?:::\w+)?`", text))
+        linked = {(Path(name).parent / one).as_posix() for one in re.findall(r"\]\(([^):#]+)\)", text)}
+        files = {one for one in named | linked if "NAME" not in one}
+        assert [
+            one for one in sorted(files) if not ((ROOT / one).exists() or (ROOT / "modelopt_convert" / one).exists())
+        ] == []
+
+
 def test_readme_commands_are_real_flags() -> None:
     text = (ROOT / "README.md").read_text()
     known = run_mopt("build-nvfp4", "--help", json_report=False).stdout

@@ -5,10 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
-from rooms import PACKAGE, ROOMS
+from rooms import ANYWHERE, INSIDE, MODULES, PACKAGE, ROOMS, TREES, imported, room
 from root import ROOT
 
 # Help, usage errors, dry runs and refusals come from these, and a library of a tenth of a second would be waited for.
@@ -18,18 +17,6 @@ PUBLIC = {
     "build_nvfp4", "convert_fp8", "swap_nibbles", "unswizzle_scales", "verify", "inspect", "push", "presets",
 }  # fmt: skip
 ENDINGS = re.compile(r"(s|es|ed|er|ers|ing|or|ors|ion|ions)$")
-
-
-def dotted(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {dotted(path): path for path in PACKAGE.rglob("*.py")}
-INSIDE = sorted(MODULES.keys() - {"modelopt_convert", "modelopt_convert.__main__"})
-
-
-def room(module: str) -> str:
-    return module.split(".")[1]
 
 
 def statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
@@ -43,20 +30,6 @@ def statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from statements(getattr(node, part, []))
 
 
-def imported(nodes: Iterable[ast.AST]) -> set[str]:
-    """Modules that these nodes import; of ours those above each, too, which Python imports first."""
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    whole = {".".join(name.split(".")[: count + 1]) for name in names for count in range(name.count(".") + 1)}
-    return {name for name in whole if name in MODULES or "." not in name}
-
-
-TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-ANYWHERE = {module: imported(ast.walk(tree)) for module, tree in TREES.items()}
 AT_START = {module: imported(statements(tree.body)) for module, tree in TREES.items()}
 # Triton imports torch.
 THEMSELVES = {module for module in INSIDE if AT_START[module] & {"torch", "triton"}}

@@ -9,7 +9,7 @@ from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 
 
 def headers_digest(tensors: Iterable[TensorSpec | TensorInfo], metadata: Iterable[Mapping[str, str]]) -> str:
-    """Of names, dtypes, shapes and header metadata, however they are spread over files.
+    """The digest of names, dtypes, shapes and header metadata, however they are spread over files.
 
     The same bytes under another shape or dtype are another tensor.
     """

@@ -1,7 +1,7 @@
 """The one safetensors header parser and builder of the project: pure, strict, no torch.
 
-It follows the reference (safetensors/src/tensor.rs: ``Metadata::validate`` and ``prepare``) and refuses what the
-reference's README disallows but its parser lets pass, such as identical duplicate keys.
+The parser follows the reference (safetensors/src/tensor.rs: ``Metadata::validate`` and ``prepare``). It also refuses
+what the reference's README disallows and the reference's parser lets pass, such as identical duplicate keys.
 """
 
 import json
@@ -16,7 +16,7 @@ from modelopt_convert.run.errors import InputError
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit
-METADATA: Mapping[str, str] = {"format": "pt"}  # of every file that diffusers writes
+METADATA: Mapping[str, str] = {"format": "pt"}  # diffusers writes this into every file
 MAX_RANK = 64
 MAX_NAME_BYTES = 4096
 MAX_INT = 1 << 63
@@ -117,7 +117,7 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
     metadata = _metadata(entries.pop("__metadata__", {}), file)
     data_start = PREFIX_BYTES + len(raw)
     tensors = [_tensor_info(name, entry, file, data_start) for name, entry in entries.items()]
-    # Zero-sized tensors share their start with a neighbour; (start, size) puts them first, as the reference does.
+    # An empty tensor shares its start with a neighbour; (start, size) puts the empty one first, as the reference does.
     tensors.sort(key=lambda info: (info.start, info.num_bytes))
     expected = data_start
     for info in tensors:
@@ -209,6 +209,6 @@ def _tensor_info(name: str, entry: Any, file: str, data_start: int) -> TensorInf
             file, name, f"spans {end - begin} bytes, {dtype} {shape} needs {bits // 8}"[:300], "size_mismatch"
         )
     if math.prod(size for size in shape if size) >= MAX_INT:
-        # Empty, yet refused by the reference or by torch, depending on where the zero stands.
+        # The tensor is empty; yet the reference or torch refuses it, depending on where the zero stands.
         raise _refuse(file, name, f"has the shape {str(shape)[:80]}, whose strides overflow 64 bits", "shape")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)

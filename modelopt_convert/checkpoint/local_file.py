@@ -1,7 +1,7 @@
 """Files on disk, read with pread. No torch.
 
-pread and not mmap: a file that is truncated while it is mapped kills the reader with SIGBUS, where pread returns a
-short count that becomes an error message.
+The file is not mapped: if a mapped file is truncated, SIGBUS kills the reader. pread returns a short count, and the
+count becomes an error message.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class LocalFile:
     Attributes:
         where: Its name in messages.
         num_bytes: Its size when it was opened.
-        state: That size and the modification time (ns).
+        state: The size and the modification time (ns) when it was opened.
         fetched: Bytes that came over the network: none.
         requests: How many ranges were asked for: none.
     """
@@ -35,9 +35,9 @@ class LocalFile:
 
         Args:
             folder: The checkpoint.
-            name: Of the file in it.
-            where: How messages call it, if not by its path.
-            state: Its ``state`` when somebody else opened it, if it must be that file.
+            name: The file's name in that folder.
+            where: How messages call the file, if not by its path.
+            state: The ``state`` that the file had when somebody else opened it, if it must be the same file.
 
         Raises:
             InputError: ``input.missing``, ``input.unreadable``, ``input.too_many_files``, ``input.symlink_escape``,
@@ -102,7 +102,7 @@ class LocalFile:
         """Fill ``target`` with the bytes from ``offset``.
 
         Raises:
-            InputError: As ``read``.
+            InputError: What ``read`` raises.
         """
         while target:
             try:
@@ -157,9 +157,9 @@ class LocalFile:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """Allow a link only to inside the folder, or to the blobs of the Hub cache the folder is a snapshot of.
+    """Allow a link only into the folder itself, or to blobs of the Hub cache if the folder is a snapshot in that cache.
 
-    Those are the repo's own, or, for files of Xet repos, the ones that all repos of the cache share.
+    The blobs are the repo's own or, for files of Xet repos, those that all repos of the cache share.
 
     Raises:
         InputError: ``input.symlink_escape``.

@@ -43,16 +43,16 @@ class OpenFile(Protocol):
         """Its descriptor; None if it is far."""
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Ranges (begin, end) will be read soon."""
+        """Say that ranges (begin, end) will be read soon."""
 
     def unfetched(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Bytes that reading ``ranges`` would bring over the network."""
 
     def check_unchanged(self) -> None:
-        """An InputError if it is not the file that was opened."""
+        """Raise an InputError if the file is not the one that was opened."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file; closing a file on the Hub keeps what was fetched."""
 
 
 def parse_location(text: str, *, download: bool = False) -> Location:
@@ -60,7 +60,7 @@ def parse_location(text: str, *, download: bool = False) -> Location:
 
     Args:
         text: A path, or ``hf://ORGANIZATION/NAME[@REVISION][/PATH]``.
-        download: Fetch files of the Hub whole, into its cache.
+        download: Whether files on the Hub are fetched whole, into the Hub's cache.
 
     Raises:
         InputError: ``hub.uri``.
@@ -112,10 +112,10 @@ def names(folder: Location) -> list[str]:
 
 
 def hint_if_missing(location: Location, hint: str) -> str:
-    """What to do where something is not found: offline it may lie on the Hub all the same.
+    """What to do where something is not found; without the network it may lie on the Hub all the same.
 
     Args:
-        location: Where it was looked for.
+        location: The place where something was looked for.
         hint: What to do if it is really not there.
     """
     offline = isinstance(location, HubPath) and location.repo.offline
@@ -123,7 +123,7 @@ def hint_if_missing(location: Location, hint: str) -> str:
 
 
 def on_disk(file: Location) -> Path:
-    """A file as one on disk; one of the Hub is fetched whole, into its cache.
+    """The path of a file on disk; a file on the Hub is fetched whole, into the Hub's cache.
 
     Raises:
         MoptError: With a ``hub.*`` code.
@@ -132,5 +132,5 @@ def on_disk(file: Location) -> Path:
 
 
 def local_path(location: Location | None) -> Path | None:
-    """Its path, if it lies on disk."""
+    """The path of a location on disk; None for a location on the Hub."""
     return location if isinstance(location, Path) else None

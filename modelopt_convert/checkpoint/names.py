@@ -4,7 +4,7 @@ import re
 
 
 def module_of(tensor: str) -> str:
-    """The module a tensor belongs to: its name less the last part; empty for a parameter of the model itself."""
+    """The module of a tensor: the tensor's name without the last part; empty for a parameter of the model itself."""
     return tensor.rpartition(".")[0]
 
 

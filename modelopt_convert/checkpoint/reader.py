@@ -17,8 +17,9 @@ from modelopt_convert.run.errors import InputError
 CHUNK_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 16_000_000
-# Of a tensor in memory at a time. What is read whole beside a weight is looked at in several copies: the block scales
-# of a weight of 4e9 elements have this many. No row and no weight that is multiplied is larger than the second.
+# How many bytes of a tensor may be in memory at a time. A tensor that is read whole is looked at in several copies;
+# the block scales of a weight of 4e9 elements have as many bytes as the first limit. No row, and no weight that is
+# multiplied, is larger than the second.
 MAX_WHOLE_BYTES = 256 << 20
 MAX_READ_BYTES = 1 << 30
 _SHOWN_CHARS = 200
@@ -28,7 +29,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
-# Of a tensor: its name, the byte to begin with, and how many.
+# What is read of a tensor: the tensor's name, the first byte, and the number of bytes.
 Reading = tuple[str, int, int]
 
 
@@ -97,7 +98,7 @@ class CheckpointReader:
         return sum(file.num_bytes for file in self._files.values())
 
     def opened(self, name: str) -> OpenFile:
-        """One of those files."""
+        """One of the opened safetensors files, by its name."""
         return self._files[name]
 
     def select(self, names: Mapping[str, str]) -> None:
@@ -113,7 +114,7 @@ class CheckpointReader:
         }
 
     def identity(self) -> dict[str, str]:
-        """What this checkpoint is, without its path: a digest of its headers; repo and commit if it is of the Hub."""
+        """What identifies the checkpoint wherever it lies: a digest of the headers, on the Hub also repo and commit."""
         found = {"headers_sha256": self._identity.hexdigest()}
         if isinstance(self.path, HubPath):
             return found | {"repo": self.path.repo.repo_id, "commit": self.path.repo.commit}
@@ -125,7 +126,7 @@ class CheckpointReader:
         """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``.
 
         Raises:
-            MoptError: ``input.too_large``: more than ``limit``; or as ``read_range``.
+            MoptError: ``input.too_large``: there are more bytes than ``limit``; or what ``read_range`` raises.
         """
         self._check_size(name, self.tensors[name].num_bytes, limit)
         return self.read_range(name, 0, self.tensors[name].num_bytes)
@@ -134,8 +135,8 @@ class CheckpointReader:
         """``num_bytes`` bytes of a tensor from its byte ``begin``.
 
         Raises:
-            MoptError: ``input.too_large``, ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be
-                had.
+            MoptError: ``input.too_large``, ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: the bytes
+                cannot be had.
         """
         self._check_size(name, num_bytes, MAX_READ_BYTES)
         info = self.tensors[name]
@@ -145,7 +146,7 @@ class CheckpointReader:
         """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
 
         Raises:
-            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: they cannot be had.
+            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: the bytes cannot be had.
         """
         info = self.tensors[name]
         self._files[info.file].read_into(info.start + begin, target)
@@ -154,13 +155,13 @@ class CheckpointReader:
         """Some rows of a matrix, one behind the other.
 
         Args:
-            name: Of the tensor.
+            name: The tensor's name.
             rows: Row indices.
-            row_bytes: From one row to the next.
-            num_bytes: How many are wanted of each row, from its first; all unless given.
+            row_bytes: Bytes from the beginning of one row to the beginning of the next.
+            num_bytes: How many bytes of each row are wanted, from the row's first; None for all.
 
         Raises:
-            MoptError: As ``read_range``.
+            MoptError: What ``read_range`` raises.
         """
         width = row_bytes if num_bytes is None else num_bytes
         self._check_size(name, width * len(rows), MAX_READ_BYTES)
@@ -175,7 +176,7 @@ class CheckpointReader:
             yield self.read_range(name, begin, min(chunk_bytes, total - begin))
 
     def buffered(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
-        """A tensor's bytes in pieces of at most ``chunk_bytes``, in one buffer: each is good until the next is taken.
+        """A tensor's bytes in pieces of at most ``chunk_bytes``, in one buffer: each is good until the next is read.
 
         Fresh memory for every piece would cost more than the reading: the kernel has to clear it first.
         """
@@ -188,13 +189,13 @@ class CheckpointReader:
             yield piece
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        """Descriptor and offset of a tensor's bytes; None if they are far."""
+        """Descriptor and offset of a tensor's bytes; None if the bytes lie on the Hub."""
         info = self.tensors[name]
         fd = self._files[info.file].fileno()
         return None if fd is None else (fd, info.start)
 
     def prefetch(self, readings: Iterable[Reading]) -> None:
-        """Say what will be read soon: from afar it is then fetched together, ahead of the reader."""
+        """Say what will be read soon: what lies on the Hub is then fetched together, ahead of the reader."""
         for file, ranges in self._by_file(readings).items():
             self._files[file].prefetch(ranges)
 
@@ -208,7 +209,7 @@ class CheckpointReader:
         return sum(file.fetched for file in files), sum(file.requests for file in files)
 
     def _check_size(self, name: str, num_bytes: int, limit: int) -> None:
-        """A file may be sparse, a header claim anything: what is too large for memory is refused and not read."""
+        """Refuse to read what is too large for memory: a file may be sparse, and a header may claim anything."""
         if num_bytes > limit:
             info = self.tensors[name]
             where = str(self.path / info.file)
@@ -259,7 +260,7 @@ class CheckpointReader:
         self.skipped = tuple(name for name in names if name not in used)
 
     def _list(self) -> list[str]:
-        """Names in the folder, sorted; what is not UTF-8 is escaped, and so is never taken for a file of ours."""
+        """Names in the folder, sorted; a name that is not UTF-8 is escaped, so that it is no name of a known file."""
         if isinstance(self.path, HubPath):
             return self.path.names()
         try:

@@ -40,9 +40,9 @@ def write_record(
     """The record of a checkpoint, the same bytes for the same input.
 
     Args:
-        command: Of mopt that wrote the checkpoint.
-        more: What that command has to say.
-        tensors: Digest of each tensor's bytes by name.
+        command: The command of mopt that wrote the checkpoint.
+        more: The keys that only this command writes.
+        tensors: The digest of each tensor's bytes, by the tensor's name.
         files: The small files beside the record.
         headers: Every tensor, and the header metadata of every shard; None where there are no shards.
     """
@@ -104,7 +104,7 @@ def part_digest(folder: Location) -> str:
 
 
 def read_parts(checkpoint: Location) -> dict[str, str]:
-    """The transformers that a build of several wrote, with the digest of each one's record; else empty.
+    """The transformers of a checkpoint that has several, with the digest of each one's record; else empty.
 
     Raises:
         InputError: ``record.json`` or ``record.duplicate_key``.

@@ -5,8 +5,8 @@ from typing import Any
 
 from modelopt_convert.run.errors import InputError
 
-# A million tensors, each with a shape and offsets. Python makes 30 to 250 bytes of what the file has in two or three,
-# so that 100 MB of empty lists would be gigabytes.
+# Enough for a million tensors, each with a shape and offsets. Python makes 30 to 250 bytes of two or three bytes of
+# JSON, so 100 MB of empty lists would become gigabytes.
 _MOST = {b"{": 1 << 20, b"[": 2 << 20, b",": 12 << 20}
 _SHOWN_CHARS = 200
 
@@ -47,7 +47,7 @@ def parse_json_object(raw: bytes, *, code: str, path: str) -> dict[str, Any]:
     for char, most in _MOST.items():
         if (found := raw.count(char)) > most:
             raise refuse(f"expected at most {most} times {char.decode()!r}, found it {found} times", "too_large")
-    # To the reference -0 is a float, to Python the integer 0. The hook costs a call per number, so only if needed.
+    # -0 is a float to the reference, and the integer 0 to Python. The hook costs a call per number: only where needed.
     integer = (lambda text: -0.0 if text == "-0" else int(text)) if b"-0" in raw else None
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer)

@@ -1,7 +1,8 @@
 """The zip that ``torch.save`` writes: checked, and what is needed of it copied to where nobody can change it. No torch.
 
-torch maps such a file, and a mapped file that is truncated kills the reader, or reads as zeros. So torch never sees the
-file itself but a copy in memory, sparse: the pickle, the beginning of every tensor, and holes for the rest.
+torch maps such a file into memory. A mapped file that is truncated kills the reader, or reads as zeros. So torch never
+sees the file itself. torch gets a sparse copy in memory: the pickle, the beginning of every tensor, and holes for the
+rest.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.run.errors import InputError
 
-COPIED_BYTES = 4096  # of every tensor
-_MAX_PICKLE_BYTES = 64 << 20  # one of 600 kB describes 1,200 tensors
+COPIED_BYTES = 4096  # from the beginning of every tensor
+_MAX_PICKLE_BYTES = 64 << 20  # a pickle of 600 kB describes 1,200 tensors
 _MAX_DIRECTORY_BYTES = 16 << 20
 _HEADER_BYTES = 30  # the fixed part of a member's local header
 
@@ -33,7 +34,7 @@ def private_copy(path: Path) -> Iterator[tuple[str, int]]:
         The copy's path, which is gone afterwards, and its size.
 
     Raises:
-        InputError: With a ``pickle.*`` or ``input.*`` code: it is no plain torch archive, or changed meanwhile.
+        InputError: With a ``pickle.*`` or ``input.*`` code: the file is no plain torch archive, or changed meanwhile.
     """
     real = Path(os.path.realpath(path))
     with contextlib.closing(LocalFile(real.parent, real.name, where=str(path))) as file:
@@ -54,7 +55,7 @@ def refusal(path: object, kind: str, found: str, hint: str) -> InputError:
 
 
 class _Reading(io.RawIOBase):
-    """A checked file as zipfile reads one; it asks for as much at once as the archive claims its directory to have."""
+    """A checked file for zipfile, which reads at once as many bytes as the archive claims for its directory."""
 
     def __init__(self, file: LocalFile) -> None:
         self._file = file
@@ -87,7 +88,7 @@ class _Reading(io.RawIOBase):
 
 
 def _checked(path: Path, file: LocalFile) -> Iterator[tuple[int, int]]:
-    """Refuse what is not a plain torch archive: members stored one after the other, as large as they say.
+    """Refuse what is not a plain torch archive, whose members are stored one after the other, as large as they say.
 
     Yields:
         The parts of the file that are to be copied.

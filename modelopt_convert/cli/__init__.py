@@ -1,4 +1,8 @@
-"""The command line. Nothing here or above imports torch, so that help, usage errors and refusals are fast."""
+"""The command line: flags, streams and exit codes, made from the requests.
+
+Nothing here imports torch, so that help, usage errors and refusals are fast. What a command does is not known here, and
+no room imports this one.
+"""
 
 import contextlib
 import os

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 
-from modelopt_convert.checkpoint.components import transformers_of
+from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import ending
 from modelopt_convert.commands.requests import InspectRequest

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelopt_convert.checkpoint.components import resolve_component
+from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.checkpoint.location import local_path
 from modelopt_convert.checkpoint.names import natural_key

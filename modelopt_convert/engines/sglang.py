@@ -17,15 +17,15 @@ from modelopt_convert.formats.layout import Layout
 VERSION = "sglang@0.5.23"
 GUESSED = frozenset({"nvfp4"})  # formats whose layout is inferred from tensors
 
-# These names, and marker tensors, are the only things from which swapped nibbles and swizzled scales are inferred; both
-# together, and no config key overrides it.
+# SGLang infers swapped nibbles and swizzled scales, always both, from these names and from marker tensors, and from
+# nothing else. No config key overrides that.
 PACKED_QKV = re.compile(r"(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.")
 MARKER = ".comfy_quant"
 _CONFIG = "config.json"
 FLAT_METADATA_KEYS = ("_quantization_metadata", "quantization_config")
-# ``ModelOptFp4Config.from_config`` reads the key and ``ModelOptFp4LinearMethod.apply`` would obey it; but
-# ``build_nvfp4_config_from_safetensors_list`` makes a config without it, and ``_merge_modelopt_fp4_configs`` goes on
-# with that one.
+# ``ModelOptFp4Config.from_config`` reads the key, and ``ModelOptFp4LinearMethod.apply`` would obey it. But
+# ``build_nvfp4_config_from_safetensors_list`` makes another config without the key, and ``_merge_modelopt_fp4_configs``
+# goes on with that config.
 DYNAMIC_INPUTS = (
     f"{VERSION} loses dynamic_input_scale where packed weights lie in the shards (_merge_modelopt_fp4_configs does not "
     "carry it over) and takes 1.0 for every missing input_scale: blocks of activations whose largest value is below "
@@ -39,13 +39,13 @@ class Belief:
 
     Attributes:
         engine: Name and version.
-        quantized: Whether it will be loaded as NVFP4 at all.
+        quantized: Whether the engine will load the checkpoint as NVFP4 at all.
         layout: How the engine reads codes and scales.
         group_size: Columns per scale.
-        modules: Modules it takes for packed.
-        input_scales: The checkpoint's, or 1.0 where one is missing, whatever is declared.
+        modules: Modules that the engine takes for packed.
+        input_scales: ``stored``: the checkpoint's; ``ones``: 1.0 where one is missing, whatever is declared.
         because: What each belief rests on.
-        refuses: Why it will not load the checkpoint at all, or None.
+        refuses: Why the engine will not load the checkpoint at all, or None.
     """
 
     engine: str
@@ -87,7 +87,7 @@ def believe(
         group_size = _declared_group_size(declared[1])
     if declared is not None and _declared_group_size(declared[1]) is None:
         refuses = refuses or f"{VERSION} refuses an NVFP4 config without group_size"
-    # Names and markers count only beside a module that is seen as packed, of a known group size.
+    # Names and markers count only if a module is seen as packed, and its group size is known.
     inferred = bool(because) and bool(modules) and group_size is not None
     if not inferred:
         because.clear()
@@ -205,17 +205,17 @@ def _declared_group_size(keys: Mapping[str, Any]) -> int | None:
 def ignored_by(entries: Collection[str], name: str) -> str | None:
     """The ``ignore`` entry by which SGLang would leave a module unquantized, or None.
 
-    The two FP8 configs of ``modelopt_quant.py`` and ``modelopt_fp8.py`` match the whole name, and the latter also the
-    name's first segment; entries here are names without wildcards.
+    The FP8 configs of ``modelopt_quant.py`` and ``modelopt_fp8.py`` match the whole name; the config of
+    ``modelopt_fp8.py`` also matches the name's first segment. Entries here are names without wildcards.
     """
     return next((entry for entry in (name, name.partition(".")[0]) if entry in entries), None)
 
 
 def misread(belief: Belief, nibbles: str, scales: str, *, group_size: int, packed: frozenset[str]) -> list[str]:
-    """Where a belief departs from what is known, in words; answers that are not known contradict nothing.
+    """Where a belief departs from what is known, in words; an unknown answer contradicts nothing.
 
     Args:
-        belief: The engine's.
+        belief: What the engine believes.
         nibbles: ``low`` or ``high`` if known.
         scales: ``linear`` or ``128x4`` if known.
         group_size: Columns per scale.
@@ -243,10 +243,10 @@ def load_command(prefix: str, base: str, components: Sequence[str], flag: str = 
     """SGLang's command that loads the output.
 
     Args:
-        prefix: The output, up to the name of a component.
+        prefix: The path of the output, without the name of a component.
         base: The base model.
         components: Folder names, or none where the output itself is the transformer.
-        flag: What loads that.
+        flag: The flag of SGLang that loads a transformer by itself.
     """
     flags = [f"--{name.replace('_', '-')}-path {prefix}/{name}" for name in components] or [f"{flag} {prefix}"]
     return f"sglang generate --model-path {base} {' '.join(flags)} --prompt '...'"

@@ -14,21 +14,21 @@ class Format:
     """A quantization format that mopt reads and writes.
 
     Attributes:
-        algorithm: As presets and commands name it.
-        bits: Of a code; formats are listed by them.
-        quant_algo: As config.json names it.
+        algorithm: The name that presets and commands have for it.
+        bits: Bits of a code; formats are listed in that order.
+        quant_algo: The name that config.json has for it.
         packed_dtype: safetensors dtype of a quantized weight.
-        words: What it is, for the model card.
-        stored: How its tensors lie, for the model card.
+        words: What the format is, for the model card.
+        stored: How the format's tensors lie, for the model card.
         declared: Keys of ``quantization_config`` that say how the tensors are to be read.
         block_size: Columns per block scale; None without block scales.
         tensor_scale: Role of the scale of the whole weight.
         scales: Roles of all scales of a calibrated module.
-        export_flags: Of ModelOpt's quantize.py that make an export of it.
-        export_format: Its ``--format`` there.
-        command: Of mopt that takes such an export.
+        export_flags: The flags of ModelOpt's quantize.py that make an export in this format.
+        export_format: The value of ``--format`` there.
+        command: The command of mopt that takes such an export.
         max_error: Largest relative error of a module whose codes are not reproduced.
-        older: What may be done where an export seems to hold none, or empty.
+        older: What to do where an export seems to hold no weight of this format; empty if there is nothing to do.
     """
 
     algorithm: Algorithm

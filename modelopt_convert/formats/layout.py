@@ -1,7 +1,7 @@
 """How the bytes of a packed NVFP4 weight lie, and how that is known. Pure, no torch.
 
-One value for the detector, the plan, the writer, verify, inspect, the engines' views and config.json. ModelOpt's own
-layout is ``CANONICAL``.
+The detector, the plan, the writer, verify, inspect, the engines' views and config.json all use this one value.
+ModelOpt's own layout is ``CANONICAL``.
 """
 
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ class Layout:
 
     Attributes:
         nibbles: Which nibble holds the even column; ``equivalent``: both readings decode alike.
-        scales: In which order the block scales lie; likewise.
+        scales: In which order the block scales lie; ``equivalent``: both readings decode alike.
         global_scale: Whether ``weight_scale_2`` multiplies, or divides as a reciprocal.
         nibbles_by: How the first answer is known.
-        scales_by: How the second is.
+        scales_by: How the second answer is known.
     """
 
     nibbles: NibbleOrder = "low"
@@ -49,7 +49,7 @@ class Layout:
         return "undetermined" not in (self.nibbles, self.scales, self.global_scale)
 
     def over(self, other: "Layout") -> "Layout":
-        """These answers, and those of ``other`` where there is none."""
+        """These answers, and the answers of ``other`` to questions that are undetermined here."""
         found = self
         if self.nibbles == "undetermined":
             found = replace(found, nibbles=other.nibbles, nibbles_by=other.nibbles_by)
@@ -58,7 +58,7 @@ class Layout:
         return found if self.global_scale != "undetermined" else replace(found, global_scale=other.global_scale)
 
     def in_words(self) -> str:
-        """How it departs from what ModelOpt writes; empty if it does not."""
+        """How the layout departs from what ModelOpt writes; empty if it does not."""
         parts = [
             "the high nibble holds the even column (nibbles swapped)" if self.nibbles == "high" else "",
             "the scales lie in the 128x4 order (swizzled)" if self.scales == "128x4" else "",
@@ -67,7 +67,7 @@ class Layout:
         return " and ".join(part for part in parts if part)
 
     def config_keys(self) -> dict[str, Any]:
-        """The keys of ``quantization_config`` that declare it."""
+        """The keys of ``quantization_config`` that declare the layout."""
         return {_NIBBLES_KEY: self.nibbles == "high", _SCALES_KEY: "swizzled" if self.scales == "128x4" else "linear"}
 
 
@@ -76,7 +76,7 @@ CANONICAL = Layout()
 
 
 def declared_layout(keys: Mapping[str, Any]) -> Layout:
-    """What the keys of a ``quantization_config`` declare; what they do not is undetermined."""
+    """What the keys of a ``quantization_config`` declare; where no key says anything, the answer is undetermined."""
     found, swapped = UNDETERMINED, keys.get(_NIBBLES_KEY)
     if isinstance(swapped, bool):
         found = replace(found, nibbles="high" if swapped else "low", nibbles_by="declared")

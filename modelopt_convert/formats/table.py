@@ -1,7 +1,7 @@
 """All quantization formats, by what their folders say. Pure, no torch.
 
-A format is a folder beside this file whose ``format.py`` has its ``FORMAT``. What another room knows of a format
-lies in that room, in a module with the format's name whose ``ENTRY`` keeps the room's contract.
+A format is a folder beside this file; ``FORMAT`` in the folder's ``format.py`` describes it. What another room knows of
+a format lies in that room, in a module with the format's name; the module's ``ENTRY`` keeps the room's contract.
 """
 
 from collections.abc import Mapping

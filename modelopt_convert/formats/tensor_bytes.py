@@ -1,4 +1,4 @@
-"""Between the bytes of a safetensors file and torch: views, casts of chunks, and comparison up to a cast."""
+"""The bytes of safetensors tensors as torch tensors: views, casts of chunks, and comparison up to a cast."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ _NOT_FINITE = "expected finite weights, found NaN or infinity"
 
 
 def from_bytes(raw: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
-    """A tensor from the bytes of a safetensors tensor: of its own memory, or of a buffer that may be written to."""
+    """A tensor from the bytes of a safetensors tensor. A writable buffer is not copied: the tensor uses its memory."""
     view = memoryview(raw)
     torch_dtype = TORCH_DTYPES[dtype]  # frombuffer refuses an empty buffer
     if not view.nbytes:
@@ -35,7 +35,7 @@ def to_bytes(tensor: Tensor) -> memoryview:
 
 
 def equal_bytes(left: memoryview, right: memoryview) -> bool:
-    """Whether two writable buffers of one size hold the same; memoryviews compare byte by byte, under Python's lock."""
+    """Whether two writable buffers of one size are equal. memoryviews would compare bytewise, under Python's lock."""
     words = len(left) // 8 * 8
     one, other = from_bytes(left, "U8", (-1,)), from_bytes(right, "U8", (-1,))
     same = torch.equal(one[:words].view(torch.int64), other[:words].view(torch.int64))
@@ -94,7 +94,7 @@ def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, o
         stored: Its shape.
         rows: N.
         columns: K/16.
-        order: ``linear`` or ``128x4``.
+        order: The stored order, ``linear`` or ``128x4``.
 
     Raises:
         ValueError: The stored shape allows no such reading.
@@ -122,7 +122,7 @@ def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
     """The same bytes, once it is known that no code is NaN.
 
     Raises:
-        ValueError: How many are.
+        ValueError: Some codes are NaN; the message says how many.
     """
     broken = int(((from_bytes(raw, "U8", (-1,)) & 0x7F) == 0x7F).count_nonzero())
     if broken:
@@ -131,12 +131,12 @@ def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
 
 
 def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[memoryview, Clipped]:
-    """E4M3 codes of consecutive elements of a weight, and what of them was clipped.
+    """E4M3 codes of consecutive elements of a weight, and how much was clipped.
 
     Args:
         raw: Whole elements of ``source``.
         source: safetensors dtype name.
-        scale: Of the whole weight.
+        scale: The scale of the whole weight.
 
     Raises:
         ValueError: The weight holds NaN or infinity.
@@ -152,20 +152,20 @@ def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[
         raise ValueError(_NOT_FINITE)
     # BF16 has 65,536 values: the code of each is computed once, and then looked up.
     codes = bf16_codes(scale).index_select(0, bits.to(torch.int32).bitwise_and_(0xFFFF))
-    beyond = clipped(largest, divisor)  # nearly always nothing: count only where there is something
+    beyond = clipped(largest, divisor)  # nearly always nothing is beyond: count only where something is
     return to_bytes(codes), clipped(weight, divisor) if beyond.count else beyond
 
 
 def largest_bits(weight: Tensor) -> Tensor:
-    """int16 []: bits of the largest magnitude in a weight once it is rounded to BF16, NaN above infinity."""
-    return (weight.to(torch.bfloat16).view(torch.int16) & 0x7FFF).amax()  # without their sign in that order
+    """int16 []: the bits of the largest magnitude in a weight that was rounded to BF16; NaN is above infinity."""
+    return (weight.to(torch.bfloat16).view(torch.int16) & 0x7FFF).amax()  # without the sign: in the order of magnitudes
 
 
 def magnitude(bits: Tensor) -> float:
     """The value of ``largest_bits``.
 
     Raises:
-        ValueError: It is NaN or infinity.
+        ValueError: The value is NaN or infinity.
     """
     largest = float(bits.view(torch.bfloat16))
     if not largest < float("inf"):
@@ -174,14 +174,14 @@ def magnitude(bits: Tensor) -> float:
 
 
 def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
-    """Largest magnitude among consecutive elements of a weight, rounded to BF16, in which it is quantized.
+    """Largest magnitude among consecutive elements of a weight after rounding to BF16, the dtype that is quantized.
 
     Args:
         raw: Whole elements of ``source``.
         source: safetensors dtype name.
 
     Raises:
-        ValueError: One is NaN or infinity, or rounds to infinity.
+        ValueError: An element is NaN or infinity, or rounds to infinity.
     """
     return magnitude(largest_bits(from_bytes(raw, source, (-1,))))
 
@@ -189,7 +189,7 @@ def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
 def quantize_nvfp4_rows(
     raw: bytes | memoryview, source: str, columns: int, scale: float
 ) -> tuple[memoryview, memoryview]:
-    """Packed codes and block scales of whole rows of a weight, rounded to BF16 first: ModelOpt's recipe loads it so.
+    """Packed codes and block scales of whole rows, rounded to BF16 first, as ModelOpt's recipe loads a weight.
 
     Args:
         raw: Rows [R, K] of ``source``.
@@ -210,7 +210,7 @@ def dequantize_chunk(raw: bytes | memoryview, scale: float) -> memoryview:
 
     Args:
         raw: The codes.
-        scale: Of the whole weight.
+        scale: The scale of the whole weight.
     """
     values = dequantize_fp8(from_bytes(raw, "F8_E4M3", (-1,)), torch.tensor(scale, dtype=torch.float32))
     return to_bytes(values.to(torch.bfloat16))

@@ -1,8 +1,8 @@
 """Module globs: the pattern language of presets and ``--keep-bf16``. Pure, no regular expressions.
 
-A pattern is dotted segments. ``*`` stands for any characters but a dot; ``**`` alone in a segment for any number of
-segments, none included; ``[a:b]`` for the indices ``range(depth)[a:b]`` of a block list, where depth is how many blocks
-the model has there: ``blocks.[:3].**`` the first three, ``blocks.[-3:].**`` the last three. All else is literal.
+A pattern is segments with dots between them. ``*`` stands for any characters but a dot. ``**``, alone in a segment,
+stands for any number of segments, none included. ``[a:b]`` stands for the indices ``range(depth)[a:b]`` of a block list
+of depth blocks: ``blocks.[:3].**`` is the first three, ``blocks.[-3:].**`` the last three. All else is literal.
 Matching is by table, not by regular expression: a hostile name costs at most len(pattern) x len(name) steps.
 """
 
@@ -15,11 +15,11 @@ from typing import Any
 from modelopt_convert.run.errors import InputError
 
 _RANGE = re.compile(r"\[(-?[0-9]{1,6})?:(-?[0-9]{1,6})?\]")
-# Deeper than this no model has a block list, and hostile names of thousands of parts would make a table of as many.
+# No model has a block list deeper than this. A hostile name of thousands of parts would make a table of as many.
 _LEVELS = 32
-# difflib compares character by character: a millisecond for each of the names that a message may offer.
+# difflib compares character by character, which takes a millisecond for each name that a message may offer.
 _COMPARED, _COMPARED_CHARS = 200, 200
-# Steps of globs over names, a microsecond each at worst.
+# How many steps of globs over names are taken; a step takes a microsecond at worst.
 _MAX_STEPS = 20_000_000
 _MAX_NAME = 4096  # characters, as many as the header allows bytes
 
@@ -50,8 +50,8 @@ class PatternMatcher:
     def __init__(self, modules: Iterable[str]) -> None:
         """Keep the names; blocks are counted when a pattern asks for them."""
         self.modules = tuple(modules)
-        # Prefixes as numbers: the one that a prefix and a part make, 0 the empty one. Their text would take the square
-        # of a name's length.
+        # The number of each prefix, by the number of the prefix without its last part, and that part; 0 is the empty
+        # prefix. The text of all prefixes of a name would take the square of the name's length.
         self._children: dict[tuple[int, str], int] = {}
         self._depths: dict[int, int] | None = None
 
@@ -59,7 +59,7 @@ class PatternMatcher:
         """Whether the whole ``name`` matches ``pattern``."""
         parts = name.split(".") if name else []
         numbers: list[int] | None = None
-        # The segments so far can stand for the first so many parts of the name.
+        # How many of the name's first parts the segments so far can stand for: every possible count.
         reached: Sequence[int] = (0,)
         for segment in pattern.split("."):
             if segment == "**":
@@ -94,7 +94,7 @@ class PatternMatcher:
         return found
 
     def _numbers(self, parts: list[str]) -> list[int]:
-        """For each part that is a block of the model, and those before it, the number of the prefix before it."""
+        """The number of the prefix before each part, up to the last prefix that the model's block lists have."""
         if self._depths is None:
             self._depths = self._count()
         numbers = [0]
@@ -125,10 +125,10 @@ class PatternMatcher:
 
 
 def ignored(entries: object, names: Collection[str], *, path: str) -> set[str]:
-    """The names that an ``ignore`` of a config.json covers: there ``*`` crosses dots.
+    """The names that an ``ignore`` of a config.json covers; in ``ignore``, ``*`` crosses dots.
 
     Args:
-        entries: As found; what is no list of strings covers nothing.
+        entries: What config.json has; anything but a list of strings covers nothing.
         names: Module names.
         path: The config, for the message.
 
@@ -137,9 +137,9 @@ def ignored(entries: object, names: Collection[str], *, path: str) -> set[str]:
     """
     listed = {entry for entry in entries if isinstance(entry, str)} if isinstance(entries, list) else set()
     found = listed.intersection(names)
-    # A glob that has more characters than the longest name may have covers none.
+    # A glob with more characters than the longest name that may occur covers no name.
     globs = [glob for glob in listed if "*" in glob and len(glob) - glob.count("*") <= _MAX_NAME]
-    # Stars side by side are one.
+    # Stars side by side count as one.
     pieces = [_split(glob) for glob in globs]
     steps = sum(map(len, pieces)) * len(names)
     if steps > _MAX_STEPS:
@@ -171,7 +171,7 @@ def nearest(pattern: str, names: Collection[str], count: int = 3) -> list[str]:
 
 
 def _wildcard(glob: str, text: str) -> bool:
-    """``*`` matching in one segment."""
+    """Whether a glob matches the text of one segment."""
     return _fits(_split(glob), text) if "*" in glob else glob == text
 
 
@@ -182,7 +182,7 @@ def _split(glob: str) -> tuple[str, ...]:
 
 
 def _fits(pieces: Sequence[str], text: str) -> bool:
-    """Pieces between stars are found greedily from the left."""
+    """Whether the pieces between stars are found in the text, greedily from the left."""
     head, *middle, tail = pieces
     if not text.startswith(head):
         return False

@@ -12,10 +12,10 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.preset.patterns import check_pattern, stars
 from modelopt_convert.run.errors import InputError
 
-# A license is that of one model's weights. One that extends a preset shares its architecture, and maybe not this.
+# A license belongs to one model's weights. A preset that extends another has its architecture, maybe not its license.
 _NOT_INHERITED = ("license", "license_name", "license_link")
 _HERE = Path(__file__).resolve().parent
-# In the wheel the TOML files lie inside the package; in a checkout, beside it. Nowhere else is looked.
+# In the wheel the TOML files lie inside the package; in a checkout, beside it. No other place is searched.
 _FOLDERS = (_HERE / "toml", _HERE.parent.parent / "presets")
 
 
@@ -45,7 +45,7 @@ class KeepRules(_Strict):
 
 
 class Preset(_Strict):
-    """One model's preset; the TOML file has these fields, and ``extends`` for those it shares with another."""
+    """One model's preset; the TOML file has these fields, and ``extends`` for fields that another preset has."""
 
     schema_: Literal[1] = Field(alias="schema", description="version of the preset language")
     name: str = Field(description="what --preset takes")
@@ -133,7 +133,7 @@ class Preset(_Strict):
         return lines
 
     def fits(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of this model: same class, and the values that single it out."""
+        """Whether a config.json is of this model: it has the class, and the values that single the model out."""
         same = config.get("_class_name") == self.class_name
         return same and all(config.get(key) == value for key, value in self.config.items())
 
@@ -144,8 +144,8 @@ class LoadedPreset(_Strict):
     Attributes:
         preset: What was read.
         text: The TOML text.
-        path: Its name or path, as it was asked for.
-        inherited: The texts that it extends, nearest first.
+        path: The name or path by which it was asked for.
+        inherited: The texts of the presets that it extends, nearest first.
     """
 
     preset: Preset
@@ -155,7 +155,7 @@ class LoadedPreset(_Strict):
 
     @property
     def sha256(self) -> str:
-        """Digest of the TOML text and of those it extends, recorded in mopt.json."""
+        """Digest of the TOML text and of the texts that it extends, recorded in mopt.json."""
         return hashlib.sha256("\0".join((self.text, *self.inherited)).encode()).hexdigest()
 
 
@@ -164,7 +164,7 @@ class ChosenPreset(_Strict):
 
     Attributes:
         loaded: The preset.
-        also: Others that fit as well and would give the same, where it was chosen by config.json.
+        also: Other presets that fit as well and give the same, where config.json chose the preset.
     """
 
     loaded: LoadedPreset
@@ -176,7 +176,7 @@ class ChosenPreset(_Strict):
         return None if self.also else self.loaded.preset.base_repo
 
     def status(self, algorithm: Algorithm) -> str | None:
-        """What the set rests on: the least of all that fit."""
+        """The status of the set: the weakest of all presets that fit."""
         found = [self.loaded, *(load_preset(name) for name in self.also)]
         status = {one.preset.rules(algorithm).status for one in found}
         return "validated" if status == {"validated"} else "candidate"
@@ -205,7 +205,7 @@ def parse_preset(text: str, *, path: str) -> LoadedPreset:
 
 
 def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a preset over those it extends, tables merged key by key; and all texts, its own first."""
+    """The fields of a preset over the fields that it extends, tables merged key by key; all texts, its own first."""
     try:
         fields = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -281,7 +281,7 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
     """
     loaded = [load_preset(name) for name in preset_names()]
     fitting = [one for one in loaded if one.preset.fits(config) and algorithm in one.preset.sets()]
-    most = max((len(one.preset.config) for one in fitting), default=0)  # what says more fits better
+    most = max((len(one.preset.config) for one in fitting), default=0)  # what says more of it fits better
     fitting = [one for one in fitting if len(one.preset.config) == most]
     names = [one.preset.name for one in fitting]
     if not fitting:

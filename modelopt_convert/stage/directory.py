@@ -48,7 +48,7 @@ class Published:
 class StagingDir:
     """A folder beside OUT in which the new checkpoint is built; a context manager.
 
-    It leaves nothing behind unless ``publish`` was called, or the swap was refused after all checks had passed.
+    The folder is gone afterwards, unless ``publish`` was called, or the swap was refused after all checks had passed.
     """
 
     def __init__(self, output: Path, inputs: Sequence[Path], *, overwrite: bool, need_bytes: int) -> None:
@@ -61,7 +61,7 @@ class StagingDir:
         self._prefix = f".{self.output.name}.mopt-"
         self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
         self._lock: int | None = None
-        self._replaced: int | None = None  # OUT as it was checked, held open so that no other can get its inode
+        self._replaced: int | None = None  # the checked OUT, held open so that no other folder gets its inode
         self._made = False
         self._folders: list[Path] = []
         self._warnings: list[str] = []
@@ -183,8 +183,8 @@ class StagingDir:
                 os.close(lock)
 
     def _left_by_others(self, kind: Literal["stage", "old"]) -> list[Path]:
-        """What other runs to this output left; mopt makes folders, so a link or file of such a name is not its own."""
-        # Not by glob, which takes a folder that may not be listed for an empty one.
+        """What other runs to this output left; mopt makes folders, so a link or file of such a name is not mopt's."""
+        # glob would take a folder that may not be listed for an empty one.
         names = sorted(name for name in os.listdir(self.output.parent) if name.startswith(f"{self._prefix}{kind}-"))
         found = [self.output.parent / name for name in names]
         return [path for path in found if path != self.path and path.is_dir() and not path.is_symlink()]
@@ -207,7 +207,7 @@ class StagingDir:
             self._warnings.append(kept)
 
     def _remove(self, tree: Path) -> str | None:
-        """Remove a tree that mopt made or replaced, unless somebody put a file into it; then keep it and say so.
+        """Remove a tree that mopt made or replaced; keep the tree and say so if somebody put a file into it.
 
         Another run may be removing the same tree: what vanishes meanwhile is no failure.
         """
@@ -229,7 +229,7 @@ class StagingDir:
         return self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
 
     def _changed_hands(self) -> bool:
-        """Whether OUT is another than the one that the user consented to replace, be it a checkpoint too."""
+        """Whether OUT is another folder than the one that the user consented to replace, even if it is a checkpoint."""
         if not self.output.exists():
             return False
         now = self.output.stat()
@@ -237,7 +237,7 @@ class StagingDir:
         return then is None or (then.st_dev, then.st_ino) != (now.st_dev, now.st_ino)
 
     def check_space(self, num_bytes: int) -> None:
-        """Refuse if so much does not fit.
+        """Refuse if so many bytes do not fit.
 
         Raises:
             StorageError: ``storage.no_space``.
@@ -276,8 +276,8 @@ class StagingDir:
 
     def _two_renames(self) -> Path:
         old = self.output.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
-        # The last run's old tree must be gone for good: else a power cut now could leave a half-removed one beside this
-        # one, and the next run would not know which of the two to put back.
+        # The old tree of the last run must be gone for good. Else a power cut now could leave that tree, half removed,
+        # beside this one, and the next run would not know which of the two to put back.
         self._durable = fsops.sync_dir(self.output.parent) and self._durable
         fsops.rename(self.output, old)
         try:
@@ -292,7 +292,7 @@ class StagingDir:
         return old
 
     def _keep_stage(self, why: str, error: Exception | None) -> NoReturn:
-        """Checked work is not thrown away because of a refused swap: give it a name the user can see."""
+        """Give the stage a name that the user can see: a refused swap is no reason to throw checked work away."""
         kept = self._kept_name()
         try:
             fsops.rename(self.path, kept)
@@ -357,8 +357,8 @@ def _umask() -> int:
 def _signals_held() -> Iterator[None]:
     """Note SIGINT and SIGTERM, and let them act only at the end.
 
-    Not by a signal mask: that is one thread's, and torch's threads would take the signal for the process. Handlers run
-    in the main thread alone, so elsewhere there is nothing to hold.
+    A signal mask would not do: a mask belongs to one thread, and torch's threads would take the signal for the process.
+    Handlers run in the main thread alone, so in other threads there is nothing to hold.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -371,7 +371,7 @@ def _signals_held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    # Not after an error: the run ends anyway, and what the error says of the disk matters more.
+    # After an error no signal acts: the run ends anyway, and what the error says of the disk matters more.
     if noted:
         signal.raise_signal(noted[0])
 

@@ -37,7 +37,7 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """``pwrite`` until every byte is down; a short write is continued.
 
     Raises:
-        OSError: As ``pwrite``; ``EIO`` if the kernel takes no bytes and reports no error.
+        OSError: What ``pwrite`` raises; ``EIO`` if the kernel takes no bytes and reports no error.
     """
     view = memoryview(data).cast("B")
     while view:
@@ -52,8 +52,8 @@ def copy_blocks(source: int, source_offset: int, target: int, offset: int, num_b
     """Copy the whole blocks of a range within the kernel; XFS and Btrfs share them and move no byte.
 
     Returns:
-        What was copied, counted from the range's begin: nothing where the range lies otherwise in its blocks than it
-        shall, or where the kernel cannot.
+        What was copied, counted from the beginning of the range. Nothing where blocks begin elsewhere in the source
+        than in the target, or where the kernel cannot.
 
     Raises:
         OSError: ``EIO``, ``ENOSPC`` or ``EDQUOT``.
@@ -77,7 +77,7 @@ def copy_blocks(source: int, source_offset: int, target: int, offset: int, num_b
 def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
     """Have the disk begin with a range that was written, so that little is left for ``sync``; promises nothing.
 
-    It only starts and does not wait, so that no write error is taken from the ``sync`` that is to report it.
+    The call does not wait, so it takes no write error away from the ``sync`` that is to report the error.
     """
     function = getattr(_libc(), "sync_file_range", None)  # Linux
     if function is not None:
@@ -85,7 +85,7 @@ def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
 
 
 def sync(fd: int) -> bool:
-    """``fsync``, never retried. False where the file system has none (restic's practice)."""
+    """``fsync``, never tried again after an error. False where the file system has none, as in restic."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -138,7 +138,7 @@ def exchange(left: Path, right: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory tree without following links; only ever called on trees that mopt made or replaced."""
+    """Remove a directory tree, and follow no links; only trees that mopt made or replaced are removed."""
     shutil.rmtree(path)
 
 

@@ -11,10 +11,10 @@ LOCKING_FILE_SYSTEMS = frozenset({"ext4", "ext3", "ext2", "xfs", "btrfs", "tmpfs
 
 
 def try_lock(path: Path) -> int | None:
-    """Lock a directory (flock), if the path still names it then; None if somebody else holds or removed it."""
+    """Lock a directory (flock), if the path still names it then; None if somebody else holds it or removed it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (FileNotFoundError, PermissionError):  # gone, or another user's
+    except (FileNotFoundError, PermissionError):  # it is gone, or belongs to another user
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,10 +11,10 @@ class Mount:
     """One line of the table.
 
     Attributes:
-        number: By which an open file names the mount that it was opened through.
-        device: Of the file system, the same for all its mounts.
-        root: What of the file system is mounted; not ``/`` for a bind mount of a folder.
-        point: Where.
+        number: The number by which an open file names the mount that it was opened through.
+        device: The file system's device, the same for all its mounts.
+        root: The folder of the file system that is mounted; not ``/`` for a bind mount of a folder.
+        point: The folder at which it is mounted.
         kind: The file system's type.
     """
 
@@ -27,7 +27,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder by its file system and its path in that, the same under every name."""
+    """A folder by its file system and its path in that file system, the same under every name."""
 
     device: str
     path: Path
@@ -73,6 +73,6 @@ def _parse(line: str) -> Mount:
 
 
 def _unescape(text: str) -> Path:
-    """Blanks and the like are written in octal."""
+    """A path of the table, in which blanks and the like are written in octal."""
     raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), os.fsencode(text))
     return Path(os.fsdecode(raw))

@@ -1,7 +1,8 @@
 """Where mopt will not write: OUT must be free or a plain checkpoint, and no input. No torch.
 
-Paths are compared by inode up both parent chains, since links and bind mounts are other names for the same folder; and
-by their place in the file system, since above a bind mount of a subfolder the folder itself is not among the parents.
+Paths are compared by inode up both parent chains, since links and bind mounts are other names for the same folder.
+Paths are also compared by their place in the file system: above a bind mount of a subfolder of an input, the input is
+not among the parents.
 """
 
 import os
@@ -18,7 +19,7 @@ ALLOWED_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.
 ALLOWED_FOLDERS = frozenset({"transformer", "transformer_2"})
 MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
 _STAGE_SUFFIX = ".mopt-stage-00000000"
-_MAX_NAME_BYTES = 255  # of a file name, on every Linux file system in use
+_MAX_NAME_BYTES = 255  # the longest file name on every Linux file system in use
 
 
 def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -41,7 +42,7 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
     if not parent.is_dir():
         raise _refuse(output, f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {parent}")
     for source in inputs:
-        if source.exists():  # one that was removed meanwhile cannot be harmed
+        if source.exists():  # an input that was removed meanwhile cannot be harmed
             _refuse_overlap(output, source)
     if not output.exists():
         return
@@ -66,7 +67,7 @@ def _special_folders() -> list[Path]:
 
 
 def canonical_output(output: Path) -> Path:
-    """OUT with its parent resolved, its own name kept (a link must be seen as one); ``.`` and ``x/..`` resolved.
+    """OUT with its parent resolved and its own name kept, so that a link is seen; ``.`` and ``x/..`` are resolved.
 
     Raises:
         OutputRefusedError: ``output.no_parent``: a relative path where the current folder was removed.
@@ -114,7 +115,7 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 def _chain(path: Path) -> list[tuple[int, int]]:
-    """Inodes of ``path`` and of every folder above it; ``..`` on the real tree, so that links are seen through."""
+    """Inodes of ``path`` and of every folder above it in the real tree, so that links are seen through."""
     real = path.resolve()
     return [_inode(place) for place in (real, *real.parents) if place.exists()]
 

@@ -12,8 +12,8 @@ from modelopt_convert.run.errors import InternalError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.locks import file_system_of
 
-# Where files can share blocks. Elsewhere a copy by the kernel costs more than writing what the digest has just brought
-# into a core's cache: see docs/performance.md.
+# File systems in which files can share blocks. Elsewhere a copy by the kernel costs more than to write what the digest
+# has just brought into a core's cache: see docs/performance.md.
 SHARING_FILE_SYSTEMS = frozenset({"xfs", "btrfs"})
 _WRITEBACK_BYTES = 8 << 20  # large enough for the disk to write in one go
 
@@ -69,10 +69,10 @@ class ShardWriter:
         """Write one tensor from consecutive pieces of its bytes.
 
         Args:
-            name: Of the tensor.
-            chunks: Its bytes.
-            extent: Descriptor and offset of the same bytes in an input, if they lie in one: where that is faster, they
-                are copied from there, and the pieces are for the digest.
+            name: The tensor's name.
+            chunks: The tensor's bytes, in pieces.
+            extent: Descriptor and offset of the same bytes in an input, if an input holds them. Where that is faster,
+                the kernel copies from there, and the pieces are for the digest alone.
 
         Raises:
             InternalError: Unknown name, second write, or more or fewer bytes than planned.
@@ -80,7 +80,7 @@ class ShardWriter:
         if name not in self._offsets or name in self.digests:
             raise InternalError(f"{name!r} is not planned or written twice", code="internal.shard_write")
         offset, left = self._offsets[name], self._sizes[name]
-        begun = offset  # up to here the disk was told to write
+        begun = offset  # the disk was told to write up to here
         copied = range(0)
         if extent is not None and self._shares:
             copied = fsops.copy_blocks(*extent, self._fd, offset, left)

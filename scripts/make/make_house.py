@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support")]
 TARGET = ROOT / "docs" / "house.svg"
 
-from rooms import PACKAGE, ROOMS, imported, modules, room  # noqa: E402
+from rooms import ANYWHERE, INSIDE, MODULES, ROOMS, TREES, room  # noqa: E402
 
 WIDTH, BOX, HEIGHT, FLOOR, TOP = 900, 264, 64, 94, 64
 LANE, GAP = 14, 22  # the width of an arrow that passes a floor, and what lies between two neighbours
@@ -50,7 +50,7 @@ class Spot:
 
 def arrows() -> set[tuple[str, str]]:
     """Which room imports which, without what follows from the rest; upward imports are a test's matter."""
-    found = {(room(path), other) for path in modules() for other in imported(path)}
+    found = {(room(module), room(other)) for module in INSIDE for other in ANYWHERE[module] & set(INSIDE)}
     down = {(above, below) for above, below in found if ROOMS.index(below) < ROOMS.index(above)}
     reached: dict[str, set[str]] = {}
     for one in ROOMS:
@@ -102,6 +102,10 @@ def place(found: list[list[Spot]], paths: list[list[Spot]]) -> None:
             for spot in floor:
                 spot.x = (spot.x + wanted[spot]) / 2
             _separate(floor)
+    left = min(spot.x - spot.half for spot in where)
+    right = max(spot.x + spot.half for spot in where)
+    for spot in where:
+        spot.x += (WIDTH - left - right) / 2
     for path in paths:
         _straighten(path[1:-1], [found[where[spot]] for spot in path[1:-1]])
 
@@ -148,9 +152,7 @@ def _straighten(lanes: list[Spot], passed: list[list[Spot]]) -> None:
 
 def words(name: str) -> list[str]:
     """What a room is, in the first words of its docstring."""
-    path = PACKAGE / name / "__init__.py"
-    path = path if path.exists() else PACKAGE / f"{name}.py"
-    said = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").replace("``", "").split())
+    said = " ".join((ast.get_docstring(TREES[f"modelopt_convert.{name}"]) or "").replace("``", "").split())
     first = min((said.find(end) for end in (": ", ". ", ", and ") if end in said), default=len(said))
     return textwrap.wrap(said[:first].rstrip("."), LETTERS, max_lines=2, placeholder=" ...")
 
@@ -212,7 +214,7 @@ def _arrow(path: list[Spot], tops: list[float], paths: list[list[Spot]]) -> list
 
 def _box(spot: Spot, y: float) -> list[str]:
     left = spot.x - spot.half
-    count = sum(room(path) == spot.name and path.name != "__init__.py" for path in modules())
+    count = sum(room(module) == spot.name and MODULES[module].name != "__init__.py" for module in INSIDE)
     return [
         f'<rect class="box" x="{left:.1f}" y="{y:g}" width="{BOX}" height="{HEIGHT}" rx="6"/>',
         f'<text class="name" x="{left + 12:.1f}" y="{y + 23:g}">{spot.name}</text>',

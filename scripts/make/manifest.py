@@ -32,7 +32,7 @@ class PresetRecord(_Open):
 class SourceRecord(_Open):
     """What identifies an input."""
 
-    headers_sha256: str = Field(description="digest of config, index and headers")
+    headers_sha256: str = Field(description="of the header of every shard, with its name")
     repo: str | None = Field(default=None, description="of an input on the Hub")
     commit: str | None = Field(default=None, description="of an input on the Hub or in its cache")
 

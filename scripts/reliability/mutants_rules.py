@@ -11,12 +11,8 @@ def _rules(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("stage/output_rules.py", what, old, new, tests or (_RULES,))
 
 
-def _check(what: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant("commands/build/structure.py", what, old, new, tests)
-
-
-def _close(what: str, old: str, new: str, test: str) -> Mutant:
-    return Mutant("commands/closing.py", what, old, new, (f"{_CHECK}{test}",))
+def _check(what: str, old: str, new: str, *tests: str, file: str = "build/structure") -> Mutant:
+    return Mutant(f"commands/{file}.py", what, old, new, tests)
 
 
 RULES = (
@@ -50,30 +46,40 @@ RULES = (
     _rules("OUT in a part of an input, mounted", " or _lies_in(output, source)", "", _MOUNTS),
     _rules("OUT around an input, mounted", " or _lies_in(source, output)", "", _MOUNTS),
     Mutant("stage/mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
-    _close(
+    _check(
         "tensors as planned",
-        "if planned.get(name) != written.get(name)",
-        "if False",
-        "test_a_tensor_of_another_shape",
+        "if planned.get(name) != written.get(name)\n",
+        "if False\n",
+        f"{_CHECK}test_a_tensor_of_another_shape",
+        file="closing",
     ),
-    _close(
+    _check(
         "tensors too many",
         "sorted(planned.keys() | written.keys())",
         "sorted(planned)",
-        "test_a_tensor_too_many",
+        f"{_CHECK}test_a_tensor_too_many",
+        file="closing",
     ),
-    _close(
+    _check(
         "tensors that are missing",
         "sorted(planned.keys() | written.keys())",
         "sorted(written)",
-        "test_a_tensor_that_is_missing",
+        f"{_CHECK}test_a_tensor_that_is_missing",
+        file="closing",
     ),
-    _close("header metadata", "if found != metadata.get(file)", "if False", "test_other_header_metadata"),
-    _close(
+    _check(
+        "header metadata",
+        "if found != metadata.get(file)",
+        "if False",
+        f"{_CHECK}test_other_header_metadata",
+        file="closing",
+    ),
+    _check(
         "a failed check is an error",
         "if closed.failure is not None:",
         "if False:",
-        "test_a_checkpoint_at_fault_is_not_published",
+        f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",
+        file="closing",
     ),
     _check(
         "modules at fault",
@@ -131,23 +137,30 @@ RULES = (
         (f"{_CHECK}test_an_input_that_changed_meanwhile",),
     ),
     Mutant(
+        "commands/closing.py",
+        "a failed check stops the publishing",
+        "    if closed.failure is not None:\n",
+        "    if False:\n",
+        (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
+    ),
+    Mutant(
         "commands/build/command.py",
         "check.structure",
-        "self._keep(structure_checked(check_structure(stage.path / part.prefix, plan)))",
-        "pass",
+        "check_structure(stage.path / part.prefix, plan)",
+        "[]",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
         "commands/rewrite.py",
         "check.structure",
-        "self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))",
-        "pass",
+        "structure_checked(written_faults(written, plan.steps, plan.shards))",
+        "structure_checked([])",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
     Mutant(
         "commands/rewrite.py",
         "the source is compared before the swap",
-        "            reader.check_unchanged()\n",
+        "        reader.check_unchanged()\n",
         "",
         (f"{_CHECK}test_a_source_that_changed_while_it_was_rewritten",),
     ),

@@ -12,7 +12,7 @@ from safetensors.torch import save, save_file
 from support import load
 
 from modelopt_convert.checkpoint import reader
-from modelopt_convert.checkpoint.components import resolve_component
+from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.run.errors import InputError
 

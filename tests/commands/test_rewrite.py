@@ -280,3 +280,65 @@ def test_build_refuses_what_the_engine_would_misread(nvfp4: Path, base: Path, tm
         outcome = build(source, plain, tmp_path / "out", *more, preset="none")
         assert outcome.exit_code == 3 and outcome.error_code == "engine.misread"
         assert "double_blocks.0.img_attn.qkv" in outcome.message and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def mended(nvfp4: Path, base: Path, tmp_path: Path) -> dict[str, Path]:
+    """One source rewritten with the base and without."""
+    source = edit(nvfp4, tmp_path / "source", swapped)
+    found = {"proven": tmp_path / "proven", "unproven": tmp_path / "unproven"}
+    assert run_mopt("swap-nibbles", source, found["proven"], "--base", base).exit_code == 0
+    assert run_mopt("swap-nibbles", source, found["unproven"]).exit_code == 0
+    return found
+
+
+def test_what_a_rewrite_proved_stays_proven(mended: dict[str, Path], base: Path) -> None:
+    assert same_tensors(mended["proven"], mended["unproven"])
+    found = {name: run_mopt("verify", folder, "--device", "cpu") for name, folder in mended.items()}
+    assert {name: one.exit_code for name, one in found.items()} == {"proven": 0, "unproven": 6}
+    assert "proven at build against" in found["proven"].report["verify"]["statement"]
+    records = {name: json.loads((folder / "mopt.json").read_text()) for name, folder in mended.items()}
+    assert sorted(records["proven"]["proof"]["modules"]) == sorted(packed_in(load(mended["proven"])))
+    assert "base" in records["proven"]["sources"] and "proof" not in records["unproven"]
+    for folder in mended.values():
+        assert run_mopt("verify", folder, "--base", base, "--device", "cpu").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["proven", "unproven"])
+@pytest.mark.parametrize("what", ["shape", "dtype", "metadata", "name"])
+def test_a_header_changed_after_a_rewrite_is_not_the_recorded_one(
+    mended: dict[str, Path], name: str, what: str
+) -> None:
+    """Not one byte of a tensor is another: only the header's own digest can tell."""
+    [shard] = mended[name].glob("*.safetensors")
+    raw = shard.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    kept = next(one for one in header if one.endswith(".weight") and header[one]["dtype"] == "BF16"
+                and len({*header[one]["shape"]}) > 1)  # fmt: skip
+    if what == "shape":
+        header[kept]["shape"].reverse()
+    elif what == "dtype":
+        header[kept]["dtype"] = "F16"
+    elif what == "metadata":
+        header["__metadata__"]["planted"] = "1"
+    else:
+        header[f"{kept}s"] = header.pop(kept)
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    found = run_mopt("verify", mended[name], "--device", "cpu")
+    assert found.exit_code == 1, found.stdout
+    record = next(level for level in found.report["verify"]["levels"] if level["level"] == "record")
+    assert record["status"] == "fail"
+
+
+def test_a_rewrite_of_damaged_weights_is_not_proven(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def damage(tensors: Tensors) -> None:
+        swapped(tensors)
+        name = sorted(packed_in(tensors))[-1]
+        tensors[f"{name}.weight"][::4] ^= 0x77
+
+    source = edit(nvfp4, tmp_path / "source", damage)
+    failed = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert failed.exit_code == 1, failed.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["source"]

@@ -26,14 +26,14 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def hub_api() -> "HfApi":
-    """A client that says who calls."""
+    """The Hub's client, which tells the Hub that mopt calls."""
     from huggingface_hub import HfApi
 
     return HfApi(library_name="mopt", library_version=__version__)
 
 
 def http_library() -> Any:
-    """The client's: httpx, and httpx2 from huggingface_hub 2 on. 1.30 does not say which yet."""
+    """The HTTP library of the client: httpx, and httpx2 from huggingface_hub 2 on. 1.30 does not name it yet."""
     from huggingface_hub import utils
 
     return getattr(utils, "httpx", None) or importlib.import_module("httpx")
@@ -81,8 +81,8 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
     """Turn what the client raises into one line: InputError where the user must act, RemoteError to try again.
 
     Args:
-        repo_id: Whom it concerns.
-        again: How to try again, for hints; None for a command that reads, which the cache may serve.
+        repo_id: The repo that is asked.
+        again: How to try again, for hints; None for a command that only reads: the cache may serve such a command.
 
     Raises:
         MoptError: With a ``hub.*`` code.
@@ -97,12 +97,12 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
     except (OSError, httpx.HTTPError, HFValidationError) as error:
         raise _explained(error, repo_id, again) from error
     except Exception as error:
-        if isinstance(error.__cause__, OSError | httpx.HTTPError):  # an upload says which file, its cause says why
+        if isinstance(error.__cause__, OSError | httpx.HTTPError):  # the cause says why an upload failed
             raise _explained(error.__cause__, repo_id, again) from error
         if _is_xet_error(error):
             raise _transfer_error(error, repo_id, again or _AGAIN) from error
         if isinstance(error, ValueError | KeyError) and _is_of_the_client(error):
-            # Its own refusals, such as of a card or by storage, and an answer that is not what the Hub says.
+            # The client refuses a card or a file by itself, or the answer is none that the Hub gives.
             hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
             what = f"the client gave up: {first_line(error)}"
             raise _error(InputError, repo_id, "refused", what, hint) from error
@@ -110,7 +110,7 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
 
 
 def _is_of_the_client(error: Exception) -> bool:
-    """Whether it was raised below huggingface_hub: what our own code raises is a bug, and none of the Hub's."""
+    """Whether huggingface_hub raised the error, or what it calls: an error that our own code raises is our bug."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in frames)
 
@@ -127,12 +127,12 @@ def _disk_full(repo_id: str) -> MoptError:
 
 
 def _is_xet_error(error: Exception) -> bool:
-    """hf_xet raises RuntimeError for most, and classes of its own."""
+    """Whether hf_xet raised the error: RuntimeError for most failures, classes of its own for others."""
     return isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in ("hf_xet", "builtins.hf_xet")
 
 
 def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
-    """The client's exceptions, the special before the general: a gated repo is a missing repo to it, too."""
+    """The client's exception in mopt's words, the special before the general: a gated repo is a missing one, too."""
     from huggingface_hub import errors as hub
     from huggingface_hub import get_token
 
@@ -205,7 +205,7 @@ def _said(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, in one line; without the signatures of links, which open a file to whoever has them."""
+    """What an exception says, in one line, without the signatures of links: a signature opens the file to anybody."""
     lines = _QUERY.sub(r"\1", str(error).strip()).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

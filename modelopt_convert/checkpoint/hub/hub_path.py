@@ -13,11 +13,11 @@ PREFIX = "hf://"
 
 @dataclass(frozen=True, slots=True)
 class HubPath:
-    """A folder or file of a repo, as far as ``Path`` has the same methods.
+    """A folder or file of a repo, with the methods of ``Path`` that inputs need.
 
     Attributes:
-        repo: At one commit, once it was asked for anything.
-        path: Inside the repo; empty for its root.
+        repo: The repo; it stays at one commit once it was asked for anything.
+        path: The path inside the repo; empty for the root.
     """
 
     repo: "HubRepo"
@@ -28,17 +28,17 @@ class HubPath:
         return HubPath(self.repo, f"{self.path}/{name}".strip("/"))
 
     def __str__(self) -> str:
-        """As it would be written on a command line."""
+        """The path as a command line would have it."""
         return f"{self.repo}/{self.path}".rstrip("/")
 
     @property
     def name(self) -> str:
-        """Its last part; that of the repo for the root."""
+        """The last part of the path; for the root, that of the repo's name."""
         return (self.path or self.repo.repo_id).rpartition("/")[2]
 
     @property
     def parent(self) -> "HubPath":
-        """The folder it lies in."""
+        """The folder in which this lies."""
         return HubPath(self.repo, self.path.rpartition("/")[0])
 
     def is_file(self) -> bool:
@@ -61,7 +61,7 @@ def parse_hub_path(text: str, *, download: bool) -> HubPath:
     """Understand ``hf://ORGANIZATION/NAME[@REVISION][/PATH]``.
 
     Args:
-        text: As given.
+        text: What the user gave.
         download: Whether files are fetched whole, into the Hub's cache.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Fetch byte ranges of one file: over HTTP from the link that the Hub gives, or through hf_xet where it is the better.
+"""Fetch byte ranges of one file: over HTTP from the link that the Hub gives, or through hf_xet where that is better.
 
 A link is resolved once and serves until it expires. What comes is what was asked for, or an error: a proxy that ignores
-ranges answers 200 with the whole file, and one that is broken answers with other bytes.
+ranges answers 200 with the whole file, and a broken proxy answers with other bytes.
 """
 
 import re
@@ -19,7 +19,7 @@ from modelopt_convert.run.errors import InputError, RemoteError
 if TYPE_CHECKING:
     from hf_xet import XetDownloadStreamGroup
 
-# Of hf_xet's 64 KiB chunks one too many may come at both ends: below this size HTTP brings fewer bytes.
+# hf_xet fetches whole chunks of 64 KiB, and so up to one too many at each end: below this size HTTP brings fewer bytes.
 XET_BYTES = 4 << 20
 _EXPIRED = frozenset({401, 403})
 
@@ -30,8 +30,8 @@ class HubFile:
 
     Attributes:
         num_bytes: Its size.
-        etag: SHA-256 of a file in LFS or Xet, else git's blob id: what a link to it must say.
-        xet_hash: Under which Xet knows it, if it does.
+        etag: SHA-256 of a file in LFS or Xet, else git's blob id; a link to the file must say the same.
+        xet_hash: The hash by which Xet knows the file; None if Xet does not.
     """
 
     num_bytes: int
@@ -43,12 +43,12 @@ class HubFile:
 class _Link:
     url: str
     headers: dict[str, str]
-    signed: bool  # elsewhere than on the Hub: it expires
+    signed: bool  # it leads elsewhere than to the Hub, and expires
     xet_route: str | None
 
 
 class _AgainError(Exception):
-    """What a new attempt may mend."""
+    """A failure that a new attempt may mend."""
 
     def __init__(self, reason: str, pause_s: float | None = None) -> None:
         super().__init__(reason)
@@ -67,9 +67,9 @@ class RangeSource:
 
         Args:
             repo_id: ORGANIZATION/NAME.
-            commit: Of the repo.
-            path: In the repo.
-            file: As the Hub lists it.
+            commit: The repo's commit.
+            path: The file's path in the repo.
+            file: What the Hub lists of the file.
         """
         self._repo_id = repo_id
         self._commit = commit
@@ -88,14 +88,14 @@ class RangeSource:
 
         Args:
             begin: First byte.
-            end: Behind the last.
-            put: Takes bytes and where in the file they begin.
-            stopped: Gives up quietly once it is set.
+            end: The byte behind the last.
+            put: Takes bytes, and their offset in the file.
+            stopped: Once this is set, the rest is not fetched, and nothing is raised.
 
         Raises:
-            InputError: ``hub.changed``: it is not the file that was listed.
+            InputError: ``hub.changed``: the file is not the one that was listed.
             RemoteError: ``hub.range`` or ``hub.cut``.
-            OSError, HTTPError: Of the client.
+            OSError, HTTPError: What the client raises.
         """
         httpx = http_library()
         failures = 0
@@ -139,7 +139,7 @@ class RangeSource:
             yield from group.download_stream(XetFileInfo(self._xet_hash, self._num_bytes), begin, end)
         except GeneratorExit:
             raise
-        except Exception as error:  # hf_xet has its own retries behind it; the same bytes can be had over HTTP
+        except Exception as error:  # hf_xet has tried again by itself; HTTP gives the same bytes
             self._xet_hash = None
             raise _AgainError(f"Xet failed: {first_line(error)}", pause_s=0.0) from error
 
@@ -168,7 +168,7 @@ class RangeSource:
             if status == 206 and not _is_range(said, begin, end, self._num_bytes):
                 raise self._range_error(begin, end, said or "no Content-Range")
             missing = end - begin
-            for chunk in response.iter_bytes():  # as they come: what a larger piece waits for is lost with a cut
+            for chunk in response.iter_bytes():  # as they come: a cut would lose what a larger piece had gathered
                 missing -= len(chunk)
                 if missing < 0:
                     raise self._range_error(begin, end, "more bytes")
@@ -220,7 +220,7 @@ class RangeSource:
                 self._found = None
 
     def _xet_group(self) -> "XetDownloadStreamGroup | None":
-        """hf_xet's view of the repo; None where it is not to be used."""
+        """What hf_xet streams this repo from; None where hf_xet is not to be used."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
 
@@ -246,7 +246,7 @@ def _xet_session() -> Any:
 
 
 def _is_range(said: str, begin: int, end: int, num_bytes: int) -> bool:
-    """Whether it begins with what was asked for, of a file of that size; a server may answer with less."""
+    """Whether an answer is of a file of that size and begins where it should; a server may answer with less."""
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said)
     if found is None or found[3] not in ("*", str(num_bytes)):
         return False

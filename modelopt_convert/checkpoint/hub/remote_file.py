@@ -1,7 +1,7 @@
 """A file on the Hub that is read like one on disk: each byte is fetched at most once, and only if it is asked for.
 
-What was fetched lies in a file without a name beside the Hub's cache: it takes disk, not memory, and is gone with the
-process, however that ends.
+What was fetched lies in a file without a name beside the Hub's cache. That file takes disk, not memory, and is gone
+with the process, however the process ends.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from modelopt_convert.checkpoint.hub.ranges import Range, bridged, pieces, total
 from modelopt_convert.run.errors import RemoteError, StorageError
 
 PIECE_BYTES = 16 << 20
-# A gap between two ranges is fetched with them while that adds less than a twenty-fifth: a request costs as much time.
+# Gaps between ranges are fetched too, as long as they add less than a twenty-fifth: a request costs as much time.
 _SPARE = 25
 
 
@@ -36,14 +36,14 @@ class RemoteFile:
 
         Args:
             repo_id: ORGANIZATION/NAME.
-            commit: Of the repo.
-            path: In the repo.
-            file: As the Hub lists it.
-            pool: Fetches.
-            where: How messages call it.
+            commit: The repo's commit.
+            path: The file's path in the repo.
+            file: What the Hub lists of the file.
+            pool: The threads that fetch.
+            where: How messages call the file.
 
         Raises:
-            StorageError: ``storage.spool``: there is no room of our own on disk.
+            StorageError: ``storage.spool``: the file for what is fetched cannot be made.
         """
         self.where = where
         self.num_bytes = file.num_bytes
@@ -52,9 +52,9 @@ class RemoteFile:
         self._source = RangeSource(repo_id, commit, path, file)
         self._pool = pool
         self._lock = threading.Lock()
-        self._counting = threading.Lock()  # apart: close() holds the other while it waits for the fetching threads
+        self._counting = threading.Lock()  # apart: close() holds _lock while it waits for the threads that fetch
         self._stopped = threading.Event()
-        self._taken: list[Range] = []  # sorted, disjoint; those touching are kept apart, as each has its future
+        self._taken: list[Range] = []  # sorted, disjoint; pieces that touch are not joined: each has a future
         self._futures: dict[Range, Future[bool]] = {}  # of every piece in _taken
         self._spool = _spool()
         self._users = 0
@@ -121,7 +121,7 @@ class RemoteFile:
         assert count == len(target)
 
     def fileno(self) -> None:
-        """It has none."""
+        """None: the file is not on disk under a name of its own."""
 
     def _wait(self, offset: int, end: int) -> None:
         self.prefetch([(offset, end)])
@@ -134,7 +134,7 @@ class RemoteFile:
         """Nothing: a commit does not change, and every link's etag was compared."""
 
     def close(self) -> None:
-        """With the last user, stop fetching; what is there stays."""
+        """Stop fetching when the last user closes the file; what was fetched stays."""
         with self._lock:
             self._users -= 1
             if self._users:
@@ -154,7 +154,7 @@ class RemoteFile:
         return self._taken[first : bisect.bisect_left(self._taken, (end, 0))]
 
     def _fetch(self, begin: int, end: int) -> bool:
-        """Whether all of it is there, and not only what came before it was stopped."""
+        """Fetch a piece; whether all of the piece came, and not only what came before the stop."""
         with hub_errors(self._repo_id):
             self._source.fetch(begin, end, self._put, self._stopped)
         return not self._stopped.is_set()
@@ -180,7 +180,7 @@ class RemoteFile:
 
 
 def _spool() -> IO[bytes]:
-    """A file without a name, where the Hub's cache has its disk."""
+    """A file without a name, on the disk of the Hub's cache."""
     from huggingface_hub import cached_assets_path
 
     try:

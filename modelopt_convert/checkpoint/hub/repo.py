@@ -20,7 +20,7 @@ CONNECTIONS = 8
 class _Pinned:
     commit: str
     files: Mapping[str, HubFile]
-    cached: Path | None  # the snapshot in the cache, where the Hub may not be asked
+    cached: Path | None  # the snapshot in the cache; None where the Hub was asked
 
 
 class HubRepo:
@@ -28,7 +28,7 @@ class HubRepo:
 
     Attributes:
         repo_id: ORGANIZATION/NAME.
-        revision: As asked for, or None for the default branch.
+        revision: The revision that was asked for; None for the default branch.
         download: Whether files are fetched whole, into the Hub's cache.
     """
 
@@ -41,7 +41,7 @@ class HubRepo:
         self._remote: dict[str, RemoteFile] = {}
 
     def __str__(self) -> str:
-        """As it would be written on a command line."""
+        """The repo as a command line would have it."""
         return f"hf://{self.repo_id}" + (f"@{self.revision}" if self.revision else "")
 
     @property
@@ -73,7 +73,7 @@ class HubRepo:
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
-        """What all files of the repo are fetched by."""
+        """The threads that fetch all files of the repo."""
         return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hub")
 
     def cached_file(self, path: str) -> Path | None:
@@ -89,8 +89,8 @@ class HubRepo:
         """Open a file: from the cache if it is there, else to be read by ranges.
 
         Args:
-            path: In the repo.
-            whole: Fetch it into the cache first; so is every file with ``download``.
+            path: The file's path in the repo.
+            whole: Whether the file is fetched into the cache first, as every file is with ``download``.
 
         Raises:
             MoptError: With an ``input.*`` or ``hub.*`` code.
@@ -131,7 +131,7 @@ class HubRepo:
     def _fetch_whole(self, path: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        # By the name of the revision, so that the cache knows what it stands for when the Hub may not be asked.
+        # Asked for by the revision's name first: so the cache knows the name's commit when the Hub may not be asked.
         for revision in (self.revision, self.commit):
             with hub_errors(self.repo_id):
                 found = Path(hf_hub_download(self.repo_id, path, revision=revision, library_name="mopt"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from modelopt_convert.checkpoint.components import COMPONENTS
+from modelopt_convert.checkpoint.pipeline import COMPONENTS
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX
 from modelopt_convert.checkpoint.record import RECORD, digest_of, is_record
 from modelopt_convert.checkpoint.strict_json import parse_json_object

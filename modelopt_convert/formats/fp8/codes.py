@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
-# An amax over its own scale need not be 448 exactly; beyond this it is a value that the scale was not made for.
+# A weight's amax divided by its scale need not be 448 exactly. A value beyond this is one the scale was not made for.
 _CLIPPED = E4M3_MAX * (1 + 1e-6)
 
 
@@ -20,26 +20,26 @@ class Clipped:
     """Values that a scale is too small for.
 
     Attributes:
-        count: How many lie beyond 448 scales.
-        largest: Largest ``|weight / scale|`` of all.
+        count: How many values are beyond 448 times the scale.
+        largest: The largest ``|weight / scale|`` of these values.
     """
 
     count: int
     largest: float
 
     def plus(self, other: "Clipped") -> "Clipped":
-        """Both together."""
+        """The values of both together."""
         return Clipped(self.count + other.count, max(self.largest, other.largest))
 
 
 def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     """Codes of a weight under a given scale: ``e4m3(clamp(weight / scale))``, the quotient in the weight's dtype.
 
-    The clamp is explicit, since what a cast does beyond 448 differs between libraries: saturation here, NaN elsewhere.
+    The clamp is explicit, since libraries differ in what a cast does beyond 448: some saturate, others give NaN.
 
     Args:
         weight: Any shape, in BF16, F16 or F32.
-        scale: float32 [] (or of the weight's dtype, as ``mtq.compress`` has it).
+        scale: float32 [], or of the weight's dtype where ``mtq.compress`` made it.
 
     Returns:
         float8_e4m3fn of the same shape.
@@ -49,10 +49,10 @@ def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def bf16_codes(scale: float) -> Tensor:
-    """Codes, by ``quantize_fp8``, of every BF16 value by its bits.
+    """Codes that ``quantize_fp8`` gives for every BF16 value, by the value's bits.
 
     Args:
-        scale: Of the weight.
+        scale: The weight's scale.
 
     Returns:
         float8_e4m3fn codes as uint8 [65536].
@@ -62,7 +62,7 @@ def bf16_codes(scale: float) -> Tensor:
 
 
 def clipped(weight: Tensor, scale: Tensor) -> Clipped:
-    """What of a weight is cut off by ``quantize_fp8``.
+    """The values of a weight that ``quantize_fp8`` cuts off.
 
     Args:
         weight: Any shape and float dtype.

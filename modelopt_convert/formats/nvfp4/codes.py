@@ -15,7 +15,7 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
-_CACHED = 1 << 17  # elements whose float32 copies stay in a core's cache
+_CACHED = 1 << 17  # so many elements in float32 stay in a core's cache
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def pack_e2m1(codes: Tensor) -> Tensor:
     """
     if codes.dtype != torch.uint8 or codes.shape[-1] % 2:
         raise ValueError(f"codes must be uint8 [..., K] with K even, found {codes.dtype} {list(codes.shape)}")
-    pairs = codes.contiguous().view(torch.int16)  # the first code in the low byte: on every machine that torch runs on
+    pairs = codes.contiguous().view(torch.int16)  # the first code is in the low byte wherever torch runs
     return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
@@ -102,9 +102,10 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 
 def _encode(bits: Tensor, low: Tensor, key: Tensor, codes: Tensor) -> None:
-    """Codes of the float32 with these bits; ``low`` and ``key``, which may be ``bits`` itself, are room to work in."""
-    # The upper 16 bits, the last of them set where any lower bit is: bounds between neighbours have at most three bits
-    # of mantissa, so that this bit tells a value just above a bound from the bound itself, and no lower bit tells more.
+    """Codes of the float32 with these bits; ``low`` and ``key`` are room to work in, and ``key`` may be ``bits``."""
+    # The key is the upper 16 bits; its last bit is also set where any lower bit is set. Bounds between neighbours have
+    # at most three bits of mantissa. So this bit tells a value just above a bound from the bound itself, and no lower
+    # bit tells more.
     torch.bitwise_and(bits, 0xFFFF, out=low).clamp_(max=1)
     torch.bitwise_right_shift(bits, 16, out=key).bitwise_and_(0xFFFF).bitwise_or_(low)
     torch.index_select(_codes_by_key(bits.device), 0, key, out=codes)
@@ -141,7 +142,7 @@ def decode_e2m1(codes: Tensor) -> Tensor:
 
 
 def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
-    """What a code is multiplied with: the product in float32, as ModelOpt forms it.
+    """The factor of each code: block scale times global scale in float32, as ModelOpt forms the product.
 
     Args:
         scale: float8_e4m3fn [N, K/16].
@@ -205,7 +206,8 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     scale = torch.empty(rows.shape[0], columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
     height = max(1, _CACHED // max(1, columns)) if weight.device.type == "cpu" else rows.shape[0]
     height = max(1, min(height, rows.shape[0]))
-    # One room to work in for all parts: fresh memory costs more than the arithmetic. What follows is quantize_codes.
+    # All parts work in the same memory: fresh memory costs more than the arithmetic. The loop does what quantize_codes
+    # does.
     quotients = torch.empty(height, columns, dtype=torch.float32, device=weight.device)
     low = torch.empty(height * columns, dtype=torch.int32, device=weight.device)
     codes = torch.empty(height, columns, dtype=torch.uint8, device=weight.device)
@@ -223,12 +225,12 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
 
 @lru_cache
 def _e4m3_values(device: torch.device) -> Tensor:
-    """float32 [256] of all E4M3 codes: torch decodes them one by one."""
+    """float32 [256]: the values of all E4M3 codes, as a table; torch decodes codes one by one."""
     return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(device)
 
 
 def _block_scales_of(rows: Tensor, global_scale: Tensor) -> Tensor:
-    if rows.dtype in (torch.bfloat16, torch.float16):  # without their sign bit, bits are in the order of magnitudes
+    if rows.dtype in (torch.bfloat16, torch.float16):  # bits without their sign are in the order of magnitudes
         bits = (rows.contiguous().view(torch.int16) & 0x7FFF).reshape(len(rows), -1, BLOCK_SIZE).amax(dim=-1)
         amax = bits.view(rows.dtype).to(torch.float32)
     else:

@@ -1,6 +1,6 @@
 """The 128x4 ("swizzled") order of block scales that GEMM kernels read.
 
-cuBLAS documents it under "1D block scaling factors layout"; flashinfer calls it SfLayout.layout_128x4.
+cuBLAS documents the order under "1D block scaling factors layout"; flashinfer calls it SfLayout.layout_128x4.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, scale_shapes
 
-_NAN = 0x7F  # of E4M3; what is larger is negative
+_NAN = 0x7F  # the bits of NaN in E4M3; larger bytes are negative
 
 
 def swizzle_128x4(scale: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def swizzle_128x4(scale: Tensor) -> Tensor:
     padded_rows, padded_columns = padded_shape(rows, columns)
     padded = torch.zeros(padded_rows, padded_columns, dtype=torch.uint8, device=scale.device)
     padded[:rows, :columns] = scale.view(torch.uint8)
-    # The four scales of a tile's row stay side by side in both orders: as one word they move at once.
+    # The four scales of a tile's row are side by side in both orders, so they move as one word.
     tiles = padded.view(torch.int32).view(padded_rows // ROW_TILE, 4, 32, padded_columns // COLUMN_TILE)
     return tiles.permute(0, 3, 2, 1).contiguous().view(torch.uint8).view(padded_rows, padded_columns).view(scale.dtype)
 
@@ -62,7 +62,7 @@ def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def all_positive(stored: Tensor) -> bool:
-    """Whether every scale is a positive number, none NaN or zero: one look at bytes, where counting each takes many.
+    """Whether every scale is a positive number, none NaN or zero: the least and the largest byte tell.
 
     Args:
         stored: Any shape, float8_e4m3fn or its bytes.
@@ -74,7 +74,7 @@ def all_positive(stored: Tensor) -> bool:
 
 
 def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
-    """The ways in which stored scales can be meant, by their shape and by zeros in what would be padding.
+    """The orders in which scales can be stored, as far as shape and zeros in the padding allow.
 
     Args:
         stored: float8_e4m3fn as in the file.
@@ -82,8 +82,8 @@ def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]
         columns: K/16 of the weight.
 
     Returns:
-        ``linear`` and ``128x4`` as far as possible, each [N, K/16] row-major; empty if the shape is not a known one or
-        no reading leaves the padding at zero.
+        The scales read as ``linear`` and as ``128x4``, as far as possible, each [N, K/16] row-major; empty if the
+        shape is not a known one, or if no reading has zeros for padding.
     """
     found: dict[str, Tensor] = {}
     for shape in scale_shapes(rows, columns):

@@ -9,7 +9,7 @@ _PAD = 16
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The next multiple."""
+    """The smallest multiple that is not below ``count``."""
     return -(-count // multiple) * multiple
 
 
@@ -25,7 +25,7 @@ class ScaleShape:
     Attributes:
         stored: The tensor's shape.
         grid: Rows and columns of scales in it, padding included.
-        swizzled: Whether it is in the 128x4 order.
+        swizzled: Whether the scales are in the 128x4 order.
     """
 
     stored: tuple[int, ...]
@@ -35,7 +35,7 @@ class ScaleShape:
 
 def scale_shapes(rows: int, columns: int) -> Iterator[ScaleShape]:
     """Every way in which [rows, columns] scales are known to occur."""
-    # As they are; ModelOpt's padding_strategy "row"; "row_col", which pads scale columns to 16 entries.
+    # Without padding; ModelOpt's padding_strategy "row"; and "row_col", which pads the scale columns to 16 entries.
     padded_rows, padded_columns = round_up(rows, _PAD), round_up(columns, _PAD)
     for grid in dict.fromkeys(((rows, columns), (padded_rows, columns), (padded_rows, padded_columns))):
         yield ScaleShape(grid, grid, False)
@@ -46,6 +46,6 @@ def scale_shapes(rows: int, columns: int) -> Iterator[ScaleShape]:
 
 
 def packed_shapes(rows: int, columns: int) -> set[tuple[int, int]]:
-    """Shapes of the packed codes of an [N, K] weight: as they are, rows padded to 16, columns to 16 bytes."""
+    """Shapes of the packed codes of an [N, K] weight: rows as they are or padded to 16, columns to 16 bytes."""
     half = columns // 2
     return {(height, width) for height in (rows, round_up(rows, _PAD)) for width in (half, round_up(half, _PAD))}

@@ -26,13 +26,14 @@ from root import ROOT
 from support import Tensors, copy, edit, load, same_bits, tree
 
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
+from modelopt_convert.formats.table import FORMATS
 
 ALGORITHMS = OTHER_ALGORITHMS | {"NVFP4": "build-nvfp4"}
 HINT = f"--keep-bf16 '{PACKED}'"
 
 
 def test_every_unsupported_algorithm_has_a_case_here() -> None:
-    assert set(UNSUPPORTED_ALGORITHMS) - {"FP8"} == ALGORITHMS.keys()
+    assert UNSUPPORTED_ALGORITHMS.keys() | FORMATS.keys() - {"FP8"} == ALGORITHMS.keys()
 
 
 @pytest.mark.parametrize("with_base", [True, False])

@@ -19,7 +19,8 @@ import json, torch
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, shared_global_scale
 from modelopt_convert.verification.gemm.backends.reference import exact
 from modelopt_convert.verification.gemm.backends.triton_gemm import TritonDecode
-from modelopt_convert.verification.gemm.operands import Nvfp4Weight, random_activations
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+from modelopt_convert.verification.gemm.operands import random_activations
 from modelopt_convert.verification.gemm.selftest import self_test
 
 cpu, backend, found = torch.device("cpu"), TritonDecode(), {}

@@ -52,7 +52,7 @@ def resolve_components(export: Location | None, base: Location | None, wanted: S
 
     Args:
         export: A component folder, or a pipeline folder; None where the base itself is quantized.
-        base: Likewise, or None.
+        base: A component folder, or a pipeline folder; None where no base is given.
         wanted: Names from ``COMPONENTS``; empty for all.
 
     Raises:
@@ -64,7 +64,7 @@ def resolve_components(export: Location | None, base: Location | None, wanted: S
         return [Component(one.name if one.name in COMPONENTS else None, None, one) for one in chosen]
     chosen = _wanted(export, wanted, what="export")
     if not wanted and len(chosen) > 1:
-        # With none of them quantized the first is opened, and refused for that.
+        # If none is quantized, the first is opened, and the opening refuses it for that.
         chosen = [one for one in chosen if _is_quantized(one)] or chosen[:1]
     names = [one.name if one.name in COMPONENTS else None for one in chosen]
     return [
@@ -167,6 +167,6 @@ def _is_quantized(folder: Location) -> bool:
     path = folder / "config.json"
     try:
         raw = read_small(path, MAX_CONFIG_BYTES)
-    except OSError:  # opening it as a checkpoint says why
+    except OSError:  # the reader opens the file again, and says what is wrong
         return True
     return "quantization_config" in parse_json_object(raw, code="config", path=str(path))

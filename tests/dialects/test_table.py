@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from support import inspected, misreads, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.detect import DIALECTS, detect_dialect
 from modelopt_convert.dialects.dialect import Dialect, Headers
+from modelopt_convert.dialects.table import DIALECTS, detect_dialect
 
 Maker = Callable[[Path], Path]
 ORDER = [one.name for one in DIALECTS]
