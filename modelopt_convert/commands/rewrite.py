@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.checkpoint.location import local_path
 from modelopt_convert.checkpoint.names import natural_key
+from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes

@@ -3,8 +3,8 @@
 from contextlib import suppress
 from pathlib import Path
 
-from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.location import Location
+from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import part_digest, read_parts
 from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions

@@ -11,9 +11,9 @@ from typing import Protocol
 
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.packed import Evidence, PackedModule, declares_dynamic_inputs, find_packed
+from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.engines.sglang import Belief, believe, misread
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.layout import BASES, Layout

@@ -160,7 +160,7 @@ RULES = (
     Mutant(
         "commands/rewrite.py",
         "the source is compared before the swap",
-        "        reader.check_unchanged()\n",
+        "            reader.check_unchanged()\n",
         "",
         (f"{_CHECK}test_a_source_that_changed_while_it_was_rewritten",),
     ),

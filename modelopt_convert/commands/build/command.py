@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
+from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.files import Made, pipeline_files, small_files
 from modelopt_convert.commands.build.inputs import Opened, open_all, to_fetch

@@ -6,10 +6,10 @@ Everything that is said about an input's files, and not yet about the model, is 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.hub.hub_path import HubPath
 from modelopt_convert.checkpoint.location import Location, is_dir
 from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Clock, Inputs, Warned
 from modelopt_convert.dialects import ltx2

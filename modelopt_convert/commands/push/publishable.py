@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.local_file import check_link
+from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.checkpoint.strict_json import parse_json_object

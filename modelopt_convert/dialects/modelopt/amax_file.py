@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelopt_convert.checkpoint.pipeline import COMPONENTS
 from modelopt_convert.checkpoint.location import Location, names, on_disk
+from modelopt_convert.checkpoint.pipeline import COMPONENTS
 from modelopt_convert.checkpoint.torch_archive import COPIED_BYTES, private_copy, refusal
 from modelopt_convert.dialects.calibration import Amax
 
