@@ -1,6 +1,10 @@
 """The tables of scripts/reliability name what exists: a row that names nothing would guard nothing."""
 
+import ast
+
+import pytest
 from mutants import MUTANTS
+from mutants_disk import Mutant
 from reliability_tiers import TIERS
 from root import ROOT
 
@@ -18,6 +22,13 @@ def test_the_text_of_every_mutant_is_in_its_file_once() -> None:
     files = {one.file: (package / one.file).read_text() for one in MUTANTS if (package / one.file).is_file()}
     wrong = [(one.file, one.what) for one in MUTANTS if files.get(one.file, "").count(one.old) != 1]
     assert wrong == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: f"{one.file}: {one.what}")
+def test_what_a_mutant_leaves_is_python(mutant: Mutant) -> None:
+    """A module that cannot be read fails every test, and shows of none that it watches the guard."""
+    source = (ROOT / "modelopt_convert" / mutant.file).read_text()
+    ast.parse(source.replace(mutant.old, mutant.new))
 
 
 def test_every_test_of_a_mutant_or_a_tier_exists() -> None:
