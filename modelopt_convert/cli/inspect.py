@@ -53,7 +53,7 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
             ["modules", "algorithm", "even column in", "scales", "global scale"],
             [
                 [str(count), algorithm, f"{nibbles} nibble ({how})", f"{scales} ({known})", convention]
-                if algorithm == "NVFP4"
+                if nibbles != "none"
                 else [str(count), algorithm, "", "", ""]
                 for (algorithm, nibbles, how, scales, known, convention), count in rows.items()
             ],

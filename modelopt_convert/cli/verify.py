@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from modelopt_convert.commands.requests import VerifyRequest
+from modelopt_convert.formats.table import FORMATS
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -67,7 +68,6 @@ def _show(out: "Output", report: "Report") -> None:
             if len(words) > _SHOWN:
                 out.line(f"{kind}: {level.level}: {len(words) - _SHOWN} more; --json lists all")
     if found.modules:
-        label = "FP4" if found.algorithm == "nvfp4" else "FP8"
-        out.line(f"native {label} kernels executed: {found.native_executed} modules")
+        out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
     show_cost(out, report)
     out.line(f"verdict: {found.verdict}: {found.statement}")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.patterns import check_pattern, stars
 from modelopt_convert.run.errors import InputError
 
@@ -115,20 +116,19 @@ class Preset(_Strict):
 
     def sets(self) -> dict[Algorithm, KeepRules]:
         """The keep sets there are, by algorithm."""
-        found: dict[Algorithm, KeepRules | None] = {"nvfp4": self.nvfp4, "fp8": self.fp8}
+        found: dict[Algorithm, KeepRules | None] = {algorithm: getattr(self, algorithm, None) for algorithm in FORMATS}
         return {algorithm: rules for algorithm, rules in found.items() if rules is not None}
 
     def recipe(self) -> list[str]:
         """The commands of ModelOpt's examples/diffusers/quantization that make the exports, as lines of text."""
         if self.modelopt_model is None:
             return []
-        formats = {"nvfp4": "fp4", "fp8": "fp8"}
         lines = ["The exports come from ModelOpt's examples/diffusers/quantization. Its default dtype is Half:"]
         for algorithm in self.sets():
             lines.append(
                 f"python quantize.py --model {self.modelopt_model} --override-model-path {self.base_repo} "
-                f"--model-dtype BFloat16 --format {formats[algorithm]} --batch-size 1 --calib-size 128 --n-steps 20 "
-                f"--quantized-torch-ckpt-save-path out/ckpt --hf-ckpt-dir out/hf"
+                f"--model-dtype BFloat16 --format {FORMATS[algorithm].export_format} --batch-size 1 --calib-size 128 "
+                f"--n-steps 20 --quantized-torch-ckpt-save-path out/ckpt --hf-ckpt-dir out/hf"
             )
         return lines
 

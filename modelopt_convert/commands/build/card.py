@@ -111,7 +111,7 @@ def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, comman
         command: Of mopt.
         calibration: ``none`` where mopt quantized the base itself.
     """
-    algorithm: Algorithm = "fp8" if command == "convert-fp8" else "nvfp4"
+    algorithm = next(one.algorithm for one in FORMATS.values() if one.command == command)
     title = chosen.loaded.preset.title if chosen else "Transformers"
     body = [
         f"# {title}, {FORMATS[algorithm].quant_algo}",
