@@ -32,8 +32,11 @@ def perform(request: Request[_Result]) -> _Result:
         The report; ``mopt --json`` prints the same.
 
     Raises:
+        TypeError: It is no request.
         MoptError: One of its kinds, with the report of the run as ``report``.
     """
+    if not isinstance(request, Request):
+        raise TypeError(f"expected a request, found {request!r}")
     command: Command[_Result] = command_of(request)
     try:
         command.run(request.progress or Unwatched())

@@ -93,9 +93,9 @@ class Request(Generic[Result]):
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         for name, (kind, flag) in flags_of(type(self)).items():
-            value = getattr(self, name)
-            if value is not None:
-                _check_value(self.spelled(name), kind, flag, value)
+            _check_value(self.spelled(name), kind, flag, getattr(self, name))
+        if self.progress is not None and not callable(getattr(self.progress, "begin", None)):
+            raise UsageError("progress", f"{self.progress!r} is no Progress")
         self.check()
         for name in self.inputs:
             self.locate(name)
@@ -148,12 +148,36 @@ def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
     if get_origin(kind) is Sequence and isinstance(value, str):
         raise UsageError(flag, f"takes a list, found {value!r}")
     choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
-    for word in value if isinstance(value, tuple | list) else (value,):
-        if choices and word not in choices:
+    for word in value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,):
+        if choices and isinstance(word, str) and word not in choices:
             raise UsageError(flag, f"{word!r} is none of {', '.join(choices)}")
+    if not _takes(kind, value):
+        raise UsageError(flag, f"{value!r} is not what it takes: {_words(kind)}")
     low, high = limits.minimum, limits.maximum
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    if value is not None and ((low is not None and not value >= low) or (high is not None and not value <= high)):
         raise UsageError(flag, f"{value!r} is not in the range {low:g} to {'any' if high is None else f'{high:g}'}")
+
+
+def _takes(kind: Any, value: Any) -> bool:
+    """Whether a value is of a field's type; True is no number, and a path has no NUL."""
+    origin, words = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in words
+    if origin is Sequence:
+        return isinstance(value, tuple | list) and all(_takes(words[0], one) for one in value)
+    if words:
+        return any(_takes(one, value) for one in words)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind not in (str, Path) or "\0" not in str(value))
+
+
+def _words(kind: Any) -> str:
+    """A type as a docstring would write it."""
+    plain = str(kind).replace("collections.abc.", "").replace("pathlib.", "").replace("typing.", "")
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from modelopt_convert.commands.requests import RewriteRequest
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.packed import is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
@@ -122,7 +123,7 @@ class RewriteCommand:
                 against = self._inputs.open("base", base_path) if base_path is not None else None
             with self._clock.timed("inspect"):
                 modules = self._look(reader, against)
-            chosen = _choose(modules, self._kind, reader, proven=against is not None)
+            chosen = _choose(modules, self._kind, reader, against)
             plan = self._plan = _plan(reader, modules, chosen, self._kind)
             if against is None:
                 message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
@@ -277,7 +278,7 @@ def _refuse_names(reader: CheckpointReader, request: RewriteRequest) -> None:
 
 
 def _choose(
-    modules: Mapping[str, ModuleLayout], kind: Kind, reader: CheckpointReader, *, proven: bool
+    modules: Mapping[str, ModuleLayout], kind: Kind, reader: CheckpointReader, base: CheckpointReader | None
 ) -> frozenset[str]:
     """The modules that need the rewrite."""
     where, field, wanted = str(reader.path), _FIELD[kind], _WANTED[kind]
@@ -289,8 +290,9 @@ def _choose(
             hint="`mopt inspect` says what this is",
         )
     answers = {name: getattr(one, field) for name, one in modules.items()}
-    if proven:
-        unclear = [name for name, answer in answers.items() if answer == "undetermined"]
+    if base is not None:
+        told = {name for name, one in modules.items() if _is_weight(base, name, one.shape)}
+        unclear = [name for name, answer in answers.items() if answer == "undetermined" or name not in told]
         if unclear:
             raise InputError(
                 f"{where}: the base does not tell the layout of {len(unclear)} of {len(modules)} modules "
@@ -314,6 +316,12 @@ def _choose(
             hint="use it as it is. Nothing was written",
         )
     return frozenset(chosen)
+
+
+def _is_weight(base: CheckpointReader, name: str, shape: list[int]) -> bool:
+    """Whether the base has a module's weight, in this shape and in a dtype that can be compared."""
+    info = base.tensors.get(f"{name}.weight")
+    return info is not None and list(info.shape) == shape and info.dtype in HALF_AND_FLOAT
 
 
 def _can(reader: CheckpointReader, module: ModuleLayout, name: str, kind: Kind) -> bool:

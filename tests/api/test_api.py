@@ -353,3 +353,36 @@ def test_types_are_seen_from_outside(tmp_path: Path) -> None:
 def test_python_dash_m_is_mopt() -> None:
     done = subprocess.run([sys.executable, "-m", "modelopt_convert", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"mopt {mopt.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        ("swap_nibbles", {"source": "here", "output": "there", "overwrite": "no"}),
+        ("swap_nibbles", {"source": "here", "output": "there", "workers": 1.5}),
+        ("swap_nibbles", {"source": "here", "output": "there", "workers": True}),
+        ("swap_nibbles", {"source": "here", "output": b"there"}),
+        ("swap_nibbles", {"source": "here", "output": "the\0re"}),
+        ("swap_nibbles", {"source": "here", "output": "there", "executor": ["threads"]}),
+        ("build_nvfp4", {"base": "here", "output": "there", "verify": None}),
+        ("build_nvfp4", {"base": "here", "output": "there", "max_shard_size": 5}),
+        ("build_nvfp4", {"base": "here", "output": "there", "keep_bf16": None}),
+        ("build_nvfp4", {"base": "here", "output": "there", "keep_bf16": [3]}),
+        ("build_nvfp4", {"base": "here", "output": "there", "component": None}),
+        ("verify", {"checkpoint": "here", "require": ["gpu"]}),
+        ("verify", {"checkpoint": "here", "max_error": "a"}),
+        ("verify", {"checkpoint": "here", "report": 3}),
+        ("push", {"checkpoint": None, "repo_id": None}),
+        ("inspect", {"source": 3}),
+        ("inspect", {"source": "here", "progress": 3}),
+    ],
+)
+def test_a_value_of_another_type_is_refused_before_anything_is_read(function: str, named: dict[str, Any]) -> None:
+    with pytest.raises(mopt.UsageError):
+        getattr(mopt, function)(**named)
+
+
+@pytest.mark.parametrize("other", [None, 3, mopt.SwapNibblesRequest])
+def test_only_requests_are_performed(other: Any) -> None:
+    with pytest.raises(TypeError, match="expected a request"):
+        mopt.perform(other)

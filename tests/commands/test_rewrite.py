@@ -411,3 +411,21 @@ def test_a_rewrite_whose_rest_is_not_the_bases_is_not_recorded_as_proven(
     assert ("extra" if fault == "more" else "proj_out.weight") in told["layout.not_the_base"]
     assert json.loads((tmp_path / "out" / "mopt.json").read_text())["proof"]["status"] == "not proven"
     assert run_mopt("verify", tmp_path / "out").exit_code == 6
+
+
+@pytest.mark.parametrize("fault", ["renamed", "reshaped", "I16", "another model"])
+@pytest.mark.parametrize("command", ["swap-nibbles", "unswizzle-scales"])
+def test_a_base_without_the_weight_of_a_module_tells_nothing(
+    nvfp4: Path, base: Path, families: Path, tmp_path: Path, command: str, fault: str
+) -> None:
+    def spoil(tensors: Tensors) -> None:
+        name = next(one for one, tensor in tensors.items() if one.startswith("transformer_blocks") and tensor.ndim == 2)
+        weight = tensors.pop(name)
+        other = {"renamed": weight, "reshaped": weight.reshape(2 * weight.shape[0], -1)}
+        tensors[f"{name}s" if fault == "renamed" else name] = other.get(fault, weight.view(torch.int16))
+
+    unlike = families / "qwen_image" / "base" if fault == "another model" else edit(base, tmp_path / "base", spoil)
+    source = edit(nvfp4, tmp_path / "source", swapped if command == "swap-nibbles" else postprocess)
+    refused = run_mopt(command, source, tmp_path / "out", "--base", unlike)
+    assert (refused.exit_code, refused.error_code) == (3, "layout.undetermined"), refused.stderr
+    assert not (tmp_path / "out").exists()
