@@ -7,7 +7,6 @@ import torch
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import read_record, recorded_dequantized, recorded_verdicts, statement
-from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -17,7 +16,7 @@ from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm import metrics
 from modelopt_convert.verification.levels.container import container_level, look
 from modelopt_convert.verification.levels.decode import decode_level
-from modelopt_convert.verification.levels.kernels import agreement, choose, disagree, kernel_level, prewarm
+from modelopt_convert.verification.levels.kernels import Kernels, agreement, choose, disagree, prewarm
 from modelopt_convert.verification.levels.layout import layout_level
 from modelopt_convert.verification.levels.record import Scanned, scan
 from modelopt_convert.verification.options import VerifyOptions
@@ -93,17 +92,13 @@ def verify_opened(
     progress.begin("read", reader.num_bytes)
     scanned = scan(reader, record, options.workers, progress.advance) if with_record else Scanned()
     seen = look(subject)
-    modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
     progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
-    readings: dict[str, Layout] = {}
     with torch_on_one_thread():
         decoded = decode_level(
             subject,
             base,
-            modules,
             sample=options.sample,
             max_error=max_error,
-            readings=readings,
             expected=expected if expected is not None else recorded_verdicts(record),
             dequantized=recorded_dequantized(record),
             workers=options.workers,
@@ -112,15 +107,20 @@ def verify_opened(
     levels = [
         _record_level(record, scanned),
         container_level(subject, seen, scanned, options.workers),
-        layout_level(subject, seen, base, readings, max_error),
-        decoded,
+        layout_level(subject, seen, base, decoded.readings, max_error),
+        decoded.level,
     ]
+    kernels = run_kernels(subject, decoded.modules, options, device, progress)
     found = VerifyReport(
         checkpoint=str(reader.path),
         algorithm=subject.format.algorithm,
         device=describe(device),
-        levels=levels,
-        modules=modules,
+        levels=[*levels, kernels.level],
+        backends=list(kernels.backends),
+        modules=dict(kernels.modules),
+        agreement=list(kernels.agreement),
+        native_executed=f"{kernels.native} of {len(kernels.modules)}",
+        peak_gpu_bytes=kernels.peak_gpu_bytes,
         thresholds={
             "relative_error": max_error,
             "gain": GAIN_LIMIT,
@@ -131,7 +131,6 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    run_kernels(found, subject, options, device, progress)
     found.verdict, found.statement = _verdict(found, record, base is not None)
     return found
 
@@ -147,51 +146,50 @@ def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelRepor
 
 
 def run_kernels(
-    found: VerifyReport, subject: Subject, options: VerifyOptions, device: torch.device, progress: Progress
-) -> None:
-    """L3, where there is something to run it on; a GPU that fails is no fault of the checkpoint."""
-    total = len(subject.modules)
-    found.native_executed = f"0 of {total}"
+    subject: Subject,
+    decoded: Mapping[str, ModuleVerify],
+    options: VerifyOptions,
+    device: torch.device,
+    progress: Progress,
+) -> Kernels:
+    """L3, where there is something to run it on; a GPU that fails is no fault of the checkpoint.
+
+    Args:
+        subject: The checkpoint.
+        decoded: What is known of each module; it is left as it is.
+        options: What to run.
+        device: Where.
+        progress: Told what is read.
+    """
+    found = Kernels(
+        LevelReport(level="L3", title="kernel parity", status="skipped"),
+        {name: one.model_copy(deep=True) for name, one in decoded.items()},
+    )
     if device.type == "cpu" and options.backends in (("best",), ("all",)):
-        why = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
-        found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
-        return
+        found.level.reason = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
+        return found
     try:
-        _multiply(found, subject, options, device, progress)
+        backends, found.backends = choose(options.backends, options.preferred, subject.format.algorithm, device)
+        if not backends:
+            found.level.reason = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
+            return found
+        progress.begin("prewarm", _weight_bytes(subject))
+        prewarm(subject, backends, device, progress.advance)
+        progress.begin("multiply", _weight_bytes(subject))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        found.level.status = "pass"
+        found.multiply(subject, backends, device, progress.advance)
+        found.agreement = agreement(found.modules, found.backends)
+        if device.type == "cuda":
+            found.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+            found.native = max((one.modules for one in found.backends if one.kind == "native"), default=0)
     except RuntimeError as error:  # CUDA's, memory among them: of the GPU, and not of the checkpoint
         if device.type != "cuda":
             raise
-        why = f"the GPU failed: {first_line(error)}"
-        level = next((one for one in found.levels if one.level == "L3"), None)
-        if level is None:
-            level = LevelReport(level="L3", title="kernel parity", status="skipped")
-            found.levels.append(level)
-        # What was found before it failed stands.
-        level.status, level.reason = ("fail" if level.failures else "skipped"), why
-
-
-def _multiply(
-    found: VerifyReport, subject: Subject, options: VerifyOptions, device: torch.device, progress: Progress
-) -> None:
-    total = len(subject.modules)
-    backends, found.backends = choose(options.backends, options.preferred, subject.format.algorithm, device)
-    if not backends:
-        why = "; ".join(f"{one.name}: {one.reason}" for one in found.backends)
-        found.levels.append(LevelReport(level="L3", title="kernel parity", status="skipped", reason=why))
-        return
-    progress.begin("prewarm", _weight_bytes(subject))
-    prewarm(subject, backends, device, progress.advance)
-    progress.begin("multiply", _weight_bytes(subject))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    found.levels.append(LevelReport(level="L3", title="kernel parity", status="pass"))
-    kernel_level(subject, backends, found.backends, device, found.modules, found.levels[-1], progress.advance)
-    if device.type == "cuda":
-        found.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
-    found.agreement = agreement(found.modules, found.backends)
-    on_gpu = [one for one in found.backends if one.kind == "native" and device.type == "cuda"]
-    native = max((one.modules for one in on_gpu), default=0)
-    found.native_executed = f"{native} of {total}"
+        found.level.status = "fail" if found.level.failures else "skipped"
+        found.level.reason = f"the GPU failed: {first_line(error)}"
+    return found
 
 
 def _verdict(found: VerifyReport, record: dict[str, Any] | None, has_base: bool) -> tuple[Verdict, str]:

@@ -299,7 +299,6 @@ def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
 ) -> None:
     from modelopt_convert.checkpoint.reader import CheckpointReader
     from modelopt_convert.cli._output import Output, ProgressBar
-    from modelopt_convert.report.verify import VerifyReport
     from modelopt_convert.verification import transformer as run
     from modelopt_convert.verification.options import VerifyOptions
     from modelopt_convert.verification.subject import find_subject
@@ -308,12 +307,10 @@ def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "choose", busy)
-    request = VerifyOptions()
-    report = VerifyReport()
     with CheckpointReader(built["nvfp4"]) as reader:
         progress = ProgressBar(Output(json=True, quiet=True))
-        run.run_kernels(report, find_subject(reader, None), request, torch.device("cuda"), progress)
-    assert report.level("L3").status == "skipped" and "out of memory" in report.level("L3").reason
+        found = run.run_kernels(find_subject(reader, None), {}, VerifyOptions(), torch.device("cuda"), progress)
+    assert found.level.status == "skipped" and "out of memory" in found.level.reason
 
 
 def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:

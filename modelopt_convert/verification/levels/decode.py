@@ -5,6 +5,7 @@ A single flipped bit is seen where the codes are reproduced, by the identity pro
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from threading import Event
 
 import torch
@@ -32,33 +33,46 @@ _DUE = ("reproduced", QUANTIZED_HERE)  # verdicts at build after which every cod
 _TILE_VALUES = 1 << 21  # of a weight at a time: about a dozen float64 arrays of so many values are made
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the level found.
+
+    Attributes:
+        level: Its entry in the report.
+        modules: By name; one that cannot be read has its shape alone.
+        readings: The layout under which each NVFP4 module fits the base.
+    """
+
+    level: LevelReport
+    modules: dict[str, ModuleVerify]
+    readings: dict[str, Layout]
+
+
 def decode_level(
     subject: Subject,
     base: CheckpointReader | None,
-    modules: dict[str, ModuleVerify],
     *,
     sample: int | None,
     max_error: float,
-    readings: dict[str, Layout],
     expected: Mapping[str, str] | None,
     dequantized: Collection[str],
     workers: int,
     advance: Callable[[int], None],
-) -> LevelReport:
+) -> Decoded:
     """Judge every module that can be read.
 
     Args:
         subject: The checkpoint.
         base: Its base; without one values are only decoded.
-        modules: Filled.
         sample: Rows of each module; None for all.
         max_error: Limit of the relative error where codes are not reproduced.
         expected: Verdicts that were recorded at build, by module; None where nothing is known.
         dequantized: Modules that the record says were dequantized at build.
-        readings: Filled with the reading under which each NVFP4 module fits the base.
         workers: Modules judged at a time.
         advance: Called with the number of bytes just read.
     """
+    modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
+    readings: dict[str, Layout] = {}
     common = common_dtype(subject.reader)
 
     def judged(module: PackedModule, stopped: Event) -> str | Layout | None:
@@ -96,7 +110,8 @@ def decode_level(
     reason = "" if base is not None else "without a base values are decoded, not compared"
     if base is None and not failures:
         status = "skipped"
-    return LevelReport(level="L2", title="decode", status=status, reason=reason, failures=failures)
+    level = LevelReport(level="L2", title="decode", status=status, reason=reason, failures=failures)
+    return Decoded(level, modules, readings)
 
 
 def _not_reproduced(modules: dict[str, ModuleVerify], expected: Mapping[str, str] | None) -> list[str]:

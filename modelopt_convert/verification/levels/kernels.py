@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -113,53 +114,72 @@ def agreement(modules: Mapping[str, ModuleVerify], reports: Sequence[BackendRepo
     return found
 
 
-def kernel_level(
-    subject: Subject,
-    backends: Sequence[Backend],
-    reports: Sequence[BackendReport],
-    device: torch.device,
-    modules: dict[str, ModuleVerify],
-    level: LevelReport,
-    advance: Callable[[int], None],
-) -> None:
-    """Run the probes on every module, the costlier ones once for each shape, and fill ``level``."""
-    # A name may stand for two, of which one runs here.
-    by_name = {report.name: report for report in reports if report.status == "pass"}
-    seen: set[tuple[int, int]] = set()
-    for name, module in subject.modules.items():
-        if module.fault is not None:
-            continue
-        found = modules[name]
-        try:
-            stored = subject.operands(module)
-        except (InputError, ValueError) as error:
-            level.failures.append(f"{name}: {error}")
-            found.worsen("fail")
-            continue
-        weight = stored.to(device)
-        probes: list[Probe] = [identity_probe, random_probe]
-        if weight.shape not in seen:
-            probes += [sweep_probe, poison_probe]
-            seen.add(weight.shape)
-        for backend in backends:
-            report = by_name[backend.name]
-            if report.status == "broken":
+@dataclass(slots=True)
+class Kernels:
+    """What was found of kernel parity so far: where a GPU fails, what was found before stands.
+
+    Attributes:
+        level: Its entry in the report.
+        modules: What was found of each, by name.
+        backends: Those that were asked for.
+        agreement: Of the native backends with each other, once all modules are multiplied.
+        native: Modules that a native kernel of a GPU multiplied.
+        peak_gpu_bytes: None without a GPU.
+    """
+
+    level: LevelReport
+    modules: Mapping[str, ModuleVerify]
+    backends: Sequence[BackendReport] = ()
+    agreement: Sequence[AgreementReport] = ()
+    native: int = 0
+    peak_gpu_bytes: int | None = None
+
+    def multiply(
+        self, subject: Subject, backends: Sequence[Backend], device: torch.device, advance: Callable[[int], None]
+    ) -> None:
+        """Run the probes on every module, the costlier ones once for each shape.
+
+        Raises:
+            RuntimeError: CUDA's, memory among them.
+        """
+        level, modules = self.level, self.modules
+        # A name may stand for two, of which one runs here.
+        by_name = {report.name: report for report in self.backends if report.status == "pass"}
+        seen: set[tuple[int, int]] = set()
+        for name, module in subject.modules.items():
+            if module.fault is not None:
                 continue
+            found = modules[name]
             try:
-                results = [probe(backend, weight, device) for probe in probes]
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a kernel's library raises
-                report.status, report.reason = "broken", f"raises on {name}: {first_line(error)}"
+                stored = subject.operands(module)
+            except (InputError, ValueError) as error:
+                level.failures.append(f"{name}: {error}")
+                found.worsen("fail")
                 continue
-            found.probes[backend.name] = {result.probe: _report(result) for result in results}
-            report.modules += 1
-            _note(name, results, report, found, level)
-        advance(sum(info.num_bytes for info in module.tensors))
-    if level.failures:
-        level.status = "fail"
-    elif level.warnings:
-        level.status = "warn"
+            weight = stored.to(device)
+            probes: list[Probe] = [identity_probe, random_probe]
+            if weight.shape not in seen:
+                probes += [sweep_probe, poison_probe]
+                seen.add(weight.shape)
+            for backend in backends:
+                report = by_name[backend.name]
+                if report.status == "broken":
+                    continue
+                try:
+                    results = [probe(backend, weight, device) for probe in probes]
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever a kernel's library raises
+                    report.status, report.reason = "broken", f"raises on {name}: {first_line(error)}"
+                    continue
+                found.probes[backend.name] = {result.probe: _report(result) for result in results}
+                report.modules += 1
+                _note(name, results, report, found, level)
+            advance(sum(info.num_bytes for info in module.tensors))
+        if level.failures:
+            level.status = "fail"
+        elif level.warnings:
+            level.status = "warn"
 
 
 def _note(
