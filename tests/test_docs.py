@@ -9,6 +9,9 @@ from pathlib import Path
 from root import ROOT
 from support import run_mopt
 
+FOLDERS = (ROOT, ROOT / "modelopt_convert", ROOT / "tests")
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
 
 def test_support_table_is_current() -> None:
     from make_support import render
@@ -23,35 +26,40 @@ def test_the_house_is_drawn_as_it_is() -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    for name in (
-        "CONTRIBUTING.md",
-        "README.md",
-        "CHANGELOG.md",
-        *(f"docs/{one}.md" for one in ("api", "decisions", "reports")),
-    ):
-        text = (ROOT / name).read_text()
+    assert len(PAGES) > 15
+    for page in PAGES:
+        text = page.read_text()
         named = set(re.findall(r"`([\w./]+/[\w./]*\w\.(?:py|md|toml|svg|json|txt|sh))(?:::\w+)?`", text))
-        linked = {(Path(name).parent / one).as_posix() for one in re.findall(r"\]\(([^):#]+)\)", text)}
-        files = {one for one in named | linked if "NAME" not in one}
         assert [
-            one for one in sorted(files) if not ((ROOT / one).exists() or (ROOT / "modelopt_convert" / one).exists())
-        ] == []
+            one for one in sorted(named) if "NAME" not in one and not any((folder / one).exists() for folder in FOLDERS)
+        ] == [], page.name
+        linked = set(re.findall(r"\]\(([^):#]+)\)", text))
+        assert [one for one in sorted(linked) if not (page.parent / one).exists()] == [], page.name
 
 
-def test_readme_commands_are_real_flags() -> None:
-    text = (ROOT / "README.md").read_text()
-    known = run_mopt("build-nvfp4", "--help", json_report=False).stdout
-    for line in re.findall(r"^mopt build-nvfp4 .*$", text, re.MULTILINE):
-        for flag in re.findall(r"--[a-z0-9-]+", line):
-            assert flag in known, (line, flag)
+def test_every_command_that_is_shown_has_real_flags() -> None:
+    shown = [line for page in PAGES for line in re.findall(r"^mopt [a-z0-9-]+ .*$", page.read_text(), re.MULTILINE)]
+    commands = {line.split()[1] for line in shown}
+    assert commands >= {"build-nvfp4", "convert-fp8", "inspect", "swap-nibbles", "unswizzle-scales", "verify", "push"}
+    known = {command: run_mopt(command, "--help", json_report=False).stdout for command in commands}
+    for line in shown:
+        for flag in re.findall(r" (--[a-z0-9-]+)", line):
+            assert flag in known[line.split()[1]], (line, flag)
 
 
-def test_readme_lists_every_exit_code() -> None:
+def test_the_readme_says_what_ci_runs() -> None:
+    commands = re.findall(r"^make .*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert "\n".join(["```", *commands, "```"]) in (ROOT / "README.md").read_text()
+
+
+def test_every_exit_code_is_documented() -> None:
     from modelopt_convert.run.errors import ExitCode
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "exit-codes.md").read_text()
     for code in ExitCode:
         assert f"| {int(code)} |" in text, code
+    assert "(docs/exit-codes.md)" in (ROOT / "README.md").read_text()
 
 
 def test_every_regression_names_a_test() -> None:

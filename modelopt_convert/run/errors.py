@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
-    """What the process tells its caller; README.md documents each code."""
+    """What the process tells its caller; docs/exit-codes.md documents each code."""
 
     OK = 0
     MISMATCH = 1

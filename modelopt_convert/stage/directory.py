@@ -1,7 +1,7 @@
 """Put a new checkpoint in place so that OUT is at every moment either what it was or the whole new one. No torch.
 
-The steps are those of README.md, "What is promised about OUT": refuse, stage beside OUT, look around, recover, write,
-sync, swap, sync, and only then remove the old tree. Every change to the disk goes through ``fsops``.
+The steps are those of docs/output.md: refuse, stage beside OUT, look around, recover, write, sync, swap, sync, and only
+then remove the old tree. Every change to the disk goes through ``fsops``.
 """
 
 import contextlib
