@@ -212,3 +212,12 @@ def _tensor_info(name: str, entry: Any, file: str, data_start: int) -> TensorInf
         # The tensor is empty; yet the reference or torch refuses it, depending on where the zero stands.
         raise _refuse(file, name, f"has the shape {str(shape)[:80]}, whose strides overflow 64 bits", "shape")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """A value of header metadata as a JSON object; empty where it is none."""
+    try:
+        found = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

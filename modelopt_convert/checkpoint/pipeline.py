@@ -27,11 +27,7 @@ class Component:
 
 
 def resolve_component(path: Location, *, what: str) -> Location:
-    """The one transformer folder that a user means: ``path`` itself, or its ``transformer/``.
-
-    Args:
-        path: A component folder, or a pipeline folder holding one transformer.
-        what: How messages call it: ``export`` or ``base``.
+    """The one transformer folder that a user means: ``path``, called ``what`` in messages, or its ``transformer/``.
 
     Raises:
         InputError: Not a folder, nothing in it to load, or two transformers to choose from.
@@ -49,11 +45,6 @@ def resolve_component(path: Location, *, what: str) -> Location:
 
 def resolve_components(export: Location | None, base: Location | None, wanted: Sequence[str]) -> list[Component]:
     """The transformers to build: those wanted, or every one that the export quantized; without an export, the base's.
-
-    Args:
-        export: A component folder, or a pipeline folder; None where the base itself is quantized.
-        base: A component folder, or a pipeline folder; None where no base is given.
-        wanted: Names from ``COMPONENTS``; empty for all.
 
     Raises:
         InputError: ``input.missing`` or ``input.ambiguous``.

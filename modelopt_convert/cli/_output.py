@@ -73,11 +73,7 @@ class Output(Telling):
         Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
 
     def check_report_path(self, *others: Path) -> None:
-        """Refuse a report path that could not be written in the end, or that lies in an input or in OUT.
-
-        Args:
-            others: Inputs and OUT, as far as they lie on disk.
-        """
+        """Refuse a report path that could not be written in the end, or lies in one of ``others``: inputs, OUT."""
         check_file(self.report_json, "--report-json", *others)
 
 
@@ -197,14 +193,7 @@ def human_bytes(count: int) -> str:
 def run(
     output: Output, request: Request[Shown], show: Callable[[Output, Shown], None], *, show_failed: bool = False
 ) -> NoReturn:
-    """Do what is asked, say how it ended, and exit with the documented code.
-
-    Args:
-        output: How the user wants to be told.
-        request: What is asked.
-        show: Prints the report for people, after success.
-        show_failed: Print it after a failure too.
-    """
+    """Do what is asked, ``show`` the report after success, or in any case, and exit with the documented code."""
     command = command_of(request)
     failure: BaseException | None = None
     try:

@@ -37,13 +37,7 @@ class Closed:
 
 
 def written_faults(reader: CheckpointReader, steps: Mapping[str, Step], shards: Iterable[ShardPlan]) -> list[str]:
-    """Where the headers of what was written depart from the plan, in words.
-
-    Args:
-        reader: Of what was written.
-        steps: One per planned tensor.
-        shards: The planned files.
-    """
+    """Where the headers of what was written depart from the plan, in words."""
     planned = {name: (step.output.dtype, step.output.shape) for name, step in steps.items()}
     written = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
     faults = [

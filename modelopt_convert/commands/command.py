@@ -108,12 +108,7 @@ class Inputs:
         self._stack.__exit__(kind, error, trace)
 
     def open(self, name: str, path: Location, *, need_config: bool = True) -> CheckpointReader:
-        """Open a checkpoint.
-
-        Args:
-            name: In the report.
-            path: A folder, or one .safetensors file.
-            need_config: Whether a folder without config.json is an error.
+        """Open a checkpoint: a folder, or one .safetensors file. The report calls it ``name``.
 
         Raises:
             InputError: It cannot be opened.
@@ -168,14 +163,7 @@ def output_report(
     published: Published | None,
     error: BaseException | None,
 ) -> OutputReport:
-    """What stands, or was planned to stand, at OUT.
-
-    Args:
-        path: OUT.
-        shards: Tensors by file.
-        published: How the checkpoint came into place; None if it did not.
-        error: What ended the run, or None; a StorageError knows what stands.
-    """
+    """What stands, or was planned to stand, at OUT, by how it came there and what ended the run."""
     stands = error if isinstance(error, StorageError) else None
     sizes = {file: sum(spec.num_bytes for spec in specs) for file, specs in shards.items()}
     return OutputReport(
@@ -221,12 +209,7 @@ def versions() -> dict[str, str]:
 
 
 def ending(error: BaseException | None, status: Status = "ok") -> dict[str, Any]:
-    """How a run ended: the fields ``status``, ``exit_code`` and ``error`` of its report.
-
-    Args:
-        error: What ended the run, or None.
-        status: Where there was no error.
-    """
+    """How a run ended: ``status`` (the given one if without error), ``exit_code`` and ``error`` of its report."""
     if error is None:
         return {"status": status, "exit_code": int(ExitCode.OK), "error": None}
     status, exit_code, code, message = "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}"

@@ -1,11 +1,10 @@
 """What a dialect is: how a producer names, packs and declares quantized weights. Pure, no torch."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.header import TensorInfo, json_object
 from modelopt_convert.formats.layout import Layout, declared_layout
 
 _SHOWN = 2
@@ -62,15 +61,6 @@ class Headers:
             for name, info in self.tensors.items()
             if name.endswith(".weight") and info.dtype == "F8_E4M3"
         ]
-
-
-def json_object(text: str | None) -> dict[str, Any]:
-    """A value of header metadata as a JSON object; empty where it is none."""
-    try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _by_config(headers: Headers) -> Layout:

@@ -5,13 +5,12 @@ Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference f
 ``runtime/loader/transformer_load_utils.py`` (``_merge_modelopt_fp4_configs``).
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.header import TensorInfo, json_object
 from modelopt_convert.formats.layout import Layout
 
 VERSION = "sglang@0.5.23"
@@ -61,13 +60,7 @@ class Belief:
 def believe(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
 ) -> Belief:
-    """What SGLang 0.5.23 believes.
-
-    Args:
-        tensors: Every tensor, with the file it lies in.
-        metadata: Header metadata by file.
-        config: config.json.
-    """
+    """What SGLang 0.5.23 believes: of tensors, of header metadata by file, and of config.json."""
     because: list[str] = []
     names = list(tensors)
     packed_qkv = next((name for name in names if PACKED_QKV.match(name)), None)
@@ -147,7 +140,7 @@ def _layers(metadata: Mapping[str, Mapping[str, str]]) -> set[str]:
     """Modules that a ComfyUI header names as nvfp4."""
     found: set[str] = set()
     for entries in metadata.values():
-        layers = _json(entries.get("_quantization_metadata")).get("layers")
+        layers = json_object(entries.get("_quantization_metadata")).get("layers")
         if isinstance(layers, dict):
             found |= {
                 name for name, layer in layers.items() if isinstance(layer, dict) and layer.get("format") == "nvfp4"
@@ -164,7 +157,7 @@ def _declared(
         return _CONFIG, found
     for entries in metadata.values():
         for key in FLAT_METADATA_KEYS:
-            found = _json(entries.get(key))
+            found = json_object(entries.get(key))
             if _says_nvfp4(found):
                 return f"header {key}", found
     return None
@@ -172,14 +165,6 @@ def _declared(
 
 def _says_nvfp4(found: Mapping[str, Any]) -> bool:
     return found.get("quant_method") in ("modelopt", "modelopt_fp4") and found.get("quant_algo") == "NVFP4"
-
-
-def _json(text: str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _inferred_group_size(tensors: Mapping[str, TensorInfo], modules: set[str]) -> int | None:
@@ -212,15 +197,7 @@ def ignored_by(entries: Collection[str], name: str) -> str | None:
 
 
 def misread(belief: Belief, nibbles: str, scales: str, *, group_size: int, packed: frozenset[str]) -> list[str]:
-    """Where a belief departs from what is known, in words; an unknown answer contradicts nothing.
-
-    Args:
-        belief: What the engine believes.
-        nibbles: ``low`` or ``high`` if known.
-        scales: ``linear`` or ``128x4`` if known.
-        group_size: Columns per scale.
-        packed: Modules that are NVFP4.
-    """
+    """Where a belief departs from what is known, in words; an unknown answer contradicts nothing."""
     if belief.refuses:
         return [belief.refuses]
     if packed and not belief.quantized:

@@ -49,10 +49,5 @@ class Format:
 
 
 def entry(room: str, algorithm: Algorithm) -> Any:
-    """What a room knows of a format.
-
-    Args:
-        room: The package whose modules are named after formats.
-        algorithm: The format.
-    """
+    """What a room knows of a format; the room is a package whose modules are named after formats."""
     return import_module(f"{room}.{algorithm}").ENTRY

@@ -43,13 +43,7 @@ def equal_bytes(left: memoryview, right: memoryview) -> bool:
 
 
 def cast_chunk(raw: bytes | memoryview, source: str, target: str) -> memoryview:
-    """Cast consecutive elements from one dtype to another, rounding to nearest even.
-
-    Args:
-        raw: Whole elements of ``source``.
-        source: safetensors dtype name.
-        target: safetensors dtype name.
-    """
+    """Cast consecutive whole elements from one safetensors dtype to another, rounding to nearest even."""
     return to_bytes(from_bytes(raw, source, (-1,)).to(TORCH_DTYPES[target]))
 
 
@@ -106,11 +100,7 @@ def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, o
 
 
 def swizzle_scales(raw: bytes, stored: Sequence[int]) -> memoryview:
-    """Bring row-major block scales into the 128x4 order, padded.
-
-    Args:
-        raw: All bytes of the tensor.
-        stored: Its shape [N, K/16].
+    """Bring row-major block scales [N, K/16] into the 128x4 order, padded.
 
     Raises:
         ValueError: Not two dimensions.
@@ -131,12 +121,7 @@ def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
 
 
 def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[memoryview, Clipped]:
-    """E4M3 codes of consecutive elements of a weight, and how much was clipped.
-
-    Args:
-        raw: Whole elements of ``source``.
-        source: safetensors dtype name.
-        scale: The scale of the whole weight.
+    """E4M3 codes of consecutive elements under the scale of the whole weight, and how much was clipped.
 
     Raises:
         ValueError: The weight holds NaN or infinity.
@@ -176,10 +161,6 @@ def magnitude(bits: Tensor) -> float:
 def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
     """Largest magnitude among consecutive elements of a weight after rounding to BF16, the dtype that is quantized.
 
-    Args:
-        raw: Whole elements of ``source``.
-        source: safetensors dtype name.
-
     Raises:
         ValueError: An element is NaN or infinity, or rounds to infinity.
     """
@@ -206,11 +187,6 @@ def quantize_nvfp4_rows(
 
 
 def dequantize_chunk(raw: bytes | memoryview, scale: float) -> memoryview:
-    """BF16 values of consecutive E4M3 codes.
-
-    Args:
-        raw: The codes.
-        scale: The scale of the whole weight.
-    """
+    """BF16 values of consecutive E4M3 codes under the scale of the whole weight."""
     values = dequantize_fp8(from_bytes(raw, "F8_E4M3", (-1,)), torch.tensor(scale, dtype=torch.float32))
     return to_bytes(values.to(torch.bfloat16))

@@ -81,14 +81,7 @@ class FormatInspection(Protocol):
 def inspect_component(
     reader: CheckpointReader, base: CheckpointReader | None, *, every_scale: bool, max_error: float
 ) -> ComponentReport:
-    """What one opened transformer is.
-
-    Args:
-        reader: The transformer.
-        base: The unquantized base, or None.
-        every_scale: Look at every scale of every module, not at a sample of modules.
-        max_error: Largest relative error of a reading that is accepted without reproducing the codes.
-    """
+    """What one opened transformer is; ``Subject`` says what each argument means."""
     headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
     subject = Subject(reader, base, every_scale, max_error, dialect.layout(headers))
@@ -117,14 +110,7 @@ def inspect_component(
 def module_layout(
     target: Format, shape: Iterable[int], layout: Layout | None, error: float | None = None
 ) -> ModuleLayout:
-    """One module's line of the report.
-
-    Args:
-        target: Its format.
-        shape: [N, K] without padding.
-        layout: How it lies; None where the format has one layout.
-        error: Relative error against the base, if it was compared.
-    """
+    """One module's line of the report: [N, K] without padding; ``layout`` is None where the format has but one."""
     return ModuleLayout(
         algorithm=target.quant_algo,
         shape=list(shape),

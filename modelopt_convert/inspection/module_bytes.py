@@ -48,14 +48,7 @@ class ModuleBytes:
     def against(
         self, base: CheckpointReader, info: TensorInfo, global_scale: float, max_error: float
     ) -> Detection | None:
-        """The layout, by sampled rows of the base; None if the shapes allow no reading.
-
-        Args:
-            base: The unquantized base.
-            info: The same weight in it.
-            global_scale: Finite, more than zero.
-            max_error: Largest relative error of a reading that is accepted without reproducing the codes.
-        """
+        """The layout, by sampled rows of the weight ``info`` in the base; None if the shapes allow no reading."""
         packed, readings = self.packed, self._readings()
         if not readings:
             return None

@@ -39,14 +39,7 @@ def ignore_list(
     preset: Preset | None,
     config: Mapping[str, Any],
 ) -> list[str]:
-    """What ``ignore`` must list, in natural order.
-
-    Args:
-        steps: All of the output.
-        target: The output's format.
-        packed: Modules that are quantized in the output.
-        preset: Knows the runtime's names.
-        config: config.json.
+    """What ``ignore`` must list of the output's steps, in natural order.
 
     Raises:
         InputError: ``preset.fused_group``: a runtime would take a quantized module for one that is ignored.

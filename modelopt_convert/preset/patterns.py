@@ -24,8 +24,8 @@ _MAX_STEPS = 20_000_000
 _MAX_NAME = 4096  # characters, as many as the header allows bytes
 
 
-def check_pattern(pattern: str) -> None:
-    """Refuse what cannot be meant.
+def check_pattern(pattern: str) -> str:
+    """The same pattern; what cannot be meant is refused.
 
     Raises:
         InputError: ``preset.pattern``: an empty segment, ``**`` inside a segment, or a bracket that is not ``[a:b]``.
@@ -38,6 +38,7 @@ def check_pattern(pattern: str) -> None:
                 code="preset.pattern",
                 hint="segments are names with * (within a segment), ** (alone), or a block range such as [:3] or [-3:]",
             )
+    return pattern
 
 
 class PatternMatcher:

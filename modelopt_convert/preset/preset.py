@@ -4,9 +4,9 @@ import hashlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
@@ -18,6 +18,7 @@ _NOT_INHERITED = ("license", "license_name", "license_link")
 _HERE = Path(__file__).resolve().parent
 # In the wheel the TOML files lie inside the package; in a checkout, beside it. No other place is searched.
 _FOLDERS = (_HERE / "toml", _HERE.parent.parent / "presets")
+_Globs = list[Annotated[str, AfterValidator(check_pattern)]]
 
 
 class _Strict(BaseModel):
@@ -31,18 +32,11 @@ class KeepRules(_Strict):
     source: str = Field(description="where the set comes from")
     min_gpu: str = Field(description="smallest GPU that runs the result")
     known_limits: list[str] = Field(description="what a user should know before building")
-    structural: list[str] = Field(description="module globs that the runtime cannot load packed")
-    quality: list[str] = Field(description="module globs kept for quality")
+    structural: _Globs = Field(description="module globs that the runtime cannot load packed")
+    quality: _Globs = Field(description="module globs kept for quality")
     known_broken: dict[str, str] = Field(
         default_factory=dict, description="engine@version = why it cannot use what is built; also for other sets"
     )
-
-    @field_validator("structural", "quality")
-    @classmethod
-    def _patterns(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            check_pattern(pattern)
-        return patterns
 
 
 class Preset(_Strict):
@@ -68,7 +62,7 @@ class Preset(_Strict):
         description="names under one parent to which ModelOpt's export gives one global scale; dots allowed; needed to "
         "build NVFP4 without an export",
     )
-    keep_fp32: list[str] = Field(description="globs over tensor names that stay in F32 where the base holds F32")
+    keep_fp32: _Globs = Field(description="globs over tensor names that stay in F32 where the base holds F32")
     config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
     runtime_names: dict[str, list[str]] = Field(
         description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key"
@@ -82,13 +76,6 @@ class Preset(_Strict):
         if type(version) is not int:  # True and 1.0 equal 1
             raise ValueError("must be the integer 1")
         return version
-
-    @field_validator("keep_fp32")
-    @classmethod
-    def _patterns(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            check_pattern(pattern)
-        return patterns
 
     @field_validator("runtime_names")
     @classmethod

@@ -63,14 +63,7 @@ class RangeSource:
     """
 
     def __init__(self, repo_id: str, commit: str, path: str, file: HubFile) -> None:
-        """Ask nothing yet.
-
-        Args:
-            repo_id: ORGANIZATION/NAME.
-            commit: The repo's commit.
-            path: The file's path in the repo.
-            file: What the Hub lists of the file.
-        """
+        """Ask nothing yet."""
         self._repo_id = repo_id
         self._commit = commit
         self._path = path

@@ -41,12 +41,7 @@ def without(ranges: Sequence[Range], taken: Sequence[Range]) -> list[Range]:
 
 
 def bridged(ranges: Sequence[Range], spare: int) -> list[Range]:
-    """Fewer ranges, by closing the smallest gaps first, as long as they add at most ``spare`` bytes.
-
-    Args:
-        ranges: Sorted and disjoint.
-        spare: Bytes that may be read for nothing.
-    """
+    """Fewer ranges, from sorted and disjoint ones: the smallest gaps are closed first, for ``spare`` bytes at most."""
     gaps = sorted((right[0] - left[1], left[1]) for left, right in pairwise(ranges))
     closed: set[int] = set()
     for size, begin in gaps:

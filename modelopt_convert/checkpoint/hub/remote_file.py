@@ -32,15 +32,7 @@ class RemoteFile:
     """
 
     def __init__(self, repo_id: str, commit: str, path: str, file: HubFile, pool: Executor, *, where: str) -> None:
-        """Ask nothing of the Hub yet.
-
-        Args:
-            repo_id: ORGANIZATION/NAME.
-            commit: The repo's commit.
-            path: The file's path in the repo.
-            file: What the Hub lists of the file.
-            pool: The threads that fetch.
-            where: How messages call the file.
+        """Ask nothing of the Hub yet; the threads of ``pool`` will fetch.
 
         Raises:
             StorageError: ``storage.spool``: the file for what is fetched cannot be made.
@@ -73,9 +65,6 @@ class RemoteFile:
 
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """Begin to fetch what is not there yet, in the order of the file.
-
-        Args:
-            ranges: (begin, end) in bytes.
 
         Raises:
             RemoteError: ``hub.disk_full``.

@@ -60,14 +60,7 @@ def compare(
     advance: Callable[[int], None],
     repo_id: str,
 ) -> Changes:
-    """What to change so that the repo holds the checkpoint, and no second one.
-
-    Args:
-        local: What is published.
-        there: Every file of the repo.
-        fetch: Reads a small one.
-        advance: Called with the number of bytes just read here.
-        repo_id: Whose files they are.
+    """What to change so that the repo holds the checkpoint, and no second one; ``advance`` counts bytes read here.
 
     Raises:
         InputError: ``push.foreign_files``.

@@ -19,12 +19,7 @@ def holds_token(text: str, token: str | None) -> bool:
 
 
 def local_path(text: str, own: Sequence[str]) -> str | None:
-    """The first local path in ``text``, or None.
-
-    Args:
-        text: What to search.
-        own: Folders of this machine that are named too, such as the home folder.
-    """
+    """The first local path in ``text``, or None; ``own`` are folders of this machine that count too."""
     if found := _PATH.search(text):
         return found[0]
     for path in own:
