@@ -193,7 +193,7 @@ def human_bytes(count: int) -> str:
 def run(
     output: Output, request: Request[Shown], show: Callable[[Output, Shown], None], *, show_failed: bool = False
 ) -> NoReturn:
-    """Do what is asked, ``show`` the report after success, or in any case, and exit with the documented code."""
+    """Do what is asked, ``show`` the report (with ``show_failed`` after a failure too), and exit as documented."""
     command = command_of(request)
     failure: BaseException | None = None
     try:

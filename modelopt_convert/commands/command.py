@@ -107,13 +107,13 @@ class Inputs:
         self._traffic = {name: reader.traffic() for name, reader in self.readers.items()}
         self._stack.__exit__(kind, error, trace)
 
-    def open(self, name: str, path: Location, *, need_config: bool = True) -> CheckpointReader:
+    def open(self, name: str, path: Location) -> CheckpointReader:
         """Open a checkpoint: a folder, or one .safetensors file. The report calls it ``name``.
 
         Raises:
             InputError: It cannot be opened.
         """
-        reader = self._stack.enter_context(CheckpointReader(path, need_config=need_config))
+        reader = self._stack.enter_context(CheckpointReader(path))
         self.readers[name] = reader
         self._found[name] = InputReport(
             path=str(reader.path),
