@@ -117,12 +117,6 @@ def read_parts(checkpoint: Location) -> dict[str, str]:
     return {name: str(one) for name, one in parts.items()} if isinstance(parts, dict) else {}
 
 
-def recorded_dequantized(record: Mapping[str, Any] | None) -> frozenset[str]:
-    """Modules that the build dequantized for want of a base."""
-    found = record.get("dequantized") if record is not None else None
-    return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
-
-
 def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
     """The verdicts of the proof at build by module, or None where there is no record of one."""
     proof = record.get("proof") if record is not None else None
@@ -132,13 +126,15 @@ def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None
     return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
 
 
-def statement(record: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether the record says that the checkpoint was proven, and against what, in words."""
+def claim(record: Mapping[str, Any]) -> str:
+    """What the record says of its proof: quoted, since nobody has verified who wrote it."""
     proof = record.get("proof")
     sources = record.get("sources")
     base = sources.get("base") if isinstance(sources, dict) else None
     known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
     if known is None or not isinstance(base, dict):
-        return False, f"{record.get('command', 'mopt')} published it as not proven"
-    commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
-    return True, f"{known} {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"
+        said = f"{record.get('command', 'mopt')} published it as not proven"
+    else:
+        commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
+        said = f"{known} {record.get('base_repo') or 'its base'}@{commit}"
+    return f"its record claims (the author is not verified): {said}"

@@ -98,15 +98,14 @@ def verify_stage(
     found: dict[str, VerifyReport] = {}
     warned: list[Warned] = []
     for prefix, (base, proof) in parts.items():
-        expected = {name: one.verdict for name, one in proof.modules.items()}
 
         def verified(
             reader: CheckpointReader,
             device: torch.device,
             base: CheckpointReader | None = base,
-            expected: Mapping[str, str] = expected,
+            words: str = proof.words,
         ) -> VerifyReport:
-            return verify_opened(reader, base, options, device, progress, with_record=False, expected=expected)
+            return verify_opened(reader, base, options, device, progress, with_record=False, proof=words)
 
         with CheckpointReader(stage / prefix) as reader, torch.inference_mode():
             try:

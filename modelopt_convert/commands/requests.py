@@ -205,6 +205,9 @@ class _Replacing(Request["Report"]):
 
     __slots__ = ()
     max_error: MaxError = 0.15
+    accept_near: Annotated[
+        bool, Flag("Write also modules that are near the base and not the base's, and call nothing proven.")
+    ] = False
     overwrite: Annotated[bool, Flag("Replace an existing checkpoint; the old one stands until the new is whole.")] = (
         False
     )
@@ -248,6 +251,10 @@ class _Choosing(Request["Report"]):
     keep_bf16: Annotated[
         Sequence[str], Flag("Keep these modules in BF16 too; may be given several times.", metavar="PATTERN")
     ] = ()
+    proof: Annotated[
+        Literal["all", "sampled"],
+        Flag("Compare every byte of what is written with the base, or sampled rows, which prove nothing."),
+    ] = "all"
     max_shard_size: Annotated[str, Flag("Largest output file, such as 5GB or 500MB.", metavar="SIZE")] = "5GB"
 
 
@@ -409,7 +416,10 @@ class VerifyRequest(Request["Report"]):
         ),
     ] = "best"
     device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
-    sample: Annotated[str | int, Flag("Rows of each module that are compared with the base.", metavar="N|all")] = 16
+    sample: Annotated[str | int, Flag("Rows of each module that are compared with the base.", metavar="N|all")] = "all"
+    accept_near: Annotated[
+        bool, Flag("Pass also where modules are near the base and not the base's; nothing is called proven then.")
+    ] = False
     require: Annotated[
         Literal["native", "gpu"] | None, Flag("Exit 6 unless the kernel level ran so on every module.")
     ] = None

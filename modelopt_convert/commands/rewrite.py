@@ -44,13 +44,22 @@ from modelopt_convert.formats.nvfp4.shapes import padded_shape
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.plan import Origin, ShardPlan, Step
 from modelopt_convert.report.inspect import ModuleLayout
-from modelopt_convert.report.report import PASSING, ModuleReport, ProofReport, Report
+from modelopt_convert.report.report import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    PROVEN_WORDS,
+    REFUTED,
+    ModuleReport,
+    ProofReport,
+    Report,
+)
 from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
+from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.write.executors import open_executor, refuse_far
 from modelopt_convert.write.stream import stream
 
@@ -131,8 +140,6 @@ class RewriteCommand:
             if stage is None:
                 return
             stage.check_space(self._disk_bytes(reader, plan, list(modules) if against is not None else None))
-            with self._clock.timed("prove"):
-                before = _proven(reader, against, request) if against is not None else None
             with self._clock.timed("stream"), torch_on_one_thread():
                 readers: dict[Origin, CheckpointReader] = {"export": reader}
                 done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
@@ -141,7 +148,7 @@ class RewriteCommand:
             for name, data in files.items():
                 stage.write_file(name, data)
             with self._clock.timed("check"):
-                self._close(stage.path, plan, against, before)
+                self._close(stage.path, plan, against)
             stage.write_file(RECORD, self._record(plan, files, done.digests, self._proof))
             with self._clock.timed("publish"):
                 try:
@@ -176,11 +183,15 @@ class RewriteCommand:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
         return {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
 
-    def _close(self, stage: Path, plan: RewritePlan, base: CheckpointReader | None, before: ProofReport | None) -> None:
-        """Reopen what was written; with a base, prove it as its source was proven."""
+    def _close(self, stage: Path, plan: RewritePlan, base: CheckpointReader | None) -> None:
+        """Reopen what was written; with a base, prove all of it.
+
+        Raises:
+            CheckFailedError: ``check.structure`` or ``check.proof``.
+        """
         with CheckpointReader(stage, need_config=False) as written:
             self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
-            if base is None or before is None:
+            if base is None:
                 return
             field, wanted = _FIELD[self._kind], _WANTED[self._kind]
             wrong = [
@@ -189,18 +200,22 @@ class RewriteCommand:
                 if getattr(one, field) not in (wanted, "equivalent")
             ]
             self._proof = proof = _proven(written, base, self._request)
-            unlike = _unlike(written, base, self._request)
-        for name, one in proof.modules.items():
-            if one.verdict not in PASSING:
-                wrong.append(f"{name} is not the base's")
-            elif (was := before.modules[name].verdict) == "reproduced" != one.verdict:
-                wrong.append(f"{name} was {was}, and is {one.verdict} now")
-        if unlike:
-            proof.status = "not proven"
-            told = f"recorded as not proven: {len(unlike)} other tensors are not the base's; {unlike[0]} first"
-            self._warned.append(("layout.not_the_base", told))
+        wrong += [f"{name} is not the base's" for name, one in proof.modules.items() if one.verdict in REFUTED]
+        near = [name for name, one in proof.modules.items() if one.verdict == "near"]
         check = {"name": "proof", "status": "fail" if wrong else "pass", "failures": wrong[:10]}
         self._keep(Closed(check, f"{len(wrong)} rewritten modules are wrong: {wrong[0]} first" if wrong else None))
+        if near and not self._request.accept_near:
+            raise CheckFailedError(
+                f"{self._output}: {len(near)} of {len(proof.modules)} modules are near the base, and not quantized "
+                f"from it as it is ({near[0]} first)",
+                code="check.proof",
+                path=self._output,
+                hint="give the base that was quantized, or --accept-near to write what is not proven; nothing was "
+                "published",
+            )
+        if differ := proof.unquantized_differ:
+            told = f"recorded as not proven: {len(differ)} other tensors are not the base's; {differ[0]} first"
+            self._warned.append(("layout.not_the_base", told))
 
     def _keep(self, closed: Closed) -> None:
         self._checks.append(closed.check)
@@ -221,46 +236,45 @@ class RewriteCommand:
         files = _config_and_index(reader, plan, self._kind, proven=proven is not None)
         proof = None
         if proven is not None:
-            proof = _proof_report(dict.fromkeys(proven, LONGEST), self._request.max_error, "x" * 120)
-            proof.status = "not proven"  # which is longer
+            longest = dict.fromkeys(proven, LONGEST)
+            proof = _proof_report(longest, self._request.max_error, "x" * 120, refuted=[], differ=["x"])
         record = self._record(plan, files, dict.fromkeys(plan.steps, DIGEST), proof)
         return disk_bytes([*shard_sizes(plan.shards), len(record), *map(len, files.values())])
 
 
 def _proven(reader: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> ProofReport:
-    """Prove every packed module, however it lies, as a build proves those of an export."""
+    """Prove every byte of every packed module, and every other tensor, as ``verify`` does."""
     import torch
 
-    from modelopt_convert.proof.export import judge_modules
     from modelopt_convert.proof.judgement import format_proof
-    from modelopt_convert.proof.tensors import tensor_scale
+    from modelopt_convert.verification.levels.decode import judge_modules, unlike_base
     from modelopt_convert.verification.subject import find_subject
 
-    modules, rules = find_subject(reader, base).modules, format_proof(FORMAT.algorithm)
-    limit, workers = request.max_error, request.worker_count
+    subject, limit = find_subject(reader, base), request.max_error
+    options = VerifyOptions(workers=request.worker_count)
     with torch.inference_mode():
-        scales = {name: tensor_scale(reader, one, FORMAT.tensor_scale) for name, one in modules.items()}
-        found = judge_modules(reader, base, modules, scales, rules, limit, workers, lambda _: None)
-    return _proof_report({name: module_report(one) for name, one in found.items()}, limit, rules.method)
+        found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
+    unlike, like = unlike_base(subject, base, limit, options.workers, lambda _: None)
+    modules = {name: module_report(one) for name, one in found.items()}
+    return _proof_report(
+        modules, limit, format_proof(FORMAT.algorithm).method, refuted=list(unreadable), differ=[*unlike, *like]
+    )
 
 
-def _unlike(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> list[str]:
-    """Tensors of no packed module that are not the base's."""
-    from modelopt_convert.verification.levels.decode import unlike_base
-    from modelopt_convert.verification.subject import find_subject
-
-    subject = find_subject(written, base)
-    return unlike_base(subject, base, (), request.max_error, request.worker_count, lambda _: None)
-
-
-def _proof_report(modules: Mapping[str, ModuleReport], max_error: float, method: str) -> ProofReport:
+def _proof_report(
+    modules: Mapping[str, ModuleReport], max_error: float, method: str, *, refuted: list[str], differ: list[str]
+) -> ProofReport:
+    failing = bool(refuted) or any(one.verdict in REFUTED for one in modules.values())
+    near = bool(differ) or any(one.verdict == "near" for one in modules.values())
     return ProofReport(
         method=method,
-        status="pass" if all(one.verdict in PASSING for one in modules.values()) else "fail",
+        status="fail" if failing else "not proven" if near else "pass",
+        words=MISMATCH_WORDS if failing else NEAR_WORDS if near else PROVEN_WORDS,
         max_error=max_error,
         counts=verdict_counts(modules),
         fused_scales_differ={},
         biases_differ=[],
+        unquantized_differ=differ,
         modules=dict(sorted(modules.items())),
     )
 

@@ -26,6 +26,7 @@ class VerifyCommand:
             backends=request.backends,
             device=request.device,
             sample=request.rows,
+            accept_near=request.accept_near,
             require=request.require,
             max_error=request.max_error,
             prewarm=request.prewarm,

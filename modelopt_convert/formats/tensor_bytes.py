@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.formats.fp8.codes import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
+from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, swap_nibbles_
 from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
 
@@ -80,7 +81,7 @@ def repack_rows(raw: bytes | memoryview, stored_half: int, half: int, num_rows: 
     return to_bytes(swap_nibbles_(kept) if swap else kept)
 
 
-def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, order: str) -> memoryview:
+def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, order: ScaleOrder) -> memoryview:
     """Bring block scales into row-major [rows, columns] from ``order``.
 
     Args:

@@ -81,6 +81,6 @@ class ModuleBytes:
         codes = from_bytes(raw, "U8", (height, stored_half))[:, : packed.columns // 2].contiguous()
         return hint_scale_order(codes, {order: scale[top : top + height] for order, scale in readings.items()})
 
-    def _readings(self) -> dict[str, torch.Tensor]:
+    def _readings(self) -> dict[ScaleOrder, torch.Tensor]:
         stored = from_bytes(self.raw, "F8_E4M3", self.packed.scales["weight_scale"].shape)
         return scale_readings(stored, self.packed.rows, self.packed.columns // BLOCK_SIZE)

@@ -72,6 +72,14 @@ class Step:
     value: float | None = None
     layout: Layout = CANONICAL
 
+    def laid(self, stored: tuple[int, ...], layout: Layout) -> "Step":
+        """The step that brings codes, or block scales, of this shape and layout into the canonical one."""
+        is_weight = self.output.dtype == "U8"
+        moved = layout.nibbles == "high" if is_weight else layout.scales == "128x4"
+        if not moved and stored == self.output.shape:
+            return self
+        return replace(self, op="repack" if is_weight else "reorder_scales", layout=layout)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
@@ -175,13 +183,13 @@ class BuildPlan:
             weight, scale, layout = module.weight, module.scales["weight_scale"], layouts[module.name]
             swapped, swizzled = layout.nibbles == "high", layout.scales == "128x4"
             padded = weight.shape != steps[weight.name].output.shape
+            steps[weight.name] = steps[weight.name].laid(weight.shape, layout)
             if swapped or padded:
-                steps[weight.name] = replace(steps[weight.name], op="repack", layout=layout)
                 done = ["nibbles swapped"] * swapped + ["padding cut"] * padded
                 fates[weight.name] = f"kept: {' and '.join(done)}"
             padded = scale.shape != steps[scale.name].output.shape
+            steps[scale.name] = steps[scale.name].laid(scale.shape, layout)
             if swizzled or padded:
-                steps[scale.name] = replace(steps[scale.name], op="reorder_scales", layout=layout)
                 fates[scale.name] = "kept: 128x4 to row-major" if swizzled else "kept: padding cut"
         return replace(self, steps=steps, ledger={**self.ledger, "export": fates})
 

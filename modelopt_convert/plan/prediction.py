@@ -32,6 +32,13 @@ def proof_readings(plan: BuildPlan, role: Origin, tensors: Mapping[str, TensorIn
             yield from row_readings(module, tensors)
 
 
+def whole_readings(plan: BuildPlan, role: Origin, tensors: Mapping[str, TensorInfo]) -> Iterator[Reading]:
+    """What is read of one input where all of what is written is compared: the weights of modules that stay packed."""
+    for module in (plan.modules[name] for name in plan.packed if is_compared(plan)):
+        if module.weight.name in tensors:
+            yield module.weight.name, 0, tensors[module.weight.name].num_bytes
+
+
 def is_compared(plan: BuildPlan) -> bool:
     """Whether there is a base to compare an export with."""
     return "base" in plan.ledger

@@ -25,7 +25,7 @@ class Closeness:
         relative_error: Frobenius norm of the difference over that of the base.
         gain: <dequantized, base> / <base, base>: 1.05 if the global scale is 5% too large.
         worst_row: Largest relative error of a row.
-        worst_column: Largest relative error of a column, over the sampled rows; columns that the format itself loses
+        worst_column: Largest relative error of a column, over the rows compared; columns that the format itself loses
             (``INHERENT_FACTOR``) are left out.
         cosine: Cosine of both as vectors.
     """
@@ -46,26 +46,85 @@ class Closeness:
         )
 
 
-def closeness(base: Tensor, dequantized: Tensor, inherent: Tensor | None = None) -> Closeness:
-    """Compare rows with the base.
+class Nearness:
+    """Sums over the rows of a weight from which its closeness follows; float64."""
 
-    Args:
-        base: float64 [R, K].
-        dequantized: float64 [R, K].
-        inherent: float64 [K], the error of each column that the format itself costs; None to count every column.
+    def __init__(self, columns: int) -> None:
+        """Sum nothing yet: K columns."""
+        self._error, self._base, self._inherent = (torch.zeros(columns, dtype=torch.float64) for _ in range(3))
+        self._inner = self._squares = 0.0
+        self._worst_row = 0.0
+
+    def add(self, base: Tensor, dequantized: Tensor, inherent: Tensor | None = None) -> None:
+        """Add some rows.
+
+        Args:
+            base: float64 [R, K].
+            dequantized: float64 [R, K].
+            inherent: float64 [R, K]: what the format itself makes of the base; None to count every column.
+        """
+        difference = dequantized - base
+        self._error += difference.square().sum(dim=0)
+        self._base += base.square().sum(dim=0)
+        self._inner += float((dequantized * base).sum())
+        self._squares += float(dequantized.square().sum())
+        self._worst_row = _larger(self._worst_row, _worst(difference.norm(dim=1), base.norm(dim=1)))
+        if inherent is not None:
+            self._inherent += (inherent - base).square().sum(dim=0)
+
+    def closeness(self) -> Closeness:
+        """Of the rows so far."""
+        error, base = self._error.sum().sqrt(), self._base.sum().sqrt()
+        column = self._error.sqrt()
+        column = column.masked_fill(column <= INHERENT_FACTOR * self._inherent.sqrt(), 0.0)
+        inner, squares = (torch.tensor(one, dtype=torch.float64) for one in (self._inner, self._squares))
+        return Closeness(
+            relative_error=_ratio(error, base),
+            gain=_ratio(inner, base * base, of_nothing=1.0),
+            worst_row=self._worst_row,
+            worst_column=_worst(column, self._base.sqrt()),
+            cosine=_ratio(inner, base * squares.sqrt()),
+        )
+
+
+class TiledNearness:
+    """``Nearness`` of a weight, and of each strip of at least so many rows.
+
+    Attributes:
+        whole: Of all rows so far.
     """
-    difference = dequantized - base
-    norm, inner = base.norm(), (dequantized * base).sum()
-    column_error = difference.norm(dim=0)
-    if inherent is not None:
-        column_error = column_error.masked_fill(column_error <= INHERENT_FACTOR * inherent, 0.0)
-    return Closeness(
-        relative_error=_ratio(difference.norm(), norm),
-        gain=_ratio(inner, norm * norm, of_nothing=1.0),
-        worst_row=_worst(difference.norm(dim=1), base.norm(dim=1)),
-        worst_column=_worst(column_error, base.norm(dim=0)),
-        cosine=_ratio(inner, norm * dequantized.norm()),
-    )
+
+    def __init__(self, columns: int, height: int) -> None:
+        """Sum nothing yet: K columns, and the height of a strip."""
+        self._columns, self._height = columns, height
+        self.whole, self._strip, self._rows, self._worst = Nearness(columns), Nearness(columns), 0, 0.0
+
+    def add(self, base: Tensor, dequantized: Tensor, inherent: Tensor | None = None) -> None:
+        """Add the next rows; arguments as those of ``Nearness.add``."""
+        self.whole.add(base, dequantized, inherent)
+        for top in range(0, len(base), self._height):
+            part = slice(top, top + self._height)
+            self._strip.add(base[part], dequantized[part])
+            self._rows += len(base[part])
+            if self._rows >= self._height:
+                self._worst = self.worst_strip()
+                self._strip, self._rows = Nearness(self._columns), 0
+
+    def worst_strip(self) -> float:
+        """Largest relative error of a strip."""
+        return _larger(self._worst, self._strip.closeness().relative_error)
+
+
+def closeness(base: Tensor, dequantized: Tensor, inherent: Tensor | None = None) -> Closeness:
+    """Compare rows with the base; arguments as those of ``Nearness.add``."""
+    sums = Nearness(base.shape[1])
+    sums.add(base, dequantized, inherent)
+    return sums.closeness()
+
+
+def _larger(left: float, right: float) -> float:
+    """The larger one; NaN is larger than all."""
+    return right if right > left or right != right else left
 
 
 def _ratio(above: Tensor, below: Tensor, of_nothing: float = 0.0) -> float:

@@ -72,15 +72,15 @@ class _Tried:
     def closeness(self) -> Closeness:
         base = self.base.to(torch.float64)
         again = decode_e2m1(quantize_codes(self.base, self.scale, self.factor))
-        inherent = (again * block_scales(self.scale, self.factor) - base).norm(dim=0)
+        inherent = again * block_scales(self.scale, self.factor)
         dequantized = decode_e2m1(self.codes) * block_scales(self.scale, self.factor)
-        return closeness(base, dequantized.to(torch.float64), inherent)
+        return closeness(base, dequantized.to(torch.float64), inherent.to(torch.float64))
 
 
 def detect_with_base(
     base_rows: Sequence[Tensor],
     packed_rows: Tensor,
-    readings: Mapping[str, Tensor],
+    readings: Mapping[ScaleOrder, Tensor],
     rows: Sequence[int],
     global_scale: Tensor,
     *,
@@ -130,7 +130,7 @@ def detect_with_base(
     )
 
 
-def telling_rows(readings: Mapping[str, Tensor], count: int) -> list[int]:
+def telling_rows(readings: Mapping[ScaleOrder, Tensor], count: int) -> list[int]:
     """Rows in which the two orders of the scales differ most: what tells them apart, if anything does."""
     if len(readings) < 2:
         return []
@@ -139,7 +139,7 @@ def telling_rows(readings: Mapping[str, Tensor], count: int) -> list[int]:
     return sorted(int(row) for row in order if differing[row])
 
 
-def _orders(readings: Mapping[str, Tensor]) -> list[ScaleOrder]:
+def _orders(readings: Mapping[ScaleOrder, Tensor]) -> list[ScaleOrder]:
     both: tuple[ScaleOrder, ...] = ("linear", "128x4")
     return [order for order in both if order in readings]
 
@@ -192,7 +192,7 @@ def _decide(tried: Sequence[_Tried], accepted: Sequence[_Tried], axis: str, exac
     return str(value) if clear else "undetermined"
 
 
-def hint_scale_order(packed: Tensor, readings: Mapping[str, Tensor]) -> ScaleOrder:
+def hint_scale_order(packed: Tensor, readings: Mapping[ScaleOrder, Tensor]) -> ScaleOrder:
     """Guess the order of the scales without a base.
 
     In a quantized weight a block's scale and the energy of its codes are anti-correlated once rows and columns are

@@ -1,11 +1,11 @@
 """Prove an export against its base, module by module; the only reader of scale values.
 
-Three passes, cheapest cause first: scales that no kernel could use, unquantized tensors that are not the base's, and
-then the packed weights themselves. Without a base only the first is possible.
+Cheapest cause first: scales that no kernel could use, unquantized tensors that are not the base's, a few rows of the
+packed weights, and then all of them. Without a base only the first is possible.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Event
 
 import torch
@@ -15,12 +15,14 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.plan.from_export import needs_base
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, row_readings, scale_readings
-from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof
-from modelopt_convert.proof.tensors import common_dtype
+from modelopt_convert.proof.due import Due
+from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
+from modelopt_convert.proof.tensors import casts_of, common_dtype
 from modelopt_convert.proof.unquantized import same_up_to_cast
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
@@ -30,32 +32,27 @@ _SHOWN = 10
 
 @dataclass(slots=True)
 class Proof:
-    """What was proven of an export against its base.
+    """What is known of an export against its base.
 
     Attributes:
         method: In words; empty without a base.
         is_rebased: Whether a runtime brings the tensor scales of a fused group to one.
         modules: The judgement on every packed module, by name.
+        due: Modules of which all bytes are still to be compared, while they are written.
         unproven: Modules about to be replaced whose scales are unusable, with the reason.
         fused_differ: Fused groups whose global scales differ, with the largest ratio; runtimes rebase them.
         biases_differ: Packed modules whose bias is not the base's.
+        unquantized_differ: Unquantized tensors that are not the base's by more than a cast.
     """
 
     method: str = ""
     is_rebased: bool = True
     modules: dict[str, Judgement] = field(default_factory=dict)
+    due: dict[str, Due] = field(default_factory=dict)
     unproven: dict[str, str] = field(default_factory=dict)
     fused_differ: dict[str, float] = field(default_factory=dict)
     biases_differ: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every module that could be judged is what the base says it should be."""
-        return not self.failing()
-
-    def failing(self) -> list[str]:
-        """Modules that are not."""
-        return [name for name, one in self.modules.items() if not one.passed]
+    unquantized_differ: list[str] = field(default_factory=list)
 
     def layouts(self) -> dict[str, Layout]:
         """How each module lies, of those that are known to lie somehow."""
@@ -69,10 +66,12 @@ def prove(
     calibration: Calibration,
     *,
     max_error: float,
+    accept_near: bool,
+    is_whole: bool,
     workers: int,
     advance: Callable[[int], None],
 ) -> Proof:
-    """Run the passes.
+    """Run the passes, up to the comparison of all bytes: that is done while they are written (``concluded``).
 
     Args:
         export: The opened export.
@@ -80,11 +79,13 @@ def prove(
         plan: What will be built from them.
         calibration: Amax values to compare scales with; FP8 only.
         max_error: Limit of the relative error where codes are not reproduced.
+        accept_near: Whether unquantized tensors and biases may differ from the base's.
+        is_whole: Whether all bytes of what is written will be compared, or these rows are all.
         workers: Modules judged at a time.
         advance: Called with the number of bytes just read.
 
     Returns:
-        The proof; it may have failed for a reason that cannot be named (``Proof.passed``).
+        The proof; a module may have failed for a reason that cannot be named.
 
     Raises:
         InputError: A cause that can be named: unusable scales, another base, another layout.
@@ -98,33 +99,91 @@ def prove(
             return proof
         proof.method = rules.method
         _check_unquantized(export, base, plan, proof, workers, advance)
-        due = {module: plan.modules[module] for module in plan.modules if module not in proof.unproven}
-        proof.modules = judge_modules(export, base, due, scales, rules, max_error, workers, advance)
-    rules.name_cause(export, proof.modules)
-    _name_another_base(export, proof)
+        if not accept_near:
+            _refuse_other_values(export, proof)
+    common = common_dtype(export)
+    due = {
+        name: Due(plan.format.algorithm, one, casts_of(common, base, one), scales[name], max_error)
+        for name, one in plan.modules.items()
+        if name not in proof.unproven
+    }
+
+    def looked(one: Due, _stopped: Event) -> Judgement:
+        with torch.inference_mode():  # of each thread
+            found = rules.look(export, base, one)
+        advance(sum(num_bytes(row_readings(one.module, side.tensors)) for side in (export, base)))
+        return found
+
+    proof.modules = dict(zip(due, in_order(list(due.values()), looked, workers), strict=True))
+    _name_causes(rules, export, proof.modules)
+    proof.due = {name: _informed(due[name], proof.modules[name]) for name in plan.packed if name in due}
+    if not is_whole:
+        rows = {name: sample_rows(one.module.rows, SAMPLED_ROWS) for name, one in proof.due.items()}
+
+        def compared(name: str, stopped: Event) -> Judgement:
+            with torch.inference_mode():
+                return rules.compare(export, base, proof.due[name], stopped, rows[name])
+
+        found = dict(zip(proof.due, in_order(list(proof.due), compared, workers), strict=True))
+        proof = concluded(proof, found, export)
     return proof
 
 
-def judge_modules(
+def concluded(proof: Proof, found: Mapping[str, Judgement], export: CheckpointReader) -> Proof:
+    """The proof once the modules that were due are compared.
+
+    Args:
+        proof: By ``prove``.
+        found: The judgement on each module that was due.
+        export: For messages.
+
+    Raises:
+        InputError: A cause that can be named.
+    """
+    rules = format_proof(next(iter(proof.due.values())).algorithm)
+    modules = dict(proof.modules)
+    for name, one in with_shared_scales(rules, found).items():
+        modules[name] = replace(one, closeness=one.closeness or modules[name].closeness)
+    _name_causes(rules, export, modules)
+    return replace(proof, modules=modules, due={})
+
+
+def judge_module(
     export: CheckpointReader,
     base: CheckpointReader,
-    modules: Mapping[str, PackedModule],
-    scales: Mapping[str, float],
-    rules: FormatProof,
-    max_error: float,
-    workers: int,
-    advance: Callable[[int], None],
-) -> dict[str, Judgement]:
-    """Judge modules by sampled rows; arguments as those of ``prove``, ``scales`` by module."""
-    common = common_dtype(export)
+    due: Due,
+    stopped: Event,
+    rows: Sequence[int] | None = None,
+) -> Judgement:
+    """Look at a module, then compare all of it, or the rows given; whether its scale is the base's is open still.
 
-    def judged(module: PackedModule, _stopped: Event) -> Judgement:
-        with torch.inference_mode():  # of each thread
-            found = rules.judge(export, base, module, common, scales[module.name], max_error)
-        advance(sum(num_bytes(row_readings(module, one.tensors)) for one in (export, base)))
-        return found
+    Raises:
+        InputError: Export or base cannot be judged.
+        Stopped: The event was set meanwhile.
+    """
+    rules = format_proof(due.algorithm)
+    with torch.inference_mode():  # of each thread
+        look = rules.look(export, base, due)
+        found = rules.compare(export, base, _informed(due, look), stopped, rows)
+    return replace(found, closeness=found.closeness or look.closeness)
 
-    return dict(zip(modules, in_order(list(modules.values()), judged, workers), strict=True))
+
+def _informed(due: Due, look: Judgement) -> Due:
+    """With what a few rows say that is to be tried first."""
+    return replace(due, reading=look.reading, rule=look.rule)
+
+
+def _name_causes(rules: FormatProof, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
+    rules.name_cause(export, modules)
+    unrelated = [name for name, one in modules.items() if one.verdict == "unrelated"]
+    if 2 * len(unrelated) > len(modules):
+        raise InputError(
+            f"{export.path}: {len(unrelated)} of {len(modules)} packed weights have nothing in common with the "
+            f"base ({unrelated[0]} first)",
+            code="export.other_base",
+            path=str(export.path),
+            hint="give the base that the export was made from",
+        )
 
 
 def _check_scales(
@@ -186,7 +245,7 @@ def _check_unquantized(
         return found
 
     equal = in_order(plan.must_equal, same, workers)
-    differing = [name for name, one in zip(plan.must_equal, equal, strict=True) if not one]
+    proof.unquantized_differ = [name for name, one in zip(plan.must_equal, equal, strict=True) if not one]
     equal = in_order(plan.may_differ, same, workers)
     for name, one in zip(plan.may_differ, equal, strict=True):
         if not one:
@@ -199,25 +258,17 @@ def _check_unquantized(
                     path=str(export.path / info.file),
                     hint="the export is damaged; export again",
                 )
-    if differing:
-        names = ", ".join(differing[:_SHOWN])
-        where = str(export.path / export.tensors[differing[0]].file)
+
+
+def _refuse_other_values(export: CheckpointReader, proof: Proof) -> None:
+    names = [*proof.unquantized_differ, *(f"{name}.bias" for name in proof.biases_differ)]
+    if names:
+        where = str(export.path / export.tensors[names[0]].file)
         raise InputError(
-            f"{where}: {len(differing)} unquantized tensors differ from the base by more than a dtype cast: {names}",
+            f"{where}: {len(names)} unquantized tensors differ from the base by more than a dtype cast: "
+            f"{', '.join(names[:_SHOWN])}",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "
-            "by AWQ or SVDQuant; give that base, or export again",
-        )
-
-
-def _name_another_base(export: CheckpointReader, proof: Proof) -> None:
-    unrelated = [name for name, one in proof.modules.items() if one.verdict == "unrelated"]
-    if 2 * len(unrelated) > len(proof.modules):
-        raise InputError(
-            f"{export.path}: {len(unrelated)} of {len(proof.modules)} packed weights have nothing in common with the "
-            f"base ({unrelated[0]} first)",
-            code="export.other_base",
-            path=str(export.path),
-            hint="give the base that the export was made from",
+            "by AWQ or SVDQuant; give that base, export again, or --accept-near to build what is not proven",
         )

@@ -1,8 +1,14 @@
-"""The judgement on one packed module, and what a format has to know for it."""
+"""The judgement on one packed module, and what a format has to know for that.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+A verdict is about exactly the bytes that were compared, and says how many. What is compared whole is proven or not;
+sampled rows choose what is tried first, and prove nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Event
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
@@ -11,13 +17,55 @@ from modelopt_convert.formats.format import Algorithm, entry
 from modelopt_convert.formats.fp8.codes import Clipped
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.closeness import Closeness
-from modelopt_convert.report.report import PASSING
+from modelopt_convert.proof.due import Due
+from modelopt_convert.report.report import PROVEN
 
-Verdict = Literal["reproduced", "within limits", "undetermined", "unrelated", "mismatch"]
+if TYPE_CHECKING:
+    from modelopt_convert.proof.blocks import BlockTally
+
+Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "undetermined", "unrelated", "mismatch"]
 
 
-# Below so many codes the error of a right module scatters.
-_ENOUGH_CODES = 1024
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What was compared of one module.
+
+    Attributes:
+        codes: Codes compared.
+        codes_equal: Of them equal to the base's, quantized again.
+        codes_tied: Of the rest, other neighbours of a midpoint.
+        zero_signs: Of the rest, zeros of the other sign.
+        scales: NVFP4: block scales compared.
+        scales_equal: Of them equal to those of max calibration.
+        scales_tied: Of the rest, other neighbours of a midpoint.
+        scales_idle: Of the rest, those over codes that are all zero.
+        blocks_above: Blocks whose squared error is above that of max calibration.
+    """
+
+    codes: int
+    codes_equal: int
+    codes_tied: int = 0
+    zero_signs: int = 0
+    scales: int = 0
+    scales_equal: int = 0
+    scales_tied: int = 0
+    scales_idle: int = 0
+    blocks_above: int = 0
+
+    @classmethod
+    def of(cls, tally: "BlockTally") -> "Counts":
+        """The counts of an NVFP4 weight."""
+        return cls(
+            tally.codes,
+            tally.codes_equal,
+            tally.codes_tied,
+            tally.zero_signs,
+            tally.scales,
+            tally.scales_equal + tally.scales_zero,
+            tally.scales_tied,
+            tally.scales_idle,
+            tally.blocks_above,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,34 +73,39 @@ class Judgement:
     """The verdict on one module.
 
     Attributes:
-        verdict: ``reproduced`` and ``within limits`` pass; ``undetermined``: several readings come near; ``unrelated``:
-            none resembles the base; ``mismatch``: one resembles it, but not enough.
-        codes: Codes compared.
-        codes_equal: Of them equal to the base's, quantized again.
-        closeness: Of the dequantized rows.
+        verdict: ``reproduced``, ``reproduced but for ties`` and ``nearest`` prove a module if all of it was compared;
+            ``near``: the layout is right, the weights are not the base's rounded; ``undetermined``: several readings
+            come near; ``unrelated``: none resembles the base; ``mismatch``: one resembles it, but not enough.
+        is_whole: Whether all of it was compared, or sampled rows.
+        counts: How much was compared.
+        amax: Largest magnitude of the base, as far as it was compared.
+        scale: The scale of the whole tensor.
+        closeness: Of the dequantized rows; where it decides nothing, of sampled rows.
         reading: NVFP4: the reading that fits best.
-        rule: FP8: how the exporter divided, if the codes are reproduced.
-        clipped: FP8: base values in these rows that the scale is too small for, if any.
+        rule: How the codes are made of the base, if they are reproduced.
+        cast: The dtype that the base was quantized from.
+        first: Where the first byte that differs lies, in words.
+        clipped: Base values that the scale is too small for, if any.
+        factor: The scale over that of max calibration.
     """
 
     verdict: Verdict
-    codes: int
-    codes_equal: int
-    closeness: Closeness
+    is_whole: bool
+    counts: Counts
+    amax: float
+    scale: float
+    closeness: Closeness | None = None
     reading: Layout | None = None
     rule: str | None = None
+    cast: str | None = None
+    first: str | None = None
     clipped: Clipped | None = None
+    factor: float = 1.0
 
     @property
     def passed(self) -> bool:
-        """Whether the module is what the base says it should be."""
-        return self.verdict in PASSING
-
-
-def of_reproduced(near: Closeness, num_codes: int, max_error: float) -> Verdict:
-    """A stale global scale clips the weight, and the clipped codes are reproduced all the same: the error tells."""
-    limit = max_error if num_codes >= _ENOUGH_CODES else 2 * max_error
-    return "reproduced" if near.relative_error <= limit else "mismatch"
+        """Whether the module is the base, quantized."""
+        return self.verdict in PROVEN
 
 
 class FormatProof(Protocol):
@@ -79,20 +132,27 @@ class FormatProof(Protocol):
             InputError: A scale that cannot be used.
         """
 
-    def judge(
-        self,
-        export: CheckpointReader,
-        base: CheckpointReader,
-        module: PackedModule,
-        common_dtype: str,
-        scale: float,
-        max_error: float,
-        rows: list[int] | None = None,
-    ) -> Judgement:
-        """Judge one module by the rows given, or by rows that the format samples.
+    def scale_of(self, amax: float) -> float:
+        """The tensor scale that max calibration gives to the largest magnitude."""
+
+    def look(self, export: CheckpointReader, base: CheckpointReader, due: Due) -> Judgement:
+        """Look at a few rows: what is to be tried first on all of them.
+
+        Returns:
+            A judgement on those rows. ``near`` where all rows have to be seen.
 
         Raises:
             InputError: Export or base cannot be judged.
+        """
+
+    def compare(
+        self, export: CheckpointReader, base: CheckpointReader, due: Due, stopped: Event, rows: Sequence[int] | None
+    ) -> Judgement:
+        """Compare all rows, or those given.
+
+        Raises:
+            InputError: Export or base cannot be judged.
+            Stopped: The event was set meanwhile.
         """
 
     def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
@@ -103,3 +163,26 @@ def format_proof(algorithm: Algorithm) -> FormatProof:
     """How modules of a format are proven."""
     found: FormatProof = entry("modelopt_convert.proof", algorithm)
     return found
+
+
+def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> dict[str, Judgement]:
+    """The judgements once all modules are compared: whether each tensor scale is the one of max calibration.
+
+    Modules with one and the same scale may have been calibrated as one, so that the largest of them all counts. A
+    scale that no module's largest magnitude gives was chosen otherwise: such a module is ``nearest`` at best.
+
+    Args:
+        rules: Of the format.
+        modules: By name.
+    """
+    largest: defaultdict[float, float] = defaultdict(float)
+    for one in modules.values():
+        largest[one.scale] = max(largest[one.scale], one.amax)
+    judged = dict(modules)
+    for name, one in modules.items():
+        if not (one.is_whole and one.passed):
+            continue
+        calibrated = [rules.scale_of(amax) for amax in (one.amax, largest[one.scale])]
+        if one.scale not in calibrated:
+            judged[name] = replace(one, verdict="nearest", factor=one.scale / calibrated[0] if calibrated[0] else 1.0)
+    return judged

@@ -1,11 +1,13 @@
-"""Prove an NVFP4 module by sampled rows of its base.
+"""Prove an NVFP4 module: every code and every block scale against what ModelOpt makes of the base.
 
-The idea: base rows quantized again with the export's own scales must give the export's codes. That proves nibble
-order, scale order, base and producer at once. Where it does not hold (QAT, ``mtq.compress``), the dequantized rows
-decide. Both are asked of every reading of the bytes, so that another layout is found and not mistaken for damage.
+A few rows say which reading of the bytes is tried first. All rows decide, under one reading for the whole tensor.
+Where one is refuted, the others are tried, so that another layout is found and not mistaken for damage.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -13,22 +15,42 @@ from torch import Tensor
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
-from modelopt_convert.formats.layout import CANONICAL
-from modelopt_convert.formats.nvfp4.codes import block_scales, decode_e2m1, unpack_e2m1
+from modelopt_convert.formats.layout import CANONICAL, Layout, ScaleOrder
+from modelopt_convert.formats.nvfp4.codes import (
+    E2M1_MAX,
+    E4M3_MAX,
+    block_scales,
+    decode_e2m1,
+    quantize_codes,
+    quantize_nvfp4,
+    shared_global_scale,
+    swap_nibbles,
+    unpack_e2m1,
+)
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
+from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import from_bytes
-from modelopt_convert.proof.closeness import closeness
-from modelopt_convert.proof.detector import count_equal, detect_with_base, telling_rows
-from modelopt_convert.proof.judgement import FormatProof, Judgement, Verdict, of_reproduced
-from modelopt_convert.proof.tensors import base_rows, load, load_rows, tensor_scale, unusable_scale
+from modelopt_convert.proof.blocks import BlockTally
+from modelopt_convert.proof.closeness import TiledNearness
+from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
+from modelopt_convert.proof.due import Due
+from modelopt_convert.proof.judgement import Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.tensors import Tile, finite_amax, load, load_rows, tensor_scale, tiles, unusable_scale
 from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.workers import until
 
 # Half of the smallest positive E4M3 value, 2^-9: scales up to here round to zero (ties go to the even code).
 _UNDERFLOW = 2.0**-10
 # Beside the spread rows, those in which the two orders of the scales differ most.
 TELLING_ROWS = 4
+# An attempt is given up where more than this share of the first blocks cannot be what it supposes.
+_HOPELESS = 0.25
+_FIRST_BLOCKS = 4096
+# A module of which fewer sampled codes are reproduced, and which is not near either, is refused at once.
+_REPRODUCED = 0.98
+# A global scale is a quotient, so the largest value need not come out at 448 scales of 6 exactly.
+_CLIPPED = 1 + 1e-6
 
 
 def _unexplained_zeros(base: CheckpointReader, module: PackedModule, zero: Tensor, global_scale: float) -> int:
@@ -43,7 +65,7 @@ def _unexplained_zeros(base: CheckpointReader, module: PackedModule, zero: Tenso
     return count
 
 
-def _scale_readings(export: CheckpointReader, module: PackedModule) -> dict[str, Tensor]:
+def _scale_readings(export: CheckpointReader, module: PackedModule) -> dict[ScaleOrder, Tensor]:
     info = module.scales["weight_scale"]
     readings = scale_readings(load(export, info.name), module.rows, module.columns // BLOCK_SIZE)
     if not readings:
@@ -56,45 +78,200 @@ def _scale_readings(export: CheckpointReader, module: PackedModule) -> dict[str,
     return readings
 
 
-def judge(
-    base_rows: Sequence[Tensor],
-    packed_rows: Tensor,
-    readings: Mapping[str, Tensor],
-    rows: Sequence[int],
-    global_scale: Tensor,
-    *,
-    max_error: float,
-) -> Judgement:
-    """Judge one module from sampled rows.
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A reading and a cast, and what came of comparing under them."""
 
-    Args:
-        base_rows: The base's rows [R, K], once for each dtype the exporter may have quantized from.
-        packed_rows: uint8 [R, K/2], the same rows of the export.
-        readings: Scales [N, K/16] by order (``scale_readings``).
-        rows: The R row indices.
-        global_scale: float32 [].
-        max_error: Limit of the relative error where codes are not reproduced.
-    """
-    verdict: Verdict
-    codes = unpack_e2m1(packed_rows)
-    if "linear" in readings:
-        scale = readings["linear"][torch.tensor(rows)]
-        if count_equal(base_rows, codes, scale, global_scale) == codes.numel():  # nearly always: look no further
-            dequantized = decode_e2m1(codes) * block_scales(scale, global_scale)
-            near = closeness(base_rows[0].to(torch.float64), dequantized.to(torch.float64))
-            verdict = of_reproduced(near, codes.numel(), max_error)
-            return Judgement(verdict, codes.numel(), codes.numel(), near, CANONICAL)
-    found = detect_with_base(base_rows, packed_rows, readings, rows, global_scale, max_error=max_error)
-    verdict = "mismatch" if found.related else "unrelated"
-    if found.reproduced:
-        verdict = of_reproduced(found.closeness, found.codes, max_error)
-    elif found.closeness.within(max_error):
-        verdict = "within limits" if found.best == CANONICAL or found.layout.is_clear else "undetermined"
-    return Judgement(verdict, found.codes, found.codes_equal, found.closeness, found.best)
+    reading: Layout
+    cast: str
+    tally: BlockTally
+    amax: float
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """All that the attempts on one module share."""
+
+    export: CheckpointReader
+    base: CheckpointReader
+    due: Due
+    scales: Mapping[ScaleOrder, Tensor]
+    stopped: Event
+    rows: Sequence[int] | None
+
+    def tiles(self, cast: str) -> Iterator[Tile]:
+        """Rows of both, the base's in the dtype given."""
+        return until(self.stopped, tiles(self.export, self.base, self.due.module, cast, "U8", self.rows))
+
+    def readings(self) -> list[Layout]:
+        """All readings, the likeliest first."""
+        first = self.due.reading or CANONICAL
+        both = itertools.product(("low", "high"), self.scales)
+        rest = (Layout(nibbles, order, first.global_scale) for nibbles, order in both)  # type: ignore[arg-type]
+        return [first, *(one for one in rest if one != first)]
+
+    def global_scale(self, reading: Layout) -> Tensor:
+        """float32 []: what block scales are multiplied by."""
+        scale = torch.tensor(self.due.scale, dtype=torch.float32)
+        return 1.0 / scale if reading.global_scale == "divide" else scale
+
+    def attempt(self, reading: Layout, cast: str, *, to_the_end: bool = False) -> _Attempt:
+        """Compare under one reading of the export and one cast of the base."""
+        factor, scales = self.global_scale(reading), self.scales[reading.scales].view(torch.uint8)
+        tally, amax = BlockTally(self.due.module.columns, factor), 0.0
+        per_row = self.due.module.columns // BLOCK_SIZE
+        for tile in self.tiles(cast):
+            amax = max(amax, finite_amax(self.base, self.due.module, tile.base))
+            packed, expected_scales = quantize_nvfp4(tile.base, factor)
+            codes = _canonical(tile.stored, reading)
+            found_scales = scales[tile.rows]
+            places = torch.arange(per_row) + tile.row_numbers().unsqueeze(1) * per_row
+            tally.add(
+                tile.base.reshape(-1, BLOCK_SIZE),
+                (codes.view(-1, BLOCK_SIZE // 2), found_scales.reshape(-1)),
+                (packed.view(-1, BLOCK_SIZE // 2), expected_scales.view(torch.uint8).reshape(-1)),
+                places.view(-1),
+            )
+            enough = tally.scales >= min(_FIRST_BLOCKS, scales.numel())
+            if enough and not to_the_end and not tally.is_nearest and tally.odd_blocks > _HOPELESS * tally.scales:
+                return _Attempt(reading, cast, tally, amax, is_complete=False)
+        return _Attempt(reading, cast, tally, amax, is_complete=True)
+
+    def best(self) -> _Attempt | None:
+        """The attempt that explains the export; None if none does."""
+        nearest: _Attempt | None = None
+        stored = self.base.tensors[self.due.module.weight.name].dtype
+        # Quotients are taken in float32: a value of 16 bits is the same there.
+        casts = dict.fromkeys(stored if cast == "F32" else cast for cast in self.due.casts)
+        for reading in self.readings():
+            for cast in casts:
+                one = self.attempt(reading, cast)
+                if one.tally.is_exact or one.tally.is_tied:
+                    return one
+                if nearest is None and one.is_complete and one.tally.is_nearest and not one.tally.is_damaged:
+                    nearest = one
+                if not one.is_complete:  # another rounding of the base changes few codes
+                    break
+        return nearest
+
+    def amax(self, cast: str) -> float:
+        """Largest magnitude of the base."""
+        return max(finite_amax(self.base, self.due.module, tile.base) for tile in self.tiles(cast))
+
+    def compressed(self) -> tuple[str, float] | None:
+        """The cast, and the largest magnitude, if ``mtq.compress`` made the export; else None.
+
+        It quantizes under the weight's own global scale. Where the weight is fused with a larger one, the export
+        brings the block scales to the scale of the group, and so rounds them to E4M3 a second time.
+        """
+        reading = self.due.reading or CANONICAL
+        scales = self.scales[reading.scales].view(torch.uint8)
+        for cast in self.due.casts:
+            amax, factor = self.amax(cast), self.global_scale(reading)
+            own = shared_global_scale([torch.tensor(amax)])
+            if not 0.0 < float(own) < float(factor):
+                continue
+            for tile in self.tiles(cast):
+                packed, first = quantize_nvfp4(tile.base, own)
+                second = (first.to(torch.float32) * own / factor).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
+                if not torch.equal(packed, _canonical(tile.stored, reading)) or not torch.equal(
+                    second.view(torch.uint8), scales[tile.rows]
+                ):
+                    break
+            else:
+                return cast, amax
+        return None
+
+    def nearness(self, reading: Layout) -> TiledNearness:
+        """How near all rows, and every tile of 128 rows, are to the base."""
+        factor = self.global_scale(reading)
+        found = TiledNearness(self.due.module.columns, ROW_TILE)
+        for tile in self.tiles(self.due.casts[0]):
+            codes = unpack_e2m1(_canonical(tile.stored, reading))
+            scale = self.scales[reading.scales][tile.rows]
+            factors = block_scales(scale, factor)
+            again = decode_e2m1(quantize_codes(tile.base, scale, factor)) * factors
+            dequantized = decode_e2m1(codes) * factors
+            found.add(*(one.to(torch.float64) for one in (tile.base, dequantized, again)))
+        return found
+
+    def is_clear(self, reading: Layout, error: float) -> bool:
+        """Whether every other reading is far worse than the one chosen, or says the same."""
+        for other in self.readings():
+            if other == reading or self._same(reading, other):
+                continue
+            if self.nearness(other).whole.closeness().relative_error < RUNNER_UP_FACTOR * error:
+                return False
+        return True
+
+    def _same(self, one: Layout, other: Layout) -> bool:
+        """Whether two readings decode alike: exact, by all bytes."""
+        first, second = (self.scales[reading.scales].view(torch.uint8) for reading in (one, other))
+        if not torch.equal(first, second):
+            return False
+        if one.nibbles == other.nibbles:
+            return True
+        return all(
+            torch.equal(tile.stored, swap_nibbles(tile.stored.contiguous())) for tile in self.tiles(self.due.casts[0])
+        )
+
+    def judged(self) -> Judgement:
+        """The verdict."""
+        found, is_whole = self.best(), self.rows is None
+        verdict: Verdict
+        if found is not None and found.amax <= float(self.global_scale(found.reading)) * E2M1_MAX * E4M3_MAX * _CLIPPED:
+            tally = found.tally
+            verdict = "reproduced" if tally.is_exact else "reproduced but for ties" if tally.is_tied else "nearest"
+            first = tally.first.in_words() if tally.first is not None else None
+            return Judgement(
+                verdict,
+                is_whole,
+                Counts.of(tally),
+                found.amax,
+                self.due.scale,
+                reading=found.reading,
+                rule="max calibration" if verdict != "nearest" else "nearest codes under searched scales",
+                cast=found.cast,
+                first=first,
+            )
+        reading = found.reading if found is not None else self.due.reading or CANONICAL
+        tried = self.attempt(reading, self.due.casts[0], to_the_end=True)
+        compressed = self.compressed() if found is None else None
+        sums, limit = self.nearness(reading), self.due.max_error
+        near = sums.whole.closeness()
+        counts = Counts.of(tried.tally)
+        if compressed is not None:
+            cast, amax = compressed
+            equal = Counts(counts.codes, counts.codes, scales=counts.scales, scales_equal=counts.scales)
+            return Judgement(
+                "reproduced",
+                is_whole,
+                equal,
+                amax,
+                self.due.scale,
+                near,
+                reading,
+                "max calibration, --compress: block scales rounded twice",
+                cast,
+            )
+        verdict = "mismatch" if abs(near.cosine) >= RELATED_COSINE else "unrelated"
+        if near.within(limit) and sums.worst_strip() <= limit and not tried.tally.is_damaged:
+            verdict = "near" if self.is_clear(reading, near.relative_error) else "undetermined"
+        first = tried.tally.first.in_words() if tried.tally.first is not None else None
+        rule = "all codes nearest" if tried.tally.wrong_codes == 0 else None
+        return Judgement(
+            verdict, is_whole, counts, tried.amax, self.due.scale, near, reading, rule, self.due.casts[0], first
+        )
+
+
+def _canonical(stored: Tensor, reading: Layout) -> Tensor:
+    """Packed codes with the even column in the low nibble, contiguous."""
+    return swap_nibbles(stored) if reading.nibbles == "high" else stored.contiguous()
 
 
 class _Nvfp4Proof:
-    method = "base rows quantized again with the export's scales; modelopt NVFP4QTensor arithmetic"
+    method = "every code and block scale against the base, quantized again; modelopt NVFP4QTensor arithmetic"
     never_excused: frozenset[str] = frozenset()
     is_rebased = True
 
@@ -125,29 +302,29 @@ class _Nvfp4Proof:
                 raise unusable_scale(export, module, "weight_scale", "non-zero scales", found)
         return global_scale
 
-    def judge(
-        self,
-        export: CheckpointReader,
-        base: CheckpointReader,
-        module: PackedModule,
-        common_dtype: str,
-        scale: float,
-        max_error: float,
-        rows: list[int] | None = None,
+    def scale_of(self, amax: float) -> float:
+        return float(shared_global_scale([torch.tensor(amax, dtype=torch.float32)]))
+
+    def look(self, export: CheckpointReader, base: CheckpointReader, due: Due) -> Judgement:
+        module, readings = due.module, _scale_readings(export, due.module)
+        rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
+        casts = [torch.cat([tile.base for tile in tiles(export, base, module, cast, "U8", rows)]) for cast in due.casts]
+        amax = finite_amax(base, module, casts[0])
+        packed = torch.cat([tile.stored for tile in tiles(export, base, module, due.casts[0], "U8", rows)])
+        factor = torch.tensor(due.scale, dtype=torch.float32)
+        found = detect_with_base(casts, packed, readings, rows, factor, max_error=due.max_error)
+        verdict: Verdict = "mismatch" if found.related else "unrelated"
+        if found.reproduced:
+            verdict = "reproduced"
+        elif found.closeness.within(due.max_error) or found.codes_equal >= _REPRODUCED * found.codes:
+            verdict = "near"
+        counts = Counts(found.codes, found.codes_equal)
+        return Judgement(verdict, False, counts, amax, due.scale, found.closeness, found.best)
+
+    def compare(
+        self, export: CheckpointReader, base: CheckpointReader, due: Due, stopped: Event, rows: Sequence[int] | None
     ) -> Judgement:
-        readings = _scale_readings(export, module)
-        if rows is None:
-            rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
-        half, stored = module.columns // 2, module.weight.shape[1]
-        packed = export.read_rows(module.weight.name, rows, stored, half)
-        return judge(
-            list(base_rows(export, base, module, rows, common_dtype).values()),
-            from_bytes(packed, "U8", (len(rows), half)),
-            readings,
-            rows,
-            torch.tensor(scale, dtype=torch.float32),
-            max_error=max_error,
-        )
+        return _Comparison(export, base, due, _scale_readings(export, due.module), stopped, rows).judged()
 
     def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
         readings = {name: one.reading for name, one in modules.items() if one.reading is not None}

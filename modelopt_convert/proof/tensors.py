@@ -1,7 +1,8 @@
 """What every proof reads: scales whole, weights by sampled rows, and the dtypes they may have been quantized from."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from modelopt_convert.dialects.packed import PackedModule, is_quantizer_state
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes
 from modelopt_convert.run.errors import InputError
+
+_TILE_VALUES = 1 << 19  # a megabyte of BF16
 
 
 def load(reader: CheckpointReader, name: str, *, limit: int = MAX_WHOLE_BYTES) -> Tensor:
@@ -40,38 +43,98 @@ def load_rows(reader: CheckpointReader, name: str, rows: Sequence[int]) -> Tenso
     return from_bytes(reader.read_rows(name, rows, row_bytes), info.dtype, (len(rows), columns))
 
 
-def base_rows(
-    export: CheckpointReader, base: CheckpointReader, module: PackedModule, rows: Sequence[int], common: str
-) -> dict[str, Tensor]:
-    """Rows of a module's weight in the base, once for each dtype that the exporter may have quantized from.
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Some rows of a module, in export and base.
 
-    ModelOpt divides the weight in the dtype the model was loaded in: that of the bias, or what most tensors have.
+    Attributes:
+        rows: Their indices int64 [R]; or, if they are consecutive, as a slice.
+        base: [R, K] in the dtype that was quantized.
+        stored: Of the export's weight, as it is stored, padding cut: [R, K/2] or [R, K].
+    """
+
+    rows: slice | Tensor
+    base: Tensor
+    stored: Tensor
+
+    def row_numbers(self) -> Tensor:
+        """Their indices, int64 [R]."""
+        return torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
+
+
+def tiles(
+    export: CheckpointReader,
+    base: CheckpointReader,
+    module: PackedModule,
+    cast: str,
+    stored: str,
+    rows: Sequence[int] | None,
+) -> Iterator[Tile]:
+    """A module's weight in export and base, in tiles that stay in a core's cache; each good until the next.
 
     Args:
-        export: Knows the bias.
-        base: Is read.
+        export: Holds the codes.
+        base: Holds the weight.
         module: Of the export.
-        rows: Row indices.
-        common: The dtype that most of the export has (``common_dtype``).
+        cast: The dtype that the base's rows are brought to.
+        stored: The dtype of the codes.
+        rows: The rows to be read; None for all.
+    """
+    info = base.tensors[module.weight.name]
+    height = max(1, _TILE_VALUES // module.columns)
+    row_bytes = module.columns * DTYPE_BITS[info.dtype] // 8
+    stored_bytes = module.weight.num_bytes // module.weight.shape[0]
+    kept = module.columns // 2 if stored == "U8" else module.columns
+    if rows is None:
+        pieces = zip(
+            base.buffered(info.name, height * row_bytes),
+            export.buffered(module.weight.name, height * stored_bytes),
+            strict=False,  # the export may be padded by further rows
+        )
+        for top, (theirs, mine) in zip(range(0, module.rows, height), pieces, strict=False):
+            values = from_bytes(theirs, info.dtype, (-1, module.columns)).to(TORCH_DTYPES[cast])
+            codes = from_bytes(mine, stored, (len(mine) // stored_bytes, -1))[: len(values), :kept]
+            yield Tile(slice(top, top + len(values)), values, codes)
+        return
+    for start in range(0, len(rows), height):
+        part = rows[start : start + height]
+        values = load_rows(base, info.name, part).to(TORCH_DTYPES[cast])
+        raw = export.read_rows(module.weight.name, part, stored_bytes)
+        codes = from_bytes(raw, stored, (len(part), -1))[:, :kept]
+        yield Tile(torch.tensor(part), values, codes)
 
-    Returns:
-        [R, K] by safetensors dtype name, the likeliest first.
+
+def finite_amax(base: CheckpointReader, module: PackedModule, rows: Tensor) -> float:
+    """Largest magnitude of some of the base's rows.
 
     Raises:
         InputError: ``base.not_finite``.
     """
-    found = load_rows(base, module.weight.name, rows)
-    info = base.tensors[module.weight.name]
-    if not bool(found.to(torch.float32).isfinite().all()):
+    found = float(rows.abs().amax())
+    if not found < float("inf"):
+        info = base.tensors[module.weight.name]
         raise InputError(
             f"{base.path / info.file}: tensor {info.name!r}: expected finite weights, found NaN or infinity",
             code="base.not_finite",
             path=str(base.path / info.file),
             hint="the base is damaged; download it again",
         )
-    loaded = module.bias.dtype if module.bias is not None else common
-    dtypes = dict.fromkeys((loaded, info.dtype, "BF16", "F16"))
-    return {dtype: found.to(TORCH_DTYPES[dtype]) for dtype in dtypes if dtype in HALF_AND_FLOAT}
+    return found
+
+
+def casts_of(export_common: str, base: CheckpointReader, module: PackedModule) -> tuple[str, ...]:
+    """The dtypes that the exporter may have quantized a module from, the likeliest first.
+
+    ModelOpt divides the weight in the dtype the model was loaded in: that of the bias, or what most tensors have.
+
+    Args:
+        export_common: The dtype that most of the export has (``common_dtype``).
+        base: Has the weight.
+        module: Of the export.
+    """
+    loaded = module.bias.dtype if module.bias is not None else export_common
+    stored = base.tensors[module.weight.name].dtype
+    return tuple(dtype for dtype in dict.fromkeys((loaded, stored, "BF16", "F16")) if dtype in HALF_AND_FLOAT)
 
 
 def common_dtype(export: CheckpointReader) -> str:

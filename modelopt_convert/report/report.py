@@ -7,8 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from modelopt_convert.report.verify import VerifyReport
 
 QUANTIZED_HERE: Literal["quantized here"] = "quantized here"
-PASSING = ("reproduced", "within limits")
-"""Verdicts on a module that is what the base says it should be."""
+PROVEN = ("reproduced", "reproduced but for ties", "nearest")
+"""Verdicts on a module that is the base, quantized."""
+REFUTED = ("undetermined", "unrelated", "mismatch")
+"""Verdicts on a module that is not."""
+PROVEN_WORDS = "proven"
+SAMPLED_WORDS = "not proven: sampled"
+NEAR_WORDS = "not proven: near"
+MISMATCH_WORDS = "mismatch"
 Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error", "interrupted"]
 
 
@@ -66,12 +72,27 @@ class RuleReport(_Model):
 
 
 class ModuleReport(_Model):
-    """The proof of one packed module; numbers are of the sampled rows."""
+    """The proof of one packed module."""
 
     verdict: str
-    codes: int = 0
+    compared: Literal["all", "sampled rows"] | None = None
+    codes: int = Field(default=0, description="compared with the base, quantized again")
     codes_equal: int = 0
-    relative_error: float | None = None
+    codes_tied: int = Field(default=0, description="the other neighbour of a value midway between two codes")
+    zero_signs: int = Field(default=0, description="zeros of the other sign")
+    scales: int = Field(default=0, description="block scales compared with those of max calibration")
+    scales_equal: int = 0
+    scales_tied: int = 0
+    scales_idle: int = Field(default=0, description="other scales over codes that are all zero")
+    blocks_above: int = Field(default=0, description="blocks with a larger error than under max calibration")
+    scale_factor: float | None = Field(
+        default=None, description="the tensor scale over that of max calibration, where it was chosen otherwise"
+    )
+    cast: str | None = Field(default=None, description="dtype in which the base was quantized")
+    first: str | None = Field(default=None, description="where the first byte that differs lies")
+    relative_error: float | None = Field(
+        default=None, description="with the next three: of sampled rows, unless the verdict is near or mismatch"
+    )
     gain: float | None = None
     worst_row: float | None = None
     worst_column: float | None = None
@@ -90,15 +111,18 @@ class ClippedReport(_Model):
 class ProofReport(_Model):
     """The proof of the input against the base.
 
-    ``not proven`` where there is no base, ``quantized here`` where there was no export to prove.
+    ``pass``: every byte of every packed module was compared; ``not proven``: ``words`` says why; ``quantized here``:
+    there was no export to prove.
     """
 
     method: str
     status: Literal["pass", "fail", "not proven", "quantized here"]
+    words: str = Field(default="", description="proven, or why not")
     max_error: float
     counts: dict[str, int]
     fused_scales_differ: dict[str, float]
     biases_differ: list[str]
+    unquantized_differ: list[str] = Field(default_factory=list, description="accepted, and written as the base has it")
     modules: dict[str, ModuleReport]
 
 

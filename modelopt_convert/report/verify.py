@@ -69,11 +69,13 @@ class ProbeReport(_Model):
 
 
 class ModuleVerify(_Model):
-    """One quantized module; numbers are of the sampled rows, against the base."""
+    """One quantized module, against the base; errors are of sampled rows, unless the verdict is near or mismatch."""
 
     shape: list[int]
     status: LevelStatus = "pass"
     verdict: str | None = None
+    compared: Literal["all", "sampled rows"] | None = None
+    first: str | None = None
     relative_error: float | None = None
     gain: float | None = None
     worst_row: float | None = None
@@ -81,6 +83,8 @@ class ModuleVerify(_Model):
     sqnr_db: float | None = None
     codes: int = 0
     codes_equal: int = 0
+    scales: int = 0
+    scales_equal: int = 0
     digest: str | None = None
     probes: dict[str, dict[str, ProbeReport]] = Field(default_factory=dict)
 
@@ -95,6 +99,7 @@ class VerifyReport(_Model):
     checkpoint: str = ""
     algorithm: str = ""
     verdict: Verdict = "inconclusive"
+    proof: str = ""
     statement: str = ""
     device: DeviceReport | None = None
     levels: list[LevelReport] = Field(default_factory=list)

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 from modelopt_convert.run.workers import default_workers
 
-DEFAULT_SAMPLE = 16
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions:
@@ -15,6 +13,7 @@ class VerifyOptions:
         backends: ``best``, ``all``, or names.
         device: ``cuda`` or ``cpu``; None for the GPU if there is one.
         sample: Rows of each module for L2; None for all.
+        accept_near: Whether modules may be near the base and not the base's.
         require: ``native`` or ``gpu``: that the kernel level ran so; or None.
         max_error: Limit of the relative error where codes are not reproduced; None for the format's own.
         prewarm: Build the kernels for this checkpoint's shapes, and stop.
@@ -24,7 +23,8 @@ class VerifyOptions:
 
     backends: tuple[str, ...] = ("best",)
     device: str | None = None
-    sample: int | None = DEFAULT_SAMPLE
+    sample: int | None = None
+    accept_near: bool = False
     require: str | None = None
     max_error: float | None = None
     prewarm: bool = False

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import read_record, recorded_dequantized, recorded_verdicts, statement
+from modelopt_convert.checkpoint.record import claim, read_record, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
+from modelopt_convert.report.report import MISMATCH_WORDS, NEAR_WORDS
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 from modelopt_convert.run.errors import first_line
 from modelopt_convert.run.progress import Progress
@@ -73,7 +74,7 @@ def verify_opened(
     progress: Progress,
     *,
     with_record: bool,
-    expected: Mapping[str, str] | None = None,
+    proof: str | None = None,
 ) -> VerifyReport:
     """All levels of one transformer.
 
@@ -84,7 +85,7 @@ def verify_opened(
         device: Where.
         progress: Told what is read.
         with_record: Whether mopt.json is asked, and all bytes are read for it.
-        expected: Verdicts that a proof has just found; None to take those of mopt.json.
+        proof: How the proof of a build ended, in words; None where the bytes and the record say it.
     """
     subject = find_subject(reader, base)
     record = read_record(reader.path) if with_record else None
@@ -97,11 +98,9 @@ def verify_opened(
         decoded = decode_level(
             subject,
             base,
-            sample=options.sample,
+            options,
             max_error=max_error,
-            expected=expected if expected is not None else recorded_verdicts(record),
-            dequantized=recorded_dequantized(record),
-            workers=options.workers,
+            recorded=recorded_verdicts(record) or {},
             advance=progress.advance,
         )
     levels = [
@@ -131,7 +130,11 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    found.verdict, found.statement = _verdict(found, record, base is not None)
+    unchanged = "unchanged" if record is not None and levels[0].status != "fail" else "not proven: no base"
+    found.proof = proof or decoded.proof or unchanged
+    found.verdict, found.statement = _verdict(found, record)
+    if found.verdict == "fail" and found.proof not in (MISMATCH_WORDS, NEAR_WORDS):
+        found.proof = MISMATCH_WORDS
     return found
 
 
@@ -192,7 +195,7 @@ def run_kernels(
     return found
 
 
-def _verdict(found: VerifyReport, record: dict[str, Any] | None, has_base: bool) -> tuple[Verdict, str]:
+def _verdict(found: VerifyReport, record: dict[str, Any] | None) -> tuple[Verdict, str]:
     failed = [level for level in found.levels if level.status == "fail"]
     if any(level.level != "L3" for level in failed):
         return "fail", failed[0].failures[0]
@@ -205,12 +208,11 @@ def _verdict(found: VerifyReport, record: dict[str, Any] | None, has_base: bool)
         broken = next(one for one in found.backends if one.status == "broken")
         return "backend broken", f"{broken.name} {broken.reason}"
     where = "cpu only" if found.device is None or found.device.capability is None else f"on {found.device.name}"
-    if has_base:
-        return "pass", f"proven against the base, {where}"
-    if record is None:
+    if found.proof == "unchanged" and record is not None:
+        return "pass", f"every byte is as mopt.json says, {where}; {claim(record)}"
+    if found.proof == "not proven: no base":
         return "inconclusive", "there is neither a base nor a record to prove it by"
-    proven, words = statement(record)
-    return ("pass" if proven else "inconclusive"), f"{words}, {where}"
+    return "pass", f"{found.proof}, {where}"
 
 
 def describe(device: torch.device) -> DeviceReport:

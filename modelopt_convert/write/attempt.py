@@ -21,7 +21,7 @@ from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.shard_writer import ShardWriter
 from modelopt_convert.write.part import PartReader, SourcePart
-from modelopt_convert.write.stream import write_tensors
+from modelopt_convert.write.stream import shard_result, write_tensors
 from modelopt_convert.write.task import ShardResult, ShardTask
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def attempt(job: ShardJob) -> ShardResult:
                 raise
             raise not_shared(f"{platform.node()}: {error.message}", Path(str(error.path))) from error
         with ShardWriter(path, job.task.shard.tensors, job.task.shard.metadata) as writer, torch_on_one_thread():
-            clipped = write_tensors(job.task, writer, readers, Unwatched(), job.workers, None)
+            made = write_tensors(job.task, writer, readers, Unwatched(), job.workers, None)
     # The inputs were looked at once more on the way out of the block.
     fsops.rename(path, job.stage / job.task.file)
-    return ShardResult(writer.num_bytes, writer.durable, writer.digests, clipped)
+    return shard_result(writer, made)
 
 
 def attempt_packed(version: str, packed: bytes) -> ShardResult:

@@ -7,8 +7,10 @@ from pathlib import Path
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.plan.plan import Origin, Step
+from modelopt_convert.plan.plan import Origin
 from modelopt_convert.plan.prediction import step_readings
+from modelopt_convert.proof.due import due_readings
+from modelopt_convert.write.task import ShardTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +28,18 @@ class SourcePart:
     files: Mapping[str, tuple[int, int]]
 
 
-def part_of(reader: CheckpointReader, origin: Origin, steps: Mapping[str, Step]) -> SourcePart:
-    """What the steps read of one input.
+def part_of(reader: CheckpointReader, origin: Origin, task: ShardTask) -> SourcePart:
+    """What a task reads of one input.
 
     Args:
         reader: The input, on disk.
         origin: Which input it is.
-        steps: By output tensor.
+        task: Is done elsewhere.
     """
     assert isinstance(reader.path, Path)
-    names = dict.fromkeys(name for name, _, _ in step_readings(steps, origin, reader.tensors))
+    steps = step_readings(task.steps, origin, reader.tensors)
+    compared = due_readings(task.due, origin, reader.tensors)
+    names = dict.fromkeys(name for name, _, _ in (*steps, *compared))
     tensors = tuple(reader.tensors[name] for name in names)
     files: dict[str, tuple[int, int]] = {}
     for name in sorted({info.file for info in tensors}):

@@ -16,6 +16,7 @@ from modelopt_convert.run.errors import InputError
 
 if TYPE_CHECKING:
     from modelopt_convert.formats.fp8.codes import Clipped
+    from modelopt_convert.proof.judgement import Judgement
     from modelopt_convert.write.gpu import Gpu
 
 _COPIED_BYTES = 1 << 20  # read, hashed and written while it is in a core's cache
@@ -29,10 +30,12 @@ class Made:
     Attributes:
         clipped: What a scale was too small for, if anything.
         block_scales: Of the codes, in pieces.
+        judgement: On the module, where it was compared.
     """
 
     clipped: "Clipped | None" = None
     block_scales: list[memoryview] = field(default_factory=list)
+    judgement: "Judgement | None" = None
 
     def note_clipped(self, found: "Clipped") -> None:
         """Add what was clipped in one piece of a weight."""

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.plan.plan import ShardPlan, Step
+from modelopt_convert.proof.due import Due
 
 if TYPE_CHECKING:
     from modelopt_convert.formats.fp8.codes import Clipped
+    from modelopt_convert.proof.judgement import Judgement
 
 
 class StreamPlan(Protocol):
@@ -33,11 +36,13 @@ class ShardTask:
         file: Its name in the stage, with its folder.
         shard: Its tensors and header metadata.
         steps: How each of its tensors is made.
+        due: Modules to be compared with the base before their weights are written, by name.
     """
 
     file: str
     shard: ShardPlan
     steps: Mapping[str, Step]
+    due: Mapping[str, Due]
 
     @property
     def data_bytes(self) -> int:
@@ -54,21 +59,25 @@ class ShardResult:
         durable: Whether fsync worked.
         digests: xxh3-128 of each tensor by name.
         clipped: What a scale was too small for, by module; only where there was any.
+        judgements: On modules that were due, by name.
     """
 
     num_bytes: int
     durable: bool
     digests: Mapping[str, str]
     clipped: Mapping[str, "Clipped"]
+    judgements: Mapping[str, "Judgement"]
 
 
-def shard_tasks(plan: StreamPlan, folder: str) -> Iterator[ShardTask]:
+def shard_tasks(plan: StreamPlan, due: Mapping[str, Due], folder: str) -> Iterator[ShardTask]:
     """A task for each file of a plan.
 
     Args:
         plan: What will be written.
+        due: Modules to be compared while they are written, by name.
         folder: Of the stage, with its slash; empty for the stage itself.
     """
     for shard in plan.shards:
         steps = {spec.name: plan.steps[spec.name] for spec in shard.tensors}
-        yield ShardTask(f"{folder}{shard.file}", shard, steps)
+        mine = {name: due[name] for name in dict.fromkeys(map(module_of, steps)) if name in due}
+        yield ShardTask(f"{folder}{shard.file}", shard, steps, mine)

@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.files import Made, pipeline_files, small_files
 from modelopt_convert.commands.build.inputs import Opened, open_all, to_fetch
-from modelopt_convert.commands.build.proof import measure_part, prove_part, refuse_unproven
+from modelopt_convert.commands.build.proof import Proven, conclude_part, measure_part, prove_part, refuse_unproven
 from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
 from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
@@ -24,6 +24,7 @@ from modelopt_convert.commands.command import Warned, peak_rss_bytes, published_
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
+from modelopt_convert.formats.rows import SAMPLED_ROWS
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized, preset_required
 from modelopt_convert.plan.from_export import plan_mixed
@@ -102,7 +103,7 @@ class BuildCommand:
                 refuse_misread(plan, str(part.model.path))
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
-                steps.inputs.to_fetch |= to_fetch(part, plan, whole=request.download)
+                steps.inputs.to_fetch |= to_fetch(part, plan, request)
             if self._export is None:
                 progress.announce(self._uncalibrated_line())
             if request.dry_run:
@@ -191,39 +192,49 @@ class BuildCommand:
         """Prove, or measure, every transformer; its plan is brought in line with what was found."""
         request, steps = self._request, self.steps
         for number, part in enumerate(steps.parts):
-            asked = (part, steps.plans[number], request.max_error, request.worker_count, progress)
+            asked = (part, steps.plans[number], request, progress)
             with steps.clock.timed("measure" if part.export is None else "prove"):
                 found = measure_part(*asked, gpu) if part.export is None else prove_part(*asked)
             steps.proofs.append(found)
-            steps.warned += found.warned
-            steps.clipped |= {f"{part.prefix}{name}": one for name, one in found.clipped.items()}
-            refuse_unproven(part, found.report)
-            steps.plans[number] = found.plan
+            self._take(number, part, found)
+
+    def _take(self, number: int, part: Opened, found: Proven) -> None:
+        """Take over what was found of one transformer, and refuse what is refuted."""
+        steps = self.steps
+        steps.proofs[number] = found
+        steps.warned += found.warned
+        steps.clipped |= {f"{part.prefix}{name}": one for name, one in found.clipped.items()}
+        refuse_unproven(part, found.report)
+        steps.plans[number] = found.plan
 
     def _write(self, stage: StagingDir, made: Made, executor: Executor, progress: Progress, gpu: "Gpu | None") -> None:
         steps, records = self.steps, dict[str, bytes]()
-        for part, plan, proven in zip(steps.parts, steps.plans, steps.proofs, strict=True):
+        for number, part in enumerate(steps.parts):
+            proven = steps.proofs[number]
             with steps.clock.timed("stream"), torch_on_one_thread():
                 if part.prefix:
                     stage.add_folder(part.prefix.rstrip("/"))
                 done = stream(
                     stage,
-                    plan,
+                    steps.plans[number],
                     part.readers,
                     progress,
                     part.prefix,
                     workers=self._request.worker_count,
                     executor=executor,
+                    due=proven.due,
                     gpu=gpu,
                 )
-            # Found in full where mopt quantized, in the proof's rows where the export had.
+            if proven.due:
+                proven = conclude_part(part, proven, done.judgements, self._request)
+                self._take(number, part, proven)
             steps.clipped |= {
                 f"{part.prefix}{name}": ClippedReport(count=one.count, largest=one.largest)
                 for name, one in done.clipped.items()
             }
             mine = {name: one for name, one in steps.clipped.items() if name.startswith(part.prefix)}
             steps.warned += clipped_warning(mine)
-            files = small_files(part, plan, made, proven.report, done.digests)
+            files = small_files(part, steps.plans[number], made, proven.report, done.digests)
             records[part.prefix.rstrip("/")] = files[RECORD]
             for name, data in files.items():
                 stage.write_file(f"{part.prefix}{name}", data)
@@ -243,7 +254,13 @@ class BuildCommand:
             return
         parts = {part.prefix: (part.base, one.report) for part, one in zip(steps.parts, steps.proofs, strict=True)}
         device = "cpu" if request.verify == "cpu" else None
-        options = VerifyOptions(device=device, max_error=request.max_error, workers=request.worker_count)
+        options = VerifyOptions(
+            device=device,
+            sample=SAMPLED_ROWS,  # all of it was compared while it was written
+            accept_near=request.accept_near,
+            max_error=request.max_error,
+            workers=request.worker_count,
+        )
         with steps.clock.timed("verify"):
             closed = verify_stage(stage.path, parts, options, steps.output, progress)
         steps.verify = closed.verify

@@ -12,10 +12,11 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Clock, Inputs, Warned
+from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.dialects import ltx2
 from modelopt_convert.dialects.calibration import Amax
 from modelopt_convert.plan.plan import BuildPlan, Origin
-from modelopt_convert.plan.prediction import proof_readings, step_readings
+from modelopt_convert.plan.prediction import proof_readings, step_readings, whole_readings
 from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.run.errors import InputError
 
@@ -119,20 +120,24 @@ def _name_as_diffusers(opened: Opened, export: CheckpointReader, inputs: Inputs)
     return [("export.renamed", message)]
 
 
-def to_fetch(opened: Opened, plan: BuildPlan, *, whole: bool) -> dict[str, int]:
+def to_fetch(opened: Opened, plan: BuildPlan, request: BuildRequest) -> dict[str, int]:
     """Bytes that are still to be fetched of one transformer's inputs, by their names in the report.
 
     Args:
         opened: The inputs.
         plan: What will be built from them.
-        whole: Whether files are fetched whole.
+        request: Says how much is compared, and whether files are fetched whole.
     """
     found: dict[str, int] = {}
     for role, reader in opened.readers.items():
         if isinstance(reader.path, HubPath):
             everything = [(name, 0, info.num_bytes) for name, info in reader.tensors.items()]
-            proof, steps = proof_readings(plan, role, reader.tensors), step_readings(plan.steps, role, reader.tensors)
-            found[f"{opened.prefix}{role}"] = reader.unfetched(everything if whole else [*proof, *steps])
+            needed = [
+                *proof_readings(plan, role, reader.tensors),
+                *step_readings(plan.steps, role, reader.tensors),
+                *(whole_readings(plan, role, reader.tensors) if request.proof == "all" else ()),
+            ]
+            found[f"{opened.prefix}{role}"] = reader.unfetched(everything if request.download else needed)
     return found
 
 

@@ -3,21 +3,34 @@
 torch is imported on the way.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.commands.command import Warned
+from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, proof_readings
-from modelopt_convert.report.report import PASSING, QUANTIZED_HERE, ClippedReport, ModuleReport, ProofReport
+from modelopt_convert.report.report import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    PROVEN_WORDS,
+    QUANTIZED_HERE,
+    REFUTED,
+    SAMPLED_WORDS,
+    ClippedReport,
+    ModuleReport,
+    ProofReport,
+)
 from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:
+    from modelopt_convert.proof.due import Due
     from modelopt_convert.proof.export import Proof
     from modelopt_convert.proof.judgement import Judgement
     from modelopt_convert.write.gpu import Gpu
@@ -33,20 +46,28 @@ class Proven:
         plan: The plan, brought in line with what was found.
         report: Verdicts and their counts.
         warned: What the user should know.
-        clipped: What a scale was too small for, by module, in the sampled rows.
+        clipped: What a scale was too small for, by module.
+        proof: What is known of the export, with the comparisons that are due; None without an export.
     """
 
     plan: BuildPlan
     report: ProofReport
     warned: list[Warned]
     clipped: Mapping[str, ClippedReport] = field(default_factory=dict)
+    proof: "Proof | None" = None
+
+    @property
+    def due(self) -> Mapping[str, "Due"]:
+        """Modules of which all bytes are to be compared while they are written."""
+        return self.proof.due if self.proof is not None else {}
 
 
-def prove_part(opened: Opened, plan: BuildPlan, max_error: float, workers: int, progress: Progress) -> Proven:
-    """Prove one transformer; whether it passed is said by its report's status.
+def prove_part(opened: Opened, plan: BuildPlan, request: BuildRequest, progress: Progress) -> Proven:
+    """Prove one transformer, up to the comparisons that are done while it is written.
 
     Raises:
         InputError: A cause of failure that can be named.
+        CheckFailedError: ``check.proof``.
     """
     from modelopt_convert.proof.export import prove
 
@@ -61,10 +82,37 @@ def prove_part(opened: Opened, plan: BuildPlan, max_error: float, workers: int, 
         opened.base,
         plan,
         opened.calibration,
-        max_error=max_error,
-        workers=workers,
+        max_error=request.max_error,
+        accept_near=request.accept_near,
+        is_whole=request.proof == "all",
+        workers=request.worker_count,
         advance=progress.advance,
     )
+    return _proven(opened, plan, proof, request)
+
+
+def conclude_part(opened: Opened, proven: Proven, found: Mapping[str, "Judgement"], request: BuildRequest) -> Proven:
+    """The proof of one transformer once it is written, and so compared.
+
+    Raises:
+        InputError: A cause of failure that can be named.
+        CheckFailedError: ``check.proof``.
+    """
+    from modelopt_convert.proof.export import concluded
+
+    if not proven.due:
+        return proven
+    assert proven.proof is not None and opened.export is not None  # something is due
+    proof = concluded(proven.proof, found, opened.export)
+    return _proven(opened, proven.plan, proof, request)
+
+
+def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildRequest) -> Proven:
+    """What is reported of a proof; what it refutes is refused.
+
+    Raises:
+        CheckFailedError: ``check.proof``.
+    """
     modules = {name: module_report(one) for name, one in proof.modules.items()}
     if opened.base is not None:
         modules |= {
@@ -72,26 +120,42 @@ def prove_part(opened: Opened, plan: BuildPlan, max_error: float, workers: int, 
         }
     else:
         modules |= {name: ModuleReport(verdict="not proven: no base") for name in plan.modules}
+    written = {name: modules[name] for name in plan.packed}
+    failing = [name for name, one in modules.items() if one.verdict in REFUTED]
+    near = [name for name, one in modules.items() if one.verdict == "near" and not (proof.due and name in written)]
+    differ = [*proof.biases_differ, *proof.unquantized_differ]
+    words = _in_words(opened, proof, near + differ, written)
+    status: Literal["pass", "fail", "not proven"] = "not proven" if words != PROVEN_WORDS else "pass"
     report = ProofReport(
         method=proof.method,
-        status="not proven" if opened.base is None else "pass" if proof.passed else "fail",
-        max_error=max_error,
+        status="fail" if failing or (near and not request.accept_near) else status,
+        words=MISMATCH_WORDS if failing else words,
+        max_error=request.max_error,
         counts=verdict_counts(modules),
         fused_scales_differ=proof.fused_differ,
         biases_differ=proof.biases_differ,
+        unquantized_differ=proof.unquantized_differ,
         modules=dict(sorted(modules.items())),
     )
-    layouts = proof.layouts()
-    return Proven(
-        plan.with_layouts(layouts) if proof.passed else plan,
-        report,
-        [*_warnings(opened, proof, report), *(_layout_warnings(layouts, plan) if proof.passed else ())],
-        {
-            name: ClippedReport(count=one.clipped.count, largest=one.clipped.largest)
-            for name, one in proof.modules.items()
-            if one.clipped is not None
-        },
-    )
+    layouts = proof.layouts() if not proof.due else {}
+    clipped = {
+        name: ClippedReport(count=one.clipped.count, largest=one.clipped.largest)
+        for name, one in proof.modules.items()
+        if one.clipped is not None
+    }
+    warned = [*_warnings(opened, proof, near), *_layout_warnings(layouts, plan)] if not proof.due else []
+    return Proven(plan.with_layouts(layouts), report, warned, clipped, proof)
+
+
+def _in_words(opened: Opened, proof: "Proof", near: Sequence[str], written: Mapping[str, ModuleReport]) -> str:
+    """Whether what is written is proven, and if not, why."""
+    if opened.base is None:
+        return "not proven: no base"
+    if near:
+        return NEAR_WORDS
+    if not all(one.compared == "all" for one in written.values()):
+        return "not proven: being compared" if proof.due else SAMPLED_WORDS
+    return PROVEN_WORDS
 
 
 def refuse_unproven(opened: Opened, report: ProofReport) -> None:
@@ -102,22 +166,50 @@ def refuse_unproven(opened: Opened, report: ProofReport) -> None:
     """
     if report.status != "fail":
         return
-    judged = {name: one for name, one in report.modules.items() if one.relative_error is not None}
-    failing = [name for name, one in judged.items() if one.verdict not in PASSING]
-    first = report.modules[failing[0]]
+    failing = {name: one for name, one in report.modules.items() if one.verdict in REFUTED}
+    if failing:
+        what, hint = (
+            "are not the base's",
+            "the export is damaged, was changed after quantization, or was made from another base; export again. "
+            "Nothing was written",
+        )
+    else:
+        failing = {name: one for name, one in report.modules.items() if one.verdict == "near"}
+        what, hint = (
+            "are near the base, and not quantized from it as it is",
+            "a merged LoRA shows in the modules it was trained for, GPTQ and QAT in all; give the base that was "
+            "quantized, or --accept-near to build what is not proven. Nothing was written",
+        )
+    names = list(failing)
     raise CheckFailedError(
-        f"{opened.model.path}: {len(failing)} of {len(report.modules)} packed modules are not the base's: "
-        f"{', '.join(failing[:10])} (relative error {first.relative_error:.3f}, gain {first.gain:.3f}, "
-        f"worst row {first.worst_row:.3f}, worst column {first.worst_column:.3f})",
+        f"{opened.model.path}: {len(failing)} of {len(report.modules)} packed modules {what}: "
+        f"{', '.join(names[:10])}{_figures(failing[names[0]])}",
         code="check.proof",
         path=str(opened.model.path),
-        hint="the export is damaged, was changed after quantization, or was made with --compress (which rounds "
-        "scales twice); export again. Nothing was written",
+        hint=hint,
     )
 
 
+def _figures(one: ModuleReport) -> str:
+    """What tells the causes apart, for the first module that failed."""
+    found = []
+    if one.first is not None:
+        found.append(one.first)
+    found.append(f"{one.codes_equal} of {one.codes} codes equal")
+    if one.scales:
+        found.append(
+            f"{one.scales_equal} of {one.scales} scales equal, {one.blocks_above} blocks above max calibration"
+        )
+    if one.relative_error is not None:
+        found.append(
+            f"relative error {one.relative_error:.3f}, gain {one.gain:.3f}, worst row {one.worst_row:.3f}, worst "
+            f"column {one.worst_column:.3f}"
+        )
+    return f" ({'; '.join(found)})"
+
+
 def measure_part(
-    opened: Opened, plan: BuildPlan, max_error: float, workers: int, progress: Progress, gpu: "Gpu | None"
+    opened: Opened, plan: BuildPlan, request: BuildRequest, progress: Progress, gpu: "Gpu | None"
 ) -> Proven:
     """Measure the base of one transformer: there is no export whose codes could be proven.
 
@@ -132,12 +224,13 @@ def measure_part(
     base = opened.model
     progress.begin(f"measure {opened.prefix}".rstrip("/ "), measured_bytes(base, plan))
     with torch.inference_mode():
-        scales = measure(base, plan, workers, progress.advance, gpu)
+        scales = measure(base, plan, request.worker_count, progress.advance, gpu)
     differ = differing_groups(plan, scales)
     report = ProofReport(
         method=_MEASURED,
         status=QUANTIZED_HERE,
-        max_error=max_error,
+        words="quantized here, not calibrated",
+        max_error=request.max_error,
         counts={QUANTIZED_HERE: len(scales)},
         fused_scales_differ=differ,
         biases_differ=[],
@@ -164,18 +257,21 @@ def module_report(one: "Judgement") -> ModuleReport:
     near = one.closeness
     return ModuleReport(
         verdict=one.verdict,
-        codes=one.codes,
-        codes_equal=one.codes_equal,
-        relative_error=near.relative_error,
-        gain=near.gain,
-        worst_row=near.worst_row,
-        worst_column=near.worst_column,
+        compared="all" if one.is_whole else "sampled rows",
+        **dataclasses.asdict(one.counts),
+        scale_factor=one.factor if one.factor != 1.0 else None,
+        cast=one.cast,
+        first=one.first,
+        relative_error=near and near.relative_error,
+        gain=near and near.gain,
+        worst_row=near and near.worst_row,
+        worst_column=near and near.worst_column,
         reading=one.reading.in_words() or None if one.reading else None,
         rule=one.rule,
     )
 
 
-def _warnings(opened: Opened, proof: "Proof", report: ProofReport) -> Iterator[Warned]:
+def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[Warned]:
     prefix = opened.prefix
     if opened.base is None:
         yield "proof.none", "not proven: without --base nothing says that the weights are those of the model"
@@ -185,11 +281,14 @@ def _warnings(opened: Opened, proof: "Proof", report: ProofReport) -> Iterator[W
     if biases := proof.biases_differ:
         message = f"{prefix}{biases[0]} first: {len(biases)} packed modules keep a bias unlike the base's"
         yield "export.biases_differ", message
-    if near := report.counts.get("within limits", 0):
+    if differ := proof.unquantized_differ:
+        message = f"{prefix}{differ[0]} first: {len(differ)} unquantized tensors of the export are not the base's"
+        yield "export.unquantized_differ", f"{message}; the base's are written, so that two models may be mixed"
+    if near:
         yield (
-            "proof.not_reproduced",
-            f"{near} modules are near the base but not quantized from it as it is (QAT, --compress, "
-            "a small LoRA); those kept in BF16 get the base's weights",
+            "proof.near",
+            f"not proven: {len(near)} modules are near the base but not quantized from it as it is ({near[0]} first); "
+            "those kept in BF16 get the base's weights, so that two models may be mixed",
         )
 
 

@@ -6,6 +6,7 @@ cuBLAS documents the order under "1D block scaling factors layout"; flashinfer c
 import torch
 from torch import Tensor
 
+from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, scale_shapes
 
 _NAN = 0x7F  # the bits of NaN in E4M3; larger bytes are negative
@@ -73,7 +74,7 @@ def all_positive(stored: Tensor) -> bool:
     return int(least) > 0 and int(most) < _NAN
 
 
-def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[ScaleOrder, Tensor]:
     """The orders in which scales can be stored, as far as shape and zeros in the padding allow.
 
     Args:
@@ -85,9 +86,9 @@ def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[str, Tensor]
         The scales read as ``linear`` and as ``128x4``, as far as possible, each [N, K/16] row-major; empty if the
         shape is not a known one, or if no reading has zeros for padding.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[ScaleOrder, Tensor] = {}
     for shape in scale_shapes(rows, columns):
-        order = "128x4" if shape.swizzled else "linear"
+        order: ScaleOrder = "128x4" if shape.swizzled else "linear"
         if tuple(stored.shape) != shape.stored or order in found:
             continue
         whole = unswizzle_128x4(stored, *shape.grid) if shape.swizzled else stored

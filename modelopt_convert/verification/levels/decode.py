@@ -1,36 +1,40 @@
-"""L2: decoded values against the base, and a digest of them that can be compared across machines.
-
-A single flipped bit is seen where the codes are reproduced, by the identity probe and by the digests, and nowhere else.
-"""
+"""L2: every code and scale against the base, and a digest of decoded rows that can be compared across machines."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Event
 
 import torch
 import xxhash
 
-from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, is_layout_marker, is_quantizer_state
-from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import to_bytes
-from modelopt_convert.proof.closeness import closeness
-from modelopt_convert.proof.judgement import Judgement, format_proof
-from modelopt_convert.proof.tensors import common_dtype, load_rows, tensor_scale
+from modelopt_convert.formats.tensor_bytes import from_bytes, to_bytes
+from modelopt_convert.proof.closeness import Nearness
+from modelopt_convert.proof.due import Due
+from modelopt_convert.proof.export import judge_module
+from modelopt_convert.proof.judgement import Judgement, format_proof, with_shared_scales
+from modelopt_convert.proof.tensors import casts_of, common_dtype, tensor_scale
 from modelopt_convert.proof.unquantized import same_up_to_cast
-from modelopt_convert.report.report import QUANTIZED_HERE
+from modelopt_convert.report.report import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    PROVEN,
+    PROVEN_WORDS,
+    QUANTIZED_HERE,
+    SAMPLED_WORDS,
+)
 from modelopt_convert.report.verify import LevelReport, LevelStatus, ModuleVerify
 from modelopt_convert.run.errors import InputError
-from modelopt_convert.run.workers import in_order, until
+from modelopt_convert.run.workers import in_order
+from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject
 
-_NEARLY_ALL = 0.9
-_DUE = ("reproduced", QUANTIZED_HERE)  # verdicts at build after which every code must be the base's
-_TILE_VALUES = 1 << 21  # of a weight at a time: about a dozen float64 arrays of so many values are made
+_COMPARED_VALUES = 1 << 18  # of a tensor at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +45,22 @@ class Decoded:
         level: Its entry in the report.
         modules: By name; one that cannot be read has its shape alone.
         readings: The layout under which each NVFP4 module fits the base.
+        proof: Whether the checkpoint is proven by its bytes, in words; empty without a base.
     """
 
     level: LevelReport
     modules: dict[str, ModuleVerify]
     readings: dict[str, Layout]
+    proof: str
 
 
 def decode_level(
     subject: Subject,
     base: CheckpointReader | None,
+    options: VerifyOptions,
     *,
-    sample: int | None,
     max_error: float,
-    expected: Mapping[str, str] | None,
-    dequantized: Collection[str],
-    workers: int,
+    recorded: Mapping[str, str],
     advance: Callable[[int], None],
 ) -> Decoded:
     """Judge every module that can be read.
@@ -64,92 +68,147 @@ def decode_level(
     Args:
         subject: The checkpoint.
         base: Its base; without one values are only decoded.
-        sample: Rows of each module; None for all.
+        options: How many rows are compared, on how many threads, and whether what is near passes.
         max_error: Limit of the relative error where codes are not reproduced.
-        expected: Verdicts that were recorded at build, by module; None where nothing is known.
-        dequantized: Modules that the record says were dequantized at build.
-        workers: Modules judged at a time.
+        recorded: Verdicts that a record claims, by module. A claim better than the bytes is a failure.
         advance: Called with the number of bytes just read.
     """
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
-    readings: dict[str, Layout] = {}
-    common = common_dtype(subject.reader)
-
-    def judged(module: PackedModule, stopped: Event) -> str | Layout | None:
-        """What is wrong with it, or the reading under which it fits."""
-        found, reading = modules[module.name], None
-        try:
-            with torch.inference_mode():  # of each thread
-                tiles = list(_tiles(module, sample))
-                found.digest = _digest(subject, module, tiles[0])
-                if base is not None:
-                    reading = _judge(subject, base, module, until(stopped, tiles), common, max_error, found, advance)
-        except (InputError, ValueError) as error:
-            found.worsen("fail")
-            return str(error) if module.name in str(error) else f"{module.name}: {error}"
-        return reading
-
-    failures: list[str] = []
-    due = [module for module in subject.modules.values() if module.fault is None]
-    for module, answer in zip(due, in_order(due, judged, workers), strict=True):
-        found = modules[module.name]
-        if isinstance(answer, str):
-            failures.append(answer)
-            continue
-        if answer is not None:
-            readings[module.name] = answer
-        if found.status == "fail":
-            failures.append(
-                f"{module.name}: {found.verdict} (relative error {found.relative_error:.3f}, gain {found.gain:.3f}, "
-                f"worst row {found.worst_row:.3f}, worst column {found.worst_column:.3f})"
-            )
+    failures = _digest_modules(subject, modules, options)
+    judgements: dict[str, Judgement] = {}
     if base is not None:
-        failures += _not_reproduced(modules, expected)
-        failures += unlike_base(subject, base, dequantized, max_error, workers, advance)
-    status: LevelStatus = "fail" if failures else "pass"
-    reason = "" if base is not None else "without a base values are decoded, not compared"
-    if base is None and not failures:
-        status = "skipped"
-    level = LevelReport(level="L2", title="decode", status=status, reason=reason, failures=failures)
-    return Decoded(level, modules, readings)
+        judgements, unreadable = judge_modules(subject, base, options, max_error, advance)
+        for name, words in unreadable.items():
+            modules[name].worsen("fail")
+            failures.setdefault(name, words)
+    near: list[str] = []
+    for name, one in judgements.items():
+        _fill(modules[name], one, accept_near=options.accept_near)
+        if one.passed:
+            continue
+        words = f"{name}: {one.verdict}{_figures(modules[name])}"
+        if one.verdict == "near":
+            near.append(words)
+        else:
+            failures.setdefault(name, words)
+    told = list(failures.values())
+    if base is None:
+        status: LevelStatus = "fail" if told else "skipped"
+        reason = "without a base values are decoded, not compared"
+        level = LevelReport(level="L2", title="decode", status=status, reason=reason, failures=told)
+        return Decoded(level, modules, {}, "")
+    told += _weaker_than_recorded(modules, recorded)
+    unlike, like = unlike_base(subject, base, max_error, options.workers, advance)
+    told, near = told + unlike, near + like
+    if not judgements and not told:
+        told = ["no module was compared"]
+    level = LevelReport(level="L2", title="decode", status="warn" if near else "pass", failures=told, warnings=near)
+    if near and not options.accept_near:
+        level.failures, level.warnings = [*told, *near], []
+    if level.failures:
+        level.status = "fail"
+    proof = MISMATCH_WORDS if told else NEAR_WORDS if near else SAMPLED_WORDS
+    if proof == SAMPLED_WORDS and all(one.is_whole for one in judgements.values()):
+        proof = PROVEN_WORDS
+    readings = {name: one.reading for name, one in judgements.items() if one.reading is not None}
+    return Decoded(level, modules, readings, proof)
 
 
-def _not_reproduced(modules: dict[str, ModuleVerify], expected: Mapping[str, str] | None) -> list[str]:
-    """Modules near the base that should be reproduced: by what is known of them, or since nearly all others are.
-
-    Training, another quantizer and ``mtq.compress`` move codes in many modules; a flipped bit, or the scale of a
-    sibling, in one.
-    """
-    reproduced = sum(one.verdict == "reproduced" for one in modules.values())
-    failures = []
-    for name, one in modules.items():
-        due = expected.get(name) in _DUE if expected is not None else reproduced >= _NEARLY_ALL * len(modules)
-        if one.verdict == "within limits" and due:
-            one.worsen("fail")
-            wrong = one.codes - one.codes_equal
-            why = "it was reproduced at build" if expected is not None else f"{reproduced} modules are reproduced"
-            failures.append(f"{name}: {wrong} of {one.codes} codes are not the base's, while {why}")
-    return failures
+def _figures(one: ModuleVerify) -> str:
+    """What is wrong with a module, in numbers."""
+    found = [one.first] if one.first is not None else []
+    found.append(f"{one.codes_equal} of {one.codes} codes equal")
+    if one.relative_error is not None:
+        found.append(
+            f"relative error {one.relative_error:.3f}, gain {one.gain:.3f}, worst row {one.worst_row:.3f}, "
+            f"worst column {one.worst_column:.3f}"
+        )
+    return f" ({'; '.join(found)})"
 
 
-def unlike_base(
+def judge_modules(
     subject: Subject,
     base: CheckpointReader,
-    dequantized: Collection[str],
+    options: VerifyOptions,
     max_error: float,
-    workers: int,
     advance: Callable[[int], None],
-) -> list[str]:
-    """Tensors of no packed module that are not those of the base, or that only one of both has, in words.
+) -> tuple[dict[str, Judgement], dict[str, str]]:
+    """Judge every packed module that can be read.
 
     Args:
         subject: The checkpoint.
         base: Its base.
-        dequantized: Modules that a build dequantized for want of a base. Their weights cannot equal it: by sampled
-            rows they must be as near as codes.
-        max_error: Limit of the relative error of those.
+        options: How many rows are compared, and on how many threads.
+        max_error: Limit of the relative error where codes are not reproduced.
+        advance: Called with the number of values just compared.
+
+    Returns:
+        Judgements by module, and what is wrong with modules that cannot be judged.
+    """
+    common = common_dtype(subject.reader)
+
+    def judged(module: PackedModule, stopped: Event) -> str | Judgement:
+        try:
+            found = _judge(subject, base, module, common, options, max_error, stopped)
+        except (InputError, ValueError) as error:
+            return str(error) if module.name in str(error) else f"{module.name}: {error}"
+        advance(module.rows * module.columns)
+        return found
+
+    due = [module for module in subject.modules.values() if module.fault is None]
+    answers = dict(zip((one.name for one in due), in_order(due, judged, options.workers), strict=True))
+    found = {name: one for name, one in answers.items() if isinstance(one, Judgement)}
+    unreadable = {name: one for name, one in answers.items() if isinstance(one, str)}
+    return with_shared_scales(format_proof(subject.format.algorithm), found), unreadable
+
+
+def _digest_modules(subject: Subject, modules: Mapping[str, ModuleVerify], options: VerifyOptions) -> dict[str, str]:
+    """Note the digest of some decoded rows of each module; what is wrong with modules that cannot be decoded."""
+
+    def digested(module: PackedModule, _stopped: Event) -> str | None:
+        found = modules[module.name]
+        try:
+            with torch.inference_mode():  # of each thread
+                found.digest = _digest(subject, module, sample_rows(module.rows, options.sample or SAMPLED_ROWS))
+        except (InputError, ValueError) as error:
+            found.worsen("fail")
+            return str(error) if module.name in str(error) else f"{module.name}: {error}"
+        return None
+
+    due = [module for module in subject.modules.values() if module.fault is None]
+    answers = zip(due, in_order(due, digested, options.workers), strict=True)
+    return {module.name: words for module, words in answers if words is not None}
+
+
+def _weaker_than_recorded(modules: Mapping[str, ModuleVerify], recorded: Mapping[str, str]) -> list[str]:
+    """Modules that a record calls better than they are."""
+    failures = []
+    for name, one in modules.items():
+        claimed = "reproduced" if recorded.get(name) == QUANTIZED_HERE else recorded.get(name)
+        if claimed in PROVEN and one.verdict in PROVEN and PROVEN.index(one.verdict) > PROVEN.index(claimed):
+            one.worsen("fail")
+            failures.append(f"{name}: {one.verdict}, recorded as {claimed}{_at(one)}")
+    return failures
+
+
+def _at(one: ModuleVerify) -> str:
+    return f" ({one.first})" if one.first is not None else ""
+
+
+def unlike_base(
+    subject: Subject, base: CheckpointReader, max_error: float, workers: int, advance: Callable[[int], None]
+) -> tuple[list[str], list[str]]:
+    """Tensors beside codes and scales that are not those of the base, or that only one of both has, in words.
+
+    Args:
+        subject: The checkpoint.
+        base: Its base.
+        max_error: Limit of the relative error of a tensor that is near.
         workers: Tensors compared at a time.
         advance: Called with the number of bytes just read.
+
+    Returns:
+        Those that are other tensors, and those that are near the base's.
     """
     mine = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)} - {
         info.name for module in subject.modules.values() for info in module.scales.values()
@@ -158,75 +217,76 @@ def unlike_base(
     failures += [f"{name}: the checkpoint has it, the base has not" for name in sorted(mine - base.tensors.keys())]
     coded = {module.weight.name for module in subject.modules.values()}
 
-    def compared(name: str, stopped: Event) -> str | None:
+    def compared(name: str, stopped: Event) -> tuple[bool, str] | None:
+        """What is wrong with a tensor, and whether it is near."""
         info = subject.reader.tensors[name]
         if info.shape != base.tensors[name].shape:
-            return f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}"
+            return False, f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}"
         with torch.inference_mode():  # of each thread
             same = same_up_to_cast(subject.reader, base, name, stopped)
-            if not same and name.endswith(".weight") and module_of(name) in dequantized:
-                same = _is_near(subject.reader, base, name, max_error)
-        advance(info.num_bytes)
-        # A trained bias of a quantized module survives a build, which warns of it.
-        return None if same or module_of(name) in subject.modules else f"{name}: not the base's"
+            advance(info.num_bytes)
+            if same:
+                return None
+            is_near = _is_near(subject.reader, base, name, max_error)
+        return is_near, f"{name}: near the base's" if is_near else f"{name}: not the base's"
 
     answers = in_order(sorted((mine & base.tensors.keys()) - coded), compared, workers)
-    return failures + [answer for answer in answers if answer is not None]
+    wrong = [answer for answer in answers if answer is not None]
+    return [*failures, *(words for near, words in wrong if not near)], [words for near, words in wrong if near]
 
 
 def _is_near(reader: CheckpointReader, base: CheckpointReader, name: str, max_error: float) -> bool:
-    """Whether sampled rows of a weight lie within the limits for dequantized codes."""
-    rows = sample_rows(reader.tensors[name].shape[0], SAMPLED_ROWS)
-    mine, theirs = (load_rows(one, name, rows).to(torch.float64) for one in (reader, base))
-    return closeness(theirs, mine).within(max_error)
-
-
-def _tiles(module: PackedModule, sample: int | None) -> Iterator[list[int]]:
-    if sample is not None:
-        yield sample_rows(module.rows, sample)
-        return
-    height = max(1, _TILE_VALUES // module.columns)
-    for top in range(0, module.rows, height):
-        yield list(range(top, min(top + height, module.rows)))
+    """Whether an unquantized tensor lies within the limits for dequantized codes."""
+    mine, theirs = reader.tensors[name], base.tensors[name]
+    if not {mine.dtype, theirs.dtype} <= HALF_AND_FLOAT or not mine.shape:
+        return False
+    sums = Nearness(mine.shape[-1])
+    row_bytes = [math.prod(one.shape[-1:]) * DTYPE_BITS[one.dtype] // 8 for one in (mine, theirs)]
+    height = max(1, _COMPARED_VALUES // mine.shape[-1])
+    sides = ((reader, mine, row_bytes[0]), (base, theirs, row_bytes[1]))
+    for pieces in zip(*(side.buffered(name, height * width) for side, _, width in sides), strict=True):
+        found, wanted = (
+            from_bytes(piece, info.dtype, (-1, info.shape[-1])).to(torch.float64)
+            for piece, (_, info, _) in zip(pieces, sides, strict=True)
+        )
+        sums.add(wanted, found)
+    return sums.closeness().within(max_error)
 
 
 def _judge(
     subject: Subject,
     base: CheckpointReader,
     module: PackedModule,
-    tiles: Iterable[list[int]],
     common: str,
+    options: VerifyOptions,
     max_error: float,
-    found: ModuleVerify,
-    advance: Callable[[int], None],
-) -> Layout | None:
+    stopped: Event,
+) -> Judgement:
     info = base.tensors.get(module.weight.name)
     shape = (module.rows, module.columns)
     if info is None or info.shape != shape or info.dtype not in HALF_AND_FLOAT:
         what = "none" if info is None else f"{info.dtype} {list(info.shape)}"
         raise ValueError(f"{module.weight.name}: expected {list(shape)} in the base, found {what}")
-    rules = format_proof(subject.format.algorithm)
-    scale = tensor_scale(subject.reader, module, subject.format.tensor_scale)
-    worst: Judgement | None = None
-    for rows in tiles:
-        one = rules.judge(subject.reader, base, module, common, scale, max_error, rows)
-        found.codes += one.codes
-        found.codes_equal += one.codes_equal
-        if worst is None or (worst.passed, -worst.closeness.relative_error) > (
-            one.passed,
-            -one.closeness.relative_error,
-        ):
-            worst = one
-        advance(len(rows) * module.columns * 3)
-    assert worst is not None
-    near = worst.closeness
-    found.verdict = worst.verdict
-    found.relative_error, found.gain = near.relative_error, near.gain
-    found.worst_row, found.worst_column = near.worst_row, near.worst_column
-    if near.relative_error > 0:
-        found.sqnr_db = round(-20 * math.log10(near.relative_error), 2)
-    found.worsen("pass" if worst.passed else "fail")
-    return worst.reading
+    target = subject.format
+    scale = tensor_scale(subject.reader, module, target.tensor_scale)
+    due = Due(target.algorithm, module, casts_of(common, base, module), scale, max_error)
+    rows = None if options.sample is None else sample_rows(module.rows, options.sample)
+    return judge_module(subject.reader, base, due, stopped, rows)
+
+
+def _fill(found: ModuleVerify, one: Judgement, *, accept_near: bool) -> None:
+    """Take a judgement over into the report."""
+    found.verdict, found.first = one.verdict, one.first
+    found.compared = "all" if one.is_whole else "sampled rows"
+    found.codes, found.codes_equal = one.counts.codes, one.counts.codes_equal
+    found.scales, found.scales_equal = one.counts.scales, one.counts.scales_equal
+    if (near := one.closeness) is not None:
+        found.relative_error, found.gain = near.relative_error, near.gain
+        found.worst_row, found.worst_column = near.worst_row, near.worst_column
+        if near.relative_error > 0:
+            found.sqnr_db = round(-20 * math.log10(near.relative_error), 2)
+    is_accepted = accept_near and one.verdict == "near"
+    found.worsen("pass" if one.passed else "warn" if is_accepted else "fail")
 
 
 def _digest(subject: Subject, module: PackedModule, rows: list[int]) -> str:

@@ -43,7 +43,7 @@ class _Nvfp4Stored:
 ENTRY: StoredFormat = _Nvfp4Stored()
 
 
-def _readings(subject: Subject, module: PackedModule) -> dict[str, torch.Tensor]:
+def _readings(subject: Subject, module: PackedModule) -> dict[ScaleOrder, torch.Tensor]:
     stored = load(subject.reader, module.scales["weight_scale"].name)
     return scale_readings(stored, module.rows, module.columns // BLOCK_SIZE)
 
@@ -64,7 +64,7 @@ def _padding_of_weight(subject: Subject, module: PackedModule) -> list[str]:
     return []
 
 
-def _zero_faults(subject: Subject, module: PackedModule, readings: Mapping[str, torch.Tensor]) -> list[str]:
+def _zero_faults(subject: Subject, module: PackedModule, readings: Mapping[ScaleOrder, torch.Tensor]) -> list[str]:
     """Zero scales over codes that are neither zero nor saturated: no quantizer makes these.
 
     ModelOpt up to 0.44 let scales underflow to zero; all codes of such a block are saturated.

@@ -1,0 +1,219 @@
+"""Every block of an NVFP4 weight against what max calibration makes of the base's block. Pure.
+
+A block is 16 values under one E4M3 scale. Blocks that are bit for bit those of ModelOpt's max calibration are only
+counted. What differs is looked at value by value, in float64: another rounding of a tie, a scale that was searched, or
+damage.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelopt_convert.formats.nvfp4.codes import E2M1_MAX, E2M1_VALUES, decode_e2m1, encode_e2m1, unpack_e2m1
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+
+# Producers that multiply by reciprocals, divide in two steps or round ties away were measured to differ from true
+# division at values within 5.4e-8 of the midpoint only: half an ulp of float32. Allowed are 2 ulp.
+TIE = 2.4e-7
+# Rounding of the comparison itself.
+_ROUNDING = 1e-5
+# A search changes blocks all over a weight; where fewer blocks than this share differ, it is damage.
+FEW = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A byte that is not the one that max calibration gives.
+
+    Attributes:
+        row: Of the weight.
+        column: Of the weight; of a scale, its block's first column.
+        role: ``weight`` or ``weight_scale``.
+        expected: The code, or the byte of the scale.
+        found: Likewise.
+    """
+
+    row: int
+    column: int
+    role: str
+    expected: int
+    found: int
+
+    def in_words(self) -> str:
+        """Where, and what."""
+        if self.role == "weight":
+            return f"row {self.row}, column {self.column}: expected code {self.expected}, found {self.found}"
+        place = f"row {self.row}, columns {self.column} to {self.column + BLOCK_SIZE - 1}"
+        return f"{place}: expected the scale byte {self.expected:#04x}, found {self.found:#04x}"
+
+
+class BlockTally:
+    """Counts over the blocks of one weight, as far as they were given to ``add``.
+
+    Attributes:
+        codes: Values compared.
+        codes_equal: Codes that are the base's under the export's scales.
+        codes_tied: Codes that are the other neighbour of a midpoint, within ``TIE``.
+        zero_signs: Codes that differ by the sign of zero alone.
+        scales: Block scales compared.
+        scales_equal: Scales that max calibration gives.
+        scales_zero: Scales that underflowed to zero, as in ModelOpt up to 0.44.
+        scales_tied: Scales that are the other neighbour of a midpoint, within ``TIE``.
+        scales_idle: Other scales over codes that are all zero: they have no effect.
+        odd_blocks: Blocks with another code or scale, ties and zero bytes over zeros aside.
+        wrong_codes: Codes that are not the nearest under the export's scale.
+        blocks_above: Blocks whose squared error is above that of max calibration under the same global scale.
+        first: The first byte that no tie explains.
+    """
+
+    def __init__(self, columns: int, global_scale: Tensor) -> None:
+        """Count nothing yet.
+
+        Args:
+            columns: K.
+            global_scale: float32 [].
+        """
+        self._per_row = columns // BLOCK_SIZE
+        self._global_scale = global_scale
+        self.codes = self.codes_equal = self.codes_tied = self.zero_signs = self.wrong_codes = 0
+        self.scales = self.scales_equal = self.scales_zero = self.scales_tied = self.scales_idle = 0
+        self.odd_blocks = self.blocks_above = 0
+        self.first: Difference | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every code and scale is the one of max calibration, by one of ModelOpt's two lower clamps."""
+        return self.codes_equal == self.codes and self.scales_equal + self.scales_zero == self.scales
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether every code and scale is, but for ties and signs of zero."""
+        codes = self.codes_equal + self.codes_tied + self.zero_signs
+        return codes == self.codes and self.scales_equal + self.scales_zero + self.scales_tied == self.scales
+
+    @property
+    def is_nearest(self) -> bool:
+        """Whether every code is the nearest one, and no scale worse than the one of max calibration."""
+        return self.wrong_codes == 0 and self.blocks_above == 0
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether nearly all blocks are those of max calibration, so that the rest is no search."""
+        return 0 < self.odd_blocks < FEW * self.scales
+
+    def add(
+        self,
+        blocks: Tensor,
+        found: tuple[Tensor, Tensor],
+        expected: tuple[Tensor, Tensor],
+        places: Tensor | int,
+    ) -> None:
+        """Count some blocks.
+
+        Args:
+            blocks: The base's values [M, 16] in the dtype that was quantized.
+            found: The export's packed codes uint8 [M, 8], low nibble first, and scales uint8 [M].
+            expected: Those of max calibration under the export's global scale.
+            places: The number of each block in the weight, int64 [M]; or of the first, if they are consecutive.
+        """
+        count = len(blocks)
+        self.codes += count * BLOCK_SIZE
+        self.scales += count
+        differs = found[0].view(torch.int64).view(-1) != expected[0].view(torch.int64).view(-1)
+        differs |= found[1] != expected[1]
+        where = differs.nonzero().view(-1)
+        same = count - len(where)
+        self.codes_equal += same * BLOCK_SIZE
+        self.scales_equal += same
+        if len(where):
+            at = where + places if isinstance(places, int) else places[where]
+            self._look(
+                blocks[where].to(torch.float32),
+                unpack_e2m1(found[0][where]),
+                found[1][where],
+                (unpack_e2m1(expected[0][where]), expected[1][where]),
+                at,
+            )
+
+    def _look(
+        self, blocks: Tensor, codes: Tensor, scale: Tensor, expected: tuple[Tensor, Tensor], places: Tensor
+    ) -> None:
+        """Count blocks that differ: values [M, 16] float32, codes uint8 [M, 16], scale bytes [M]."""
+        max_codes, max_scale = expected
+        values, max_values = _e4m3(scale), _e4m3(max_scale)
+        same_scale = scale == max_scale
+        idle = ((codes & 7) == 0).all(dim=1) & ~same_scale
+        # The scale of an idle block says nothing: its codes are judged as max calibration's are.
+        divisor = torch.where(idle, max_values, values) * self._global_scale
+        nearest = encode_e2m1(blocks / divisor.unsqueeze(1))
+        equal = codes == nearest
+        zero_sign = ~equal & ((codes & 7) == 0) & ((nearest & 7) == 0)
+        quotient = blocks.to(torch.float64).abs() / divisor.to(torch.float64).unsqueeze(1)
+        tied = ~equal & ~zero_sign & _is_tie(codes, nearest, quotient)
+        wrong = ~(equal | zero_sign | tied)
+        zero = (scale == 0) & ~same_scale & ~idle & equal.all(dim=1) & self._underflows(blocks)
+        scale_tied = ~same_scale & ~idle & ~zero & self._is_scale_tie(blocks, values, max_values)
+        self.codes_equal += int(equal.sum())
+        self.zero_signs += int(zero_sign.sum())
+        self.codes_tied += int(tied.sum())
+        self.wrong_codes += int(wrong.sum())
+        self.scales_equal += int(same_scale.sum())
+        self.scales_zero += int(zero.sum())
+        self.scales_tied += int(scale_tied.sum())
+        self.scales_idle += int(idle.sum())
+        fine = (same_scale | zero | scale_tied | (idle & (scale == 0))) & ~wrong.any(dim=1)
+        odd = (~fine).nonzero().view(-1)
+        self.odd_blocks += len(odd)
+        if not len(odd):
+            return
+        base = blocks[odd].to(torch.float64)
+        error = _squared_error(base, codes[odd], values[odd] * self._global_scale)
+        least = _squared_error(base, max_codes[odd], max_values[odd] * self._global_scale)
+        self.blocks_above += int((error > least * (1 + _ROUNDING)).sum())
+        self._note(int(places[odd[0]]), odd[0], (codes, nearest, wrong), (scale, max_scale))
+
+    def _note(self, place: int, block: Tensor, codes: tuple[Tensor, Tensor, Tensor], scale: tuple[Tensor, ...]) -> None:
+        if self.first is not None:
+            return
+        row, column = place // self._per_row, place % self._per_row * BLOCK_SIZE
+        found, nearest, wrong = (one[block] for one in codes)
+        if scale[0][block] != scale[1][block]:
+            self.first = Difference(row, column, "weight_scale", int(scale[1][block]), int(scale[0][block]))
+        else:
+            within = int(wrong.nonzero()[0])
+            self.first = Difference(row, column + within, "weight", int(nearest[within]), int(found[within]))
+
+    def _underflows(self, blocks: Tensor) -> Tensor:
+        """Whether the scale of max calibration rounds to zero where it is not clamped."""
+        wanted = blocks.abs().amax(dim=1) / (E2M1_MAX * self._global_scale)
+        return (wanted > 0) & (wanted.to(torch.float8_e4m3fn).to(torch.float32) == 0)
+
+    def _is_scale_tie(self, blocks: Tensor, values: Tensor, max_values: Tensor) -> Tensor:
+        low, high = torch.minimum(values, max_values), torch.maximum(values, max_values)
+        codes = low.to(torch.float8_e4m3fn).view(torch.uint8)
+        neighbours = codes + 1 == high.to(torch.float8_e4m3fn).view(torch.uint8)
+        wanted = blocks.to(torch.float64).abs().amax(dim=1) / (E2M1_MAX * self._global_scale.to(torch.float64))
+        middle = (low.to(torch.float64) + high.to(torch.float64)) / 2
+        return neighbours & ((wanted - middle).abs() <= TIE * middle)
+
+
+def _e4m3(raw: Tensor) -> Tensor:
+    """float32 values of E4M3 bytes."""
+    return raw.view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def _is_tie(codes: Tensor, nearest: Tensor, quotient: Tensor) -> Tensor:
+    """Whether a code is the neighbour of the nearest one, and the value lies at the midpoint of both."""
+    grid = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=codes.device)
+    low = torch.minimum(codes & 7, nearest & 7).long().clamp(max=len(E2M1_VALUES) - 2)
+    middle = (grid[low] + grid[low + 1]) / 2
+    neighbours = ((codes & 7).to(torch.int16) - (nearest & 7).to(torch.int16)).abs() == 1
+    # A code of zero may have either sign.
+    same_sign = ((codes >> 3) == (nearest >> 3)) | ((codes & 7) == 0) | ((nearest & 7) == 0)
+    return neighbours & same_sign & ((quotient - middle).abs() <= TIE * middle)
+
+
+def _squared_error(base: Tensor, codes: Tensor, factor: Tensor) -> Tensor:
+    """Of each block: base float64 [M, 16], codes uint8 [M, 16], factor float32 [M]."""
+    return (decode_e2m1(codes).to(torch.float64) * factor.to(torch.float64).unsqueeze(1) - base).square().sum(dim=1)
