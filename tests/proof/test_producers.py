@@ -10,10 +10,12 @@ from producers import (
     E4M3,
     FP8_PRODUCERS,
     NVFP4_PRODUCERS,
+    VERDICTS,
     Packed,
     block_errors,
     by_bf16_product,
     by_reciprocal,
+    codes_under,
     compressed_group,
     dequantized,
     each,
@@ -232,6 +234,34 @@ def test_fp8_rules_are_modelopts(kind: str) -> None:
         if dtype != torch.float32 and float(found.scale.to(dtype)):
             codes, scale = FP8QTensor.quantize(base.clone(), base.abs().max().float().div(448).to(dtype).reshape(1, 1))
             assert same_bits(fp8_compressed(base).codes, codes._quantized_data) and scale.dtype == dtype
+
+
+def strongest(base: Tensor, one: Packed) -> str:
+    """The strongest verdict that holds, by arithmetic in float64 and comparisons of whole tensors; "near" for none."""
+    if any(equal(one, rule(base)) for rule in (max_calibration, max_calibration_0_44)):
+        return "reproduced"
+    common = max_calibration(base)
+    left, right = common.scale.view(torch.uint8).int(), one.scale.view(torch.uint8).int()
+    middle = (common.scale.double() + one.scale.double()) / 2
+    tied = ((left - right).abs() <= 1) & ((max_scales(base, common.global_scale) / middle - 1).abs() <= 2.0**-22)
+    again = codes_under(base, one.scale, common.global_scale)
+    codes, expected = unpack(one.packed), unpack(again.packed)
+    neighbours = (midpoint_distance(base, one) <= 2.0**-22) & is_nearest(base, one)
+    same = (codes == expected) | ((codes % 8 == 0) & (expected % 8 == 0)) | neighbours
+    if same_bits(one.global_scale, common.global_scale) and bool(((left == right) | tied).all()) and bool(same.all()):
+        return "reproduced but for ties"
+    limit = block_errors(base, max_calibration(base, one.global_scale)) * (1 + 1e-9)
+    clipped = float(one.global_scale) * 6 * 448 < float(base.float().abs().max()) * (1 - 2.0**-22)
+    no_worse = bool((block_errors(base, one) <= limit).all()) and bool(is_nearest(base, one).all())
+    return "nearest" if no_worse and not clipped else "near"
+
+
+@pytest.mark.parametrize("name", NVFP4_PRODUCERS)
+def test_every_producer_comes_to_its_verdict_or_a_stronger_one(name: str) -> None:
+    producer = NVFP4_PRODUCERS[name]
+    bases = [weight(kind, 128, 256, seed) for kind in DISTRIBUTIONS for seed in range(3)]
+    found = {VERDICTS.index(strongest(base, producer.make(base))) for base in bases}
+    assert max(found) == VERDICTS.index(producer.verdict), found
 
 
 @pytest.mark.parametrize("name", NVFP4_PRODUCERS)

@@ -105,11 +105,14 @@ def block_errors(weight: Tensor, one: Packed, importance: Tensor | None = None) 
 
 
 def is_nearest(weight: Tensor, one: Packed) -> Tensor:
-    """Whether a code is the nearest to its value under the scales that are there, bool [N, K]; at ties both are."""
+    """Whether a code is the nearest to its value under the scales that are there, bool [N, K].
+
+    Within 2 ulp of float32 of a midpoint both neighbours are; the two distances then differ by twice that.
+    """
     quotient = weight.double() / each(one.scale.double() * one.global_scale.double())
     distance = (quotient - decode(unpack(one.packed))).abs()
     best = (quotient[..., None] - torch.cat((VALUES, -VALUES)).double()).abs().amin(-1)
-    return distance <= best * (1 + 1e-12) + quotient.abs() * 2.0**-23
+    return distance <= best * (1 + 1e-12) + quotient.abs() * 2.0**-21
 
 
 # Max calibration
@@ -250,8 +253,8 @@ def larger_global_scale(weight: Tensor, factor: float = 1.7) -> Packed:
 
 
 def weighted_search(weight: Tensor, seed: int = 0) -> Packed:
-    """Block scales searched by an error in which few columns count much, as by the activations' sizes."""
-    return searched(weight, torch.rand(weight.shape[1], generator=seeded(seed)).pow(8) * 100 + 0.01)
+    """Block scales searched by an error in which some columns count more, as by the activations' sizes."""
+    return searched(weight, torch.randn(weight.shape[1], generator=seeded(seed)).mul(1.5).exp())
 
 
 def _better_blocks(
@@ -374,11 +377,16 @@ def seeded(seed: int) -> torch.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """A way to make a packed weight, and the verdict that design and arithmetic give it on a common weight."""
+    """A way to make a packed weight, and the weakest verdict that it can come to.
+
+    Where the way makes no difference the verdict is a stronger one, as on ternary weights or where no value is a tie.
+    """
 
     make: Callable[[Tensor], Packed]
     verdict: str
 
+
+VERDICTS = ("reproduced", "reproduced but for ties", "nearest", "near", "mismatch")  # the strongest first
 
 NVFP4_PRODUCERS = {
     "max calibration": Producer(max_calibration, "reproduced"),
@@ -403,7 +411,7 @@ NVFP4_PRODUCERS = {
 
 @dataclass(frozen=True, slots=True)
 class Fp8Producer:
-    """The same for FP8; the rules agree on some weights, and then the verdict names the first that explains them."""
+    """The same for FP8."""
 
     make: Callable[[Tensor], PackedFp8]
     verdict: str
