@@ -30,9 +30,10 @@ test: $(INSTALLED) $(HUB2)/installed quality
 	$(BIN)/pytest -n 2
 	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(BIN)/pytest -n 2 tests/support/test_loopback_hub.py tests/checkpoint/hub tests/commands/push
 
-# What takes too long for every change: random histories of OUT, full sizes, a million tensors. Not part of CI.
+# What takes too long for every change: random histories of OUT, full sizes, a million tensors, damage at many places. Not
+# part of CI.
 test-long: $(INSTALLED)
-	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py
+	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/proof/test_planted.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
