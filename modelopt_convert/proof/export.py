@@ -14,6 +14,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import from_bytes
@@ -24,6 +25,7 @@ from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype
 from modelopt_convert.proof.unquantized import same_up_to_cast
+from modelopt_convert.report.report import REFUTED
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
 
@@ -35,6 +37,7 @@ class Proof:
     """What is known of an export against its base.
 
     Attributes:
+        algorithm: The format.
         method: In words; empty without a base.
         is_rebased: Whether a runtime brings the tensor scales of a fused group to one.
         modules: The judgement on every packed module, by name.
@@ -45,6 +48,7 @@ class Proof:
         unquantized_differ: Unquantized tensors that are not the base's by more than a cast.
     """
 
+    algorithm: Algorithm
     method: str = ""
     is_rebased: bool = True
     modules: dict[str, Judgement] = field(default_factory=dict)
@@ -91,7 +95,7 @@ def prove(
         InputError: A cause that can be named: unusable scales, another base, another layout.
     """
     rules = format_proof(plan.format.algorithm)
-    proof = Proof(is_rebased=rules.is_rebased)
+    proof = Proof(plan.format.algorithm, is_rebased=rules.is_rebased)
     with torch.inference_mode():
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
         _note_fused(plan, scales, proof)
@@ -114,18 +118,19 @@ def prove(
         advance(sum(num_bytes(row_readings(one.module, side.tensors)) for side in (export, base)))
         return found
 
+    def compared(one: Due, stopped: Event) -> Judgement:
+        rows = None if is_whole else sample_rows(one.module.rows, SAMPLED_ROWS)
+        with torch.inference_mode():
+            return rules.compare(export, base, one, stopped, rows)
+
     proof.modules = dict(zip(due, in_order(list(due.values()), looked, workers), strict=True))
     _name_causes(rules, export, proof.modules)
-    proof.due = {name: _informed(due[name], proof.modules[name]) for name in plan.packed if name in due}
-    if not is_whole:
-        rows = {name: sample_rows(one.module.rows, SAMPLED_ROWS) for name, one in proof.due.items()}
-
-        def compared(name: str, stopped: Event) -> Judgement:
-            with torch.inference_mode():
-                return rules.compare(export, base, proof.due[name], stopped, rows[name])
-
-        found = dict(zip(proof.due, in_order(list(proof.due), compared, workers), strict=True))
-        proof = concluded(proof, found, export)
+    due = {name: _informed(one, proof.modules[name]) for name, one in due.items()}
+    # What a few rows refute is refuted as a whole, or not at all, before anything is written.
+    now = {name: one for name, one in due.items() if proof.modules[name].verdict in REFUTED or not is_whole}
+    proof = concluded(proof, dict(zip(now, in_order(list(now.values()), compared, workers), strict=True)), export)
+    if is_whole and not any(one.verdict in REFUTED for one in proof.modules.values()):
+        proof.due = {name: due[name] for name in plan.packed if name in due}
     return proof
 
 
@@ -140,8 +145,7 @@ def concluded(proof: Proof, found: Mapping[str, Judgement], export: CheckpointRe
     Raises:
         InputError: A cause that can be named.
     """
-    rules = format_proof(next(iter(proof.due.values())).algorithm)
-    modules = dict(proof.modules)
+    rules, modules = format_proof(proof.algorithm), dict(proof.modules)
     for name, one in with_shared_scales(rules, found).items():
         modules[name] = replace(one, closeness=one.closeness or modules[name].closeness)
     _name_causes(rules, export, modules)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "undetermined", "unrelated", "mismatch"]
 
 
+COMPRESSED = "max calibration, --compress: block scales rounded twice"
+"""A rule that holds only where another module has the scale of the group."""
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """What was compared of one module.
@@ -184,5 +188,6 @@ def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> 
             continue
         calibrated = [rules.scale_of(amax) for amax in (one.amax, largest[one.scale])]
         if one.scale not in calibrated:
-            judged[name] = replace(one, verdict="nearest", factor=one.scale / calibrated[0] if calibrated[0] else 1.0)
+            verdict: Verdict = "near" if one.rule == COMPRESSED else "nearest"  # codes are of another scale there
+            judged[name] = replace(one, verdict=verdict, factor=one.scale / calibrated[0] if calibrated[0] else 1.0)
     return judged

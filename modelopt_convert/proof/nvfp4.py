@@ -35,7 +35,7 @@ from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.judgement import Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.judgement import COMPRESSED, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.tensors import Tile, finite_amax, load, load_rows, tensor_scale, tiles, unusable_scale
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import until
@@ -151,8 +151,6 @@ class _Comparison:
                     return one
                 if nearest is None and one.is_complete and one.tally.is_nearest and not one.tally.is_damaged:
                     nearest = one
-                if not one.is_complete:  # another rounding of the base changes few codes
-                    break
         return nearest
 
     def amax(self, cast: str) -> float:
@@ -252,7 +250,7 @@ class _Comparison:
                 self.due.scale,
                 near,
                 reading,
-                "max calibration, --compress: block scales rounded twice",
+                COMPRESSED,
                 cast,
             )
         verdict = "mismatch" if abs(near.cosine) >= RELATED_COSINE else "unrelated"

@@ -330,7 +330,7 @@ def fp8_under(
         rounded: Whether the divisor is rounded to ``dtype`` too, as ``mtq.compress`` has it.
     """
     divisor = scale.to(dtype).float() if rounded else scale
-    return PackedFp8(e4m3_signed((weight.float() / divisor).to(dtype)), scale)
+    return PackedFp8(e4m3_signed((weight.to(dtype).float() / divisor).to(dtype)), scale)
 
 
 def e4m3_signed(values: Tensor) -> Tensor:
