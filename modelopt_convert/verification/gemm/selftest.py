@@ -1,23 +1,49 @@
-"""Is a backend itself right? On a made-up layer it must pass the identity probe and fail three damaged ones.
+"""Is a backend itself right? On a made-up layer it must pass every probe, and fail with damage to weight or output.
 
 Only then does its word count about a checkpoint: a wrong kernel and a wrong checkpoint are told apart.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.verification.gemm.backends.base import Backend
-from modelopt_convert.verification.gemm.operands import Weight, operand_format
+from modelopt_convert.verification.gemm.operands import Activations, Weight, operand_format
 from modelopt_convert.verification.gemm.probes import identity_probe, poison_probe, sweep_probe
 
-_SHAPE = (256, 512)  # whole tiles, so that swizzled scales have the same shape
+SHAPE = (256, 512)  # whole tiles, so that swizzled scales have the same shape
+
+
+def _last_row(output: Tensor) -> None:
+    output[-1] = 0
+
+
+def _last_tile(output: Tensor) -> None:
+    output[len(output) // 128 * 128 :] = 0
+
+
+def _stale(output: Tensor) -> None:
+    output[512:] = output[: len(output) - 512].clone()
+
+
+# What a kernel may do to the rows past those that a small M reaches: each with the M at which it must be seen.
+_OUTPUTS: dict[str, tuple[int, Callable[[Tensor], None]]] = {
+    "the last row of 1000 zero": (1000, _last_row),
+    "the last row of 4608 zero": (4608, _last_row),
+    "the last tile of 1000 rows zero": (1000, _last_tile),
+    "rows of 1000 past 512 stale": (1000, _stale),
+    "rows of 4608 past 512 stale": (4608, _stale),
+}
 
 
 def synthetic(algorithm: Algorithm, device: torch.device) -> Weight:
     """A seeded weight with outlier channels and a bias."""
     generator = torch.Generator().manual_seed(11)
-    values = torch.randn(*_SHAPE, generator=generator) * (torch.rand(_SHAPE[1], generator=generator).pow(4) * 8 + 0.5)
-    bias = torch.randn(_SHAPE[0], generator=generator).to(torch.bfloat16)
+    values = torch.randn(*SHAPE, generator=generator) * (torch.rand(SHAPE[1], generator=generator).pow(4) * 8 + 0.5)
+    bias = torch.randn(SHAPE[0], generator=generator).to(torch.bfloat16)
     return operand_format(algorithm).quantized(values.to(torch.bfloat16), bias).to(device)
 
 
@@ -34,6 +60,20 @@ class _Preparing:
         return self._backend.prepare(self._damaged, poison=poison)
 
 
+class _Damaging:
+    """A backend whose output is damaged afterwards."""
+
+    def __init__(self, backend: Backend, damage: Callable[[Tensor], None]) -> None:
+        self._backend, self._damage = backend, damage
+        self.name, self.kind, self.formats = backend.name, backend.kind, backend.formats
+        self.unavailable, self.prepare = backend.unavailable, backend.prepare
+
+    def gemm(self, prepared: Any, activations: Activations, alpha: float, out: Tensor | None) -> Tensor:
+        output = self._backend.gemm(prepared, activations, alpha, out)
+        self._damage(output)
+        return output
+
+
 def self_test(backend: Backend, algorithm: Algorithm, device: torch.device) -> str | None:
     """Why the backend cannot be trusted, or None."""
     weight = synthetic(algorithm, device)
@@ -44,4 +84,7 @@ def self_test(backend: Backend, algorithm: Algorithm, device: torch.device) -> s
     for name, damaged in weight.mutants().items():
         if identity_probe(_Preparing(backend, damaged), weight, device).status != "fail":
             return f"passes a layer with {name}"
+    for name, (num_rows, damage) in _OUTPUTS.items():
+        if sweep_probe(_Damaging(backend, damage), weight, device, sizes=[num_rows]).status != "fail":
+            return f"passes an output with {name}"
     return None
