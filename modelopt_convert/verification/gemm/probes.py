@@ -78,7 +78,8 @@ def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> Pr
 
 def random_probe(backend: Backend, weight: Weight, device: torch.device, *, poison: bool = False) -> ProbeResult:
     """Multiply seeded activations with the real scales and bias."""
-    return _compare("poison" if poison else "random", backend, weight, [RANDOM_ROWS], device, poison=poison)
+    name, values = "poison" if poison else "random", random_values(RANDOM_ROWS, weight.shape[1])
+    return _compare(name, backend, weight, values, [RANDOM_ROWS], device, poison=poison)
 
 
 def sweep_probe(
@@ -93,7 +94,8 @@ def sweep_probe(
         sizes: Every M; None for ``sweep_sizes``.
     """
     chosen = sweep_sizes(weight.shape, device) if sizes is None else sizes
-    return _compare("sweep", backend, weight, chosen, device, poison=False)
+    values = random_values(SWEEP[-1], weight.shape[1])
+    return _compare("sweep", backend, weight, values, chosen, device, poison=False)
 
 
 def sweep_sizes(shape: tuple[int, int], device: torch.device) -> tuple[int, ...]:
@@ -109,10 +111,16 @@ def poison_probe(backend: Backend, weight: Weight, device: torch.device) -> Prob
 
 
 def _compare(
-    probe: str, backend: Backend, weight: Weight, sizes: Sequence[int], device: torch.device, *, poison: bool
+    probe: str,
+    backend: Backend,
+    weight: Weight,
+    values: Tensor,
+    sizes: Sequence[int],
+    device: torch.device,
+    *,
+    poison: bool,
 ) -> ProbeResult:
     prepared, num_features = backend.prepare(weight, poison=poison), weight.shape[0]
-    values = random_values(max(sizes), weight.shape[1])
     worst: tuple[str, Metrics] | None = None
     for num_rows in sizes:
         # The last rows: a row lies elsewhere at every M, so that what is left of another output is wrong here.
@@ -140,9 +148,7 @@ def _compare(
     return ProbeResult(probe, metrics.status, detail, metrics, sizes=tuple(sizes))
 
 
-def _judge(
-    output: Tensor, weight: Weight, activations: Activations, alpha: float, begin: int, end: int
-) -> Metrics:
+def _judge(output: Tensor, weight: Weight, activations: Activations, alpha: float, begin: int, end: int) -> Metrics:
     """Of rows ``begin`` to ``end``."""
     some = activations.part(begin, end)
     return measure(output[begin:end], exact(weight, some, alpha), spread(weight, some, alpha))
