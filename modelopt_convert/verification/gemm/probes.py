@@ -91,11 +91,12 @@ def sweep_probe(
         backend: Which.
         weight: The weight, on the device.
         device: Where.
-        sizes: Every M; None for ``sweep_sizes``.
+        sizes: Some of ``sweep_sizes``; None for all.
     """
-    chosen = sweep_sizes(weight.shape, device) if sizes is None else sizes
-    values = random_values(SWEEP[-1], weight.shape[1])
-    return _compare("sweep", backend, weight, values, chosen, device, poison=False)
+    whole = sweep_sizes(weight.shape, device)
+    # As many whatever the sizes: an M has the same activations in every sweep of a layer.
+    values = random_values(whole[-1], weight.shape[1])
+    return _compare("sweep", backend, weight, values, whole if sizes is None else sizes, device, poison=False)
 
 
 def sweep_sizes(shape: tuple[int, int], device: torch.device) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 Only then does its word count about a checkpoint: a wrong kernel and a wrong checkpoint are told apart.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm.backends.base import Backend
 from modelopt_convert.verification.gemm.operands import Activations, Weight, operand_format
-from modelopt_convert.verification.gemm.probes import SWEEP, identity_probe, poison_probe, sweep_probe
+from modelopt_convert.verification.gemm.probes import identity_probe, poison_probe, sweep_probe
 
 SHAPE = (256, 512)  # whole tiles, so that swizzled scales have the same shape
 
@@ -94,7 +93,7 @@ class _Returning:
 def self_test(backend: Backend, algorithm: Algorithm, device: torch.device) -> str | None:
     """Why the backend cannot be trusted, or None."""
     weight, recording = synthetic(algorithm, device), _Recording(backend)
-    for probe in (identity_probe, functools.partial(sweep_probe, sizes=SWEEP), poison_probe):
+    for probe in (identity_probe, sweep_probe, poison_probe):
         found = probe(recording, weight, device)
         if found.status == "fail":
             return f"fails the {found.probe} probe on a layer known to be right: {found.detail}"
