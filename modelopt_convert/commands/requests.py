@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from modelopt_convert.checkpoint.hub.hub_path import PREFIX
+from modelopt_convert.checkpoint.location import Location, is_far, parse_location
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
@@ -21,7 +21,6 @@ from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
-    from modelopt_convert.checkpoint.location import Location
     from modelopt_convert.report.inspect import InspectReport  # noqa: F401 - named in strings below
     from modelopt_convert.report.report import Report  # noqa: F401
 
@@ -117,14 +116,12 @@ class Request(Generic[Result]):
         """
         raise UsageError(self.spelled(name), reason)
 
-    def locate(self, name: str) -> "Location | None":
+    def locate(self, name: str) -> Location | None:
         """Where an input lies, on disk or on the Hub; None if it is left out.
 
         Raises:
-            UsageError: It is written ``hf://`` and names no repo.
+            UsageError: It is written ``hf://`` and names no repo, or so for another storage.
         """
-        from modelopt_convert.checkpoint.location import parse_location
-
         place: Place | None = getattr(self, name)
         if place is None:
             return None
@@ -140,8 +137,8 @@ class Request(Generic[Result]):
 
     def on_disk(self) -> list[Path]:
         """Inputs and output, as far as they lie on disk and are given."""
-        places = (getattr(self, name, None) for name in (*self.inputs, "output"))
-        return [Path(one) for one in places if one is not None and not str(one).startswith(PREFIX)]
+        places: list[Place | None] = [getattr(self, name, None) for name in (*self.inputs, "output")]
+        return [Path(one) for one in places if one is not None and not is_far(one)]
 
 
 def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
@@ -263,7 +260,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
         """Refuse what cannot be meant together."""
         if self.preset == "none" and self.output is None:
             self.refuse("output", "is required with --preset none")
-        if self.output is not None and Path(self.output).parts[:1] == ("hf:",):
+        if self.output is not None and is_far(self.output):
             self.refuse("output", "is a folder on disk; --push-to REPO_ID publishes it")
         if self.shard_bytes <= 0:
             self.refuse("max_shard_size", "must be more than nothing")
@@ -511,7 +508,7 @@ class PushRequest(Request["Report"]):
         """Refuse what cannot be meant."""
         if self.create_pr and self.revision is not None:
             self.refuse("create_pr", "a pull request goes to main; leave one of the two out")
-        if Path(self.checkpoint).parts[:1] == ("hf:",):
+        if is_far(self.checkpoint):
             self.refuse("checkpoint", "is a folder on disk; `hf download REPO_ID --local-dir FOLDER` makes one")
         if self.message is not None and not self.message.strip():
             self.refuse("message", "must not be empty")

@@ -5,8 +5,8 @@ Everything that is said about an input's files, and not yet about the model, is 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from modelopt_convert.checkpoint.hub.hub_path import HubPath
 from modelopt_convert.checkpoint.location import Location, is_dir
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import Component
@@ -129,7 +129,7 @@ def to_fetch(opened: Opened, plan: BuildPlan, *, whole: bool) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for role, reader in opened.readers.items():
-        if isinstance(reader.path, HubPath):
+        if not isinstance(reader.path, Path):
             everything = [(name, 0, info.num_bytes) for name, info in reader.tensors.items()]
             proof, steps = proof_readings(plan, role, reader.tensors), step_readings(plan.steps, role, reader.tensors)
             found[f"{opened.prefix}{role}"] = reader.unfetched(everything if whole else [*proof, *steps])
