@@ -4,11 +4,12 @@ import importlib
 import inspect as introspection
 import json
 import pkgutil
+import pydoc
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from loopback_hub import LoopbackHub
@@ -16,6 +17,7 @@ from support import edit, run_mopt, tree
 from typer.main import get_command
 
 import modelopt_convert as mopt
+from modelopt_convert import api
 from modelopt_convert.cli import app
 
 FUNCTIONS = {
@@ -267,6 +269,15 @@ def test_a_request_is_a_value() -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+def test_types_are_told_at_run_time(name: str) -> None:
+    function = getattr(mopt, name)
+    result = mopt.InspectReport if name == "inspect" else mopt.Report
+    found = get_type_hints(function)
+    assert found.pop("return") is result and set(found) == set(introspection.signature(function).parameters)
+    assert f"-> 'modelopt_convert.{result.__name__}'" in pydoc.render_doc(function)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_keywords_are_the_fields_and_the_flags(name: str) -> None:
     """Every field of a request is a keyword of the function, and has one place on the command line."""
     kind, function = FUNCTIONS[name], getattr(mopt, name)
@@ -313,16 +324,20 @@ def test_every_public_name_is_there_and_typed_as_what_it_is() -> None:
     """The imports that type checkers see and the names that programs get are the same."""
     import ast
 
-    nodes = ast.walk(ast.parse(Path(str(mopt.__file__)).read_text()))
-    seen = {
-        alias.name: node.module
-        for node in nodes
+    tree = ast.parse(Path(str(api.__file__)).read_text())
+    imported = {
+        alias.name: str(node.module)
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("modelopt_convert.")
         for alias in node.names
     }
-    assert {*seen, "__version__"} == set(mopt.__all__)
-    for name, module in seen.items():
-        assert getattr(mopt, name) is getattr(importlib.import_module(str(module)), name)
+    assert {"__version__", *api.__all__} == set(mopt.__all__)
+    for name in api.__all__:
+        home = importlib.import_module(imported.get(name, api.__name__))
+        assert getattr(mopt, name) is getattr(api, name) is getattr(home, name)
+    names: dict[str, object] = {}
+    exec("from modelopt_convert import *", names)
+    assert set(mopt.__all__) <= set(names)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mopt.nothing  # noqa: B018
 
