@@ -36,7 +36,7 @@ from modelopt_convert.run.errors import (
     StorageError,
     UsageError,
 )
-from modelopt_convert.run.progress import Progress, Unwatched
+from modelopt_convert.run.progress import Guarded, Progress, ProgressFailed, Unwatched
 
 if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
@@ -96,15 +96,18 @@ def perform(request: Request[_Result]) -> _Result:
     Raises:
         TypeError: It is no request.
         MoptError: One of its kinds, with the report of the run as ``report``.
+        Exception: What the request's progress raised, as it is.
     """
     if not isinstance(request, Request):
         raise TypeError(f"expected a request, found {request!r}")
     command: Command[_Result] = command_of(request)
     try:
-        command.run(request.progress or Unwatched())
+        command.run(Guarded(request.progress) if request.progress is not None else Unwatched())
     except MoptError as error:
         error.report = command.report(error)
         raise
+    except ProgressFailed as failed:
+        raise failed.error from failed.error.__cause__
     return command.report()
 
 

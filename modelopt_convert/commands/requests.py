@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result", covariant=True)
 # The command line takes the first of several types.
 Place = str | Path  # may be hf://
-Folder = Path | str
+Folder = str | Path
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE)
@@ -92,7 +93,10 @@ class Request(Generic[Result]):
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         for name, (kind, flag) in flags_of(type(self)).items():
-            _check_value(self.spelled(name), kind, flag, getattr(self, name))
+            value = getattr(self, name)
+            _check_value(self.spelled(name), kind, flag, value)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))  # a request is a value, and has a hash
         if self.progress is not None and not callable(getattr(self.progress, "begin", None)):
             raise UsageError("progress", f"{self.progress!r} is no Progress")
         self.check()
@@ -146,6 +150,8 @@ def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
         raise UsageError(flag, f"takes a list, found {value!r}")
     choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
     for word in value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,):
+        if word == "":  # as a path it would be the current folder
+            raise UsageError(flag, "must not be empty")
         if choices and isinstance(word, str) and word not in choices:
             raise UsageError(flag, f"{word!r} is none of {', '.join(choices)}")
     if not _takes(kind, value):
@@ -350,16 +356,16 @@ class _Source(Request["Report"]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteRequest(_Writing, _Replacing, _Source):
+class RewriteRequest(_Writing, _Replacing, _Source, ABC):
     """What ``swap-nibbles`` and ``unswizzle-scales`` have in common."""
 
     __slots__ = ()
     inputs: ClassVar[tuple[str, ...]] = ("source", "base")
 
     @property
+    @abstractmethod
     def kind(self) -> Literal["swap", "unswizzle", "swizzle"]:
         """Which rewrite."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

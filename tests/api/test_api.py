@@ -1,5 +1,6 @@
 """The public functions: what they take, give and raise is what the command line does."""
 
+import errno
 import importlib
 import inspect as introspection
 import json
@@ -19,6 +20,7 @@ from typer.main import get_command
 import modelopt_convert as mopt
 from modelopt_convert import api
 from modelopt_convert.cli import app
+from modelopt_convert.commands.requests import RewriteRequest
 
 FUNCTIONS = {
     "build_nvfp4": mopt.BuildNvfp4Request,
@@ -200,7 +202,11 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("build_nvfp4", {"base": "b", "verify": "maybe"}, "--verify", "--base b --verify maybe"),
     ("build_nvfp4", {"base": "b", "component": ["vae"]}, "--component", "--base b --component vae"),
     ("build_nvfp4", {"base": "b", "export": "e", "device": "cuda"}, "--device", "--base b --export e --device cuda"),
+    ("build_nvfp4", {"base": "b", "output": ""}, "--output", "--base b --output="),
+    ("build_nvfp4", {"base": ""}, "--base", "--base="),
+    ("build_nvfp4", {"base": "b", "keep_bf16": [""]}, "--keep-bf16", "--base b --keep-bf16="),
     ("convert_fp8", {"base": "b"}, "--export", "--base b"),
+    ("swap_nibbles", {"source": "s", "output": ""}, "OUTPUT", "s "),
     ("verify", {}, "CHECKPOINT", ""),
     ("verify", {"checkpoint": "c", "self_test": True}, "CHECKPOINT", "c --self-test"),
     ("verify", {"checkpoint": "c", "backend": "fast"}, "--backend", "c --backend fast"),
@@ -247,6 +253,26 @@ def test_progress_is_told(exports: Path, base: Path, tmp_path: Path) -> None:
     assert watcher.lines[0].startswith("no --export: quantizing")
 
 
+@pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "no room"), RuntimeError("stop"), KeyError("bar")])
+@pytest.mark.parametrize("told", ["begin", "advance"])
+def test_what_a_progress_raises_is_the_callers_and_not_the_disks(
+    exports: Path, base: Path, tmp_path: Path, told: str, raised: Exception
+) -> None:
+    class Failing(Watcher):
+        def advance(self, num_bytes: int) -> None:
+            if told == "advance":
+                raise raised
+
+        def begin(self, what: str, total_bytes: int) -> None:
+            if told == "begin" and what.startswith("write"):
+                raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        mopt.swap_nibbles(exports / "nvfp4" / "transformer", tmp_path / "out", progress=Failing())
+    assert caught.value is raised and raised.__cause__ is None
+    assert list(tmp_path.glob("out*")) == []
+
+
 def test_presets_are_given_as_they_are_read(tmp_path: Path) -> None:
     found = mopt.presets()
     assert [one.preset.name for one in found] == sorted(one.preset.name for one in found)
@@ -266,6 +292,10 @@ def test_a_request_is_a_value() -> None:
         one.base = "c"  # type: ignore[misc]
     with pytest.raises((AttributeError, TypeError)):
         one.more = 1  # type: ignore[attr-defined]
+    listed, told = (mopt.BuildNvfp4Request(base="b", keep_bf16=words) for words in (["a", "b"], ("a", "b")))
+    assert listed == told and len({listed, told}) == 1
+    with pytest.raises(TypeError, match="abstract"):
+        RewriteRequest("source", "output")  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
