@@ -31,6 +31,7 @@ Place = str | Path  # may be hf://
 Folder = str | Path
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE)
 
 
@@ -244,6 +245,14 @@ class _Choosing(Request["Report"]):
         Place | None,
         Flag("The unquantized base: transformer or pipeline; default the preset's on the Hub.", metavar="BASE"),
     ] = None
+    base_model: Annotated[
+        str | None,
+        Flag(
+            "The repo that BASE comes from, where nothing at BASE says so; card and record have it as a claim.",
+            metavar="REPO",
+            after="base",
+        ),
+    ] = None
     component: Annotated[
         Sequence[TransformerName], Flag("Of a pipeline's transformers, this one alone; may be given for both.")
     ] = ()
@@ -268,6 +277,8 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
             self.refuse("output", "is required with --preset none")
         if self.output is not None and is_far(self.output):
             self.refuse("output", "is a folder on disk; --push-to REPO_ID publishes it")
+        if self.base_model is not None and not _REPO.fullmatch(self.base_model):
+            self.refuse("base_model", "is a repo on the Hub: ORGANIZATION/NAME")
         if self.shard_bytes <= 0:
             self.refuse("max_shard_size", "must be more than nothing")
 

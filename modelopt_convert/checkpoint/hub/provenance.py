@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
+_SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
 _METADATA = Path(".cache/huggingface/download")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _MAX_METADATA_BYTES = 1000

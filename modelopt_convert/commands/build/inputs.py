@@ -3,7 +3,7 @@
 Everything that is said about an input's files, and not yet about the model, is settled here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +117,12 @@ def _name_as_diffusers(opened: Opened, export: CheckpointReader, inputs: Inputs)
     export.config = {**base.config, "quantization_config": quantization}
     message = f"an X0Model: {len(names)} tensors go by diffusers' names now, {len(opened.left_out)} are left out"
     return [("export.renamed", message)]
+
+
+def base_repo(parts: Sequence[Opened]) -> str | None:
+    """The repo that the bases of all transformers were observed to be of; None where that is not known, or several."""
+    repos = {part.base.identity().get("repo") if part.base is not None else None for part in parts}
+    return repos.pop() if len(repos) == 1 else None
 
 
 def to_fetch(opened: Opened, plan: BuildPlan, *, whole: bool) -> dict[str, int]:
