@@ -135,6 +135,15 @@ def claim(record: Mapping[str, Any]) -> str:
     if known is None or not isinstance(base, dict):
         said = f"{record.get('command', 'mopt')} published it as not proven"
     else:
-        commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
-        said = f"{known} {record.get('base_repo') or 'its base'}@{commit}"
+        claimed = record.get("base_claimed")
+        named = f", said to be {claimed}" if isinstance(claimed, str) else ""
+        said = f"{known} {_name_of(base)}{named}"
     return f"its record claims (the author is not verified): {said}"
+
+
+def _name_of(base: Mapping[str, Any]) -> str:
+    """What was observed of a base."""
+    commit = base.get("commit")
+    if commit is None:
+        return f"a local folder (headers {str(base.get('headers_sha256'))[:12]})"
+    return f"{base['repo']}@{commit}" if base.get("repo") else f"a download of commit {commit}"

@@ -51,6 +51,8 @@ class PackedModule:
     rows: int
     columns: int
     weight: TensorInfo
+    __pydantic_config__ = {"arbitrary_types_allowed": True}  # a job for another process has modules without faults
+
     scales: Roles
     bias: TensorInfo | None
     fault: InputError | None
