@@ -6,7 +6,7 @@ in every checkpoint that mopt reads today.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
@@ -47,12 +47,13 @@ class PackedModule:
         calibrated: Scales by role that come from a ``--checkpoint``, for those that the export lacks.
     """
 
+    # For a job that travels to another process; its modules have no faults.
+    __pydantic_config__: ClassVar[Mapping[str, bool]] = {"arbitrary_types_allowed": True}
+
     name: str
     rows: int
     columns: int
     weight: TensorInfo
-    __pydantic_config__ = {"arbitrary_types_allowed": True}  # a job for another process has modules without faults
-
     scales: Roles
     bias: TensorInfo | None
     fault: InputError | None

@@ -37,6 +37,7 @@ from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, de
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import COMPRESSED, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.tensors import Tile, finite_amax, load, load_rows, tensor_scale, tiles, unusable_scale
+from modelopt_convert.report.report import PROVEN
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import until
 
@@ -327,7 +328,9 @@ class _Nvfp4Proof:
     def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
         readings = {name: one.reading for name, one in modules.items() if one.reading is not None}
         reciprocal = [
-            name for name, reading in readings.items() if modules[name].passed and reading.global_scale == "divide"
+            name
+            for name, reading in readings.items()
+            if modules[name].verdict in (*PROVEN, "near") and reading.global_scale == "divide"
         ]
         if reciprocal:
             raise InputError(

@@ -56,13 +56,21 @@ class RuleRecord(_Open):
 
 
 class ModuleRecord(_Open):
-    """The proof of one packed module; numbers are of the sampled rows."""
+    """The proof of one packed module; counts that are zero are left out."""
 
     verdict: str
+    compared: Literal["all", "sampled rows"] | None = None
     codes: int
     codes_equal: int
-    relative_error: float | None = Field(default=None, description="rounded to four digits")
-    rule: str | None = Field(default=None, description="how an FP8 exporter divided, where that is known")
+    codes_tied: int = Field(default=0, description="the other neighbour of a value midway between two codes")
+    zero_signs: int = Field(default=0, description="zeros of the other sign")
+    scales: int = Field(default=0, description="block scales compared with those of max calibration")
+    scales_equal: int = 0
+    scales_tied: int = 0
+    scales_idle: int = Field(default=0, description="other scales over codes that are all zero")
+    blocks_above: int = Field(default=0, description="blocks with a larger error than under max calibration")
+    relative_error: float | None = Field(default=None, description="of sampled rows, rounded to four digits")
+    rule: str | None = Field(default=None, description="how the codes are made of the base, where that is known")
 
 
 class ProofRecord(_Open):
@@ -70,8 +78,11 @@ class ProofRecord(_Open):
 
     method: str
     status: Literal["pass", "fail", "not proven", "quantized here"]
+    words: str = Field(description="`proven`, or why not")
+    max_error: float = Field(description="the limit of the relative error that was used")
     counts: dict[str, int] = Field(description="modules by verdict")
     fused_scales_differ: list[str] = Field(description="fused groups whose members have scales of their own")
+    unlike_base: list[str] = Field(description="biases and unquantized tensors that are not the base's; accepted so")
     modules: dict[str, ModuleRecord]
 
 

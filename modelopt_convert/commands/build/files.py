@@ -55,8 +55,11 @@ def proof_record(proof: ProofReport) -> dict[str, Any]:
     return {
         "method": proof.method,
         "status": proof.status,
+        "words": proof.words,
+        "max_error": proof.max_error,
         "counts": proof.counts,
         "fused_scales_differ": sorted(proof.fused_scales_differ),
+        "unlike_base": sorted([*(f"{name}.bias" for name in proof.biases_differ), *proof.unquantized_differ]),
         "modules": {name: _stable(one) for name, one in proof.modules.items()},
     }
 
@@ -111,6 +114,10 @@ def _head(made: Made) -> dict[str, Any]:
 def _stable(module: ModuleReport) -> dict[str, Any]:
     """A verdict without what could vary by machine: sums of floats depend on the order in which they are added."""
     kept: dict[str, Any] = {"verdict": module.verdict, "codes": module.codes, "codes_equal": module.codes_equal}
+    if module.compared is not None:
+        kept["compared"] = module.compared
+    counts = ("codes_tied", "zero_signs", "scales", "scales_equal", "scales_tied", "scales_idle", "blocks_above")
+    kept |= {name: count for name in counts if (count := getattr(module, name))}
     if module.relative_error is not None:
         kept["relative_error"] = round(module.relative_error, 4)
     return kept | ({"rule": module.rule} if module.rule else {})

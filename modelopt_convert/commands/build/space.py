@@ -12,7 +12,20 @@ from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
 
 # Not shorter than what the proof of a module that passes will say; one that fails is not written.
 LONGEST = ModuleReport(
-    verdict="x" * 24, codes=10**12, codes_equal=10**12, relative_error=1234.5678, rule="x" * 48, reason="x"
+    verdict="x" * 24,
+    compared="sampled rows",
+    codes=10**12,
+    codes_equal=10**12,
+    codes_tied=10**12,
+    zero_signs=10**12,
+    scales=10**12,
+    scales_equal=10**12,
+    scales_tied=10**12,
+    scales_idle=10**12,
+    blocks_above=10**12,
+    relative_error=1234.5678,
+    rule="x" * 56,
+    reason="x",
 )
 _COUNTS = 4096  # what the proof may add to the counts of fates, and its method
 
@@ -39,9 +52,10 @@ def _lengths(files: Mapping[str, bytes]) -> list[int]:
 def _longest_proof(part: Opened, plan: BuildPlan) -> ProofReport:
     return ProofReport(
         method="",
+        words="x" * 40,
         status=QUANTIZED_HERE if part.export is None else "not proven" if part.base is None else "pass",
         max_error=0.0,
-        counts=dict.fromkeys(("reproduced", "within limits", "not proven: replaced"), len(plan.modules)),
+        counts=dict.fromkeys(("reproduced", "near", "not proven: replaced"), len(plan.modules)),
         fused_scales_differ={", ".join(group): 1.0 for group in plan.fused},
         biases_differ=[],
         modules=dict.fromkeys(sorted(plan.modules), LONGEST),
