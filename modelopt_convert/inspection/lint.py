@@ -11,8 +11,10 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, declares_dynamic_inputs
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.plan.keeps import siblings
 from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.preset.preset import load_preset, preset_names
+from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.report.inspect import LintReport
 
 Modules = Mapping[str, PackedModule]
@@ -42,6 +44,19 @@ def global_scale(reader: CheckpointReader, module: PackedModule) -> float | None
     """``weight_scale_2``, if it is there and of the right kind."""
     info = module.scales.get("weight_scale_2")
     return float32_of(reader, info) if info is not None and is_float32(info) else None
+
+
+def odd_input_faults(reader: CheckpointReader, modules: Modules, role: str) -> Iterator[LintReport]:
+    """Input scales that calibration does not make; ``role`` is that of the weight's tensor scale."""
+    scales: dict[str, dict[str, float]] = {"input_scale": {}, role: {}}
+    for name, module in modules.items():
+        for kind, values in scales.items():
+            info = module.scales.get(kind)
+            if info is not None and is_float32(info) and 0.0 < (value := float32_of(reader, info)) < float("inf"):
+                values[name] = value
+    fused = list(siblings(_fused_leaves(reader.config), set(modules)))
+    for words in odd_input_scales(scales["input_scale"], scales[role], fused):
+        yield LintReport(code="input_scale.odd", message=words, module=None)
 
 
 def input_scale_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintReport]:

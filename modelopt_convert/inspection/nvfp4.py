@@ -9,7 +9,13 @@ from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import scale_shapes
 from modelopt_convert.inspection.component import FormatInspection, Seen, Subject, module_layout
-from modelopt_convert.inspection.lint import block_scale_faults, global_scale, input_scale_faults, module_faults
+from modelopt_convert.inspection.lint import (
+    block_scale_faults,
+    global_scale,
+    input_scale_faults,
+    module_faults,
+    odd_input_faults,
+)
 from modelopt_convert.report.inspect import LintReport, ModuleLayout
 
 SAMPLED_MODULES = 8
@@ -28,6 +34,7 @@ class _Nvfp4Inspection:
             if name not in packed and len(shape) == 2
         ]
         faults += input_scale_faults(subject.reader, packed)
+        faults += odd_input_faults(subject.reader, packed, FORMAT.tensor_scale)
         sampled = set(_spread(list(packed), SAMPLED_MODULES))
         modules: dict[str, ModuleLayout] = {}
         for name, module in packed.items():

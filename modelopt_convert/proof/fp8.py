@@ -117,8 +117,8 @@ class _Comparison:
                 yield replace(tile, stored=_Rule(stored, stored).codes(tile.stored, self.due.scale))
 
     def _finite(self, codes: Tensor) -> Tensor:
-        broken = int(((codes & 0x7F) == 0x7F).count_nonzero())
-        if broken:
+        if int((codes & 0x7F).amax()) == 0x7F:
+            broken = int(((codes & 0x7F) == 0x7F).count_nonzero())
             weight = self.due.module.weight
             where = str(self.export.path / weight.file)
             raise InputError(
@@ -140,11 +140,14 @@ class _Comparison:
             if clipped(torch.tensor(largest), scale).count:
                 cut = cut.plus(clipped(tile.base, scale))
             wanted = rule.codes(tile.base, self.due.scale)
+            codes += wanted.numel()
+            if torch.equal(wanted, tile.stored):
+                equal += wanted.numel()
+                continue
             differs = wanted != tile.stored
             wrong = int(differs.count_nonzero())
-            codes += wanted.numel()
             equal += wanted.numel() - wrong
-            if wrong and first is None:
+            if first is None:
                 row, column = (int(one) for one in differs.nonzero()[0])
                 first = (
                     f"row {int(tile.row_numbers()[row])}, column {column}: expected code "

@@ -278,6 +278,8 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     for group, ratio in proof.fused_differ.items() if proof.is_rebased else ():
         message = f"{prefix}{group}: global scales differ {ratio:.3f}x; SGLang rebases them on loading"
         yield "export.fused_scales", message
+    for words in proof.odd_inputs:
+        yield "export.odd_input_scale", f"{prefix}{words}"
     if biases := proof.biases_differ:
         message = f"{prefix}{biases[0]} first: {len(biases)} packed modules keep a bias unlike the base's"
         yield "export.biases_differ", message

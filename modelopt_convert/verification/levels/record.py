@@ -10,11 +10,13 @@ import xxhash
 from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.location import Location, open_file
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
+from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.formats.tensor_bytes import check_e4m3
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order, until
 
 _SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # The card is the user's to edit.
 _EDITABLE = frozenset({"README.md"})
 
@@ -76,6 +78,11 @@ def scan(
         found.failures += _header_faults(reader, record)
         due = {"config.json", *reader.indexes}
         found.failures += [f"file {name} is not recorded" for name in sorted(due - record["digests"]["files"].keys())]
+        for name in sorted(set(reader.skipped) - record["digests"]["files"].keys() - {RECORD}):
+            if name.endswith(_WEIGHTS) or name == "hf_quant_config.json":
+                found.failures.append(f"file {name} is not recorded, and a loader may take it")
+            elif not name.startswith("."):
+                found.warnings.append(f"{name} is not recorded")
     files: Mapping[str, str] = record["digests"]["files"] if record is not None else {}
     for name, wanted in files.items():
         # Only what the folder lists: a name of the record may be any text.
