@@ -38,7 +38,7 @@ from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.packed import is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.layout import Layout
+from modelopt_convert.formats.layout import BASES, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
 from modelopt_convert.inspection.component import inspect_component
@@ -69,6 +69,11 @@ _FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
     "unswizzle": "scale_layout",
     "swizzle": "scale_layout",
 }
+_BASIS: Mapping[Kind, Literal["nibble_basis", "scale_basis"]] = {
+    "swap": "nibble_basis",
+    "unswizzle": "scale_basis",
+    "swizzle": "scale_basis",
+}
 # What SGLang's loader needs besides the layout keys.
 _KEYS = {"quant_method": "modelopt", "quant_algo": FORMAT.quant_algo, "group_size": BLOCK_SIZE, "ignore": []}
 _WANTED: Mapping[Kind, str] = {"swap": "low", "unswizzle": "linear", "swizzle": "128x4"}
@@ -97,6 +102,7 @@ class RewriteCommand:
         self._warned: list[Warned] = []
         self._checks: list[dict[str, Any]] = []
         self._proof: ProofReport | None = None
+        self._evidence: dict[str, str] = {}
         self._published: Published | None = None
         self._peak: int | None = None
 
@@ -132,11 +138,12 @@ class RewriteCommand:
                 against = self._inputs.open("base", base_path) if base_path is not None else None
             with self._clock.timed("inspect"):
                 modules = self._look(reader, against)
+                self._evidence = {name: getattr(one, _BASIS[self._kind]) for name, one in modules.items()}
             chosen = _choose(modules, self._kind, reader, against)
             plan = self._plan = _plan(reader, modules, chosen, self._kind)
             if against is None:
                 message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
-                self._warned.append(("layout.unproven", message))
+                self._warned.append(("layout.unproven", message + _against(modules, chosen, self._kind)))
             if stage is None:
                 return
             stage.check_space(self._disk_bytes(reader, plan, list(modules) if against is not None else None))
@@ -170,6 +177,7 @@ class RewriteCommand:
             ledger={"source": dict(plan.fates)} if plan else {},
             counts={"source": counted(plan.fates)} if plan else {},
             proof=self._proof,
+            evidence=self._evidence,
             checks=self._checks,
             peak_rss_bytes=self._peak,
             throughput_bytes_per_s=throughput(self._clock, [plan]) if plan and self._peak is not None else None,
@@ -237,7 +245,7 @@ class RewriteCommand:
         proof = None
         if proven is not None:
             longest = dict.fromkeys(proven, LONGEST)
-            proof = _proof_report(longest, self._request.max_error, "x" * 120, refuted=[], differ=["x"])
+            proof = _proof_report(longest, self._request.max_error, "x" * 120, differ=["x"])
         record = self._record(plan, files, dict.fromkeys(plan.steps, DIGEST), proof)
         return disk_bytes([*shard_sizes(plan.shards), len(record), *map(len, files.values())])
 
@@ -256,15 +264,14 @@ def _proven(reader: CheckpointReader, base: CheckpointReader, request: RewriteRe
         found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
     unlike, like = unlike_base(subject, base, limit, options.workers, lambda _: None)
     modules = {name: module_report(one) for name, one in found.items()}
-    return _proof_report(
-        modules, limit, format_proof(FORMAT.algorithm).method, refuted=list(unreadable), differ=[*unlike, *like]
-    )
+    modules |= {name: ModuleReport(verdict="mismatch", reason=why) for name, why in unreadable.items()}
+    return _proof_report(modules, limit, format_proof(FORMAT.algorithm).method, differ=[*unlike, *like])
 
 
 def _proof_report(
-    modules: Mapping[str, ModuleReport], max_error: float, method: str, *, refuted: list[str], differ: list[str]
+    modules: Mapping[str, ModuleReport], max_error: float, method: str, *, differ: list[str]
 ) -> ProofReport:
-    failing = bool(refuted) or any(one.verdict in REFUTED for one in modules.values())
+    failing = any(one.verdict in REFUTED for one in modules.values())
     near = bool(differ) or any(one.verdict == "near" for one in modules.values())
     return ProofReport(
         method=method,
@@ -330,6 +337,16 @@ def _choose(
             hint="use it as it is. Nothing was written",
         )
     return frozenset(chosen)
+
+
+def _against(modules: Mapping[str, ModuleLayout], chosen: frozenset[str], kind: Kind) -> str:
+    """The best evidence that modules do not need the rewrite, in words; empty if there is none."""
+    right = [modules[name] for name in chosen if getattr(modules[name], _FIELD[kind]) == _WANTED[kind]]
+    if not right:
+        return ""
+    best = max((getattr(one, _BASIS[kind]) for one in right), key=BASES.index)
+    words = {"hint": "by what their scales hint at", "declared": "by what config.json declares"}
+    return f"; {len(right)} of them are {_WANTED[kind]} already, {words.get(best, f'by {best}')}"
 
 
 def _is_weight(base: CheckpointReader, name: str, shape: list[int]) -> bool:

@@ -171,6 +171,9 @@ class Report(_Model):
         default_factory=dict, description="for each input, the fate of every tensor"
     )
     proof: ProofReport | None = None
+    evidence: dict[str, str] = Field(
+        default_factory=dict, description="of a rewrite: how the layout of each module was known before"
+    )
     calibration: Literal["none"] | None = Field(
         default=None, description="none: mopt quantized the base itself; null: the export's, as it was calibrated"
     )
