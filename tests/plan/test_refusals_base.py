@@ -146,6 +146,9 @@ def test_unquantized_tensors_that_differ_tell_another_base(
     export, other_base = (nvfp4, other) if in_the_base else (other, base)
     names = (SHARD, "1 unquantized tensors", tensor)
     refused(export, other_base, tmp_path, code="export.other_base", names=names, hint="LoRA")
+    outcome = build(export, other_base, tmp_path / "out", "--accept-near")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert [one["code"] for one in outcome.report["warnings"]] == ["export.unquantized_differ"]
 
 
 def test_many_unquantized_tensors_that_differ_are_counted_and_some_are_named(
@@ -179,10 +182,12 @@ def test_other_weights_in_packed_modules_alone_tell_another_base(nvfp4: Path, ba
     )
 
 
-def test_a_bias_of_a_packed_module_may_differ_but_is_reported(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_a_bias_of_a_packed_module_may_differ_where_that_is_accepted(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     """Training after quantization changes biases; runtimes load the export's."""
     export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors[f"{PACKED}.bias"].add_(0.5))
-    outcome = build(export, base, tmp_path / "out")
+    names = (SHARD, "1 unquantized tensors", f"{PACKED}.bias")
+    refused(export, base, tmp_path, code="export.other_base", names=names, hint="--accept-near")
+    outcome = build(export, base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None
     assert outcome.report["proof"]["biases_differ"] == [PACKED]
     assert [one["code"] for one in outcome.report["warnings"]] == ["export.biases_differ"]
