@@ -149,6 +149,9 @@ def test_unquantized_tensors_that_differ_tell_another_base(
     outcome = build(export, other_base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None
     assert [one["code"] for one in outcome.report["warnings"]] == ["export.unquantized_differ"]
+    proof = outcome.report["proof"]
+    assert (proof["status"], proof["words"]) == ("not proven", "not proven: near")
+    assert proof["unquantized_differ"] == [tensor]
 
 
 def test_many_unquantized_tensors_that_differ_are_counted_and_some_are_named(
