@@ -260,9 +260,6 @@ def test_max_error_decides_where_codes_are_not_reproduced(exports: Path, base: P
     assert any(found[name] > limit for name in refuted)
     assert all(found[name] > 0.98 * limit for name in refuted)  # a strip of 128 rows may be what is beyond it
     assert f"{len(refuted)} of 40" in refusal.message and min(refuted) in refusal.message
-    names = ("40 of 40",)
-    more = ("--max-error", str(min(found.values()) / 2), "--accept-near")
-    refused(export, base, tmp_path / "strict", *more, code="check.proof", exit_code=1, names=names)
 
 
 @pytest.mark.parametrize("factor", [1 / 8, 1 / 64])
