@@ -209,8 +209,8 @@ def _is_tie(codes: Tensor, nearest: Tensor, quotient: Tensor) -> Tensor:
     low = torch.minimum(codes & 7, nearest & 7).long().clamp(max=len(E2M1_VALUES) - 2)
     middle = (grid[low] + grid[low + 1]) / 2
     neighbours = ((codes & 7).to(torch.int16) - (nearest & 7).to(torch.int16)).abs() == 1
-    # A code of zero may have either sign.
-    same_sign = ((codes >> 3) == (nearest >> 3)) | ((codes & 7) == 0) | ((nearest & 7) == 0)
+    # A code of zero may have either sign; the nearest one has the sign of the value, zero or not.
+    same_sign = ((codes >> 3) == (nearest >> 3)) | ((codes & 7) == 0)
     return neighbours & same_sign & ((quotient - middle).abs() <= TIE * middle)
 
 

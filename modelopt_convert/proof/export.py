@@ -22,10 +22,9 @@ from modelopt_convert.plan.from_export import needs_base
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, row_readings, scale_readings
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
-from modelopt_convert.proof.tensors import casts_of, common_dtype, load
-from modelopt_convert.proof.unquantized import same_up_to_cast
+from modelopt_convert.proof.tensors import casts_of, common_dtype
+from modelopt_convert.proof.unquantized import is_near_base, same_up_to_cast
 from modelopt_convert.report.report import REFUTED
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
@@ -44,7 +43,6 @@ class Proof:
         modules: The judgement on every packed module, by name.
         due: Modules of which all bytes are still to be compared, while they are written.
         unproven: Modules about to be replaced whose scales are unusable, with the reason.
-        odd_inputs: What is odd about input scales, in words.
         fused_differ: Fused groups whose global scales differ, with the largest ratio; runtimes rebase them.
         biases_differ: Packed modules whose bias is not the base's.
         unquantized_differ: Unquantized tensors that are not the base's by more than a cast.
@@ -56,7 +54,6 @@ class Proof:
     modules: dict[str, Judgement] = field(default_factory=dict)
     due: dict[str, Due] = field(default_factory=dict)
     unproven: dict[str, str] = field(default_factory=dict)
-    odd_inputs: list[str] = field(default_factory=list)
     fused_differ: dict[str, float] = field(default_factory=dict)
     biases_differ: list[str] = field(default_factory=list)
     unquantized_differ: list[str] = field(default_factory=list)
@@ -86,7 +83,7 @@ def prove(
         plan: What will be built from them.
         calibration: Amax values to compare scales with; FP8 only.
         max_error: Limit of the relative error where codes are not reproduced.
-        accept_near: Whether unquantized tensors and biases may differ from the base's.
+        accept_near: Whether unquantized tensors may differ from the base's, and biases be near them.
         is_whole: Whether all bytes of what is written will be compared, or these rows are all.
         workers: Modules judged at a time.
         advance: Called with the number of bytes just read.
@@ -102,13 +99,11 @@ def prove(
     with torch.inference_mode():
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
         _note_fused(plan, scales, proof)
-        proof.odd_inputs = list(odd_input_scales(_inputs(export, plan), scales, plan.fused))
         if base is None:
             return proof
         proof.method = rules.method
         _check_unquantized(export, base, plan, proof, workers, advance)
-        if not accept_near:
-            _refuse_other_values(export, proof)
+        _refuse_other_values(export, base, proof, max_error if accept_near else None)
     common = common_dtype(export)
     due = {
         name: Due(plan.format.algorithm, one, casts_of(common, base, one), scales[name], max_error)
@@ -231,17 +226,6 @@ def _check_scales(
     return found
 
 
-def _inputs(export: CheckpointReader, plan: BuildPlan) -> dict[str, float]:
-    """The input scales of modules that stay packed, as they will be written."""
-    found: dict[str, float] = {}
-    for module in (plan.modules[name] for name in plan.packed):
-        if (info := module.scales.get("input_scale")) is not None:
-            found[module.name] = float(load(export, info.name))
-        elif "input_scale" in module.calibrated:
-            found[module.name] = module.calibrated["input_scale"]
-    return found
-
-
 def _note_fused(plan: BuildPlan, scales: dict[str, float], proof: Proof) -> None:
     for group in plan.fused:
         values = [scales[name] for name in group if name in scales]
@@ -279,15 +263,25 @@ def _check_unquantized(
                 )
 
 
-def _refuse_other_values(export: CheckpointReader, proof: Proof) -> None:
-    names = [*proof.unquantized_differ, *(f"{name}.bias" for name in proof.biases_differ)]
+def _refuse_other_values(export: CheckpointReader, base: CheckpointReader, proof: Proof, near: float | None) -> None:
+    """Refuse unquantized tensors that differ; or, up to a limit, biases alone, since these are written as they are.
+
+    Raises:
+        InputError: ``export.other_base``.
+    """
+    biases = [f"{name}.bias" for name in proof.biases_differ]
+    if near is None:
+        names, how = [*proof.unquantized_differ, *biases], "differ from the base by more than a dtype cast"
+        more = ", or --accept-near to build what is not proven"
+    else:
+        names = [name for name in biases if not is_near_base(export, base, name, near)]
+        how, more = "are not near the base's", ""
     if names:
         where = str(export.path / export.tensors[names[0]].file)
         raise InputError(
-            f"{where}: {len(names)} unquantized tensors differ from the base by more than a dtype cast: "
-            f"{', '.join(names[:_SHOWN])}",
+            f"{where}: {len(names)} unquantized tensors {how}: {', '.join(names[:_SHOWN])}",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "
-            "by AWQ or SVDQuant; give that base, export again, or --accept-near to build what is not proven",
+            f"by AWQ or SVDQuant; give that base, or export again{more}",
         )

@@ -1,13 +1,18 @@
 """Tensors that are not quantized: the base's, up to a cast between float dtypes."""
 
+from dataclasses import replace
 from threading import Event
+
+import torch
 
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.formats.tensor_bytes import cast_paths, equal_after, equal_bytes, from_bytes
+from modelopt_convert.proof.closeness import Nearness
 from modelopt_convert.run.workers import until
 
 _COMPARED_BYTES = 1 << 20  # of either side, while it is in a core's cache
+_COMPARED_VALUES = 1 << 18
 
 
 def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str, stopped: Event) -> bool:
@@ -34,3 +39,27 @@ def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str,
         if not paths:
             return False
     return True
+
+
+def is_near_base(export: CheckpointReader, base: CheckpointReader, name: str, max_error: float) -> bool:
+    """Whether a tensor lies within the limits for dequantized codes; shapes are equal.
+
+    The values of a vector are not limited one by one: many are next to zero.
+    """
+    mine, theirs = export.tensors[name], base.tensors[name]
+    if not {mine.dtype, theirs.dtype} <= HALF_AND_FLOAT or not mine.shape:
+        return False
+    columns = mine.shape[-1]
+    sums = Nearness(columns)
+    height = max(1, _COMPARED_VALUES // columns)
+    sides = [
+        (side, info.dtype, columns * DTYPE_BITS[info.dtype] // 8) for side, info in ((export, mine), (base, theirs))
+    ]
+    for pieces in zip(*(side.buffered(name, height * width) for side, _, width in sides), strict=True):
+        found, wanted = (
+            from_bytes(piece, dtype, (-1, columns)).to(torch.float64)
+            for piece, (_, dtype, _) in zip(pieces, sides, strict=True)
+        )
+        sums.add(wanted, found)
+    near = sums.closeness()
+    return (near if len(mine.shape) > 1 else replace(near, worst_row=0.0, worst_column=0.0)).within(max_error)

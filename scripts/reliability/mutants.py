@@ -1,4 +1,4 @@
-"""Take away one guard at a time and see a test go red: every fsync, check and refusal around what mopt writes.
+"""Take away one guard at a time and see a test go red: around what mopt writes, and where it compares with the base.
 
     python scripts/reliability/mutants.py [--only WORD ...] [--write]
 
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_disk import DISK, Mutant
+from mutants_proof import PROOF
 from mutants_rules import RULES
 from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + TASKS
+MUTANTS = DISK + RULES + TASKS + PROOF
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

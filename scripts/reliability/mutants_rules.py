@@ -159,16 +159,16 @@ RULES = (
     ),
     Mutant(
         "commands/rewrite.py",
-        "what was reproduced stays so",
-        '== "reproduced" != one.verdict:',
-        '== "never":',
+        "what is written is the base's",
+        "for name, one in proof.modules.items() if one.verdict in REFUTED]",
+        "for name, one in proof.modules.items() if False]",
         ("commands/test_rewrite.py::test_a_rewrite_that_wrote_something_else_is_thrown_away",),
     ),
     Mutant(
         "commands/rewrite.py",
         "the rest is the base's",
-        "        if unlike:\n",
-        "        if False:\n",
+        "differ=[*unlike, *like]",
+        "differ=[]",
         ("commands/test_rewrite.py::test_a_rewrite_whose_rest_is_not_the_bases_is_not_recorded_as_proven",),
     ),
     Mutant(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from faults import PACKED, REPLACED, SHARD, refused
-from support import Tensors, build, copy, edit, load, same_bits
+from support import Tensors, build, copy, edit, load, run_mopt, same_bits
 
 KEPT = "time_text_embed.text_embedder.linear_1"  # unquantized in the export
 
@@ -146,6 +146,12 @@ def test_unquantized_tensors_that_differ_tell_another_base(
     export, other_base = (nvfp4, other) if in_the_base else (other, base)
     names = (SHARD, "1 unquantized tensors", tensor)
     refused(export, other_base, tmp_path, code="export.other_base", names=names, hint="LoRA")
+    outcome = build(export, other_base, tmp_path / "out", "--accept-near")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert [one["code"] for one in outcome.report["warnings"]] == ["export.unquantized_differ"]
+    proof = outcome.report["proof"]
+    assert (proof["status"], proof["words"]) == ("not proven", "not proven: near")
+    assert proof["unquantized_differ"] == [tensor]
 
 
 def test_many_unquantized_tensors_that_differ_are_counted_and_some_are_named(
@@ -179,14 +185,36 @@ def test_other_weights_in_packed_modules_alone_tell_another_base(nvfp4: Path, ba
     )
 
 
-def test_a_bias_of_a_packed_module_may_differ_but_is_reported(nvfp4: Path, base: Path, tmp_path: Path) -> None:
-    """Training after quantization changes biases; runtimes load the export's."""
+@pytest.mark.parametrize("accepted", [(), ("--accept-near",)])
+def test_another_bias_of_a_packed_module_is_refused(
+    accepted: tuple[str, ...], nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
     export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors[f"{PACKED}.bias"].add_(0.5))
-    outcome = build(export, base, tmp_path / "out")
+    names = (SHARD, "1 unquantized tensors", f"{PACKED}.bias")
+    found = refused(export, base, tmp_path, *accepted, code="export.other_base", names=names, hint="LoRA")
+    assert found.report is not None
+    assert ("--accept-near" in found.report["error"]["hint"]) is not bool(accepted)
+
+
+def test_a_bias_of_a_packed_module_may_be_near_where_that_is_accepted(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """Training after quantization changes biases, those next to zero by far more than they are; runtimes load them."""
+
+    def train(tensors: Tensors) -> None:
+        bias = tensors[f"{PACKED}.bias"]
+        bias += 0.05 * bias.abs().mean() * torch.randn(bias.shape, generator=torch.Generator().manual_seed(0))
+        bias[0] = 0.0
+
+    export = edit(nvfp4, tmp_path / "export", train)
+    names = (SHARD, "1 unquantized tensors", f"{PACKED}.bias")
+    refused(export, base, tmp_path, code="export.other_base", names=names, hint="--accept-near")
+    outcome = build(export, base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None
     assert outcome.report["proof"]["biases_differ"] == [PACKED]
+    assert outcome.report["proof"]["words"] == "not proven: near"
     assert [one["code"] for one in outcome.report["warnings"]] == ["export.biases_differ"]
     assert same_bits(load(tmp_path / "out")[f"{PACKED}.bias"], load(export)[f"{PACKED}.bias"])
+    words = ("verify", tmp_path / "out", "--base", base)
+    assert run_mopt(*words).exit_code == 1 and run_mopt(*words, "--accept-near").exit_code == 0
 
 
 def test_a_module_that_no_base_tensor_shares_a_name_with_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:

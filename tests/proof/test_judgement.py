@@ -1,29 +1,42 @@
-"""The judgement on sampled rows: what ModelOpt packs is proven, every planted fault is seen."""
+"""The judgement on one NVFP4 module on disk: what ModelOpt packs is proven, every planted fault is seen."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from faults import swizzle
+from faults import swap, swizzle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_support import MAX_ERROR, NAME, judged, together
+from producers import (
+    Packed,
+    compressed_group,
+    dequantized,
+    fused_group,
+    larger_global_scale,
+    max_calibration,
+    mse_sweep,
+    own_global_scale,
+)
 from torch import Tensor
+from weights import weight
 
-from modelopt_convert.formats.layout import Layout
-from modelopt_convert.formats.nvfp4.codes import swap_nibbles
-from modelopt_convert.formats.nvfp4.scales import scale_readings
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.formats.layout import CANONICAL, Layout
 from modelopt_convert.formats.rows import sample_rows
 from modelopt_convert.proof.closeness import Closeness
-from modelopt_convert.proof.judgement import Judgement
-from modelopt_convert.proof.nvfp4 import judge
+from modelopt_convert.proof.export import Proof, concluded
+from modelopt_convert.proof.judgement import COMPRESSED, Counts, Judgement, format_proof, with_shared_scales
+from modelopt_convert.run.errors import InputError
 
-MAX_ERROR = 0.15
 
-
-@dataclasses.dataclass
-class Packed:
+@dataclass
+class Module:
     """A weight and what ModelOpt made of it (or of a neighbour of it)."""
 
     base: Tensor
@@ -31,14 +44,12 @@ class Packed:
     scale: Tensor
     global_scale: Tensor
 
-    def judge(self) -> Judgement:
-        rows = sample_rows(len(self.base), 16)
-        index = torch.tensor(rows)
-        readings = scale_readings(self.scale, len(self.base), self.base.shape[1] // 16)
-        return judge([self.base[index]], self.packed[index], readings, rows, self.global_scale, max_error=MAX_ERROR)
+    @property
+    def made(self) -> Packed:
+        return Packed(self.packed, self.scale, self.global_scale)
 
 
-def pack(seed: int = 0, shape: tuple[int, int] = (256, 256), noise: float = 0.0) -> Packed:
+def module(seed: int = 0, shape: tuple[int, int] = (256, 256), noise: float = 0.0) -> Module:
     """A DiT-like weight packed by ModelOpt; with noise, a slightly different weight is packed, as by QAT."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -47,35 +58,53 @@ def pack(seed: int = 0, shape: tuple[int, int] = (256, 256), noise: float = 0.0)
     base = (torch.randn(shape, generator=generator) * columns * 0.02).to(torch.bfloat16)
     trained = base.float() * (1 + noise * torch.randn(shape, generator=generator))
     oracle, scale, global_scale = NVFP4QTensor.quantize(trained.to(torch.bfloat16), 16)
-    return Packed(base, oracle._quantized_data, scale, global_scale)
+    return Module(base, oracle._quantized_data, scale, global_scale)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (16, 32), (100, 48), (128, 64), (1000, 160)])
-def test_what_modelopt_packed_is_reproduced(shape: tuple[int, int]) -> None:
-    verdict = pack(shape=shape).judge()
-    assert verdict.verdict == "reproduced" and verdict.codes == verdict.codes_equal > 0
+def test_what_modelopt_packed_is_reproduced(shape: tuple[int, int], tmp_path: Path) -> None:
+    one = module(shape=shape)
+    verdict = judged(tmp_path, one.base, one.made)
+    assert verdict.verdict == "reproduced" and verdict.is_whole and verdict.first is None
+    assert verdict.counts == Counts(one.base.numel(), one.base.numel(), scales=(n := one.scale.numel()), scales_equal=n)
+    assert (verdict.rule, verdict.cast, verdict.reading) == ("max calibration", "BF16", CANONICAL)
+    assert (verdict.amax, verdict.scale) == (float(one.base.abs().max()), float(one.global_scale))
+    assert together("nvfp4", {NAME: verdict}) == {NAME: "reproduced"}
 
 
-def test_a_trained_neighbour_is_within_limits() -> None:
-    verdict = pack(noise=0.02).judge()
-    assert verdict.verdict == "within limits" and verdict.codes_equal < verdict.codes
-    assert 0.05 < verdict.closeness.relative_error < 0.12
+def test_a_trained_neighbour_is_near(tmp_path: Path) -> None:
+    one = module(noise=0.02)
+    verdict = judged(tmp_path, one.base, one.made)
+    assert verdict.verdict == "near" and not verdict.passed and verdict.counts.codes_equal < verdict.counts.codes
+    assert verdict.closeness is not None and 0.05 < verdict.closeness.relative_error < 0.12
+    assert verdict.rule is None and verdict.first is not None
+    # The limit decides, of the whole and of every strip of 128 rows.
+    error = verdict.closeness.relative_error
+    assert judged(tmp_path, one.base, one.made, max_error=error * 0.99).verdict == "mismatch"
+    strips = (one.base[:128], one.base[128:])
+    worst = max(
+        float((stored - base.double()).norm() / base.double().norm())
+        for base, stored in zip(strips, dequantized(one.made).split(128), strict=True)
+    )
+    assert worst > error
+    assert judged(tmp_path, one.base, one.made, max_error=(worst + error) / 2).verdict == "mismatch"
+    assert judged(tmp_path, one.base, one.made, max_error=worst * 1.001).verdict == "near"
 
 
-def _swap(one: Packed) -> None:
-    one.packed = swap_nibbles(one.packed)
+def _swap(one: Module) -> None:
+    one.packed = swap(one.packed)
 
 
-def _swizzle(one: Packed) -> None:
+def _swizzle(one: Module) -> None:
     one.scale = swizzle(one.scale)
 
 
-def _both(one: Packed) -> None:
+def _both(one: Module) -> None:
     _swap(one)
     _swizzle(one)
 
 
-def _reciprocal(one: Packed) -> None:
+def _reciprocal(one: Module) -> None:
     one.global_scale = 1.0 / one.global_scale
 
 
@@ -90,39 +119,54 @@ def _reciprocal(one: Packed) -> None:
         (_reciprocal, Layout("low", "linear", "divide")),
     ],
 )
-def test_another_layout_is_found(plant: Callable[[Packed], None], reading: Layout, noise: float) -> None:
-    one = pack(noise=noise)
+def test_another_layout_is_found(
+    plant: Callable[[Module], None], reading: Layout, noise: float, tmp_path: Path
+) -> None:
+    one = module(noise=noise)
     plant(one)
-    verdict = one.judge()
-    assert verdict.passed and verdict.reading == reading
-    assert verdict.verdict == ("within limits" if noise else "reproduced")
+    verdict = judged(tmp_path, one.base, one.made)
+    assert verdict.reading == reading
+    assert verdict.verdict == ("near" if noise else "reproduced")
 
 
-def _global_scale_5_percent(one: Packed) -> None:
+@pytest.mark.parametrize("plant", [_swap, _swizzle])
+def test_a_module_that_lies_in_two_ways_is_refused(plant: Callable[[Module], None], tmp_path: Path) -> None:
+    """Half of it in each: every tile fits some reading, and none fits all."""
+    one, other = module(), module()
+    plant(other)
+    one.packed[128:], one.scale.view(torch.uint8)[128:] = other.packed[128:], other.scale.view(torch.uint8)[128:]
+    assert judged(tmp_path, one.base, one.made).verdict in ("mismatch", "unrelated")
+
+
+def _global_scale_5_percent(one: Module) -> None:
     one.global_scale = one.global_scale * 1.05
 
 
-def _zero_scale_row(one: Packed) -> None:
+def _zero_scale_row(one: Module) -> None:
     one.scale.view(torch.uint8)[sample_rows(len(one.base), 16)[3]] = 0
 
 
-def _two_columns_dropped(one: Packed) -> None:
+def _two_columns_dropped(one: Module) -> None:
     one.packed[:, -1] = 0
 
 
-def _tail_rows_zero(one: Packed) -> None:
+def _tail_rows_zero(one: Module) -> None:
     one.packed[-1:] = 0
 
 
-def _scales_one_row_off(one: Packed) -> None:
+def _hidden_row_zero(one: Module) -> None:
+    one.packed[sample_rows(len(one.base), 16)[3] + 1] = 0
+
+
+def _scales_one_row_off(one: Module) -> None:
     one.scale = one.scale.view(torch.uint8).roll(1, 0).view(torch.float8_e4m3fn)
 
 
-def _scales_one_column_off(one: Packed) -> None:
+def _scales_one_column_off(one: Module) -> None:
     one.scale = one.scale.view(torch.uint8).roll(1, 1).view(torch.float8_e4m3fn)
 
 
-def _block_dropped(one: Packed) -> None:
+def _block_dropped(one: Module) -> None:
     one.packed[:, :8] = 0
 
 
@@ -131,6 +175,7 @@ FAULTS = [
     _zero_scale_row,
     _two_columns_dropped,
     _tail_rows_zero,
+    _hidden_row_zero,
     _scales_one_row_off,
     _scales_one_column_off,
     _block_dropped,
@@ -139,33 +184,54 @@ FAULTS = [
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda function: function.__name__)
-def test_a_fault_without_a_name_is_a_mismatch(plant: Callable[[Packed], None], noise: float) -> None:
-    one = pack(noise=noise)
+def test_a_fault_without_a_name_is_a_mismatch(plant: Callable[[Module], None], noise: float, tmp_path: Path) -> None:
+    one = module(noise=noise)
     plant(one)
-    assert one.judge().verdict == "mismatch"
+    assert judged(tmp_path, one.base, one.made).verdict == "mismatch"
+
+
+def _one_bit(one: Module) -> None:
+    one.packed[77, 100] ^= 0x10
+
+
+def _one_sign(one: Module) -> None:
+    one.packed[77, 100] ^= 0x80
+
+
+def _one_scale_by_one_step(one: Module) -> None:
+    one.scale.view(torch.uint8)[77, 9] += 1
+
+
+@pytest.mark.parametrize("plant", [_one_bit, _one_sign, _one_scale_by_one_step])
+def test_a_single_byte_is_a_mismatch_where_all_else_is_reproduced(
+    plant: Callable[[Module], None], tmp_path: Path
+) -> None:
+    """And is named. A search or other weights would change more than a few blocks."""
+    one = module()
+    plant(one)
+    verdict = judged(tmp_path, one.base, one.made)
+    assert verdict.verdict == "mismatch" and verdict.first is not None and verdict.first.startswith("row 77, column")
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])
-def test_rows_permuted_or_another_base_are_unrelated(noise: float) -> None:
-    one = pack(noise=noise)
+def test_rows_permuted_or_another_base_are_unrelated(noise: float, tmp_path: Path) -> None:
+    one = module(noise=noise)
     one.base = one.base[torch.randperm(len(one.base), generator=torch.Generator().manual_seed(1))]
-    assert one.judge().verdict == "unrelated"
-    other = pack(noise=noise)
-    other.base = pack(seed=5).base
-    assert other.judge().verdict == "unrelated"
+    assert judged(tmp_path, one.base, one.made).verdict == "unrelated"
+    other = module(noise=noise)
+    assert judged(tmp_path, module(seed=5).base, other.made).verdict == "unrelated"
 
 
-def test_a_column_that_the_format_loses_is_not_held_against_the_export() -> None:
+def test_a_column_that_the_format_loses_is_not_held_against_the_export(tmp_path: Path) -> None:
     """Measured on a real ``mtq.compress`` export: a right module had a column 0.73 off, beside outliers."""
-    one = pack(noise=0.02)
+    one = module(noise=0.02)
     one.base[:, 1] = one.base[:, 1] * 0.01  # far below its block's amax: every quantizer rounds it to zero
     one.packed[:, 0] &= 0x0F
-    verdict = one.judge()
-    assert verdict.verdict == "within limits", verdict
+    assert judged(tmp_path, one.base, one.made).verdict == "near"
     # The same column at its full size, dropped, is a fault.
-    full = pack(noise=0.02)
+    full = module(noise=0.02)
     full.packed[:, 0] &= 0x0F
-    assert full.judge().verdict == "mismatch"
+    assert judged(tmp_path, full.base, full.made).verdict == "mismatch"
 
 
 def test_nan_is_never_within_limits() -> None:
@@ -176,13 +242,149 @@ def test_nan_is_never_within_limits() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_constant_weights_are_reproduced_not_misjudged(value: float) -> None:
+def test_constant_weights_are_reproduced_not_misjudged(value: float, tmp_path: Path) -> None:
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     base = torch.full((64, 64), value, dtype=torch.bfloat16)
     scale_of_one = torch.tensor(1.0 / 2688)
     oracle, scale, global_scale = NVFP4QTensor.quantize(base, 16, weights_scaling_factor_2=scale_of_one)
-    assert Packed(base, oracle._quantized_data, scale, global_scale).judge().verdict == "reproduced"
+    assert judged(tmp_path, base, Packed(oracle._quantized_data, scale, global_scale)).verdict == "reproduced"
+
+
+def test_one_value_more_than_the_global_scale_holds_is_no_proof(tmp_path: Path) -> None:
+    """All codes are the nearest, and no scale could be better: the global scale is at fault."""
+    base = weight("gaussian", 128, 256, 0, torch.float32)
+    for factor, verdicts in ((0.8, ("mismatch", "near")), (0.99, ("mismatch", "near")), (1.0, ("reproduced",))):
+        one = max_calibration(base, own_global_scale(base) * factor)
+        assert judged(tmp_path, base, one).verdict in verdicts, factor
+
+
+def test_searched_scales_are_nearest(tmp_path: Path) -> None:
+    base = weight("outlier_channels", 128, 256, 0)
+    verdict = judged(tmp_path, base, mse_sweep(base))
+    assert verdict.verdict == "nearest" and verdict.rule == "nearest codes under searched scales" and verdict.passed
+    # A rounded scale is one thing, a code that is not the nearest another.
+    one = mse_sweep(base)
+    one.packed[5, 5] ^= 0x10
+    verdict = judged(tmp_path, base, one)
+    assert verdict.verdict == "near" and verdict.first is not None
+
+
+@pytest.mark.parametrize("through", ["F16", "BF16"])
+def test_the_cast_that_holds_is_named(through: str, tmp_path: Path) -> None:
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[through]
+    base = weight("tiny", 32, 64, 0, torch.float32)
+    made = max_calibration(base.to(dtype))
+    verdict = judged(tmp_path, base, made, casts=("F32", "F16", "BF16"))
+    assert (verdict.verdict, verdict.cast) == ("reproduced", through)
+    other = {"F16": "BF16", "BF16": "F16"}[through]
+    assert judged(tmp_path, base, made, casts=("F32", other)).verdict not in ("reproduced", "reproduced but for ties")
+
+
+# All modules together
+
+
+def test_a_fused_group_shares_the_scale_of_its_largest(tmp_path: Path) -> None:
+    group = [weight("gaussian", 32, 64, seed) * factor for seed, factor in enumerate((1, 0.3, 2.5))]
+    found = {
+        str(number): judged(tmp_path, base, made)
+        for number, (base, made) in enumerate(zip(group, fused_group(group), strict=True))
+    }
+    assert set(together("nvfp4", found).values()) == {"reproduced"}
+    # Without the largest, nothing says that the scale is one of max calibration.
+    del found["2"]
+    assert set(together("nvfp4", found).values()) == {"nearest"}
+
+
+def test_a_compressed_group_is_reproduced_beside_its_largest(tmp_path: Path) -> None:
+    group = [weight("gaussian", 32, 64, seed) * factor for seed, factor in enumerate((1, 0.3, 2.5))]
+    made = compressed_group(group)
+    found = {str(number): judged(tmp_path, *pair) for number, pair in enumerate(zip(group, made, strict=True))}
+    assert [one.rule for one in found.values()] == [COMPRESSED, COMPRESSED, "max calibration"]
+    assert set(together("nvfp4", found).values()) == {"reproduced"}
+    # By itself the rule explains nothing: the codes are of another scale than the one that is there.
+    del found["2"]
+    assert set(together("nvfp4", found).values()) == {"near"}
+    # And it holds for all bytes or not at all.
+    one = made[0]
+    for role, byte in (("packed", 100), ("scale", 9)):
+        raw = getattr(one, role).view(torch.uint8).clone()
+        raw.view(-1)[byte] ^= 1
+        damaged = one._replace(**{role: raw.view(getattr(one, role).dtype)})
+        assert judged(tmp_path, group[0], damaged).rule != COMPRESSED, role
+
+
+def test_a_scale_chosen_otherwise_is_nearest_and_its_factor_is_told(tmp_path: Path) -> None:
+    base = weight("gaussian", 32, 64, 0)
+    found = judged(tmp_path, base, larger_global_scale(base))
+    assert found.verdict == "reproduced" and found.factor == 1.0
+    (one,) = with_shared_scales(format_proof("nvfp4"), {NAME: found}).values()
+    assert one.verdict == "nearest" and one.factor == pytest.approx(1.7)
+
+
+def made_up(verdict: str = "reproduced", amax: float = 2688.0, scale: float = 1.0, **more: object) -> Judgement:
+    whole = Judgement(verdict, True, Counts(16, 16), amax, scale)  # type: ignore[arg-type]
+    return dataclasses.replace(whole, **more)  # type: ignore[arg-type]
+
+
+def test_scales_are_compared_where_all_was_compared_and_passed() -> None:
+    rules = format_proof("nvfp4")
+    other = {
+        "sampled": made_up(scale=1.5, is_whole=False),
+        "near": made_up("near", scale=2.5),
+        "damaged": made_up("mismatch", scale=3.5),
+    }
+    assert with_shared_scales(rules, other) == other
+    assert together("nvfp4", {"one": made_up(scale=1.5)}) == {"one": "nearest"}
+    assert together("nvfp4", {"one": made_up("nearest", scale=1.5)}) == {"one": "nearest"}
+    # One ulp of float32 is another scale.
+    assert together("nvfp4", {"one": made_up(scale=1.0 + 2.0**-23)}) == {"one": "nearest"}
+
+
+def test_the_largest_with_the_same_scale_counts_and_no_other() -> None:
+    small = made_up(amax=1.0)
+    assert together("nvfp4", {"small": small, "large": made_up()}) == {"small": "reproduced", "large": "reproduced"}
+    assert together("nvfp4", {"large": made_up(), "small": small})["small"] == "reproduced"
+    assert together("nvfp4", {"small": small, "larger": made_up(amax=5376.0)})["small"] == "nearest"
+    assert together("nvfp4", {"small": small, "large": made_up(scale=2.0, amax=2 * 2688.0)})["small"] == "nearest"
+    # A weight of zeros has no scale of its own.
+    (zero,) = with_shared_scales(format_proof("nvfp4"), {"zero": made_up(amax=0.0)}).values()
+    assert (zero.verdict, zero.factor) == ("nearest", 1.0)
+
+
+@pytest.mark.parametrize(("related", "unrelated", "is_named"), [(1, 1, False), (1, 2, True), (3, 2, False)])
+def test_another_base_is_named_where_most_modules_say_so(related: int, unrelated: int, is_named: bool) -> None:
+    modules = {f"good {number}": made_up() for number in range(related)}
+    modules |= {f"bad {number}": made_up("unrelated") for number in range(unrelated)}
+    export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
+    if not is_named:
+        assert concluded(Proof("nvfp4", modules=modules), modules, export).modules == modules
+        return
+    with pytest.raises(InputError) as caught:
+        concluded(Proof("nvfp4", modules=modules), modules, export)
+    assert caught.value.code == "export.other_base" and f"{unrelated} of 3" in caught.value.message
+
+
+@pytest.mark.parametrize("verdict", ["reproduced", "nearest", "near"])
+def test_a_reciprocal_scale_is_named_where_it_fits(verdict: str) -> None:
+    export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
+    divided = made_up(verdict, reading=Layout("low", "linear", "divide"))
+    modules = {"one": divided, "other": made_up()}
+    with pytest.raises(InputError, match="1 of 2 modules have a reciprocal"):
+        concluded(Proof("nvfp4", modules=modules), modules, export)
+    refuted = {"one": dataclasses.replace(divided, verdict="mismatch")}
+    assert concluded(Proof("nvfp4", modules=refuted), refuted, export).modules == refuted
+
+
+def test_what_rows_told_is_kept_beside_what_all_tell() -> None:
+    """The closeness of sampled rows, where the codes decide."""
+    export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
+    seen, own = Closeness(0.1, 1.0, 0.1, 0.1, 1.0), Closeness(0.2, 1.0, 0.1, 0.1, 1.0)
+    before = Proof("nvfp4", modules={"one": made_up("near", closeness=seen), "kept": made_up("near")})
+    after = concluded(before, {"one": made_up()}, export)
+    assert after.modules["one"] == made_up(closeness=seen) and after.modules["kept"] == before.modules["kept"]
+    after = concluded(before, {"one": made_up(closeness=own)}, export)
+    assert after.modules["one"].closeness == own and before.modules["one"].verdict == "near"
 
 
 @settings(max_examples=200, deadline=None)

@@ -140,12 +140,15 @@ def test_underflow_ends_where_e4m3_rounding_ends(largest: float, explained: bool
     scale_2 = 2.0**-7
     expected = torch.tensor(largest * 2.0**-17 / (6 * scale_2)).to(torch.float8_e4m3fn)
     assert (float(expected) == 0.0) is explained
-    export, base = small_pair(tmp_path / "made", {"lin": (32, 64), "other": (32, 64)}, torch.tensor(scale_2))
+    export, base = small_pair(tmp_path / "made", {"lin": (32, 64), "other": (32, 64)})
 
     def shrink(tensors: Tensors) -> None:
+        tensors["lin.weight"][0, 0] = 2688 * scale_2  # the largest, so that max calibration gives this scale
         tensors["lin.weight"][5, 16:32] = largest * 2.0**-17
 
     def underflow(tensors: Tensors) -> None:
+        tensors |= quantize("lin", load(base)["lin.weight"])
+        assert float(tensors["lin.weight_scale_2"]) == scale_2
         tensors["lin.weight"][5, 8:16] = 0x77
         tensors["lin.weight_scale"] = poke(tensors["lin.weight_scale"], 5, 1, 0x00)
 

@@ -68,8 +68,8 @@ def job(source: Path, tmp_path: Path) -> ShardJob:
     plan = SimpleNamespace(shards=(ShardPlan(FILE, tuple(specs)),), steps=steps)
     (tmp_path / "stage" / ATTEMPTS).mkdir(parents=True)
     with CheckpointReader(source) as reader:
-        (task,) = shard_tasks(plan, "")
-        return ShardJob(task, {"base": part_of(reader, "base", task.steps)}, tmp_path / "stage", 2)
+        (task,) = shard_tasks(plan, {}, "")
+        return ShardJob(task, {"base": part_of(reader, "base", task)}, tmp_path / "stage", 2)
 
 
 def written(job: ShardJob) -> dict[str, bytes]:

@@ -76,6 +76,9 @@ class Steps:
     pushed: PushedReport | None = None
 
 
+_WEAKEST_FIRST = ("fail", "not proven", "quantized here", "pass")
+
+
 def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error: BaseException | None) -> Report:
     """The report, whatever the outcome.
 
@@ -132,21 +135,23 @@ def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, obje
 
 
 def _proof(steps: Steps) -> ProofReport | None:
-    """The proofs of all transformers as one: names under their prefixes, the first status that is no pass."""
+    """The proofs of all transformers as one: names under their prefixes, the weakest status and its words."""
     named = [(part.prefix, one.report) for part, one in zip(steps.parts, steps.proofs, strict=False)]
     if not named:
         return None
     modules = {f"{prefix}{name}": one for prefix, found in named for name, one in found.modules.items()}
-    first = named[-1][1]
+    weakest = min((found for _, found in named), key=lambda one: _WEAKEST_FIRST.index(one.status))
     return ProofReport(
-        method=first.method,
-        status=next((one.status for _, one in named if one.status != "pass"), "pass"),
-        max_error=first.max_error,
+        method=weakest.method,
+        status=weakest.status,
+        words=weakest.words,
+        max_error=weakest.max_error,
         counts=verdict_counts(modules),
         fused_scales_differ={
             f"{prefix}{group}": ratio for prefix, found in named for group, ratio in found.fused_scales_differ.items()
         },
         biases_differ=[f"{prefix}{name}" for prefix, found in named for name in found.biases_differ],
+        unquantized_differ=[f"{prefix}{name}" for prefix, found in named for name in found.unquantized_differ],
         modules=modules,
     )
 

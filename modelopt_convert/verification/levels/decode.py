@@ -10,16 +10,15 @@ import xxhash
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, is_layout_marker, is_quantizer_state
-from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import from_bytes, to_bytes
-from modelopt_convert.proof.closeness import Nearness
+from modelopt_convert.formats.tensor_bytes import to_bytes
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module
 from modelopt_convert.proof.judgement import Judgement, format_proof, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, tensor_scale
-from modelopt_convert.proof.unquantized import same_up_to_cast
+from modelopt_convert.proof.unquantized import is_near_base, same_up_to_cast
 from modelopt_convert.report.report import (
     MISMATCH_WORDS,
     NEAR_WORDS,
@@ -33,8 +32,6 @@ from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject
-
-_COMPARED_VALUES = 1 << 18  # of a tensor at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,30 +224,12 @@ def unlike_base(
             advance(info.num_bytes)
             if same:
                 return None
-            is_near = _is_near(subject.reader, base, name, max_error)
+            is_near = is_near_base(subject.reader, base, name, max_error)
         return is_near, f"{name}: near the base's" if is_near else f"{name}: not the base's"
 
     answers = in_order(sorted((mine & base.tensors.keys()) - coded), compared, workers)
     wrong = [answer for answer in answers if answer is not None]
     return [*failures, *(words for near, words in wrong if not near)], [words for near, words in wrong if near]
-
-
-def _is_near(reader: CheckpointReader, base: CheckpointReader, name: str, max_error: float) -> bool:
-    """Whether an unquantized tensor lies within the limits for dequantized codes."""
-    mine, theirs = reader.tensors[name], base.tensors[name]
-    if not {mine.dtype, theirs.dtype} <= HALF_AND_FLOAT or not mine.shape:
-        return False
-    sums = Nearness(mine.shape[-1])
-    row_bytes = [math.prod(one.shape[-1:]) * DTYPE_BITS[one.dtype] // 8 for one in (mine, theirs)]
-    height = max(1, _COMPARED_VALUES // mine.shape[-1])
-    sides = ((reader, mine, row_bytes[0]), (base, theirs, row_bytes[1]))
-    for pieces in zip(*(side.buffered(name, height * width) for side, _, width in sides), strict=True):
-        found, wanted = (
-            from_bytes(piece, info.dtype, (-1, info.shape[-1])).to(torch.float64)
-            for piece, (_, info, _) in zip(pieces, sides, strict=True)
-        )
-        sums.add(wanted, found)
-    return sums.closeness().within(max_error)
 
 
 def _judge(

@@ -1,0 +1,127 @@
+"""The comparisons of an export with its base that mutants.py turns round, each with the tests that are to notice."""
+
+from mutants_disk import Mutant
+
+_BLOCKS = "proof/test_blocks.py"
+_NVFP4 = "proof/test_judgement.py"
+_FP8 = "proof/test_judgement_fp8.py"
+
+
+def _blocks(what: str, old: str, new: str) -> Mutant:
+    return Mutant("proof/blocks.py", what, old, new, (_BLOCKS,))
+
+
+def _nvfp4(what: str, old: str, new: str) -> Mutant:
+    return Mutant("proof/nvfp4.py", what, old, new, (_NVFP4,))
+
+
+def _fp8(what: str, old: str, new: str) -> Mutant:
+    return Mutant("proof/fp8.py", what, old, new, (_FP8,))
+
+
+def _shared(what: str, old: str, new: str) -> Mutant:
+    return Mutant("proof/judgement.py", what, old, new, (_NVFP4,))
+
+
+def _export(what: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant("proof/export.py", what, old, new, tests or (_NVFP4,))
+
+
+PROOF = (
+    _blocks("codes are compared", "!= expected[0].view(", "!= found[0].view("),
+    _blocks("scales are compared", "differs |= found[1] != expected[1]", "pass"),
+    _blocks("a tie ends at 2 ulp", "TIE = 2.4e-7", "TIE = 2.8e-7"),
+    _blocks("a tie goes to 2 ulp", "TIE = 2.4e-7", "TIE = 1.7e-7"),
+    _blocks("a tie is at the midpoint", "neighbours & same_sign & ((quotient", "neighbours & same_sign | ((quotient"),
+    _blocks("a tie is a neighbour", ".abs() == 1\n", ".abs() >= 1\n"),
+    _blocks("a tie has the value's sign", "same_sign & ((quotient", "((quotient"),
+    _blocks("a zero has either sign", " | ((codes & 7) == 0)\n", "\n"),
+    _blocks("a zero over a value is wrong", " & ((nearest & 7) == 0)", ""),
+    _blocks("a tied scale is a neighbour", "codes + 1 == high", "codes + 1 <= high"),
+    _blocks("a tied scale is at the midpoint", "neighbours & ((wanted", "neighbours | ((wanted"),
+    _blocks("a zero byte underflows", " & self._underflows(blocks)", ""),
+    _blocks("a zero byte excuses no code", " & equal.all(dim=1)", ""),
+    _blocks("an idle block is all zeros", ".all(dim=1) & ~same_scale", ".any(dim=1) & ~same_scale"),
+    _blocks("an idle block's codes are judged", "torch.where(idle, max_values, values)", "values"),
+    _blocks("an idle scale is zero or odd", "(idle & (scale == 0))", "idle"),
+    _blocks("a block with a wrong code is odd", " & ~wrong.any(dim=1)", ""),
+    _blocks("errors above", "(error > least *", "(error < least *"),
+    _blocks("errors slightly above", "_ROUNDING = 1e-5", "_ROUNDING = 1e-2"),
+    _blocks("rounding of the comparison", "_ROUNDING = 1e-5", "_ROUNDING = -1e-2"),
+    _blocks("few blocks are damage", "FEW = 0.01", "FEW = 0.02"),
+    _blocks("none is no damage", "return 0 < self", "return 0 <= self"),
+    _blocks("wrong codes are not nearest", "self.wrong_codes == 0 and self", "self"),
+    _blocks("blocks above are not nearest", " and self.blocks_above == 0", ""),
+    _blocks("exact codes", "return self.codes_equal == self.codes and ", "return "),
+    _blocks(
+        "exact scales",
+        "self.codes_equal == self.codes and self.scales_equal + self.scales_zero == self.scales",
+        "self.codes_equal == self.codes",
+    ),
+    _blocks("tied scales", "return codes == self.codes and ", "return "),
+    _blocks("the first place stays", "if self.first is not None:", "if False:"),
+    _nvfp4("one reading for all rows", "if one.tally.is_exact or one.tally.is_tied:", "if one.tally.scales_equal:"),
+    _nvfp4("damage is not nearest", " and not one.tally.is_damaged:", ":"),
+    _nvfp4("the nearest is nearest", "and one.is_complete and one.tally.is_nearest", "and one.is_complete"),
+    _nvfp4("nothing is clipped", "found.amax <= float(", "found.amax >= 0 * float("),
+    _nvfp4("what is tied is not exact", '"reproduced" if tally.is_exact else', '"reproduced" if tally.is_tied else'),
+    _nvfp4("compressed: codes", "if not torch.equal(packed, _canonical(tile.stored, reading)) or not", "if not"),
+    _nvfp4("compressed: the scale of another", "if not 0.0 < float(own) < float(factor):", "if False:"),
+    _nvfp4("near within the limit", "if near.within(limit) and", "if"),
+    _nvfp4("near in every strip", " and sums.worst_strip() <= limit and not tried", " and not tried"),
+    _nvfp4("damage is not near", " and not tried.tally.is_damaged:", ":"),
+    _nvfp4(
+        "near under one reading alone",
+        '"near" if self.is_clear(reading, near.relative_error) else',
+        '"near" if True else',
+    ),
+    _nvfp4("unrelated", ">= RELATED_COSINE", ">= 0.0"),
+    _fp8("every code", "differs = wanted != tile.stored", "differs = wanted > tile.stored"),
+    _fp8("all codes or none", "if found.equal != found.codes:", "if found.share < 0.999:"),
+    _fp8("few codes are damage", "< FEW * found.codes", "<= FEW * found.codes"),
+    _fp8("damage of a whole module", "damaged = is_whole and", "damaged ="),
+    _fp8("near within the limit", "if near.within(limit) and", "if"),
+    _fp8("near in every strip", " and sums.worst_strip() <= limit and", " and"),
+    _fp8("unrelated", ">= RELATED_COSINE", ">= 0.0"),
+    _fp8("related", ">= RELATED_COSINE", ">= 0.9"),
+    _fp8("codes that are no number", "(codes & 0x7F) == 0x7F", "(codes & 0x7F) == 0xFF"),
+    _fp8("the scale rounded too", ", _Rule(dtype, dtype, dtype)]", "]"),
+    _fp8("the quotient in F32", '[_Rule(dtype, "F32"), ', "["),
+    _fp8("what is clipped is told", "found.clipped if found.clipped.count else None", "None"),
+    _shared("a scale is one of max calibration", "if one.scale not in calibrated:", "if False:"),
+    _shared("of the largest", "max(largest[one.scale], one.amax)", "one.amax"),
+    _shared("of the module itself", "if not (one.is_whole and one.passed):", "if not one.is_whole:"),
+    _shared("of what was compared whole", "if not (one.is_whole and one.passed):", "if not one.passed:"),
+    _shared("compressed beside the largest alone", '"near" if one.rule == COMPRESSED else "nearest"', '"nearest"'),
+    _shared("a weight of zeros", " if calibrated[0] else 1.0", ""),
+    _export("the scales of all modules together", "in with_shared_scales(rules, found).items():", "in found.items():"),
+    _export("most modules tell another base", "2 * len(unrelated) > len(", "2 * len(unrelated) >= len("),
+    _export("another base is told", "if 2 * len(unrelated) > len(modules):", "if False:"),
+    _export("a cause is named", "    _name_causes(rules, export, modules)\n    return", "    return"),
+    _export("what rows tell is tried first", "reading=look.reading, rule=look.rule", "rule=look.rule"),
+    _export("sampled rows are kept", "one.closeness or modules[name].closeness", "one.closeness"),
+    _export(
+        "unquantized tensors are the base's",
+        "[*proof.unquantized_differ, *biases]",
+        "biases",
+        "plan/test_refusals_base.py::test_unquantized_tensors_that_differ_tell_another_base",
+    ),
+    _export(
+        "biases are the base's",
+        "[*proof.unquantized_differ, *biases]",
+        "proof.unquantized_differ",
+        "plan/test_refusals_base.py::test_a_bias_of_a_packed_module_may_be_near_where_that_is_accepted",
+    ),
+    _export(
+        "biases are near at least",
+        "if not is_near_base(export, base, name, near)]",
+        "if False]",
+        "plan/test_refusals_base.py::test_another_bias_of_a_packed_module_is_refused",
+    ),
+    _export(
+        "what is refuted is refused before anything is written",
+        "if is_whole and not any(one.verdict in REFUTED for one in proof.modules.values()):",
+        "if is_whole:",
+        "proof/test_refusals.py::test_one_damaged_module_fails_the_check_and_is_named",
+    ),
+)
