@@ -25,9 +25,8 @@ def verify(request: VerifyRequest, output: "Output") -> None:
       mopt verify OUT --base FLUX.1-dev --backend all --report verify.html
       mopt verify --self-test --backend all --json
 
-    Without a base every byte is compared with the record in mopt.json, which proves that nothing changed, and no more.
-    Exit codes: 0 passed; 1 wrong; 6 neither base nor record, or what --require names did not run; 7 a backend is broken
-    or backends disagree.
+    Without a base the record in mopt.json is the proof: every byte is compared with it. Exit codes: 0 passed; 1 wrong;
+    6 nothing proves it, or what --require names did not run; 7 a backend is broken or backends disagree.
     """
     from modelopt_convert.cli._output import check_file, run
 

@@ -1,6 +1,5 @@
 """The report of a run: one JSON object for every outcome, whose fields are only ever added. No torch."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,16 +14,8 @@ REFUTED = ("undetermined", "unrelated", "mismatch")
 PROVEN_WORDS = "proven"
 SAMPLED_WORDS = "not proven: sampled"
 NEAR_WORDS = "not proven: near"
-UNPROVEN_WORDS = "not proven: no base"
 MISMATCH_WORDS = "mismatch"
-_FROM_THE_STRONGEST = (PROVEN_WORDS, "unchanged", SAMPLED_WORDS, NEAR_WORDS, UNPROVEN_WORDS, MISMATCH_WORDS)
 Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error", "interrupted"]
-
-
-def weakest(words: Iterable[str]) -> str:
-    """Of several proofs in words the one that is the whole's."""
-    place = {one: number for number, one in enumerate(_FROM_THE_STRONGEST)}
-    return max(words, key=lambda one: place.get(one, -1))
 
 
 class _Model(BaseModel):

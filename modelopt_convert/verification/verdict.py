@@ -1,6 +1,5 @@
 """From what was found to how the run ends: several transformers as one, and the exit code. No torch."""
 
-from modelopt_convert.report.report import weakest
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.verification.gemm.names import ALIASES
@@ -27,7 +26,6 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
     return first.model_copy(
         update={
             "checkpoint": checkpoint,
-            "proof": weakest(one.proof for one in found.values()),
             "statement": "; ".join(f"{name}: {one.statement}" for name, one in found.items()),
             "levels": levels,
             "backends": [backend for one in found.values() for backend in one.backends],

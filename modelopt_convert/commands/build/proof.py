@@ -22,7 +22,6 @@ from modelopt_convert.report.report import (
     QUANTIZED_HERE,
     REFUTED,
     SAMPLED_WORDS,
-    UNPROVEN_WORDS,
     ClippedReport,
     ModuleReport,
     ProofReport,
@@ -120,7 +119,7 @@ def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildReque
             name: ModuleReport(verdict="not proven: replaced", reason=why) for name, why in proof.unproven.items()
         }
     else:
-        modules |= {name: ModuleReport(verdict=UNPROVEN_WORDS) for name in plan.modules}
+        modules |= {name: ModuleReport(verdict="not proven: no base") for name in plan.modules}
     written = {name: modules[name] for name in plan.packed}
     failing = [name for name, one in modules.items() if one.verdict in REFUTED]
     near = [name for name, one in modules.items() if one.verdict == "near" and not (proof.due and name in written)]
@@ -151,7 +150,7 @@ def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildReque
 def _in_words(opened: Opened, proof: "Proof", near: Sequence[str], written: Mapping[str, ModuleReport]) -> str:
     """Whether what is written is proven, and if not, why."""
     if opened.base is None:
-        return UNPROVEN_WORDS
+        return "not proven: no base"
     if near:
         return NEAR_WORDS
     if not all(one.compared == "all" for one in written.values()):

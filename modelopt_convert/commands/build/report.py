@@ -22,17 +22,13 @@ from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import peak_bytes
 from modelopt_convert.preset.preset import ChosenPreset
 from modelopt_convert.report.report import (
-    QUANTIZED_HERE,
     ClippedReport,
     ProofReport,
     PushedReport,
     Report,
-    weakest,
 )
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.stage.directory import Published
-
-_FROM_THE_STRONGEST = ("pass", QUANTIZED_HERE, "not proven", "fail")
 
 
 @dataclass(slots=True)
@@ -136,7 +132,7 @@ def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, obje
 
 
 def _proof(steps: Steps) -> ProofReport | None:
-    """The proofs of all transformers as one: names under their prefixes, the weakest status."""
+    """The proofs of all transformers as one: names under their prefixes, the first status that is no pass."""
     named = [(part.prefix, one.report) for part, one in zip(steps.parts, steps.proofs, strict=False)]
     if not named:
         return None
@@ -144,15 +140,13 @@ def _proof(steps: Steps) -> ProofReport | None:
     first = named[-1][1]
     return ProofReport(
         method=first.method,
-        status=max((one.status for _, one in named), key=_FROM_THE_STRONGEST.index),
-        words=weakest(one.words for _, one in named),
+        status=next((one.status for _, one in named if one.status != "pass"), "pass"),
         max_error=first.max_error,
         counts=verdict_counts(modules),
         fused_scales_differ={
             f"{prefix}{group}": ratio for prefix, found in named for group, ratio in found.fused_scales_differ.items()
         },
         biases_differ=[f"{prefix}{name}" for prefix, found in named for name in found.biases_differ],
-        unquantized_differ=[f"{prefix}{name}" for prefix, found in named for name in found.unquantized_differ],
         modules=modules,
     )
 
