@@ -7,7 +7,7 @@ from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, 
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
-    from modelopt_convert.report.report import Report
+    from modelopt_convert.report.report import ModuleReport, ProofReport, Report
 
 
 def build_nvfp4(request: BuildNvfp4Request, output: "Output") -> None:
@@ -90,12 +90,7 @@ def _show(out: "Output", report: "Report") -> None:
         )
         return
     if report.proof is not None:
-        for verdict, count in report.proof.counts.items():
-            members = [one for one in report.proof.modules.values() if one.verdict == verdict]
-            codes, equal = sum(one.codes for one in members), sum(one.codes_equal for one in members)
-            share = f", {_percent(equal, codes)} of {codes} sampled codes" if codes else ""
-            rules = ", ".join(sorted({one.rule for one in members if one.rule}))
-            out.line(f"proof: {count} modules {verdict}{share}{f' ({rules})' if rules else ''}")
+        _show_proof(out, report.proof)
     if report.device is not None:
         out.line(f"quantized on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
     parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
@@ -103,6 +98,18 @@ def _show(out: "Output", report: "Report") -> None:
     show_cost(out, report)
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
     out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
+
+
+def _show_proof(out: "Output", proof: "ProofReport") -> None:
+    """A line for each verdict; modules that the base replaces are sampled, although all that is written is compared."""
+    groups: dict[tuple[str, str], list[ModuleReport]] = {}
+    for one in proof.modules.values():
+        groups.setdefault((one.verdict, "" if one.compared == "all" else "sampled "), []).append(one)
+    for (verdict, sampled), members in sorted(groups.items()):
+        codes, equal = sum(one.codes for one in members), sum(one.codes_equal for one in members)
+        share = f", {_percent(equal, codes)} of {codes} {sampled}codes" if codes else ""
+        rules = ", ".join(sorted({one.rule for one in members if one.rule}))
+        out.line(f"proof: {len(members)} modules {verdict}{share}{f' ({rules})' if rules else ''}")
 
 
 def _percent(part: int, whole: int) -> str:

@@ -175,13 +175,16 @@ class _Comparison:
                 break
         found = max(tried, key=lambda one: one.share)
         is_whole, verdict, near = self.rows is None, "reproduced", None
-        if found.equal != found.codes:
-            found = self.attempt(found.rule, to_the_end=True)
+        is_equal = found.equal == found.codes
+        # Codes that are cut off are the base's all the same, and may say nothing of it.
+        if not is_equal or found.clipped.count:
+            found = found if is_equal else self.attempt(found.rule, to_the_end=True)
             sums, limit = self.nearness(), self.due.max_error
             near = sums.whole.closeness()
-            verdict = "mismatch" if abs(near.cosine) >= RELATED_COSINE else "unrelated"
-            damaged = is_whole and found.codes - found.equal < FEW * found.codes
-            if near.within(limit) and sums.worst_strip() <= limit and not damaged:
+            is_damaged = is_whole and not is_equal and found.codes - found.equal < FEW * found.codes
+            if not near.within(limit) or sums.worst_strip() > limit or is_damaged:
+                verdict = "mismatch" if abs(near.cosine) >= RELATED_COSINE else "unrelated"
+            elif not is_equal:
                 verdict = "near"
         known: Verdict = verdict  # type: ignore[assignment]
         counts = Counts(found.codes, found.equal)
@@ -192,7 +195,7 @@ class _Comparison:
             found.amax,
             self.due.scale,
             near,
-            rule=found.rule.in_words() if verdict == "reproduced" else None,
+            rule=found.rule.in_words() if is_equal else None,
             cast=found.rule.cast,
             first=found.first,
             clipped=found.clipped if found.clipped.count else None,

@@ -10,9 +10,13 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.preset.preset import ChosenPreset, Preset
-from modelopt_convert.report.report import QUANTIZED_HERE, ProofReport
+from modelopt_convert.report.report import NEAR_WORDS, QUANTIZED_HERE, SAMPLED_WORDS, ProofReport
 
 _NOT_CALIBRATED = "**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."
+_WHY = {
+    NEAR_WORDS: "weights, or tensors beside them, are near the base's and not made from them as they are",
+    SAMPLED_WORDS: "a sample of the rows was compared with the base, and the others were not",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +103,10 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
             "**NOT calibrated**: no activations were looked at.",
         ]
     elif proof.status == "not proven":
-        how += ["**Not proven**: no base was given to compare the weights with."]
+        why = _WHY.get(proof.words, "no base was given to compare the weights with")
+        how += [f"**{proof.words.capitalize()}**: {why}."]
     else:
-        how += ["Before publishing, rows of every packed weight were proven against the", f"base: {proven}."]
+        how += ["Before publishing, every code and scale that is packed here was compared with the", f"base: {proven}."]
     body = [
         f"# {title}, {target.quant_algo}",
         "",

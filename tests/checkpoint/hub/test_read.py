@@ -50,10 +50,17 @@ def test_what_is_built_from_the_hub_is_what_is_built_from_disk(
     assert outcome.report["inputs"]["base"]["path"] == "hf://alice/base/transformer"
 
 
+@pytest.mark.parametrize(("proof", "share"), [("all", 0.9), ("sampled", 0.8)])
 def test_only_the_bytes_needed_are_fetched_and_none_twice(
-    filled: LoopbackHub, nvfp4: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled: LoopbackHub,
+    nvfp4: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    proof: str,
+    share: float,
 ) -> None:
-    """What a build needs is what the same build reads on disk."""
+    """What a build needs is what the same build reads on disk: the base whole, unless the proof is sampled."""
     asked: dict[str, list[tuple[int, int]]] = {}
     read, read_into = LocalFile.read, LocalFile.read_into
 
@@ -68,33 +75,35 @@ def test_only_the_bytes_needed_are_fetched_and_none_twice(
     with monkeypatch.context() as patch:
         patch.setattr(LocalFile, "read", recording)
         patch.setattr(LocalFile, "read_into", recording_into)
-        assert build(nvfp4, base, tmp_path / "near").exit_code == 0
+        assert build(nvfp4, base, tmp_path / "near", "--proof", proof).exit_code == 0
     inputs = {path: ranges for path, ranges in asked.items() if str(tmp_path) not in path}
     needed = sum(total(union(ranges)) for path, ranges in inputs.items() if path.endswith(".safetensors"))
     filled.log.clear()
-    outcome = build_from_hub(tmp_path / "far")
+    outcome = build_from_hub(tmp_path / "far", "--proof", proof)
     assert outcome.exit_code == 0 and outcome.report is not None
     fetched = filled.bytes_out("/_cdn/")
     of = sum(one["of_bytes"] for one in outcome.report["network"].values())
-    assert needed <= fetched <= needed * 1.05 and fetched < 0.8 * of
+    assert needed <= fetched <= needed * 1.05 and fetched < share * of
     assert sum(one["fetched_bytes"] for one in outcome.report["network"].values()) >= fetched
     assert all(one.status == 206 and one.range for one in filled.requests("/_cdn/"))
     assert not any(one.authorized for one in filled.requests("/_cdn/"))
 
 
-def test_a_dry_run_says_how_much_would_be_fetched(filled: LoopbackHub, tmp_path: Path) -> None:
-    outcome = build_from_hub(tmp_path / "out", "--dry-run")
+@pytest.mark.parametrize(("proof", "told"), [("all", "5.8 MB of 5.8 MB"), ("sampled", "4.3 MB of 5.8 MB")])
+def test_a_dry_run_says_how_much_would_be_fetched(filled: LoopbackHub, tmp_path: Path, proof: str, told: str) -> None:
+    """Also what the comparison of all bytes needs."""
+    outcome = build_from_hub(tmp_path / "out", "--proof", proof, "--dry-run")
     assert outcome.exit_code == 0 and outcome.report is not None
     planned = outcome.report["network"]["base"]
     headers = filled.bytes_out("/_cdn/")
     text = run_mopt(
         "build-nvfp4", "--preset", "flux1-dev", "--export", SOURCES[0], "--base", SOURCES[1],
-        "--output", tmp_path / "out", "--dry-run", json_report=False,
+        "--output", tmp_path / "out", "--proof", proof, "--dry-run", json_report=False,
     ).stdout  # fmt: skip
-    assert "would fetch 4.3 MB of 5.8 MB of the base, alice/base@" in text
+    assert f"would fetch {told} of the base, alice/base@" in text
     assert headers < 60_000 and not (tmp_path / "out").exists()
     filled.log.clear()
-    assert build_from_hub(tmp_path / "out").exit_code == 0
+    assert build_from_hub(tmp_path / "out", "--proof", proof).exit_code == 0
     of_base = sum(one.num_out for one in filled.requests("/_cdn/") if "-0000" in one.path)
     assert of_base == pytest.approx(planned["to_fetch_bytes"], rel=0.05)
 

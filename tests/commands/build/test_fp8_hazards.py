@@ -238,17 +238,22 @@ def test_codes_never_go_without_their_scales(with_base: bool, fp8: Path, base: P
 
 
 def test_neither_of_two_transformers_is_left_out(exports: Path, base: Path, tmp_path: Path) -> None:
-    """Other builders take the first."""
+    """Other builders take the first. The second, which was trained further, is refused unless it is accepted."""
     export, other = tmp_path / "export", tmp_path / "base"
     for name, variant in (("transformer", "fp8"), ("transformer_2", "fp8_trained")):
         copy(exports / variant, export / name)
         copy(base, other / name)
-        assert convert(exports / variant, base, tmp_path / name).exit_code == 0
-    outcome = convert(export, other, tmp_path / "both")
-    assert outcome.exit_code == 0, outcome.stderr
+        assert convert(exports / variant, base, tmp_path / name, "--accept-near").exit_code == 0
+    refused = convert(export, other, tmp_path / "both")
+    assert (refused.exit_code, refused.error_code) == (1, "check.proof"), refused.stderr
+    assert "transformer_2" in refused.message and not (tmp_path / "both").exists()
+    outcome = convert(export, other, tmp_path / "both", "--accept-near")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert (outcome.report["proof"]["status"], outcome.report["proof"]["words"]) == ("not proven", "not proven: near")
+    assert outcome.report["verify"]["proof"] == "not proven: near"
     for name in ("transformer", "transformer_2"):
         assert tree(tmp_path / "both" / name)[SHARD] == tree(tmp_path / name)[SHARD]
-    flags = ("--component", "transformer_2")
+    flags = ("--component", "transformer_2", "--accept-near")
     assert convert(export, other, tmp_path / "second", *flags).exit_code == 0
     (found,) = (tmp_path / "second").rglob(SHARD)
     assert found.read_bytes() == (tmp_path / "transformer_2" / SHARD).read_bytes()

@@ -61,12 +61,19 @@ def test_each_rule_of_modelopt_is_recognised_and_named(
     assert [one for one, count in explained.items() if count == 40] == [rule]
 
 
-def test_a_trained_export_is_within_limits_and_has_no_rule(exports: Path, base: Path, tmp_path: Path) -> None:
-    outcome = convert(exports / "fp8_trained", base, tmp_path / "out")
+def test_a_trained_export_is_near_and_has_no_rule(exports: Path, base: Path, tmp_path: Path) -> None:
+    """Such an export is refused; where it is accepted, nothing calls it proven."""
+    fp8_refused(exports / "fp8_trained", base, tmp_path, code="check.proof", exit_code=1, names=("40 of 40", "near"))
+    outcome = convert(exports / "fp8_trained", base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
-    assert outcome.report["proof"]["counts"] == {"within limits": 40}
-    assert "proof.not_reproduced" in warnings_of(outcome)
-    assert all(0.02 < module["relative_error"] < 0.1 for module in outcome.report["proof"]["modules"].values())
+    proof = outcome.report["proof"]
+    assert (proof["status"], proof["words"], proof["counts"]) == ("not proven", "not proven: near", {"near": 40})
+    assert "proof.near" in warnings_of(outcome)
+    assert all(0.02 < module["relative_error"] < 0.1 for module in proof["modules"].values())
+    assert {module["rule"] for module in proof["modules"].values()} == {None}
+    for name in ("README.md", "mopt.json"):
+        assert "not proven: near" in (tmp_path / "out" / name).read_text().lower(), name
+    assert "no base was given" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_max_error_decides_where_codes_are_not_reproduced(exports: Path, base: Path, tmp_path: Path) -> None:
@@ -278,11 +285,13 @@ def test_without_a_base_half_becomes_bf16(exports: Path, tmp_path: Path) -> None
             assert same_bits(tensor, source[name].to(torch.bfloat16)), name
 
 
-def test_not_proven_is_in_card_and_manifest(fp8: Path, tmp_path: Path) -> None:
+def test_not_proven_is_in_card_and_manifest(fp8: Path, base: Path, tmp_path: Path) -> None:
     """Who gets the folder must be able to tell."""
     assert convert(fp8, None, tmp_path / "out").exit_code == 0
-    for name in ("README.md", "mopt.json"):
-        assert "not proven" in (tmp_path / "out" / name).read_text().lower(), name
+    assert convert(fp8, base, tmp_path / "sampled", "--proof", "sampled").exit_code == 0
+    for folder, words in (("out", "not proven: no base"), ("sampled", "not proven: sampled")):
+        for name in ("README.md", "mopt.json"):
+            assert words in (tmp_path / folder / name).read_text().lower(), (folder, name)
 
 
 def test_a_scale_of_shape_one_is_taken_like_one_without_dimensions(tmp_path: Path) -> None:

@@ -300,13 +300,18 @@ def test_a_stale_scale_is_seen_although_its_codes_are_reproduced(tmp_path: Path)
     fp8_refused(export, base, tmp_path, code="check.proof", exit_code=1, names=names, preset="none")
 
 
-def test_a_bias_that_differs_is_reported_and_kept(fp8: Path, base: Path, tmp_path: Path) -> None:
-    export = edit(fp8, tmp_path / "export", lambda tensors: tensors[f"{PACKED}.bias"].add_(0.5))
-    outcome = convert(export, base, tmp_path / "out")
+def test_a_bias_that_differs_is_refused_or_accepted_and_kept(fp8: Path, base: Path, tmp_path: Path) -> None:
+    name = f"{PACKED}.bias"
+    far = edit(fp8, tmp_path / "far", lambda tensors: tensors[name].add_(0.5))
+    export = edit(fp8, tmp_path / "export", lambda tensors: tensors[name].mul_(1.01))
+    for one in (far, export):
+        fp8_refused(one, base, tmp_path, code="export.other_base", names=(SHARD, name), hint="--accept-near")
+    outcome = convert(export, base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
-    assert outcome.report["proof"]["biases_differ"] == [PACKED]
+    proof = outcome.report["proof"]
+    assert (proof["status"], proof["words"], proof["biases_differ"]) == ("not proven", "not proven: near", [PACKED])
     assert "export.biases_differ" in warnings_of(outcome)
-    assert same_bits(load(tmp_path / "out")[f"{PACKED}.bias"], load(export)[f"{PACKED}.bias"])
+    assert same_bits(load(tmp_path / "out")[name], load(export)[name])
 
 
 @pytest.mark.parametrize("with_base", [True, False])
