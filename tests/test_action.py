@@ -12,7 +12,14 @@ from action_runner import Ended, Expression, commands, fill, read_pairs, run_act
 from root import ROOT
 
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
-REPORT = {"verify": {"verdict": "pass", "statement": "proven", "levels": [{"level": "L0", "status": "pass"}]}}
+REPORT = {
+    "verify": {
+        "verdict": "pass",
+        "proof": "proven",
+        "statement": "proven, cpu only",
+        "levels": [{"level": "L0", "status": "pass"}],
+    }
+}
 
 
 def never(name: str, _given: Mapping[str, str]) -> dict[str, str]:
@@ -59,11 +66,15 @@ def writing(report: Mapping[str, object], code: int) -> str:
 def test_a_right_checkpoint_passes(built_nvfp4: Path, base: Path, place: Path) -> None:
     ended = run(place, checkpoint=str(built_nvfp4), base=str(base), args="--device cpu  --sample 4\n--quiet")
     assert ended.exit_code == 0, ended.log
-    assert ended.outputs["verdict"] == "pass"
+    assert (ended.outputs["verdict"], ended.outputs["proof"]) == ("pass", "not proven: sampled")
     report = json.loads(Path(ended.outputs["report"]).read_text())
     assert (report["command"], report["verify"]["verdict"]) == ("verify", "pass")
-    assert "### mopt verify: pass (exit code 0)" in ended.summary
+    assert "### mopt verify: pass, not proven: sampled (exit code 0)" in ended.summary
     assert "L2" in ended.summary
+    for words, given in (("proven", {"base": str(base)}), ("unchanged", {})):
+        ended = run(place, checkpoint=str(built_nvfp4), args="--device cpu", **given)
+        assert (ended.exit_code, ended.outputs["verdict"], ended.outputs["proof"]) == (0, "pass", words), ended.log
+        assert f"### mopt verify: pass, {words} (exit code 0)" in ended.summary
 
 
 def test_a_damaged_checkpoint_fails_the_step_with_mopts_own_code(built_nvfp4: Path, place: Path) -> None:
@@ -78,7 +89,7 @@ def test_a_damaged_checkpoint_fails_the_step_with_mopts_own_code(built_nvfp4: Pa
     ended = run(place, checkpoint=str(damaged), args="--device cpu")
     assert ended.exit_code == 1, ended.log
     assert ended.step("Verify").outcome == "failure"
-    assert ended.outputs["verdict"] == "fail"
+    assert (ended.outputs["verdict"], ended.outputs["proof"]) == ("fail", "mismatch")
     assert json.loads(Path(ended.outputs["report"]).read_text())["exit_code"] == 1
     assert "exit code 1" in ended.summary
 
@@ -86,7 +97,7 @@ def test_a_damaged_checkpoint_fails_the_step_with_mopts_own_code(built_nvfp4: Pa
 def test_what_cannot_be_opened_is_no_verdict(place: Path) -> None:
     ended = run(place, checkpoint=str(place / "absent"))
     assert ended.exit_code == 3, ended.log
-    assert ended.outputs["verdict"] == "error"
+    assert (ended.outputs["verdict"], ended.outputs["proof"]) == ("error", "")
     assert Path(ended.outputs["report"]).is_file()
 
 
@@ -145,6 +156,13 @@ def test_a_verdict_that_is_none_is_an_error(place: Path, verdict: object) -> Non
     ended = run(place, stub(place, writing({"verify": {"verdict": verdict}}, 0)), checkpoint="x")
     assert ended.outputs["verdict"] == "error"
     assert ended.outputs["report"].startswith(str(place / "temp"))
+
+
+@pytest.mark.parametrize("proof", ["proven\nverdict=pass", "proven<script>", "PROVEN", None, 7, ["proven"]])
+def test_words_on_the_proof_that_are_none_are_left_out(place: Path, proof: object) -> None:
+    ended = run(place, stub(place, writing({"verify": {"verdict": "fail", "proof": proof}}, 1)), checkpoint="x")
+    assert (ended.outputs["verdict"], ended.outputs["proof"]) == ("fail", "")
+    assert "### mopt verify: fail (exit code 1)" in ended.summary
 
 
 @pytest.mark.parametrize(

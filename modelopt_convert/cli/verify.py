@@ -25,8 +25,9 @@ def verify(request: VerifyRequest, output: "Output") -> None:
       mopt verify OUT --base FLUX.1-dev --backend all --report verify.html
       mopt verify --self-test --backend all --json
 
-    Without a base the record in mopt.json is the proof: every byte is compared with it. Exit codes: 0 passed; 1 wrong;
-    6 nothing proves it, or what --require names did not run; 7 a backend is broken or backends disagree.
+    Without a base every byte is compared with the record in mopt.json, which proves that nothing changed, and no more.
+    Exit codes: 0 passed; 1 wrong; 6 neither base nor record, or what --require names did not run; 7 a backend is broken
+    or backends disagree.
     """
     from modelopt_convert.cli._output import check_file, run
 
@@ -44,12 +45,15 @@ def verify(request: VerifyRequest, output: "Output") -> None:
 
 
 def _show(out: "Output", report: "Report") -> None:
-    """Table of levels, backends and what failed."""
+    """What is proven, in a word; then tables of levels and backends, and what failed."""
     from modelopt_convert.cli._output import show_cost
 
     found = report.verify
     if found is None:
         return
+    if found.proof:
+        out.line(found.proof)
+        out.line("")
     if found.levels:
         out.table(
             ["level", "status", "reason"],

@@ -9,7 +9,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import part_digest, read_parts
 from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
 from modelopt_convert.commands.requests import VerifyRequest
-from modelopt_convert.report.report import OutputReport, Report
+from modelopt_convert.report.report import MISMATCH_WORDS, OutputReport, Report
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.run.errors import CheckFailedError, MoptError, StorageError
 from modelopt_convert.run.progress import Progress
@@ -149,4 +149,5 @@ def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
                 hint="the download is incomplete; get it again",
             )
         if one is not None and part_digest(checkpoint / name) != wanted:
-            one.verdict, one.statement = "fail", f"{name} is not the one that was built with the others"
+            one.verdict, one.proof = "fail", MISMATCH_WORDS
+            one.statement = f"{name} is not the one that was built with the others"

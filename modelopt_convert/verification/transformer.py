@@ -9,7 +9,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import claim, read_record, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.report.report import MISMATCH_WORDS, NEAR_WORDS
+from modelopt_convert.report.report import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 from modelopt_convert.run.errors import first_line
 from modelopt_convert.run.progress import Progress
@@ -151,7 +151,7 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    unchanged = "unchanged" if record is not None and levels[0].status != "fail" else "not proven: no base"
+    unchanged = UNCHANGED_WORDS if record is not None and levels[0].status != "fail" else NO_BASE_WORDS
     found.proof = proof or decoded.proof or unchanged
     found.verdict, found.statement = _verdict(found, record)
     if found.verdict == "fail" and found.proof not in (MISMATCH_WORDS, NEAR_WORDS):
@@ -228,9 +228,9 @@ def _verdict(found: VerifyReport, record: dict[str, Any] | None) -> tuple[Verdic
         broken = next(one for one in found.backends if one.status == "broken")
         return "backend broken", f"{broken.name} {broken.reason}"
     where = "cpu only" if found.device is None or found.device.capability is None else f"on {found.device.name}"
-    if found.proof == "unchanged" and record is not None:
+    if found.proof == UNCHANGED_WORDS and record is not None:
         return "pass", f"every byte is as mopt.json says, {where}; {claim(record)}"
-    if found.proof == "not proven: no base":
+    if found.proof == NO_BASE_WORDS:
         return "inconclusive", "there is neither a base nor a record to prove it by"
     return "pass", f"{found.proof}, {where}"
 

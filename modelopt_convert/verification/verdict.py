@@ -1,5 +1,6 @@
 """From what was found to how the run ends: several transformers as one, and the exit code. No torch."""
 
+from modelopt_convert.report.report import NEAR_WORDS, PROOFS
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.verification.gemm.names import ALIASES
@@ -9,7 +10,7 @@ SEVERITY: tuple[Verdict, ...] = ("prewarmed", "pass", "inconclusive", "backend b
 
 
 def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
-    """Several transformers as one: names under their prefixes, the worst verdict."""
+    """Several transformers as one: names under their prefixes, the worst verdict, the weakest proof."""
     if list(found) == [""]:
         return found[""]
     prefix = max(found, key=lambda name: SEVERITY.index(found[name].verdict))
@@ -26,6 +27,7 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
     return first.model_copy(
         update={
             "checkpoint": checkpoint,
+            "proof": max((one.proof for one in found.values()), key=PROOFS.index),
             "statement": "; ".join(f"{name}: {one.statement}" for name, one in found.items()),
             "levels": levels,
             "backends": [backend for one in found.values() for backend in one.backends],
@@ -45,11 +47,12 @@ def conclude(found: VerifyReport, options: VerifyOptions) -> None:
     """
     where = found.checkpoint
     if found.verdict == "fail":
+        instead = ", or --accept-near to pass what is not proven" if found.proof == NEAR_WORDS else ""
         raise CheckFailedError(
             f"{where}: {found.statement}",
             code="check.verify",
             path=where,
-            hint="the report names every module; build or export it again",
+            hint=f"the report names every module; build or export it again{instead}",
         )
     if found.verdict in ("backend broken", "backends disagree"):
         raise BackendError(

@@ -51,7 +51,8 @@ def report(modules: dict[str, Any], verdict: str = "pass") -> dict[str, Any]:
         "checkpoint": "/data/out",
         "algorithm": "nvfp4",
         "verdict": verdict,
-        "statement": "proven at build against BASE@sha, bytes unchanged",
+        "proof": {"pass": "proven", "fail": "mismatch"}.get(verdict, ""),
+        "statement": "proven, cpu only",
         "device": {"name": "H100", "capability": "9.0", "torch": "2.13.0", "cuda": None},
         "levels": [
             {"level": "L0", "title": "container", "status": "pass", "reason": "", "failures": [], "warnings": []},
@@ -250,14 +251,39 @@ def test_the_worst_come_first() -> None:
 def test_levels_backends_probes_and_facts_are_shown() -> None:
     given = report(blocks(4) | {"blocks.0.attn.to_q": module("fail", 1.25)}, "fail")
     text = Page(render(given)).text
-    for words in ("fail", "proven at build against BASE@sha", "no GPU", "and 10 more", "self-test: zeros", "0 of 40"):
+    for words in ("fail, mismatch", "proven, cpu only", "no GPU", "and 10 more", "self-test: zeros", "0 of 40"):
         assert words in text, words
     for words in ("rows 1, 5, 9", "1.25", "64\u00d732", "kernel_calc_diff", "2.13.0", "compute capability 9.0"):
         assert words in text, words
 
 
+@pytest.mark.parametrize(
+    ("verdict", "proof", "kind", "mark"),
+    [
+        ("pass", "proven", "pass", "\u2713"),
+        ("pass", "unchanged", "pass", "\u2713"),
+        ("pass", "not proven: sampled", "warn", "!"),
+        ("pass", "not proven: near", "warn", "!"),
+        ("fail", "not proven: near", "fail", "\u2715"),
+        ("fail", "mismatch", "fail", "\u2715"),
+        ("inconclusive", "not proven: no base", "other", "\u25cb"),
+        ("pass", "<img src=x>", "pass", "\u2713"),
+    ],
+)
+def test_what_is_proven_stands_beside_the_verdict(verdict: str, proof: str, kind: str, mark: str) -> None:
+    page = Page(render(report({}, verdict) | {"proof": proof}))
+    assert f"{mark} {verdict}, {proof}\n" in page.text
+    assert [given["class"] for tag, given in page.elements if tag == "header"] == [f"verdict {kind}"]
+
+
+def test_without_a_proof_the_verdict_stands_alone() -> None:
+    assert "\u25cb prewarmed\n" in Page(render(report({}, "prewarmed") | {"proof": ""})).text
+
+
 @pytest.mark.parametrize("hollow", [None, 7, "text", [None], {"a": None}, [{"a": [1]}], math.inf])
-@pytest.mark.parametrize("key", ["levels", "backends", "modules", "device", "thresholds", "verdict", "checkpoint"])
+@pytest.mark.parametrize(
+    "key", ["levels", "backends", "modules", "device", "thresholds", "verdict", "proof", "checkpoint"]
+)
 def test_what_is_missing_or_odd_is_left_out(key: str, hollow: object) -> None:
     Page(render(report(blocks(2)) | {key: hollow}))
 

@@ -1,5 +1,6 @@
 """mopt verify on checkpoints that mopt built: levels, the record that travels, exit codes."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 import torch
 from faults import swapped
 from safetensors.torch import save_file
-from support import config_of, copy, edit, load, run_mopt
+from support import config_of, copy, edit, edit_json, load, run_mopt
 from verify_support import PACKED, SHARD, found, statuses, verify
 
 from modelopt_convert.verification.gemm.names import NAMES
@@ -38,13 +39,14 @@ def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
-def test_the_proof_travels(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
-    """Neither base nor GPU, as in CI: the bytes are those that were proven."""
+def test_the_record_travels_and_is_a_claim(algorithm: str, built: dict[str, Path], tmp_path: Path) -> None:
+    """Neither base nor GPU, as in CI: the bytes are those recorded; what the record says of them is quoted."""
     outcome = verify(copy(built[algorithm], tmp_path / "downloaded"))
     assert outcome.exit_code == 0, outcome.stderr
     report = found(outcome)
-    assert report["verdict"] == "pass" and "cpu only" in report["statement"]
-    assert report["statement"].startswith("proven at build against a local folder (headers ")
+    assert (report["verdict"], report["proof"]) == ("pass", "unchanged")
+    claimed = "its record claims (the author is not verified): proven at build against a local folder (headers "
+    assert report["statement"].startswith(f"every byte is as mopt.json says, cpu only; {claimed}")
     layout = {"nvfp4": "pass", "fp8": "skipped"}[algorithm]
     assert statuses(outcome) == {"record": "pass", "L0": "pass", "L1": layout, "L2": "skipped", "L3": "skipped"}
     assert all(level["reason"] for level in report["levels"] if level["status"] == "skipped")
@@ -56,14 +58,65 @@ def test_the_proof_travels(algorithm: str, built: dict[str, Path], tmp_path: Pat
 def test_the_base_proves_again(algorithm: str, sample: str, built: dict[str, Path], base: Path) -> None:
     outcome = verify(built[algorithm], "--base", base, "--sample", sample)
     assert outcome.exit_code == 0 and statuses(outcome)["L2"] == "pass"
+    words = "proven" if sample == "all" else "not proven: sampled"
+    assert found(outcome)["proof"] == words and found(outcome)["statement"] == f"{words}, cpu only"
     modules = found(outcome)["modules"]
     assert {one["verdict"] for one in modules.values()} == {"reproduced"}
+    assert {one["compared"] for one in modules.values()} == {"all" if sample == "all" else "sampled rows"}
     for name, one in modules.items():
         rows, columns = one["shape"]
         assert one["codes"] == one["codes_equal"] > 0 and one["digest"], name
+        assert one["scales"] == one["scales_equal"] == (one["codes"] // 16 if algorithm == "nvfp4" else 0)
         assert one["sqnr_db"] > 15
         if sample == "all":
             assert one["codes"] == rows * columns
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_all_rows_are_compared_unless_told_otherwise(algorithm: str, built: dict[str, Path], base: Path) -> None:
+    outcome = verify(built[algorithm], "--base", base)
+    assert outcome.exit_code == 0 and found(outcome)["proof"] == "proven"
+    assert all(one["codes"] == one["shape"][0] * one["shape"][1] for one in found(outcome)["modules"].values())
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_the_record_never_speaks_for_bytes_that_are_not_the_bases(
+    algorithm: str, built: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    """A record whose digests fit, and which calls the module reproduced, excuses nothing."""
+    import xxhash
+
+    folder, name = copy(built[algorithm], tmp_path / "changed"), f"{PACKED}.weight"
+    data = bytearray((folder / SHARD).read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start, end = (8 + length + at for at in json.loads(data[8 : 8 + length])[name]["data_offsets"])
+    data[start + 5] ^= 0x10
+    (folder / SHARD).write_bytes(data)
+    digest = xxhash.xxh3_128_hexdigest(data[start:end])
+    edit_json(folder / "mopt.json", lambda record: record["digests"]["tensors"].__setitem__(name, digest))
+    alone = verify(folder)
+    assert alone.exit_code == 0 and found(alone)["proof"] == "unchanged"
+    outcome = verify(folder, "--base", base)
+    assert outcome.exit_code == 1 and found(outcome)["proof"] == "mismatch" and PACKED in outcome.message
+    one = found(outcome)["modules"][PACKED]
+    assert one["verdict"] == "mismatch" and one["first"].startswith("row ") and "expected" in one["first"]
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_people_read_first_what_is_proven(algorithm: str, built: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    for words, more in (("unchanged", ()), ("proven", ("--base", base)), ("not proven: sampled", ("--sample", "4"))):
+        arguments = (*more, "--base", base) if words.endswith("sampled") else more
+        told = run_mopt("verify", built[algorithm], *arguments, json_report=False)
+        assert told.exit_code == 0 and told.stdout.startswith(f"{words}\n"), told.stdout
+    folder = copy(built[algorithm], tmp_path / "bare")
+    (folder / "mopt.json").unlink()
+    told = run_mopt("verify", folder, json_report=False)
+    assert told.exit_code == 6 and told.stdout.startswith("not proven: no base\n"), told.stdout
+    tensors = load(folder)
+    tensors[f"{PACKED}.weight"].view(torch.uint8)[0, 0] ^= 1
+    resave(folder, tensors)
+    told = run_mopt("verify", folder, "--base", base, json_report=False)
+    assert told.exit_code == 1 and told.stdout.startswith("mismatch\n"), told.stdout
 
 
 def test_the_digest_of_decoded_rows_is_of_their_values(built: dict[str, Path]) -> None:
@@ -87,12 +140,14 @@ def test_neither_record_nor_base_is_inconclusive(algorithm: str, built: dict[str
     assert outcome.report is not None and outcome.report["status"] == "inconclusive"
 
 
-def test_a_record_of_an_unproven_build_is_inconclusive(exports: Path, base: Path, tmp_path: Path) -> None:
+def test_a_record_of_an_unproven_build_claims_nothing(exports: Path, base: Path, tmp_path: Path) -> None:
+    """The bytes are unchanged, and that is all that is said; with the base they are proven."""
     arguments = ("--preset", "flux1-dev", "--export", exports / "fp8", "--output", tmp_path / "out")
     assert run_mopt("convert-fp8", *arguments).exit_code == 0
     outcome = verify(tmp_path / "out")
-    assert outcome.exit_code == 6 and "not proven" in outcome.message
-    assert statuses(outcome)["record"] == "pass"
+    assert outcome.exit_code == 0 and statuses(outcome)["record"] == "pass"
+    assert (found(outcome)["verdict"], found(outcome)["proof"]) == ("pass", "unchanged")
+    assert found(outcome)["statement"].endswith(": convert-fp8 published it as not proven"), found(outcome)["statement"]
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
@@ -141,6 +196,7 @@ def test_one_of_two_transformers_is_gone_or_another(families: Path, tmp_path: Pa
     manifest.write_text(text.replace('"tool"', ' "tool"'))  # the record of another build
     outcome = verify(tmp_path / "out")
     assert outcome.exit_code == 1 and "transformer_2 is not the one" in outcome.message
+    assert (found(outcome)["verdict"], found(outcome)["proof"]) == ("fail", "mismatch")
     manifest.write_text(text)
     assert verify(tmp_path / "out").exit_code == 0
     shutil.rmtree(tmp_path / "out" / "transformer_2")
@@ -345,6 +401,18 @@ def test_two_transformers_are_both_verified(families: Path, tmp_path: Path) -> N
     resave(tmp_path / "out" / "transformer_2", tensors)
     outcome = verify(tmp_path / "out")
     assert outcome.exit_code == 1 and "transformer_2" in outcome.message and "proj_out.bias" in outcome.message
+    assert found(outcome)["proof"] == "mismatch"
+
+
+def test_of_two_transformers_the_weaker_proof_is_told() -> None:
+    from modelopt_convert.report.report import PROOFS
+    from modelopt_convert.report.verify import VerifyReport as Found
+    from modelopt_convert.verification.verdict import combine
+
+    for stronger, weaker in itertools.pairwise(PROOFS):
+        for pair in ((stronger, weaker), (weaker, stronger)):
+            found = {f"{place}/": Found(verdict="pass", proof=words) for place, words in enumerate(pair)}
+            assert combine(found, "out").proof == weaker
 
 
 def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
@@ -455,12 +523,24 @@ def test_weights_dequantized_at_build_are_compared_too(exports: Path, base: Path
     out = tmp_path / "out"
     where = ("--preset", "none", "--keep-bf16", PACKED, "--export", exports / "fp8", "--output", out)
     assert run_mopt("convert-fp8", *where).exit_code == 0
-    assert verify(out, "--base", base).exit_code == 0
+    words = f"{PACKED}.weight: near the base's"
+    refused, accepted = verify(out, "--base", base), verify(out, "--base", base, "--accept-near")
+    assert (refused.exit_code, refused.error_code) == (1, "check.verify")
+    assert words in refused.message and "--accept-near" in refused.message
+    assert accepted.exit_code == 0 and found(accepted)["verdict"] == "pass"
+    assert [found(one)["proof"] for one in (refused, accepted)] == ["not proven: near"] * 2
+    levels = [next(one for one in found(each)["levels"] if one["level"] == "L2") for each in (refused, accepted)]
+    assert [(one["status"], one["failures"], one["warnings"]) for one in levels] == [
+        ("fail", [words], []),
+        ("warn", [], [words]),
+    ]
     tensors = load(out)
     resave(out, tensors | {f"{PACKED}.weight": tensors[f"{PACKED}.weight"] * 1.1})
-    outcome = verify(out, "--base", base)
+    outcome = verify(out, "--base", base, "--accept-near")
     level = next(one for one in found(outcome)["levels"] if one["level"] == "L2")
     assert outcome.exit_code == 1 and f"{PACKED}.weight: not the base's" in level["failures"]
+    assert "--accept-near" not in outcome.message
+    assert found(outcome)["proof"] == "mismatch"
 
 
 @pytest.mark.parametrize("option", ["--report", "--report-json"])

@@ -18,6 +18,8 @@ from modelopt_convert.plan.prediction import num_bytes, proof_readings
 from modelopt_convert.report.report import (
     MISMATCH_WORDS,
     NEAR_WORDS,
+    NO_BASE_WORDS,
+    NOT_CALIBRATED_WORDS,
     PROVEN_WORDS,
     QUANTIZED_HERE,
     REFUTED,
@@ -119,7 +121,7 @@ def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildReque
             name: ModuleReport(verdict="not proven: replaced", reason=why) for name, why in proof.unproven.items()
         }
     else:
-        modules |= {name: ModuleReport(verdict="not proven: no base") for name in plan.modules}
+        modules |= {name: ModuleReport(verdict=NO_BASE_WORDS) for name in plan.modules}
     written = {name: modules[name] for name in plan.packed}
     failing = [name for name, one in modules.items() if one.verdict in REFUTED]
     near = [name for name, one in modules.items() if one.verdict == "near" and not (proof.due and name in written)]
@@ -150,7 +152,7 @@ def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildReque
 def _in_words(opened: Opened, proof: "Proof", near: Sequence[str], written: Mapping[str, ModuleReport]) -> str:
     """Whether what is written is proven, and if not, why."""
     if opened.base is None:
-        return "not proven: no base"
+        return NO_BASE_WORDS
     if near:
         return NEAR_WORDS
     if not all(one.compared == "all" for one in written.values()):
@@ -229,7 +231,7 @@ def measure_part(
     report = ProofReport(
         method=_MEASURED,
         status=QUANTIZED_HERE,
-        words="quantized here, not calibrated",
+        words=NOT_CALIBRATED_WORDS,
         max_error=request.max_error,
         counts={QUANTIZED_HERE: len(scales)},
         fused_scales_differ=differ,

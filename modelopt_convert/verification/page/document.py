@@ -160,8 +160,10 @@ def _value(value: object) -> str:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    verdict = report.get("verdict")
+    verdict, proof = report.get("verdict"), report.get("proof")
     kind = tone(verdict)
+    if kind == "pass" and str(proof).startswith("not proven"):
+        kind = "warn"
     device = mapping(report.get("device"))
     capability = device.get("capability")
     where = [device.get("name"), None if capability is None else f"compute capability {capability}"]
@@ -174,7 +176,8 @@ def _verdict(report: Mapping[str, Any]) -> str:
     word = "no verdict" if verdict is None else verdict
     statement = report.get("statement")
     said = f"<p>{_text(statement)}</p>" if statement else ""
-    heading = f'<p class="soft">mopt verify</p>\n<h1>{_MARKS[kind]} {_text(word, 200)}</h1>'
+    beside = f", {_text(proof, 200)}" if proof else ""
+    heading = f'<p class="soft">mopt verify</p>\n<h1>{_MARKS[kind]} {_text(word, 200)}{beside}</h1>'
     return f'<header class="verdict {kind}">\n{heading}\n{said}{_pairs(facts)}\n</header>'
 
 
