@@ -437,6 +437,8 @@ class VerifyRequest(Request["Report"]):
             self.refuse("checkpoint", "is required, but for --self-test and --prewarm")
         if self.checkpoint is not None and self.self_test:
             self.refuse("checkpoint", "is not looked at by --self-test")
+        if self.require is not None and (self.self_test or self.prewarm):
+            self.refuse("require", "is about the kernel level, which --self-test and --prewarm do not run")
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ class VerifyCommand:
 
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
-            from modelopt_convert.verification.verdict import SEVERITY, combine, conclude
+            from modelopt_convert.verification.verdict import SEVERITY, combine, conclude, conclude_backends
 
             device, options = device_of(self._options.device), self._options
             found: dict[str, VerifyReport] = {}
@@ -117,7 +117,7 @@ class VerifyCommand:
             self._found = combine(found, str(checkpoint))
             self._peak = peak_rss_bytes()
             for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
-                conclude(verified, options)
+                (conclude_backends if options.prewarm else conclude)(verified, options)
 
     def _write_page(self) -> None:
         if self._request.report is None or self._found is None:

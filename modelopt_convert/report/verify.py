@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 LevelStatus = Literal["pass", "warn", "fail", "skipped"]
-Verdict = Literal["pass", "fail", "inconclusive", "backend broken", "backends disagree"]
+# ``prewarmed``: kernels were built, and nothing was verified.
+Verdict = Literal["prewarmed", "pass", "fail", "inconclusive", "backend broken", "backends disagree"]
 
 # From best to worst; what was skipped says nothing about the rest.
 _WORST: tuple[LevelStatus, ...] = ("skipped", "pass", "warn", "fail")
@@ -54,12 +55,13 @@ class AgreementReport(_Model):
 
 
 class ProbeReport(_Model):
-    """One probe of one backend on one module."""
+    """One probe of one backend on one module; ``sizes`` is every M all of whose rows were compared."""
 
     status: str
     detail: str = ""
     rows: list[int] = Field(default_factory=list)
     columns: list[int] = Field(default_factory=list)
+    sizes: list[int] = Field(default_factory=list)
     calc_diff: float | None = None
     relative_frobenius: float | None = None
     gain: float | None = None

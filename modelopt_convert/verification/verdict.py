@@ -5,7 +5,7 @@ from modelopt_convert.run.errors import BackendError, CheckFailedError, Inconclu
 from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.options import VerifyOptions
 
-SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "backend broken", "backends disagree", "fail")
+SEVERITY: tuple[Verdict, ...] = ("prewarmed", "pass", "inconclusive", "backend broken", "backends disagree", "fail")
 
 
 def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
@@ -65,14 +65,13 @@ def conclude(found: VerifyReport, options: VerifyOptions) -> None:
             path=where,
             hint="give --base to prove it",
         )
-    if not options.prewarm:
-        _require_named(found, options)
+    _require_named(found, options)
     kernels = [level for level in found.levels if level.level == "L3"]
     on_gpu = found.device is not None and found.device.capability is not None
     # A name may stand for two, of which one ran.
     native = {one.name for one in found.backends if one.kind == "native" and one.modules and on_gpu}
+    ran = bool(kernels and found.modules) and all(level.status != "skipped" for level in kernels)
     all_native = all(native & one.probes.keys() for one in found.modules.values())
-    ran = all(level.status != "skipped" for level in kernels)
     if (options.require == "gpu" and not (ran and on_gpu)) or (
         options.require == "native" and not (ran and all_native)
     ):
@@ -90,7 +89,7 @@ def _require_named(found: VerifyReport, options: VerifyOptions) -> None:
         return
     for name in (ALIASES.get(one, one) for one in options.backends):
         reports = [one for one in found.backends if one.name == name]
-        if any(one.modules for one in reports):
+        if any(one.modules and one.status != "broken" for one in reports):
             continue
         broken = next((one for one in reports if one.status == "broken"), None)
         if broken is not None:
@@ -108,10 +107,11 @@ def _require_named(found: VerifyReport, options: VerifyOptions) -> None:
 
 
 def conclude_backends(found: VerifyReport, options: VerifyOptions) -> None:
-    """End a self-test with the code of its verdict.
+    """End a self-test, or a run that built kernels, with the code of its verdict.
 
     Raises:
-        InconclusiveError: ``verify.required``: a backend that was named did not run.
+        InconclusiveError: ``verify.required``: a backend that was named did not run. ``verify.inconclusive``: none but
+            the reference did.
         BackendError: ``verify.backend``: one is broken.
     """
     for name in options.backends if options.backends not in (("best",), ("all",)) else ():
@@ -127,4 +127,10 @@ def conclude_backends(found: VerifyReport, options: VerifyOptions) -> None:
             f"{found.verdict}: {found.statement}",
             code="verify.backend",
             hint="report it upstream; other backends can be named with --backend",
+        )
+    if found.verdict == "inconclusive":
+        raise InconclusiveError(
+            found.statement,
+            code="verify.inconclusive",
+            hint="run it where a backend runs that can be compared with the reference",
         )

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from modelopt_convert.verification.gemm.metrics import CALC_DIFF_LIMIT, COLUMN_LIMIT, GAIN_LIMIT
+from modelopt_convert.verification.gemm.metrics import CALC_DIFF_LIMIT, COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
+from modelopt_convert.verification.gemm.probes import SWEEP
 
 PROBES = ("identity", "random", "sweep", "poison")
 
@@ -25,8 +26,9 @@ def markdown(report: dict[str, Any]) -> str:
         "calibrated on random inputs and exported by ModelOpt itself, with bias. They are not a trained model's.",
         "",
         "Outputs are compared with the product of the decoded operands in float64. Limits: calc_diff "
-        f"{CALC_DIFF_LIMIT:.0e}, worst column {COLUMN_LIMIT:.0e}, |gain - 1| {GAIN_LIMIT:.0e}, all finite. "
-        "The identity probe asks for every decoded weight bit for bit.",
+        f"{CALC_DIFF_LIMIT:.0e}, worst row {ROW_LIMIT:.0e}, worst column {COLUMN_LIMIT:.0e}, "
+        f"|gain - 1| {GAIN_LIMIT:.0e}, all finite. The identity probe asks for every decoded weight bit for bit. "
+        f"The sweep compares all rows at M of {', '.join(map(str, SWEEP))}.",
     ]
     for algorithm in ("nvfp4", "fp8"):
         lines += ["", *_format(algorithm.upper(), report[algorithm])]
@@ -40,16 +42,17 @@ def _format(title: str, figures: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"Native {title} kernels executed: {figures['native_kernels_executed']} of {modules} modules."
     yield ""
-    yield "| backend | self-test | identity | random | sweep | poison | worst calc_diff | worst column | odd shapes |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    figures_of = "worst calc_diff | worst row | worst column"
+    yield f"| backend | self-test | identity | random | sweep | poison | {figures_of} | odd shapes |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for name, found in figures["backends"].items():
         if found["unavailable"] is None:
             passed = " | ".join(f"{found['passed'][probe]} of {modules}" for probe in PROBES)
             worst = found["worst"]
             odd = sum(result == "pass" for result in found["odd shapes"].values())
             yield (
-                f"| {name} | {found['self_test']} | {passed} | {worst['calc_diff']:.1e} | {worst['worst_column']:.1e} "
-                f"| {odd} of {len(found['odd shapes'])} |"
+                f"| {name} | {found['self_test']} | {passed} | {worst['calc_diff']:.1e} | {worst['worst_row']:.1e} "
+                f"| {worst['worst_column']:.1e} | {odd} of {len(found['odd shapes'])} |"
             )
     for name, found in figures["backends"].items():
         if found["unavailable"] is not None:

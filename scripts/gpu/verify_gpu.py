@@ -172,6 +172,7 @@ def _over_layers(backend: Any, weights: dict[str, Weight], device: torch.device)
         "worst": {
             "calc_diff": max(m["calc_diff"] for m in metrics),
             "relative_frobenius": max(m["relative_frobenius"] for m in metrics),
+            "worst_row": max(m["worst_row"] for m in metrics),
             "worst_column": max(m["worst_column"] for m in metrics),
             "gain_off_by": max(abs(m["gain"] - 1) for m in metrics),
         },
@@ -258,7 +259,8 @@ def _emulator(device: torch.device) -> dict[str, Any]:
 
 
 def _plain(result: ProbeResult) -> dict[str, Any]:
-    plain = {key: value for key, value in asdict(result).items() if value not in ("", (), None) and key != "probe"}
+    known = ("probe", "sizes")  # the same everywhere
+    plain = {key: value for key, value in asdict(result).items() if value not in ("", (), None) and key not in known}
     if result.metrics is not None:
         plain["metrics"] = {key: _short(value) for key, value in asdict(result.metrics).items()}
     return plain

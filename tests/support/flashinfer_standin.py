@@ -251,7 +251,7 @@ class _Function:
             out[-1] = before[-1]
         if "rows leak" in faults and num_rows % 128:
             # A scale of the row below the last is added to the last.
-            out[-1] += _scales(a_descale, num_rows + 1, 16)[-1, 0]
+            out[-1] += _scales(a_descale, num_rows + 1, a_descale.shape[1] * 16)[-1, 0]
 
 
 class Simulated(FlashinferFp4):

@@ -195,6 +195,8 @@ def test_what_is_required_and_did_not_run_is_exit_6(required: str, built: dict[s
         ("--require", "luck"),
         ("--device", "tpu"),
         ("--self-test",),
+        ("--prewarm", "--require", "gpu"),
+        ("--prewarm", "--require", "native"),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...], built: dict[str, Path]) -> None:
@@ -228,9 +230,12 @@ def test_a_checkpoint_is_required() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
-def test_the_reference_backend_runs_on_the_cpu(algorithm: str, built: dict[str, Path]) -> None:
+def test_the_reference_runs_on_the_cpu_and_alone_compares_nothing(algorithm: str, built: dict[str, Path]) -> None:
+    """What the run ends with comes from the record; nothing of it from the reference against itself."""
     outcome = verify(built[algorithm], "--backend", "reference", "--device", "cpu")
-    assert outcome.exit_code == 0 and statuses(outcome)["L3"] == "pass"
+    (kernels,) = (level for level in found(outcome)["levels"] if level["level"] == "L3")
+    assert outcome.exit_code == 0 and statuses(outcome)["record"] == "pass"
+    assert kernels["status"] == "skipped" and kernels["reason"].startswith("nothing was compared"), kernels
     for one in found(outcome)["modules"].values():
         probes = one["probes"]["reference"]
         assert {probe["status"] for probe in probes.values()} == {"pass"}
@@ -245,13 +250,61 @@ def test_the_self_test_needs_no_checkpoint() -> None:
     assert {name for name, _ in by_name} == set(NAMES)
     assert by_name["reference", "nvfp4"] == by_name["reference", "fp8"] == by_name["torch", "fp8"] == "pass"
     assert all(one["reason"] for one in found(outcome)["backends"])
+    statement = found(outcome)["statement"]
+    assert statement.startswith("1 backends pass") and "NVFP4: none but the reference ran" in statement
+
+
+def test_the_reference_alone_passes_no_self_test() -> None:
+    outcome = run_mopt("verify", "--self-test", "--backend", "reference", "--device", "cpu")
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.inconclusive", outcome.stderr
+    assert found(outcome)["verdict"] == "inconclusive" and "nothing was compared" in outcome.message
+
+
+def test_the_kernel_level_says_which_sizes_it_compared(few: dict[str, Path]) -> None:
+    outcome = verify(few["fp8"], "--backend", "torch,reference", "--device", "cpu")
+    (kernels,) = (level for level in found(outcome)["levels"] if level["level"] == "L3")
+    sizes = [1, 8, 17, 32, 33, 64, 128, 512, 1000, 4096, 4608]
+    assert kernels["status"] == "pass"
+    assert kernels["reason"] == f"all rows at M of {', '.join(map(str, sizes))}"
+    swept = [one["probes"]["torch"].get("sweep") for one in found(outcome)["modules"].values()]
+    assert any(swept) and all(probe["sizes"] == sizes for probe in swept if probe)
+
+
+def test_what_a_cpu_left_out_is_said(few: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelopt_convert.verification.gemm import probes
+    from modelopt_convert.verification.levels import kernels as level
+
+    monkeypatch.setattr(probes, "_CPU_WORK", 0)
+    monkeypatch.setattr(level, "self_test", lambda *_: None)  # it needs them all
+    outcome = verify(few["fp8"], "--backend", "torch", "--device", "cpu")
+    (kernels,) = (level for level in found(outcome)["levels"] if level["level"] == "L3")
+    assert kernels["reason"].startswith("all rows at M of 1, 8, 17, 32, 33, 64, 128, 512; on a CPU 1000, 4096, 4608 ")
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
 def test_prewarm_builds_kernels_for_the_shapes_and_judges_nothing(algorithm: str, built: dict[str, Path]) -> None:
     outcome = verify(built[algorithm], "--prewarm", "--backend", "reference", "--device", "cpu")
     assert outcome.exit_code == 0 and "nothing was verified" in found(outcome)["statement"]
+    assert found(outcome)["verdict"] == "prewarmed"
     assert found(outcome)["levels"] == [] and found(outcome)["modules"] == {}
+
+
+def test_prewarm_without_a_checkpoint_judges_nothing_either() -> None:
+    outcome = run_mopt("verify", "--prewarm", "--backend", "reference", "--device", "cpu")
+    assert outcome.exit_code == 0 and found(outcome)["verdict"] == "prewarmed"
+
+
+def test_prewarm_of_a_backend_that_does_not_run_is_exit_6(built: dict[str, Path]) -> None:
+    outcome = verify(built["nvfp4"], "--prewarm", "--backend", "bf16", "--device", "cpu")
+    assert outcome.exit_code == 6 and outcome.error_code == "verify.required", outcome.stderr
+
+
+def test_prewarm_says_that_the_only_backend_is_broken(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelopt_convert.verification.levels import kernels
+
+    monkeypatch.setattr(kernels, "self_test", lambda *_: "fails on purpose")
+    outcome = verify(built["fp8"], "--prewarm", "--backend", "torch", "--device", "cpu")
+    assert outcome.exit_code == 7 and "fails on purpose" in outcome.message
 
 
 def test_native_backends_are_compared_in_pairs() -> None:
@@ -361,6 +414,40 @@ def test_a_name_that_stands_for_two_does_not_lend_the_native_ones_word(tmp_path:
     assert caught.value.code == "verify.required" and "0 of 1" in caught.value.message
     report.backends[0] = BackendReport(name="triton", kind="native", status="pass", modules=1)
     conclude(report, request)
+
+
+def test_a_backend_that_breaks_midway_is_not_covered_by_the_reference(
+    few: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelopt_convert.verification.levels import kernels
+
+    calls = []
+
+    def breaks(backend: Any, weight: Any, device: Any) -> Any:
+        calls.append(backend.name)
+        if backend.name == "torch" and calls.count("torch") > 1:
+            raise ValueError("the kernel is gone")
+        return random_probe(backend, weight, device)
+
+    random_probe = kernels.random_probe
+    monkeypatch.setattr(kernels, "random_probe", breaks)
+    outcome = verify(few["fp8"], "--backend", "torch,reference", "--device", "cpu")
+    assert outcome.exit_code == 7 and "the kernel is gone" in outcome.message
+    assert found(outcome)["verdict"] == "backend broken" and statuses(outcome)["L3"] == "skipped"
+
+
+@pytest.mark.parametrize("required", ["gpu", "native"])
+def test_what_ran_no_level_meets_no_requirement(required: str) -> None:
+    from modelopt_convert.report.verify import DeviceReport
+    from modelopt_convert.report.verify import VerifyReport as Found
+    from modelopt_convert.run.errors import InconclusiveError
+    from modelopt_convert.verification.options import VerifyOptions
+    from modelopt_convert.verification.verdict import conclude
+
+    empty = Found(verdict="pass", device=DeviceReport(name="GPU", capability="9.0", torch="2.13", cuda="13.0"))
+    with pytest.raises(InconclusiveError) as caught:
+        conclude(empty, VerifyOptions(require=required))
+    assert caught.value.code == "verify.required"
 
 
 def test_weights_dequantized_at_build_are_compared_too(exports: Path, base: Path, tmp_path: Path) -> None:

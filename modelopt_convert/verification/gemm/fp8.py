@@ -85,6 +85,10 @@ class Fp8Activations:
         """float64 [M, K], without the scale of the tensor."""
         return self.codes.to(torch.float64)
 
+    def part(self, begin: int, end: int) -> "Fp8Activations":
+        """Rows ``begin`` to ``end``."""
+        return Fp8Activations(self.codes[begin:end], self.tensor_scale)
+
     def to(self, device: torch.device) -> "Fp8Activations":
         """The same on a device."""
         return Fp8Activations(self.codes.to(device), self.tensor_scale)

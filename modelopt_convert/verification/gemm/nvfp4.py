@@ -104,6 +104,10 @@ class Nvfp4Activations:
         values = decode_e2m1(unpack_e2m1(self.packed)).to(torch.float64)
         return values * self.scale.to(torch.float64).repeat_interleave(BLOCK_SIZE, dim=-1)
 
+    def part(self, begin: int, end: int) -> "Nvfp4Activations":
+        """Rows ``begin`` to ``end``."""
+        return Nvfp4Activations(self.packed[begin:end], self.scale[begin:end], self.tensor_scale)
+
     def to(self, device: torch.device) -> "Nvfp4Activations":
         """The same on a device."""
         return Nvfp4Activations(self.packed.to(device), self.scale.to(device), self.tensor_scale)

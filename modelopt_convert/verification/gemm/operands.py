@@ -29,6 +29,9 @@ class Activations(Protocol):
     def decode(self) -> Tensor:
         """float64 [M, K], without the scale of the tensor."""
 
+    def part(self, begin: int, end: int) -> "Activations":
+        """Rows ``begin`` to ``end``."""
+
     def to(self, device: torch.device) -> "Activations":
         """The same on a device."""
 
@@ -99,16 +102,17 @@ def operand_format(algorithm: Algorithm) -> OperandFormat:
     return found
 
 
-def random_activations(weight: Weight, num_rows: int, device: torch.device) -> Activations:
-    """Seeded activations with channels of different size.
-
-    Drawn on the CPU, so that they are the same on every machine.
-    """
+def random_values(num_rows: int, num_columns: int) -> Tensor:
+    """Seeded float32 values [M, K] with channels of different size, on the CPU: the same on every machine."""
     generator = torch.Generator().manual_seed(5)
-    num_columns = weight.shape[1]
     values = torch.randn(num_rows, num_columns, generator=generator)
     values *= torch.rand(num_columns, generator=generator).pow(2) * 3 + 0.2
-    return weight.activations(values).to(device)
+    return values
+
+
+def random_activations(weight: Weight, num_rows: int, device: torch.device) -> Activations:
+    """``random_values``, quantized."""
+    return weight.activations(random_values(num_rows, weight.shape[1]).to(device))
 
 
 def one_row_zero(raw: Tensor) -> Tensor:

@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from modelopt_convert.verification.gemm.backends.base import Backend
 from modelopt_convert.verification.gemm.backends.reference import exact, spread
 from modelopt_convert.verification.gemm.metrics import Metrics, measure
-from modelopt_convert.verification.gemm.operands import Weight, random_activations
+from modelopt_convert.verification.gemm.operands import Activations, Weight, random_values
 
-SWEEP = (1, 8, 32, 64, 128, 512)
+# Sizes of whole tiles and one past them; 512 text tokens with an image's 4096 make 4608.
+SWEEP = (1, 8, 17, 32, 33, 64, 128, 512, 1000, 4096, 4608)
 RANDOM_ROWS = 64
 _TILE_ROWS = 1024
+_JUDGED_ROWS = 512  # at a time: bounds float64 memory, and a few wrong rows do not vanish among thousands
+# On a CPU: M * N * K of the exact product beyond 512 rows; a second or so.
+_CPU_ROWS, _CPU_WORK = 512, 1 << 32
 _SHOWN = 8
 
 
@@ -31,6 +36,7 @@ class ProbeResult:
         metrics: The worst, where the probe has any.
         rows: Output features that are wrong, the first few.
         columns: Input features that are wrong, the first few.
+        sizes: Every M that was multiplied, and all of whose rows were compared.
     """
 
     probe: str
@@ -39,6 +45,7 @@ class ProbeResult:
     metrics: Metrics | None = None
     rows: tuple[int, ...] = field(default=())
     columns: tuple[int, ...] = field(default=())
+    sizes: tuple[int, ...] = field(default=())
 
 
 def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> ProbeResult:
@@ -53,7 +60,9 @@ def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> Pr
     bad_columns = torch.zeros(num_columns, dtype=torch.bool, device=device)
     for begin in range(0, num_columns, _TILE_ROWS):
         end = min(begin + _TILE_ROWS, num_columns)
-        found = backend.gemm(prepared, plain.one_hot(begin, end, device), 1.0, None).T
+        activations = plain.one_hot(begin, end, device)
+        _soil(end - begin, num_rows, device)
+        found = backend.gemm(prepared, activations, 1.0, None).T
         for top in range(0, num_rows, _TILE_ROWS):
             wanted = plain.decode(top, top + _TILE_ROWS)[:, begin:end].to(torch.bfloat16)
             # + 0.0: a GEMM of -0 with zeros gives +0.
@@ -69,12 +78,32 @@ def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> Pr
 
 def random_probe(backend: Backend, weight: Weight, device: torch.device, *, poison: bool = False) -> ProbeResult:
     """Multiply seeded activations with the real scales and bias."""
-    return _compare("poison" if poison else "random", backend, weight, [RANDOM_ROWS], device, poison=poison)
+    name, values = "poison" if poison else "random", random_values(RANDOM_ROWS, weight.shape[1])
+    return _compare(name, backend, weight, values, [RANDOM_ROWS], device, poison=poison)
 
 
-def sweep_probe(backend: Backend, weight: Weight, device: torch.device) -> ProbeResult:
-    """The random probe at several M: kernels differ by it, and one returned zeros at some (flashinfer#3398)."""
-    return _compare("sweep", backend, weight, SWEEP, device, poison=False)
+def sweep_probe(
+    backend: Backend, weight: Weight, device: torch.device, *, sizes: Sequence[int] | None = None
+) -> ProbeResult:
+    """The random probe at several M: kernels differ by it, and one returned zeros at some (flashinfer#3398).
+
+    Args:
+        backend: Which.
+        weight: The weight, on the device.
+        device: Where.
+        sizes: Some of ``sweep_sizes``; None for all.
+    """
+    whole = sweep_sizes(weight.shape, device)
+    # As many whatever the sizes: an M has the same activations in every sweep of a layer.
+    values = random_values(whole[-1], weight.shape[1])
+    return _compare("sweep", backend, weight, values, whole if sizes is None else sizes, device, poison=False)
+
+
+def sweep_sizes(shape: tuple[int, int], device: torch.device) -> tuple[int, ...]:
+    """Every M that a layer of N x K is multiplied with: ``SWEEP``; on a CPU, of large layers, those up to 512."""
+    if device.type != "cpu":
+        return SWEEP
+    return tuple(size for size in SWEEP if size <= _CPU_ROWS or size * shape[0] * shape[1] <= _CPU_WORK)
 
 
 def poison_probe(backend: Backend, weight: Weight, device: torch.device) -> ProbeResult:
@@ -83,30 +112,55 @@ def poison_probe(backend: Backend, weight: Weight, device: torch.device) -> Prob
 
 
 def _compare(
-    probe: str, backend: Backend, weight: Weight, sizes: Sequence[int], device: torch.device, *, poison: bool
+    probe: str,
+    backend: Backend,
+    weight: Weight,
+    values: Tensor,
+    sizes: Sequence[int],
+    device: torch.device,
+    *,
+    poison: bool,
 ) -> ProbeResult:
-    prepared = backend.prepare(weight, poison=poison)
-    worst: tuple[int, Metrics] | None = None
+    prepared, num_features = backend.prepare(weight, poison=poison), weight.shape[0]
+    worst: tuple[str, Metrics] | None = None
     for num_rows in sizes:
-        activations = random_activations(weight, num_rows, device)
+        # The last rows: a row lies elsewhere at every M, so that what is left of another output is wrong here.
+        activations = weight.activations(values[-num_rows:].to(device))
         alpha = weight.tensor_scale * activations.tensor_scale
-        out = (
-            torch.full((num_rows, weight.shape[0]), torch.nan, dtype=torch.bfloat16, device=device) if poison else None
-        )
+        out = torch.full((num_rows, num_features), torch.nan, dtype=torch.bfloat16, device=device) if poison else None
+        _soil(num_rows, num_features, device)
         output = backend.gemm(prepared, activations, alpha, out)
-        metrics = measure(output, exact(weight, activations, alpha), spread(weight, activations, alpha))
-        if worst is None or _rank(metrics) > _rank(worst[1]):
-            worst = num_rows, metrics
+        if tuple(output.shape) != (num_rows, num_features):
+            words = f"M = {num_rows}: the output is {list(output.shape)}, not {[num_rows, num_features]}"
+            return ProbeResult(probe, "fail", words, sizes=tuple(sizes))
+        for begin in range(0, num_rows, _JUDGED_ROWS):
+            end = min(begin + _JUDGED_ROWS, num_rows)
+            metrics = _judge(output, weight, activations, alpha, begin, end)
+            if worst is None or _rank(metrics) > _rank(worst[1]):
+                worst = f"M = {num_rows}, rows {begin} to {end - 1}", metrics
     assert worst is not None
     at, metrics = worst
-    if metrics.status == "pass":
-        return ProbeResult(probe, "pass", metrics=metrics)
-    detail = (
-        f"M = {at}: calc_diff {metrics.calc_diff:.2g}, gain {metrics.gain:.4f}, worst column {metrics.worst_column:.2g}"
-        if metrics.finite
-        else f"M = {at}: not finite"
-    )
-    return ProbeResult(probe, metrics.status, detail, metrics)
+    detail = "" if metrics.status == "pass" else f"{at}: not finite"
+    if detail and metrics.finite:
+        detail = (
+            f"{at}: calc_diff {metrics.calc_diff:.2g}, gain {metrics.gain:.4f}, "
+            f"worst row {metrics.worst_row:.2g}, worst column {metrics.worst_column:.2g}"
+        )
+    return ProbeResult(probe, metrics.status, detail, metrics, sizes=tuple(sizes))
+
+
+def _judge(output: Tensor, weight: Weight, activations: Activations, alpha: float, begin: int, end: int) -> Metrics:
+    """Of rows ``begin`` to ``end``."""
+    some = activations.part(begin, end)
+    return measure(output[begin:end], exact(weight, some, alpha), spread(weight, some, alpha))
+
+
+def _soil(num_rows: int, num_features: int, device: torch.device) -> None:
+    """Leave NaN in the memory that an output gets next.
+
+    It may hold what another backend rightly returned, which a kernel that writes nothing would return again.
+    """
+    torch.full((num_rows, num_features), torch.nan, dtype=torch.bfloat16, device=device)
 
 
 def _rank(metrics: Metrics) -> tuple[int, float]:

@@ -22,13 +22,14 @@ from modelopt_convert.verification.gemm.backends.base import Backend
 from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.gemm.operands import random_activations
 from modelopt_convert.verification.gemm.probes import (
+    SWEEP,
     ProbeResult,
     identity_probe,
     poison_probe,
     random_probe,
     sweep_probe,
 )
-from modelopt_convert.verification.gemm.selftest import self_test
+from modelopt_convert.verification.gemm.selftest import SHAPE, self_test
 from modelopt_convert.verification.subject import Subject
 
 Probe = Callable[..., ProbeResult]
@@ -137,7 +138,9 @@ class Kernels:
     def multiply(
         self, subject: Subject, backends: Sequence[Backend], device: torch.device, advance: Callable[[int], None]
     ) -> None:
-        """Run the probes on every module, the costlier ones once for each shape.
+        """Run the probes on every module, the costlier ones once for each shape, and conclude on the level.
+
+        The reference is what others are compared with: where it alone ran, nothing was compared.
 
         Raises:
             RuntimeError: CUDA's, memory among them.
@@ -178,8 +181,22 @@ class Kernels:
             advance(sum(info.num_bytes for info in module.tensors))
         if level.failures:
             level.status = "fail"
-        elif level.warnings:
-            level.status = "warn"
+        elif any(one.modules and one.status != "broken" for one in by_name.values() if one.kind != "reference"):
+            level.status = "warn" if level.warnings else "pass"
+            level.reason = _sizes(modules)
+        else:
+            level.reason = "nothing was compared: no backend but the reference went through all modules"
+
+
+def _sizes(modules: Mapping[str, ModuleVerify]) -> str:
+    """Which M the pass of every shape rests on."""
+    swept = [probes["sweep"].sizes for one in modules.values() for probes in one.probes.values() if "sweep" in probes]
+    sizes = min(swept, key=len, default=[])
+    words = f"all rows at M of {', '.join(map(str, sizes))}"
+    if rest := [size for size in SWEEP if size not in sizes]:
+        layer = " x ".join(map(str, SHAPE))
+        words += f"; on a CPU {', '.join(map(str, rest))} only with layers that are small, as the self-test's {layer}"
+    return words
 
 
 def _note(
@@ -213,7 +230,11 @@ def disagree(modules: dict[str, ModuleVerify]) -> str | None:
 
 def _report(result: ProbeResult) -> ProbeReport:
     found = ProbeReport(
-        status=result.status, detail=result.detail, rows=list(result.rows), columns=list(result.columns)
+        status=result.status,
+        detail=result.detail,
+        rows=list(result.rows),
+        columns=list(result.columns),
+        sizes=list(result.sizes),
     )
     if result.metrics is not None and result.metrics.finite:
         metrics = result.metrics

@@ -265,7 +265,10 @@ def test_verify_takes_its_word_or_proves_it(exports: Path, built_uncalibrated: P
         assert outcome.exit_code == 0 and outcome.report is not None, outcome.message
     assert "not calibrated" in alone.report["verify"]["statement"]
     levels = {level["level"]: level for level in proven.report["verify"]["levels"]}
-    assert levels["L2"]["status"] == levels["L3"]["status"] == "pass"
+    assert levels["L2"]["status"] == "pass" and levels["L3"]["reason"].startswith("nothing was compared")
+    modules = proven.report["verify"]["modules"]
+    probes = [probe["status"] for one in modules.values() for probe in one["probes"]["reference"].values()]
+    assert len(modules) == proven.report["verify"]["backends"][0]["modules"] and set(probes) == {"pass"}
     assert levels["L0"]["status"] == "warn" and "dynamic_input_scale" in levels["L0"]["warnings"][0]
     looked = run_mopt("inspect", built_uncalibrated)
     assert looked.report is not None and looked.report["engine"]["believes"]["input_scales"] == "ones"

@@ -131,7 +131,7 @@ def epilogue(accumulators: Tensor, alpha: float, bias: Tensor | None, out: Tenso
     Returns:
         BF16 [M, N].
     """
-    result = accumulators.to(torch.float64) * alpha
+    result = accumulators.to(torch.float64).mul_(alpha)
     if bias is not None:
         result += bias.to(torch.float64)
     return result.to(torch.bfloat16) if out is None else out.copy_(result)
