@@ -1,22 +1,84 @@
 """The public functions: each takes the fields of its request as keywords, and returns the report of what was done.
 
-They are what ``from modelopt_convert import ...`` gives; the command line does its work by them too. No torch and no
-pydantic before a function is called.
+With the types that they take, give and raise they are what ``from modelopt_convert import ...`` gives; the command line
+does its work by them too. No torch and no pydantic before a function is called.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_origin
 
-from modelopt_convert.commands import requests
-from modelopt_convert.commands.requests import Request, flags_of
-from modelopt_convert.run.errors import MoptError
-from modelopt_convert.run.progress import Unwatched
+import modelopt_convert
+from modelopt_convert.commands.requests import (
+    BuildNvfp4Request,
+    BuildRequest,
+    ConvertFp8Request,
+    InspectRequest,
+    PushRequest,
+    Request,
+    RewriteRequest,
+    SwapNibblesRequest,
+    UnswizzleScalesRequest,
+    VerifyRequest,
+    flags_of,
+)
+from modelopt_convert.run.errors import (
+    BackendError,
+    CheckFailedError,
+    InconclusiveError,
+    InputError,
+    InternalError,
+    MoptError,
+    OutputRefusedError,
+    RemoteError,
+    StorageError,
+    UsageError,
+)
+from modelopt_convert.run.progress import Guarded, Progress, ProgressFailed, Unwatched
 
 if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
     from modelopt_convert.preset.preset import LoadedPreset
+    from modelopt_convert.report.inspect import InspectReport
+    from modelopt_convert.report.report import Report
+
+# What the package gives.
+__all__ = [
+    "BackendError",
+    "BuildNvfp4Request",
+    "CheckFailedError",
+    "ConvertFp8Request",
+    "InconclusiveError",
+    "InputError",
+    "InspectReport",
+    "InspectRequest",
+    "InternalError",
+    "LoadedPreset",
+    "MoptError",
+    "OutputRefusedError",
+    "Progress",
+    "PushRequest",
+    "RemoteError",
+    "Report",
+    "StorageError",
+    "SwapNibblesRequest",
+    "UnswizzleScalesRequest",
+    "UsageError",
+    "VerifyRequest",
+    "build_nvfp4",
+    "convert_fp8",
+    "inspect",
+    "perform",
+    "presets",
+    "push",
+    "swap_nibbles",
+    "unswizzle_scales",
+    "verify",
+]
+# Models of pydantic, imported when they are first asked for.
+_MODELS = {"InspectReport": "report.inspect", "LoadedPreset": "preset.preset", "Report": "report.report"}
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
@@ -34,15 +96,18 @@ def perform(request: Request[_Result]) -> _Result:
     Raises:
         TypeError: It is no request.
         MoptError: One of its kinds, with the report of the run as ``report``.
+        Exception: What the request's progress raised, as it is.
     """
     if not isinstance(request, Request):
         raise TypeError(f"expected a request, found {request!r}")
     command: Command[_Result] = command_of(request)
     try:
-        command.run(request.progress or Unwatched())
+        command.run(Guarded(request.progress) if request.progress is not None else Unwatched())
     except MoptError as error:
         error.report = command.report(error)
         raise
+    except ProgressFailed as failed:
+        raise failed.error from failed.error.__cause__
     return command.report()
 
 
@@ -53,6 +118,7 @@ def _function(kind: Callable[_P, Request[_Result]]) -> Callable[_P, _Result]:
         return perform(kind(*words, **named))
 
     assert isinstance(kind, type) and issubclass(kind, Request)
+    result = f"{modelopt_convert.__name__}.{_result_name(kind)}"
     flags = flags_of(kind)
     helps = "".join(f"    {name}: {flag.help}\n" for name, (_, flag) in flags.items())
     taken = dict(signature(kind).parameters)
@@ -60,8 +126,15 @@ def _function(kind: Callable[_P, Request[_Result]]) -> Callable[_P, _Result]:
     plain = [one.replace(annotation=flags[name][0]) for name, one in taken.items()]
     function.__name__ = function.__qualname__ = kind.command.replace("-", "_")
     function.__doc__ = f"{kind.__doc__}\n\nArgs:\n{helps}    progress: Told how far the work is.\n{_ENDING}"
-    function.__signature__ = Signature([*plain, progress])  # type: ignore[attr-defined]
+    function.__signature__ = Signature([*plain, progress], return_annotation=result)  # type: ignore[attr-defined]
+    function.__annotations__ = {one.name: one.annotation for one in (*plain, progress)} | {"return": result}
     return function
+
+
+def _result_name(kind: type[Request[Any]]) -> str:
+    """What a request's report is called; the report's class is a model, and not imported for the sake of its name."""
+    written = (base for one in kind.__mro__ for base in vars(one).get("__orig_bases__", ()))
+    return str(next(get_args(base)[0].__forward_arg__ for base in written if get_origin(base) is Request))
 
 
 _ENDING = """
@@ -71,13 +144,13 @@ Returns:
 Raises:
     MoptError: One of its kinds, with the report of the run as `report`; UsageError has none.
 """
-build_nvfp4 = _function(requests.BuildNvfp4Request)
-convert_fp8 = _function(requests.ConvertFp8Request)
-swap_nibbles = _function(requests.SwapNibblesRequest)
-unswizzle_scales = _function(requests.UnswizzleScalesRequest)
-verify = _function(requests.VerifyRequest)
-inspect = _function(requests.InspectRequest)
-push = _function(requests.PushRequest)
+build_nvfp4 = _function(BuildNvfp4Request)
+convert_fp8 = _function(ConvertFp8Request)
+swap_nibbles = _function(SwapNibblesRequest)
+unswizzle_scales = _function(UnswizzleScalesRequest)
+verify = _function(VerifyRequest)
+inspect = _function(InspectRequest)
+push = _function(PushRequest)
 
 
 def presets(name: str | Path | None = None) -> "list[LoadedPreset]":
@@ -94,31 +167,37 @@ def presets(name: str | Path | None = None) -> "list[LoadedPreset]":
     return [load_preset(str(each)) for each in ([name] if name is not None else preset_names())]
 
 
+def __getattr__(name: str) -> Any:
+    if name in _MODELS:
+        return getattr(import_module(f"{modelopt_convert.__name__}.{_MODELS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def command_of(request: Request[Any]) -> "Command[Any]":
     """The command that does what a request asks for; no torch is imported before it runs."""
     match request:
-        case requests.BuildRequest() if request.push_to is not None:
+        case BuildRequest() if request.push_to is not None:
             from modelopt_convert.commands.push.after_build import PublishingBuild
 
             return PublishingBuild(request)
-        case requests.BuildRequest():
+        case BuildRequest():
             from modelopt_convert.commands.build.command import BuildCommand
 
             return BuildCommand(request)
-        case requests.RewriteRequest():
+        case RewriteRequest():
             from modelopt_convert.commands.rewrite import RewriteCommand
 
             return RewriteCommand(request)
-        case requests.VerifyRequest():
+        case VerifyRequest():
             from modelopt_convert.commands.verify import VerifyCommand
 
             return VerifyCommand(request)
-        case requests.InspectRequest():
+        case InspectRequest():
             from modelopt_convert.commands.inspect import InspectCommand
 
             return InspectCommand(request)
         case _:
             from modelopt_convert.commands.push.command import PushCommand
 
-            assert isinstance(request, requests.PushRequest)
+            assert isinstance(request, PushRequest)
             return PushCommand(request)

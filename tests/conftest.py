@@ -108,8 +108,9 @@ def make_build(exports: Path, tmp_path_factory: pytest.TempPathFactory, worker_i
 
 @pytest.fixture(scope="session")
 def built(make_build: Callable[..., Path]) -> Path:
-    """FLUX.1 in NVFP4 as mopt builds it, in several shards. Never write there, nor into those that follow."""
-    return make_build("built", "build-nvfp4", "nvfp4", "--max-shard-size", "800kB")
+    """FLUX.1 in NVFP4 as its publisher builds it, in several shards. Never write there, nor into those that follow."""
+    claim = ("--base-model", "black-forest-labs/FLUX.1-dev")
+    return make_build("built", "build-nvfp4", "nvfp4", "--max-shard-size", "800kB", *claim)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,14 @@
-"""Where inputs lie: on disk, or on the Hub where that is written ``hf://``. No torch.
+"""Where inputs lie: on disk, or in a storage that the prefix names, as ``hf://`` does the Hub. No torch.
 
 A name that is not on disk is an error, never a guess at a repo.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
-from modelopt_convert.checkpoint.hub.client import NOT_CACHED
-from modelopt_convert.checkpoint.hub.hub_path import PREFIX, HubPath, parse_hub_path
+from modelopt_convert.checkpoint.hub import hub_path, provenance
 from modelopt_convert.checkpoint.local_file import LocalFile
-
-Location = Path | HubPath
 
 
 class OpenFile(Protocol):
@@ -52,20 +49,76 @@ class OpenFile(Protocol):
         """Raise an InputError if the file is not the one that was opened."""
 
     def close(self) -> None:
-        """Close the file; closing a file on the Hub keeps what was fetched."""
+        """Close the file; what was fetched of a far one is kept."""
+
+
+class FarPath(Protocol):
+    """A folder or file of a storage that is read over the network, with the methods of ``Path`` that inputs need."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+
+    @property
+    def parent(self) -> Self:
+        """The folder in which this lies."""
+
+    def __truediv__(self, name: str) -> Self:
+        """What lies in this folder."""
+
+    def is_file(self) -> bool:
+        """Whether the storage has such a file."""
+
+    def is_dir(self) -> bool:
+        """Whether the storage has files below it."""
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it, sorted."""
+
+    def open(self) -> OpenFile:
+        """Open the file; a MoptError if it cannot be had."""
+
+    def fetch(self) -> Path:
+        """The file on disk, fetched whole; a MoptError if it cannot be had."""
+
+    def identity(self) -> dict[str, str]:
+        """What identifies what is read: ``origin``, which is the storage's name, ``repo`` and ``commit``."""
+
+    def download_command(self) -> str:
+        """The command that makes a folder on disk of what is read."""
+
+    def absence(self) -> str | None:
+        """Why what is not found here may be there all the same, and what to do; None if it is not there."""
+
+
+class Storage(Protocol):
+    """How a place in a storage is understood."""
+
+    def __call__(self, text: str, *, download: bool) -> FarPath:
+        """What the user named; files are fetched whole with ``download``. An InputError if the text names nothing."""
+
+
+Location = Path | FarPath
+_STORAGES: Mapping[str, Storage] = {hub_path.PREFIX: hub_path.parse_hub_path}
+
+
+def is_far(place: str | Path) -> bool:
+    """Whether a place is written as one in a storage; a Path has made one slash of the prefix's two."""
+    return f"{str(place).partition('/')[0]}//" in _STORAGES
 
 
 def parse_location(text: str, *, download: bool = False) -> Location:
     """What the user named.
 
     Args:
-        text: A path, or ``hf://ORGANIZATION/NAME[@REVISION][/PATH]``.
-        download: Whether files on the Hub are fetched whole, into the Hub's cache.
+        text: A path, or one in a storage, such as ``hf://ORGANIZATION/NAME[@REVISION][/PATH]``.
+        download: Whether files in a storage are fetched whole, into its cache.
 
     Raises:
-        InputError: ``hub.uri``.
+        InputError: With the storage's code, such as ``hub.uri``.
     """
-    return parse_hub_path(text, download=download) if text.startswith(PREFIX) else Path(text)
+    parse = next((parse for prefix, parse in _STORAGES.items() if text.startswith(prefix)), None)
+    return Path(text) if parse is None else parse(text, download=download)
 
 
 def open_file(folder: Location, name: str) -> OpenFile:
@@ -74,9 +127,7 @@ def open_file(folder: Location, name: str) -> OpenFile:
     Raises:
         MoptError: With an ``input.*`` or ``hub.*`` code.
     """
-    if isinstance(folder, HubPath):
-        return folder.repo.open((folder / name).path)
-    return LocalFile(folder, name)
+    return LocalFile(folder, name) if isinstance(folder, Path) else (folder / name).open()
 
 
 def read_small(location: Location, limit: int) -> bytes:
@@ -89,7 +140,7 @@ def read_small(location: Location, limit: int) -> bytes:
     if isinstance(location, Path):
         with location.open("rb") as file:
             return file.read(limit)
-    remote = location.repo.open(location.path)
+    remote = location.open()
     try:
         return remote.read(0, min(limit, remote.num_bytes))
     finally:
@@ -106,31 +157,39 @@ def is_dir(location: Location) -> bool:
 
 def names(folder: Location) -> list[str]:
     """Names of what a folder holds; none if there is no such folder."""
-    if isinstance(folder, HubPath):
-        return folder.names()
-    return [path.name for path in folder.glob("*")]
+    return [path.name for path in folder.glob("*")] if isinstance(folder, Path) else folder.names()
 
 
 def hint_if_missing(location: Location, hint: str) -> str:
-    """What to do where something is not found; without the network it may lie on the Hub all the same.
+    """What to do where something is not found; without the network a storage may have it all the same.
 
     Args:
         location: The place where something was looked for.
         hint: What to do if it is really not there.
     """
-    offline = isinstance(location, HubPath) and location.repo.offline
-    return f"the cache may hold a part only: {NOT_CACHED}" if offline else hint
+    return hint if isinstance(location, Path) else location.absence() or hint
 
 
 def on_disk(file: Location) -> Path:
-    """The path of a file on disk; a file on the Hub is fetched whole, into the Hub's cache.
+    """The path of a file on disk; a far one is fetched whole, into its storage's cache.
 
     Raises:
         MoptError: With a ``hub.*`` code.
     """
-    return file.repo.fetch(file.path) if isinstance(file, HubPath) else file
+    return file if isinstance(file, Path) else file.fetch()
+
+
+def identify(folder: Location, small: Mapping[str, bytes], files: Iterable[str]) -> dict[str, str]:
+    """What is observed of a checkpoint's origin: ``origin``, and ``repo`` and ``commit`` where they are known.
+
+    Args:
+        folder: Of the checkpoint.
+        small: The bytes of its small files, by name.
+        files: Names of its other files.
+    """
+    return provenance.trace(folder, small, files) if isinstance(folder, Path) else folder.identity()
 
 
 def local_path(location: Location | None) -> Path | None:
-    """The path of a location on disk; None for a location on the Hub."""
+    """The path of a location on disk; None for a far one."""
     return location if isinstance(location, Path) else None

@@ -2,15 +2,13 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
-from modelopt_convert.checkpoint.hub.hub_path import HubPath
-from modelopt_convert.checkpoint.location import Location, OpenFile, open_file
+from modelopt_convert.checkpoint.location import Location, OpenFile, identify, open_file
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -25,9 +23,6 @@ MAX_READ_BYTES = 1 << 30
 _SHOWN_CHARS = 200
 _MAX_FILE_NAME = 255  # bytes, as Linux takes them
 INDEX_SUFFIX = ".safetensors.index.json"
-
-_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)")
-
 
 # What is read of a tensor: the tensor's name, the first byte, and the number of bytes.
 Reading = tuple[str, int, int]
@@ -63,12 +58,14 @@ class CheckpointReader:
         self.skipped: tuple[str, ...] = ()
         self.indexes: tuple[str, ...] = ()
         self._files: dict[str, OpenFile] = {}
-        self._identity = hashlib.sha256()
+        self._headers = hashlib.sha256()
         try:
+            small: dict[str, bytes] = {}
             if single:
                 self._open_shard(path.name)
             else:
-                self._open_folder(need_config)
+                small = self._open_folder(need_config)
+            self._origin = identify(self.path, small, self._files)
         except BaseException:
             self._release()
             raise
@@ -114,13 +111,8 @@ class CheckpointReader:
         }
 
     def identity(self) -> dict[str, str]:
-        """What identifies the checkpoint wherever it lies: a digest of the headers, on the Hub also repo and commit."""
-        found = {"headers_sha256": self._identity.hexdigest()}
-        if isinstance(self.path, HubPath):
-            return found | {"repo": self.path.repo.repo_id, "commit": self.path.repo.commit}
-        if match := _SNAPSHOT.search(self.path.resolve().as_posix()):
-            found["commit"] = match[1]
-        return found
+        """What identifies the checkpoint: a digest of the headers, and what is observed of its origin."""
+        return {"headers_sha256": self._headers.hexdigest(), **self._origin}
 
     def read(self, name: str, *, limit: int = MAX_WHOLE_BYTES) -> bytes:
         """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``.
@@ -242,14 +234,16 @@ class CheckpointReader:
             file.close()
         self._files.clear()
 
-    def _open_folder(self, need_config: bool) -> None:
+    def _open_folder(self, need_config: bool) -> dict[str, bytes]:
+        """Open what a folder holds; the bytes of config and index."""
         names = self._list()
+        small: dict[str, bytes] = {}
         if need_config or "config.json" in names:
-            raw_config = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
-            self.config = parse_json_object(raw_config, code="config", path=str(self.path / "config.json"))
+            raw = small["config.json"] = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
+            self.config = parse_json_object(raw, code="config", path=str(self.path / "config.json"))
         indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
         shards = [name for name in names if name.endswith(".safetensors")]
-        weight_map = self._weight_map(indexes, shards)
+        weight_map = self._weight_map(indexes, shards, small)
         listed = sorted(set(weight_map.values())) if weight_map is not None else shards
         for shard in listed:
             self._open_shard(shard)
@@ -258,10 +252,11 @@ class CheckpointReader:
         self.indexes = tuple(indexes)
         used = {"config.json", *indexes, *listed}
         self.skipped = tuple(name for name in names if name not in used)
+        return small
 
     def _list(self) -> list[str]:
         """Names in the folder, sorted; a name that is not UTF-8 is escaped, so that it is no name of a known file."""
-        if isinstance(self.path, HubPath):
+        if not isinstance(self.path, Path):
             return self.path.names()
         try:
             names = os.listdir(self.path)
@@ -283,7 +278,8 @@ class CheckpointReader:
             )
         return plain
 
-    def _weight_map(self, indexes: list[str], shards: list[str]) -> dict[str, str] | None:
+    def _weight_map(self, indexes: list[str], shards: list[str], small: dict[str, bytes]) -> dict[str, str] | None:
+        """The index, which is also put among the small files; None if there is none and need not be."""
         where = str(self.path)
         if len(indexes) > 1:
             raise InputError(
@@ -309,7 +305,7 @@ class CheckpointReader:
                 )
             return None
         index_path = self.path / indexes[0]
-        raw = self._read_small(indexes[0], MAX_INDEX_BYTES, code="index")
+        raw = small[indexes[0]] = self._read_small(indexes[0], MAX_INDEX_BYTES, code="index")
         weight_map = parse_json_object(raw, code="index", path=str(index_path)).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(
@@ -363,7 +359,7 @@ class CheckpointReader:
         length = read_header_length(prefix, file=where, file_bytes=file.num_bytes)
         raw = file.read(PREFIX_BYTES, length)
         header = parse_header(raw, file=where, file_bytes=file.num_bytes)
-        self._identity.update(f"{name}\0{length}\0".encode() + raw)
+        self._headers.update(f"{name}\0{length}\0".encode() + raw)
         self.metadata[name] = header.metadata
         for tensor, info in header.tensors.items():
             if tensor in self.tensors:

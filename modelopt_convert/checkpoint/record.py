@@ -133,12 +133,21 @@ def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None
 
 
 def statement(record: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether the record says that the checkpoint was proven, and against what, in words."""
+    """Whether the record says that the checkpoint was proven, and against what it was observed to be, in words."""
     proof = record.get("proof")
     sources = record.get("sources")
     base = sources.get("base") if isinstance(sources, dict) else None
     known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
     if known is None or not isinstance(base, dict):
         return False, f"{record.get('command', 'mopt')} published it as not proven"
-    commit = base.get("commit") or f"headers {str(base.get('headers_sha256'))[:12]}"
-    return True, f"{known} {record.get('base_repo') or 'its base'}@{commit}, bytes unchanged"
+    claimed = record.get("base_claimed")
+    said = f", said to be {claimed}" if isinstance(claimed, str) else ""
+    return True, f"{known} {_name_of(base)}{said}, bytes unchanged"
+
+
+def _name_of(base: Mapping[str, Any]) -> str:
+    """What was observed of a base."""
+    commit = base.get("commit")
+    if commit is None:
+        return f"a local folder (headers {str(base.get('headers_sha256'))[:12]})"
+    return f"{base['repo']}@{commit}" if base.get("repo") else f"a download of commit {commit}"

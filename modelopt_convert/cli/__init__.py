@@ -8,31 +8,25 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
 
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli._options import from_request
-from modelopt_convert.cli.build import build_nvfp4, convert_fp8
-from modelopt_convert.cli.inspect import inspect
-from modelopt_convert.cli.preset import presets
-from modelopt_convert.cli.push import push
-from modelopt_convert.cli.rewrite import swap_nibbles, unswizzle_scales
-from modelopt_convert.cli.verify import verify
-from modelopt_convert.commands import requests
 from modelopt_convert.run.errors import ExitCode
 
-_SILENT = ("verbose",)  # they have no line per tensor
-_COMMANDS = {
-    "build-nvfp4": from_request(requests.BuildNvfp4Request, build_nvfp4),
-    "convert-fp8": from_request(requests.ConvertFp8Request, convert_fp8),
-    "verify": from_request(requests.VerifyRequest, verify, without=_SILENT),
-    "inspect": from_request(requests.InspectRequest, inspect, without=_SILENT),
-    "swap-nibbles": from_request(requests.SwapNibblesRequest, swap_nibbles),
-    "unswizzle-scales": from_request(requests.UnswizzleScalesRequest, unswizzle_scales),
-    "push": from_request(requests.PushRequest, push, without=_SILENT),
-    "presets": presets,
-}
+
+def _commands() -> dict[str, Callable[..., None]]:
+    """``COMMANDS`` of every module of this room that has commands: its name begins with no underscore."""
+    found: dict[str, Callable[..., None]] = {}
+    for name in [one.name for one in iter_modules(__path__) if not one.name.startswith("_")]:
+        found |= import_module(f"{__name__}.{name}").COMMANDS
+    return dict(sorted(found.items()))
+
+
+_COMMANDS = _commands()
 # Typer's own flags have no default, and for any option without a value Typer imports pydantic, which takes longer than
 # all the rest of its start-up. With these they are off by default, and the help of a command costs no more than mopt's.
 _FLAGS_OFF: dict[str, object] = {"install_completion": False, "show_completion": False, "help": False}

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
 
 
+SILENT = ("verbose",)  # what commands leave out that have no line per tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Telling:
     """How the user wants to be told: what every command takes beside its request."""

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from modelopt_convert.cli._options import from_request
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 
 if TYPE_CHECKING:
@@ -107,3 +108,9 @@ def _show(out: "Output", report: "Report") -> None:
 def _percent(part: int, whole: int) -> str:
     """Rounded down, so that 100.00% means all."""
     return f"{part * 10000 // whole / 100:.2f}%"
+
+
+COMMANDS = {
+    "build-nvfp4": from_request(BuildNvfp4Request, build_nvfp4),
+    "convert-fp8": from_request(ConvertFp8Request, convert_fp8),
+}

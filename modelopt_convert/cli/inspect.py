@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from modelopt_convert.cli._options import SILENT, from_request
 from modelopt_convert.commands.requests import InspectRequest
 
 if TYPE_CHECKING:
@@ -89,3 +90,6 @@ def _few(component: "ComponentReport") -> "list[LintReport]":
         if seen[fault.code] <= _SHOWN:
             shown.append(fault)
     return shown
+
+
+COMMANDS = {"inspect": from_request(InspectRequest, inspect, without=SILENT)}

@@ -35,3 +35,6 @@ def presets(
         typer.echo(loaded[0].text, nl=False)
         for line in loaded[0].preset.recipe():
             typer.echo(f"# {line}")
+
+
+COMMANDS = {"presets": presets}

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from modelopt_convert.cli._options import SILENT, from_request
 from modelopt_convert.commands.requests import PushRequest
 
 if TYPE_CHECKING:
@@ -43,3 +44,6 @@ def show_pushed(out: "Output", report: "Report") -> None:
         for path in pushed.deleted:
             out.line(f"deleted {path}, of the checkpoint before")
     out.line(f"next: {pushed.load}")
+
+
+COMMANDS = {"push": from_request(PushRequest, push, without=SILENT)}

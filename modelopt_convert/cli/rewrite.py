@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from modelopt_convert.cli._options import from_request
 from modelopt_convert.commands.requests import SwapNibblesRequest, UnswizzleScalesRequest
 
 if TYPE_CHECKING:
@@ -46,3 +47,9 @@ def _show(out: "Output", report: "Report") -> None:
     for check in report.checks:
         out.line(f"check: {check['name']} {check['status']}")
     show_cost(out, report)
+
+
+COMMANDS = {
+    "swap-nibbles": from_request(SwapNibblesRequest, swap_nibbles),
+    "unswizzle-scales": from_request(UnswizzleScalesRequest, unswizzle_scales),
+}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from modelopt_convert.cli._options import SILENT, from_request
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.formats.table import FORMATS
 
@@ -71,3 +72,6 @@ def _show(out: "Output", report: "Report") -> None:
         out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
     show_cost(out, report)
     out.line(f"verdict: {found.verdict}: {found.statement}")
+
+
+COMMANDS = {"verify": from_request(VerifyRequest, verify, without=SILENT)}

@@ -11,7 +11,6 @@ from typing import Any, Protocol, Self, TypeVar
 
 from modelopt_convert import __version__
 from modelopt_convert.checkpoint.header import TensorSpec
-from modelopt_convert.checkpoint.hub.hub_path import HubPath
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
@@ -141,14 +140,15 @@ class Inputs:
         }
 
     def network(self) -> dict[str, NetworkReport]:
-        """What inputs on the Hub cost to read."""
+        """What inputs that do not lie on disk cost to read."""
         found: dict[str, NetworkReport] = {}
         for name, reader in self.readers.items():
-            if isinstance(reader.path, HubPath):
+            if not isinstance(reader.path, Path):
                 fetched, requests = self._traffic.get(name, (0, 0))
+                identity = reader.identity()
                 found[name] = NetworkReport(
-                    repo=reader.path.repo.repo_id,
-                    commit=reader.path.repo.commit,
+                    repo=identity["repo"],
+                    commit=identity["commit"],
                     of_bytes=self._found[name].bytes,
                     to_fetch_bytes=self.to_fetch.get(name),
                     fetched_bytes=fetched,

@@ -8,12 +8,13 @@ import math
 import os
 import re
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from modelopt_convert.checkpoint.hub.hub_path import PREFIX
+from modelopt_convert.checkpoint.location import Location, is_far, parse_location
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
@@ -21,16 +22,16 @@ from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
-    from modelopt_convert.checkpoint.location import Location
     from modelopt_convert.report.inspect import InspectReport  # noqa: F401 - named in strings below
     from modelopt_convert.report.report import Report  # noqa: F401
 
 Result = TypeVar("Result", covariant=True)
 # The command line takes the first of several types.
 Place = str | Path  # may be hf://
-Folder = Path | str
+Folder = str | Path
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE)
 
 
@@ -93,7 +94,10 @@ class Request(Generic[Result]):
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         for name, (kind, flag) in flags_of(type(self)).items():
-            _check_value(self.spelled(name), kind, flag, getattr(self, name))
+            value = getattr(self, name)
+            _check_value(self.spelled(name), kind, flag, value)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))  # a request is a value, and has a hash
         if self.progress is not None and not callable(getattr(self.progress, "begin", None)):
             raise UsageError("progress", f"{self.progress!r} is no Progress")
         self.check()
@@ -117,14 +121,12 @@ class Request(Generic[Result]):
         """
         raise UsageError(self.spelled(name), reason)
 
-    def locate(self, name: str) -> "Location | None":
+    def locate(self, name: str) -> Location | None:
         """Where an input lies, on disk or on the Hub; None if it is left out.
 
         Raises:
-            UsageError: It is written ``hf://`` and names no repo.
+            UsageError: It is written ``hf://`` and names no repo, or so for another storage.
         """
-        from modelopt_convert.checkpoint.location import parse_location
-
         place: Place | None = getattr(self, name)
         if place is None:
             return None
@@ -140,8 +142,8 @@ class Request(Generic[Result]):
 
     def on_disk(self) -> list[Path]:
         """Inputs and output, as far as they lie on disk and are given."""
-        places = (getattr(self, name, None) for name in (*self.inputs, "output"))
-        return [Path(one) for one in places if one is not None and not str(one).startswith(PREFIX)]
+        places: list[Place | None] = [getattr(self, name, None) for name in (*self.inputs, "output")]
+        return [Path(one) for one in places if one is not None and not is_far(one)]
 
 
 def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
@@ -149,6 +151,8 @@ def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
         raise UsageError(flag, f"takes a list, found {value!r}")
     choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
     for word in value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,):
+        if word == "":  # as a path it would be the current folder
+            raise UsageError(flag, "must not be empty")
         if choices and isinstance(word, str) and word not in choices:
             raise UsageError(flag, f"{word!r} is none of {', '.join(choices)}")
     if not _takes(kind, value):
@@ -241,6 +245,14 @@ class _Choosing(Request["Report"]):
         Place | None,
         Flag("The unquantized base: transformer or pipeline; default the preset's on the Hub.", metavar="BASE"),
     ] = None
+    base_model: Annotated[
+        str | None,
+        Flag(
+            "The repo that BASE comes from, where nothing at BASE says so; card and record have it as a claim.",
+            metavar="REPO",
+            after="base",
+        ),
+    ] = None
     component: Annotated[
         Sequence[TransformerName], Flag("Of a pipeline's transformers, this one alone; may be given for both.")
     ] = ()
@@ -263,8 +275,10 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
         """Refuse what cannot be meant together."""
         if self.preset == "none" and self.output is None:
             self.refuse("output", "is required with --preset none")
-        if self.output is not None and Path(self.output).parts[:1] == ("hf:",):
+        if self.output is not None and is_far(self.output):
             self.refuse("output", "is a folder on disk; --push-to REPO_ID publishes it")
+        if self.base_model is not None and not _REPO.fullmatch(self.base_model):
+            self.refuse("base_model", "is a repo on the Hub: ORGANIZATION/NAME")
         if self.shard_bytes <= 0:
             self.refuse("max_shard_size", "must be more than nothing")
 
@@ -353,16 +367,16 @@ class _Source(Request["Report"]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteRequest(_Writing, _Replacing, _Source):
+class RewriteRequest(_Writing, _Replacing, _Source, ABC):
     """What ``swap-nibbles`` and ``unswizzle-scales`` have in common."""
 
     __slots__ = ()
     inputs: ClassVar[tuple[str, ...]] = ("source", "base")
 
     @property
+    @abstractmethod
     def kind(self) -> Literal["swap", "unswizzle", "swizzle"]:
         """Which rewrite."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -513,7 +527,7 @@ class PushRequest(Request["Report"]):
         """Refuse what cannot be meant."""
         if self.create_pr and self.revision is not None:
             self.refuse("create_pr", "a pull request goes to main; leave one of the two out")
-        if Path(self.checkpoint).parts[:1] == ("hf:",):
+        if is_far(self.checkpoint):
             self.refuse("checkpoint", "is a folder on disk; `hf download REPO_ID --local-dir FOLDER` makes one")
         if self.message is not None and not self.message.strip():
             self.refuse("message", "must not be empty")

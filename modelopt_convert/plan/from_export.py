@@ -61,7 +61,7 @@ def plan_mixed(
         check_base(export, base, modules)
     else:
         check_plain(export, modules)
-    names = model_tensors(export) | (set(base.tensors) if base else set())
+    names = {*model_tensors(export), *(base.tensors if base else ())}
     matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules)
     for module in modules.values():

@@ -12,9 +12,9 @@ from modelopt_convert.run.errors import InputError
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
-def model_tensors(export: Source) -> set[str]:
-    """Names of the tensors that are part of the model: no calibration state, no markers."""
-    return {name for name in export.tensors if not is_quantizer_state(name) and not is_layout_marker(name)}
+def model_tensors(export: Source) -> list[str]:
+    """Names of the tensors that are part of the model, sorted: no calibration state, no markers."""
+    return sorted(name for name in export.tensors if not is_quantizer_state(name) and not is_layout_marker(name))
 
 
 def check_config_unquantized(base: Source) -> None:
@@ -167,7 +167,7 @@ def check_plain(export: Source, modules: Mapping[str, PackedModule]) -> None:
     Raises:
         InputError: ``export.dtype``.
     """
-    for name in sorted(model_tensors(export)):
+    for name in model_tensors(export):
         info = export.tensors[name]
         if module_of(name) not in modules and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
             raise InputError(

@@ -157,15 +157,20 @@ class ChosenPreset(_Strict):
     loaded: LoadedPreset
     also: list[str]
 
-    @property
-    def base_repo(self) -> str | None:
-        """Hub id of the base, or None where config.json cannot tell which of several it is."""
-        return None if self.also else self.loaded.preset.base_repo
+    def made_for(self, repo: str | None) -> Preset | None:
+        """The preset, among those that fit, that was made for a base; None if there is none, or the base is unknown.
+
+        Args:
+            repo: Hub id of the base.
+        """
+        return next((one.preset for one in self._fitting() if one.preset.base_repo == repo), None)
+
+    def _fitting(self) -> list[LoadedPreset]:
+        return [self.loaded, *(load_preset(name) for name in self.also)]
 
     def status(self, algorithm: Algorithm) -> str | None:
         """The status of the set: the weakest of all presets that fit."""
-        found = [self.loaded, *(load_preset(name) for name in self.also)]
-        status = {one.preset.rules(algorithm).status for one in found}
+        status = {one.preset.rules(algorithm).status for one in self._fitting()}
         return "validated" if status == {"validated"} else "candidate"
 
     def limits(self, algorithm: Algorithm) -> list[str]:

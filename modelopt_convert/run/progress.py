@@ -1,5 +1,7 @@
 """How far the work is, for whoever watches. No torch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -17,6 +19,55 @@ class Progress(Protocol):
 
     def detail(self, text: str) -> None:
         """One line for those who asked for more."""
+
+
+class ProgressFailed(BaseException):
+    """What a caller's progress raised, on its way to the caller: nobody in between may take it for an error of theirs.
+
+    Attributes:
+        error: The caller's exception.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        """Carry the caller's exception."""
+        super().__init__(error)
+        self.error = error
+
+
+class Guarded:
+    """A caller's progress; what it raises becomes a ProgressFailed."""
+
+    def __init__(self, progress: Progress) -> None:
+        """Pass everything on."""
+        self._progress = progress
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """A phase begins."""
+        with _failing():
+            self._progress.begin(what, total_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes are done."""
+        with _failing():
+            self._progress.advance(num_bytes)
+
+    def announce(self, text: str) -> None:
+        """One line that is to be read before the work."""
+        with _failing():
+            self._progress.announce(text)
+
+    def detail(self, text: str) -> None:
+        """One line for those who asked for more."""
+        with _failing():
+            self._progress.detail(text)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ProgressFailed(error) from None
 
 
 class Unwatched:

@@ -26,7 +26,7 @@ def refuse_far(name: ExecutorName, *inputs: Location | None) -> None:
         raise InputError(
             f"{far[0]}: --executor ray reads inputs on every node, and so takes local paths only",
             code="executor.hub_input",
-            hint=f"fetch it to where every node sees it: hf download {far[0].repo.repo_id} --local-dir FOLDER",
+            hint=f"fetch it to where every node sees it: {far[0].download_command()}",
         )
 
 

@@ -57,8 +57,9 @@ class PartReader(CheckpointReader):
         self._part = part
         super().__init__(part.folder, need_config=False)
 
-    def _open_folder(self, need_config: bool) -> None:
+    def _open_folder(self, need_config: bool) -> dict[str, bytes]:
         """The files that are needed, instead of all; their headers were checked by whoever made the part."""
         for name, state in self._part.files.items():
             self._files[name] = LocalFile(self._part.folder, name, state=state)
         self.tensors = {info.name: info for info in self._part.tensors}
+        return {}

@@ -33,8 +33,16 @@ class SourceRecord(_Open):
     """What identifies an input."""
 
     headers_sha256: str = Field(description="of the header of every shard, with its name")
-    repo: str | None = Field(default=None, description="of an input on the Hub")
-    commit: str | None = Field(default=None, description="of an input on the Hub or in its cache")
+    origin: str | None = Field(
+        default=None,
+        description="how repo and commit are known: `hub`; `cache`, which is the Hub's; `download`, made by "
+        "`hf download --local-dir`; `folder`: nothing tells them",
+    )
+    repo: str | None = Field(default=None, description="of an input on the Hub or in its cache")
+    commit: str | None = Field(default=None, description="of an input on the Hub, in its cache, or downloaded")
+    checked: str | None = Field(
+        default=None, description="of a download: the files whose bytes are those of the commit, by their etag"
+    )
 
 
 class RuleRecord(_Open):
@@ -86,7 +94,8 @@ class Record(_Open):
     command: str
     digests: DigestsRecord
     preset: PresetRecord | None = Field(default=None, description="of builds; null for `--preset none`")
-    base_repo: str | None = Field(default=None, description="of builds; null where nothing tells it")
+    base_repo: str | None = Field(default=None, description="of builds: as observed; null where nothing tells it")
+    base_claimed: str | None = Field(default=None, description="of builds with `--base-model`: what the author says")
     sources: dict[str, SourceRecord] = Field(default_factory=dict, description="of a transformer: its inputs by role")
     rules: list[RuleRecord] = Field(default_factory=list, description="of the transformer of a build")
     counts: dict[str, dict[str, int]] = Field(

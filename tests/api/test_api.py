@@ -1,14 +1,16 @@
 """The public functions: what they take, give and raise is what the command line does."""
 
+import errno
 import importlib
 import inspect as introspection
 import json
 import pkgutil
+import pydoc
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from loopback_hub import LoopbackHub
@@ -16,7 +18,9 @@ from support import edit, run_mopt, tree
 from typer.main import get_command
 
 import modelopt_convert as mopt
+from modelopt_convert import api
 from modelopt_convert.cli import app
+from modelopt_convert.commands.requests import RewriteRequest
 
 FUNCTIONS = {
     "build_nvfp4": mopt.BuildNvfp4Request,
@@ -198,7 +202,11 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("build_nvfp4", {"base": "b", "verify": "maybe"}, "--verify", "--base b --verify maybe"),
     ("build_nvfp4", {"base": "b", "component": ["vae"]}, "--component", "--base b --component vae"),
     ("build_nvfp4", {"base": "b", "export": "e", "device": "cuda"}, "--device", "--base b --export e --device cuda"),
+    ("build_nvfp4", {"base": "b", "output": ""}, "--output", "--base b --output="),
+    ("build_nvfp4", {"base": ""}, "--base", "--base="),
+    ("build_nvfp4", {"base": "b", "keep_bf16": [""]}, "--keep-bf16", "--base b --keep-bf16="),
     ("convert_fp8", {"base": "b"}, "--export", "--base b"),
+    ("swap_nibbles", {"source": "s", "output": ""}, "OUTPUT", "s "),
     ("verify", {}, "CHECKPOINT", ""),
     ("verify", {"checkpoint": "c", "self_test": True}, "CHECKPOINT", "c --self-test"),
     ("verify", {"checkpoint": "c", "backend": "fast"}, "--backend", "c --backend fast"),
@@ -245,6 +253,26 @@ def test_progress_is_told(exports: Path, base: Path, tmp_path: Path) -> None:
     assert watcher.lines[0].startswith("no --export: quantizing")
 
 
+@pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "no room"), RuntimeError("stop"), KeyError("bar")])
+@pytest.mark.parametrize("told", ["begin", "advance"])
+def test_what_a_progress_raises_is_the_callers_and_not_the_disks(
+    exports: Path, base: Path, tmp_path: Path, told: str, raised: Exception
+) -> None:
+    class Failing(Watcher):
+        def advance(self, num_bytes: int) -> None:
+            if told == "advance":
+                raise raised
+
+        def begin(self, what: str, total_bytes: int) -> None:
+            if told == "begin" and what.startswith("write"):
+                raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        mopt.swap_nibbles(exports / "nvfp4" / "transformer", tmp_path / "out", progress=Failing())
+    assert caught.value is raised and raised.__cause__ is None
+    assert list(tmp_path.glob("out*")) == []
+
+
 def test_presets_are_given_as_they_are_read(tmp_path: Path) -> None:
     found = mopt.presets()
     assert [one.preset.name for one in found] == sorted(one.preset.name for one in found)
@@ -264,6 +292,19 @@ def test_a_request_is_a_value() -> None:
         one.base = "c"  # type: ignore[misc]
     with pytest.raises((AttributeError, TypeError)):
         one.more = 1  # type: ignore[attr-defined]
+    listed, told = (mopt.BuildNvfp4Request(base="b", keep_bf16=words) for words in (["a", "b"], ("a", "b")))
+    assert listed == told and len({listed, told}) == 1
+    with pytest.raises(TypeError, match="abstract"):
+        RewriteRequest("source", "output")  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_types_are_told_at_run_time(name: str) -> None:
+    function = getattr(mopt, name)
+    result = mopt.InspectReport if name == "inspect" else mopt.Report
+    found = get_type_hints(function)
+    assert found.pop("return") is result and set(found) == set(introspection.signature(function).parameters)
+    assert f"-> 'modelopt_convert.{result.__name__}'" in pydoc.render_doc(function)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -313,16 +354,20 @@ def test_every_public_name_is_there_and_typed_as_what_it_is() -> None:
     """The imports that type checkers see and the names that programs get are the same."""
     import ast
 
-    nodes = ast.walk(ast.parse(Path(str(mopt.__file__)).read_text()))
-    seen = {
-        alias.name: node.module
-        for node in nodes
+    tree = ast.parse(Path(str(api.__file__)).read_text())
+    imported = {
+        alias.name: str(node.module)
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("modelopt_convert.")
         for alias in node.names
     }
-    assert {*seen, "__version__"} == set(mopt.__all__)
-    for name, module in seen.items():
-        assert getattr(mopt, name) is getattr(importlib.import_module(str(module)), name)
+    assert {"__version__", *api.__all__} == set(mopt.__all__)
+    for name in api.__all__:
+        home = importlib.import_module(imported.get(name, api.__name__))
+        assert getattr(mopt, name) is getattr(api, name) is getattr(home, name)
+    names: dict[str, object] = {}
+    exec("from modelopt_convert import *", names)
+    assert set(mopt.__all__) <= set(names)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mopt.nothing  # noqa: B018
 

@@ -84,7 +84,7 @@ def test_identity_is_of_the_headers_and_not_of_the_place(single: Path, tmp_path:
         with CheckpointReader(folder) as reader:
             identities.append(reader.identity())
     assert identities[0] == identities[1] != identities[2]
-    assert identities[0].keys() == {"headers_sha256"}
+    assert identities[0].keys() == {"headers_sha256", "origin"} and identities[0]["origin"] == "folder"
 
 
 def _change_map(**changes: object) -> Callable[[Path], object]:

@@ -22,11 +22,11 @@ _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", "--push-to", "--device", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", "--push-to", "--base-model", "--device", *_WRITING, *_TELLING,
     },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", "--push-to", *_WRITING, *_TELLING,
+        "--allow-known-broken", "--verify", "--push-to", "--base-model", *_WRITING, *_TELLING,
     },
     "verify": {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",

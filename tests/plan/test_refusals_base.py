@@ -60,6 +60,16 @@ def test_a_tensor_missing_from_the_base_is_refused(tensor: str, nvfp4: Path, bas
     refused(nvfp4, other, tmp_path, code="base.missing_tensor", names=(str(other), tensor), hint="whole")
 
 
+def test_of_many_missing_tensors_the_same_is_named_each_time(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def empty(tensors: Tensors) -> None:
+        for name in tensors.keys() - {KEPT + ".weight"}:
+            del tensors[name]
+
+    other = edit(base, tmp_path / "base", empty)
+    first = min(load(base / "transformer").keys() - {KEPT + ".weight"})
+    refused(nvfp4, other, tmp_path, code="base.missing_tensor", names=(repr(first), "tensors in all"))
+
+
 def test_a_base_with_a_tensor_too_many_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     extra = "transformer_blocks.2.norm1.linear.weight"
     other = edit(base, tmp_path / "base", lambda tensors: tensors.update({extra: torch.zeros(4)}))

@@ -38,7 +38,7 @@ def written(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         copy(base, room / "two" / name)
     edit(nvfp4, room / "source")
     runs: dict[str, list[str | Path]] = {
-        "build": ["build-nvfp4", "--preset", "flux1-dev", "--export", nvfp4, "--base", base],
+        "build": ["build-nvfp4", "--preset", "flux1-dev", "--export", nvfp4, "--base", base, "--base-model", "me/it"],
         "planned": ["build-nvfp4", "--preset", "flux1-dev", "--export", nvfp4, "--base", base, "--dry-run"],
         "quantized here": ["build-nvfp4", "--preset", "flux1-dev", "--base", base],
         "fp8": ["convert-fp8", "--preset", "flux1-dev", "--export", fp8, "--base", base],

@@ -1,12 +1,16 @@
 """Where something lies on the Hub: what ``pathlib.Path`` is to the disk. Nothing is asked of the Hub before it must."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelopt_convert.checkpoint.hub.client import NOT_CACHED
 from modelopt_convert.run.errors import InputError
 
 if TYPE_CHECKING:
+    from modelopt_convert.checkpoint.hub.remote_file import RemoteFile
     from modelopt_convert.checkpoint.hub.repo import HubRepo
+    from modelopt_convert.checkpoint.local_file import LocalFile
 
 PREFIX = "hf://"
 
@@ -55,6 +59,34 @@ class HubPath:
         prefix = f"{self.path}/" if self.path else ""
         inside = (name.removeprefix(prefix) for name in self.repo.files if name.startswith(prefix))
         return sorted({name.partition("/")[0] for name in inside})
+
+    def open(self) -> "LocalFile | RemoteFile":
+        """Open the file: from the Hub's cache if it is there, else to be read by ranges.
+
+        Raises:
+            MoptError: With an ``input.*`` or ``hub.*`` code.
+        """
+        return self.repo.open(self.path)
+
+    def fetch(self) -> Path:
+        """The file on disk, whole: in the Hub's cache.
+
+        Raises:
+            MoptError: With an ``input.*`` or ``hub.*`` code.
+        """
+        return self.repo.fetch(self.path)
+
+    def identity(self) -> dict[str, str]:
+        """The repo, and its commit that is read."""
+        return {"origin": "hub", "repo": self.repo.repo_id, "commit": self.repo.commit}
+
+    def download_command(self) -> str:
+        """The Hub's own, of the whole repo."""
+        return f"hf download {self.repo.repo_id} --local-dir FOLDER"
+
+    def absence(self) -> str | None:
+        """That the cache alone was looked at, if the Hub may not be asked."""
+        return f"the cache may hold a part only: {NOT_CACHED}" if self.repo.offline else None
 
 
 def parse_hub_path(text: str, *, download: bool) -> HubPath:

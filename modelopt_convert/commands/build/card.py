@@ -1,6 +1,8 @@
 """The model card (README.md) of an output. Pure: no paths, no times, the same text for the same input."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
@@ -10,14 +12,44 @@ from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.preset.preset import ChosenPreset, Preset
 from modelopt_convert.report.report import QUANTIZED_HERE, ProofReport
 
+_NOT_CALIBRATED = "**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."
 
-def _head(algorithm: Algorithm, chosen: ChosenPreset | None) -> list[str]:
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How a build was asked for, and what is known of its base.
+
+    Attributes:
+        command: Of mopt.
+        chosen: The preset, if there is one.
+        calibration: ``none`` where the base itself is quantized.
+        base_repo: The base's repo, as it was observed; None where nothing tells it.
+        base_claimed: The base's repo, as the user says it is.
+    """
+
+    command: str
+    chosen: ChosenPreset | None
+    calibration: Literal["none"] | None
+    base_repo: str | None
+    base_claimed: str | None
+
+    @property
+    def base(self) -> str | None:
+        """The base's repo as far as it is known; a preset that fits says nothing of it."""
+        return self.base_claimed or self.base_repo
+
+    @property
+    def model(self) -> Preset | None:
+        """What is known of the base's model: the preset that was made for just this base."""
+        return self.chosen.made_for(self.base) if self.chosen is not None else None
+
+
+def _head(algorithm: Algorithm, made: Made) -> list[str]:
     head = ["---"]
-    if chosen is not None:
-        if chosen.base_repo is not None:
-            head += [f"base_model: {chosen.base_repo}", "base_model_relation: quantized"]
-            head += _license(chosen.loaded.preset)
-        head += [f"pipeline_tag: {chosen.loaded.preset.pipeline_tag}"]
+    if made.base is not None:
+        head += [f"base_model: {made.base}", "base_model_relation: quantized"]
+    if made.model is not None:
+        head += [*_license(made.model), f"pipeline_tag: {made.model.pipeline_tag}"]
     return [*head, "library_name: diffusers", "tags:", f"- {algorithm}", "- modelopt", "- mopt", "- sglang", "---", ""]
 
 
@@ -27,24 +59,32 @@ def _license(preset: Preset) -> list[str]:
     return [f"{name}: {value}" for name, value in fields.items() if value is not None]
 
 
-def _load_section(chosen: ChosenPreset | None, components: Sequence[str]) -> list[str]:
-    base = chosen.base_repo if chosen and chosen.base_repo else "BASE_MODEL"
-    flag = chosen.loaded.preset.load_flag if chosen else "--transformer-path"
-    return ["## Load", "", "```", load_command("<this repo>", base, components, flag), "```", ""]
+def _title(made: Made, otherwise: str) -> str:
+    if made.model is not None:
+        return made.model.title
+    return made.base.rpartition("/")[2] if made.base is not None else otherwise
 
 
-def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport, producer: str, command: str) -> str:
+def _preset_line(chosen: ChosenPreset | None) -> list[str]:
+    return [f"Built with preset `{chosen.loaded.preset.name}`."] if chosen is not None else []
+
+
+def _load_section(made: Made, components: Sequence[str]) -> list[str]:
+    flag = made.chosen.loaded.preset.load_flag if made.chosen else "--transformer-path"
+    return ["## Load", "", "```", load_command("<this repo>", made.base or "BASE_MODEL", components, flag), "```", ""]
+
+
+def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -> str:
     """Text of the card of one transformer.
 
     Args:
         plan: What was built.
-        chosen: The preset it was built with, if any.
+        made: How it was asked for.
         proof: Verdicts and their counts.
         producer: Who packed the weights, such as ``modelopt 0.47.0``.
-        command: Of mopt.
     """
-    target = plan.format
-    title = chosen.loaded.preset.title if chosen else str(plan.config.get("_class_name", "transformer"))
+    target, chosen, command = plan.format, made.chosen, made.command
+    title = _title(made, str(plan.config.get("_class_name", "transformer")))
     packed, total = len(plan.packed), len(plan.modules)
     proven = ", ".join(f"{count} {verdict}" for verdict, count in sorted(proof.counts.items()))
     here = proof.status == QUANTIZED_HERE
@@ -69,12 +109,13 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
         "encoders,",
         "VAE and scheduler come from the base model.",
         "",
-        *_load_section(chosen, []),
+        *_load_section(made, []),
         "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights.",
         "",
         "## How it was made",
         "",
         *how,
+        *_preset_line(chosen),
         "",
         f"| kept in BF16 | modules | {'of them Linears' if here else 'replaced'} | why |",
         "|---|---|---|---|",
@@ -88,7 +129,7 @@ def model_card(plan: BuildPlan, chosen: ChosenPreset | None, proof: ProofReport,
     limits = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
     if limits:
         body += ["## Known limits", "", *(f"- {limit}" for limit in limits), ""]
-    return "\n".join(_head(target.algorithm, chosen) + body)
+    return "\n".join(_head(target.algorithm, made) + body)
 
 
 def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
@@ -102,26 +143,25 @@ def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
     return ["## Error by kind of module", "", *words, "", *table, ""]
 
 
-def pipeline_card(components: Sequence[str], chosen: ChosenPreset | None, command: str, calibration: str | None) -> str:
+def pipeline_card(components: Sequence[str], made: Made) -> str:
     """Text of the card above several transformers of one model.
 
     Args:
         components: Their folders.
-        chosen: The preset they were built with, if any.
-        command: Of mopt.
-        calibration: ``none`` where mopt quantized the base itself.
+        made: How they were asked for.
     """
-    algorithm = next(one.algorithm for one in FORMATS.values() if one.command == command)
-    title = chosen.loaded.preset.title if chosen else "Transformers"
+    algorithm = next(one.algorithm for one in FORMATS.values() if one.command == made.command)
+    title = _title(made, "Transformers")
     body = [
         f"# {title}, {FORMATS[algorithm].quant_algo}",
         "",
         f"The transformers alone, each in a folder of its own: {', '.join(f'`{name}`' for name in components)}.",
         "Text encoders, VAE and scheduler come from the base model.",
         "",
-        *_load_section(chosen, components),
-        *(["**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."] * bool(calibration)),
+        *_load_section(made, components),
+        *_preset_line(made.chosen),
+        *([_NOT_CALIBRATED] * bool(made.calibration)),
         "Each folder's README.md says what is quantized in it and how.",
         "",
     ]
-    return "\n".join(_head(algorithm, chosen) + body)
+    return "\n".join(_head(algorithm, made) + body)

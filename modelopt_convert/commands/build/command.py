@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.record import RECORD
-from modelopt_convert.commands.build.files import Made, pipeline_files, small_files
-from modelopt_convert.commands.build.inputs import Opened, open_all, to_fetch
+from modelopt_convert.commands.build.card import Made
+from modelopt_convert.commands.build.files import pipeline_files, small_files
+from modelopt_convert.commands.build.inputs import Opened, base_repo, open_all, to_fetch
 from modelopt_convert.commands.build.proof import measure_part, prove_part, refuse_unproven
 from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
 from modelopt_convert.commands.build.space import build_bytes
@@ -109,7 +110,8 @@ class BuildCommand:
                 steps.is_planned = True
                 return
             gpu = self._open_gpu()
-            made = Made(request.command, steps.chosen, "none" if self._export is None else None)
+            calibration: Literal["none"] | None = "none" if self._export is None else None
+            made = Made(request.command, steps.chosen, calibration, base_repo(steps.parts), request.base_model)
             need = build_bytes(steps.parts, steps.plans, made)
             # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
             with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:

@@ -2,32 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
-from modelopt_convert.commands.build.card import model_card, pipeline_card
+from modelopt_convert.commands.build.card import Made, model_card, pipeline_card
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.preset.preset import ChosenPreset
 from modelopt_convert.report.report import ModuleReport, ProofReport, RuleReport
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """How a build was asked for.
-
-    Attributes:
-        command: Of mopt.
-        chosen: The preset, if there is one.
-        calibration: ``none`` where the base itself is quantized.
-    """
-
-    command: str
-    chosen: ChosenPreset | None
-    calibration: Literal["none"] | None
 
 
 def small_files(
@@ -36,7 +19,7 @@ def small_files(
     """Config, card, record and index, in the order in which they are written: the index, if any, last."""
     producer = plan.config["quantization_config"].get("producer")
     maker = f"{producer.get('name')} {producer.get('version')}" if isinstance(producer, dict) else "ModelOpt"
-    card = model_card(plan, made.chosen, proof, maker, made.command)
+    card = model_card(plan, made, proof, maker)
     files = {"README.md": card.encode(), "config.json": json_bytes(plan.config)}
     index = plan.index()
     last = {INDEX_NAME: json_bytes(index)} if index is not None else {}
@@ -61,7 +44,7 @@ def pipeline_files(parts: Mapping[str, bytes], made: Made) -> dict[str, bytes]:
         made: How they were asked for.
     """
     components = list(parts)
-    files = {"README.md": pipeline_card(components, made.chosen, made.command, made.calibration).encode()}
+    files = {"README.md": pipeline_card(components, made).encode()}
     digests = {name: digest_of(data) for name, data in parts.items()}
     more = _head(made) | {"components": components, "parts": digests}
     return files | {RECORD: write_record(made.command, more, tensors={}, files=files, headers=None)}
@@ -120,7 +103,8 @@ def _head(made: Made) -> dict[str, Any]:
     loaded = made.chosen.loaded if made.chosen is not None else None
     return {
         "preset": loaded and {"name": loaded.preset.name, "sha256": loaded.sha256},
-        "base_repo": made.chosen and made.chosen.base_repo,
+        "base_repo": made.base_repo,
+        **({"base_claimed": made.base_claimed} if made.base_claimed is not None else {}),
     }
 
 

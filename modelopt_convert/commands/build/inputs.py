@@ -3,10 +3,10 @@
 Everything that is said about an input's files, and not yet about the model, is settled here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from modelopt_convert.checkpoint.hub.hub_path import HubPath
 from modelopt_convert.checkpoint.location import Location, is_dir
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import Component
@@ -119,6 +119,12 @@ def _name_as_diffusers(opened: Opened, export: CheckpointReader, inputs: Inputs)
     return [("export.renamed", message)]
 
 
+def base_repo(parts: Sequence[Opened]) -> str | None:
+    """The repo that the bases of all transformers were observed to be of; None where that is not known, or several."""
+    repos = {part.base.identity().get("repo") if part.base is not None else None for part in parts}
+    return repos.pop() if len(repos) == 1 else None
+
+
 def to_fetch(opened: Opened, plan: BuildPlan, *, whole: bool) -> dict[str, int]:
     """Bytes that are still to be fetched of one transformer's inputs, by their names in the report.
 
@@ -129,7 +135,7 @@ def to_fetch(opened: Opened, plan: BuildPlan, *, whole: bool) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for role, reader in opened.readers.items():
-        if isinstance(reader.path, HubPath):
+        if not isinstance(reader.path, Path):
             everything = [(name, 0, info.num_bytes) for name, info in reader.tensors.items()]
             proof, steps = proof_readings(plan, role, reader.tensors), step_readings(plan.steps, role, reader.tensors)
             found[f"{opened.prefix}{role}"] = reader.unfetched(everything if whole else [*proof, *steps])

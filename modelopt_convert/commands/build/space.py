@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from modelopt_convert.checkpoint.record import RECORD
-from modelopt_convert.commands.build.files import Made, pipeline_files, small_files
+from modelopt_convert.commands.build.card import Made
+from modelopt_convert.commands.build.files import pipeline_files, small_files
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.report.report import QUANTIZED_HERE, ModuleReport, ProofReport

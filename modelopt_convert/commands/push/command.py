@@ -271,7 +271,7 @@ def _fetcher(api: "HfApi", request: PushRequest, commit: str) -> Callable[[str],
 
 
 def _load_command(pushed: PushedReport, local: Publishable) -> str:
-    base = str(local.record.get("base_repo") or "BASE_MODEL")
+    base = str(local.record.get("base_claimed") or local.record.get("base_repo") or "BASE_MODEL")
     if not local.components and pushed.revision == _MAIN:
         return load_command(pushed.repo_id, base, [])
     # An engine takes a repo's main branch alone, and its path to one of several transformers must be a folder.

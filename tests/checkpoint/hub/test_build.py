@@ -50,7 +50,8 @@ def test_what_is_quantized_from_the_hub_is_what_is_quantized_from_disk(
 ) -> None:
     far = run_mopt("build-nvfp4", "--preset", "flux1-dev", "--output", tmp_path / "far", "--push-to", MINE)
     assert far.exit_code == 0 and far.report is not None, far.stderr
-    near = run_mopt("build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", tmp_path / "near")
+    words = ("--base", base, "--base-model", BASE, "--output", tmp_path / "near")
+    near = run_mopt("build-nvfp4", "--preset", "flux1-dev", *words)
     assert near.exit_code == 0
     one, other = tree(tmp_path / "far"), tree(tmp_path / "near")
     assert {name for name in one if one[name] != other[name]} == {"mopt.json"} and one.keys() == other.keys()

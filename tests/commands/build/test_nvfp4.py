@@ -158,10 +158,10 @@ def test_nothing_in_the_output_names_a_path(built_nvfp4: Path, exports: Path, tm
         assert str(built_nvfp4.parent).encode() not in content
 
 
-def test_card_tells_base_and_command(built_nvfp4: Path) -> None:
+def test_card_tells_base_and_command(built: Path) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(built_nvfp4 / "README.md")
+    card = ModelCard.load(built / "README.md")
     assert card.data.base_model == "black-forest-labs/FLUX.1-dev"
     assert card.data.to_dict()["base_model_relation"] == "quantized"
     assert "--model-path black-forest-labs/FLUX.1-dev --transformer-path" in card.text

@@ -1,0 +1,77 @@
+"""Of which repo and commit a folder on disk is, as far as the Hub's client has left a trace of it. No network.
+
+A trace is what somebody's client wrote there: it says where the files came from, and proves nothing of their bytes.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+_SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
+_METADATA = Path(".cache/huggingface/download")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_MAX_METADATA_BYTES = 1000
+
+
+def trace(folder: Path, small: Mapping[str, bytes], files: Iterable[str]) -> dict[str, str]:
+    """What identifies the origin of a checkpoint on disk.
+
+    Args:
+        folder: Of the checkpoint.
+        small: The bytes of its small files, by name.
+        files: Names of its other files.
+
+    Returns:
+        ``origin``, and what is known with it:
+        ``cache``: a snapshot in a Hub cache, with ``repo`` and ``commit``;
+        ``download``: made by ``hf download --local-dir``, with ``commit``; ``checked`` names the files whose bytes are
+        those of that commit. No file has changed since, by its time;
+        ``folder``: nothing tells.
+    """
+    real = folder.resolve()
+    if match := _SNAPSHOT.search(real.as_posix()):
+        return {"origin": "cache", "repo": match[1].replace("--", "/"), "commit": match[2]}
+    for root in (real, *real.parents):
+        metadata = root / _METADATA / real.relative_to(root)
+        if metadata.is_dir():
+            commit = _commit_of(real, metadata, small, files)
+            if commit is not None:
+                return {"origin": "download", "commit": commit, "checked": ", ".join(sorted(small))}
+    return {"origin": "folder"}
+
+
+def _commit_of(folder: Path, metadata: Path, small: Mapping[str, bytes], files: Iterable[str]) -> str | None:
+    """The one commit of all files; None if there is none, or a file is not known to be the downloaded one."""
+    commits = set()
+    for name in (*small, *files):
+        found = _read_metadata(metadata / f"{name}.metadata")
+        if found is None:
+            return None
+        commit, etag, time = found
+        try:
+            # A second of grace, as the client itself gives: it writes the file first.
+            changed = (folder / name).stat().st_mtime - 1 > time
+        except OSError:
+            return None
+        if changed or (name in small and etag != _etag(small[name], etag)):
+            return None
+        commits.add(commit)
+    return commits.pop() if small and len(commits) == 1 else None
+
+
+def _read_metadata(path: Path) -> tuple[str, str, float] | None:
+    """Commit, etag and time of a download, or None if the file does not say them."""
+    try:
+        with path.open("rb") as file:
+            commit, etag, time = file.read(_MAX_METADATA_BYTES).decode().split()
+        return (commit, etag, float(time)) if _COMMIT.fullmatch(commit) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _etag(data: bytes, like: str) -> str:
+    """The etag that the Hub gives such bytes: SHA-256 of a file in LFS, else git's blob id."""
+    if len(like) == hashlib.sha256().digest_size * 2:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

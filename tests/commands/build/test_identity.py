@@ -1,0 +1,123 @@
+"""What a build says of its base is what it saw there, or what its author claims: never what a preset was made for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, snapshot_download
+from loopback_hub import LoopbackHub
+from support import Outcome, build, run_mopt
+
+from modelopt_convert.preset.preset import choose_preset, load_preset
+
+FLUX = "black-forest-labs/FLUX.1-dev"  # what the preset was made for
+MINE = "alice/FLUX-tuned"
+
+
+class Built:
+    """An output, and all that is said of it."""
+
+    def __init__(self, outcome: Outcome, folder: Path) -> None:
+        assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+        self.card = (folder / "README.md").read_text()
+        self.head = ModelCard(self.card).data.to_dict()
+        self.record: dict[str, Any] = json.loads((folder / "mopt.json").read_text())
+        verified = run_mopt("verify", folder, "--device", "cpu")
+        assert verified.report is not None
+        self.statement = str(verified.report["verify"]["statement"])
+        self.said = "\n".join([self.card, json.dumps([self.record, outcome.report, verified.report])])
+        shutil.rmtree(folder)
+
+    @property
+    def title(self) -> str:
+        return next(line for line in self.card.splitlines() if line.startswith("# "))
+
+
+def test_a_local_folder_is_no_model_that_a_preset_names(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    found = Built(build(nvfp4, base, tmp_path / "out"), tmp_path / "out")
+    assert FLUX not in found.said
+    assert not {"base_model", "base_model_relation", "license", "license_name", "pipeline_tag"} & found.head.keys()
+    assert found.title == "# FluxTransformer2DModel, NVFP4" and "Built with preset `flux1-dev`." in found.card
+    assert "--model-path BASE_MODEL --transformer-path" in found.card
+    assert found.record["base_repo"] is None and "base_claimed" not in found.record
+    assert found.record["sources"]["base"]["origin"] == "folder"
+    headers = found.record["sources"]["base"]["headers_sha256"]
+    assert f"against a local folder (headers {headers[:12]})" in found.statement
+
+
+def test_a_claim_is_told_as_one(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    found = Built(build(nvfp4, base, tmp_path / "out", "--base-model", FLUX), tmp_path / "out")
+    assert found.head["base_model"] == FLUX and found.head["base_model_relation"] == "quantized"
+    assert found.head["license_name"] == "flux-1-dev-non-commercial-license"
+    assert found.head["pipeline_tag"] == "text-to-image"
+    assert found.title == f"# {load_preset('flux1-dev').preset.title}, NVFP4"
+    assert f"--model-path {FLUX} --transformer-path" in found.card
+    assert found.record["base_claimed"] == FLUX and found.record["base_repo"] is None
+    assert found.record["sources"]["base"]["origin"] == "folder"
+    assert f"a local folder (headers {found.record['sources']['base']['headers_sha256'][:12]}), said to be {FLUX}" in (
+        found.statement
+    )
+
+
+@pytest.mark.parametrize("place", ["hub", "cache"])
+def test_a_repo_that_was_seen_is_named_with_its_commit(
+    hub: LoopbackHub, place: str, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """Of another repo than the preset's the license and the task are not known."""
+    hub.seed(MINE, base)
+    where = Path(snapshot_download(MINE)) if place == "cache" else f"hf://{MINE}"
+    words = ("--preset", "flux1-dev", "--export", nvfp4, "--base", where, "--output", tmp_path / "out")
+    found = Built(run_mopt("build-nvfp4", *words), tmp_path / "out")
+    assert FLUX not in found.said
+    assert found.head["base_model"] == MINE and not {"license", "pipeline_tag"} & found.head.keys()
+    assert found.title == "# FLUX-tuned, NVFP4" and f"--model-path {MINE} --transformer-path" in found.card
+    source = found.record["sources"]["base"]
+    assert (source["origin"], source["repo"], source["commit"]) == (place, MINE, hub.head(MINE))
+    assert found.record["base_repo"] == MINE and f"against {MINE}@{hub.head(MINE)}, bytes" in found.statement
+    claimed = Built(run_mopt("build-nvfp4", *words, "--base-model", FLUX), tmp_path / "out")
+    assert claimed.head["base_model"] == FLUX and claimed.head["license"] == "other"
+    assert (claimed.record["base_repo"], claimed.record["base_claimed"]) == (MINE, FLUX)
+    assert f"against {MINE}@{hub.head(MINE)}, said to be {FLUX}, bytes" in claimed.statement
+
+
+def test_the_presets_own_base_is_seen_where_none_is_given(hub: LoopbackHub, base: Path, tmp_path: Path) -> None:
+    hub.seed(FLUX, base)
+    outcome = run_mopt("build-nvfp4", "--preset", "flux1-dev", "--output", tmp_path / "out")
+    found = Built(outcome, tmp_path / "out")
+    assert found.head["base_model"] == FLUX and found.head["license"] == "other"
+    assert f"from {FLUX}@{hub.head(FLUX)}" in found.statement
+
+
+def test_a_download_has_a_commit_and_no_name(hub: LoopbackHub, nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    hub.seed(FLUX, base)
+    snapshot_download(FLUX, local_dir=tmp_path / "local")
+    found = Built(build(nvfp4, tmp_path / "local", tmp_path / "out"), tmp_path / "out")
+    assert FLUX not in found.said and "base_model" not in found.head and found.record["base_repo"] is None
+    source = found.record["sources"]["base"]
+    assert (source["origin"], source["commit"]) == ("download", hub.head(FLUX))
+    assert source["checked"].split(", ")[0] == "config.json"
+    assert f"against a download of commit {hub.head(FLUX)}, bytes" in found.statement
+
+
+def test_without_a_base_nothing_is_known(fp8: Path, tmp_path: Path) -> None:
+    outcome = run_mopt("convert-fp8", "--preset", "flux1-dev", "--export", fp8, "--output", tmp_path / "out")
+    found = Built(outcome, tmp_path / "out")
+    assert FLUX not in found.said and "base_model" not in found.head and found.record["base_repo"] is None
+
+
+@pytest.mark.parametrize("word", ["FLUX.1-dev", "a/b/c", "a/b: c", "hf://a/b", "/b", "a/"])
+def test_a_claim_is_a_repos_name(word: str, base: Path) -> None:
+    outcome = run_mopt("build-nvfp4", "--preset", "flux1-dev", "--base", base, "--base-model", word, "--dry-run")
+    assert outcome.exit_code == 2 and "ORGANIZATION/NAME" in outcome.stderr
+
+
+def test_of_presets_that_fit_alike_the_base_picks_one() -> None:
+    """Qwen-Image and its successor have one config.json; only the base tells which of the two it is."""
+    wanted = load_preset("qwen-image-2512").preset
+    config = {"_class_name": wanted.class_name, **wanted.config}
+    chosen = choose_preset(config, "nvfp4")
+    assert chosen.also
+    assert chosen.made_for(wanted.base_repo) == wanted
+    assert chosen.made_for("me/mine") is None and chosen.made_for(None) is None
