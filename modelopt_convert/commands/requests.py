@@ -149,10 +149,10 @@ class Request(Generic[Result]):
 def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
     if get_origin(kind) is Sequence and isinstance(value, str):
         raise UsageError(flag, f"takes a list, found {value!r}")
+    if value == "":  # as a path it would be the current folder
+        raise UsageError(flag, "must not be empty")
     choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
     for word in value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,):
-        if word == "":  # as a path it would be the current folder
-            raise UsageError(flag, "must not be empty")
         if choices and isinstance(word, str) and word not in choices:
             raise UsageError(flag, f"{word!r} is none of {', '.join(choices)}")
     if not _takes(kind, value):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
@@ -39,7 +39,11 @@ class KeepRules(_Strict):
     )
 
 
-class Preset(_Strict):
+# A table for each format that there is: a new format needs no line here.
+_Sets = create_model("_Sets", __base__=_Strict, **{algorithm: (KeepRules | None, None) for algorithm in FORMATS})  # type: ignore[call-overload]
+
+
+class Preset(_Sets):
     """One model's preset; the TOML file has these fields, and ``extends`` for fields that another preset has."""
 
     schema_: Literal[1] = Field(alias="schema", description="version of the preset language")
@@ -67,8 +71,6 @@ class Preset(_Strict):
     runtime_names: dict[str, list[str]] = Field(
         description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key"
     )
-    nvfp4: KeepRules | None = None
-    fp8: KeepRules | None = None
 
     @field_validator("schema_", mode="before")
     @classmethod

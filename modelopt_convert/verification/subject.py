@@ -15,6 +15,7 @@ from modelopt_convert.dialects.packed import (
 )
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.layout import CANONICAL, Layout, declared_layout
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import InconclusiveError, InputError
 from modelopt_convert.verification.gemm.operands import Weight, operand_format
 
@@ -62,7 +63,7 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Sub
     modules = find_packed(reader.tensors, target, evidence, path=path).or_raise()
     if not modules:
         raise InputError(
-            f"{path}: expected NVFP4 or FP8 modules, found none",
+            f"{path}: expected {' or '.join(one.quant_algo for one in FORMATS.values())} modules, found none",
             code="verify.nothing_quantized",
             path=path,
             hint="verify looks at what build-nvfp4 and convert-fp8 write, and at ModelOpt's exports",

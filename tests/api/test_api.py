@@ -204,7 +204,7 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("build_nvfp4", {"base": "b", "export": "e", "device": "cuda"}, "--device", "--base b --export e --device cuda"),
     ("build_nvfp4", {"base": "b", "output": ""}, "--output", "--base b --output="),
     ("build_nvfp4", {"base": ""}, "--base", "--base="),
-    ("build_nvfp4", {"base": "b", "keep_bf16": [""]}, "--keep-bf16", "--base b --keep-bf16="),
+    ("build_nvfp4", {"base": "b", "preset": ""}, "--preset", "--base b --preset="),
     ("convert_fp8", {"base": "b"}, "--export", "--base b"),
     ("swap_nibbles", {"source": "s", "output": ""}, "OUTPUT", "s "),
     ("verify", {}, "CHECKPOINT", ""),
