@@ -22,8 +22,9 @@ from modelopt_convert.plan.from_export import needs_base
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, row_readings, scale_readings
 from modelopt_convert.proof.due import Due
+from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
-from modelopt_convert.proof.tensors import casts_of, common_dtype
+from modelopt_convert.proof.tensors import casts_of, common_dtype, load
 from modelopt_convert.proof.unquantized import is_near_base, same_up_to_cast
 from modelopt_convert.report.report import REFUTED
 from modelopt_convert.run.errors import InputError
@@ -43,6 +44,7 @@ class Proof:
         modules: The judgement on every packed module, by name.
         due: Modules of which all bytes are still to be compared, while they are written.
         unproven: Modules about to be replaced whose scales are unusable, with the reason.
+        odd_inputs: What is odd about input scales, in words.
         fused_differ: Fused groups whose global scales differ, with the largest ratio; runtimes rebase them.
         biases_differ: Packed modules whose bias is not the base's.
         unquantized_differ: Unquantized tensors that are not the base's by more than a cast.
@@ -54,6 +56,7 @@ class Proof:
     modules: dict[str, Judgement] = field(default_factory=dict)
     due: dict[str, Due] = field(default_factory=dict)
     unproven: dict[str, str] = field(default_factory=dict)
+    odd_inputs: list[str] = field(default_factory=list)
     fused_differ: dict[str, float] = field(default_factory=dict)
     biases_differ: list[str] = field(default_factory=list)
     unquantized_differ: list[str] = field(default_factory=list)
@@ -99,6 +102,7 @@ def prove(
     with torch.inference_mode():
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
         _note_fused(plan, scales, proof)
+        proof.odd_inputs = list(odd_input_scales(_inputs(export, plan), scales, plan.fused))
         if base is None:
             return proof
         proof.method = rules.method
@@ -223,6 +227,17 @@ def _check_scales(
             proof.unproven[module.name] = scale.message
         else:
             found[module.name] = scale
+    return found
+
+
+def _inputs(export: CheckpointReader, plan: BuildPlan) -> dict[str, float]:
+    """The input scales of modules that stay packed, as they will be written."""
+    found: dict[str, float] = {}
+    for module in (plan.modules[name] for name in plan.packed):
+        if (info := module.scales.get("input_scale")) is not None:
+            found[module.name] = float(load(export, info.name))
+        elif "input_scale" in module.calibrated:
+            found[module.name] = module.calibrated["input_scale"]
     return found
 
 
