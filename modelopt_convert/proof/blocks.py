@@ -190,12 +190,10 @@ class BlockTally:
         return (wanted > 0) & (wanted.to(torch.float8_e4m3fn).to(torch.float32) == 0)
 
     def _is_scale_tie(self, blocks: Tensor, values: Tensor, max_values: Tensor) -> Tensor:
-        low, high = torch.minimum(values, max_values), torch.maximum(values, max_values)
-        codes = low.to(torch.float8_e4m3fn).view(torch.uint8)
-        neighbours = codes + 1 == high.to(torch.float8_e4m3fn).view(torch.uint8)
+        # Only a neighbour has its midpoint there: the scale of max calibration is the nearest.
         wanted = blocks.to(torch.float64).abs().amax(dim=1) / (E2M1_MAX * self._global_scale.to(torch.float64))
-        middle = (low.to(torch.float64) + high.to(torch.float64)) / 2
-        return neighbours & ((wanted - middle).abs() <= TIE * middle)
+        middle = (values.to(torch.float64) + max_values.to(torch.float64)) / 2
+        return (wanted - middle).abs() <= TIE * middle
 
 
 def _e4m3(raw: Tensor) -> Tensor:

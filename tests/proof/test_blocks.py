@@ -129,11 +129,12 @@ def test_a_tie_is_the_other_neighbour_of_a_midpoint(low: int, sign: int, steps: 
     assert found.odd_blocks == int(not is_tie)
 
 
+@pytest.mark.parametrize(("middle", "code"), [(0.25, 0), (5.0, 6)])
 @pytest.mark.parametrize(("steps", "is_tie"), [(2, True), (3, False)])
-def test_a_tie_ends_at_two_ulp(steps: int, is_tie: bool) -> None:
-    """Of a value just above a power of two, where an ulp is largest beside it."""
-    base = block(steps_from(0.25, steps))
-    assert bool(tally(base, with_code(base, 0)).codes_tied) is is_tie
+def test_a_tie_ends_at_two_ulp(middle: float, code: int, steps: int, is_tie: bool) -> None:
+    """Also of a value just above a power of two, where an ulp is largest beside it."""
+    base = block(steps_from(middle, steps))
+    assert bool(tally(base, with_code(base, code)).codes_tied) is is_tie
 
 
 @pytest.mark.parametrize(
