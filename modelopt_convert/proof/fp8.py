@@ -22,7 +22,7 @@ from modelopt_convert.proof.blocks import FEW
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.judgement import Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.judgement import AMPLE, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.tensors import Tile, finite_amax, tensor_scale, tiles
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import until
@@ -176,8 +176,9 @@ class _Comparison:
         found = max(tried, key=lambda one: one.share)
         is_whole, verdict, near = self.rows is None, "reproduced", None
         is_equal = found.equal == found.codes
-        # Codes that are cut off are the base's all the same, and may say nothing of it.
-        if not is_equal or found.clipped.count:
+        # Codes that are cut off, or round to zero, are the base's all the same, and may say nothing of it.
+        is_odd = found.clipped.count > 0 or (is_whole and self.due.scale > AMPLE * found.amax / E4M3_MAX)
+        if not is_equal or is_odd:
             found = found if is_equal else self.attempt(found.rule, to_the_end=True)
             sums, limit = self.nearness(), self.due.max_error
             near = sums.whole.closeness()

@@ -29,6 +29,10 @@ Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "u
 COMPRESSED = "max calibration, --compress: block scales rounded twice"
 """A rule that holds only where another module has the scale of the group."""
 
+AMPLE = 256.0
+"""A scale so many times that of max calibration still tells the weights apart. Above, codes may be right and say
+nothing: a weight of which all codes are zero is its base, quantized under a scale that is far too large."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:

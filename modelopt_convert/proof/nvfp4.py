@@ -35,7 +35,7 @@ from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.judgement import COMPRESSED, Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.tensors import Tile, finite_amax, load, load_rows, tensor_scale, tiles, unusable_scale
 from modelopt_convert.report.report import PROVEN
 from modelopt_convert.run.errors import InputError
@@ -219,9 +219,14 @@ class _Comparison:
         """The verdict."""
         found, is_whole = self.best(), self.rows is None
         verdict: Verdict
+        rule: str | None
         if found is not None and found.amax <= float(self.global_scale(found.reading)) * E2M1_MAX * E4M3_MAX * _CLIPPED:
-            tally = found.tally
+            tally, near = found.tally, None
             verdict = "reproduced" if tally.is_exact else "reproduced but for ties" if tally.is_tied else "nearest"
+            rule = "max calibration" if verdict != "nearest" else "nearest codes under searched scales"
+            if is_whole and float(self.global_scale(found.reading)) > AMPLE * found.amax / (E2M1_MAX * E4M3_MAX):
+                near = self.nearness(found.reading).whole.closeness()
+                verdict = verdict if near.within(self.due.max_error) else "mismatch"
             first = tally.first.in_words() if tally.first is not None else None
             return Judgement(
                 verdict,
@@ -229,8 +234,9 @@ class _Comparison:
                 Counts.of(tally),
                 found.amax,
                 self.due.scale,
+                near,
                 reading=found.reading,
-                rule="max calibration" if verdict != "nearest" else "nearest codes under searched scales",
+                rule=rule,
                 cast=found.cast,
                 first=first,
             )

@@ -300,6 +300,26 @@ def test_a_stale_scale_is_seen_although_its_codes_are_reproduced(tmp_path: Path)
     fp8_refused(export, base, tmp_path, code="check.proof", exit_code=1, names=names, preset="none")
 
 
+@pytest.mark.parametrize(("factor", "error_code"), [(64.0, None), (1e6, "check.proof")])
+def test_a_scale_under_which_all_codes_are_zero_proves_nothing(
+    factor: float, error_code: str | None, tmp_path: Path
+) -> None:
+    """They are what the base gives under that scale; 64 times too large loses nothing of a weight in a float format."""
+    weights = two_weights()
+    scale = float(weights["lin"].abs().max()) / 448 * factor
+    export, base = small_fp8_pair(tmp_path / "made", weights, {"lin": scale})
+    codes = load(export)["lin.weight"]
+    assert same_bits(codes, modelopt_cast(weights["lin"], torch.tensor(scale)))
+    assert bool((codes.float() == 0).all()) is (error_code is not None)
+    if error_code is not None:
+        fp8_refused(export, base, tmp_path, code=error_code, exit_code=1, names=("1 of 2", "lin"), preset="none")
+        return
+    outcome = convert(export, base, tmp_path / "out", preset="none")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    module = outcome.report["proof"]["modules"]["lin"]
+    assert (module["verdict"], module["scale_factor"]) == ("nearest", pytest.approx(factor))
+
+
 def test_a_bias_that_differs_is_refused_or_accepted_and_kept(fp8: Path, base: Path, tmp_path: Path) -> None:
     name = f"{PACKED}.bias"
     far = edit(fp8, tmp_path / "far", lambda tensors: tensors[name].add_(0.5))

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from faults import refused, small_pair
 from support import build, config_of, load, same_bits, tree
 
 QUANTIZED_LEAVES = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
@@ -120,6 +122,26 @@ def test_half_export_becomes_bf16_and_is_counted(exports: Path, tmp_path: Path) 
     assert outcome.report["counts"]["export"]["from base: unquantized, F16 to BF16"] == 32
     assert outcome.report["counts"]["export"]["from base: F16 bias of a packed module, F16 to BF16"] == 24
     assert outcome.report["proof"]["counts"] == {"reproduced": 40}
+
+
+@pytest.mark.parametrize(("factor", "error_code"), [(64.0, None), (1e7, "check.proof")])
+def test_a_global_scale_under_which_all_codes_are_zero_proves_nothing(
+    factor: float, error_code: str | None, tmp_path: Path
+) -> None:
+    """They are the nearest under it, and no block is worse than ModelOpt's under it."""
+    shapes = {"lin": (64, 96), "other": (32, 64)}
+    _, plain = small_pair(tmp_path / "plain", shapes)
+    scale = load(plain)["lin.weight"].abs().max().float() / 2688 * factor
+    export, base = small_pair(tmp_path / "made", shapes, scale)
+    codes = load(export)["lin.weight"] & 0x77
+    assert bool((codes == 0).all()) is (error_code is not None)
+    if error_code is not None:
+        refused(export, base, tmp_path, code=error_code, exit_code=1, names=("2 of 2", "lin"), preset="none")
+        return
+    outcome = build(export, base, tmp_path / "out", preset="none")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    module = outcome.report["proof"]["modules"]["lin"]
+    assert (module["verdict"], module["scale_factor"]) == ("nearest", pytest.approx(factor))
 
 
 def test_every_input_tensor_is_in_the_ledger(exports: Path, tmp_path: Path) -> None:
