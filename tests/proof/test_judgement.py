@@ -22,6 +22,8 @@ from producers import (
     max_calibration,
     mse_sweep,
     own_global_scale,
+    signed_zeros,
+    ties_away,
 )
 from torch import Tensor
 from weights import weight
@@ -268,6 +270,29 @@ def test_searched_scales_are_nearest(tmp_path: Path) -> None:
     one.packed[5, 5] ^= 0x10
     verdict = judged(tmp_path, base, one)
     assert verdict.verdict == "near" and verdict.first is not None
+
+
+def test_a_few_searched_blocks_are_damage(tmp_path: Path) -> None:
+    """Each is better than that of max calibration; but a search changes blocks all over a weight."""
+    base = weight("outlier_channels", 128, 256, 0)
+    common, other = max_calibration(base), mse_sweep(base)
+    better = (common.scale.view(torch.uint8) != other.scale.view(torch.uint8)).nonzero()
+    row, column = (int(one) for one in better[0])
+    common.packed[row, 8 * column : 8 * column + 8] = other.packed[row, 8 * column : 8 * column + 8]
+    common.scale.view(torch.uint8)[row, column] = other.scale.view(torch.uint8)[row, column]
+    verdict = judged(tmp_path, base, common)
+    assert verdict.verdict == "mismatch" and verdict.counts.blocks_above == 0
+    assert verdict.first is not None and verdict.first.startswith(f"row {row}, columns {16 * column} to")
+
+
+@pytest.mark.parametrize("make", [ties_away, signed_zeros])
+def test_other_rounding_of_ties_is_told_from_the_same(make: Callable[[Tensor], Packed], tmp_path: Path) -> None:
+    base = weight("many_ties", 128, 256, 0)
+    verdict = judged(tmp_path, base, make(base))
+    assert verdict.verdict == "reproduced but for ties" and verdict.passed and verdict.rule == "max calibration"
+    counts = verdict.counts
+    assert counts.codes_tied + counts.zero_signs == counts.codes - counts.codes_equal > 0
+    assert together("nvfp4", {NAME: verdict}) == {NAME: "reproduced but for ties"}
 
 
 @pytest.mark.parametrize("through", ["F16", "BF16"])
