@@ -401,6 +401,13 @@ def test_a_reciprocal_scale_is_named_where_it_fits(verdict: str) -> None:
     assert concluded(Proof("nvfp4", modules=refuted), refuted, export).modules == refuted
 
 
+def test_scales_of_a_build_are_compared_once_it_is_written() -> None:
+    export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
+    modules = {"other scale": made_up(scale=1.5), "same": made_up()}
+    found = concluded(Proof("nvfp4", modules=modules), modules, export).modules
+    assert {name: one.verdict for name, one in found.items()} == {"other scale": "nearest", "same": "reproduced"}
+
+
 def test_what_rows_told_is_kept_beside_what_all_tell() -> None:
     """The closeness of sampled rows, where the codes decide."""
     export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]

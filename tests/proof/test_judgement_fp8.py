@@ -139,6 +139,13 @@ def test_another_scale_is_nearest_and_what_it_clips_is_told(factor: float, tmp_p
         assert found.clipped.largest == pytest.approx(448 / factor)
 
 
+def test_a_scale_that_cuts_off_too_much_is_a_mismatch(tmp_path: Path) -> None:
+    """Although every code is the one that it gives."""
+    base = weight("gaussian", *SHAPE, 0)
+    found = judged(tmp_path, base, fp8_other_scale(base, 0.1))
+    assert found.verdict == "mismatch" and found.counts.codes == found.counts.codes_equal
+
+
 @pytest.mark.parametrize("byte", [0x7F, 0xFF])
 def test_a_code_that_is_no_number_is_refused(byte: int, tmp_path: Path) -> None:
     base = weight("gaussian", *SHAPE, 0)
