@@ -73,10 +73,12 @@ PROOF = (
     _nvfp4("near within the limit", "if near.within(limit) and", "if"),
     _nvfp4("near in every strip", " and sums.worst_strip() <= limit and not tried", " and not tried"),
     _nvfp4("damage is not near", " and not tried.tally.is_damaged:", ":"),
-    _nvfp4(
+    Mutant(
+        "proof/nvfp4.py",
         "near under one reading alone",
-        '"near" if self.is_clear(reading, near.relative_error) else',
-        '"near" if True else',
+        "if self.is_clear(reading, near.relative_error) else",
+        "if True else",
+        ("proof/test_refusals.py::test_a_layout_that_cannot_be_told_is_refused",),
     ),
     _nvfp4("unrelated", ">= RELATED_COSINE", ">= 0.0"),
     _fp8("every code", "differs = wanted != tile.stored", "differs = wanted > tile.stored"),
@@ -121,11 +123,5 @@ PROOF = (
         "if not is_near_base(export, base, name, near)]",
         "if False]",
         "plan/test_refusals_base.py::test_another_bias_of_a_packed_module_is_refused",
-    ),
-    _export(
-        "what is refuted is refused before anything is written",
-        "if is_whole and not any(one.verdict in REFUTED for one in proof.modules.values()):",
-        "if is_whole:",
-        "proof/test_refusals.py::test_one_damaged_module_fails_the_check_and_is_named",
     ),
 )

@@ -339,6 +339,16 @@ def test_a_compressed_group_is_reproduced_beside_its_largest(tmp_path: Path) -> 
         assert judged(tmp_path, group[0], damaged).rule != COMPRESSED, role
 
 
+def test_compressed_scales_are_rounded_to_a_larger_one_alone(tmp_path: Path) -> None:
+    """Under a smaller one the largest blocks do not fit: what is cut off is not the base."""
+    base = weight("gaussian", 32, 64, 0)
+    one = max_calibration(base)
+    for factor, is_compressed in ((2.5, True), (0.5, False)):
+        scale = (one.scale.float() / factor).clamp(2.0**-9, 448).to(one.scale.dtype)
+        found = judged(tmp_path, base, Packed(one.packed, scale, one.global_scale * factor))
+        assert (found.rule == COMPRESSED) is is_compressed, factor
+
+
 def test_a_scale_chosen_otherwise_is_nearest_and_its_factor_is_told(tmp_path: Path) -> None:
     base = weight("gaussian", 32, 64, 0)
     found = judged(tmp_path, base, larger_global_scale(base))
