@@ -357,6 +357,12 @@ def test_a_scale_chosen_otherwise_is_nearest_and_its_factor_is_told(tmp_path: Pa
     assert one.verdict == "nearest" and one.factor == pytest.approx(1.7)
 
 
+def test_a_scale_under_which_all_codes_are_zero_proves_nothing(tmp_path: Path) -> None:
+    base = weight("gaussian", 32, 64, 0)
+    assert judged(tmp_path, base, larger_global_scale(base, 64.0)).passed
+    assert not judged(tmp_path, base, larger_global_scale(base, 1e7)).passed
+
+
 def made_up(verdict: str = "reproduced", amax: float = 2688.0, scale: float = 1.0, **more: object) -> Judgement:
     whole = Judgement(verdict, True, Counts(16, 16), amax, scale)  # type: ignore[arg-type]
     return dataclasses.replace(whole, **more)  # type: ignore[arg-type]

@@ -146,6 +146,12 @@ def test_a_scale_that_cuts_off_too_much_is_a_mismatch(tmp_path: Path) -> None:
     assert found.verdict == "mismatch" and found.counts.codes == found.counts.codes_equal
 
 
+def test_a_scale_under_which_all_codes_are_zero_proves_nothing(tmp_path: Path) -> None:
+    base = weight("gaussian", *SHAPE, 0)
+    found = judged(tmp_path, base, fp8_other_scale(base, 1e6))
+    assert not found.passed and found.counts.codes == found.counts.codes_equal
+
+
 @pytest.mark.parametrize("byte", [0x7F, 0xFF])
 def test_a_code_that_is_no_number_is_refused(byte: int, tmp_path: Path) -> None:
     base = weight("gaussian", *SHAPE, 0)
