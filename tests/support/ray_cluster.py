@@ -1,10 +1,13 @@
 """A Ray cluster of two CPUs on the loopback, up until stdin ends: ``ray_cluster.py FOLDER`` prints its address."""
 
+import signal
 import sys
 
 import ray
 
 if __name__ == "__main__":
+    # A shell's background jobs ignore the signal, and so would workers, by which Ray tells them to stop.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ray.init(
         num_cpus=2,
         object_store_memory=80_000_000,

@@ -34,10 +34,12 @@ def trace(folder: Path, small: Mapping[str, bytes], files: Iterable[str]) -> dic
         return {"origin": "cache", "repo": match[1].replace("--", "/"), "commit": match[2]}
     for root in (real, *real.parents):
         metadata = root / _METADATA / real.relative_to(root)
-        if metadata.is_dir():
-            commit = _commit_of(real, metadata, small, files)
-            if commit is not None:
-                return {"origin": "download", "commit": commit, "checked": ", ".join(sorted(small))}
+        try:
+            commit = _commit_of(real, metadata, small, files) if metadata.is_dir() else None
+        except OSError:  # a folder above may be closed to us, or the path be too long for a file system
+            continue
+        if commit is not None:
+            return {"origin": "download", "commit": commit, "checked": ", ".join(sorted(small))}
     return {"origin": "folder"}
 
 
@@ -51,10 +53,10 @@ def _commit_of(folder: Path, metadata: Path, small: Mapping[str, bytes], files: 
         commit, etag, time = found
         try:
             # A second of grace, as the client itself gives: it writes the file first.
-            changed = (folder / name).stat().st_mtime - 1 > time
+            same = (folder / name).stat().st_mtime - 1 <= time  # not where the time is no number
         except OSError:
             return None
-        if changed or (name in small and etag != _etag(small[name], etag)):
+        if not same or (name in small and etag != _etag(small[name], etag)):
             return None
         commits.add(commit)
     return commits.pop() if small and len(commits) == 1 else None
@@ -62,6 +64,8 @@ def _commit_of(folder: Path, metadata: Path, small: Mapping[str, bytes], files: 
 
 def _read_metadata(path: Path) -> tuple[str, str, float] | None:
     """Commit, etag and time of a download, or None if the file does not say them."""
+    if not path.is_file():  # a pipe that nobody writes to would never open
+        return None
     try:
         with path.open("rb") as file:
             commit, etag, time = file.read(_MAX_METADATA_BYTES).decode().split()

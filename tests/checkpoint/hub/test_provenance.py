@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import snapshot_download
 from loopback_hub import LoopbackHub
 
+from modelopt_convert.checkpoint.hub import provenance
 from modelopt_convert.checkpoint.reader import CheckpointReader
 
 REPO = "some/model"
@@ -96,6 +97,18 @@ def garbage(folder: Path, metadata: Path) -> None:
     next(metadata.glob("config.json.metadata")).write_bytes(b"\xff" * 5000)
 
 
+def a_pipe(folder: Path, metadata: Path) -> None:
+    """Nobody writes to it: whoever opens it waits for ever."""
+    path = next(metadata.glob("config.json.metadata"))
+    path.unlink()
+    os.mkfifo(path)
+
+
+def no_time(folder: Path, metadata: Path) -> None:
+    for path in metadata.glob("*.metadata"):
+        path.write_text("\n".join([*path.read_text().split()[:2], "nan"]))
+
+
 def say_sha256(metadata: Path, digest: str = "0" * 64) -> None:
     path = metadata / f"{CONFIG}.metadata"
     commit, _, time = path.read_text().split()
@@ -106,9 +119,20 @@ def sha256_of_other_bytes(folder: Path, metadata: Path) -> None:
     say_sha256(metadata)
 
 
-@pytest.mark.parametrize(
-    "fault", [change_config, touch_shard, forget_shard, of_another_commit, no_commit, garbage, sha256_of_other_bytes]
-)
+FAULTS = [
+    change_config,
+    touch_shard,
+    forget_shard,
+    of_another_commit,
+    no_commit,
+    no_time,
+    garbage,
+    a_pipe,
+    sha256_of_other_bytes,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_download_that_is_not_whole_and_unchanged_says_nothing(downloaded: Path, fault: object) -> None:
     folder = downloaded / "transformer"
     fault(folder, downloaded / METADATA / "transformer")  # type: ignore[operator]
@@ -121,3 +145,24 @@ def test_a_single_file_has_nothing_small_to_check(downloaded: Path) -> None:
 
 def test_a_local_folder_is_one(base: Path) -> None:
     assert origin(base / "transformer") == {"origin": "folder"}
+
+
+def test_where_nobody_may_look_nothing_is_known(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder above, another user's ``.cache`` is closed."""
+    is_dir = Path.is_dir
+
+    def closed(path: Path) -> bool:
+        if ".cache" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    assert origin(base / "transformer") == {"origin": "folder"}
+
+
+def test_a_path_as_long_as_paths_may_be(tmp_path: Path) -> None:
+    folder = tmp_path
+    while (rest := 4080 - len(str(folder))) > 1:
+        folder /= "x" * min(rest - 1, 200)
+        folder.mkdir()
+    assert provenance.trace(folder, {}, []) == {"origin": "folder"}
