@@ -185,7 +185,7 @@ def command_of(request: Request[Any]) -> "Command[Any]":
 
             return BuildCommand(request)
         case RewriteRequest():
-            from modelopt_convert.commands.rewrite import RewriteCommand
+            from modelopt_convert.commands.rewrite.command import RewriteCommand
 
             return RewriteCommand(request)
         case VerifyRequest():

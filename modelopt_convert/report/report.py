@@ -116,7 +116,7 @@ class ModuleReport(_Model):
 
 
 class ClippedReport(_Model):
-    """Values of a weight that its scale is too small for; of sampled rows where the export had quantized it."""
+    """Values of a weight that its scale is too small for; of sampled rows where no more was compared."""
 
     count: int
     largest: float

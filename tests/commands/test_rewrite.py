@@ -397,9 +397,7 @@ def test_a_rewrite_that_wrote_something_else_is_thrown_away(
 
 
 @pytest.mark.parametrize("fault", ["unlike", "more", "less"])
-def test_a_rewrite_whose_rest_is_not_the_bases_is_not_recorded_as_proven(
-    nvfp4: Path, base: Path, tmp_path: Path, fault: str
-) -> None:
+def test_a_rewrite_whose_rest_is_not_the_bases_is_refused(nvfp4: Path, base: Path, tmp_path: Path, fault: str) -> None:
     def plant(tensors: Tensors) -> None:
         swapped(tensors)
         if fault == "unlike":
@@ -410,17 +408,34 @@ def test_a_rewrite_whose_rest_is_not_the_bases_is_not_recorded_as_proven(
             del tensors["proj_out.weight"]
 
     source = edit(nvfp4, tmp_path / "source", plant)
-    done = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    refused = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base, "--accept-near")
+    assert (refused.exit_code, refused.error_code) == (1, "check.proof"), refused.stderr
+    assert ("extra" if fault == "more" else "proj_out.weight") in refused.report["error"]["message"]
+    assert refused.report["proof"]["words"] == "mismatch"
+    assert [one.name for one in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_rewrite_whose_rest_is_near_the_bases_needs_consent(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        swapped(tensors)
+        tensors["proj_out.weight"] = tensors["proj_out.weight"] * 1.02
+
+    source = edit(nvfp4, tmp_path / "source", plant)
+    refused = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert (refused.exit_code, refused.error_code) == (1, "check.proof"), refused.stderr
+    assert "proj_out.weight" in refused.report["error"]["message"]
+    assert [one.name for one in tmp_path.iterdir()] == ["source"]
+    done = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base, "--accept-near")
     assert done.exit_code == 0, done.stderr
-    told = {warning["code"]: warning["message"] for warning in done.report["warnings"]}
-    assert ("extra" if fault == "more" else "proj_out.weight") in told["layout.not_the_base"]
     assert done.report["proof"]["words"] == "not proven: near"
     assert json.loads((tmp_path / "out" / "mopt.json").read_text())["proof"]["status"] == "not proven"
     unchanged = run_mopt("verify", tmp_path / "out")
     assert (unchanged.exit_code, unchanged.report["verify"]["proof"]) == (0, "unchanged"), unchanged.stderr
     assert unchanged.report["verify"]["statement"].endswith("swap-nibbles published it as not proven")
     against = run_mopt("verify", tmp_path / "out", "--base", base)
-    assert against.exit_code == 1 and against.report["verify"]["proof"].partition(":")[0] in ("mismatch", "not proven")
+    assert (against.exit_code, against.report["verify"]["proof"]) == (1, "not proven: near")
+    accepted = run_mopt("verify", tmp_path / "out", "--base", base, "--accept-near")
+    assert (accepted.exit_code, accepted.report["verify"]["proof"]) == (0, "not proven: near")
 
 
 @pytest.mark.parametrize("fault", ["renamed", "reshaped", "I16", "another model"])

@@ -173,14 +173,14 @@ def refuse_unproven(opened: Opened, report: ProofReport) -> None:
         what, hint = (
             "are not the base's",
             "the export is damaged, was changed after quantization, or was made from another base; export again. "
-            "Nothing was written",
+            "Nothing was published",
         )
     else:
         failing = {name: one for name, one in report.modules.items() if one.verdict == "near"}
         what, hint = (
             "are near the base, and not quantized from it as it is",
             "a merged LoRA shows in the modules it was trained for, GPTQ and QAT in all; give the base that was "
-            "quantized, or --accept-near to build what is not proven. Nothing was written",
+            "quantized, or --accept-near to build what is not proven. Nothing was published",
         )
     names = list(failing)
     raise CheckFailedError(

@@ -236,6 +236,20 @@ def test_clipping_that_costs_too_much_fails_the_proof(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_clipping_that_costs_a_sampled_row_more_than_the_weight_is_judged_by_the_weight(tmp_path: Path) -> None:
+    """The closing step looks at sampled rows; all rows were compared by then."""
+    weights = {"lin": seeded_weight(2048, 256, 1), "other": seeded_weight(16, 16, 2)}
+    weights["lin"][0, 0] = 300.0  # the first row is always sampled
+    amax = {"lin": torch.tensor(260.0), "other": weights["other"].abs().max()}
+    export, checkpoint = small_old_pair(tmp_path, weights, amax)
+    base = edit(export, tmp_path / "base", change_config=lambda config: config.pop("quantization_config"))
+    outcome = convert(export, base, tmp_path / "out", "--checkpoint", checkpoint, preset="none")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    proof = outcome.report["proof"]
+    assert proof["words"] == "proven" and proof["modules"]["lin"]["verdict"] == "nearest", proof
+    assert outcome.report["clipped"]["lin"]["count"] == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_old_exports_in_other_floats_are_cast_in_them(dtype: torch.dtype, tmp_path: Path) -> None:
     """ModelOpt's default dtype is Half: its quotients are rounded to F16, not to BF16."""

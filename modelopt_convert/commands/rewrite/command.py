@@ -1,0 +1,208 @@
+"""``mopt swap-nibbles`` and ``mopt unswizzle-scales``: rewrite the layout of a checkpoint's packed modules.
+
+Everything else streams through. The config keys are set to what is true then, and markers by which a loader would guess
+otherwise are stripped. With a base only modules that need it are rewritten, and the result is proven.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from modelopt_convert.checkpoint.location import local_path
+from modelopt_convert.checkpoint.pipeline import resolve_component
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.record import RECORD, write_record
+from modelopt_convert.commands.build.files import counted, proof_record
+from modelopt_convert.commands.build.space import LONGEST
+from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, written_faults
+from modelopt_convert.commands.command import (
+    Clock,
+    Inputs,
+    Warned,
+    ending,
+    output_report,
+    peak_rss_bytes,
+    published_warnings,
+    throughput,
+    versions,
+    warnings_of,
+)
+from modelopt_convert.commands.requests import RewriteRequest
+from modelopt_convert.commands.rewrite.plan import (
+    BASIS,
+    FIELD,
+    WANTED,
+    Kind,
+    RewritePlan,
+    against_words,
+    choose,
+    config_and_index,
+    plan_rewrite,
+    refuse_names,
+)
+from modelopt_convert.commands.rewrite.proof import prove_rewritten, refuse_unproven_rewrite, rewritten_report
+from modelopt_convert.formats.nvfp4.format import FORMAT
+from modelopt_convert.inspection.component import inspect_component
+from modelopt_convert.plan.plan import Origin
+from modelopt_convert.report.inspect import ModuleLayout
+from modelopt_convert.report.report import ProofReport, Report
+from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.workers import torch_on_one_thread
+from modelopt_convert.stage.directory import Published, StagingDir
+from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
+from modelopt_convert.write.executors import open_executor, refuse_far
+from modelopt_convert.write.stream import stream
+
+
+class RewriteCommand:
+    """Rewrite the layout of a checkpoint."""
+
+    def __init__(self, request: RewriteRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._kind: Kind = request.kind
+        self._clock = Clock()
+        self._inputs = Inputs()
+        self._output = str(Path(request.output))
+        self._plan: RewritePlan | None = None
+        self._warned: list[Warned] = []
+        self._checks: list[dict[str, Any]] = []
+        self._proof: ProofReport | None = None
+        self._evidence: dict[str, str] = {}
+        self._published: Published | None = None
+        self._peak: int | None = None
+
+    def run(self, progress: Progress) -> None:
+        """Rewrite.
+
+        Raises:
+            MoptError: One of its kinds; nothing was published unless a StorageError says so.
+        """
+        request = self._request
+        source, base = request.locate("source"), request.locate("base")
+        assert source is not None  # the request requires it
+        refuse_far(request.executor, source)
+        source_path = source if source.is_file() else resolve_component(source, what="source")
+        base_path = resolve_component(base, what="base") if base else None
+        output = canonical_output(Path(request.output))
+        self._output = str(output)
+        folder = source_path.parent if source_path.is_file() else source_path
+        named = (source if source.is_dir() else folder, folder, base, base_path)
+        inputs = [path for path in map(local_path, named) if path is not None]
+        check_output_allowed(output, inputs, overwrite=request.overwrite)
+        with ExitStack() as stack:
+            executor = stack.enter_context(open_executor(request.executor))
+            stack.enter_context(self._inputs)
+            with self._clock.timed("open"):
+                reader = self._inputs.open("source", source_path)
+            refuse_names(reader, request)
+            stage: StagingDir | None = None
+            if not request.dry_run:
+                # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
+                stage = stack.enter_context(StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=0))
+            with self._clock.timed("open"):
+                against = self._inputs.open("base", base_path) if base_path is not None else None
+            with self._clock.timed("inspect"):
+                modules = self._look(reader, against)
+                self._evidence = {name: getattr(one, BASIS[self._kind]) for name, one in modules.items()}
+            chosen = choose(modules, self._kind, reader, against)
+            plan = self._plan = plan_rewrite(reader, modules, chosen, self._kind)
+            if against is None:
+                message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
+                self._warned.append(("layout.unproven", message + against_words(modules, chosen, self._kind)))
+            if stage is None:
+                return
+            stage.check_space(self._disk_bytes(reader, plan, list(modules) if against is not None else None))
+            with self._clock.timed("stream"), torch_on_one_thread():
+                readers: dict[Origin, CheckpointReader] = {"export": reader}
+                done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
+            reader.check_unchanged()
+            files = config_and_index(reader, plan, self._kind, proven=against is not None)
+            for name, data in files.items():
+                stage.write_file(name, data)
+            with self._clock.timed("check"):
+                self._close(stage.path, plan, against, str(source_path))
+            stage.write_file(RECORD, self._record(plan, files, done.digests, self._proof))
+            with self._clock.timed("publish"):
+                try:
+                    stage.publish()
+                finally:  # also when a signal that was held acts right after the swap
+                    self._published = stage.published
+                    self._warned += published_warnings(stage.published)
+        self._peak = peak_rss_bytes()
+
+    def report(self, error: BaseException | None = None) -> Report:
+        """What happened, also after a failure."""
+        plan = self._plan
+        shards = {shard.file: shard.tensors for shard in plan.shards} if plan else {}
+        return Report(
+            command=self._request.command,
+            inputs=self._inputs.reports(),
+            network=self._inputs.network(),
+            output=output_report(self._output, shards, self._published, error),
+            ledger={"source": dict(plan.fates)} if plan else {},
+            counts={"source": counted(plan.fates)} if plan else {},
+            proof=self._proof,
+            evidence=self._evidence,
+            checks=self._checks,
+            peak_rss_bytes=self._peak,
+            throughput_bytes_per_s=throughput(self._clock, [plan]) if plan and self._peak is not None else None,
+            timings_s=self._clock.seconds,
+            warnings=warnings_of(self._warned),
+            versions=versions(),
+            **ending(error, "planned" if self._request.dry_run else "ok"),
+        )
+
+    def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
+        found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
+        return {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
+
+    def _close(self, stage: Path, plan: RewritePlan, base: CheckpointReader | None, source: str) -> None:
+        """Reopen what was written; with a base, prove all of it.
+
+        Raises:
+            CheckFailedError: ``check.structure`` or ``check.proof``.
+        """
+        with CheckpointReader(stage, need_config=False) as written:
+            self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
+            if base is None:
+                return
+            field, wanted = FIELD[self._kind], WANTED[self._kind]
+            wrong = [
+                f"{name} is not {wanted} against the base"
+                for name, one in self._look(written, base).items()
+                if getattr(one, field) not in (wanted, "equivalent")
+            ]
+            found = prove_rewritten(written, base, self._request)
+        self._proof = found.report
+        failures = [*wrong, *found.wrong]
+        check = {"name": "proof", "status": "fail" if failures else "pass", "failures": failures[:10]}
+        self._checks.append(check)
+        refuse_unproven_rewrite(found, source, accept_near=self._request.accept_near)
+        refuse_failed(Closed(check, f"{len(wrong)} rewritten modules are wrong: {wrong[0]} first" if wrong else None))
+
+    def _keep(self, closed: Closed) -> None:
+        self._checks.append(closed.check)
+        refuse_failed(closed)
+
+    def _record(
+        self, plan: RewritePlan, files: Mapping[str, bytes], digests: Mapping[str, str], proof: ProofReport | None
+    ) -> bytes:
+        more: dict[str, Any] = {
+            "sources": {name: reader.identity() for name, reader in self._inputs.readers.items()},
+            "counts": {"source": counted(plan.fates)},
+        }
+        more |= {"proof": proof_record(proof)} if proof is not None else {}
+        headers = ([step.output for step in plan.steps.values()], [shard.metadata for shard in plan.shards])
+        return write_record(self._request.command, more, tensors=digests, files=files, headers=headers)
+
+    def _disk_bytes(self, reader: CheckpointReader, plan: RewritePlan, proven: list[str] | None) -> int:
+        files = config_and_index(reader, plan, self._kind, proven=proven is not None)
+        proof = None
+        if proven is not None:
+            longest = dict.fromkeys(proven, LONGEST)
+            proof = rewritten_report(longest, self._request.max_error, "x" * 120, like=["x"])
+        record = self._record(plan, files, dict.fromkeys(plan.steps, DIGEST), proof)
+        return disk_bytes([*shard_sizes(plan.shards), len(record), *map(len, files.values())])

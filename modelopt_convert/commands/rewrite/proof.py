@@ -1,0 +1,123 @@
+"""The proof of a rewritten checkpoint against its base: all bytes, by what ``verify`` finds of them.
+
+torch is imported on the way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.commands.build.proof import module_report, verdict_counts
+from modelopt_convert.commands.requests import RewriteRequest
+from modelopt_convert.formats.nvfp4.format import FORMAT
+from modelopt_convert.report.report import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    PROVEN_WORDS,
+    REFUTED,
+    ModuleReport,
+    ProofReport,
+)
+from modelopt_convert.run.errors import CheckFailedError
+from modelopt_convert.verification.options import VerifyOptions
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """What the proof found.
+
+    Attributes:
+        report: Verdicts and their counts.
+        wrong: What is not the base's, in words.
+        near: What is near the base, and not made of it as it is, in words.
+    """
+
+    report: ProofReport
+    wrong: list[str]
+    near: list[str]
+
+
+def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> Rewritten:
+    """Prove every byte of every packed module, and every other tensor."""
+    import torch
+
+    from modelopt_convert.proof.judgement import format_proof
+    from modelopt_convert.verification.levels.decode import judge_modules, unlike_base
+    from modelopt_convert.verification.subject import find_subject
+
+    subject, limit = find_subject(written, base), request.max_error
+    options = VerifyOptions(workers=request.worker_count)
+    with torch.inference_mode():
+        found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
+    unlike, like = unlike_base(subject, base, limit, options.workers, lambda _: None)
+    modules = {name: module_report(one) for name, one in found.items()}
+    modules |= {name: ModuleReport(verdict="mismatch", reason=why) for name, why in unreadable.items()}
+    wrong = [f"{name}: {one.verdict}{_place(one)}" for name, one in modules.items() if one.verdict in REFUTED]
+    near = [f"{name}: near{_place(one)}" for name, one in modules.items() if one.verdict == "near"]
+    report = rewritten_report(modules, limit, format_proof(FORMAT.algorithm).method, unlike=unlike, like=like)
+    return Rewritten(report, [*wrong, *unlike], [*near, *like])
+
+
+def rewritten_report(
+    modules: Mapping[str, ModuleReport],
+    max_error: float,
+    method: str,
+    *,
+    unlike: Sequence[str] = (),
+    like: Sequence[str] = (),
+) -> ProofReport:
+    """The proof as it is reported.
+
+    Args:
+        modules: By name.
+        max_error: The limit that was used.
+        method: In words.
+        unlike: Other tensors that are not the base's, in words.
+        like: Other tensors that are near the base's, in words.
+    """
+    is_wrong = bool(unlike) or any(one.verdict in REFUTED for one in modules.values())
+    is_near = bool(like) or any(one.verdict == "near" for one in modules.values())
+    return ProofReport(
+        method=method,
+        status="fail" if is_wrong else "not proven" if is_near else "pass",
+        words=MISMATCH_WORDS if is_wrong else NEAR_WORDS if is_near else PROVEN_WORDS,
+        max_error=max_error,
+        counts=verdict_counts(modules),
+        fused_scales_differ={},
+        biases_differ=[],
+        unquantized_differ=[*unlike, *like],
+        modules=dict(sorted(modules.items())),
+    )
+
+
+def refuse_unproven_rewrite(found: Rewritten, source: str, *, accept_near: bool) -> None:
+    """Refuse what ``verify`` would not pass.
+
+    Args:
+        found: By ``prove_rewritten``.
+        source: The checkpoint that was rewritten, for the message.
+        accept_near: Whether what is near the base may be written.
+
+    Raises:
+        CheckFailedError: ``check.proof``.
+    """
+    if found.wrong:
+        told, what = found.wrong, "are not the base's"
+        hint = "it is damaged, or of another base; give that base. Without --base it is rewritten as told, unproven"
+    elif found.near and not accept_near:
+        told, what = found.near, "are near the base, and not made of it as it is"
+        hint = "give the base that was quantized, or --accept-near to write what is not proven"
+    else:
+        return
+    raise CheckFailedError(
+        f"{source}: {len(told)} modules and tensors {what}: {'; '.join(told[:_SHOWN])}",
+        code="check.proof",
+        path=source,
+        hint=f"{hint}. Nothing was published",
+    )
+
+
+def _place(one: ModuleReport) -> str:
+    return f" ({one.first or one.reason})" if one.first or one.reason else ""
