@@ -83,9 +83,10 @@ def read_record(folder: Location) -> dict[str, Any] | None:
     record = parse_json_object(raw, code="record", path=str(path))
     digests = record.get("digests")
     known = digests if isinstance(digests, dict) and digests.get("algorithm") == _ALGORITHM else {}
-    if not all(_names(known.get(key)) for key in ("tensors", "files")):
+    if record.get("schema") != _SCHEMA or not all(_names(known.get(key)) for key in ("tensors", "files")):
+        found = str(record.get("schema"))[:40]
         raise InputError(
-            f"{path}: expected xxh3-128 digests of tensors and files",
+            f"{path}: expected {_SCHEMA} with xxh3-128 digests of tensors and files, found {found!r}",
             code="record.content",
             path=str(path),
             hint="the record was edited or is of a newer mopt; give --base to prove the checkpoint again",

@@ -59,6 +59,8 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
                 for (algorithm, nibbles, how, scales, known, convention), count in rows.items()
             ],
         )
+        if any("proven" in (one.nibble_basis, one.scale_basis) for one in component.modules.values()):
+            out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
         if layout.modules_contradicting:
             out.line(f"{layout.modules_contradicting} modules contradict what is declared or believed")
     if component.engine is not None:

@@ -456,7 +456,7 @@ class VerifyRequest(Request["Report"]):
             _check_names((self.preferred,), SGLANG_VARIABLE)
         rows = str(self.sample)
         if rows != "all" and not (rows.isascii() and rows.isdecimal() and len(rows) <= 7 and int(rows) > 0):
-            self.refuse("sample", "must be a number of rows, or all")
+            self.refuse("sample", "must be a number of rows from 1 to 9999999, or all")
         if self.checkpoint is None and not (self.self_test or self.prewarm):
             self.refuse("checkpoint", "is required, but for --self-test and --prewarm")
         if self.checkpoint is not None and self.self_test:

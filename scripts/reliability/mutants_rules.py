@@ -167,9 +167,16 @@ RULES = (
     Mutant(
         "commands/rewrite/proof.py",
         "the rest is the base's",
-        "[*wrong, *unlike]",
-        "wrong",
+        "[*wrong, *unusable, *unlike]",
+        "[*wrong, *unusable]",
         ("commands/test_rewrite.py::test_a_rewrite_whose_rest_is_not_the_bases_is_refused",),
+    ),
+    Mutant(
+        "commands/rewrite/proof.py",
+        "scales of what is rewritten can be used",
+        "if one.code in SCALE_FAULTS]",
+        "if False]",
+        ("commands/test_rewrite.py::test_a_rewrite_whose_scales_no_kernel_could_use_is_refused",),
     ),
     Mutant(
         "commands/rewrite/proof.py",

@@ -415,6 +415,36 @@ def test_a_rewrite_whose_rest_is_not_the_bases_is_refused(nvfp4: Path, base: Pat
     assert [one.name for one in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0, float("inf")])
+def test_a_rewrite_whose_scales_no_kernel_could_use_is_refused(
+    nvfp4: Path, base: Path, tmp_path: Path, value: float
+) -> None:
+    """No base tells an input_scale, so the proof of the weights does not see it."""
+
+    def plant(tensors: Tensors) -> None:
+        swapped(tensors)
+        name = next(one for one in tensors if one.endswith(".input_scale"))
+        tensors[name] = torch.full_like(tensors[name], value)
+
+    source = edit(nvfp4, tmp_path / "source", plant)
+    refused = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert (refused.exit_code, refused.error_code) == (1, "check.proof"), refused.stderr
+    assert "input_scale" in refused.report["error"]["message"]
+    assert [one.name for one in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_rewrite_says_what_is_odd_about_input_scales(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        swapped(tensors)
+        for name in [one for one in tensors if one.endswith(".input_scale")]:
+            tensors[name] = torch.full_like(tensors[name], 0.5)
+
+    done = run_mopt("swap-nibbles", edit(nvfp4, tmp_path / "source", plant), tmp_path / "out", "--base", base)
+    assert done.exit_code == 0, done.stderr
+    told = [one["message"] for one in done.report["warnings"] if one["code"] == "export.odd_input_scale"]
+    assert len(told) == 1 and "0.5" in told[0]
+
+
 def test_a_rewrite_whose_rest_is_near_the_bases_needs_consent(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     def plant(tensors: Tensors) -> None:
         swapped(tensors)

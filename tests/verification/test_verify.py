@@ -233,6 +233,14 @@ def test_a_record_that_cannot_be_used_is_bad_input(text: str, built: dict[str, P
     assert outcome.exit_code == 3 and (outcome.error_code or "").startswith("record.")
 
 
+@pytest.mark.parametrize("schema", ["mopt.manifest/99", "mopt.report/1", None, 1])
+def test_a_record_of_another_schema_is_not_believed(schema: object, built: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(built["nvfp4"], tmp_path / "odd")
+    edit_json(folder / "mopt.json", lambda record: record.update(schema=schema))
+    outcome = verify(folder)
+    assert (outcome.exit_code, outcome.error_code) == (3, "record.content") and str(schema) in outcome.message
+
+
 @pytest.mark.parametrize("required", ["gpu", "native"])
 def test_what_is_required_and_did_not_run_is_exit_6(required: str, built: dict[str, Path]) -> None:
     outcome = verify(built["nvfp4"], "--require", required, "--device", "cpu")

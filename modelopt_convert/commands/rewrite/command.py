@@ -177,6 +177,7 @@ class RewriteCommand:
             ]
             found = prove_rewritten(written, base, self._request)
         self._proof = found.report
+        self._warned += [("export.odd_input_scale", words) for words in found.odd]
         failures = [*wrong, *found.wrong]
         check = {"name": "proof", "status": "fail" if failures else "pass", "failures": failures[:10]}
         self._checks.append(check)

@@ -32,18 +32,21 @@ class Rewritten:
         report: Verdicts and their counts.
         wrong: What is not the base's, in words.
         near: What is near the base, and not made of it as it is, in words.
+        odd: What is odd about input scales, which no base proves, in words.
     """
 
     report: ProofReport
     wrong: list[str]
     near: list[str]
+    odd: list[str]
 
 
 def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> Rewritten:
-    """Prove every byte of every packed module, and every other tensor."""
+    """Prove every byte of every packed module, and every other tensor; see that all scales can be used."""
     import torch
 
     from modelopt_convert.proof.judgement import format_proof
+    from modelopt_convert.verification.levels.container import SCALE_FAULTS, look
     from modelopt_convert.verification.levels.decode import judge_modules, unlike_base
     from modelopt_convert.verification.subject import find_subject
 
@@ -51,13 +54,16 @@ def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: 
     options = VerifyOptions(workers=request.worker_count)
     with torch.inference_mode():
         found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
+        lint = look(subject).lint
     unlike, like = unlike_base(subject, base, limit, options.workers, lambda _: None)
     modules = {name: module_report(one) for name, one in found.items()}
     modules |= {name: ModuleReport(verdict="mismatch", reason=why) for name, why in unreadable.items()}
     wrong = [f"{name}: {one.verdict}{_place(one)}" for name, one in modules.items() if one.verdict in REFUTED]
     near = [f"{name}: near{_place(one)}" for name, one in modules.items() if one.verdict == "near"]
     report = rewritten_report(modules, limit, format_proof(FORMAT.algorithm).method, unlike=unlike, like=like)
-    return Rewritten(report, [*wrong, *unlike], [*near, *like])
+    unusable = [f"{one.module}: {one.message}" for one in lint if one.code in SCALE_FAULTS]
+    odd = [one.message for one in lint if one.code == "input_scale.odd"]
+    return Rewritten(report, [*wrong, *unusable, *unlike], [*near, *like], odd)
 
 
 def rewritten_report(

@@ -16,8 +16,7 @@ from modelopt_convert.run.workers import in_order
 from modelopt_convert.verification.levels.record import Scanned
 from modelopt_convert.verification.subject import Subject
 
-# Of what `inspect` shows, these make a checkpoint wrong for any runtime; the rest is for its user to know.
-_FATAL = frozenset(
+SCALE_FAULTS = frozenset(
     {
         "scale.missing",
         "scale.nan",
@@ -26,11 +25,12 @@ _FATAL = frozenset(
         "input_scale.missing",
         "input_scale.mixed",
         "weight_scale.missing",
-        "module.split",
-        "ignore.lists_packed",
-        "engine.misread",
     }
 )
+"""Of what `inspect` shows, these say that no kernel can use a scale."""
+
+# These make a checkpoint wrong for any runtime; the rest is for its user to know.
+_FATAL = SCALE_FAULTS | {"module.split", "ignore.lists_packed", "engine.misread"}
 
 
 class StoredFormat(Protocol):
