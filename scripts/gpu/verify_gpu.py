@@ -1,10 +1,10 @@
 """Figures of the GEMM backends on a machine with a CUDA GPU, over real ModelOpt exports of FLUX.1-dev's layer shapes.
 
-    python scripts/gpu/verify_gpu.py docs/verify-h200
+    python scripts/gpu/verify_gpu.py docs/verify-h100
 
 makes a seeded transformer with the width of FLUX.1 [dev] (hidden 3072, 24 heads of 128) and 2 + 2 blocks in a temporary
 folder, lets ModelOpt export it as NVFP4 and as FP8, runs every probe of every backend on every quantized module, plants
-faults, and writes docs/verify-h200.json and .md. Needs the ``modelopt`` extra, triton and a GPU; --tiny --device cpu
+faults, and writes docs/verify-h100.json and .md. Needs the ``modelopt`` extra, triton and a GPU; --tiny --device cpu
 tries the script out.
 """
 

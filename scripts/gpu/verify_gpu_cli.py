@@ -1,6 +1,6 @@
 """Figures of the commands on a machine with a CUDA GPU: builds that end with verify, and verify itself.
 
-    python scripts/gpu/verify_gpu_cli.py docs/verify-h200-commands
+    python scripts/gpu/verify_gpu_cli.py docs/verify-h100-commands
 
 makes a seeded transformer with the width of FLUX.1 [dev] and 2 + 2 blocks, lets ModelOpt export it as NVFP4 and as FP8,
 builds both with their preset and verifies what was built. Writes a .json and a .md. Needs the ``modelopt`` extra and a
