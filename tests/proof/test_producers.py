@@ -15,7 +15,6 @@ from producers import (
     block_errors,
     by_bf16_product,
     by_reciprocal,
-    codes_under,
     compressed_group,
     dequantized,
     each,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from producers import (
     E4M3,
+    VERDICTS,
     Packed,
     PackedFp8,
     block_errors,
@@ -26,7 +27,6 @@ from producers import (
 from support import same_bits
 from torch import Tensor
 
-PROVEN = ("reproduced", "reproduced but for ties", "nearest")
 TIE = 2.0**-22  # 2 ulp of float32
 ROUNDING = 1e-6  # of squared errors
 
@@ -53,18 +53,27 @@ def strongest(base: Tensor, one: Packed) -> str:
     """The strongest verdict that holds of a weight read in the right way; "near" for none."""
     if any(equal(one, rule(base)) for rule in (max_calibration, max_calibration_0_44)):
         return "reproduced"
-    common = max_calibration(base)
-    left, right = common.scale.view(torch.uint8).int(), one.scale.view(torch.uint8).int()
-    middle = (common.scale.double() + one.scale.double()) / 2
-    tied = ((left - right).abs() <= 1) & ((max_scales(base, common.global_scale) / middle - 1).abs() <= TIE)
-    again = codes_under(base, one.scale, common.global_scale)
-    codes, expected = unpack(one.packed), unpack(again.packed)
-    neighbours = (midpoint_distance(base, one) <= TIE) & is_nearest(base, one)
-    same = (codes == expected) | ((codes % 8 == 0) & (expected % 8 == 0)) | neighbours
-    if same_bits(one.global_scale, common.global_scale) and bool(((left == right) | tied).all()) and bool(same.all()):
+    is_calibrated = same_bits(one.global_scale, max_calibration(base).global_scale)
+    if is_calibrated and bool(same_scales(base, one).all()) and bool(same_codes(base, one).all()):
         return "reproduced but for ties"
     clipped = float(one.global_scale) * 6 * 448 < float(base.float().abs().max()) * (1 - TIE)
     return "nearest" if not clipped and not bool(worse_blocks(base, one).any()) else "near"
+
+
+def same_codes(base: Tensor, one: Packed) -> Tensor:
+    """Codes that the base has under the scales that are there, but for ties and signs of zero: bool [N, K]."""
+    codes, expected = unpack(one.packed), unpack(codes_under(base, one.scale, one.global_scale).packed)
+    neighbours = (midpoint_distance(base, one) <= TIE) & is_nearest(base, one)
+    return (codes == expected) | ((codes % 8 == 0) & (expected % 8 == 0)) | neighbours
+
+
+def same_scales(base: Tensor, one: Packed) -> Tensor:
+    """Scales that max calibration gives under this global scale, or that are the neighbour at a midpoint."""
+    common = max_calibration(base, one.global_scale)
+    left, right = common.scale.view(torch.uint8).int(), one.scale.view(torch.uint8).int()
+    middle = (common.scale.double() + one.scale.double()) / 2
+    tied = ((left - right).abs() <= 1) & ((max_scales(base, one.global_scale) / middle - 1).abs() <= TIE)
+    return (left == right) | tied
 
 
 def worse_blocks(base: Tensor, one: Packed) -> Tensor:
@@ -75,17 +84,17 @@ def worse_blocks(base: Tensor, one: Packed) -> Tensor:
     raw = torch.where(idle, common.scale.view(torch.uint8), one.scale.view(torch.uint8))
     alive = one._replace(scale=raw.view(E4M3))
     limit = block_errors(base, common) * (1 + ROUNDING)
-    fine = (block_errors(base, alive) <= limit) & is_nearest(base, alive).unflatten(-1, (-1, 16)).all(-1)
+    fine = (block_errors(base, alive) <= limit) | same_scales(base, alive)
+    fine &= is_nearest(base, alive).unflatten(-1, (-1, 16)).all(-1)
     as_old = (one.scale.view(torch.uint8) == 0) & (old.scale.view(torch.uint8) == 0)
     as_old &= (unpack(one.packed) == unpack(old.packed)).unflatten(-1, (-1, 16)).all(-1)
     return ~(fine | as_old)
 
 
 def odd_blocks(base: Tensor, one: Packed) -> int:
-    """Blocks that are not those of max calibration under the global scale that is there."""
-    common = max_calibration(base, one.global_scale)
-    same = (unpack(one.packed) == unpack(common.packed)).unflatten(-1, (-1, 16)).all(-1)
-    return int((~same | (one.scale.view(torch.uint8) != common.scale.view(torch.uint8))).sum())
+    """Blocks that are not those of max calibration under the global scale that is there, ties and zeros aside."""
+    same = same_codes(base, one).unflatten(-1, (-1, 16)).all(-1) & same_scales(base, one)
+    return int((~same).sum())
 
 
 # Layouts
@@ -129,32 +138,35 @@ def readings(packed: Tensor, scale: Tensor, rows: int, columns: int) -> Iterator
             yield Reading("high", order), codes % 16 * 16 + codes // 16, lying.contiguous().view(E4M3)
 
 
-def truths(
-    base: Tensor, casts: tuple[torch.dtype, ...], stored: Packed
-) -> dict[Reading, tuple[str, Tensor]]:
-    """For every reading of stored bytes the strongest verdict, over all casts of the base, and the decoded values."""
-    order = (*PROVEN, "near")
+def truths(base: Tensor, casts: tuple[torch.dtype, ...], stored: Packed) -> dict[Reading, tuple[str, Tensor]]:
+    """For every reading of stored bytes the strongest verdict, over the casts of the base, and the decoded values.
+
+    The first cast that gives all codes and block scales counts.
+    """
     found = {}
     for reading, packed, scale in readings(stored.packed, stored.scale, *base.shape):
         one = Packed(packed, scale, stored.global_scale)
-        verdicts = [strongest(cast, one) for cast in (base.to(dtype) for dtype in casts) if bool(cast.any())]
-        found[reading] = min(verdicts, key=order.index), dequantized(one)
+        verdicts = []
+        for cast in (base.to(dtype) for dtype in casts):
+            if bool(cast.any()):
+                verdicts.append(strongest(cast, one))
+            if any(equal(one, rule(cast, one.global_scale)) for rule in (max_calibration, max_calibration_0_44)):
+                break
+        found[reading] = min(verdicts, key=VERDICTS.index), dequantized(one)
     return found
 
 
 # FP8
 
 
-def strongest_fp8(base: Tensor, casts: tuple[torch.dtype, ...], one: PackedFp8) -> str:
-    """The strongest verdict that holds; "near" for none. What a scale cuts off is not looked at."""
-    found = "near"
+def truths_fp8(base: Tensor, casts: tuple[torch.dtype, ...], one: PackedFp8) -> set[str]:
+    """The verdicts that hold, one for each rule that gives every code; what a scale cuts off is not looked at."""
+    found = set()
     for dtype in casts:
         cast = base.to(dtype)
         for quotient, rounded in ((dtype, False), (torch.float32, False), (dtype, True)):
-            if rounded and not float(one.scale.to(dtype)):
-                continue
-            if same_bits(fp8_under(cast, one.scale, quotient, rounded=rounded).codes, one.codes):
-                if same_bits(one.scale, fp8_scale(cast)):
-                    return "reproduced"
-                found = "nearest"
+            if not rounded or float(one.scale.to(dtype)):
+                made = fp8_under(cast, one.scale, quotient, rounded=rounded)
+                if same_bits(made.codes, one.codes):
+                    found.add("reproduced" if same_bits(one.scale, fp8_scale(cast)) else "nearest")
     return found
