@@ -83,9 +83,9 @@ def read_record(folder: Location) -> dict[str, Any] | None:
     record = parse_json_object(raw, code="record", path=str(path))
     digests = record.get("digests")
     known = digests if isinstance(digests, dict) and digests.get("algorithm") == _ALGORITHM else {}
-    if not all(_names(known.get(key)) for key in ("tensors", "files")):
+    if record.get("schema") != _SCHEMA or not all(_names(known.get(key)) for key in ("tensors", "files")):
         raise InputError(
-            f"{path}: expected xxh3-128 digests of tensors and files",
+            f"{path}: expected {_SCHEMA} with xxh3-128 digests of tensors and files",
             code="record.content",
             path=str(path),
             hint="the record was edited or is of a newer mopt; give --base to prove the checkpoint again",
@@ -120,7 +120,7 @@ def read_parts(checkpoint: Location) -> dict[str, str]:
 def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
     """The verdicts of the proof at build by module, or None where there is no record of one."""
     proof = record.get("proof") if record is not None else None
-    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") in _KNOWN else None
+    modules = proof.get("modules") if isinstance(proof, dict) and str(proof.get("status")) in _KNOWN else None
     if not isinstance(modules, dict):
         return None
     return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
