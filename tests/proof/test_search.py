@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from faults import swap, swizzle
+from faults import QUANTIZATION_CONFIG, swap, swizzle, write_transformer
 from judge_support import NAME, judged_as_stored
 from producers import (
     E4M3,
@@ -23,10 +23,12 @@ from producers import (
     PackedFp8,
     dequantized,
     fp8_scale,
+    max_calibration,
     pack,
     seeded,
     unpack,
 )
+from support import Tensors, build, load, same_bits
 from torch import Tensor
 from truth import Reading, odd_blocks, truths, truths_fp8, up
 from weights import DISTRIBUTIONS, NEARLY_CONSTANT, weight
@@ -35,7 +37,7 @@ from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES
 from modelopt_convert.proof.judgement import Judgement, format_proof, with_shared_scales
 from modelopt_convert.run.errors import InputError
 
-DRAWS = 8000 if os.environ.get("MOPT_TEST_LONG") else 600
+DRAWS = 8000 if os.environ.get("MOPT_TEST_LONG") else 500
 SHARES = 20  # of the draws: each is a test of its own
 SIDES = (1, 2, 3, 5, 7, 16, 31, 64, 100, 127, 128, 129, 256, 384, 1000, 2048, 4095, 4096)
 MOST_VALUES = 1 << 15
@@ -397,3 +399,30 @@ def test_no_verdict_on_fp8_is_wrong(share: int, tmp_path: Path) -> None:
     draws = map(drawn_fp8, range(share, DRAWS, SHARES))
     found = [f"{one.words}: {words}" for one in draws if (words := wrong_fp8(one, _folder(tmp_path, one.words)))]
     assert found == []
+
+
+# As a whole
+
+
+@pytest.mark.parametrize("order", ["linear", "128x4"])
+@pytest.mark.parametrize("nibbles", ["low", "high"])
+def test_what_sampled_rows_cannot_tell_is_put_in_order(nibbles: str, order: str, tmp_path: Path) -> None:
+    """Weights of which one row or one block alone tells the layout, or nothing does: the base's codes are built."""
+    base: Tensors = {"norm.weight": torch.ones(8, dtype=torch.bfloat16)}
+    export, canonical = dict(base), dict(base)
+    for seed, kind in enumerate((*NEARLY_CONSTANT, "sparse", "constant_rows", "zero_rows") * 2):
+        module = f"blocks.{seed}.{kind}"
+        base[f"{module}.weight"] = weight(kind, 384, 128, seed)
+        one = max_calibration(base[f"{module}.weight"])
+        for tensors, parts in ((canonical, one), (export, laid(one, nibbles, order, "none"))):
+            roles = ("weight", "weight_scale", "weight_scale_2")
+            tensors |= {f"{module}.{role}": part.contiguous() for role, part in zip(roles, parts, strict=True)}
+            tensors[f"{module}.input_scale"] = torch.tensor(0.01 + 0.001 * seed)
+    config = {"_class_name": "SmallTransformer"}
+    mine = write_transformer(tmp_path / "export", export, config | {"quantization_config": QUANTIZATION_CONFIG})
+    theirs = write_transformer(tmp_path / "base", base, config)
+    outcome = build(mine, theirs, tmp_path / "out", preset="none")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.report is not None and outcome.report["proof"]["words"] == "proven"
+    found = load(tmp_path / "out")
+    assert [name for name, tensor in canonical.items() if not same_bits(found[name], tensor)] == []
