@@ -84,7 +84,7 @@ def test_no_field_of_the_record_can_be_another(pair: tuple[Path, Path], tmp_path
             alone, proven = (run_mopt("verify", folder, "--device", "cpu", *more) for more in ((), ("--base", base)))
             words = f"{path} {value!r}: exit {alone.exit_code}, {proven.exit_code} with the base"
             assert {alone.exit_code, proven.exit_code} <= {0, 1, 3}, words
-            if path[0] == "digests" and path != ("digests", "files", "README.md"):  # the card is the user's
+            if path[0] in ("schema", "digests") and path != ("digests", "files", "README.md"):  # the card is the user's
                 wrong += [words] * (0 in (alone.exit_code, proven.exit_code))
                 continue
             if alone.exit_code == 0:
@@ -94,6 +94,23 @@ def test_no_field_of_the_record_can_be_another(pair: tuple[Path, Path], tmp_path
             if proven.exit_code == 0:
                 wrong += [words] * (found(proven)["proof"] != "proven")
     assert wrong == []
+
+
+@pytest.mark.parametrize("value", [None, 7, [], {}, [[]]])
+def test_a_claim_of_another_type_is_none(value: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """And ends nothing: what is left is that the bytes are those recorded."""
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    record = record_of(folder)
+    kinds = ("proof", "sources", "command", "base_claimed", "tool")
+    claims = [path for path in fields(record) if path[0] in kinds and len(path) <= 3]
+    assert ("proof", "status") in claims and ("sources", "base", "headers_sha256") in claims
+    for path in claims:
+        other = copies.deepcopy(record)
+        at(other, path[:-1])[path[-1]] = value
+        (folder / "mopt.json").write_text(json.dumps(other))
+        outcome = verify(folder)
+        assert outcome.exit_code == 0 and found(outcome)["proof"] == "unchanged", (path, outcome.stderr)
+        assert path != ("proof", "status") or "proven at build" not in found(outcome)["statement"]
 
 
 def test_no_claim_makes_up_for_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
