@@ -33,7 +33,8 @@ test: $(INSTALLED) $(HUB2)/installed quality
 # What takes too long for every change: random histories of OUT, full sizes, a million tensors, damage at many places. Not
 # part of CI.
 test-long: $(INSTALLED)
-	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/proof/test_planted.py
+	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/proof/test_planted.py tests/proof/test_search.py \
+		tests/verification/test_record.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .

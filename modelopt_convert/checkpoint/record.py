@@ -121,7 +121,7 @@ def read_parts(checkpoint: Location) -> dict[str, str]:
 def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
     """The verdicts of the proof at build by module, or None where there is no record of one."""
     proof = record.get("proof") if record is not None else None
-    modules = proof.get("modules") if isinstance(proof, dict) and proof.get("status") in _KNOWN else None
+    modules = proof.get("modules") if isinstance(proof, dict) and str(proof.get("status")) in _KNOWN else None
     if not isinstance(modules, dict):
         return None
     return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}

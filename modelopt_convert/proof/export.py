@@ -124,7 +124,7 @@ def prove(
     def compared(one: Due, stopped: Event) -> Judgement:
         rows = None if is_whole else sample_rows(one.module.rows, SAMPLED_ROWS)
         with torch.inference_mode():
-            return rules.compare(export, base, one, stopped, rows)
+            return _compared(rules, export, base, one, stopped, rows)
 
     proof.modules = dict(zip(due, in_order(list(due.values()), looked, workers), strict=True))
     _name_causes(rules, export, proof.modules)
@@ -162,7 +162,14 @@ def judge_module(
     stopped: Event,
     rows: Sequence[int] | None = None,
 ) -> Judgement:
-    """Look at a module, then compare all of it, or the rows given; whether its scale is the base's is open still.
+    """Look at a module, then compare it; whether its scale is the base's is open still.
+
+    Args:
+        export: The opened export.
+        base: The opened base.
+        due: What is compared.
+        stopped: Ends the comparison.
+        rows: The rows to be compared; None for all. What they refute is compared whole.
 
     Raises:
         InputError: Export or base cannot be judged.
@@ -171,8 +178,21 @@ def judge_module(
     rules = format_proof(due.algorithm)
     with torch.inference_mode():  # of each thread
         look = rules.look(export, base, due)
-        found = rules.compare(export, base, _informed(due, look), stopped, rows)
+        found = _compared(rules, export, base, _informed(due, look), stopped, rows)
     return replace(found, closeness=found.closeness or look.closeness)
+
+
+def _compared(
+    rules: FormatProof,
+    export: CheckpointReader,
+    base: CheckpointReader,
+    due: Due,
+    stopped: Event,
+    rows: Sequence[int] | None,
+) -> Judgement:
+    """Compare all rows, or those given. A few refute nothing: of a column they say less than all of it."""
+    found = rules.compare(export, base, due, stopped, rows)
+    return found if rows is None or found.verdict not in REFUTED else rules.compare(export, base, due, stopped, None)
 
 
 def _informed(due: Due, look: Judgement) -> Due:

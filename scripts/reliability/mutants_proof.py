@@ -27,6 +27,10 @@ def _export(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("proof/export.py", what, old, new, tests or (_NVFP4,))
 
 
+def _record(what: str, old: str, new: str) -> Mutant:
+    return Mutant("checkpoint/record.py", what, old, new, ("verification/test_record.py",))
+
+
 PROOF = (
     _blocks("codes are compared", "!= expected[0].view(", "!= found[0].view("),
     _blocks("scales are compared", "differs |= found[1] != expected[1]", "pass"),
@@ -126,4 +130,12 @@ PROOF = (
         "if False]",
         "plan/test_refusals_base.py::test_another_bias_of_a_packed_module_is_refused",
     ),
+    _export(
+        "a few rows refute nothing",
+        "if rows is None or found.verdict not in REFUTED else",
+        "if True else",
+        "proof/test_refusals.py::test_a_merged_lora_is_refused_and_never_called_proven",
+    ),
+    _record("a record has its schema", 'record.get("schema") != _SCHEMA or not all(', "not all("),
+    _record("a status of any type", 'str(proof.get("status")) in _KNOWN else', 'proof.get("status") in _KNOWN else'),
 )

@@ -15,7 +15,6 @@ from producers import (
     block_errors,
     by_bf16_product,
     by_reciprocal,
-    codes_under,
     compressed_group,
     dequantized,
     each,
@@ -46,23 +45,13 @@ from producers import (
 )
 from support import load, same_bits
 from torch import Tensor
+from truth import equal, midpoint_distance, strongest
 from weights import DISTRIBUTIONS, weight
 
 SHAPES = [(1, 16), (7, 48), (130, 256)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TIES = [by_reciprocal, in_two_steps, in_two_steps_by_reciprocal, ties_away]
 every_kind = pytest.mark.parametrize("kind", DISTRIBUTIONS)
-
-
-def equal(left: Packed, right: Packed) -> bool:
-    return all(map(same_bits, left, right))
-
-
-def midpoint_distance(base: Tensor, one: Packed) -> Tensor:
-    """How far, relatively, a value lies from the nearest midpoint of two codes; float64 [N, K]."""
-    quotient = (base.double() / each(one.scale.double() * one.global_scale.double())).abs()
-    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float64)
-    return ((quotient[..., None] - middles).abs() / middles).amin(-1)
 
 
 @every_kind
@@ -234,26 +223,6 @@ def test_fp8_rules_are_modelopts(kind: str) -> None:
         if dtype != torch.float32 and float(found.scale.to(dtype)):
             codes, scale = FP8QTensor.quantize(base.clone(), base.abs().max().float().div(448).to(dtype).reshape(1, 1))
             assert same_bits(fp8_compressed(base).codes, codes._quantized_data) and scale.dtype == dtype
-
-
-def strongest(base: Tensor, one: Packed) -> str:
-    """The strongest verdict that holds, by arithmetic in float64 and comparisons of whole tensors; "near" for none."""
-    if any(equal(one, rule(base)) for rule in (max_calibration, max_calibration_0_44)):
-        return "reproduced"
-    common = max_calibration(base)
-    left, right = common.scale.view(torch.uint8).int(), one.scale.view(torch.uint8).int()
-    middle = (common.scale.double() + one.scale.double()) / 2
-    tied = ((left - right).abs() <= 1) & ((max_scales(base, common.global_scale) / middle - 1).abs() <= 2.0**-22)
-    again = codes_under(base, one.scale, common.global_scale)
-    codes, expected = unpack(one.packed), unpack(again.packed)
-    neighbours = (midpoint_distance(base, one) <= 2.0**-22) & is_nearest(base, one)
-    same = (codes == expected) | ((codes % 8 == 0) & (expected % 8 == 0)) | neighbours
-    if same_bits(one.global_scale, common.global_scale) and bool(((left == right) | tied).all()) and bool(same.all()):
-        return "reproduced but for ties"
-    limit = block_errors(base, max_calibration(base, one.global_scale)) * (1 + 1e-9)
-    clipped = float(one.global_scale) * 6 * 448 < float(base.float().abs().max()) * (1 - 2.0**-22)
-    no_worse = bool((block_errors(base, one) <= limit).all()) and bool(is_nearest(base, one).all())
-    return "nearest" if no_worse and not clipped else "near"
 
 
 @pytest.mark.parametrize("name", NVFP4_PRODUCERS)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from faults import PACKED, REPLACED, entries, quantize, reciprocal, refused, small_pair, swapped, swizzle
-from support import Tensors, build, edit, load, same_bits
+from producers import fp8_bf16, lora_merged, max_calibration
+from support import Tensors, build, edit, load, packed_in, run_mopt, same_bits
 
 Change = Callable[[Tensors, Iterable[str]], None]
 
@@ -283,3 +284,37 @@ def test_a_stale_global_scale_is_seen_although_its_codes_are_reproduced(
     assert outcome.report is not None
     found = outcome.report["proof"]["modules"][module]
     assert found["codes_equal"] == found["codes"] and found["relative_error"] > 0.15
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_a_merged_lora_is_refused_and_never_called_proven(
+    algorithm: str, exports: Path, base: Path, tmp_path: Path
+) -> None:
+    """The base is that without the LoRA: modules kept in BF16 would come from another model than the packed ones."""
+    weights = load(base / "transformer")
+    adapted = [name for name in packed_in(load(exports / "nvfp4" / "transformer")) if ".attn." in name]
+
+    def merge(tensors: Tensors) -> None:
+        for seed, name in enumerate(adapted):
+            merged = lora_merged(weights[f"{name}.weight"].bfloat16(), seed, rank=16, strength=0.02)
+            made = max_calibration(merged) if algorithm == "nvfp4" else fp8_bf16(merged)
+            for role, tensor in zip(("weight", "weight_scale", "weight_scale_2"), made, strict=False):
+                tensors[f"{name}.{role}"] = tensor.reshape(tensors[f"{name}.{role}"].shape)
+
+    export = edit(exports / algorithm, tmp_path / "export", merge)
+    command = "build-nvfp4" if algorithm == "nvfp4" else "convert-fp8"
+    words = (command, "--preset", "flux1-dev", "--export", export, "--base", base, "--output", tmp_path / "out")
+    outcome = run_mopt(*words)
+    assert (outcome.exit_code, outcome.error_code) == (1, "check.proof") and "--accept-near" in outcome.message
+    assert any(name in outcome.message for name in adapted) and not (tmp_path / "out").exists()
+    outcome = run_mopt(*words, "--accept-near")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert outcome.report["proof"]["words"] == "not proven: near"
+    near = {name for name, one in outcome.report["proof"]["modules"].items() if one["verdict"] == "near"}
+    assert near == set(adapted)
+    assert any("two models may be mixed" in one["message"] for one in outcome.report["warnings"])
+    assert "**Not proven: near**" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "mopt.json").read_text())["proof"]["words"] == "not proven: near"
+    verified = run_mopt("verify", tmp_path / "out", "--base", base)
+    assert verified.exit_code == 1 and verified.report is not None
+    assert verified.report["verify"]["proof"] == "not proven: near"

@@ -91,6 +91,20 @@ def wide(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return gaussian(rows, columns, generator) * 10 ** (8 * torch.rand(rows, 1, generator=generator) - 7)
 
 
+def one_row_tells(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """One value everywhere but in one row, so that a look at a few rows tells no layout from another."""
+    weight = constant(rows, columns, generator)
+    weight[_index(rows, generator)] = gaussian(1, columns, generator)[0]
+    return weight
+
+
+def one_block_tells(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """The same with a single block."""
+    weight, block = constant(rows, columns, generator), _index(columns // 16, generator)
+    weight[_index(rows, generator), 16 * block : 16 * block + 16] = gaussian(1, 16, generator)[0]
+    return weight
+
+
 DISTRIBUTIONS: dict[str, Make] = {
     make.__name__: make
     for make in (
@@ -111,6 +125,9 @@ DISTRIBUTIONS: dict[str, Make] = {
     )
 }
 
+# What a search changes in these is too little to be taken for a search.
+NEARLY_CONSTANT: dict[str, Make] = {make.__name__: make for make in (one_row_tells, one_block_tells)}
+
 
 def weight(
     kind: str, rows: int, columns: int, seed: int, dtype: torch.dtype = torch.bfloat16, *, through_f16: bool = False
@@ -118,14 +135,14 @@ def weight(
     """A weight [N, K] that is not all zero.
 
     Args:
-        kind: A name of ``DISTRIBUTIONS``.
+        kind: A name of ``DISTRIBUTIONS`` or ``NEARLY_CONSTANT``.
         rows: N.
         columns: K, a multiple of 16.
         seed: Other seeds, other values.
         dtype: As the base stores it.
         through_f16: Whether the values were rounded to F16 first, as by an exporter that loads the model in Half.
     """
-    made = DISTRIBUTIONS[kind](rows, columns, torch.Generator().manual_seed(seed))
+    made = (DISTRIBUTIONS | NEARLY_CONSTANT)[kind](rows, columns, torch.Generator().manual_seed(seed))
     if not made.any():
         made[0, 0] = 0.02
     return (made.half() if through_f16 else made).to(dtype)

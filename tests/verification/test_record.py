@@ -1,0 +1,235 @@
+"""A record is a claim: where it is not what the bytes say verify fails, and no word of it makes the proof stronger."""
+
+import copy as copies
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from dialect_files import MAKERS
+from dialect_files import SHAPES as DIALECT_SHAPES
+from faults import QUANTIZATION_CONFIG, seeded_weight, small_pair, write_transformer
+from producers import max_calibration
+from support import load, run_mopt
+from verify_support import SHARD, found, verify
+
+SHAPES = {"blocks.0.ff": (64, 32), "blocks.1.ff": (48, 64)}
+WRONG = (None, True, 0, -1, 7, 1.5, 10**30, "", "x", "proven", "pass", "0" * 32, [], ["x"], {}, {"x": 1})
+GONE = object()
+# Of the wrong values, so many for each field.
+DRAWS = 12 if os.environ.get("MOPT_TEST_LONG") else 1
+
+Path_ = tuple[str | int, ...]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small build, and its base. Never write there."""
+    room = tmp_path_factory.mktemp("record")
+    export, base = small_pair(room, SHAPES)
+    where = ("--export", export, "--base", base, "--output", room / "out", "--preset", "none")
+    outcome = run_mopt("build-nvfp4", *where, "--base-model", "me/it")
+    assert outcome.exit_code == 0, outcome.stderr
+    return room / "out", base
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "mopt.json").read_text())
+    return found
+
+
+def fields(node: Any, path: Path_ = ()) -> Iterator[Path_]:
+    """Every key and item, whole objects too."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, one in items:
+        yield (*path, key)
+        yield from fields(one, (*path, key))
+
+
+def at(node: Any, path: Path_) -> Any:
+    for key in path:
+        node = node[key]
+    return node
+
+
+def changed(record: dict[str, Any], path: Path_, source: random.Random) -> tuple[dict[str, Any], Any]:
+    """The record with another value there, of any type, or without it."""
+    record = copies.deepcopy(record)
+    old = at(record, path)
+    value = source.choice([one for one in (*WRONG, GONE) if one is GONE or json.dumps(one) != json.dumps(old)])
+    if value is GONE:
+        del at(record, path[:-1])[path[-1]]
+    else:
+        at(record, path[:-1])[path[-1]] = value
+    return record, value
+
+
+def test_no_field_of_the_record_can_be_another(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Digests fail; claims are quoted as claims, whatever they say, and the bytes stay what they are."""
+    out, base = pair
+    folder = Path(shutil.copytree(out, tmp_path / "out"))
+    record, wrong, source = record_of(out), [], random.Random(0)
+    paths = list(fields(record))
+    assert {path[0] for path in paths} >= {"schema", "tool", "command", "proof", "sources", "digests"}
+    for path in paths:
+        for _ in range(DRAWS):
+            other, value = changed(record, path, source)
+            (folder / "mopt.json").write_text(json.dumps(other))
+            alone, proven = (run_mopt("verify", folder, "--device", "cpu", *more) for more in ((), ("--base", base)))
+            words = f"{path} {value!r}: exit {alone.exit_code}, {proven.exit_code} with the base"
+            assert {alone.exit_code, proven.exit_code} <= {0, 1, 3}, words
+            if path[0] in ("schema", "digests") and path != ("digests", "files", "README.md"):  # the card is the user's
+                wrong += [words] * (0 in (alone.exit_code, proven.exit_code))
+                continue
+            if alone.exit_code == 0:
+                said = found(alone)
+                is_claim = "its record claims (the author is not verified)" in said["statement"]
+                wrong += [words] * (said["proof"] != "unchanged" or not is_claim)
+            if proven.exit_code == 0:
+                wrong += [words] * (found(proven)["proof"] != "proven")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("value", [None, 7, [], {}, [[]]])
+def test_a_claim_of_another_type_is_none(value: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """And ends nothing: what is left is that the bytes are those recorded."""
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    record = record_of(folder)
+    kinds = ("proof", "sources", "command", "base_claimed", "tool")
+    claims = [path for path in fields(record) if path[0] in kinds and len(path) <= 3]
+    assert ("proof", "status") in claims and ("sources", "base", "headers_sha256") in claims
+    for path in claims:
+        other = copies.deepcopy(record)
+        at(other, path[:-1])[path[-1]] = value
+        (folder / "mopt.json").write_text(json.dumps(other))
+        outcome = verify(folder)
+        assert outcome.exit_code == 0 and found(outcome)["proof"] == "unchanged", (path, outcome.stderr)
+        assert path != ("proof", "status") or "proven at build" not in found(outcome)["statement"]
+
+
+def test_no_claim_makes_up_for_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a damaged module whose digest the record has, whatever else it says."""
+    out, base = pair
+    folder = Path(shutil.copytree(out, tmp_path / "out"))
+    tensors = load(folder)
+    tensors["blocks.1.ff.weight"][5, 3] ^= 0x10
+    record = with_digests(record_of(out), folder, tensors)
+    source = random.Random(1)
+    for path in fields({key: one for key, one in record.items() if key != "digests"}):
+        for _ in range(DRAWS):
+            other, value = changed(record, path, source)
+            (folder / "mopt.json").write_text(json.dumps(other))
+            outcome = verify(folder, "--base", base)
+            assert outcome.exit_code in (1, 3), (path, value)
+            assert outcome.exit_code == 3 or found(outcome)["proof"] == "mismatch", (path, value)
+
+
+def with_digests(record: dict[str, Any], folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write other tensors under the same header, and give a record that has their digests."""
+    raw = bytearray((folder / SHARD).read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    record = copies.deepcopy(record)
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            raw[start:end] = data
+            record["digests"]["tensors"][name] = xxhash.xxh3_128_hexdigest(data)
+    (folder / SHARD).write_bytes(raw)
+    return record
+
+
+def test_a_record_written_by_hand_proves_no_random_weights(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Ten keys, all digests right, and the proof of another model."""
+    out, base = pair
+    weights = {name: seeded_weight(*shape, seed + 100) for seed, (name, shape) in enumerate(SHAPES.items())}
+    tensors = {"norm.weight": torch.ones(8, dtype=torch.bfloat16)}
+    for name, weight in weights.items():
+        roles = ("weight", "weight_scale", "weight_scale_2")
+        tensors |= {f"{name}.{role}": one for role, one in zip(roles, max_calibration(weight), strict=True)}
+        tensors[f"{name}.input_scale"] = torch.tensor(0.01)
+    config = {"_class_name": "SmallTransformer", "quantization_config": QUANTIZATION_CONFIG}
+    folder = write_transformer(tmp_path / "made-up", tensors, config)
+    digests = record_of(out)["digests"]
+    (folder / "mopt.json").write_text(
+        json.dumps(
+            {
+                "schema": "mopt.manifest/1",
+                "command": "build-nvfp4",
+                "base_repo": "black-forest-labs/FLUX.1-dev",
+                "sources": {"base": {"repo": "black-forest-labs/FLUX.1-dev", "commit": "0" * 40, "origin": "hub"}},
+                "proof": {
+                    "status": "pass",
+                    "words": "proven",
+                    "modules": {name: {"verdict": "reproduced", "codes": 1, "codes_equal": 1} for name in weights},
+                },
+                "digests": digests
+                | {"files": {"config.json": xxhash.xxh3_128_hexdigest((folder / "config.json").read_bytes())}},
+            }
+        )
+    )
+    (folder / "mopt.json").write_text(json.dumps(with_digests(record_of(folder), folder, tensors)))
+    alone = verify(folder)
+    assert alone.exit_code != 0 or found(alone)["proof"] == "unchanged"
+    assert not found(alone)["statement"].startswith("proven") and "proven" not in found(alone)["proof"]
+    told = run_mopt("verify", folder, json_report=False)
+    assert "proven" not in told.stdout.splitlines()[0]
+    outcome = verify(folder, "--base", base)
+    assert outcome.exit_code == 1 and found(outcome)["proof"] == "mismatch"
+
+
+@pytest.mark.parametrize(
+    "name", ["more.safetensors", "pytorch_model.bin", "transformer.pt", "hf_quant_config.json", "x.ckpt", "x.gguf"]
+)
+def test_a_weight_file_that_is_not_recorded_fails(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the base too, which knows nothing of it."""
+    out, base = pair
+    folder = Path(shutil.copytree(out, tmp_path / "out"))
+    if name.endswith(".safetensors"):
+        shutil.copy(folder / SHARD, folder / name)
+    else:
+        (folder / name).write_text("{}")
+    for more in ((), ("--base", base)):
+        outcome = verify(folder, *more)
+        assert outcome.exit_code in (1, 3) and name in outcome.message, outcome.message
+
+
+def test_another_file_that_is_not_recorded_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    (folder / "notes.txt").write_text("mine")
+    outcome = verify(folder)
+    assert outcome.exit_code == 0 and found(outcome)["proof"] == "unchanged"
+    (level,) = (one for one in found(outcome)["levels"] if one["level"] == "record")
+    assert level["status"] == "warn" and any("notes.txt" in words for words in level["warnings"])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 63, 64, 4096])
+def test_rows_are_never_called_a_proof(rows: int, pair: tuple[Path, Path]) -> None:
+    """Not even where they are all that there are."""
+    outcome = verify(pair[0], "--base", pair[1], "--sample", str(rows))
+    assert outcome.exit_code == 0 and found(outcome)["proof"] == "not proven: sampled"
+    told = run_mopt("verify", pair[0], "--base", pair[1], "--sample", str(rows), json_report=False)
+    assert told.stdout.startswith("not proven: sampled\n")
+
+
+@pytest.mark.parametrize(("dialect", "maker"), MAKERS, ids=[f"{name}-{one.__name__}" for name, one in MAKERS])
+@pytest.mark.parametrize("is_given_a_base", [False, True])
+def test_random_bytes_of_no_format_pass(
+    dialect: str, maker: Callable[[Path], Path], is_given_a_base: bool, tmp_path: Path
+) -> None:
+    """MXFP8 among them, of which nothing is compared."""
+    made = maker(tmp_path / "made")
+    folder = made if made.is_dir() else made.parent
+    base = {f"{module}.weight": seeded_weight(*shape, 1) for module, shape in DIALECT_SHAPES.items()}
+    theirs = write_transformer(tmp_path / "base", base, {"_class_name": "SmallTransformer"})
+    for checkpoint in (made, folder):
+        outcome = verify(checkpoint, *(("--base", theirs) if is_given_a_base else ()))
+        assert outcome.exit_code in (1, 2, 3, 6), outcome.stdout
+        said = (outcome.report or {}).get("verify")
+        assert said is None or said["verdict"] != "pass"
