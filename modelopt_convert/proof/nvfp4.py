@@ -31,6 +31,7 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
+from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
@@ -127,12 +128,11 @@ class _Comparison:
             packed, expected_scales = quantize_nvfp4(tile.base, factor)
             codes = _canonical(tile.stored, reading)
             found_scales = scales[tile.rows]
-            places = torch.arange(per_row) + tile.row_numbers().unsqueeze(1) * per_row
             tally.add(
                 tile.base.reshape(-1, BLOCK_SIZE),
                 (codes.view(-1, BLOCK_SIZE // 2), found_scales.reshape(-1)),
                 (packed.view(-1, BLOCK_SIZE // 2), expected_scales.view(torch.uint8).reshape(-1)),
-                places.view(-1),
+                tile.parts(per_row),
             )
             enough = tally.scales >= min(_FIRST_BLOCKS, scales.numel())
             if enough and not to_the_end and not tally.is_nearest and tally.odd_blocks > _HOPELESS * tally.scales:
@@ -313,9 +313,10 @@ class _Nvfp4Proof:
     def look(self, export: CheckpointReader, base: CheckpointReader, due: Due) -> Judgement:
         module, readings = due.module, _scale_readings(export, due.module)
         rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
-        casts = [torch.cat([tile.base for tile in tiles(export, base, module, cast, "U8", rows)]) for cast in due.casts]
+        seen = list(tiles(export, base, module, base.tensors[module.weight.name].dtype, "U8", rows))
+        values, packed = torch.cat([tile.base for tile in seen]), torch.cat([tile.stored for tile in seen])
+        casts = [values.to(TORCH_DTYPES[cast]) for cast in due.casts]
         amax = finite_amax(base, module, casts[0])
-        packed = torch.cat([tile.stored for tile in tiles(export, base, module, due.casts[0], "U8", rows)])
         factor = torch.tensor(due.scale, dtype=torch.float32)
         found = detect_with_base(casts, packed, readings, rows, factor, max_error=due.max_error)
         verdict: Verdict = "mismatch" if found.related else "unrelated"

@@ -61,6 +61,12 @@ class Tile:
         """Their indices, int64 [R]."""
         return torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
 
+    def parts(self, per_row: int) -> Tensor | int:
+        """The numbers of their parts in the weight, int64 [R * per_row]; or the first, if rows are consecutive."""
+        if isinstance(self.rows, slice):
+            return int(self.rows.start) * per_row
+        return (torch.arange(per_row) + self.rows.unsqueeze(1) * per_row).view(-1)
+
 
 def tiles(
     export: CheckpointReader,
