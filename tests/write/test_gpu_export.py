@@ -20,6 +20,7 @@ from modelopt_convert import MoptError
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES
 from modelopt_convert.write import gpu as gpu_module
 from modelopt_convert.write.gpu import Gpu
@@ -39,9 +40,10 @@ def one_scale(tensors: Tensors) -> None:
     tensors[f"{DAMAGED}.weight_scale"].view(torch.uint8)[-1, -1] ^= 4
 
 
-def half_swapped(tensors: Tensors) -> None:
-    half = tensors[f"{DAMAGED}.weight"][35:]
-    half.copy_((half << 4) | (half >> 4))
+def row_swapped(tensors: Tensors) -> None:
+    packed = tensors[f"{DAMAGED}.weight"]
+    row = packed[next(row for row in range(len(packed)) if row not in sample_rows(len(packed), SAMPLED_ROWS))]
+    row.copy_((row << 4) | (row >> 4))
 
 
 # Who made the export, what was done to it then, and the verdict; None where it is refused.
@@ -53,7 +55,7 @@ EXPORTS: dict[str, tuple[Callable[[Tensor], Packed], Change, str | None]] = {
     "swizzled": (max_calibration, postprocess, "reproduced"),
     "one bit": (max_calibration, one_bit, None),
     "one scale": (max_calibration, one_scale, None),
-    "half swapped": (max_calibration, half_swapped, None),
+    "a row swapped": (max_calibration, row_swapped, None),
 }
 
 
