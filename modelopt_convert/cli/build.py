@@ -92,7 +92,8 @@ def _show(out: "Output", report: "Report") -> None:
     if report.proof is not None:
         _show_proof(out, report.proof)
     if report.device is not None:
-        out.line(f"quantized on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
+        done = "quantized" if report.calibration == "none" else "compared"
+        out.line(f"{done} on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
     parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
     out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
     show_cost(out, report)

@@ -316,7 +316,9 @@ class BuildNvfp4Request(BuildRequest):
 
     command: ClassVar[str] = "build-nvfp4"
     algorithm: ClassVar[Algorithm] = "nvfp4"
-    device: Annotated[Device, Flag("Where the base is quantized if there is no --export; the same bytes.")] = "cpu"
+    device: Annotated[
+        Device, Flag("Where the base is quantized, also to be compared with an export; the same bytes.")
+    ] = "cpu"
 
     def check(self) -> None:
         """Refuse what cannot be meant together."""
@@ -324,8 +326,6 @@ class BuildNvfp4Request(BuildRequest):
             self.refuse("base", "is required, unless a preset is named that names the base")
         if self.device == "cuda" and self.executor == "ray":
             self.refuse("device", "cuda is for --executor threads")
-        if self.device == "cuda" and self.export is not None:
-            self.refuse("device", "cuda quantizes the base; with --export nothing is quantized")
         BuildRequest.check(self)
 
 

@@ -59,19 +59,28 @@ class Detection:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A reading with what it gives; how near it comes is computed only if asked for."""
+    """A reading; what it gives, and how near it comes, is computed only if asked for."""
 
     reading: Layout
-    equal: int
-    base: Tensor
+    bases: Sequence[Tensor]
     codes: Tensor
     scale: Tensor
     factor: Tensor
 
     @functools.cached_property
+    def equal(self) -> int:
+        return count_equal(self.bases, self.codes, self.scale, self.factor)
+
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        first, scale = self.codes[:1], self.scale[:1]  # refutes most that are not
+        could = any(torch.equal(quantize_codes(one[:1], scale, self.factor), first) for one in self.bases)
+        return could and self.equal == self.codes.numel()
+
+    @functools.cached_property
     def closeness(self) -> Closeness:
-        base = self.base.to(torch.float64)
-        again = decode_e2m1(quantize_codes(self.base, self.scale, self.factor))
+        base = self.bases[0].to(torch.float64)
+        again = decode_e2m1(quantize_codes(self.bases[0], self.scale, self.factor))
         inherent = again * block_scales(self.scale, self.factor)
         dequantized = decode_e2m1(self.codes) * block_scales(self.scale, self.factor)
         return closeness(base, dequantized.to(torch.float64), inherent.to(torch.float64))
@@ -98,13 +107,13 @@ def detect_with_base(
     """
     index = torch.tensor(rows)
     tried = [
-        _try(base_rows, packed, Layout(nibbles, order, convention), readings[order][index], factor)
-        for (nibbles, packed), order, (convention, factor) in itertools.product(
-            _nibble_readings(packed_rows), _orders(readings), _global_readings(global_scale)
+        _Tried(Layout(nibbles, order, convention), base_rows, codes, readings[order][index], factor)
+        for (nibbles, codes), order, (convention, factor) in itertools.product(
+            _code_readings(packed_rows), _orders(readings), _global_readings(global_scale)
         )
     ]
     num_codes = packed_rows.numel() * 2
-    exact = [one for one in tried if one.equal == num_codes]
+    exact = [one for one in tried if one.is_exact]
     best = exact[0] if exact else min(tried, key=lambda one: one.closeness.relative_error)
     accepted = exact or ([best] if best.closeness.relative_error <= max_error else [])
     same_nibbles = torch.equal(packed_rows, swap_nibbles(packed_rows))
@@ -144,17 +153,12 @@ def _orders(readings: Mapping[ScaleOrder, Tensor]) -> list[ScaleOrder]:
     return [order for order in both if order in readings]
 
 
-def _nibble_readings(packed: Tensor) -> list[tuple[NibbleOrder, Tensor]]:
-    return [("low", packed), ("high", swap_nibbles(packed))]
+def _code_readings(packed: Tensor) -> list[tuple[NibbleOrder, Tensor]]:
+    return [("low", unpack_e2m1(packed)), ("high", unpack_e2m1(swap_nibbles(packed)))]
 
 
 def _global_readings(global_scale: Tensor) -> list[tuple[GlobalScale, Tensor]]:
     return [("multiply", global_scale), ("divide", 1.0 / global_scale)]
-
-
-def _try(base_rows: Sequence[Tensor], packed: Tensor, reading: Layout, scale: Tensor, factor: Tensor) -> _Tried:
-    codes = unpack_e2m1(packed)
-    return _Tried(reading, count_equal(base_rows, codes, scale, factor), base_rows[0], codes, scale, factor)
 
 
 def count_equal(base_rows: Sequence[Tensor], codes: Tensor, scale: Tensor, factor: Tensor) -> int:

@@ -23,7 +23,7 @@ from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, Counts, FormatProof, Judgement, Verdict
-from modelopt_convert.proof.tensors import Tile, finite_amax, tensor_scale, tiles
+from modelopt_convert.proof.tensors import Quantizer, Tile, finite_amax, tensor_scale, tiles
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import until
 
@@ -237,7 +237,13 @@ class _Fp8Proof:
         return replace(judged, closeness=near)
 
     def compare(
-        self, export: CheckpointReader, base: CheckpointReader, due: Due, stopped: Event, rows: Sequence[int] | None
+        self,
+        export: CheckpointReader,
+        base: CheckpointReader,
+        due: Due,
+        stopped: Event,
+        rows: Sequence[int] | None,
+        gpu: Quantizer | None = None,
     ) -> Judgement:
         return _Comparison(export, base, due, stopped, rows).judged()
 

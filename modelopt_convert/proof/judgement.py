@@ -22,6 +22,7 @@ from modelopt_convert.report.report import PROVEN
 
 if TYPE_CHECKING:
     from modelopt_convert.proof.blocks import BlockTally
+    from modelopt_convert.proof.tensors import Quantizer
 
 Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "undetermined", "unrelated", "mismatch"]
 
@@ -154,9 +155,15 @@ class FormatProof(Protocol):
         """
 
     def compare(
-        self, export: CheckpointReader, base: CheckpointReader, due: Due, stopped: Event, rows: Sequence[int] | None
+        self,
+        export: CheckpointReader,
+        base: CheckpointReader,
+        due: Due,
+        stopped: Event,
+        rows: Sequence[int] | None,
+        gpu: "Quantizer | None" = None,
     ) -> Judgement:
-        """Compare all rows, or those given.
+        """Compare all rows, or those given. All rows of NVFP4 are quantized again on the GPU, if there is one.
 
         Raises:
             InputError: Export or base cannot be judged.

@@ -31,12 +31,25 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
+from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, Counts, FormatProof, Judgement, Verdict
-from modelopt_convert.proof.tensors import Tile, finite_amax, load, load_rows, tensor_scale, tiles, unusable_scale
+from modelopt_convert.proof.tensors import (
+    Again,
+    Quantizer,
+    Tile,
+    finite,
+    finite_amax,
+    load,
+    load_rows,
+    stored_rows,
+    tensor_scale,
+    tiles,
+    unusable_scale,
+)
 from modelopt_convert.report.report import PROVEN
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import until
@@ -100,6 +113,7 @@ class _Comparison:
     scales: Mapping[ScaleOrder, Tensor]
     stopped: Event
     rows: Sequence[int] | None
+    gpu: Quantizer | None = None
 
     def tiles(self, cast: str) -> Iterator[Tile]:
         """Rows of both, the base's in the dtype given."""
@@ -117,22 +131,42 @@ class _Comparison:
         scale = torch.tensor(self.due.scale, dtype=torch.float32)
         return 1.0 / scale if reading.global_scale == "divide" else scale
 
+    def quantized(self, cast: str, factor: Tensor) -> Iterator[tuple[Tile, Again]]:
+        """Rows of both, the base's quantized again under the export's global scale."""
+        info = self.base.tensors[self.due.module.weight.name]
+        height = 0
+        if self.gpu is not None and self.rows is None:
+            height = self.gpu.height(info.num_bytes // info.shape[0])
+        if self.gpu is None or not height:
+            for tile in self.tiles(cast):
+                amax = finite_amax(self.base, self.due.module, tile.base)
+                packed, scale = quantize_nvfp4(tile.base, factor)
+                yield tile, Again(tile.base, packed, scale.view(torch.uint8), amax)
+            return
+        pieces = zip(
+            self.gpu.again(self.base, info, cast, float(factor), height),
+            stored_rows(self.export, self.due.module, "U8", height),
+            strict=False,  # the export may be padded by further rows
+        )
+        for number, (again, stored) in enumerate(until(self.stopped, pieces)):
+            finite(self.base, self.due.module, again.amax)
+            count, top = len(again.base), number * height
+            yield Tile(slice(top, top + count), again.base, stored[:count]), again
+
     def attempt(self, reading: Layout, cast: str, *, to_the_end: bool = False) -> _Attempt:
         """Compare under one reading of the export and one cast of the base."""
         factor, scales = self.global_scale(reading), self.scales[reading.scales].view(torch.uint8)
         tally, amax = BlockTally(self.due.module.columns, factor), 0.0
         per_row = self.due.module.columns // BLOCK_SIZE
-        for tile in self.tiles(cast):
-            amax = max(amax, finite_amax(self.base, self.due.module, tile.base))
-            packed, expected_scales = quantize_nvfp4(tile.base, factor)
+        for tile, again in self.quantized(cast, factor):
+            amax = max(amax, again.amax)
             codes = _canonical(tile.stored, reading)
             found_scales = scales[tile.rows]
-            places = torch.arange(per_row) + tile.row_numbers().unsqueeze(1) * per_row
             tally.add(
                 tile.base.reshape(-1, BLOCK_SIZE),
                 (codes.view(-1, BLOCK_SIZE // 2), found_scales.reshape(-1)),
-                (packed.view(-1, BLOCK_SIZE // 2), expected_scales.view(torch.uint8).reshape(-1)),
-                places.view(-1),
+                (again.packed.view(-1, BLOCK_SIZE // 2), again.scale.view(-1)),
+                tile.parts(per_row),
             )
             enough = tally.scales >= min(_FIRST_BLOCKS, scales.numel())
             if enough and not to_the_end and not tally.is_nearest and tally.odd_blocks > _HOPELESS * tally.scales:
@@ -313,9 +347,10 @@ class _Nvfp4Proof:
     def look(self, export: CheckpointReader, base: CheckpointReader, due: Due) -> Judgement:
         module, readings = due.module, _scale_readings(export, due.module)
         rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
-        casts = [torch.cat([tile.base for tile in tiles(export, base, module, cast, "U8", rows)]) for cast in due.casts]
+        seen = list(tiles(export, base, module, base.tensors[module.weight.name].dtype, "U8", rows))
+        values, packed = torch.cat([tile.base for tile in seen]), torch.cat([tile.stored for tile in seen])
+        casts = [values.to(TORCH_DTYPES[cast]) for cast in due.casts]
         amax = finite_amax(base, module, casts[0])
-        packed = torch.cat([tile.stored for tile in tiles(export, base, module, due.casts[0], "U8", rows)])
         factor = torch.tensor(due.scale, dtype=torch.float32)
         found = detect_with_base(casts, packed, readings, rows, factor, max_error=due.max_error)
         verdict: Verdict = "mismatch" if found.related else "unrelated"
@@ -327,9 +362,15 @@ class _Nvfp4Proof:
         return Judgement(verdict, False, counts, amax, due.scale, found.closeness, found.best)
 
     def compare(
-        self, export: CheckpointReader, base: CheckpointReader, due: Due, stopped: Event, rows: Sequence[int] | None
+        self,
+        export: CheckpointReader,
+        base: CheckpointReader,
+        due: Due,
+        stopped: Event,
+        rows: Sequence[int] | None,
+        gpu: Quantizer | None = None,
     ) -> Judgement:
-        return _Comparison(export, base, due, _scale_readings(export, due.module), stopped, rows).judged()
+        return _Comparison(export, base, due, _scale_readings(export, due.module), stopped, rows, gpu).judged()
 
     def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
         readings = {name: one.reading for name, one in modules.items() if one.reading is not None}

@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import MAX_READ_BYTES, MAX_WHOLE_BYTES, CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, is_quantizer_state
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
@@ -61,6 +63,50 @@ class Tile:
         """Their indices, int64 [R]."""
         return torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
 
+    def parts(self, per_row: int) -> Tensor | int:
+        """The numbers of their parts in the weight, int64 [R * per_row]; or the first, if rows are consecutive."""
+        if isinstance(self.rows, slice):
+            return int(self.rows.start) * per_row
+        return (torch.arange(per_row) + self.rows.unsqueeze(1) * per_row).view(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Rows of the base, quantized again; good until the next.
+
+    Attributes:
+        base: [R, K] in the dtype that was quantized.
+        packed: uint8 [R, K/2], low nibble first.
+        scale: Bytes of the block scales, uint8 [R, K/16].
+        amax: Largest magnitude of ``base``; NaN and infinity are larger than all.
+    """
+
+    base: Tensor
+    packed: Tensor
+    scale: Tensor
+    amax: float
+
+
+class Quantizer(Protocol):
+    """Where the base is quantized again instead of on the CPU, for the same bytes."""
+
+    def height(self, row_bytes: int) -> int:
+        """Rows of so many bytes that are worked on at a time; 0 if a row is too long."""
+
+    def again(self, base: CheckpointReader, info: TensorInfo, cast: str, scale: float, height: int) -> Iterator[Again]:
+        """A weight, so many rows at a time.
+
+        Args:
+            base: Holds the weight.
+            info: Its place.
+            cast: The dtype that it is brought to first.
+            scale: The global scale.
+            height: Rows at a time.
+
+        Raises:
+            BackendError: The device failed.
+        """
+
 
 def tiles(
     export: CheckpointReader,
@@ -83,25 +129,36 @@ def tiles(
     info = base.tensors[module.weight.name]
     height = max(1, _TILE_VALUES // module.columns)
     row_bytes = module.columns * DTYPE_BITS[info.dtype] // 8
-    stored_bytes = module.weight.num_bytes // module.weight.shape[0]
-    kept = module.columns // 2 if stored == "U8" else module.columns
     if rows is None:
         pieces = zip(
             base.buffered(info.name, height * row_bytes),
-            export.buffered(module.weight.name, height * stored_bytes),
+            stored_rows(export, module, stored, height),
             strict=False,  # the export may be padded by further rows
         )
         for top, (theirs, mine) in zip(range(0, module.rows, height), pieces, strict=False):
             values = from_bytes(theirs, info.dtype, (-1, module.columns)).to(TORCH_DTYPES[cast])
-            codes = from_bytes(mine, stored, (len(mine) // stored_bytes, -1))[: len(values), :kept]
-            yield Tile(slice(top, top + len(values)), values, codes)
+            yield Tile(slice(top, top + len(values)), values, mine[: len(values)])
         return
+    stored_bytes, kept = _stored_row(module, stored)
     for start in range(0, len(rows), height):
         part = rows[start : start + height]
         values = load_rows(base, info.name, part).to(TORCH_DTYPES[cast])
         raw = export.read_rows(module.weight.name, part, stored_bytes)
         codes = from_bytes(raw, stored, (len(part), -1))[:, :kept]
         yield Tile(torch.tensor(part), values, codes)
+
+
+def stored_rows(export: CheckpointReader, module: PackedModule, stored: str, height: int) -> Iterator[Tensor]:
+    """A module's weight as it is stored, so many rows at a time, columns of padding cut; each good until the next."""
+    stored_bytes, kept = _stored_row(module, stored)
+    for piece in export.buffered(module.weight.name, height * stored_bytes):
+        yield from_bytes(piece, stored, (len(piece) // stored_bytes, -1))[:, :kept]
+
+
+def _stored_row(module: PackedModule, stored: str) -> tuple[int, int]:
+    """Bytes from one stored row to the next, and elements of a row without padding."""
+    kept = module.columns // 2 if stored == "U8" else module.columns
+    return module.weight.num_bytes // module.weight.shape[0], kept
 
 
 def finite_amax(base: CheckpointReader, module: PackedModule, rows: Tensor) -> float:
@@ -114,7 +171,16 @@ def finite_amax(base: CheckpointReader, module: PackedModule, rows: Tensor) -> f
         found = float((rows.view(torch.int16) & 0x7FFF).amax().view(rows.dtype))
     else:
         found = float(rows.abs().amax())
-    if not found < float("inf"):
+    return finite(base, module, found)
+
+
+def finite(base: CheckpointReader, module: PackedModule, amax: float) -> float:
+    """The largest magnitude of some of the base's rows, once it is known to be a number.
+
+    Raises:
+        InputError: ``base.not_finite``.
+    """
+    if not amax < float("inf"):
         info = base.tensors[module.weight.name]
         raise InputError(
             f"{base.path / info.file}: tensor {info.name!r}: expected finite weights, found NaN or infinity",
@@ -122,7 +188,7 @@ def finite_amax(base: CheckpointReader, module: PackedModule, rows: Tensor) -> f
             path=str(base.path / info.file),
             hint="the base is damaged; download it again",
         )
-    return found
+    return amax
 
 
 def casts_of(export_common: str, base: CheckpointReader, module: PackedModule) -> tuple[str, ...]:

@@ -205,7 +205,7 @@ class Report(_Model):
         default=None,
         description="tensor bytes of the output by the seconds of `stream`; null where nothing was streamed",
     )
-    device: str | None = Field(default=None, description="the GPU that quantized, with --device cuda")
+    device: str | None = Field(default=None, description="the GPU that quantized the base, with --device cuda")
     peak_gpu_bytes: int | None = Field(default=None, description="of measuring and quantizing there")
     timings_s: dict[str, float] = Field(default_factory=dict)
     warnings: list[dict[str, str]] = Field(default_factory=list)

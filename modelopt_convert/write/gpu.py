@@ -1,10 +1,13 @@
 """Measure and quantize weights on a GPU: the same bytes as on the CPU, with reading, copies and arithmetic overlapped.
 
+An export is compared with what the GPU makes of its base; the comparison itself is the CPU's.
+
 Each worker has two slots, each with page-locked memory and a stream of its own. While one slot's chunk is copied over,
 worked on and copied back, the other's is read from disk, or its codes are written. The slots bound the memory: 41 MiB a
 worker on the host, about a quarter of a GB on the GPU.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -16,6 +19,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, largest_bits, magnitude, to_bytes
+from modelopt_convert.proof.tensors import Again
 from modelopt_convert.run.errors import BackendError, InconclusiveError, first_line
 
 CHUNK_BYTES = 16 << 20  # far above what a copy costs at least; a multiple of a block of every dtype
@@ -31,7 +35,7 @@ class Slot:
         given: The chunk, uint8.
         codes: Of it, two to a byte.
         scales: Of its blocks.
-        largest: Bits of its largest magnitude.
+        largest: Its largest magnitude: bits of BF16, or float32.
         num_bytes: Of ``given`` that are in use.
     """
 
@@ -42,7 +46,7 @@ class Slot:
         with _failures(), torch.inference_mode():
             self.given, self.codes, self.scales, self.largest = (
                 torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-                for size in (CHUNK_BYTES, CHUNK_BYTES // 4, CHUNK_BYTES // 2 // BLOCK_SIZE, 2)
+                for size in (CHUNK_BYTES, CHUNK_BYTES // 4, CHUNK_BYTES // 2 // BLOCK_SIZE, 4)
             )
             self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
             # Whoever waits sleeps: a core that spins is one that does not read.
@@ -89,7 +93,7 @@ class Gpu:
 
         def work(given: Tensor, slot: Slot) -> None:
             bits = largest_bits(given.view(TORCH_DTYPES[info.dtype]))
-            slot.largest.view(torch.int16).copy_(bits.reshape(1), non_blocking=True)
+            slot.largest.view(torch.int16)[:1].copy_(bits.reshape(1), non_blocking=True)
 
         for slot in self._through(reader, info, work):
             yield slot.num_bytes, magnitude(slot.largest.view(torch.int16)[0])
@@ -107,11 +111,46 @@ class Gpu:
         Raises:
             BackendError: ``device.failed``.
         """
-        work = _quantizing(info.dtype, scale)
+        work = _quantizing(info.dtype, "BF16", scale)
         elements = info.num_bytes // (info.shape[0] * info.shape[1])
         for slot in self._through(reader, info, work):
             blocks = slot.num_bytes // elements // BLOCK_SIZE
             yield to_bytes(slot.codes[: blocks * BLOCK_SIZE // 2]), to_bytes(slot.scales[:blocks])
+
+    def height(self, row_bytes: int) -> int:
+        """Rows of so many bytes that are worked on at a time; 0 if a row is too long."""
+        return CHUNK_BYTES // row_bytes
+
+    def again(self, base: CheckpointReader, info: TensorInfo, cast: str, scale: float, height: int) -> Iterator[Again]:
+        """A weight, quantized again as ``quantize_nvfp4`` has it, so many rows at a time.
+
+        Args:
+            base: Holds the weight.
+            info: Its place; K a multiple of 16.
+            cast: The dtype that it is brought to first.
+            scale: The global scale.
+            height: Rows at a time.
+
+        Raises:
+            BackendError: ``device.failed``.
+        """
+        quantize = _quantizing(info.dtype, cast, scale)
+
+        def work(given: Tensor, slot: Slot) -> None:
+            quantize(given, slot)
+            amax = given.view(TORCH_DTYPES[info.dtype]).to(TORCH_DTYPES[cast]).abs().amax()
+            slot.largest.view(torch.float32).copy_(amax.reshape(1), non_blocking=True)
+
+        columns = info.shape[1]
+        for slot in self._through(base, info, work, height * (info.num_bytes // info.shape[0])):
+            rows = slot.given[: slot.num_bytes].view(TORCH_DTYPES[info.dtype]).view(-1, columns)
+            blocks = rows.numel() // BLOCK_SIZE
+            yield Again(
+                rows.to(TORCH_DTYPES[cast]),
+                slot.codes[: blocks * BLOCK_SIZE // 2].view(len(rows), -1),
+                slot.scales[:blocks].view(len(rows), -1),
+                float(slot.largest.view(torch.float32)),
+            )
 
     def name(self) -> str:
         """What it is called."""
@@ -122,20 +161,20 @@ class Gpu:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def check(self) -> None:
-        """See on every BF16 value that the device rounds as the CPU does.
+        """See on every value of 16 bits that the device rounds as the CPU does.
 
         Raises:
             BackendError: ``device.differs`` or ``device.failed``.
         """
-        values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-        rows = values[values.isfinite()].reshape(BLOCK_SIZE, -1)
-        blocks = torch.cat([rows.reshape(-1, BLOCK_SIZE), rows.t()])  # of neighbours, and of far apart
-        raw = blocks.contiguous().view(torch.uint8).reshape(-1)
         slot = Slot(self._device)
-        for scale in _CHECKED_SCALES:
+        for dtype, scale in itertools.product(("BF16", "F16"), _CHECKED_SCALES):
+            values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(TORCH_DTYPES[dtype])
+            rows = values[values.isfinite()].reshape(BLOCK_SIZE, -1)
+            blocks = torch.cat([rows.reshape(-1, BLOCK_SIZE), rows.t()])  # of neighbours, and of far apart
+            raw = blocks.contiguous().view(torch.uint8).reshape(-1)
             packed, scales = quantize_nvfp4(blocks, torch.tensor(scale, dtype=torch.float32))
             slot.given.numpy()[: raw.numel()] = raw.numpy()
-            slot.launch(_quantizing("BF16", scale), raw.numel())
+            slot.launch(_quantizing(dtype, dtype, scale), raw.numel())
             slot.wait()
             codes = slot.codes[: packed.numel()]
             if not (
@@ -148,13 +187,16 @@ class Gpu:
                     hint="leave --device out, and report the GPU and torch's version. Nothing was written",
                 )
 
-    def _through(self, reader: CheckpointReader, info: TensorInfo, work: _Work) -> Iterator[Slot]:
+    def _through(
+        self, reader: CheckpointReader, info: TensorInfo, work: _Work, chunk_bytes: int | None = None
+    ) -> Iterator[Slot]:
         """Every chunk of a tensor, in order, after ``work``; a slot is its caller's until the next is taken."""
+        chunk_bytes = chunk_bytes or CHUNK_BYTES
         reader.prefetch([(info.name, 0, info.num_bytes)])
         with self._slots() as slots:
             launched: Slot | None = None
-            for number, begin in enumerate(range(0, info.num_bytes, CHUNK_BYTES)):
-                slot, size = slots[number % 2], min(CHUNK_BYTES, info.num_bytes - begin)
+            for number, begin in enumerate(range(0, info.num_bytes, chunk_bytes)):
+                slot, size = slots[number % 2], min(chunk_bytes, info.num_bytes - begin)
                 reader.read_into(info.name, begin, to_bytes(slot.given)[:size])
                 slot.launch(work, size)
                 if launched is not None:
@@ -194,9 +236,9 @@ def open_gpu() -> Gpu:
     return gpu
 
 
-def _quantizing(dtype: str, scale: float) -> _Work:
+def _quantizing(dtype: str, cast: str, scale: float) -> _Work:
     def work(given: Tensor, slot: Slot) -> None:
-        blocks = given.view(TORCH_DTYPES[dtype]).to(torch.bfloat16).view(-1, BLOCK_SIZE)
+        blocks = given.view(TORCH_DTYPES[dtype]).to(TORCH_DTYPES[cast]).view(-1, BLOCK_SIZE)
         # On the same device: by a divisor that lies on the CPU, torch divides by multiplying with its reciprocal.
         packed, scales = quantize_nvfp4(blocks, torch.full((), scale, dtype=torch.float32, device=given.device))
         slot.codes[: packed.numel()].copy_(packed.reshape(-1), non_blocking=True)

@@ -71,7 +71,7 @@ def stream(
         executor: Who writes.
         due: Modules to be compared with the base while they are written, by name. The comparison decides how a module
             is read.
-        gpu: Where the base is quantized; on the CPU unless given.
+        gpu: Where the base is quantized, also for the comparison; on the CPU unless given.
     """
     done = Streamed()
     for role, reader in readers.items():
@@ -159,11 +159,14 @@ class _Writing:
 
     def _compared(self, due: Due, made: Made, stopped: Event) -> None:
         """Compare a module with the base, and write it under the reading that the comparison found."""
+        import torch
+
         from modelopt_convert.proof.judgement import format_proof
 
         self.progress.detail(f"{self.task.file}: {due.module.name}: compared with the base")
         export, base = self.readers["export"], self.readers["base"]
-        made.judgement = format_proof(due.algorithm).compare(export, base, due, stopped, None)
+        with torch.inference_mode():  # of each thread
+            made.judgement = format_proof(due.algorithm).compare(export, base, due, stopped, None, self.gpu)
         layout = made.judgement.reading or CANONICAL
         for info in (due.module.weight, *due.block_scales()):
             self._write(self.task.steps[info.name].laid(info.shape, layout), made, stopped)

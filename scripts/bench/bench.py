@@ -44,8 +44,8 @@ def cases(folder: Path) -> list[Case]:
     base, export, swizzled = (str(folder / name) for name in ("base", "export", "swizzled"))
     build = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", "OUT", "--verify", "cpu"]
     return [
-        Case("build-nvfp4 from an export", [*build, "--export", export], "OUT", 0.9),
-        Case("the same, without the closing verify", [*build[:-1], "off", "--export", export], "OUT", 0.9),
+        Case("build-nvfp4 from an export", [*build, "--export", export], "OUT", 0.8),
+        Case("the same, without the closing verify", [*build[:-1], "off", "--export", export], "OUT", 0.8),
         Case("build-nvfp4 from a swizzled export", [*build, "--export", swizzled], "OUT", None),
         Case("build-nvfp4 of the base itself", build, base, None),
         Case("swap-nibbles", ["swap-nibbles", export, "OUT"], export, 0.8),

@@ -1,10 +1,11 @@
-"""What --device cuda gains: build-nvfp4 of a base on the CPU and on a GPU, in one run, with the same bytes.
+"""What --device cuda gains: build-nvfp4 of a base, and of an export, on the CPU and on a GPU, with the same bytes.
 
     python scripts/bench/bench_device.py [--quick] [--dir FOLDER] [--workers N] [--output FILE.md]
 
-Makes a FLUX.1-shaped base of about 4 GB (--quick: 1 GB) in FOLDER and builds from it in turns, each command in a
-process of its own, files in the page cache, a sync included: on the CPU, on the GPU, and on the GPU with nothing
-overlapped (each chunk waited for before the next is read). All files of all builds must have the same bytes.
+Makes a FLUX.1-shaped base of about 4 GB (--quick: 200 MB) and an export of it in FOLDER and builds from them in turns,
+each command in a process of its own, files in the page cache, a sync included: on the CPU, on the GPU, and on the GPU
+with nothing overlapped (each chunk waited for before the next is read). All files of all builds of one kind must have
+the same bytes.
 What one chunk takes at each step is measured apart; from that comes the share of the time in which kernels run.
 """
 
@@ -39,11 +40,14 @@ WAYS = {
     "cuda, nothing overlapped": (ONE_BY_ONE, "--verify", "off", "--device", "cuda"),
     "cpu, closing verify on the GPU": (MAIN,),
     "cuda, closing verify on the GPU": (MAIN, "--device", "cuda"),
+    "cpu, from an export": (MAIN, "--verify", "off", "--export", "EXPORT"),
+    "cuda, from an export": (MAIN, "--verify", "off", "--export", "EXPORT", "--device", "cuda"),
 }
 PEERS = {
     "cuda": "cpu",
     "cuda, nothing overlapped": "cpu",
     "cuda, closing verify on the GPU": "cpu, closing verify on the GPU",
+    "cuda, from an export": "cpu, from an export",
 }
 
 
@@ -52,13 +56,15 @@ def builds(base: Path, workers: list[str], quiet: Callable[[str], None]) -> tupl
     found: dict[str, list[tuple[float, dict[str, Any]]]] = {name: [] for name in WAYS}
     for _ in range(RUNS):
         for name, (code, *more) in WAYS.items():
-            found[name].append(quantize(code, base, base.parent / "out", *more, *workers))
+            words = [str(base.parent / "export") if word == "EXPORT" else word for word in more]
+            out = base.parent / ("proven" if "EXPORT" in more else "out")
+            found[name].append(quantize(code, base, out, *words, *workers))
             quiet(f"{name}: {found[name][-1][0]:.1f} s")
     whole = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
     inner = {name: statistics.median(working_s(report) for _, report in runs) for name, runs in found.items()}
     size = sum(path.stat().st_size for path in base.iterdir())
     lines = [
-        "| `build-nvfp4` of the base | seconds | against the CPU | measure and stream, s | GB/s of input | "
+        "| `build-nvfp4` | seconds | against the CPU | measure, prove and stream, s | GB/s of input | "
         "against the CPU | peak RSS, GB | peak GPU memory, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -167,7 +173,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="mopt-bench-", dir=arguments.dir))
     workers = [] if arguments.workers is None else ["--workers", str(arguments.workers)]
     try:
-        base = make_base(folder, quick=arguments.quick)
+        base = make_base(folder, quick=arguments.quick, kinds=("base", "export"))
         table, seconds, quantized = builds(base, workers, lambda line: print(line, file=sys.stderr, flush=True))
         rows, kernels_ms, chunk_bytes = steps(base)
     finally:

@@ -12,6 +12,14 @@ def _attempt(what: str, old: str, new: str) -> Mutant:
     return Mutant("write/attempt.py", what, old, new, (_ATTEMPT,))
 
 
+def _compared(file: str, what: str, old: str, new: str) -> Mutant:
+    return Mutant(file, f"on a GPU: {what}", old, new, ("write/test_gpu_export.py",))
+
+
+def _codes(what: str, old: str, new: str) -> Mutant:
+    return Mutant("formats/nvfp4/codes.py", what, old, new, ("formats/test_codes.py",))
+
+
 TASKS = (
     _attempt(
         "only a whole file gets the name", "path = room / secrets.token_hex(8)", "path = job.stage / job.task.file"
@@ -58,4 +66,15 @@ TASKS = (
         (_DEVICE,),
     ),
     Mutant("write/gpu.py", "a chunk is waited for", "                    launched.wait()\n", "", (_DEVICE,)),
+    _compared(
+        "write/gpu.py",
+        "a comparison's cast",
+        "_quantizing(info.dtype, cast, scale)",
+        '_quantizing(info.dtype, "BF16", scale)',
+    ),
+    _compared("proof/nvfp4.py", "a base that is not finite", "finite(self.base, self.due.module, again.amax)", "pass"),
+    _compared("proof/nvfp4.py", "rows in their places", "number * height", "number"),
+    _codes("ties of float16 are looked at", "np.flatnonzero(left == 0)", "np.flatnonzero(left == 1)"),
+    _codes("beyond the largest code", "< _SURE)", "< 99)"),
+    _codes("a zero has no sign", "quotients.add_(0.0)", "quotients.add_(-0.0)"),
 )

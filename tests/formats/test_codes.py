@@ -1,5 +1,7 @@
 """The pure functions: laws, all bytes exhaustively, and ModelOpt's own quantizer as the oracle."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,6 +182,25 @@ def test_quantizer_has_modelopts_bytes(case: tuple[tuple[int, int], torch.dtype,
     assert same_bits(weight, before)
     # A fused group shares the largest scale.
     assert same_bits(shared_global_scale([weight / 2, weight]), global_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-40, 3e-5, 2.0**-8, 0.01, 1.0, 1e30, math.inf])
+def test_values_of_16_bits_are_quantized_as_all_others(dtype: torch.dtype, scale: float) -> None:
+    """Every value with its neighbours and with values far apart, ties, zeros of either sign, and over several parts."""
+    generator, factor = torch.Generator().manual_seed(0), torch.tensor(scale)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()].view(16, -1)
+    size = 2000 * (scale if 0 < scale < 1 else 1.0)
+    random = torch.randn(540_000, generator=generator) * size
+    ties = torch.randint(-28, 29, (4096,), generator=generator) * 0.25 * size
+    sparse = random[:4096] * (torch.rand(4096, generator=generator) > 0.5)
+    for values in (every, finite, finite.t(), random, ties, sparse):
+        weight = values.to(dtype).reshape(-1, 16)
+        packed, scales = quantize_nvfp4(weight, factor)
+        others = quantize_nvfp4(weight.float(), factor)
+        assert same_bits(packed, others[0]) and same_bits(scales, others[1])
+        assert same_bits(packed, pack_e2m1(quantize_codes(weight, scales, factor)))
 
 
 def test_pack_is_compressed_tensors_pack() -> None:

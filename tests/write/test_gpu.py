@@ -10,35 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from faults import entries, refusal
+from gpu_slots import Late
 from support import build, edit, run_mopt, tree
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
-from modelopt_convert.formats.tensor_bytes import quantize_nvfp4_rows
+from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, quantize_nvfp4_rows
 from modelopt_convert.run.errors import BackendError
 from modelopt_convert.write import gpu as gpu_module
 from modelopt_convert.write.gpu import Gpu, Slot
 
 PACKED = "single_transformer_blocks.0.proj_out"
 SMALL = 6 * 64  # bytes of a chunk: whole blocks of every dtype, and no divisor of the weights
-
-
-class Late(Slot):
-    """Does nothing before it is waited for: what was read over in the meantime, or taken too early, is wrong."""
-
-    log: list[tuple[str, int]]
-    _work: Callable[[Tensor, Slot], None]
-
-    def launch(self, work: Callable[[Tensor, Slot], None], num_bytes: int) -> None:
-        self._work, self.num_bytes = work, num_bytes
-        self.log.append(("launch", id(self)))
-        for room in (self.codes, self.scales, self.largest):
-            room.numpy().fill(0xA5)
-
-    def wait(self) -> None:
-        self.log.append(("wait", id(self)))
-        super().launch(self._work, self.num_bytes)
 
 
 KINDS = ["at once", "late", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -168,10 +152,11 @@ def test_people_are_told(exports: Path, tmp_path: Path, gpu: str) -> None:
     assert outcome.exit_code == 0 and f"quantized on {name}, with " in outcome.stdout
 
 
-@pytest.mark.parametrize("more", [["--export", "E"], ["--export", "E", "--dry-run"]])
-def test_with_an_export_there_is_nothing_to_quantize(more: list[str]) -> None:
-    outcome = run_mopt("build-nvfp4", "--base", "B", "--output", "O", "--device", "cuda", *more, json_report=False)
-    assert outcome.exit_code == 2 and "--device" in outcome.stderr and "--export" in outcome.stderr
+def test_people_are_told_what_is_compared(exports: Path, tmp_path: Path, gpu: str) -> None:
+    arguments = ("--export", exports / "nvfp4", "--base", exports / "base", "--output", tmp_path / "out")
+    outcome = run_mopt("build-nvfp4", "--preset", "flux1-dev", *arguments, "--device", "cuda", json_report=False)
+    name = torch.cuda.get_device_name() if gpu == "cuda" else "cpu"
+    assert outcome.exit_code == 0 and f"compared on {name}, with " in outcome.stdout
 
 
 @pytest.mark.parametrize("fault", ["reciprocal", "one code"])
@@ -179,11 +164,11 @@ def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
     device = Gpu(torch.device("cpu"))
     device.check()
 
-    def damaged(dtype: str, scale: float) -> Callable[[Tensor, Slot], None]:
-        del dtype
+    def damaged(dtype: str, cast: str, scale: float) -> Callable[[Tensor, Slot], None]:
+        assert dtype == cast
 
         def work(given: Tensor, slot: Slot) -> None:
-            blocks = given.view(torch.bfloat16).view(-1, 16)
+            blocks = given.view(TORCH_DTYPES[dtype]).view(-1, 16)
             if fault == "reciprocal":  # what torch does on a GPU with a divisor that lies on the CPU
                 blocks = blocks.float()
                 divisor = torch.tensor(6.0, dtype=torch.float32) * torch.tensor(scale)

@@ -45,7 +45,7 @@ class Steps:
         plans: The plan of each, brought in line with what was found since.
         free_bytes: Room beside OUT.
         is_planned: Whether nothing more was asked for than the plan.
-        device: The GPU that quantizes.
+        device: The GPU that quantizes the base.
         peak_gpu_bytes: Of its memory.
         proofs: What was found of each transformer.
         clipped: What scales were too small for, by module.
