@@ -70,8 +70,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
         return working(self, base, info, cast, scale, height)
 
     monkeypatch.setattr(Gpu, "again", noted)
-    if request.param != "cuda":
-        monkeypatch.setattr(gpu_module, "open_gpu", lambda: Gpu(torch.device("cpu")))
+    # A real GPU is not checked first: its check needs a chunk of the full size.
+    found = torch.device("cuda" if request.param == "cuda" else "cpu")
+    monkeypatch.setattr(gpu_module, "open_gpu", lambda: Gpu(found))
     if request.param == "late":
         monkeypatch.setattr(Late, "log", [], raising=False)
         monkeypatch.setattr(gpu_module, "Slot", Late)
