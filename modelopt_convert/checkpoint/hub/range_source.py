@@ -129,8 +129,10 @@ class RangeSource:
                 asked = error.pause_s if isinstance(error, _AgainError) else None
                 pause = PAUSES_S[min(max(0, failures - 1), len(PAUSES_S) - 1)] if asked is None else asked
                 if failures > len(PAUSES_S) or time.monotonic() + pause - since > watch.PATIENCE_S:
-                    self._outage.error = self._lasting(error, begin, end)
-                    raise self._outage.error from error
+                    self._outage.error = lasting = self._lasting(error, begin, end)
+                    if lasting is error:
+                        raise
+                    raise lasting from error
                 stopped.wait(pause)
 
     def _watched(
