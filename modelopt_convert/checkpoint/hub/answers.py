@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
-from modelopt_convert.checkpoint.hub.client import ask, hub_headers, page_of, read_whole
+from modelopt_convert.checkpoint.hub.client import ask, hub_headers, page_of, read_whole, shown
 from modelopt_convert.run.errors import InputError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -22,7 +22,6 @@ _MAX_PATH_BYTES = 1000
 _MAX_NAME_BYTES = 255
 _MAX_SECONDS = 1 << 40  # of a time since 1970
 _REQUEST_S = 30.0
-_SHOWN_CHARS = 60
 _UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, halves of pairs, separators of lines
 
 
@@ -134,11 +133,8 @@ class Answer:
 
 def wrong(repo_id: str, what: str, expected: str, found: object) -> InputError:
     """The error for an answer that the Hub does not give."""
-    shown = ascii(found) if isinstance(found, str | int | float | None) else type(found).__name__
-    if len(shown) > _SHOWN_CHARS:
-        shown = f"{shown[:_SHOWN_CHARS]}..."
     return InputError(
-        f"hf://{repo_id}: {what}: expected {expected}, found {shown}",
+        f"hf://{repo_id}: {what}: expected {expected}, found {shown(found)}",
         code="hub.answer",
         path=f"hf://{repo_id}",
         hint=f"it is no answer of a Hub: see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered",
@@ -311,7 +307,7 @@ def _get(repo_id: str, path: str, query: Mapping[str, str]) -> tuple[Any, dict[s
     try:
         content = json.loads(answer.content)
     except (ValueError, RecursionError):
-        raise wrong(repo_id, f"GET {path}", "JSON", answer.content[:_SHOWN_CHARS].decode(errors="replace")) from None
+        raise wrong(repo_id, f"GET {path}", "JSON", answer.content[:100].decode(errors="replace")) from None
     further = answer.links.get("next", {}).get("url")
     # Only the query is taken: the next page is asked of the same Hub, which knows our token.
     return content, None if further is None else dict(parse_qsl(further.partition("?")[2], keep_blank_values=True))

@@ -20,6 +20,7 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 NOT_CACHED = "run once without HF_HUB_OFFLINE and with --download"
 _LONGEST_PAUSE_S = 15.0
+_SHOWN_CHARS = 60
 _MAX_ANSWER_BYTES = 16 << 20
 _T = TypeVar("_T")
 _AGAIN = "run the same command again"
@@ -250,13 +251,20 @@ def _http_error(error: Exception, status: int, repo_id: str, login: str, again: 
 
 
 def _said(error: Exception) -> str:
-    return str(getattr(error, "server_message", None) or first_line(error))
+    said = getattr(error, "server_message", None)
+    return first_line(Exception(said)) if said else first_line(error)
 
 
 def first_line(error: Exception) -> str:
     """What an exception says, in one line, without the signatures of links: a signature opens the file to anybody."""
     lines = _QUERY.sub(r"\1", str(error).strip()).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return "".join(char if char.isprintable() else "?" for char in lines[0][:200]) if lines else type(error).__name__
+
+
+def shown(found: object) -> str:
+    """A part of an answer as a message may hold it: short, and nothing that a terminal obeys."""
+    text = ascii(found) if isinstance(found, str | int | float | None) else type(found).__name__
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def _error(kind: type[MoptError], repo_id: str, code: str, what: str, hint: str) -> MoptError:

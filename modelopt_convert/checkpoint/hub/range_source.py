@@ -23,6 +23,7 @@ from modelopt_convert.checkpoint.hub.client import (
     hub_headers,
     read_whole,
     retry_after,
+    shown,
 )
 from modelopt_convert.run.errors import InputError, RemoteError
 
@@ -214,10 +215,10 @@ class RangeSource:
             said = response.headers.get("Content-Range", "")
             expected = self._num_bytes if status == 200 else _length(said, begin, end, self._num_bytes)
             if expected is None:
-                raise self._range_error(begin, end, said or "no Content-Range")
+                raise self._range_error(begin, end, shown(said) if said else "no Content-Range")
             for name, wanted in (("Content-Encoding", "identity"), ("Content-Length", str(expected))):
                 if (found := response.headers.get(name, wanted)) != wanted:
-                    raise self._range_error(begin, end, f"{name} {found}")
+                    raise self._range_error(begin, end, f"{name} {shown(found)}")
             yield from response.iter_raw()  # as they come: a cut would lose what a larger piece had gathered
 
     def _range_error(self, begin: int, end: int, found: str) -> RemoteError:
@@ -248,7 +249,7 @@ class RangeSource:
             if (now.commit_hash, now.etag, now.size) != (self._commit, self._etag, self._num_bytes):
                 raise InputError(
                     f"{self._where}: expected {self._num_bytes} bytes with etag {self._etag[:16]} at {self._commit}, "
-                    f"found {now.size} with {ascii(now.etag)[:16]} at {ascii(now.commit_hash)[:42]}",
+                    f"found {shown(now.size)} with {shown(now.etag)} at {shown(now.commit_hash)}",
                     code="hub.changed",
                     path=self._where,
                     hint="it is not the file that was listed: run again, and clear the mirror's cache if there is one",

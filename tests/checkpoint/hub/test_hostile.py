@@ -66,20 +66,22 @@ def test_no_field_leads_astray(lies: Lies, match: str, field: tuple[str | int, .
     assert lies.cases == len(VALUES)
 
 
-@pytest.mark.parametrize("more", [(), ("--download",)], ids=["ranges", "download"])
 @pytest.mark.parametrize("match", [INFO, TREE, RESOLVE, CDN], ids=["info", "tree", "resolve", "bytes"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_header_leads_astray(lies: Lies, match: str, name: str, more: tuple[str, ...]) -> None:
+def test_no_header_leads_astray(lies: Lies, match: str, name: str) -> None:
     for value in HEADERS.values():
-        lies.header(match, name, value, lambda: fresh(lies, *more))
-    assert lies.cases == len(HEADERS)
+        lies.header(match, name, value, lambda: fresh(lies))
+    if match in (RESOLVE, CDN):
+        for value in ("digits", "up", "quoted up", "zeros"):
+            lies.header(match, name, HEADERS[value], lambda: fresh(lies, "--download"))
+    assert lies.cases >= len(HEADERS)
 
 
 @pytest.mark.parametrize("match", [INFO, TREE, RESOLVE, CDN], ids=["info", "tree", "resolve", "bytes"])
 @pytest.mark.parametrize("status", [200, 204, 302, 304, 401, 403, 404, 416, 418, 429, 503])
 def test_no_status_leads_astray(lies: Lies, match: str, status: int) -> None:
     for name in ("Location", "Retry-After", "X-Error-Code"):
-        for value in ("", "0", "x", "http://[::1", "../../..", "9" * 30):
+        for value in ("", "http://[::1", "9" * 30):
             lies.header(match, name, value, lambda: fresh(lies), status=status)
 
 
@@ -114,17 +116,13 @@ def test_no_field_leads_a_command_astray(
             lies.header(RESOLVE, header, HEADERS[value], lambda: one(tmp_path / "out", given))
 
 
-@pytest.mark.parametrize(
-    ("match", "code"),
-    [(INFO, "hub.stalled"), (TREE, "hub.stalled"), (RESOLVE, "hub.stalled"), (CDN, "hub.stalled")],
-    ids=["info", "tree", "resolve", "bytes"],
-)
+@pytest.mark.parametrize("match", [INFO, TREE, RESOLVE, CDN], ids=["info", "tree", "resolve", "bytes"])
 @pytest.mark.parametrize("fault", [{"kind": "drip"}, {"kind": "drip_headers"}, {"stall": 30}], ids=str)
 @pytest.mark.parametrize("more", [(), ("--download",)], ids=["ranges", "download"])
 def test_what_stalls_or_trickles_ends(
-    lies: Lies, match: str, code: str, fault: dict[str, Any], more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    lies: Lies, match: str, fault: dict[str, Any], more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if match == RESOLVE and "drip" in str(fault) and fault["kind"] == "drip":
+    if match == RESOLVE and fault.get("kind") == "drip":
         match = RESOLVE + ".*json"  # those of shards have no body
     for name, seconds in (("ANSWER_S", 1.0), ("STALL_S", 1.0), ("PATIENCE_S", 1.5)):
         monkeypatch.setattr(watch, name, seconds)
@@ -132,7 +130,7 @@ def test_what_stalls_or_trickles_ends(
     begun = time.monotonic()
     outcome = lies.hold(lambda: fresh(lies, *more))
     assert time.monotonic() - begun < 12
-    assert (outcome.exit_code, outcome.error_code) == (5, code), outcome.stdout
+    assert (outcome.exit_code, outcome.error_code) == (5, "hub.stalled"), outcome.stdout
     assert " in 1 s" in outcome.message and "again" in outcome.message
 
 
@@ -145,6 +143,12 @@ def test_the_limits_make_less_than_two_minutes() -> None:
 
 def test_a_server_that_asks_to_wait_long_is_not_heeded_for_ever() -> None:
     assert client.retry_after({"Retry-After": "9" * 400}) == client._LONGEST_PAUSE_S
+
+
+def test_what_the_hub_says_is_one_line_that_no_terminal_obeys() -> None:
+    assert client.first_line(ValueError("a\x1b[31m\x9bb\u202ec\nd")) == "a?[31m?b?c"
+    assert client.shown("\x1b" * 100) == "'" + "\\x1b" * 14 + "\\x1..."
+    assert client.shown([]) == "list"
 
 
 def test_a_list_without_end_ends(lies: Lies, monkeypatch: pytest.MonkeyPatch) -> None:
