@@ -11,7 +11,7 @@ from hostile_hub import FEW, HEADERS, VALUES, Lies, inspect
 from loopback_hub import LoopbackHub
 from support import Outcome, run_mopt
 
-from modelopt_convert.checkpoint.hub import answers, client, watch
+from modelopt_convert.checkpoint.hub import answers, client, range_source, watch
 
 INFO = r"^/api/models/alice/base(/revision/[^/]+)?$"
 TREE = r"^/api/models/alice/base/tree/"
@@ -126,6 +126,7 @@ def test_what_stalls_or_trickles_ends(
         match = RESOLVE + ".*json"  # those of shards have no body
     for name, seconds in (("ANSWER_S", 1.0), ("STALL_S", 1.0), ("PATIENCE_S", 1.5)):
         monkeypatch.setattr(watch, name, seconds)
+    monkeypatch.setattr(range_source, "PAUSES_S", (0.0,) * 50)  # time ends it, and not their number
     lies.hub.fault(match, times=10_000, **fault)
     begun = time.monotonic()
     outcome = lies.hold(lambda: fresh(lies, *more))
@@ -197,7 +198,7 @@ def test_xet_is_no_place_on_this_disk(
     xet_hub: LoopbackHub, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """hf_xet itself makes folders at the place that the Hub names."""
-    monkeypatch.setattr("modelopt_convert.checkpoint.hub.range_source.XET_BYTES", 1 << 10)
+    monkeypatch.setattr(range_source, "XET_BYTES", 1 << 10)
     xet_hub.seed("alice/base", base)
     lies = Lies(xet_hub, tmp_path)
     token = "/xet-read-token/"

@@ -179,8 +179,8 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
     def _drip(self, data: bytes) -> None:
         """A byte now and then, and then nothing more."""
         self.flush_headers()
-        for at in range(min(len(data), _DROPS)):
-            self.wfile.write(data[at : at + 1])
+        for at in range(_DROPS):
+            self.wfile.write(data[at : at + 1])  # where no more are left, nothing
             time.sleep(0.05)
         self.connection.shutdown(2)
         raise ConnectionResetError("cut by a fault")
