@@ -27,8 +27,8 @@ def listed(monkeypatch: pytest.MonkeyPatch, *entries: Any) -> dict[str, HubFile]
 
 
 NO_PATHS = (
-    "", "/x", "x/", "a//b", ".", "..", "a/./b", "a/../b", "../x", "a\\b", "a\0b", "a\nb", "a\x7fb", "a\x85b", "a\ud800b",
-    "a\u2028b", "a\u2029b", "x" * 256, "ä" * 128, "a/" * 500 + "b", None, 3, True, [], {},
+    "", "/x", "x/", "a//b", ".", "..", "a/./b", "a/../b", "../x", "a\\b", "a\0b", "a\nb", "a\x7fb", "a\x85b",
+    "a\ud800b", "a\u2028b", "a\u2029b", "x" * 256, "ä" * 128, "a/" * 500 + "b", None, 3, True, [], {},
 )  # fmt: skip
 
 
