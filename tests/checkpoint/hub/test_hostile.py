@@ -188,10 +188,10 @@ def test_downloaded_bytes_are_those_of_the_listing(lies: Lies) -> None:
     assert not list((lies.outside / "_home").rglob("*incomplete"))
 
 
-@pytest.mark.parametrize("revision", ["../x", "a/../../x", ".", "%2e%2e%2fx"])
+@pytest.mark.parametrize("revision", ["..", ".", "..%2Fx", "a%2F..%2F..%2Fx"])
 def test_no_revision_leads_out_of_the_cache(lies: Lies, revision: str) -> None:
     outcome = run_mopt("inspect", f"hf://alice/base@{revision}", "--download")
-    assert outcome.exit_code in (2, 3) and not list((lies.outside / "_home").rglob("refs"))
+    assert outcome.exit_code == 2 and not list((lies.outside / "_home").rglob("refs"))
 
 
 def test_xet_is_no_place_on_this_disk(
