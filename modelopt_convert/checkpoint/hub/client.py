@@ -1,4 +1,4 @@
-"""The Hub's client, and its failures in mopt's words: each with its own code and the command to run next."""
+"""The Hub's client: how it is called, and its failures in mopt's words, each with a code and what to run next."""
 
 import errno
 import importlib
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelopt_convert import __version__
+from modelopt_convert.checkpoint.hub import watch
 from modelopt_convert.run.errors import InputError, MoptError, RemoteError
 
 if TYPE_CHECKING:
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 NOT_CACHED = "run once without HF_HUB_OFFLINE and with --download"
-_LONGEST_PAUSE_S = 60.0
+_LONGEST_PAUSE_S = 15.0
+_SHOWN_CHARS = 60
+_MAX_ANSWER_BYTES = 16 << 20
 _T = TypeVar("_T")
 _AGAIN = "run the same command again"
+_OFFLINE = "HF_HUB_OFFLINE=1 uses the cache"
+_CLIENT = ("huggingface_hub", "httpx")  # httpx2, too
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -46,12 +51,54 @@ def page_of(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/{repo_id}"
 
 
-def retried(call: Callable[[], _T]) -> _T:
-    """What ``call`` returns, once the Hub is neither busy nor out of reach; the client retries downloads alone.
+def hub_headers() -> dict[str, str]:
+    """Headers of a request to the Hub, with the token; only where time is bounded, since the client may ask the Hub."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers(library_name="mopt", library_version=__version__)
+
+
+def read_whole(response: Any) -> Any:
+    """A response that was read, from one whose body has still to come; what is more than any answer has is left.
 
     Raises:
+        RemoteError: ``hub.answer``.
+    """
+    body = bytearray()
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > _MAX_ANSWER_BYTES:
+            url = str(response.request.url).partition("?")[0]
+            raise RemoteError(
+                f"{url}: expected an answer of at most {_MAX_ANSWER_BYTES} bytes, found more",
+                code="hub.answer",
+                path=url,
+                hint="a proxy or another HF_ENDPOINT may be what answered",
+            )
+    said = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    return type(response)(response.status_code, headers=said, content=bytes(body), request=response.request)
+
+
+def ask(call: Callable[[], _T]) -> _T:
+    """What ``call`` returns, once the Hub is neither busy nor out of reach, and in ``ANSWER_S`` seconds.
+
+    Raises:
+        StalledError: It takes longer.
         OSError, HTTPError: The last of the client's exceptions.
     """
+    return watch.watched(lambda: _retried(call), watch.ANSWER_S)
+
+
+def ask_once(call: Callable[[], _T]) -> _T:
+    """What ``call`` returns in ``ANSWER_S`` seconds.
+
+    Raises:
+        StalledError: It takes longer.
+    """
+    return watch.watched(call, watch.ANSWER_S)
+
+
+def _retried(call: Callable[[], _T]) -> _T:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     httpx = http_library()
@@ -94,6 +141,9 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
         yield
     except MoptError:
         raise
+    except watch.StalledError as error:
+        what = f"stalled: {error}"
+        raise _error(RemoteError, repo_id, "stalled", what, again or f"{_AGAIN}; {_OFFLINE}") from error
     except (OSError, httpx.HTTPError, HFValidationError) as error:
         raise _explained(error, repo_id, again) from error
     except Exception as error:
@@ -101,7 +151,7 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
             raise _explained(error.__cause__, repo_id, again) from error
         if _is_xet_error(error):
             raise _transfer_error(error, repo_id, again or _AGAIN) from error
-        if isinstance(error, ValueError | KeyError) and _is_of_the_client(error):
+        if _is_of_the_client(error):
             # The client refuses a card or a file by itself, or the answer is none that the Hub gives.
             hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
             what = f"the client gave up: {first_line(error)}"
@@ -110,9 +160,9 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
 
 
 def _is_of_the_client(error: Exception) -> bool:
-    """Whether huggingface_hub raised the error, or what it calls: an error that our own code raises is our bug."""
+    """Whether the client raised the error, or what it calls: an error that our own code raises is our bug."""
     frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__", "").startswith("huggingface_hub") for frame, _ in frames)
+    return any(frame.f_globals.get("__name__", "").startswith(_CLIENT) for frame, _ in frames)
 
 
 def _transfer_error(error: Exception, repo_id: str, again: str) -> MoptError:
@@ -137,7 +187,7 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
     from huggingface_hub import get_token
 
     page = page_of(repo_id)
-    later = again or f"{_AGAIN}; HF_HUB_OFFLINE=1 uses the cache"
+    later = again or f"{_AGAIN}; {_OFFLINE}"
     again = again or _AGAIN
     login = "`hf auth whoami` says who you are, `hf auth login` or HF_TOKEN changes it"
     if isinstance(error, hub.GatedRepoError):
@@ -201,13 +251,20 @@ def _http_error(error: Exception, status: int, repo_id: str, login: str, again: 
 
 
 def _said(error: Exception) -> str:
-    return str(getattr(error, "server_message", None) or first_line(error))
+    said = getattr(error, "server_message", None)
+    return first_line(Exception(said)) if said else first_line(error)
 
 
 def first_line(error: Exception) -> str:
     """What an exception says, in one line, without the signatures of links: a signature opens the file to anybody."""
     lines = _QUERY.sub(r"\1", str(error).strip()).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return "".join(char if char.isprintable() else "?" for char in lines[0][:200]) if lines else type(error).__name__
+
+
+def shown(found: object) -> str:
+    """A part of an answer as a message may hold it: short, and nothing that a terminal obeys."""
+    text = ascii(found) if isinstance(found, str | int | float | None) else type(found).__name__
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def _error(kind: type[MoptError], repo_id: str, code: str, what: str, hint: str) -> MoptError:

@@ -108,8 +108,8 @@ def parse_hub_path(text: str, *, download: bool) -> HubPath:
         uri = parse_hf_uri(text.rstrip("/"))
         if uri.type != "model":
             raise HfUriError(text, f"a {uri.type} holds no transformer")
-        if {".", ".."} & set(uri.path_in_repo.split("/")):
-            raise HfUriError(text, "a path inside a repo has no . and ..")
+        if {".", ".."} & {*uri.path_in_repo.split("/"), *(uri.revision or "").split("/")}:
+            raise HfUriError(text, "neither a revision nor a path inside a repo has . and ..")
     except HfUriError as error:
         raise InputError(
             f"{text}: {str(error).splitlines()[-1]}",

@@ -6,12 +6,15 @@ A trace is what somebody's client wrote there: it says where the files came from
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 _SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
 _METADATA = Path(".cache/huggingface/download")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _MAX_METADATA_BYTES = 1000
+_CHUNK_BYTES = 1 << 22
 
 
 def trace(folder: Path, small: Mapping[str, bytes], files: Iterable[str]) -> dict[str, str]:
@@ -56,7 +59,7 @@ def _commit_of(folder: Path, metadata: Path, small: Mapping[str, bytes], files: 
             same = (folder / name).stat().st_mtime - 1 <= time  # not where the time is no number
         except OSError:
             return None
-        if not same or (name in small and etag != _etag(small[name], etag)):
+        if not same or (name in small and etag != etag_of(BytesIO(small[name]), len(small[name]), like=etag)):
             return None
         commits.add(commit)
     return commits.pop() if small and len(commits) == 1 else None
@@ -74,8 +77,19 @@ def _read_metadata(path: Path) -> tuple[str, str, float] | None:
         return None
 
 
-def _etag(data: bytes, like: str) -> str:
-    """The etag that the Hub gives such bytes: SHA-256 of a file in LFS, else git's blob id."""
+def etag_of(file: IO[bytes], num_bytes: int, *, like: str) -> str:
+    """The etag that the Hub gives such bytes: SHA-256 of a file in LFS, else git's blob id.
+
+    Args:
+        file: Open, and read from its beginning.
+        num_bytes: Its size.
+        like: An etag of the kind that is asked for.
+    """
     if len(like) == hashlib.sha256().digest_size * 2:
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % num_bytes, usedforsecurity=False)
+    file.seek(0)
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()

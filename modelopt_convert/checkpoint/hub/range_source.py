@@ -6,14 +6,25 @@ ranges answers 200 with the whole file, and a broken proxy answers with other by
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from modelopt_convert.checkpoint.hub.client import BUSY, PAUSES_S, first_line, http_library, retry_after
+from modelopt_convert.checkpoint.hub import watch
+from modelopt_convert.checkpoint.hub.answers import HubFile, use_xet, xet_access
+from modelopt_convert.checkpoint.hub.client import (
+    BUSY,
+    PAUSES_S,
+    first_line,
+    http_library,
+    hub_headers,
+    read_whole,
+    retry_after,
+    shown,
+)
 from modelopt_convert.run.errors import InputError, RemoteError
 
 if TYPE_CHECKING:
@@ -25,26 +36,26 @@ _EXPIRED = frozenset({401, 403})
 
 
 @dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file as the Hub lists it.
-
-    Attributes:
-        num_bytes: Its size.
-        etag: SHA-256 of a file in LFS or Xet, else git's blob id; a link to the file must say the same.
-        xet_hash: The hash by which Xet knows the file; None if Xet does not.
-    """
-
-    num_bytes: int
-    etag: str
-    xet_hash: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Link:
     url: str
     headers: dict[str, str]
     signed: bool  # it leads elsewhere than to the Hub, and expires
-    xet_route: str | None
+    has_xet: bool
+
+
+@dataclass(slots=True)
+class Outage:
+    """Why a repo's bytes are not to be had, once that is known: nobody then waits for another file in vain."""
+
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """How far an attempt has come, and whether it was given up: what comes still is dropped then."""
+
+    at: int
+    given_up: bool = False
 
 
 class _AgainError(Exception):
@@ -62,7 +73,7 @@ class RangeSource:
         requests: How many ranges were asked for.
     """
 
-    def __init__(self, repo_id: str, commit: str, path: str, file: HubFile) -> None:
+    def __init__(self, repo_id: str, commit: str, path: str, file: HubFile, outage: Outage) -> None:
         """Ask nothing yet."""
         self._repo_id = repo_id
         self._commit = commit
@@ -71,7 +82,9 @@ class RangeSource:
         self._etag = file.etag
         self._xet_hash = file.xet_hash
         self._where = f"hf://{repo_id}@{commit[:12]}/{path}"
-        self._lock = threading.Lock()
+        self._outage = outage
+        self._counting = threading.Lock()
+        self._asking = threading.Lock()  # held while the Hub is asked; an attempt that is given up keeps it for ever
         self._found: _Link | None = None
         self._group: XetDownloadStreamGroup | None = None
         self.requests = 0
@@ -88,48 +101,91 @@ class RangeSource:
         Raises:
             InputError: ``hub.changed``: the file is not the one that was listed.
             RemoteError: ``hub.range`` or ``hub.cut``.
+            StalledError: The Hub is too slow.
             OSError, HTTPError: What the client raises.
         """
         httpx = http_library()
-        failures = 0
+        since, failures = time.monotonic(), 0
         while begin < end and not stopped.is_set():
-            before = begin
+            if self._outage.error is not None:
+                raise self._outage.error
+            attempt = _Attempt(begin)
             try:
-                for chunk in self._stream(begin, end):
-                    put(chunk, begin)
-                    begin += len(chunk)
-                    if stopped.is_set():
-                        return
-                if begin < end:
-                    raise _AgainError(f"{end - begin} bytes short")
-            except (_AgainError, httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError) as error:
-                failures = 0 if begin > before else failures + 1
-                if failures > len(PAUSES_S):
-                    if not isinstance(error, _AgainError):
-                        raise
-                    raise RemoteError(
-                        f"{self._where}: bytes {begin} to {end} cannot be had: {error}",
-                        code="hub.cut",
-                        path=self._where,
-                        hint="run the same command again; --download fetches whole files",
-                    ) from error
+                self._watched(attempt, end, put, stopped)
+                return
+            except CancelledError:
+                return
+            except (
+                _AgainError,
+                watch.StalledError,
+                httpx.TimeoutException,
+                httpx.NetworkError,
+                httpx.RemoteProtocolError,
+            ) as error:
+                if attempt.at - begin >= watch.LEAST_BYTES and not isinstance(error, watch.StalledError):
+                    since, failures = time.monotonic(), 0
+                else:
+                    failures += 1
+                begin = attempt.at
                 asked = error.pause_s if isinstance(error, _AgainError) else None
-                pause = PAUSES_S[max(0, failures - 1)] if asked is None else asked
+                pause = PAUSES_S[min(max(0, failures - 1), len(PAUSES_S) - 1)] if asked is None else asked
+                if failures > len(PAUSES_S) or time.monotonic() + pause - since > watch.PATIENCE_S:
+                    self._outage.error = lasting = self._lasting(error, begin, end)
+                    if lasting is error:
+                        raise
+                    raise lasting from error
                 stopped.wait(pause)
 
-    def _stream(self, begin: int, end: int) -> Iterator[bytes]:
-        with self._lock:
+    def _watched(
+        self, attempt: _Attempt, end: int, put: Callable[[bytes, int], None], stopped: threading.Event
+    ) -> None:
+        begin = attempt.at
+        with self._counting:
             self.requests += 1
+
+        def run() -> None:
+            for chunk in self._stream(begin, end):
+                if attempt.given_up:
+                    return
+                if len(chunk) > end - attempt.at:
+                    raise self._range_error(begin, end, "more bytes")
+                put(chunk, attempt.at)
+                attempt.at += len(chunk)
+            if attempt.at < end:
+                raise _AgainError(f"{end - attempt.at} bytes short")
+
+        try:
+            watch.watched(run, watch.STALL_S, moved=lambda: attempt.at, stopped=stopped)
+        except watch.StalledError:
+            self._xet_hash, self._asking = None, threading.Lock()
+            raise
+        finally:
+            attempt.given_up = True
+
+    def _lasting(self, error: Exception, begin: int, end: int) -> Exception:
+        """The error for what new attempts did not mend."""
+        if isinstance(error, watch.StalledError):
+            return watch.StalledError(f"{self._path}, bytes {begin} to {end}: {error}")
+        if not isinstance(error, _AgainError):
+            return error
+        return RemoteError(
+            f"{self._where}: bytes {begin} to {end} cannot be had: {error}",
+            code="hub.cut",
+            path=self._where,
+            hint="run the same command again",
+        )
+
+    def _stream(self, begin: int, end: int) -> Iterator[bytes]:
         if self._xet_hash is not None and end - begin >= XET_BYTES and (group := self._xet_group()) is not None:
-            yield from self._by_xet(group, begin, end)
+            yield from self._by_xet(group, self._xet_hash, begin, end)
         else:
             yield from self._by_http(begin, end)
 
-    def _by_xet(self, group: "XetDownloadStreamGroup", begin: int, end: int) -> Iterator[bytes]:
+    def _by_xet(self, group: "XetDownloadStreamGroup", xet_hash: str, begin: int, end: int) -> Iterator[bytes]:
         from hf_xet import XetFileInfo
 
         try:
-            yield from group.download_stream(XetFileInfo(self._xet_hash, self._num_bytes), begin, end)
+            yield from group.download_stream(XetFileInfo(xet_hash, self._num_bytes), begin, end)
         except GeneratorExit:
             raise
         except Exception as error:  # hf_xet has tried again by itself; HTTP gives the same bytes
@@ -154,34 +210,32 @@ class RangeSource:
             if status == 200 and not whole:
                 raise self._range_error(begin, end, "the whole file")
             if status not in (200, 206):
-                response.read()
-                hf_raise_for_status(response)
+                hf_raise_for_status(read_whole(response))
                 raise self._range_error(begin, end, f"status {status}")
             said = response.headers.get("Content-Range", "")
-            if status == 206 and not _is_range(said, begin, end, self._num_bytes):
-                raise self._range_error(begin, end, said or "no Content-Range")
-            missing = end - begin
-            for chunk in response.iter_bytes():  # as they come: a cut would lose what a larger piece had gathered
-                missing -= len(chunk)
-                if missing < 0:
-                    raise self._range_error(begin, end, "more bytes")
-                yield chunk
+            expected = self._num_bytes if status == 200 else _length(said, begin, end, self._num_bytes)
+            if expected is None:
+                raise self._range_error(begin, end, shown(said) if said else "no Content-Range")
+            for name, wanted in (("Content-Encoding", "identity"), ("Content-Length", str(expected))):
+                if (found := response.headers.get(name, wanted)) != wanted:
+                    raise self._range_error(begin, end, f"{name} {shown(found)}")
+            yield from response.iter_raw()  # as they come: a cut would lose what a larger piece had gathered
 
     def _range_error(self, begin: int, end: int, found: str) -> RemoteError:
         return RemoteError(
             f"{self._where}: asked for bytes {begin} to {end - 1}, got {found}",
             code="hub.range",
             path=self._where,
-            hint="something between here and the Hub breaks range requests; --download fetches whole files",
+            hint="something between here and the Hub breaks range requests: try another network or HF_ENDPOINT",
         )
 
     def _link(self) -> _Link:
         """Where the file's bytes are, resolved once; whoever comes meanwhile waits."""
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
-        from huggingface_hub.utils import build_hf_headers
 
-        with self._lock:
+        httpx = http_library()
+        with self._asking:
             if self._found is not None:
                 return self._found
             url = hf_hub_url(self._repo_id, self._path, revision=self._commit)
@@ -194,37 +248,37 @@ class RangeSource:
                 raise
             if (now.commit_hash, now.etag, now.size) != (self._commit, self._etag, self._num_bytes):
                 raise InputError(
-                    f"{self._where}: expected {self._num_bytes} bytes with etag {self._etag[:16]}, "
-                    f"found {now.size} with {str(now.etag)[:16]}",
+                    f"{self._where}: expected {self._num_bytes} bytes with etag {self._etag[:16]} at {self._commit}, "
+                    f"found {shown(now.size)} with {shown(now.etag)} at {shown(now.commit_hash)}",
                     code="hub.changed",
                     path=self._where,
                     hint="it is not the file that was listed: run again, and clear the mirror's cache if there is one",
                 )
-            signed = urlsplit(now.location).netloc != urlsplit(constants.ENDPOINT).netloc
+            signed = not _same_server(httpx.URL(now.location), httpx.URL(constants.ENDPOINT))
             # Whoever keeps the bytes must not see the Hub's token.
-            headers = {} if signed else build_hf_headers(library_name="mopt")
-            route = now.xet_file_data.refresh_route if now.xet_file_data is not None else None
-            self._found = _Link(now.location, headers, signed, route)
+            headers = {} if signed else hub_headers()
+            self._found = _Link(now.location, headers, signed, now.xet_file_data is not None)
             return self._found
 
     def _forget(self, link: _Link) -> None:
-        with self._lock:
-            if self._found is link:
-                self._found = None
+        if self._found is link:
+            self._found = None
 
     def _xet_group(self) -> "XetDownloadStreamGroup | None":
         """What hf_xet streams this repo from; None where hf_xet is not to be used."""
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers
 
-        route = self._link().xet_route
-        if route is None or constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
+        if not self._link().has_xet or not use_xet():
             return None
-        with self._lock:
+        with self._asking:
             if self._group is None:
-                headers = build_hf_headers(library_name="mopt")
+                access = xet_access(self._repo_id, "read", self._commit, {})
+                headers = hub_headers()
                 self._group = _xet_session().new_download_stream_group(
-                    token_refresh_url=route,
+                    endpoint=access.endpoint,
+                    token=access.token,
+                    token_expiry_unix_secs=access.until,
+                    token_refresh_url=f"{constants.ENDPOINT}/api/models/{self._repo_id}/xet-read-token/{self._commit}",
                     token_refresh_headers=headers,
                     custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
                 )
@@ -238,9 +292,18 @@ def _xet_session() -> Any:
     return XetSession()
 
 
-def _is_range(said: str, begin: int, end: int, num_bytes: int) -> bool:
-    """Whether an answer is of a file of that size and begins where it should; a server may answer with less."""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said)
+def _same_server(one: Any, other: Any) -> bool:
+    return bool((one.scheme, one.netloc) == (other.scheme, other.netloc))
+
+
+def _length(said: str, begin: int, end: int, num_bytes: int) -> int | None:
+    """How many bytes an answer has, which may be fewer than were asked for.
+
+    Returns:
+        None where it is not of a file of that size, or begins elsewhere.
+    """
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", said)
     if found is None or found[3] not in ("*", str(num_bytes)):
-        return False
-    return int(found[1]) == begin and begin <= int(found[2]) < end
+        return None
+    length = int(found[2]) + 1 - begin
+    return length if int(found[1]) == begin and 0 < length <= end - begin else None

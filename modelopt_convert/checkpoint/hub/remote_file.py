@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from typing import IO
 
+from modelopt_convert.checkpoint.hub.answers import HubFile
 from modelopt_convert.checkpoint.hub.client import hub_errors
-from modelopt_convert.checkpoint.hub.range_source import HubFile, RangeSource
+from modelopt_convert.checkpoint.hub.range_source import Outage, RangeSource
 from modelopt_convert.checkpoint.hub.ranges import Range, bridged, pieces, total, union, without
 from modelopt_convert.run.errors import RemoteError, StorageError
 
@@ -31,8 +32,29 @@ class RemoteFile:
         fetched: Bytes that came over the network so far.
     """
 
-    def __init__(self, repo_id: str, commit: str, path: str, file: HubFile, pool: Executor, *, where: str) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        commit: str,
+        path: str,
+        file: HubFile,
+        pool: Executor,
+        outage: Outage,
+        *,
+        where: str,
+        spool: IO[bytes] | None = None,
+    ) -> None:
         """Ask nothing of the Hub yet; the threads of ``pool`` will fetch.
+
+        Args:
+            repo_id: ORGANIZATION/NAME.
+            commit: The commit that is read.
+            path: The file's path in the repo.
+            file: What the Hub lists of it.
+            pool: Threads.
+            outage: That of the repo.
+            where: The file's name in messages.
+            spool: Takes what is fetched; None for a file without a name.
 
         Raises:
             StorageError: ``storage.spool``: the file for what is fetched cannot be made.
@@ -41,14 +63,14 @@ class RemoteFile:
         self.num_bytes = file.num_bytes
         self.fetched = 0
         self._repo_id = repo_id
-        self._source = RangeSource(repo_id, commit, path, file)
+        self._source = RangeSource(repo_id, commit, path, file, outage)
         self._pool = pool
         self._lock = threading.Lock()
         self._counting = threading.Lock()  # apart: close() holds _lock while it waits for the threads that fetch
         self._stopped = threading.Event()
         self._taken: list[Range] = []  # sorted, disjoint; pieces that touch are not joined: each has a future
         self._futures: dict[Range, Future[bool]] = {}  # of every piece in _taken
-        self._spool = _spool()
+        self._spool = spool if spool is not None else _spool()
         self._users = 0
 
     @property
@@ -94,7 +116,7 @@ class RemoteFile:
         Raises:
             MoptError: With a ``hub.*`` code.
         """
-        self._wait(offset, offset + num_bytes)
+        self.wait(offset, offset + num_bytes)
         found = os.pread(self._spool.fileno(), num_bytes, offset)
         assert len(found) == num_bytes
         return found
@@ -105,14 +127,19 @@ class RemoteFile:
         Raises:
             MoptError: With a ``hub.*`` code.
         """
-        self._wait(offset, offset + len(target))
+        self.wait(offset, offset + len(target))
         count = os.preadv(self._spool.fileno(), [target], offset)
         assert count == len(target)
 
     def fileno(self) -> None:
         """None: the file is not on disk under a name of its own."""
 
-    def _wait(self, offset: int, end: int) -> None:
+    def wait(self, offset: int, end: int) -> None:
+        """Return once the bytes from ``offset`` to ``end`` are there.
+
+        Raises:
+            MoptError: With a ``hub.*`` code.
+        """
         self.prefetch([(offset, end)])
         with self._lock:
             needed = [self._futures[piece] for piece in self._near(offset, end)]

@@ -1,14 +1,18 @@
 """One repo at one commit: its files, and how they are opened. The first question pins the commit."""
 
+import os
+import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from modelopt_convert.checkpoint.hub.client import NOT_CACHED, hub_api, hub_errors, retried
-from modelopt_convert.checkpoint.hub.range_source import HubFile
+from modelopt_convert.checkpoint.hub.answers import HubFile, find_commit, is_commit, list_files, wrong
+from modelopt_convert.checkpoint.hub.client import NOT_CACHED, hub_errors
+from modelopt_convert.checkpoint.hub.provenance import etag_of
+from modelopt_convert.checkpoint.hub.range_source import Outage
 from modelopt_convert.checkpoint.hub.remote_file import RemoteFile
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.run.errors import InputError
@@ -39,6 +43,7 @@ class HubRepo:
         self.download = download
         self._lock = threading.Lock()
         self._remote: dict[str, RemoteFile] = {}
+        self._outage = Outage()
 
     def __str__(self) -> str:
         """The repo as a command line would have it."""
@@ -109,12 +114,13 @@ class HubRepo:
             )
         local = self.cached_file(path)
         if local is None and (whole or self.download):
-            local = self._fetch_whole(path)
+            with hub_errors(self.repo_id):
+                local = self._fetch_whole(path)
         if local is not None:
             return LocalFile(local.parent, local.name, where=where)
         if path not in self._remote:
             file = self.files[path]
-            self._remote[path] = RemoteFile(self.repo_id, self.commit, path, file, self.pool, where=where)
+            self._remote[path] = RemoteFile(self.repo_id, self.commit, path, file, self.pool, self._outage, where=where)
         return self._remote[path].open()
 
     def fetch(self, path: str) -> Path:
@@ -129,15 +135,51 @@ class HubRepo:
         return found
 
     def _fetch_whole(self, path: str) -> Path:
-        from huggingface_hub import hf_hub_download
+        """Put a file into the cache as the Hub's client does; its bytes are those that the listing names.
 
-        # Asked for by the revision's name first: so the cache knows the name's commit when the Hub may not be asked.
-        for revision in (self.revision, self.commit):
-            with hub_errors(self.repo_id):
-                found = Path(hf_hub_download(self.repo_id, path, revision=revision, library_name="mopt"))
-            if self.cached_file(path) is not None:
-                break
-        return found
+        The client's own download would take names for the cache from answers that nobody checked.
+        """
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        file = self.files[path]
+        root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo_id, repo_type="model")
+        blob, pointer = root / "blobs" / file.etag, root / "snapshots" / self.commit / path
+        for folder in (blob.parent, pointer.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not blob.is_file() or blob.stat().st_size != file.num_bytes:
+            self._fetch_blob(path, file, blob)
+        _replace(pointer, lambda name: name.symlink_to(os.path.relpath(blob, pointer.parent)))
+        # So the cache knows the name's commit when the Hub may not be asked.
+        reference = root / "refs" / (self.revision or constants.DEFAULT_REVISION)
+        if reference.name != self.commit:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            _replace(reference, lambda name: name.write_text(self.commit))
+        return pointer
+
+    def _fetch_blob(self, path: str, file: HubFile, blob: Path) -> None:
+        partial = blob.with_name(f"{blob.name}.{secrets.token_hex(4)}.incomplete")
+        try:
+            with partial.open("w+b") as spool:
+                remote = RemoteFile(
+                    self.repo_id,
+                    self.commit,
+                    path,
+                    file,
+                    self.pool,
+                    self._outage,
+                    where=f"{self}/{path}",
+                    spool=spool,
+                ).open()
+                try:
+                    remote.wait(0, file.num_bytes)
+                finally:
+                    remote.close()
+                if (found := etag_of(spool, file.num_bytes, like=file.etag)) != file.etag:
+                    raise wrong(self.repo_id, f"{path}, its bytes", f"the digest {file.etag}", found)
+            partial.replace(blob)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @property
     def _pinned(self) -> _Pinned:
@@ -147,19 +189,13 @@ class HubRepo:
     @cached_property
     def _pin(self) -> _Pinned:
         from huggingface_hub.errors import OfflineModeIsEnabled
-        from huggingface_hub.hf_api import RepoFile
 
-        api = hub_api()
         with hub_errors(self.repo_id):
             try:
-                commit = retried(lambda: api.model_info(self.repo_id, revision=self.revision).sha)
-                assert commit is not None  # the Hub names it wherever a revision is found
-                tree = retried(lambda: list(api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
-                found = [one for one in tree if isinstance(one, RepoFile)]
+                commit = find_commit(self.repo_id, self.revision)
+                return _Pinned(commit, list_files(self.repo_id, commit), None)
             except OfflineModeIsEnabled:
                 return self._from_cache()
-        files = {one.path: HubFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id, one.xet_hash) for one in found}
-        return _Pinned(commit, files, None)
 
     def _from_cache(self) -> _Pinned:
         """The snapshot that the cache has of the revision, as far as it goes."""
@@ -170,6 +206,18 @@ class HubRepo:
             folder = Path(snapshot_download(self.repo_id, revision=self.revision, local_files_only=True))
         except IncompleteSnapshotError as error:
             folder = Path(error.snapshot_path)
+        if not is_commit(folder.name):
+            raise wrong(self.repo_id, "the commit in the cache", "40 hex digits", folder.name)
         paths = (path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): HubFile(path.stat().st_size, "", None) for path in paths}
         return _Pinned(folder.name, files, folder)
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Make a file of the cache under another name first: whoever reads the cache meanwhile finds the old or the new."""
+    new = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    try:
+        make(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

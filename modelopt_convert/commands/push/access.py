@@ -1,10 +1,13 @@
 """Who we are to the Hub, and whether we may publish there: asked before any work."""
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from functools import partial
 
-from modelopt_convert.checkpoint.hub.client import hub_api, hub_errors, page_of
+from modelopt_convert.checkpoint.hub.answers import Answer
+from modelopt_convert.checkpoint.hub.client import ask_once, hub_api, hub_errors, page_of
 from modelopt_convert.run.errors import InputError
+
+_NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
 def check_access(repo_id: str, *, create_pr: bool, private: bool, again: str) -> bool:
@@ -32,15 +35,15 @@ def check_access(repo_id: str, *, create_pr: bool, private: bool, again: str) ->
                 path=f"hf://{repo_id}",
                 hint="names are ORGANIZATION/NAME; `hf auth whoami` says your own",
             )
-        me = api.whoami()
+        me = Answer(repo_id, "who you are", ask_once(api.whoami))
         try:
-            api.auth_check(repo_id, write=not create_pr)
+            ask_once(partial(api.auth_check, repo_id, write=not create_pr))
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
             _check_can_create(repo_id, me)
             return False
-        if private and not api.repo_info(repo_id).private:
+        if private and ask_once(partial(api.repo_info, repo_id)).private is not True:
             raise InputError(
                 f"hf://{repo_id}: the repo is public, --private was given",
                 code="push.public",
@@ -50,15 +53,15 @@ def check_access(repo_id: str, *, create_pr: bool, private: bool, again: str) ->
     return True
 
 
-def _check_can_create(repo_id: str, me: Mapping[str, Any]) -> None:
+def _check_can_create(repo_id: str, me: Answer) -> None:
     """Refuse what is sure to fail; a fine-grained token may still be refused when the repo is created."""
-    name = str(me.get("name"))
-    owners = [name, *(str(one.get("name")) for one in me.get("orgs", ()))]
-    role = me.get("auth", {}).get("accessToken", {}).get("role")
+    name = me.text("name", _NAME, "a name")
+    owners = [name, *(one.text("name", _NAME, "a name") for one in me.parts("orgs"))]
+    token = me.part("auth").part("accessToken") if me.has("auth") and me.part("auth").has("accessToken") else None
     why = None
     if repo_id.partition("/")[0].lower() not in {owner.lower() for owner in owners}:
         why = f"{name} sees no such repo, and may create repos under {', '.join(owners)} only"
-    elif role == "read":
+    elif token is not None and token.has("role") and token.text("role", _NAME, "a role") == "read":
         why = f"no such repo, and {name}'s token may only read"
     if why is not None:
         raise InputError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from modelopt_convert.checkpoint.hub.answers import HubFile
 from modelopt_convert.checkpoint.pipeline import COMPONENTS
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX
 from modelopt_convert.checkpoint.record import RECORD, digest_of, is_record
@@ -19,21 +20,6 @@ from modelopt_convert.run.errors import InputError
 
 _FOLDERS = frozenset({".", *COMPONENTS})
 _OURS = re.compile(r"diffusion_pytorch_model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A file on the Hub.
-
-    Attributes:
-        num_bytes: Its size.
-        sha256: Digest of a large file, None for a small one.
-        git_sha1: Digest of a small file.
-    """
-
-    num_bytes: int
-    sha256: str | None
-    git_sha1: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +41,7 @@ class Changes:
 
 def compare(
     local: Publishable,
-    there: Mapping[str, Listed],
+    there: Mapping[str, HubFile],
     fetch: Callable[[str], bytes],
     advance: Callable[[int], None],
     repo_id: str,
@@ -84,16 +70,14 @@ def compare(
     return Changes(tuple(send), tuple(same), tuple(delete), tuple(kept))
 
 
-def _equal(file: Upload, remote: Listed, advance: Callable[[int], None]) -> bool:
+def _equal(file: Upload, remote: HubFile, advance: Callable[[int], None]) -> bool:
     if file.num_bytes != remote.num_bytes:
         return False
-    if remote.sha256 is not None:
-        return file.sha256(advance) == remote.sha256
-    return file.git_sha1() == remote.git_sha1
+    return (file.git_sha1() if remote.is_small else file.sha256(advance)) == remote.etag
 
 
 def _stale(
-    local: Publishable, there: Mapping[str, Listed], records: Mapping[str, Mapping[str, Any]], repo_id: str
+    local: Publishable, there: Mapping[str, HubFile], records: Mapping[str, Mapping[str, Any]], repo_id: str
 ) -> list[str]:
     """What to delete of the checkpoint before.
 

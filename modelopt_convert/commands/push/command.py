@@ -6,17 +6,41 @@ one commit comes last, on the parent that was compared with, and so a repo holds
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelopt_convert import __version__
-from modelopt_convert.checkpoint.hub.client import hub_api, hub_errors, page_of
+from modelopt_convert.checkpoint.hub import watch
+from modelopt_convert.checkpoint.hub.answers import (
+    HubFile,
+    check_xet,
+    checked_commit,
+    checked_url,
+    find_branches,
+    find_commit,
+    list_files,
+    use_xet,
+    wrong,
+)
+from modelopt_convert.checkpoint.hub.client import (
+    ask_once,
+    first_line,
+    hub_api,
+    hub_errors,
+    hub_headers,
+    page_of,
+    read_whole,
+)
+from modelopt_convert.checkpoint.hub.range_source import Outage, RangeSource
+from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.commands.command import Clock, Warned, ending, versions, warnings_of
 from modelopt_convert.commands.push.access import check_access
-from modelopt_convert.commands.push.changes import Changes, Listed, compare
+from modelopt_convert.commands.push.changes import Changes, compare
 from modelopt_convert.commands.push.publishable import CARD, Publishable, publishable
 from modelopt_convert.commands.requests import PushRequest, VerifyRequest
 from modelopt_convert.commands.verify import VerifyCommand
@@ -122,22 +146,29 @@ def _check_card(request: PushRequest, local: Publishable) -> None:
     """Ask for the Hub's opinion of the card before the shards are sent, and not after."""
     from huggingface_hub import constants
     from huggingface_hub.errors import BadRequestError
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils import get_session, hf_raise_for_status
 
     card = next((one.source for one in local.files if one.path == CARD), None)
     if not isinstance(card, bytes):
         return
+    url = f"{constants.ENDPOINT}/api/validate-yaml"
     content = {"content": card.decode(errors="replace"), "repoType": "model"}
+
+    def check() -> Any:
+        with get_session().stream("POST", url, json=content, headers=hub_headers()) as response:
+            return read_whole(response)
+
     with hub_errors(request.repo_id, request.again):
-        response = get_session().post(
-            f"{constants.ENDPOINT}/api/validate-yaml", json=content, headers=build_hf_headers()
-        )
+        response = ask_once(check)
         try:
             hf_raise_for_status(response)
         except BadRequestError as error:
-            said = [str(one.get("message")) for one in response.json().get("errors", ())]
+            try:
+                said = "; ".join(ascii(one["message"]) for one in response.json()["errors"])[:300]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                said = first_line(error)
             raise InputError(
-                f"{CARD}: the Hub refuses its metadata: {'; '.join(said)[:300]}",
+                f"{CARD}: the Hub refuses its metadata: {said}",
                 code="push.card",
                 path=CARD,
                 hint="mend the lines between --- at its top; nothing was sent",
@@ -151,13 +182,13 @@ def _send(
     repo_id = request.repo_id
     with hub_errors(repo_id, request.again):
         if not exists:
-            api.create_repo(repo_id, private=request.private or None, exist_ok=True)
-        target = _target(api, request)
-        there = _tree(api, repo_id, target.parent)
+            ask_once(partial(api.create_repo, repo_id, private=request.private or None, exist_ok=True))
+        target = _target(request)
+        there = _tree(repo_id, target.parent)
     known = sum(one.num_bytes for one in local.files if one.is_shard and one.path in there)
     if known:
         progress.begin("compare with what is there", known)
-    changes = compare(local, there, _fetcher(api, request, target.parent), progress.advance, repo_id)
+    changes = compare(local, there, _fetcher(request, target.parent, there), progress.advance, repo_id)
     warned = [
         (
             "push.card_kept",
@@ -175,7 +206,8 @@ def _send(
     )
     with hub_errors(repo_id, request.again):
         if not target.branch_exists:
-            api.create_branch(repo_id, branch=request.revision or _MAIN, revision=target.parent, exist_ok=True)
+            branch = request.revision or _MAIN
+            ask_once(partial(api.create_branch, repo_id, branch=branch, revision=target.parent, exist_ok=True))
         if changes.send or changes.delete:
             _commit(api, request, local, changes, target.parent, pushed, progress)
     return pushed, warned
@@ -195,14 +227,18 @@ def _commit(
 
     def send(additions: list[CommitOperationAdd]) -> None:
         # A .gitignore in the repo would leave files out without a word.
-        api.preupload_lfs_files(
+        call = partial(
+            api.preupload_lfs_files,
             request.repo_id,
             additions,
             revision=request.revision,
             create_pr=request.create_pr,
             gitignore_content="",
         )
+        watch.watched(call, watch.ANSWER_S, moved=watch.Traffic(), least=watch.LEAST_BYTES_SENT)
 
+    if use_xet():
+        check_xet(request.repo_id, request.revision or _MAIN, create_pr=request.create_pr)
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     shards = [one for one in changes.send if one.is_shard]
     for number, shard in enumerate(shards, 1):
@@ -215,57 +251,57 @@ def _commit(
     send(small)
     operations += [*small, *(CommitOperationDelete(path) for path in changes.delete)]
     local.check_unchanged()  # since it was verified
-    done = api.create_commit(
-        request.repo_id,
-        operations,
-        commit_message=request.message or f"Upload with mopt {__version__}",
-        revision=request.revision,
-        create_pr=request.create_pr,
-        parent_commit=parent,
+    done = ask_once(
+        partial(
+            api.create_commit,
+            request.repo_id,
+            operations,
+            commit_message=request.message or f"Upload with mopt {__version__}",
+            revision=request.revision,
+            create_pr=request.create_pr,
+            parent_commit=parent,
+        )
     )
-    pushed.commit = done.oid
-    pushed.url = done.pr_url or done.commit_url
-    pushed.pull_request = done.pr_url
+    what = "the new commit"
+    pushed.commit = checked_commit(request.repo_id, what, done.oid)
+    pushed.url = checked_url(request.repo_id, what, done.pr_url or done.commit_url)
+    pushed.pull_request = pushed.url if done.pr_url else None
     pushed.revision = done.pr_revision or pushed.revision
     pushed.sent = [one.path for one in changes.send]
     pushed.bytes_sent = sum(one.num_bytes for one in changes.send)
 
 
-def _target(api: "HfApi", request: PushRequest) -> _Target:
+def _target(request: PushRequest) -> _Target:
     revision = request.revision or _MAIN
     if revision.startswith("refs/pr/"):
-        return _Target(str(api.repo_info(request.repo_id, revision=revision).sha), branch_exists=True)
-    refs = api.list_repo_refs(request.repo_id)
-    heads = {ref.name: ref.target_commit for ref in refs.branches}
+        return _Target(find_commit(request.repo_id, revision), branch_exists=True)
+    heads, tags = find_branches(request.repo_id)
     if revision in heads:
         return _Target(heads[revision], branch_exists=True)
-    is_tag = any(ref.name == revision for ref in refs.tags)
-    if is_tag or _NO_BRANCH.match(revision):
-        what = "a tag, and a tag does not move" if is_tag else "a commit or a full reference, and no branch"
+    if revision in tags or _NO_BRANCH.match(revision):
+        what = "a tag, and a tag does not move" if revision in tags else "a commit or a full reference, and no branch"
         raise InputError(
             f"hf://{request.repo_id}: {revision} is {what}",
             code="push.revision",
             path=f"hf://{request.repo_id}",
             hint="give --revision the name of a branch",
         )
-    return _Target(heads[_MAIN], branch_exists=False)
+    return _Target(checked_commit(request.repo_id, f"the branch {_MAIN}", heads.get(_MAIN)), branch_exists=False)
 
 
-def _tree(api: "HfApi", repo_id: str, commit: str) -> dict[str, Listed]:
-    from huggingface_hub import RepoFile
-
-    found = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-    return {
-        one.path: Listed(one.size, one.lfs.sha256 if one.lfs is not None else None, one.blob_id)
-        for one in found
-        if isinstance(one, RepoFile)
-    }
+def _tree(repo_id: str, commit: str) -> dict[str, HubFile]:
+    return list_files(repo_id, commit)
 
 
-def _fetcher(api: "HfApi", request: PushRequest, commit: str) -> Callable[[str], bytes]:
+def _fetcher(request: PushRequest, commit: str, there: Mapping[str, HubFile]) -> Callable[[str], bytes]:
     def fetch(path: str) -> bytes:
+        file, found = there[path], bytearray()
+        if file.num_bytes > MAX_INDEX_BYTES:
+            raise wrong(request.repo_id, path, f"at most {MAX_INDEX_BYTES} bytes", file.num_bytes)
         with hub_errors(request.repo_id, request.again):
-            return Path(api.hf_hub_download(request.repo_id, path, revision=commit)).read_bytes()
+            source = RangeSource(request.repo_id, commit, path, file, Outage())
+            source.fetch(0, file.num_bytes, lambda chunk, _at: found.extend(chunk), threading.Event())
+        return bytes(found)
 
     return fetch
 

@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hub_support import start_afresh
 from loopback_hub import LoopbackHub
 from safetensors.torch import save_file
 from support import Outcome, build, config_of, copy, edit, run_mopt, tree
@@ -108,18 +106,16 @@ def test_a_dry_run_says_how_much_would_be_fetched(filled: LoopbackHub, tmp_path:
     assert of_base == pytest.approx(planned["to_fetch_bytes"], rel=0.05)
 
 
-@pytest.mark.parametrize("mode", ["http", "local"])
 def test_large_ranges_of_a_xet_repo_come_through_xet(
-    mode: Any, base: Path, nvfp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    xet_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = start_afresh(tmp_path, monkeypatch, mode)
     folder = tmp_path / "big"
     folder.mkdir()
     tensors = {f"blocks.{n}.weight": torch.randn(1024, 2048).to(torch.bfloat16) for n in range(5)}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text("{}")
-    hub.seed("alice/big", folder)
-    hub.log.clear()
+    xet_hub.seed("alice/big", folder)
+    xet_hub.log.clear()
     monkeypatch.setattr(range_source, "XET_BYTES", 2 << 20)
     with CheckpointReader(parse_location("hf://alice/big")) as reader:
         for name in ("blocks.1.weight", "blocks.3.weight"):
@@ -130,11 +126,10 @@ def test_large_ranges_of_a_xet_repo_come_through_xet(
         )
         fetched, _ = reader.traffic()
     assert 8 << 20 < fetched < 9 << 20
-    assert hub.bytes_out("/_cdn/") < 1 << 20  # headers and the small range
-    if mode == "http":
-        # The loopback Hub itself asks Xet too, for whole files: to serve headers over HTTP.
-        ours = [one.num_out for one in hub.requests("/cas/fetch") if one.num_out < 10 << 20]
-        assert 6 << 20 < sum(ours) < 9 << 20
+    assert xet_hub.bytes_out("/_cdn/") < 1 << 20  # headers and the small range
+    # The loopback Hub itself asks Xet too, for whole files: to serve headers over HTTP.
+    ours = [one.num_out for one in xet_hub.requests("/cas/fetch") if one.num_out < 10 << 20]
+    assert 6 << 20 < sum(ours) < 9 << 20
 
 
 def test_the_commit_is_pinned_at_the_first_contact(filled: LoopbackHub, base: Path, tmp_path: Path) -> None:

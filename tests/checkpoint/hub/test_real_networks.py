@@ -16,8 +16,9 @@ from loopback_hub import LoopbackHub
 from support import run_mopt
 
 from modelopt_convert.checkpoint.hub import remote_file
+from modelopt_convert.checkpoint.hub.answers import HubFile
 from modelopt_convert.checkpoint.hub.client import hub_errors
-from modelopt_convert.checkpoint.hub.range_source import HubFile
+from modelopt_convert.checkpoint.hub.range_source import Outage
 from modelopt_convert.checkpoint.hub.ranges import Range, without
 from modelopt_convert.checkpoint.hub.remote_file import RemoteFile
 from modelopt_convert.checkpoint.location import parse_location
@@ -84,7 +85,7 @@ class Zeros(RemoteFile):
 
 
 def zeros(num_bytes: int, pool: ThreadPoolExecutor) -> RemoteFile:
-    return Zeros("alice/base", "0" * 40, "x", HubFile(num_bytes, "", None), pool, where="x").open()
+    return Zeros("alice/base", "0" * 40, "x", HubFile(num_bytes, "", None), pool, Outage(), where="x").open()
 
 
 @pytest.mark.usefixtures("hub")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import GitRefInfo, GitRefs, HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from loopback_hub import LoopbackHub
 from push_support import (
     REPO,
@@ -18,6 +18,8 @@ from push_support import (
     unrecorded,
 )
 from support import build, copy, run_mopt
+
+from modelopt_convert.commands.push import command
 
 
 def test_a_new_repo_holds_the_checkpoint_and_nothing_else(any_hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
@@ -100,10 +102,7 @@ def test_a_branch_is_made_where_there_is_none(hub: LoopbackHub, built: Path, tmp
 
 def test_a_tag_does_not_move(hub: LoopbackHub, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push(built)
-    tag = GitRefInfo(name="v1", ref="refs/tags/v1", target_commit=hub.head(REPO))
-    main = GitRefInfo(name="main", ref="refs/heads/main", target_commit=hub.head(REPO))
-    refs = GitRefs(branches=[main], converts=[], tags=[tag])
-    monkeypatch.setattr(HfApi, "list_repo_refs", lambda *_arguments: refs)
+    monkeypatch.setattr(command, "find_branches", lambda repo_id: ({"main": hub.head(repo_id)}, {"v1"}))
     refused = push(built, REPO, "--revision", "v1")
     assert refused.exit_code == 3 and refused.error_code == "push.revision"
 

@@ -7,6 +7,7 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from loopback_hub import api, files
 from loopback_hub.records import Fault, FaultKind, HubError, Request
@@ -33,6 +34,9 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, hub: "LoopbackHub") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub = hub
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing on stderr, where a test looks for what mopt says: clients go away."""
 
     def server_bind(self) -> None:
         """Without the look-up of this machine's name, which may take seconds."""
@@ -70,6 +74,7 @@ class LoopbackHub:
         self.log: list[Request] = []
         self.multipart_over = 0
         self._faults: list[Fault] = []
+        self._twists: list[tuple[re.Pattern[str], Callable[[Any], Any]]] = []
         self._signed = self._expired = 0
 
     def stop(self) -> None:
@@ -147,6 +152,7 @@ class LoopbackHub:
             kind: ``ignore_range``: 200 and the whole body. ``wrong_range``: 206 and a range one byte off, as its
                 Content-Range says. ``short``: half of the bytes, as Content-Length and Content-Range say.
                 ``other_etag``: another ETag and X-Linked-ETag, by resolve. The first two wait for a Range.
+                ``drip``, ``drip_headers``: a byte every twentieth of a second for a while, of the body or of all.
             stall: Seconds to wait before the answer.
         """
         more = dict(headers or {})
@@ -154,6 +160,18 @@ class LoopbackHub:
             more = {"Retry-After": "0"} | more
         with self._lock:
             self._faults.append(Fault(re.compile(match), method, status, cut, times, more, kind, stall))
+
+    def twist(self, match: str, change: Callable[[Any], Any]) -> None:
+        """Change the JSON of every answer to a path that matches a regular expression."""
+        with self._lock:
+            self._twists.append((re.compile(match), change))
+
+    def twisted(self, path: str, content: Any) -> Any:
+        """JSON as it is to be sent."""
+        for match, change in self._twists:
+            if match.search(path) is not None:
+                content = change(content)
+        return content
 
     def take_fault(self, request: Request) -> Fault | None:
         """The fault that a request meets."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 USERS = {"hf_owner": "alice", "hf_reader": "bob"}
 BLOCK = 1 << 20
+_DROPS = 400
 # The client asks once for the names of coding agents and keeps the answer; of no interest to any test.
 AGENTS = "/api/agent-harnesses"
 
@@ -125,6 +126,7 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
         return digest.hexdigest()
 
     def send_json(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        content = self.hub.twisted(self.path, content)
         self.send_bytes(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def send_bytes(self, data: bytes = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> None:
@@ -170,11 +172,24 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
             headers = {**headers, **self._fault.headers}
         for name, value in headers.items():
             self.send_header(name, value)
+        if self.has_fault("drip_headers"):
+            self._drip(b"X-Drop: " + b"x" * _DROPS)
         self.end_headers()
+
+    def _drip(self, data: bytes) -> None:
+        """A byte now and then, and then nothing more."""
+        self.flush_headers()
+        for at in range(_DROPS):
+            self.wfile.write(data[at : at + 1])  # where no more are left, nothing
+            time.sleep(0.05)
+        self.connection.shutdown(2)
+        raise ConnectionResetError("cut by a fault")
 
     def _write(self, data: bytes) -> None:
         if self.command == "HEAD" or not data:
             return
+        if self.has_fault("drip"):
+            self._drip(data)
         cut = self._fault.cut if self._fault is not None else None
         if cut is not None and self.request_log.num_out + len(data) > cut:
             data = data[: cut - self.request_log.num_out]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FaultKind = Literal["ignore_range", "wrong_range", "short", "other_etag"]
+FaultKind = Literal["ignore_range", "wrong_range", "short", "other_etag", "drip", "drip_headers"]
 
 
 @dataclass
