@@ -95,6 +95,7 @@ class StagingDir:
                 self._make_stage()
                 self._sweep_dead_stages()
                 self._recover()
+                self._sweep_markers()
                 self._standing = check_output_allowed(self.output, self._inputs, **self._consent)
                 if self._standing is not None:
                     self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
@@ -198,14 +199,16 @@ class StagingDir:
         self._marker = marker
         try:
             fsops.write_all(fd, marker.to_bytes(), 0)
-            self._durable = fsops.sync(fd) and self._durable
         finally:
             fsops.close(fd)
-        # A stage that a power cut left without its marker would be nobody's for ever.
+        # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that.
         self._durable = fsops.sync_dir(self.output.parent) and self._durable
 
     def _unmark(self, number: str) -> None:
-        """Remove the marker of a run, once nothing is left of the run, and that is on disk."""
+        """Remove the marker of a run of which nothing is left; the removals of that are on disk already."""
+        left = (beside(self.output, "stage", number), beside(self.output, "old", number))
+        if any(map(os.path.lexists, left)):  # as after a swap that was cut in two
+            return
         with contextlib.suppress(FileNotFoundError):  # another run sweeps it too
             fsops.remove_file(beside(self.output, "mark", number))
 
@@ -244,10 +247,15 @@ class StagingDir:
                 with contextlib.suppress(FileNotFoundError):  # another run has just done it
                     fsops.rename(old, self.output)
                 fsops.sync_dir(self.output.parent)
-        for number, path in left_beside(self.output, "mark").items():
-            left = [beside(self.output, "stage", number), beside(self.output, "old", number)]
-            if read_marker(path) is not None and not any(map(os.path.lexists, left)):
-                self._unmark(number)
+
+    def _sweep_markers(self) -> None:
+        """Remove the markers of runs that were killed when nothing else of theirs was left."""
+        found = [number for number, path in left_beside(self.output, "mark").items() if read_marker(path) is not None]
+        if found:
+            # Such a run ended with a swap or a removal that may not be on disk.
+            fsops.sync_dir(self.output.parent)
+        for number in found:
+            self._unmark(number)
 
     def _marker_beside(self, tree: Path, number: str) -> Marker | None:
         """The marker of what was found; without one it is nobody knows whose, and stays, but for an empty folder."""
@@ -412,7 +420,8 @@ class StagingDir:
         with contextlib.suppress(OSError):  # the next run sweeps what cannot be removed now
             fsops.remove_tree(self.path)
             if self._marker is not None:
-                fsops.sync_dir(self.output.parent)
+                with contextlib.suppress(OSError):
+                    fsops.sync_dir(self.output.parent)
                 self._unmark(self._number)
 
     def _unlock(self) -> None:

@@ -26,13 +26,13 @@ def make_dir(path: Path, mode: int) -> None:
 
 def create_file(path: Path, mode: int | None = None) -> int:
     """Create a file that must not exist and return its descriptor; with this mode, or 0o666 less the umask."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
-    if mode is not None:
-        try:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+    try:
+        if mode is not None and stat.S_IMODE(os.fstat(fd).st_mode) != mode:  # the umask took something away
             os.fchmod(fd, mode)
-        except BaseException:
-            os.close(fd)
-            raise
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,15 +30,15 @@ class Marker:
 
     Attributes:
         replaces: Device and inode of the OUT that was to be replaced, if one was.
-        tree: What that OUT held.
+        tree: What that OUT held; None if the power went before that was on disk.
     """
 
     replaces: tuple[int, int] | None = None
-    tree: Tree = field(default_factory=dict)
+    tree: Tree | None = None
 
     def to_bytes(self) -> bytes:
         """As it is written to disk."""
-        tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in self.tree.items()}
+        tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in (self.tree or {}).items()}
         return json.dumps({"schema": _SCHEMA, "replaces": self.replaces, "tree": tree}).encode()
 
     def strangers(self, folder: Path, *, replaced: bool) -> list[str]:
@@ -48,17 +48,18 @@ class Marker:
             folder: A stage, or an old tree.
             replaced: Whether it is known to be the old tree, which holds nothing but what it held.
         """
-        old = replaced or inode_of(folder) == self.replaces
+        held = self.tree or {}
+        old = self.tree is not None and (replaced or inode_of(folder) == self.replaces)
         return [
             name
             for name, entry in sorted(look(folder).items())
-            if self.tree.get(name) != entry and (old or not _is_staged(name, entry))
+            if held.get(name) != entry and (old or not _is_staged(name, entry))
         ]
 
 
 def marker_of(standing: Standing | None, output: Path) -> Marker:
     """The marker of a run that replaces this, or nothing."""
-    return Marker(inode_of(output), standing.tree) if standing is not None else Marker()
+    return Marker(inode_of(output), standing.tree) if standing is not None else Marker(None, {})
 
 
 def left_beside(output: Path, kind: Kind) -> Mapping[str, Path]:
@@ -84,7 +85,7 @@ def read_marker(path: Path) -> Marker | None:
         raw = path.read_bytes()[:_MAX_BYTES]
     except OSError:
         return None
-    if raw[: len(_HEAD)] != _HEAD[: len(raw)]:
+    if raw.strip(b"\0") and raw[: len(_HEAD)] != _HEAD[: len(raw)]:  # zeros: the power went before the data came
         return None
     try:
         told: dict[str, Any] = json.loads(raw)

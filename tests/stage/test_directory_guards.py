@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
-from stage_support import LEFT, before, litter, locked, prepare, publish
+from stage_support import LEFT, MARK, before, lay_left, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
 from modelopt_convert.stage import directory, fsops
@@ -77,7 +77,7 @@ def test_a_stage_that_goes_between_the_listing_and_the_lock(
     out: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its owner has finished: nobody holds OUT."""
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
 
     def lock(path: Path) -> int | None:
         if path.name == LEFT:
@@ -119,7 +119,7 @@ def test_a_kept_stage_whose_name_is_not_yet_on_disk(out: Path, monkeypatch: pyte
     lay(out, "old")
 
     def fail(path: Path) -> None:
-        if path == out.parent:
+        if path == out.parent and list(path.glob("out.mopt-kept-*")):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(fsops, "exchange", refuse_with(errno.EBUSY))
@@ -128,7 +128,12 @@ def test_a_kept_stage_whose_name_is_not_yet_on_disk(out: Path, monkeypatch: pyte
         publish(out)
     assert failed.value.kept_at is not None
     assert held_by(Path(failed.value.kept_at)) == NEW
-    assert litter(out) == [Path(failed.value.kept_at).name] and litter(out)[0].startswith("out.mopt-kept-")
+    [kept, mark] = sorted(litter(out), reverse=True)
+    assert kept == Path(failed.value.kept_at).name and kept.startswith("out.mopt-kept-")
+    assert mark.startswith(".out.mopt-mark-")
+    monkeypatch.undo()
+    publish(out)
+    assert litter(out) == [kept]
 
 
 def test_a_lock_is_never_taken_through_a_link(place: Path) -> None:
@@ -141,7 +146,7 @@ def test_a_lock_is_never_taken_through_a_link(place: Path) -> None:
 
 def test_a_stage_of_another_user_is_busy(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What may not be opened may be alive."""
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
     original = os.open
 
     def refuse(path: Path | str, flags: int, *mode: int, **how: int) -> int:
@@ -154,7 +159,7 @@ def test_a_stage_of_another_user_is_busy(out: Path, place: Path, monkeypatch: py
         publish(out)
     assert refused.value.code == "output.busy"
     monkeypatch.undo()
-    assert litter(out) == [LEFT] and held_by(place / LEFT) == files_of("another")
+    assert litter(out) == [MARK, LEFT] and held_by(place / LEFT) == files_of("another")
 
 
 def test_a_child_process_does_not_keep_the_lock(out: Path) -> None:

@@ -1,5 +1,6 @@
 """Bind mounts: other names for a folder, or for a part of one, by which OUT may not reach an input. No torch."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_an_input_that_is_gone_stands_in_no_way(tmp_path: Path) -> None:
 
 def table(*lines: str) -> list[Mount]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda _path, **_how: "\n".join(lines))
+        patch.setattr(Path, "read_bytes", lambda _path: b"\n".join(map(os.fsencode, lines)))
         return mount_table()
 
 
