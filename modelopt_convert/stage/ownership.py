@@ -217,7 +217,7 @@ def _header(folder: Path, name: str) -> Header | None:
 def _has_bytes(path: Path, header: Header, digests: Mapping[str, str], written_ns: int) -> bool:
     """Whether a file holds the recorded bytes; one that has not changed since the record was written does."""
     status = path.stat()
-    if status.st_ctime_ns <= written_ns:
+    if status.st_ctime_ns < written_ns:  # the same tick of the clock says nothing
         return True
     spans = tuple((name, info.start, info.num_bytes) for name, info in header.tensors.items())
     found = _digests(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns), spans)

@@ -168,7 +168,7 @@ def no_weights(room: Room) -> Path:
 
 
 def no_config(room: Room) -> Path:
-    (room.checkpoint() / "config.json").unlink()
+    (copy(room.export, room.path / "out") / "config.json").unlink()
     return room.path / "out"
 
 
