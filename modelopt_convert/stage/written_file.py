@@ -145,7 +145,10 @@ def _sweep(folder: Path) -> None:
     """Remove what killed runs left: of that name, no longer locked, and begun as mopt begins its files."""
     if file_system_of(folder) not in LOCKING_FILE_SYSTEMS:
         return
-    for name in filter(_LEFT.fullmatch, os.listdir(folder)):
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder may take files and not be listed
+        names = os.listdir(folder)
+    for name in filter(_LEFT.fullmatch, names):
         with contextlib.suppress(OSError):  # another user's, or another run removes it too
             fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:

@@ -1,9 +1,11 @@
 """Small guards of the stage, each of which is all that stands between a rare moment and a wrong claim. No torch."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -184,3 +186,29 @@ def test_a_lock_is_held_while_the_stage_is_filled(out: Path) -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(fd)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_run_without_descriptors_leaves_nothing(out: Path, present: bool, spare: int) -> None:
+    """What ended it was that it could open nothing more: its stage is removed all the same."""
+    if present:
+        lay(out, "old")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        with pytest.raises(StorageError, match="EMFILE"), StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
+            fill(stage, "new", ("transformer",))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            for _ in range(spare):
+                os.close(held.pop())
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in held:
+            os.close(fd)
+    assert litter(out) == [] and held_by(out) == (OLD if present else {})
