@@ -98,6 +98,19 @@ def test_a_marker_alone_is_swept(out: Path, place: Path, data: bytes | None, pre
     assert (held_by(out), litter(out)) == (NEW, [])
 
 
+@pytest.mark.parametrize("data", [b"", bytes(100)])
+@pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_marker_whose_data_never_came_is_one(out: Path, place: Path, name: str, data: bytes, present: bool) -> None:
+    """The power went before it was on disk: what the tree was to hold is not known, what a stage holds is."""
+    if present:
+        lay(out, "old")
+    lay_left(place / name, "another")
+    (place / MARK).write_bytes(data)
+    assert publish(out).warnings == ()
+    assert (held_by(out), litter(out)) == (NEW, [])
+
+
 @pytest.mark.parametrize("data", [b"mine", b'{"schema": "mopt.stage/9"}', b"[]"])
 def test_a_file_of_that_name_that_is_no_marker_stays(out: Path, place: Path, data: bytes) -> None:
     (place / MARK).write_bytes(data)
