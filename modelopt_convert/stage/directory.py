@@ -201,7 +201,8 @@ class StagingDir:
             fsops.write_all(fd, marker.to_bytes(), 0)
         finally:
             fsops.close(fd)
-        # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that.
+        # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that. And
+        # what was swept must be gone for good before a swap in two: else a power cut could leave two old trees.
         self._durable = fsops.sync_dir(self.output.parent) and self._durable
 
     def _unmark(self, number: str) -> None:
@@ -246,13 +247,12 @@ class StagingDir:
             elif self._marker_beside(old, number) is not None:
                 with contextlib.suppress(FileNotFoundError):  # another run has just done it
                     fsops.rename(old, self.output)
-                fsops.sync_dir(self.output.parent)
 
     def _sweep_markers(self) -> None:
         """Remove the markers of runs that were killed when nothing else of theirs was left."""
         found = [number for number, path in left_beside(self.output, "mark").items() if read_marker(path) is not None]
         if found:
-            # Such a run ended with a swap or a removal that may not be on disk.
+            # Such a run ended with a swap or a removal that may not be on disk; nor is what has just been rolled back.
             fsops.sync_dir(self.output.parent)
         for number in found:
             self._unmark(number)
@@ -350,9 +350,6 @@ class StagingDir:
 
     def _two_renames(self) -> Path:
         old = beside(self.output, "old", self._number)
-        # The old tree of the last run must be gone for good. Else a power cut now could leave that tree, half removed,
-        # beside this one, and the next run would not know which of the two to put back.
-        self._durable = fsops.sync_dir(self.output.parent) and self._durable
         fsops.rename(self.output, old)
         try:
             fsops.rename(self.path, self.output)

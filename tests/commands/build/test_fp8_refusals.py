@@ -23,6 +23,7 @@ from fp8_support import (
     warnings_of,
 )
 from root import ROOT
+from stage_support import with_record
 from support import Tensors, copy, edit, load, same_bits, tree
 
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
