@@ -12,6 +12,7 @@ from pathlib import Path
 from modelopt_convert.run.errors import OutputRefusedError
 from modelopt_convert.stage.mounts import is_mounted_below, mount_table, place_of, places_below
 from modelopt_convert.stage.ownership import Standing, in_words, standing_at
+from modelopt_convert.stage.storage import storage_error
 
 MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
 _STAGE_SUFFIX = ".mopt-stage-00000000"
@@ -34,6 +35,7 @@ def check_output_allowed(
 
     Raises:
         OutputRefusedError: With an ``output.*`` code.
+        StorageError: What stands there cannot be read.
     """
     output = canonical_output(output)
     check_place(output, inputs)
@@ -45,9 +47,11 @@ def check_output_allowed(
         if what := _other_than_checkpoint(output):
             raise _refuse(output, what, "not_a_checkpoint", "move it away yourself, or give another --output")
         standing = standing_at(output)
-    except OSError as error:
+    except PermissionError as error:
         hint = "make it readable, or give another --output"
-        raise _refuse(output, f"cannot be looked through: {error}", "unreadable", hint) from error
+        raise _refuse(output, f"{error.filename} in it may not be read", "unreadable", hint) from error
+    except OSError as error:
+        raise storage_error(error, output) from error
     if standing.foreign and not overwrite_foreign:
         raise _refuse(
             output,

@@ -158,19 +158,17 @@ def _record(folder: Path) -> dict[str, Any] | None:
     """The record, if mopt wrote it and nobody edited it: mopt writes a record in one way only."""
     try:
         record = read_record(folder)
-        raw = (folder / RECORD).read_bytes()
-    except (InputError, OSError):
+    except InputError as error:
+        _refuse_unread(error)
         return None
+    raw = (folder / RECORD).read_bytes()
     return record if is_record(record) and json_bytes(record) == raw else None
 
 
 def _small_digest(path: Path) -> str | None:
-    """None for what is too large to be a small file, or cannot be read."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_INDEX_BYTES + 1)
-    except OSError:
-        return None
+    """None for what is too large to be a small file."""
+    with path.open("rb") as file:
+        data = file.read(MAX_INDEX_BYTES + 1)
     return digest_of(data) if len(data) <= MAX_INDEX_BYTES else None
 
 
@@ -179,10 +177,8 @@ def _weights(folder: Path, record: Mapping[str, Any], plain: set[str], indexes: 
     tensors: Mapping[str, str] = record["digests"]["tensors"]
     named = _named(folder / indexes[0]) if indexes else {name for name in plain if name.endswith(".safetensors")}
     headers = {name: header for name in sorted(plain & named) if (header := _header(folder, name)) is not None}
-    if not indexes:  # one file then, and beside it no second that says the same of itself
+    if not indexes:  # one file then; a second that says the same of itself makes the number of tensors wrong
         headers = {name: header for name, header in headers.items() if header.tensors.keys() == tensors.keys()}
-        if len(headers) != 1:
-            return set()
     infos = [info for header in headers.values() for info in header.tensors.values()]
     now = headers_digest(infos, [header.metadata for header in headers.values()])
     if len(infos) != len(tensors) or now != record["digests"].get("headers"):
@@ -194,7 +190,7 @@ def _weights(folder: Path, record: Mapping[str, Any], plain: set[str], indexes: 
 def _named(index: Path) -> set[str]:
     try:
         shards = parse_json_object(index.read_bytes(), code="index", path=str(index)).get("weight_map")
-    except (InputError, OSError):
+    except InputError:
         return set()
     return {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
 
@@ -203,12 +199,14 @@ def _header(folder: Path, name: str) -> Header | None:
     """None for what is no safetensors file."""
     try:
         file = LocalFile(folder, name)
-    except InputError:
+    except InputError as error:
+        _refuse_unread(error)
         return None
     try:
         length = read_header_length(file.read(0, PREFIX_BYTES), file=name, file_bytes=file.num_bytes)
         return parse_header(file.read(PREFIX_BYTES, length), file=name, file_bytes=file.num_bytes)
-    except InputError:
+    except InputError as error:
+        _refuse_unread(error)
         return None
     finally:
         file.close()
@@ -238,6 +236,17 @@ def _digests(path: Path, _state: tuple[int, ...], spans: tuple[tuple[str, int, i
                 found[name] = digest.hexdigest()
         finally:
             file.close()
-    except InputError:
+    except InputError as error:
+        _refuse_unread(error)
         return None
     return found
+
+
+def _refuse_unread(error: InputError) -> None:
+    """What a disk cannot give is not for that reason somebody else's.
+
+    Raises:
+        OSError: The disk failed, and the file is not what is wrong.
+    """
+    if isinstance(error.__cause__, OSError):
+        raise error.__cause__

@@ -23,6 +23,7 @@ _WRITING = {
     "--workers",
     "--executor",
     "--overwrite",
+    "--overwrite-foreign",
     "--dry-run",
     "-n",
     "--verbose",

@@ -1,5 +1,7 @@
 """What is known to be the checkpoint, and what is somebody's own: by record and bytes, and not by name. No torch."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.run.errors import ExitCode, OutputRefusedError, StorageError
 from modelopt_convert.stage import ownership
 from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.output_rules import check_output_allowed
 from modelopt_convert.stage.ownership import changed, in_words, look, standing_at
 
 OLD, NEW = files_of("old"), files_of("new")
@@ -240,6 +243,36 @@ def test_an_edited_record_says_nothing(tmp_path: Path, edit: Callable[[dict[str,
     record = json.loads((folder / "mopt.json").read_bytes())
     (folder / "mopt.json").write_text(json.dumps(edit(record)))
     assert foreign(folder) == tuple(sorted(OLD))
+
+
+@pytest.mark.parametrize("name", ["config.json", "mopt.json"])
+def test_a_link_in_the_place_of_a_file_is_foreign(tmp_path: Path, name: str) -> None:
+    """Also to the same bytes."""
+    folder = lay(tmp_path / "out", "old")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert name in foreign(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", [SHARD, "config.json", "mopt.json"])
+def test_what_cannot_be_read_is_not_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Else the hint would be to let it go."""
+    folder = lay(tmp_path / "out", "old")
+    opened, io_opened = os.open, io.open
+
+    def fail(path: object) -> None:
+        if isinstance(path, str | Path) and Path(path).name == name:
+            raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", lambda path, *more, **how: (fail(path), opened(path, *more, **how))[1])
+    monkeypatch.setattr(io, "open", lambda path, *more, **how: (fail(path), io_opened(path, *more, **how))[1])
+    for consent in (False, True):
+        with pytest.raises(StorageError if number == errno.EIO else OutputRefusedError, match=name) as refused:
+            check_output_allowed(folder, [], overwrite=True, overwrite_foreign=consent)
+        assert refused.value.code == ("storage.failed" if number == errno.EIO else "output.unreadable")
 
 
 def test_a_record_of_another_tool_says_nothing(tmp_path: Path) -> None:
