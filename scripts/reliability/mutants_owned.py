@@ -218,13 +218,6 @@ OWNED = (
     ),
     _of(
         "leftovers",
-        "a parent that cannot be listed is an error",
-        "sorted(os.listdir(output.parent))",
-        'sorted(path.name for path in output.parent.glob(".*"))',
-        "stage/test_real_limits.py::test_without_rights",
-    ),
-    _of(
-        "leftovers",
         "stages of every executor are known",
         "|attempts(/[0-9a-f]{{16}})?",
         "",
