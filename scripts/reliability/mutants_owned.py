@@ -350,6 +350,6 @@ OWNED = (
         "two names of one place",
         "        if left.name == right.name and left.parent.samefile(right.parent):\n            return True\n",
         "",
-        f"{_FILE}test_one_place_under_two_names",
+        f"{_FILE}test_no_report_is_written_through_a_mount",
     ),
 )

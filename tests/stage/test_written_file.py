@@ -264,7 +264,7 @@ def test_no_report_is_written_through_a_mount(tmp_path: Path) -> None:
         """
 from crash_driver import lay
 from modelopt_convert.run.errors import MoptError
-from modelopt_convert.stage.written_file import check_file_place, write_report
+from modelopt_convert.stage.written_file import check_file_place, is_same_place, write_report
 
 def told(path):
     try:
@@ -288,11 +288,12 @@ for name, data in (("a", "mine"), ("b", '{"schema":"mopt.report/1"}')):
 mount("--bind", model / "config.json", top / "on config")
 cases = [told(top / "whole" / "r.json"), told(top / "part" / "r.json"), told(top / "on a"), told(top / "on b")]
 cases += [told(top / "on config"), told(top / "free")]
+cases.append(is_same_place(top / "whole" / "r.json", model / "r.json"))
 print(json.dumps([cases, (top / "a").read_text(), (top / "b").read_text(), (model / "config.json").read_text()]))
 """,
     )
     assert found == [
-        ["report.place", "report.place", "report.foreign", "report.foreign", "report.place", "written"],
+        ["report.place", "report.place", "report.foreign", "report.foreign", "report.place", "written", True],
         "mine",
         '{"schema":"mopt.report/1"}',
         '{"version": "old"}',
