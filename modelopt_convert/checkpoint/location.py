@@ -155,6 +155,14 @@ def is_dir(location: Location) -> bool:
         return False
 
 
+def is_file(location: Location) -> bool:
+    """Whether it is a file; also of a name that no file system takes."""
+    try:
+        return location.is_file()
+    except OSError:
+        return False
+
+
 def names(folder: Location) -> list[str]:
     """Names of what a folder holds; none if there is no such folder."""
     return [path.name for path in folder.glob("*")] if isinstance(folder, Path) else folder.names()

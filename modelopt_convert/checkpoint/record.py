@@ -14,7 +14,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, read_small
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
-from modelopt_convert.report.report import QUANTIZED_HERE
+from modelopt_convert.report.words import QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 
 RECORD = "mopt.json"

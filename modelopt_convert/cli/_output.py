@@ -18,7 +18,7 @@ from modelopt_convert.commands.requests import Request
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
-from modelopt_convert.stage.output_rules import canonical_output
+from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
 
 Shown = TypeVar("Shown", bound=Report | InspectReport)
 
@@ -87,18 +87,9 @@ def check_file(file: Path | None, option: str, *others: Path) -> None:
     """
     if file is not None:
         try:
-            path = canonical_output(file)
-            inside = any(path.is_relative_to(canonical_output(other).resolve()) for other in others)
+            check_file_place(file, others)
         except OutputRefusedError as error:
             raise typer.BadParameter(error.message, param_hint=option) from error
-        try:
-            free = path.parent.is_dir() and not path.is_dir() and not path.is_symlink()
-        except OSError:  # a name that no file system takes
-            free = False
-        if inside or not free:
-            raise typer.BadParameter(
-                f"{file} must name a file in an existing folder, outside every input and the output", param_hint=option
-            )
 
 
 class ProgressBar:
@@ -198,6 +189,8 @@ def run(
     failure: BaseException | None = None
     try:
         with _signals(), ProgressBar(output) as progress:
+            if output.report_json is not None:
+                check_file_replaced(output.report_json)
             command.run(progress)
     except (Exception, Interrupted) as error:
         foreseen = isinstance(error, MoptError | Interrupted) and not isinstance(error, InternalError)
@@ -258,10 +251,9 @@ def _write_report(output: Output, report: Report | InspectReport, text: str) -> 
     try:
         if isinstance(report, Report) and report.output.path:  # OUT may have been named after the preset only now
             output.check_report_path(Path(report.output.path))
-        output.report_json.write_text(text + "\n", encoding="ascii")
-    except (OSError, typer.BadParameter) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        output.aside(f"error: {output.report_json}: the report could not be written: {reason}")
+        write_report(output.report_json, f"{text}\n")
+    except (MoptError, typer.BadParameter) as error:
+        output.aside(f"error: {output.report_json}: the report could not be written: {error}")
         report.exit_code = report.exit_code or int(ExitCode.STORAGE)
 
 

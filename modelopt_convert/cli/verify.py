@@ -30,10 +30,11 @@ def verify(request: VerifyRequest, output: "Output") -> None:
     or backends disagree.
     """
     from modelopt_convert.cli._output import check_file, run
+    from modelopt_convert.stage.written_file import is_same_place
 
     page = Path(request.report) if request.report is not None else None
     check_file(page, "--report", *request.on_disk())
-    if page is not None and page == output.report_json:
+    if page is not None and output.report_json is not None and is_same_place(page, output.report_json):
         raise typer.BadParameter("must be another file than --report-json", param_hint="--report")
 
     def show(out: "Output", report: "Report") -> None:

@@ -27,6 +27,7 @@ from modelopt_convert.run.errors import (
 )
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.stage.directory import Published
+from modelopt_convert.stage.ownership import in_words
 from modelopt_convert.write.task import StreamPlan
 
 Reported = TypeVar("Reported", covariant=True)
@@ -186,8 +187,15 @@ def throughput(clock: Clock, plans: Sequence[StreamPlan]) -> int | None:
 
 
 def published_warnings(published: Published | None) -> list[Warned]:
-    """What could not be cleaned up."""
-    return [("output.old_not_removed", text) for text in published.warnings] if published is not None else []
+    """What could not be cleaned up, and what went that no record of mopt listed."""
+    if published is None:
+        return []
+    return [("output.old_not_removed", text) for text in published.warnings] + foreign_warnings(published.foreign)
+
+
+def foreign_warnings(names: Sequence[str], verb: str = "went") -> list[Warned]:
+    """What goes with an old checkpoint by the consent of ``--overwrite-foreign``."""
+    return [("output.foreign_replaced", f"with the old checkpoint {verb}: {in_words(names)}")] if names else []
 
 
 def peak_rss_bytes() -> int | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from modelopt_convert.checkpoint.location import Location, is_far, parse_location
+from modelopt_convert.checkpoint.location import Location, is_far, is_file, parse_location
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
@@ -141,8 +141,8 @@ class Request(Generic[Result]):
         return bool(getattr(self, "download", False))
 
     def on_disk(self) -> list[Path]:
-        """Inputs and output, as far as they lie on disk and are given."""
-        places: list[Place | None] = [getattr(self, name, None) for name in (*self.inputs, "output")]
+        """Inputs, preset and output, as far as they lie on disk and are given."""
+        places: list[Place | None] = [getattr(self, name, None) for name in (*self.inputs, "preset_file", "output")]
         return [Path(one) for one in places if one is not None and not is_far(one)]
 
 
@@ -212,9 +212,17 @@ class _Replacing(Request["Report"]):
     accept_near: Annotated[
         bool, Flag("Write also modules that are near the base and not the base's, and call nothing proven.")
     ] = False
-    overwrite: Annotated[bool, Flag("Replace an existing checkpoint; the old one stands until the new is whole.")] = (
-        False
-    )
+    overwrite: Annotated[
+        bool, Flag("Replace a checkpoint that mopt wrote; the old one stands until the new is whole.")
+    ] = False
+    overwrite_foreign: Annotated[
+        bool, Flag("Replace one that mopt did not write, too, with all else that OUT holds; the report names it.")
+    ] = False
+
+    @property
+    def consent(self) -> dict[str, bool]:
+        """What may be replaced, as the rules of OUT take it."""
+        return {"overwrite": self.overwrite, "overwrite_foreign": self.overwrite_foreign}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +306,12 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
         if math.isinf(size):
             self.refuse("max_shard_size", f"{self.max_shard_size!r} is not a size such as 5GB or 500MB")
         return int(size)
+
+    @property
+    def preset_file(self) -> Path | None:
+        """The file that the preset is read from, if one of that name is there."""
+        path = Path(self.preset or "")
+        return path if is_file(path) else None
 
     @property
     def components(self) -> tuple[str, ...]:

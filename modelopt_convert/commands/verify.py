@@ -11,8 +11,9 @@ from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_by
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.report.report import MISMATCH_WORDS, OutputReport, Report
 from modelopt_convert.report.verify import VerifyReport
-from modelopt_convert.run.errors import CheckFailedError, MoptError, StorageError
+from modelopt_convert.run.errors import CheckFailedError, MoptError
 from modelopt_convert.run.progress import Progress
+from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
 from modelopt_convert.verification.options import VerifyOptions
 
 
@@ -51,6 +52,8 @@ class VerifyCommand:
             from modelopt_convert.verification.page.document import require_plotly
 
             require_plotly()  # before the work, and not after it
+            check_file_place(Path(self._request.report), self._request.on_disk())
+            check_file_replaced(Path(self._request.report))
         try:
             checkpoint = self._request.locate("checkpoint")
             if checkpoint is None:
@@ -125,16 +128,7 @@ class VerifyCommand:
             return
         from modelopt_convert.verification.page.document import render
 
-        text = render(self._found.model_dump())
-        try:
-            Path(self._request.report).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(
-                f"{self._request.report}: the page could not be written: {error.strerror}",
-                code="storage.failed",
-                path=str(self._request.report),
-                hint="give --report a file in a folder that can be written",
-            ) from error
+        write_report(Path(self._request.report), render(self._found.model_dump()))
 
 
 def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:

@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modelopt_convert.report.verify import VerifyReport
 
-QUANTIZED_HERE: Literal["quantized here"] = "quantized here"
 PROVEN = ("reproduced", "reproduced but for ties", "nearest")
 """Verdicts on a module that is the base, quantized."""
 REFUTED = ("undetermined", "unrelated", "mismatch")

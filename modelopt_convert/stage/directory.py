@@ -21,9 +21,12 @@ from typing import Literal, NoReturn, Self
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
 from modelopt_convert.stage import fsops
+from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
-from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, foreign_entry
+from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, check_place
+from modelopt_convert.stage.ownership import Standing, changed, in_words, look
 from modelopt_convert.stage.shard_writer import ShardWriter
+from modelopt_convert.stage.storage import storage_error, storage_errors
 
 _REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"
@@ -38,11 +41,13 @@ class Published:
         method: ``rename`` (OUT was absent), ``exchange``, or ``two-renames``.
         durable: False where the file system has no fsync.
         warnings: What could not be cleaned up.
+        foreign: What went with the old checkpoint and was not known to be its own.
     """
 
     method: Literal["rename", "exchange", "two-renames"]
     durable: bool
     warnings: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
 
 
 class StagingDir:
@@ -51,15 +56,25 @@ class StagingDir:
     The folder is gone afterwards, unless ``publish`` was called, or the swap was refused after all checks had passed.
     """
 
-    def __init__(self, output: Path, inputs: Sequence[Path], *, overwrite: bool, need_bytes: int) -> None:
+    def __init__(
+        self,
+        output: Path,
+        inputs: Sequence[Path],
+        *,
+        overwrite: bool,
+        need_bytes: int,
+        overwrite_foreign: bool = False,
+    ) -> None:
         """Nothing is touched yet; see ``__enter__``."""
         self.output = canonical_output(output)
         self.published: Published | None = None
         self._inputs = tuple(inputs)
-        self._overwrite = overwrite
+        self._consent = {"overwrite": overwrite, "overwrite_foreign": overwrite_foreign}
         self._need_bytes = need_bytes
-        self._prefix = f".{self.output.name}.mopt-"
-        self.path = self.output.parent / self._prefix  # the stage; named in __enter__, this name is never made
+        self._number = ""  # of this run, in the names of all that it may leave
+        self.path = beside(self.output, "stage", self._number)  # named in __enter__, this name is never made
+        self._standing: Standing | None = None
+        self._marker: Marker | None = None  # once it is on disk
         self._lock: int | None = None
         self._replaced: int | None = None  # the checked OUT, held open so that no other folder gets its inode
         self._made = False
@@ -75,15 +90,17 @@ class StagingDir:
             OutputRefusedError: ``output.busy`` if another run holds OUT, or OUT is refused after recovery.
             StorageError: No space, or the disk failed.
         """
-        with _storage_errors(self.output.parent):
+        with storage_errors(self.output.parent):
             try:
                 self._make_stage()
                 self._sweep_dead_stages()
                 self._recover()
-                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
-                if self.output.exists():
+                self._sweep_markers()
+                self._standing = check_output_allowed(self.output, self._inputs, **self._consent)
+                if self._standing is not None:
                     self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
                 self.check_space(self._need_bytes)
+                self._mark()
             except BaseException:
                 self._discard()
                 raise
@@ -107,15 +124,25 @@ class StagingDir:
 
     def shard(self, name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str] = METADATA) -> ShardWriter:
         """Begin a shard in the stage; the result is a context manager."""
-        return ShardWriter(self.path / name, specs, metadata)
+        return ShardWriter(self.path / name, specs, metadata, mode=self.mode_for(name))
+
+    def mode_for(self, name: str) -> int | None:
+        """The permissions that a file takes over from the old checkpoint; None for what the umask leaves."""
+        return self._standing.mode_for(name) if self._standing is not None else None
 
     def finish_shard(self, *, durable: bool) -> None:
         """Note whether the shard is on disk."""
         self._durable = self._durable and durable
 
+    def _folder_mode(self, folder: Path) -> int | None:
+        old = self._standing.tree.get(folder.relative_to(self.path).as_posix()) if self._standing is not None else None
+        if old is None or old.kind != stat.S_IFDIR or old.mode == stat.S_IMODE(folder.stat().st_mode):
+            return None
+        return old.mode
+
     def write_file(self, name: str, data: bytes) -> None:
         """Write and sync one small file."""
-        fd = fsops.create_file(self.path / name)
+        fd = fsops.create_file(self.path / name, self.mode_for(name))
         try:
             fsops.write_all(fd, data, 0)
             self._durable = fsops.sync(fd) and self._durable
@@ -131,35 +158,65 @@ class StagingDir:
             StorageError: OUT changed since it was checked, or the swap was refused (``kept_at`` names the finished
                 checkpoint); or the parent's fsync failed (``published`` is true, the old tree is kept).
         """
-        with _storage_errors(self.output.parent), _signals_held():
+        with storage_errors(self.output.parent), _signals_held():
             replaces = self.output.exists()
             inherited = self.path.stat().st_mode & stat.S_ISGID  # from a setgid parent
             mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask() | inherited
             fsops.set_mode(self.path, mode)
+            for folder in self._folders:
+                if (old_mode := self._folder_mode(folder)) is not None:
+                    fsops.set_mode(folder, old_mode)
             for folder in (*self._folders, self.path):
                 self._durable = fsops.sync_dir(folder) and self._durable
             try:
-                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)
+                check_place(self.output, self._inputs)
             except OutputRefusedError as error:
                 self._keep_stage(error.message, error)
             if self._changed_hands():
                 self._keep_stage("somebody else put another checkpoint there meanwhile", None)
             replaces = self.output.exists()
+            if replaces and self._standing is not None and (found := changed(self._standing.tree, look(self.output))):
+                self._keep_stage(f"it is not as it was when it was checked: {in_words(found)}", None)
             method, old = self._swap(replaces)
             self._done = True
             self._sync_after_swap(old)
-            self.published = Published(method, self._durable, (*self._warnings, *self._remove_old(old)))
+            foreign = self._standing.foreign if old is not None and self._standing is not None else ()
+            self.published = Published(method, self._durable, (*self._warnings, *self._remove_old(old)), foreign)
             return self.published
 
     def _make_stage(self) -> None:
         while self._lock is None:  # None again only if another run swept the stage before it was locked
-            path = self.output.parent / f"{self._prefix}stage-{secrets.token_hex(4)}"
+            self._number = secrets.token_hex(4)
+            path = beside(self.output, "stage", self._number)
             fsops.make_dir(path, 0o700)
             self.path, self._made = path, True
             self._lock = try_lock(path)
 
+    def _mark(self) -> None:
+        """Note, before anything is in the stage, that it is mopt's, and what it is to replace."""
+        marker = marker_of(self._standing, self.output)
+        fd = fsops.create_file(beside(self.output, "mark", self._number))
+        self._marker = marker
+        try:
+            fsops.write_all(fd, marker.to_bytes(), 0)
+        finally:
+            fsops.close(fd)
+        # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that. And
+        # what was swept must be gone for good before a swap in two: else a power cut could leave two old trees.
+        self._durable = fsops.sync_dir(self.output.parent) and self._durable
+
+    def _unmark(self, number: str) -> None:
+        """Remove the marker of a run of which nothing is left; the removals of that are on disk already."""
+        left = (beside(self.output, "stage", number), beside(self.output, "old", number))
+        if any(map(os.path.lexists, left)):  # as after a swap that was cut in two
+            return
+        with contextlib.suppress(FileNotFoundError):  # another run sweeps it too
+            fsops.remove_file(beside(self.output, "mark", number))
+
     def _sweep_dead_stages(self) -> None:
-        for other in self._left_by_others("stage"):
+        for number, other in left_beside(self.output, "stage").items():
+            if other == self.path:
+                continue
             if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:
                 raise OutputRefusedError(
                     f"{other}: left by another run, and file locks prove nothing on this file system",
@@ -178,35 +235,52 @@ class StagingDir:
                     hint="wait for it to finish, or give another --output",
                 )
             try:
-                self._sweep(other)
+                self._sweep(other, number)
             finally:
                 os.close(lock)
 
-    def _left_by_others(self, kind: Literal["stage", "old"]) -> list[Path]:
-        """What other runs to this output left; mopt makes folders, so a link or file of such a name is not mopt's."""
-        # glob would take a folder that may not be listed for an empty one.
-        names = sorted(name for name in os.listdir(self.output.parent) if name.startswith(f"{self._prefix}{kind}-"))
-        found = [self.output.parent / name for name in names]
-        return [path for path in found if path != self.path and path.is_dir() and not path.is_symlink()]
-
     def _recover(self) -> None:
         """Roll back a two-rename swap that was cut between its renames; remove what a finished one left."""
-        for old in self._left_by_others("old"):
+        for number, old in left_beside(self.output, "old").items():
             if os.path.lexists(self.output):
-                self._sweep(old)
-            else:
+                self._sweep(old, number)
+            elif self._marker_beside(old, number) is not None:
                 with contextlib.suppress(FileNotFoundError):  # another run has just done it
                     fsops.rename(old, self.output)
-                fsops.sync_dir(self.output.parent)
 
-    def _sweep(self, tree: Path) -> None:
+    def _sweep_markers(self) -> None:
+        """Remove the markers of runs that were killed when nothing else of theirs was left."""
+        found = [number for number, path in left_beside(self.output, "mark").items() if read_marker(path) is not None]
+        if found:
+            # Such a run ended with a swap or a removal that may not be on disk; nor is what has just been rolled back.
+            fsops.sync_dir(self.output.parent)
+        for number in found:
+            self._unmark(number)
+
+    def _marker_beside(self, tree: Path, number: str) -> Marker | None:
+        """The marker of what was found; without one it is nobody knows whose, and stays, but for an empty folder."""
+        marker = read_marker(beside(self.output, "mark", number))
+        if marker is None and os.path.lexists(tree):
+            try:
+                fsops.remove_dir(tree)  # of a run that was killed before it wrote its marker
+            except OSError:
+                self._warnings.append(f"{tree} is left alone: it has the name of a stage, and no marker of mopt's")
+        return marker
+
+    def _sweep(self, tree: Path, number: str) -> None:
+        marker = self._marker_beside(tree, number)
+        if marker is None:
+            return
         # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
         # could lose both in a power cut.
         fsops.sync_dir(self.output.parent)
-        if kept := self._remove(tree):
+        if kept := self._remove(tree, marker, replaced=tree == beside(self.output, "old", number)):
             self._warnings.append(kept)
+        # The same for the marker, without which what a power cut brings back would be left for ever.
+        fsops.sync_dir(self.output.parent)
+        self._unmark(number)
 
-    def _remove(self, tree: Path) -> str | None:
+    def _remove(self, tree: Path, marker: Marker, *, replaced: bool) -> str | None:
         """Remove a tree that mopt made or replaced; keep the tree and say so if somebody put a file into it.
 
         Another run may be removing the same tree: what vanishes meanwhile is no failure.
@@ -215,10 +289,10 @@ class StagingDir:
             if not os.path.lexists(tree):
                 break
             try:
-                if stranger := foreign_entry(tree):
+                if strangers := marker.strangers(tree, replaced=replaced):
                     kept = self._kept_name()
                     fsops.rename(tree, kept)
-                    return f"the old checkpoint was kept in {kept}: it {stranger}"
+                    return f"the old checkpoint was kept in {kept}: it holds what came after it: {in_words(strangers)}"
                 fsops.remove_tree(tree)
             except FileNotFoundError:
                 if attempt == _REMOVALS - 1:
@@ -275,10 +349,7 @@ class StagingDir:
             self._keep_stage(error.strerror or str(error), error)
 
     def _two_renames(self) -> Path:
-        old = self.output.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
-        # The old tree of the last run must be gone for good. Else a power cut now could leave that tree, half removed,
-        # beside this one, and the next run would not know which of the two to put back.
-        self._durable = fsops.sync_dir(self.output.parent) and self._durable
+        old = beside(self.output, "old", self._number)
         fsops.rename(self.output, old)
         try:
             fsops.rename(self.path, self.output)
@@ -297,6 +368,7 @@ class StagingDir:
         try:
             fsops.rename(self.path, kept)
             fsops.sync_dir(self.output.parent)
+            self._unmark(self._number)
         except OSError:
             if not kept.exists():  # nothing can be renamed here, so say where it is
                 kept = self.path
@@ -325,20 +397,29 @@ class StagingDir:
             ) from error
 
     def _remove_old(self, old: Path | None) -> tuple[str, ...]:
-        if old is None:
-            return ()
-        try:
-            kept = self._remove(old)
-        except OSError as error:
-            return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
+        kept = None
+        if old is not None:
+            assert self._marker is not None
+            try:
+                kept = self._remove(old, self._marker, replaced=True)
+            except OSError as error:
+                return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
+        with contextlib.suppress(OSError):  # the next run removes a marker of nothing
+            if old is not None:
+                fsops.sync_dir(self.output.parent)
+            self._unmark(self._number)
         return (kept,) if kept else ()
 
     def _discard(self) -> None:
         if not self._made:
             return
+        self._unlock()  # first: these may be the last descriptors that there are, and to remove a folder takes one
         with contextlib.suppress(OSError):  # the next run sweeps what cannot be removed now
             fsops.remove_tree(self.path)
-        self._unlock()
+            if self._marker is not None:
+                with contextlib.suppress(OSError):
+                    fsops.sync_dir(self.output.parent)
+                self._unmark(self._number)
 
     def _unlock(self) -> None:
         for fd in (self._lock, self._replaced):
@@ -374,24 +455,3 @@ def _signals_held() -> Iterator[None]:
     # After an error no signal acts: the run ends anyway, and what the error says of the disk matters more.
     if noted:
         signal.raise_signal(noted[0])
-
-
-@contextlib.contextmanager
-def _storage_errors(where: Path) -> Iterator[None]:
-    """Turn what the kernel says into one clear line with the path and the errno."""
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(error, where) from error
-
-
-def storage_error(error: OSError, where: Path) -> StorageError:
-    """The StorageError for an OSError of a write: path, errno by name, and what to do."""
-    name = errno.errorcode.get(error.errno or 0, "unknown")
-    space = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return StorageError(
-        f"{error.filename or where}: {error.strerror} ({name})",
-        code="storage.no_space" if space else "storage.failed",
-        path=str(error.filename or where),
-        hint="free some space, then run again" if space else "check the disk and its permissions, then run again",
-    )

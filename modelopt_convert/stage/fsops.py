@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 _RENAME_NOREPLACE = 1
@@ -14,6 +15,7 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _SYNC_FILE_RANGE_WRITE = 2
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+_NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 _FAILED = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 
 
@@ -22,9 +24,16 @@ def make_dir(path: Path, mode: int) -> None:
     path.mkdir(mode=mode)
 
 
-def create_file(path: Path) -> int:
-    """Create a file that must not exist and return its descriptor; mode 0o666 less the umask."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+def create_file(path: Path, mode: int | None = None) -> int:
+    """Create a file that must not exist and return its descriptor; with this mode, or 0o666 less the umask."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+    try:
+        if mode is not None and stat.S_IMODE(os.fstat(fd).st_mode) != mode:  # the umask took something away
+            os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def preallocate(fd: int, num_bytes: int) -> None:
@@ -138,8 +147,36 @@ def exchange(left: Path, right: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory tree, and follow no links; only trees that mopt made or replaced are removed."""
-    shutil.rmtree(path)
+    """Remove a directory tree, and follow no links; only trees that mopt made or replaced are removed.
+
+    One free descriptor is enough: a run that ended since it had none left must not leave its stage for that.
+    """
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno not in _NO_DESCRIPTOR:
+            raise
+        _remove_by_path(path)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove an empty directory."""
+    path.rmdir()
+
+
+def remove_file(path: Path) -> None:
+    """Remove one file."""
+    path.unlink()
+
+
+def _remove_by_path(folder: Path) -> None:
+    for name in os.listdir(folder):
+        path = folder / name
+        if stat.S_ISDIR(path.lstat().st_mode):
+            _remove_by_path(path)
+        else:
+            path.unlink()
+    folder.rmdir()
 
 
 def _libc() -> ctypes.CDLL:

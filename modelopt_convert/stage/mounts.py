@@ -39,18 +39,19 @@ class Place:
 
 def mount_table() -> list[Mount]:
     """Every mount that this process can see, in the order in which they were made."""
-    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    return [_parse(line) for line in text.splitlines()]
+    # Bytes: the kernel escapes blank, tab, newline and backslash, and no other character at which text may be split.
+    raw = Path("/proc/self/mountinfo").read_bytes()
+    return [_parse(line) for line in raw.split(b"\n") if line]
 
 
 def place_of(path: Path, table: list[Mount]) -> Place | None:
     """Where an existing path really lies; None if it was opened through a mount that the table does not show."""
     fd = os.open(path, os.O_PATH)
     try:
-        told = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
+        told = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
     finally:
         os.close(fd)
-    number = int(re.findall(r"^mnt_id:\s*(\d+)$", told, re.MULTILINE)[0])
+    number = int(re.findall(rb"^mnt_id:\s*(\d+)$", told, re.MULTILINE)[0])
     real = path.resolve()
     mount = next((one for one in table if one.number == number), None)
     if mount is None or not real.is_relative_to(mount.point):
@@ -66,13 +67,25 @@ def places_below(path: Path, table: list[Mount]) -> list[Place]:
     return [*([own] if own is not None else []), *mounted]
 
 
-def _parse(line: str) -> Mount:
-    fields, _, rest = line.partition(" - ")
-    number, _, device, root, point = fields.split()[:5]
-    return Mount(int(number), device, _unescape(root), _unescape(point), rest.split()[0])
+def is_mounted_below(path: Path) -> bool:
+    """Whether something is mounted inside an existing folder: to remove the folder would empty that too."""
+    real = path.resolve()
+    return any(one.point != real and one.point.is_relative_to(real) for one in mount_table())
 
 
-def _unescape(text: str) -> Path:
+def is_mount_point(path: Path) -> bool:
+    """Whether something is mounted at a path, also a single file."""
+    return any(one.point == path for one in mount_table())
+
+
+def _parse(line: bytes) -> Mount:
+    fields, _, rest = line.partition(b" - ")
+    number, _, device, root, point = fields.split(b" ")[:5]
+    return Mount(
+        int(number), device.decode("ascii"), _unescape(root), _unescape(point), os.fsdecode(rest.split(b" ")[0])
+    )
+
+
+def _unescape(raw: bytes) -> Path:
     """A path of the table, in which blanks and the like are written in octal."""
-    raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), os.fsencode(text))
-    return Path(os.fsdecode(raw))
+    return Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), raw)))

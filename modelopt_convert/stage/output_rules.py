@@ -1,4 +1,4 @@
-"""Where mopt will not write: OUT must be free or a plain checkpoint, and no input. No torch.
+"""Where mopt will not write: OUT must be free or known to be a checkpoint, and no input. No torch.
 
 Paths are compared by inode up both parent chains, since links and bind mounts are other names for the same folder.
 Paths are also compared by their place in the file system: above a bind mount of a subfolder of an input, the input is
@@ -6,34 +6,68 @@ not among the parents.
 """
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from modelopt_convert.run.errors import OutputRefusedError
-from modelopt_convert.stage.mounts import mount_table, place_of, places_below
+from modelopt_convert.stage.mounts import is_mounted_below, mount_table, place_of, places_below
+from modelopt_convert.stage.ownership import Standing, in_words, standing_at
+from modelopt_convert.stage.storage import storage_error
 
-# What a model repo holds. Anything else in OUT is somebody's work, and OUT is then not replaced.
-ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".md"})
-ALLOWED_NAMES = frozenset({".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.md"})
-ALLOWED_FOLDERS = frozenset({"transformer", "transformer_2"})
 MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
 _STAGE_SUFFIX = ".mopt-stage-00000000"
 _MAX_NAME_BYTES = 255  # the longest file name on every Linux file system in use
 
 
-def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse an OUT that must not be written; called before any tensor is read, and again before the swap.
+def check_output_allowed(
+    output: Path, inputs: Sequence[Path], *, overwrite: bool, overwrite_foreign: bool = False
+) -> Standing | None:
+    """Refuse an OUT that must not be written; called before any tensor is read, and again once the run holds OUT.
 
     Args:
         output: Where the checkpoint shall stand.
-        inputs: Folders that are read: OUT may not be one, lie in one, or hold one.
-        overwrite: The user's consent to replace an existing checkpoint.
+        inputs: What is read: OUT may not be one, lie in one, or hold one.
+        overwrite: The user's consent to replace what is known to be a checkpoint.
+        overwrite_foreign: The user's consent to lose what else it holds, too.
+
+    Returns:
+        What stands there and would be replaced, if anything does.
+
+    Raises:
+        OutputRefusedError: With an ``output.*`` code.
+        StorageError: What stands there cannot be read.
+    """
+    output = canonical_output(output)
+    check_place(output, inputs)
+    if not output.exists():
+        return None
+    if not overwrite and not overwrite_foreign:
+        raise _refuse(output, "exists", "exists", "give another --output, or --overwrite to replace a checkpoint")
+    try:
+        if what := _other_than_checkpoint(output):
+            raise _refuse(output, what, "not_a_checkpoint", "move it away yourself, or give another --output")
+        standing = standing_at(output)
+    except PermissionError as error:
+        hint = "make it readable, or give another --output"
+        raise _refuse(output, f"{error.filename} in it may not be read", "unreadable", hint) from error
+    except OSError as error:
+        raise storage_error(error, output) from error
+    if standing.foreign and not overwrite_foreign:
+        raise _refuse(
+            output,
+            f"holds what no record of mopt lists, or what is not as recorded: {in_words(standing.foreign)}",
+            "foreign",
+            "move it away, give another --output, or --overwrite-foreign to lose it with the old checkpoint",
+        )
+    return standing
+
+
+def check_place(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a place at which no checkpoint may stand, whatever the user consents to.
 
     Raises:
         OutputRefusedError: With an ``output.*`` code.
     """
-    output = canonical_output(output)
     parent = output.parent
     if len(os.fsencode(f".{output.name}{_STAGE_SUFFIX}")) > _MAX_NAME_BYTES:
         raise _refuse(output, "has too long a name for a stage beside it", "name_too_long", "give a shorter --output")
@@ -43,7 +77,7 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
         raise _refuse(output, f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {parent}")
     for source in inputs:
         if source.exists():  # an input that was removed meanwhile cannot be harmed
-            _refuse_overlap(output, source)
+            refuse_overlap(output, source)
     if not output.exists():
         return
     if not output.is_dir():
@@ -51,12 +85,10 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
     here = _inode(output)
     if os.path.ismount(output):
         raise _refuse(output, "is a mount point or the root folder", "mount_point", "give a folder inside it")
+    if is_mounted_below(output):
+        raise _refuse(output, "has something mounted inside", "mount_point", "unmount it, or give another --output")
     if here in {_inode(place) for place in _special_folders() if place.exists()}:
         raise _refuse(output, "is the home or the current folder", "special_folder", "give a folder inside it")
-    if not overwrite:
-        raise _refuse(output, "exists", "exists", "give another --output, or --overwrite to replace a checkpoint")
-    if stranger := find_stranger(output):
-        raise _refuse(output, stranger, "not_a_checkpoint", "move it away yourself, or give another --output")
 
 
 def _special_folders() -> list[Path]:
@@ -81,27 +113,14 @@ def canonical_output(output: Path) -> Path:
         raise _refuse(output, "has no parent folder: the current folder was removed", "no_parent", hint) from error
 
 
-def find_stranger(folder: Path) -> str | None:
-    """What makes ``folder`` something else than a plain checkpoint, in words; None if nothing does."""
+def _other_than_checkpoint(folder: Path) -> str | None:
+    """What makes ``folder`` something else than a checkpoint, in words; None if nothing does."""
     if not any((folder / name).is_file() for name in MANIFEST_NAMES):
         return f"is not a checkpoint: it has none of {', '.join(MANIFEST_NAMES)}"
     if not any(folder.rglob("*.safetensors")):
         return "is not a checkpoint: it holds no .safetensors file"
-    return foreign_entry(folder)
-
-
-def foreign_entry(folder: Path) -> str | None:
-    """The first thing in ``folder`` that no checkpoint holds, in words; None if there is none."""
-    for entry in sorted(folder.iterdir()):
-        inner = sorted(entry.iterdir()) if entry.name in ALLOWED_FOLDERS and _is_real_dir(entry) else [entry]
-        for item in inner:
-            known = item.suffix in ALLOWED_SUFFIXES or item.name in ALLOWED_NAMES
-            try:
-                plain = stat.S_ISREG(item.lstat().st_mode)
-            except FileNotFoundError:  # a tree that another run is removing
-                continue
-            if not known or not plain:
-                return f"holds {item.relative_to(folder)}, which does not belong to a transformer checkpoint"
+    if os.path.lexists(folder / ".git"):
+        return "is not a checkpoint alone: it is a git repository"
     return None
 
 
@@ -120,7 +139,12 @@ def _chain(path: Path) -> list[tuple[int, int]]:
     return [_inode(place) for place in (real, *real.parents) if place.exists()]
 
 
-def _refuse_overlap(output: Path, source: Path) -> None:
+def refuse_overlap(output: Path, source: Path) -> None:
+    """Refuse a place that is an existing input, lies in one, or holds one.
+
+    Raises:
+        OutputRefusedError: ``output.is_input``, ``output.inside_input`` or ``output.around_input``.
+    """
     out_chain, source_chain = _chain(output), _chain(source)
     if output.exists() and out_chain[0] == source_chain[0]:
         raise _refuse(output, f"is the input {source}", "is_input", "give another --output; inputs are never changed")
@@ -135,7 +159,3 @@ def _lies_in(inner: Path, outer: Path) -> bool:
     table = mount_table()
     place = place_of(inner if inner.exists() else inner.parent, table)
     return place is not None and any(one.holds(place) for one in places_below(outer, table))
-
-
-def _is_real_dir(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()

@@ -27,8 +27,22 @@ class ShardWriter:
         durable: Whether fsync worked; False where the file system has none.
     """
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str] = METADATA) -> None:
-        """Create the file at its exact size and write its header."""
+    def __init__(
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        metadata: Mapping[str, str] = METADATA,
+        *,
+        mode: int | None = None,
+    ) -> None:
+        """Create the file at its exact size and write its header.
+
+        Args:
+            path: The file.
+            specs: Its tensors.
+            metadata: Its header's.
+            mode: Its permissions; None for what the umask leaves.
+        """
         head, placed, self.num_bytes = build_header(specs, metadata)
         self.path = path
         self.layout = tuple(spec for spec, _ in placed)
@@ -37,7 +51,7 @@ class ShardWriter:
         self._offsets = {spec.name: offset for spec, offset in placed}
         self._sizes = {spec.name: spec.num_bytes for spec, _ in placed}
         self._shares = file_system_of(path.parent) in SHARING_FILE_SYSTEMS
-        self._fd = fsops.create_file(path)
+        self._fd = fsops.create_file(path, mode)
         try:
             fsops.preallocate(self._fd, self.num_bytes)
             fsops.write_all(self._fd, head, 0)

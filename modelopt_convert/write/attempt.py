@@ -39,12 +39,14 @@ class ShardJob:
         parts: What is read of each input.
         stage: The stage, which has the folder ``ATTEMPTS``.
         workers: Tensors that are worked on at a time.
+        mode: The permissions of the file; None for what the umask leaves.
     """
 
     task: ShardTask
     parts: Mapping[Origin, SourcePart]
     stage: Path
     workers: int
+    mode: int | None = None
 
 
 def attempt(job: ShardJob) -> ShardResult:
@@ -66,7 +68,8 @@ def attempt(job: ShardJob) -> ShardResult:
             if error.code != "input.missing":
                 raise
             raise not_shared(f"{platform.node()}: {error.message}", Path(str(error.path))) from error
-        with ShardWriter(path, job.task.shard.tensors, job.task.shard.metadata) as writer, torch_on_one_thread():
+        shard = job.task.shard
+        with ShardWriter(path, shard.tensors, shard.metadata, mode=job.mode) as writer, torch_on_one_thread():
             made = write_tensors(job.task, writer, readers, Unwatched(), job.workers, None)
     # The inputs were looked at once more on the way out of the block.
     fsops.rename(path, job.stage / job.task.file)

@@ -88,7 +88,7 @@ def on_ray(
         waiting: dict[Future[ShardResult], ShardTask] = {}
         for task in tasks:
             parts = {origin: part_of(reader, origin, task) for origin, reader in readers.items()}
-            job = ShardJob(task, parts, stage.path, workers)
+            job = ShardJob(task, parts, stage.path, workers, stage.mode_for(task.file))
             reference = remote.remote(__version__, pack(job))
             # Waiting on futures and not in ray.get, in which a signal's exception would be lost.
             future = reference.future()

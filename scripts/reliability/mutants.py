@@ -20,13 +20,14 @@ from pathlib import Path
 
 from mutants_disk import DISK, Mutant
 from mutants_hub import HUB
+from mutants_owned import OWNED
 from mutants_proof import PROOF
 from mutants_rules import RULES
 from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + TASKS + PROOF + HUB
+MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

@@ -68,28 +68,10 @@ DISK = (
         _DURABLE,
     ),
     _staging(
-        "fsync of the parent before two renames",
-        "self._durable = fsops.sync_dir(self.output.parent) and self._durable\n        fsops.rename(self.output, old)",
-        "fsops.rename(self.output, old)",
-        "stage/test_powerloss.py::test_a_power_cut_in_the_next_run",
-    ),
-    _staging(
-        "the fsync before two renames makes up for a file",
-        "fsops.sync_dir(self.output.parent) and self._durable\n        fsops.rename(self.output, old)",
-        "fsops.sync_dir(self.output.parent)\n        fsops.rename(self.output, old)",
-        _DURABLE,
-    ),
-    _staging(
         "fsync before a sweep",
         "        fsops.sync_dir(self.output.parent)\n        if kept",
         "        if kept",
         f"{_STAGING}test_an_old_tree_beside_the_new_is_swept",
-    ),
-    _staging(
-        "fsync after a recovery",
-        "                fsops.sync_dir(self.output.parent)\n\n",
-        "\n",
-        f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
     ),
     _staging(
         "fsync after a stage is kept",
@@ -117,20 +99,6 @@ DISK = (
         f"{_GUARDS}test_a_kernel_or_file_system_that_cannot_exchange",
     ),
     _staging(
-        "OUT is checked after recovery",
-        "                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)\n"
-        "                if self.output",
-        "                if self.output",
-        f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
-    ),
-    _staging(
-        "OUT is checked before the swap",
-        "                check_output_allowed(self.output, self._inputs, overwrite=self._overwrite)\n"
-        "            except OutputRefusedError",
-        "                pass\n            except OutputRefusedError",
-        f"{_FAILURES}test_an_output_that_changed_since_the_check",
-    ),
-    _staging(
         "another OUT is not replaced",
         "if self._changed_hands():",
         "if False:",
@@ -143,34 +111,10 @@ DISK = (
         f"{_PLANTED}test_a_checkpoint_where_there_was_none",
     ),
     _staging(
-        "links and files are not leftovers",
-        " and path.is_dir() and not path.is_symlink()]",
-        "]",
-        f"{_PLANTED}test_what_is_no_folder_is_neither_restored_nor_swept",
-    ),
-    _staging(
-        "links to folders are not leftovers",
-        " and not path.is_symlink()]",
-        "]",
-        f"{_PLANTED}test_what_is_no_folder_is_neither_restored_nor_swept",
-    ),
-    _staging(
-        "only this output's leftovers",
-        'if name.startswith(f"{self._prefix}{kind}-")',
-        'if f".mopt-{kind}-" in name',
-        f"{_STAGING}test_only_what_belongs_to_this_output_is_swept",
-    ),
-    _staging(
         "no sweep where locks prove nothing",
         "if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:",
         "if False:",
         f"{_STAGING}test_where_locks_prove_nothing_nothing_is_swept",
-    ),
-    _staging(
-        "a parent that cannot be listed is an error",
-        "os.listdir(self.output.parent)",
-        '[path.name for path in self.output.parent.glob(".*")]',
-        "stage/test_real_limits.py::test_without_rights",
     ),
     _staging(
         "a stage that went meanwhile is nobody's",
@@ -189,12 +133,6 @@ DISK = (
         "if os.path.lexists(self.output):\n                self._sweep",
         "if True:\n                self._sweep",
         f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
-    ),
-    _staging(
-        "a stranger's file in the old tree is kept",
-        "if stranger := foreign_entry(tree):",
-        "if stranger := None:",
-        f"{_FAILURES}test_what_somebody_put_into_the_old_tree_outlives_it",
     ),
     _staging(
         "the space is checked",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from root import ROOT
 from support import Tensors, build, copy, edit, load, run_mopt, tree
 from typer.main import get_command
 
@@ -23,6 +24,7 @@ _WRITING = {
     "--workers",
     "--executor",
     "--overwrite",
+    "--overwrite-foreign",
     "--dry-run",
     "-n",
     "--verbose",
@@ -161,6 +163,25 @@ def test_a_report_never_lands_in_an_input_or_in_the_output(
     assert tree(tmp_path / "export") | tree(tmp_path / "base") == inputs
     if (tmp_path / "flux1-dev-nvfp4").exists():
         assert not (tmp_path / "flux1-dev-nvfp4" / "r.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "hard.json", "mine.json", "preset.toml"])
+def test_a_report_never_replaces_what_is_not_one(exports: Path, tmp_path: Path, name: str) -> None:
+    """Also a hard link of an input, or the preset: exit 4 and the report on stdout, before any work."""
+    export = copy(exports / "nvfp4", tmp_path / "export")
+    (tmp_path / "hard.json").hardlink_to(export / "config.json")
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    preset = tmp_path / "preset.toml"
+    preset.write_text((ROOT / "presets" / "flux1-dev.toml").read_text())
+    where = export / name if name == "config.json" else tmp_path / name
+    before = tree(tmp_path)
+    words = ("--preset", preset, "--export", export, "--base", exports / "base", "--output", tmp_path / "out")
+    outcome = run_mopt("build-nvfp4", *words, "--report-json", where)
+    if where.parent == export or where == preset:
+        assert outcome.exit_code == 2
+    else:
+        assert (outcome.exit_code, outcome.error_code) == (4, "report.foreign"), outcome.stderr
+    assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("size", ["5,5GB", "5.GB", "5 - 6GB", "5", "5GB x", "5gbit", "0GB"])

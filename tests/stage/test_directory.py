@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay
-from stage_support import LEFT, SET_ASIDE, Calls, before, forbid_renameat2, litter, locked, prepare, publish
+from stage_support import (
+    LEFT,
+    MARK,
+    SET_ASIDE,
+    Calls,
+    before,
+    forbid_renameat2,
+    lay_left,
+    left_trees,
+    litter,
+    locked,
+    prepare,
+    publish,
+)
 from tracing import driver, run
 
 from modelopt_convert.checkpoint.header import parse_header, read_header_length
@@ -59,13 +72,16 @@ def test_order_of_what_reaches_the_disk(out: Path, calls: Calls, monkeypatch: py
     swap = {
         "rename": [("rename_noreplace", "stage", "out")],
         "exchange": [("exchange", "stage", "out")],
-        "two-renames": [("sync_dir", "."), ("rename", "out", "old"), ("rename", "stage", "out")],
+        "two-renames": [("rename", "out", "old"), ("rename", "stage", "out")],
     }[method]
-    removal = {"rename": [], "exchange": [("remove_tree", "stage")], "two-renames": [("remove_tree", "old")]}[method]
-    end = [("set_mode", "stage"), ("sync_dir", "stage"), *swap, ("sync_dir", "."), *removal]
-    assert calls[0] == ("make_dir", "stage")
+    tree = {"rename": [], "exchange": ["stage"], "two-renames": ["old"]}[method]
+    removal = [call for one in tree for call in (("remove_tree", one), ("sync_dir", "."))]
+    end = [("set_mode", "stage"), ("sync_dir", "stage"), *swap, ("sync_dir", "."), *removal, ("remove_file", "mark")]
+    begin = [("make_dir", "stage"), *((call, "mark") for call in ("create_file", "write_all", "close"))]
+    begin.append(("sync_dir", "."))
+    assert calls[: len(begin)] == begin
     assert calls[-len(end) :] == end
-    written = calls[1 : -len(end)]
+    written = calls[len(begin) : -len(end)]
     assert {path for _, path in written} == {f"stage/{name}" for name in NEW}
     for name in NEW:
         steps = [step for step, _ in groupby(call for call, path in written if path == f"stage/{name}")]
@@ -130,28 +146,33 @@ def test_while_one_run_writes_another_is_refused(out: Path) -> None:
         with pytest.raises(OutputRefusedError) as refused, StagingDir(out, (), overwrite=True, need_bytes=1):
             pytest.fail("two runs hold one output")
         assert (refused.value.code, refused.value.exit_code) == ("output.busy", ExitCode.OUTPUT)
-        assert litter(out) == [stage.path.name]
+        assert left_trees(out) == [stage.path.name]
         stage.publish()
     assert (held_by(out), litter(out)) == (NEW, [])
 
 
 def test_a_held_stage_is_busy_and_a_dead_one_is_swept(out: Path, place: Path, calls: Calls) -> None:
     lay(out, "old")
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
     with locked(place / LEFT), pytest.raises(OutputRefusedError, match=r"0badcafe") as refused:
         publish(out)
     assert refused.value.code == "output.busy"
-    assert (held_by(out), litter(out), held_by(place / LEFT)) == (OLD, [LEFT], files_of("another"))
+    assert (held_by(out), litter(out), held_by(place / LEFT)) == (
+        OLD,
+        [MARK, LEFT],
+        files_of("another"),
+    )
     calls.clear()
     publish(out)
     assert (held_by(out), litter(out)) == (NEW, [])
     # What is swept may be the old tree of a swap that never reached the disk.
-    assert calls[:3] == [("make_dir", "stage"), ("sync_dir", "."), ("remove_tree", LEFT)]
+    swept = [("sync_dir", "."), ("remove_tree", LEFT), ("sync_dir", "."), ("remove_file", MARK)]
+    assert calls[:5] == [("make_dir", "stage"), *swept]
 
 
 def test_a_failed_sync_keeps_the_dead_stage(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(out, "old")
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
 
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
@@ -163,37 +184,40 @@ def test_a_failed_sync_keeps_the_dead_stage(out: Path, place: Path, monkeypatch:
 
 
 def test_where_locks_prove_nothing_nothing_is_swept(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
     monkeypatch.setattr(directory, "file_system_of", lambda _path: "nfs4")
     with pytest.raises(OutputRefusedError) as refused:
         publish(out)
     assert refused.value.code == "output.busy"
     assert refused.value.hint is not None and str(place / LEFT) in refused.value.hint
-    assert litter(out) == [LEFT]
+    assert litter(out) == [MARK, LEFT]
 
 
 @pytest.mark.parametrize("name", ["out*", "o[u]t", "o?t", "out\n", "-out", "~", "öut"])
 def test_only_what_belongs_to_this_output_is_swept(place: Path, name: str) -> None:
     others = [LEFT, SET_ASIDE, ".outer.mopt-stage-0badcafe", ".o.mopt-stage-0badcafe", ".oxt.mopt-stage-0badcafe"]
     for other in others:
-        lay(place / other, "another")
-    lay(place / f".{name}.mopt-stage-0badcafe", "dead")
+        lay_left(place / other, "another")
+    left = sorted(os.listdir(place))
+    assert len(left) == len(others) + 4  # the first two are of one run
+    lay_left(place / f".{name}.mopt-stage-0badcafe", "dead")
     publish(place / name)
     assert held_by(place / name) == NEW
-    assert sorted(os.listdir(place)) == sorted([*others, name])
+    assert sorted(os.listdir(place)) == sorted([*left, name])
 
 
 def test_a_swap_cut_in_two_is_rolled_back(out: Path, place: Path, calls: Calls) -> None:
-    lay(place / SET_ASIDE, "old")
+    lay_left(place / SET_ASIDE, "old")
     with pytest.raises(OutputRefusedError) as refused:
         publish(out, overwrite=False)
     assert refused.value.code == "output.exists"
     assert (held_by(out), litter(out)) == (OLD, [])
-    assert calls == [("make_dir", "stage"), ("rename", SET_ASIDE, "out"), ("sync_dir", "."), ("remove_tree", "stage")]
+    recovered = [("rename", SET_ASIDE, "out"), ("sync_dir", "."), ("remove_file", MARK)]
+    assert calls == [("make_dir", "stage"), *recovered, ("remove_tree", "stage")]
 
 
 def test_a_swap_cut_in_two_is_rolled_back_and_then_replaced(out: Path, place: Path) -> None:
-    lay(place / SET_ASIDE, "old")
+    lay_left(place / SET_ASIDE, "old")
     with pytest.raises(ValueError, match="stop"), StagingDir(out, (), overwrite=True, need_bytes=1):
         assert held_by(out) == OLD
         raise ValueError("stop")
@@ -203,10 +227,11 @@ def test_a_swap_cut_in_two_is_rolled_back_and_then_replaced(out: Path, place: Pa
 
 def test_an_old_tree_beside_the_new_is_swept(out: Path, place: Path, calls: Calls) -> None:
     lay(out, "another")
-    lay(place / SET_ASIDE, "old")
+    lay_left(place / SET_ASIDE, "old")
     publish(out)
     assert (held_by(out), litter(out)) == (NEW, [])
-    assert calls[:3] == [("make_dir", "stage"), ("sync_dir", "."), ("remove_tree", SET_ASIDE)]
+    swept = [("sync_dir", "."), ("remove_tree", SET_ASIDE), ("sync_dir", "."), ("remove_file", MARK)]
+    assert calls[:5] == [("make_dir", "stage"), *swept]
 
 
 def test_a_stage_swept_before_it_was_locked_is_made_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +316,5 @@ def test_a_signal_waits_for_the_swap(out: Path, method: str, thread: list[str]) 
 def test_file_system_type_by_mount_point(monkeypatch: pytest.MonkeyPatch, line: str, folder: str, kind: str) -> None:
     """Where it is taken for a local one, the live stage of another host would be swept."""
     table = f"39 1 0:1 / / rw - ext4 /dev/a rw\n{line}\n"
-    monkeypatch.setattr(Path, "read_text", lambda _path, **_how: table)
     monkeypatch.setattr(Path, "read_bytes", lambda _path: table.encode(errors="surrogateescape"))
     assert file_system_of(Path(folder)) == kind

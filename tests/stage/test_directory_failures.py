@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay, refuse_with, stop
-from stage_support import Calls, before, forbid_renameat2, litter, prepare, publish
+from stage_support import Calls, before, forbid_renameat2, left_trees, litter, prepare, publish
 
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage import fsops
@@ -75,19 +75,21 @@ def test_a_step_that_fails_before_the_swap(out: Path, monkeypatch: pytest.Monkey
     assert (held_by(out), litter(out)) == (OLD, [])
 
 
-def test_a_failed_fsync_is_not_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nth", [1, 3])  # of the marker; of the shard
+def test_a_failed_fsync_is_not_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     """The kernel forgets the pages it could not write: a second fsync would succeed with the data gone."""
     lay(out, "old")
-    tries: list[int] = []
+    tries: list[Path] = []
 
     def fsync(fd: int) -> None:
-        tries.append(fd)
-        if len(tries) == 1:
+        tries.append(Path(f"/proc/self/fd/{fd}").readlink())
+        if len(tries) == nth:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync)
     fails(out, "storage.failed")
-    assert len(tries) == 1
+    assert tries.count(tries[nth - 1]) == 1
+    assert tries[nth:] == [out.parent]  # for the removal of the stage
     assert (held_by(out), litter(out)) == (OLD, [])
 
 
@@ -165,7 +167,7 @@ def test_what_cannot_be_renamed_at_all_stays_where_it_is_and_is_named(
         publish(out)
     assert failed.value.published is False and failed.value.kept_at is not None
     assert held_by(Path(failed.value.kept_at)) == NEW and str(failed.value.kept_at) in str(failed.value.hint)
-    assert held_by(out) == OLD and litter(out) == [Path(failed.value.kept_at).name]
+    assert held_by(out) == OLD and left_trees(out) == [Path(failed.value.kept_at).name]
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -195,7 +197,8 @@ def test_a_failed_second_rename_undoes_the_first(out: Path, calls: Calls, monkey
     is_kept(out, error)
     assert held_by(out) == OLD and out.stat().st_ino == inode
     first = calls.index(("rename", "out", "old"))
-    assert calls[first + 1 :] == [("rename", "old", "out"), ("rename", "stage", "kept"), ("sync_dir", ".")]
+    kept = [("rename", "stage", "kept"), ("sync_dir", "."), ("remove_file", "mark")]
+    assert calls[first + 1 :] == [("rename", "old", "out"), *kept]
 
 
 def test_where_even_the_undoing_fails_the_user_is_told_where_the_old_one_is(
@@ -223,8 +226,8 @@ def test_a_failed_sync_after_the_swap(out: Path, monkeypatch: pytest.MonkeyPatch
         error = fails(out, "storage.sync_after_swap")
     assert error.published is True and error.kept_at is None
     assert held_by(out) == NEW
-    assert [held_by(out.parent / name) for name in litter(out)] == ([] if method == "rename" else [OLD])
-    assert all(name in error.message for name in litter(out))
+    assert [held_by(out.parent / name) for name in left_trees(out)] == ([] if method == "rename" else [OLD])
+    assert all(name in error.message for name in left_trees(out))
     publish(out)
     assert (held_by(out), litter(out)) == (NEW, [])
 
@@ -308,7 +311,7 @@ def test_an_old_tree_that_cannot_be_removed_is_a_warning(out: Path, monkeypatch:
         before(patch, "remove_tree", failing(errno.EACCES))
         published = publish(out)
     [warning] = published.warnings
-    [left] = litter(out)
+    [left] = left_trees(out)
     assert left in warning and os.strerror(errno.EACCES) in warning
     assert held_by(out) == NEW
     publish(out)

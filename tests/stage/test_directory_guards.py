@@ -1,9 +1,11 @@
 """Small guards of the stage, each of which is all that stands between a rare moment and a wrong claim. No torch."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
-from stage_support import LEFT, before, litter, locked, prepare, publish
+from stage_support import LEFT, MARK, before, lay_left, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
 from modelopt_convert.stage import directory, fsops
@@ -77,7 +79,7 @@ def test_a_stage_that_goes_between_the_listing_and_the_lock(
     out: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its owner has finished: nobody holds OUT."""
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
 
     def lock(path: Path) -> int | None:
         if path.name == LEFT:
@@ -119,7 +121,7 @@ def test_a_kept_stage_whose_name_is_not_yet_on_disk(out: Path, monkeypatch: pyte
     lay(out, "old")
 
     def fail(path: Path) -> None:
-        if path == out.parent:
+        if path == out.parent and list(path.glob("out.mopt-kept-*")):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(fsops, "exchange", refuse_with(errno.EBUSY))
@@ -128,7 +130,12 @@ def test_a_kept_stage_whose_name_is_not_yet_on_disk(out: Path, monkeypatch: pyte
         publish(out)
     assert failed.value.kept_at is not None
     assert held_by(Path(failed.value.kept_at)) == NEW
-    assert litter(out) == [Path(failed.value.kept_at).name] and litter(out)[0].startswith("out.mopt-kept-")
+    [kept, mark] = sorted(litter(out), reverse=True)
+    assert kept == Path(failed.value.kept_at).name and kept.startswith("out.mopt-kept-")
+    assert mark.startswith(".out.mopt-mark-")
+    monkeypatch.undo()
+    publish(out)
+    assert litter(out) == [kept]
 
 
 def test_a_lock_is_never_taken_through_a_link(place: Path) -> None:
@@ -141,7 +148,7 @@ def test_a_lock_is_never_taken_through_a_link(place: Path) -> None:
 
 def test_a_stage_of_another_user_is_busy(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What may not be opened may be alive."""
-    lay(place / LEFT, "another")
+    lay_left(place / LEFT, "another")
     original = os.open
 
     def refuse(path: Path | str, flags: int, *mode: int, **how: int) -> int:
@@ -154,7 +161,7 @@ def test_a_stage_of_another_user_is_busy(out: Path, place: Path, monkeypatch: py
         publish(out)
     assert refused.value.code == "output.busy"
     monkeypatch.undo()
-    assert litter(out) == [LEFT] and held_by(place / LEFT) == files_of("another")
+    assert litter(out) == [MARK, LEFT] and held_by(place / LEFT) == files_of("another")
 
 
 def test_a_child_process_does_not_keep_the_lock(out: Path) -> None:
@@ -179,3 +186,29 @@ def test_a_lock_is_held_while_the_stage_is_filled(out: Path) -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(fd)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_run_without_descriptors_leaves_nothing(out: Path, present: bool, spare: int) -> None:
+    """What ended it was that it could open nothing more: its stage is removed all the same."""
+    if present:
+        lay(out, "old")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        with pytest.raises(StorageError, match="EMFILE"), StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
+            fill(stage, "new", ("transformer",))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            for _ in range(spare):
+                os.close(held.pop())
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in held:
+            os.close(fd)
+    assert litter(out) == [] and held_by(out) == (OLD if present else {})

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay
-from stage_support import LEFT, SET_ASIDE, litter, prepare, publish
+from stage_support import LEFT, MARK, SET_ASIDE, lay_left, litter, prepare, publish
 
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.leftovers import Marker
+from modelopt_convert.stage.ownership import look
 
 OLD, NEW, ANOTHER = files_of("old"), files_of("new"), files_of("another")
 
@@ -54,12 +56,124 @@ def test_what_is_no_folder_is_neither_restored_nor_swept(
         assert held_by(place.parent / "victim") == ANOTHER
 
 
+@pytest.mark.parametrize("present", [True, False], ids=["OUT stands", "OUT is absent"])
+@pytest.mark.parametrize("name", [SET_ASIDE, LEFT, ".out.mopt-old-x", ".out.mopt-stage-user", ".out.mopt-old-0BADCAFE"])
+@pytest.mark.parametrize("marker", [None, b"", b"mine", b'{"schema": "mopt.report/1"}'])
+def test_a_folder_without_a_marker_is_neither_restored_nor_swept(
+    out: Path, place: Path, name: str, present: bool, marker: bytes | None
+) -> None:
+    """Whoever made it, and whatever it looks like, it may hold somebody's thesis."""
+    if present:
+        lay(out, "old")
+    lay(place / name, "another")
+    (place / name / "thesis.md").write_text("mine")
+    mark = place / f".out.mopt-mark-{name.rpartition('-')[2]}"
+    if marker is not None:
+        mark.mkdir() if marker == b"" else mark.write_bytes(marker)
+    left = litter(out)
+    published = publish(out, overwrite=present)
+    assert published.method == ("exchange" if present else "rename") and held_by(out) == NEW
+    assert litter(out) == left and held_by(place / name) == ANOTHER | {"thesis.md": b"mine"}
+    # What has a name that mopt gives is named, so that nobody wonders.
+    assert [name in warning for warning in published.warnings] == [True] * (name in {SET_ASIDE, LEFT})
+
+
+@pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
+def test_an_empty_folder_of_a_run_that_was_killed_at_once_is_swept(out: Path, place: Path, name: str) -> None:
+    """It came before its marker, and nobody loses anything by it."""
+    lay(out, "old")
+    (place / name).mkdir()
+    assert publish(out).warnings == ()
+    assert (held_by(out), litter(out)) == (NEW, [])
+
+
+@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize("data", [None, b"", b'{"sche', bytes(100)])
+def test_a_marker_alone_is_swept(out: Path, place: Path, data: bytes | None, present: bool) -> None:
+    """Also one whose writing was cut short, by a kill or by a power cut that left zeros."""
+    if present:
+        lay(out, "old")
+    (place / MARK).write_bytes(Marker(None, {}).to_bytes() if data is None else data)
+    assert publish(out).warnings == ()
+    assert (held_by(out), litter(out)) == (NEW, [])
+
+
+@pytest.mark.parametrize("data", [b"", bytes(100)])
+@pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_marker_whose_data_never_came_is_one(out: Path, place: Path, name: str, data: bytes, present: bool) -> None:
+    """The power went before it was on disk: what the tree was to hold is not known, what a stage holds is."""
+    if present:
+        lay(out, "old")
+    lay_left(place / name, "another")
+    (place / MARK).write_bytes(data)
+    assert publish(out).warnings == ()
+    assert (held_by(out), litter(out)) == (NEW, [])
+
+
+@pytest.mark.parametrize("data", [b"mine", b'{"schema": "mopt.stage/9"}', b"[]"])
+def test_a_file_of_that_name_that_is_no_marker_stays(out: Path, place: Path, data: bytes) -> None:
+    (place / MARK).write_bytes(data)
+    publish(out)
+    assert (held_by(out), litter(out), (place / MARK).read_bytes()) == (NEW, [MARK], data)
+
+
+@pytest.mark.parametrize("name", ["attempts/0123456789abcdef", "transformer/config.json", "a.safetensors"])
+def test_whatever_an_executor_leaves_is_swept(out: Path, place: Path, name: str) -> None:
+    lay_left(place / LEFT, "another")
+    (place / LEFT / name).parent.mkdir(exist_ok=True)
+    (place / LEFT / name).write_bytes(b"half of it")
+    assert publish(out).warnings == ()
+    assert (held_by(out), litter(out)) == (NEW, [])
+
+
+@pytest.mark.parametrize("name", ["attempts/notes", "notes.md", "vae/config.json", "transformer/deeper/config.json"])
+@pytest.mark.parametrize("left", [LEFT, SET_ASIDE])
+def test_what_no_executor_leaves_is_kept(out: Path, place: Path, left: str, name: str) -> None:
+    lay(out, "old")
+    lay_left(place / left, "another")
+    (place / left / name).parent.mkdir(exist_ok=True, parents=True)
+    (place / left / name).write_bytes(b"mine")
+    [warning] = publish(out).warnings
+    [kept] = litter(out)
+    assert kept in warning and name in warning and (place / kept / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["my_lora.safetensors", "transformer/config.json", "config.json"])
+def test_what_came_into_an_old_tree_after_a_kill_is_kept(out: Path, place: Path, name: str) -> None:
+    """Of an old tree all is known, so a name as mopt gives it makes nothing mopt's."""
+    lay(out, "old")
+    lay_left(place / SET_ASIDE, "another")
+    (place / SET_ASIDE / name).parent.mkdir(exist_ok=True)
+    (place / SET_ASIDE / name).write_bytes(b"mine")
+    [warning] = publish(out).warnings
+    [kept] = litter(out)
+    assert kept in warning and name in warning and (place / kept / name).read_bytes() == b"mine"
+
+
+def test_an_exchanged_tree_is_known_by_its_inode(out: Path, place: Path) -> None:
+    """Killed after the exchange: under the stage's name lies the old OUT, foreign files of which the user let go."""
+    lay(out, "new")
+    old = lay(place / LEFT, "old")
+    (old / "train_log.json").write_text("consented to")
+    status = old.stat()
+    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(old)).to_bytes())
+    (old / "my_lora.safetensors").write_text("came later")
+    [warning] = publish(out).warnings
+    [kept] = litter(out)
+    assert "my_lora.safetensors" in warning and "train_log.json" not in warning
+    (place / kept / "my_lora.safetensors").unlink()
+    (place / kept).rename(place / LEFT)
+    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(place / LEFT)).to_bytes())
+    assert publish(out).warnings == () and litter(out) == []
+
+
 @pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
 def test_a_sweep_does_not_follow_links(out: Path, place: Path, name: str) -> None:
     """Not even out of a folder that is swept by right."""
     lay(out, "old")
     victim = lay(place.parent / "victim", "another")
-    (place / name).mkdir()
+    lay_left(place / name, "dead")
     (place / name / "transformer").symlink_to(victim)
     published = publish(out)
     assert held_by(out) == NEW and held_by(victim) == ANOTHER

@@ -1,5 +1,6 @@
 """Bind mounts: other names for a folder, or for a part of one, by which OUT may not reach an input. No torch."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -131,13 +132,76 @@ def test_an_input_that_is_gone_stands_in_no_way(tmp_path: Path) -> None:
 
 def table(*lines: str) -> list[Mount]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda _path, **_how: "\n".join(lines))
+        patch.setattr(Path, "read_bytes", lambda _path: b"\n".join(map(os.fsencode, lines)))
         return mount_table()
 
 
 def test_names_with_blanks_are_read() -> None:
     [mount] = table("41 40 0:2 /a\\040b /net\\040drive rw shared:1 master:2 - nfs4 host:/x rw")
     assert mount == Mount(41, "0:2", Path("/a b"), Path("/net drive"), "nfs4")
+
+
+ODD = [
+    "a\u2028b",
+    "a\x0cb",
+    "a\x0bb",
+    "a\x1cb",
+    "a\x85b",
+    "a\u00a0b",
+    "a\u3000b",
+    "a\rb",
+    "a b",
+    "a\tb",
+    "a\nb",
+    "a\\b",
+    "\udce9",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_table_is_split_where_the_kernel_ends_its_fields(name: str) -> None:
+    """And at none of the other characters at which text may be split."""
+    escaped = "".join(f"\\{ord(one):03o}" if one in " \t\n\\" else one for one in name)
+    rest = "- ext4 /dev/a rw"
+    found = table(f"40 1 0:1 /{escaped} /in/{escaped} rw shared:1 {rest}", f"41 40 0:2 / /next rw {rest}", "")
+    assert found == [
+        Mount(40, "0:1", Path(f"/{name}"), Path(f"/in/{name}"), "ext4"),
+        Mount(41, "0:2", Path("/"), Path("/next"), "ext4"),
+    ]
+
+
+def test_an_input_is_seen_through_mounts_of_any_name(tmp_path: Path) -> None:
+    found = in_own_mounts(
+        tmp_path,
+        CHECK
+        + """
+cases = []
+for name in ("a\\u2028b", "a\\x0cb", "a\\u00a0b", "a b", "a\\tb", "a\\nb", "a\\\\b", os.fsdecode(b"caf\\xe9")):
+    (top / name).mkdir()
+    mount("--bind", os.fsencode(model / "vae"), os.fsencode(top / name))
+    cases.append([told(top / name / "out", model), told(top / "free" / "out", model)])
+print(json.dumps(cases))
+""".replace("\\\\", "\\"),
+    )
+    assert found == [["output.inside_input", "allowed"]] * 8
+
+
+def test_nothing_is_emptied_through_a_mount_inside_out(tmp_path: Path) -> None:
+    """To remove the old tree would remove what is mounted in it."""
+    found = in_own_mounts(
+        tmp_path,
+        CHECK
+        + """
+data = top / "data"
+data.mkdir()
+(data / "mine").write_text("mine")
+(top / "free" / "transformer").mkdir()
+before = told(top / "free")
+mount("--bind", data, top / "free" / "transformer")
+print(json.dumps([before, told(top / "free"), (data / "mine").read_text()]))
+""",
+    )
+    assert found == ["output.foreign", "output.mount_point", "mine"]
 
 
 def test_a_place_outside_the_table_is_unknown(tmp_path: Path) -> None:

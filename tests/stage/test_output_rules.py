@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from crash_driver import files_of, held_by, lay
-from stage_support import publish
+from stage_support import publish, with_record
 
 from modelopt_convert.run.errors import ExitCode, OutputRefusedError
-from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, foreign_entry
+from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.stage.ownership import look
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes | str]]:
@@ -184,9 +185,12 @@ EVEN_WITH_OVERWRITE: list[tuple[str, Callable[[Path], Row]]] = [
     *(("mount_point", make) for make in (the_root, a_mount)),
     *(("special_folder", make) for make in (the_home, the_current_folder, the_current_folder_as_a_dot)),
     *(("not_a_checkpoint", make) for make in (an_empty_folder, no_manifest, no_tensors)),
-    *(("not_a_checkpoint", make) for make in (with_notes, with_git, with_a_link_to_tensors, with_a_fifo)),
-    *(("not_a_checkpoint", make) for make in (with_a_folder_named_as_tensors, with_a_linked_component)),
-    *(("not_a_checkpoint", make) for make in (with_notes_in_a_component, with_a_folder_in_a_component)),
+    ("not_a_checkpoint", with_git),
+]
+NOT_WITHOUT_CONSENT: list[Callable[[Path], Row]] = [
+    *(with_notes, with_a_link_to_tensors, with_a_fifo),
+    *(with_a_folder_named_as_tensors, with_a_linked_component),
+    *(with_notes_in_a_component, with_a_folder_in_a_component),
 ]
 ONLY_WITHOUT: list[tuple[str, Callable[[Path], Row]]] = [
     ("exists", an_empty_folder),
@@ -201,13 +205,20 @@ def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refuse(top: Path, make: Callable[[Path], Row], monkeypatch: pytest.MonkeyPatch, *, overwrite: bool) -> str:
+def refuse(
+    top: Path,
+    make: Callable[[Path], Row],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    overwrite: bool,
+    overwrite_foreign: bool = False,
+) -> str:
     output, inputs = make(top)
     if (top / "here").is_dir():
         monkeypatch.chdir(top / "here")
     before = snapshot(top)
     with pytest.raises(OutputRefusedError) as refused:
-        check_output_allowed(output, inputs, overwrite=overwrite)
+        check_output_allowed(output, inputs, overwrite=overwrite, overwrite_foreign=overwrite_foreign)
     assert snapshot(top) == before
     error = refused.value
     assert error.exit_code == ExitCode.OUTPUT
@@ -216,11 +227,21 @@ def refuse(top: Path, make: Callable[[Path], Row], monkeypatch: pytest.MonkeyPat
     return error.code
 
 
+@pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize(("kind", "make"), EVEN_WITH_OVERWRITE, ids=lambda one: getattr(one, "__name__", one))
 def test_refused_even_with_overwrite(
-    top: Path, monkeypatch: pytest.MonkeyPatch, kind: str, make: Callable[[Path], Row]
+    top: Path, monkeypatch: pytest.MonkeyPatch, kind: str, make: Callable[[Path], Row], foreign: bool
 ) -> None:
-    assert refuse(top, make, monkeypatch, overwrite=True) == f"output.{kind}"
+    assert refuse(top, make, monkeypatch, overwrite=True, overwrite_foreign=foreign) == f"output.{kind}"
+
+
+@pytest.mark.parametrize("make", NOT_WITHOUT_CONSENT)
+def test_refused_without_consent_to_lose_it(
+    top: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Row]
+) -> None:
+    assert refuse(top, make, monkeypatch, overwrite=True) == "output.foreign"
+    standing = check_output_allowed(top / "out", [], overwrite=False, overwrite_foreign=True)
+    assert standing is not None and len(standing.foreign) == 1
 
 
 @pytest.mark.parametrize(("kind", "make"), ONLY_WITHOUT)
@@ -230,19 +251,21 @@ def test_refused_without_overwrite(
     assert refuse(top, make, monkeypatch, overwrite=False) == f"output.{kind}"
 
 
-def test_the_message_names_the_first_stranger(top: Path) -> None:
+def test_the_message_names_the_strangers(top: Path) -> None:
     output, _ = with_notes_in_a_component(top)
-    with pytest.raises(OutputRefusedError, match=r"transformer/notes\.txt"):
+    (output / "alone.safetensors").touch()
+    with pytest.raises(OutputRefusedError, match=r"alone\.safetensors, transformer/"):
         check_output_allowed(output, [], overwrite=True)
 
 
-def test_a_plain_model_repo_may_be_replaced(top: Path) -> None:
+def test_a_checkpoint_that_its_record_lists_may_be_replaced(top: Path) -> None:
     output = lay(top / "out", "old")
-    for name in ("README.md", "LICENSE", ".gitattributes", "diffusion_pytorch_model.safetensors.index.json"):
+    for name in ("README.md", "LICENSE", ".gitattributes"):
         (output / name).touch()
     for component in ("transformer", "transformer_2"):
         lay(output / component, "old")
-    check_output_allowed(output, [lay(top / "export", "old")], overwrite=True)
+    standing = check_output_allowed(with_record(output), [lay(top / "export", "old")], overwrite=True)
+    assert standing is not None and standing.foreign == () and "transformer/config.json" in standing.tree
 
 
 def test_an_absent_output_needs_no_consent(top: Path) -> None:
@@ -253,7 +276,8 @@ def test_a_pipeline_folder_is_a_checkpoint_by_its_model_index(top: Path) -> None
     (top / "out").mkdir()
     (top / "out" / "model_index.json").touch()
     lay(top / "out" / "transformer", "old")
-    check_output_allowed(top / "out", [], overwrite=True)
+    standing = check_output_allowed(top / "out", [], overwrite=False, overwrite_foreign=True)
+    assert standing is not None and standing.foreign == ("model_index.json", "transformer/")
 
 
 @pytest.mark.parametrize("name", ["x" * 234, "é" * 117])
@@ -285,5 +309,5 @@ def test_a_file_that_vanishes_while_it_is_looked_at_is_no_stranger(top: Path, mo
         return original(path)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    assert foreign_entry(output) is None
+    assert sorted(look(output)) == ["diffusion_pytorch_model.safetensors", "mopt.json"]
     assert not (output / "config.json").exists()

@@ -6,6 +6,7 @@ mopt's own recovery. No torch.
 
 import ast
 import copy
+import dataclasses
 import errno
 import os
 import stat
@@ -22,15 +23,23 @@ from powerloss_model import Disk, Entry, PowerLoss, found_in, lay_out, listing, 
 from stage_support import forbid_renameat2, publish
 
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
-from modelopt_convert.stage import fsops
+from modelopt_convert.stage import directory, fsops, leftovers, ownership
 from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.written_file import write_report
 
 METHODS = ("absent", "exchange", "two renames")
 # The functions that sync, by the test that shows why.
-AT_EVERY_RUN = {"shard_writer.__exit__", "directory.write_file", "directory.publish", "directory._sync_after_swap"}
-IN_A_SWEEP, IN_A_ROLLBACK, IN_A_REFUSAL = "directory._sweep", "directory._recover", "directory._keep_stage"
-BEFORE_SETTING_ASIDE = "directory._two_renames"
-WITH_WHAT_WAS_LEFT = {IN_A_SWEEP, BEFORE_SETTING_ASIDE}
+AT_EVERY_RUN = {
+    "shard_writer.__exit__",
+    "directory.write_file",
+    "directory.publish",
+    "directory._sync_after_swap",
+    "directory._mark",
+}
+AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT = "directory._remove_old", "directory._discard", "written_file.write_report"
+IN_A_SWEEP, IN_A_REFUSAL = "directory._sweep", "directory._keep_stage"
+OF_MARKERS = "directory._sweep_markers"  # and of what was rolled back
+WITH_WHAT_WAS_LEFT = {IN_A_SWEEP, OF_MARKERS}
 KINDS = {"plain": (), "components": FOLDERS}
 
 
@@ -74,6 +83,7 @@ class Story:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", lambda _fd: None)  # recorded all the same
             self.trace.install(patch)
+            without_times(patch)
             if self.method == "two renames":
                 forbid_renameat2(patch)
             publish(self.out, overwrite=overwrite, folders=self.folders)
@@ -110,6 +120,7 @@ class Story:
     def _recovered(self, room: Path) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", lambda _fd: None)  # of the disk that is only a thought
+            without_times(patch)
             try:
                 with StagingDir(room / "out", (), overwrite=True, need_bytes=1):
                     pass
@@ -131,6 +142,17 @@ class Story:
         """Whether the promise lets OUT be this before the run has ended."""
         name = outcome.removesuffix(" and kept")
         return name in self.versions or (name == "absent" and "old" not in self.versions)
+
+
+def without_times(patch: pytest.MonkeyPatch) -> None:
+    """The disks of the model have none: what is laid out of them is newer than any marker says."""
+
+    def look(folder: Path) -> dict[str, ownership.Entry]:
+        return {name: dataclasses.replace(one, changed_ns=0) for name, one in found(folder).items()}
+
+    found = ownership.look
+    for module in (directory, leftovers, ownership):
+        patch.setattr(module, "look", look)
 
 
 def whole(folder: Path) -> list[Entry]:
@@ -196,8 +218,9 @@ def test_a_power_cut_at_any_step(method: str, kind: str, tmp_path: Path) -> None
     torn = {f"without {label}": number for label, number in needed.items()}
     note(11, what=f"{method}, {kind}", cases=states, torn=0, lost=0, **torn)
     assert all(needed.values()), needed
-    assert {label.split()[0] for label in needed} == AT_EVERY_RUN
-    assert len(needed) == (11 if story.folders else 5)
+    removal = set() if method == "absent" else {AFTER_A_REMOVAL}
+    assert {label.split()[0] for label in needed} == AT_EVERY_RUN | removal
+    assert len(needed) == (12 if story.folders else 6) + len(removal)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -222,10 +245,8 @@ def test_a_power_cut_in_the_next_run(method: str, tmp_path: Path) -> None:
     print(f"{method}: {kills} kills, {states} states; {figures}")
     note(11, what=f"{method}, after a kill", cases=states, kills=kills, torn=0, lost=0, **figures)
     assert kills > 18
-    # Where OUT was absent there is no old tree, and what is swept is what nobody will miss.
-    assert {site for site, number in missed.items() if number} == {
-        "absent": set(), "exchange": {IN_A_SWEEP}, "two renames": {IN_A_SWEEP, BEFORE_SETTING_ASIDE},
-    }[method]  # fmt: skip
+    # Where OUT was absent there is no old tree, and nobody would miss what is swept; but it must not come back.
+    assert {site for site, number in missed.items() if number} == WITH_WHAT_WAS_LEFT
 
 
 def test_a_rollback_lasts(tmp_path: Path) -> None:
@@ -245,7 +266,7 @@ def test_a_rollback_lasts(tmp_path: Path) -> None:
         return {[entry for entry in found if entry[0].startswith("out/")] == old for found in entries}
 
     assert outs(None) == {True}
-    [sync] = [sync for sync in syncs(story) if story.events[sync].site == IN_A_ROLLBACK]
+    [sync] = [sync for sync in syncs(story) if story.events[sync].site == OF_MARKERS]
     assert outs(sync) == {True, False}
 
 
@@ -263,6 +284,52 @@ def test_what_was_kept_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert missed
 
 
+def test_a_removed_stage_stays_removed(tmp_path: Path) -> None:
+    """Without its marker, which goes after it, it would be nobody's, and beside OUT for ever."""
+    story = Story(tmp_path, "exchange")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _fd: None)
+        story.trace.install(patch)
+        with StagingDir(story.out, (), overwrite=True, need_bytes=1) as stage:
+            stage.write_file("config.json", b"{}")
+    states = check_whole(story, "old", "discarded")
+    [sync] = [sync for sync in syncs(story) if story.events[sync].site == IN_A_DISCARD]
+    missed = without(story, "old", sync)
+    note(11, what="a run that failed", cases=states, torn=0, lost=0, **{f"without {IN_A_DISCARD}": missed})
+    assert missed
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_report_is_the_old_one_or_the_new_one(tmp_path: Path, present: bool) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    old, new = '{"schema":"mopt.report/1", "is": "old"}', '{"schema":"mopt.report/1", "is": "new"}'
+    if present:
+        (place / "report.json").write_text(old)
+    disk, trace = read_disk(place), Trace(place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _fd: None)
+        trace.install(patch)
+        write_report(place / "report.json", new)
+    whole = {old.encode() if present else None, new.encode()}
+
+    def wrong(without: int | None = None) -> int:
+        """How many disks hold something else, or after the end the old one."""
+        model, count = PowerLoss(disk), 0
+        for number, event in enumerate(trace.events):
+            if number != without:
+                model.apply(event)
+            for one in model.disks(number):
+                found = {path: data for path, data, _ in listing(one)}.get("report.json")
+                count += found not in whole or (number == len(trace.events) - 1 and found != new.encode())
+        return count
+
+    asked = [number for number, event in enumerate(trace.events) if event.op == "fsync"]
+    assert {trace.events[number].site for number in asked} == {OF_A_REPORT}
+    assert wrong() == 0
+    assert len(asked) == 2 and all(wrong(number) for number in asked)
+
+
 def test_every_sync_of_mopt_is_shown_to_be_needed() -> None:
     found = set()
     for file in Path(PACKAGE).rglob("*.py"):
@@ -271,4 +338,5 @@ def test_every_sync_of_mopt_is_shown_to_be_needed() -> None:
                 names = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)]
                 if {"sync", "sync_dir", "fsync", "fdatasync"} & set(names):
                     found.add(f"{file.stem}.{function.name}")
-    assert found == AT_EVERY_RUN | WITH_WHAT_WAS_LEFT | {IN_A_ROLLBACK, IN_A_REFUSAL}
+    rest = {IN_A_REFUSAL, AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT}
+    assert found == AT_EVERY_RUN | WITH_WHAT_WAS_LEFT | rest

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults import PACKED, SHARD, entries, reciprocal
+from stage_support import with_record
 from support import Tensors, build, copy, edit, run_mopt, tree
 
 
@@ -24,7 +25,7 @@ class Room:
 
     def checkpoint(self, name: str = "out") -> Path:
         """A folder that --overwrite may replace."""
-        return copy(self.export, self.path / name)
+        return with_record(copy(self.export, self.path / name))
 
 
 @pytest.fixture
@@ -70,6 +71,8 @@ def aliases_of_inputs(room: Room) -> dict[str, tuple[Path, Path, str]]:
     }
 
 
+# The names of a checkpoint's files, and not its own.
+MINE = ("my_lora.safetensors", "train_log.json", "notes.md", "LICENSE", ".gitattributes", "model_index.json")
 ALIASES = (
     "the export",
     "the export's pipeline",
@@ -120,6 +123,19 @@ def test_out_may_not_be_in_or_around_an_input(case: str, more: tuple[str, ...], 
     output_refused(room, export, output, *more, code=code)
 
 
+def unrecorded(room: Room) -> Path:
+    """A checkpoint that mopt did not write: the export itself, or a BF16 original."""
+    return copy(room.export, room.path / "out")
+
+
+def edited_card(room: Room) -> Path:
+    output = room.checkpoint()
+    (output / "README.md").write_text("as it was written")
+    with_record(output)
+    (output / "README.md").write_text("as I want it")
+    return output
+
+
 def with_file(name: str, content: str = "mine") -> Callable[[Room], Path]:
     def make(room: Room) -> Path:
         path = room.checkpoint() / name
@@ -152,7 +168,7 @@ def no_weights(room: Room) -> Path:
 
 
 def no_config(room: Room) -> Path:
-    (room.checkpoint() / "config.json").unlink()
+    (copy(room.export, room.path / "out") / "config.json").unlink()
     return room.path / "out"
 
 
@@ -200,20 +216,23 @@ def parent_is_a_file(room: Room) -> Path:
 @pytest.mark.parametrize(
     ("make", "code"),
     [
-        pytest.param(existing_pipeline, "not_a_checkpoint", id="a pipeline with vae/"),
-        pytest.param(two_components, "not_a_checkpoint", id="a pipeline of two checkpoints"),
+        pytest.param(existing_pipeline, "foreign", id="a pipeline with vae/"),
+        pytest.param(two_components, "foreign", id="a pipeline of two checkpoints"),
         pytest.param(with_file(".git/config"), "not_a_checkpoint", id=".git"),
-        pytest.param(with_file("vae/config.json"), "not_a_checkpoint", id="vae/"),
-        pytest.param(with_file("transformer/notes.txt"), "not_a_checkpoint", id="transformer/notes.txt"),
-        pytest.param(with_file("transformer/deeper/config.json"), "not_a_checkpoint", id="transformer/deeper/"),
-        pytest.param(with_file("train.py"), "not_a_checkpoint", id="train.py"),
-        pytest.param(with_file(".env"), "not_a_checkpoint", id=".env"),
-        pytest.param(with_file("pytorch_model.bin"), "not_a_checkpoint", id="pytorch_model.bin"),
+        pytest.param(with_file("vae/config.json"), "foreign", id="vae/"),
+        pytest.param(with_file("transformer/notes.txt"), "foreign", id="transformer/notes.txt"),
+        pytest.param(with_file("transformer/deeper/config.json"), "foreign", id="transformer/deeper/"),
+        pytest.param(with_file("train.py"), "foreign", id="train.py"),
+        pytest.param(with_file(".env"), "foreign", id=".env"),
+        pytest.param(with_file("pytorch_model.bin"), "foreign", id="pytorch_model.bin"),
         pytest.param(empty, "not_a_checkpoint", id="empty"),
         pytest.param(no_weights, "not_a_checkpoint", id="no weights"),
         pytest.param(no_config, "not_a_checkpoint", id="no config"),
-        pytest.param(linked_weights, "not_a_checkpoint", id="linked weights"),
-        pytest.param(linked_component, "not_a_checkpoint", id="linked component"),
+        pytest.param(linked_weights, "foreign", id="linked weights"),
+        pytest.param(linked_component, "foreign", id="linked component"),
+        pytest.param(unrecorded, "foreign", id="no record"),
+        pytest.param(edited_card, "foreign", id="an edited card"),
+        *(pytest.param(with_file(name), "foreign", id=name) for name in MINE),
         pytest.param(link_to_checkpoint, "symlink", id="a link to a checkpoint"),
         pytest.param(link_to_input, "symlink", id="a link to an input"),
         pytest.param(dangling_link, "symlink", id="a dangling link"),
@@ -227,6 +246,31 @@ def test_only_a_plain_checkpoint_is_replaced(
     make: Callable[[Room], Path], code: str, more: tuple[str, ...], room: Room
 ) -> None:
     output_refused(room, room.export, make(room), *more, code=code)
+
+
+@pytest.mark.parametrize(
+    "make", [existing_pipeline, two_components, with_file("train.py"), linked_weights, unrecorded, edited_card]
+)
+def test_the_consent_to_lose_what_is_foreign_names_it(make: Callable[[Room], Path], room: Room) -> None:
+    output = make(room)
+    before = tree(room.path)
+    planned = build(room.export, room.base, output, "--overwrite-foreign", "--dry-run")
+    assert planned.exit_code == 0 and tree(room.path) == before
+    outcome = build(room.export, room.base, output, "--overwrite-foreign")
+    assert outcome.exit_code == 0 and outcome.report is not None and planned.report is not None
+    told = [one["message"] for one in outcome.report["warnings"] if one["code"] == "output.foreign_replaced"]
+    would = [one["message"] for one in planned.report["warnings"] if one["code"] == "output.foreign_replaced"]
+    assert len(told) == 1 and [one.replace("would go", "went") for one in would] == told
+    named = {
+        existing_pipeline: "model_index.json, transformer/, vae/",
+        two_components: "model_index.json, transformer/, vae/",
+        linked_weights: SHARD,
+        edited_card: "README.md",
+    }.get(make, SHARD if make is unrecorded else "train.py")
+    assert named in told[0]
+    assert (output / "mopt.json").exists() and (room.path / "pipeline" / "vae").is_dir()
+    # What mopt wrote itself needs no such consent.
+    assert build(room.export, room.base, output, "--overwrite").exit_code == 0
 
 
 @pytest.mark.parametrize("make", [Room.checkpoint, empty, existing_pipeline, with_file("train.py")])

@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+import xxhash
+
 from modelopt_convert.checkpoint.header import TensorSpec, build_header
+from modelopt_convert.checkpoint.record import digest_of, write_record
 from modelopt_convert.run.errors import ExitCode, Interrupted, MoptError, StorageError
 from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.shard_writer import METADATA
@@ -34,16 +37,17 @@ def tensor_bytes(version: str, spec: TensorSpec) -> bytes:
 
 
 def small_files(version: str) -> dict[str, bytes]:
-    """The files beside the shard."""
-    return {
-        "config.json": json.dumps({"version": version}).encode(),
-        "mopt.json": json.dumps({"of": version}).encode(),
-    }
+    """The files beside the shard: with a record as mopt writes it, by which it knows its own checkpoint again."""
+    files = {"config.json": json.dumps({"version": version}).encode()}
+    digests = {spec.name: xxhash.xxh3_128_hexdigest(tensor_bytes(version, spec)) for spec in SPECS}
+    record = write_record("test", {}, tensors=digests, files=files, headers=(SPECS, [METADATA]))
+    return files | {"mopt.json": record}
 
 
 def pipeline_files(version: str) -> dict[str, bytes]:
     """The files above the folders of several transformers."""
-    return {"mopt.json": json.dumps({"parts of": version}).encode()}
+    parts = dict.fromkeys(FOLDERS, digest_of(small_files(version)["mopt.json"]))
+    return {"mopt.json": write_record("test", {"parts": parts}, tensors={}, files={}, headers=None)}
 
 
 def files_of(version: str, folders: Sequence[str] = ()) -> dict[str, bytes]:

@@ -47,7 +47,7 @@ class Event:
     @property
     def label(self) -> str:
         """Site and path without the run's part of the name."""
-        path = re.sub(r"[.]out[.]mopt-(stage|old)-[0-9a-f]{8}", r"<\1>", self.path)
+        path = re.sub(r"[.]out[.]mopt-(stage|old|mark)-[0-9a-f]{8}", r"<\1>", self.path)
         return f"{self.site} {path}"
 
 
@@ -68,6 +68,7 @@ class Trace:
             "unlink": lambda path, **how: self._named("unlink", path, **how),
             "rmdir": lambda path, **how: self._named("rmdir", path, **how),
             "chmod": lambda path, mode, **how: self._named("chmod", path, **how),
+            "fchmod": lambda fd, mode: self._open("chmod", fd),
             "rename": lambda source, target, **_: self._two("rename", source, target),
             "fsync": lambda fd: self._open("fsync", fd),
             "posix_fallocate": lambda fd, offset, size: self._open("allocate", fd, number=offset + size),

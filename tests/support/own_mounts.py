@@ -22,7 +22,7 @@ from pathlib import Path
 top = Path(sys.argv[1])
 
 def mount(*words):
-    subprocess.run(["mount", *map(str, words)], check=True)
+    subprocess.run(["mount", *map(os.fspath, words)], check=True)
 
 # All that is made lies in a file system of the namespace's own, and is gone with it.
 mount("-t", "tmpfs", "tmpfs", top)

@@ -120,7 +120,10 @@ def read_disk(place: Path) -> Disk:
 
 
 def visible(disk: Disk) -> tuple[object, ...]:
-    """What recovery can tell apart: of a stage it sees only names, since all it does with one is to remove it."""
+    """What recovery can tell apart: of a stage it sees only names, since all it does with one is to remove it.
+
+    So it is with a marker, which is to recovery what it is also where its data never came: test_directory_planted.py.
+    """
     return tuple((path, mode) if _in_stage(path) else (path, data, mode) for path, data, mode in listing(disk))
 
 
@@ -213,7 +216,8 @@ class PowerLoss:
 
 
 def _in_stage(path: str) -> bool:
-    return ".mopt-stage-" in path.partition("/")[0]
+    top = path.partition("/")[0]
+    return ".mopt-stage-" in top or ".mopt-mark-" in top
 
 
 def _masks(count: int, seed: int) -> Iterable[int]:

@@ -8,14 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import xxhash
 from crash_driver import fill, lay, refuse_with
 
+from modelopt_convert.checkpoint.header import TensorSpec, parse_header
+from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.directory import Published, StagingDir
+from modelopt_convert.stage.leftovers import Marker
+from modelopt_convert.stage.ownership import look
 
 LEFT = ".out.mopt-stage-0badcafe"  # a stage of another run
 SET_ASIDE = ".out.mopt-old-0badcafe"  # an old tree that another run set aside
-RECORDED = "make_dir create_file preallocate write_all sync sync_dir close set_mode rename rename_noreplace exchange"
+MARK = ".out.mopt-mark-0badcafe"  # the marker of both
+RECORDED = (
+    "make_dir create_file preallocate write_all sync sync_dir close set_mode rename rename_noreplace exchange "
+    "remove_tree remove_dir remove_file"
+)
 
 Calls = list[tuple[str, ...]]
 
@@ -25,6 +34,42 @@ def publish(out: Path, *, overwrite: bool = True, need_bytes: int = 1, folders: 
     with StagingDir(out, (), overwrite=overwrite, need_bytes=need_bytes) as stage:
         fill(stage, "new", folders)
         return stage.publish()
+
+
+def lay_left(folder: Path, version: str, out: Path | None = None) -> Path:
+    """A folder that a killed run left, with the marker of that run.
+
+    Args:
+        folder: Its path, with the run's part of the name at the end.
+        version: What it holds.
+        out: The OUT that the run was to replace, if what it left is that tree.
+    """
+    lay(folder, version)
+    head, _, number = folder.name.rpartition(".mopt-")
+    marker = Marker(None, look(folder) if out is None else look(out))
+    folder.with_name(f"{head}.mopt-mark-{number.partition('-')[2]}").write_bytes(marker.to_bytes())
+    return folder
+
+
+def with_record(folder: Path) -> Path:
+    """Give a folder the record that mopt would have written of it: small files, weights, transformers below."""
+    parts = {one.name: digest_of((with_record(one) / RECORD).read_bytes()) for one in folder.iterdir() if one.is_dir()}
+    names = sorted(one.name for one in folder.iterdir() if one.is_file() and one.name != RECORD)
+    small = {name: (folder / name).read_bytes() for name in names if not name.endswith(".safetensors")}
+    specs, metadata, tensors = [], [], {}
+    for name in names:
+        if name not in small:
+            data = (folder / name).read_bytes()
+            header = parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], file=name, file_bytes=len(data))
+            specs += list(header.tensors.values())
+            metadata.append(header.metadata)
+            for info in header.tensors.values():
+                tensors[info.name] = xxhash.xxh3_128_hexdigest(data[info.start : info.start + info.num_bytes])
+    more = {"parts": parts} if parts else {}
+    headers = [TensorSpec(one.name, one.dtype, one.shape) for one in specs]
+    record = write_record("test", more, tensors=tensors, files=small, headers=(headers, metadata) if headers else None)
+    (folder / RECORD).write_bytes(record)
+    return folder
 
 
 def prepare(method: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +89,15 @@ def forbid_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
 def litter(out: Path) -> list[str]:
     """What stands beside OUT."""
     return sorted(name for name in os.listdir(out.parent) if name != out.name)
+
+
+def left_trees(out: Path) -> list[str]:
+    """What stands beside OUT, but for markers: a marker stays as long as what it is the marker of."""
+    found = litter(out)
+    marks = [name for name in found if name.startswith(".out.mopt-mark-")]
+    numbers = {name.rpartition("-")[2] for name in found if name not in marks}
+    assert not [name for name in marks if numbers and name.rpartition("-")[2] not in numbers]
+    return [name for name in found if name not in marks]
 
 
 @contextmanager
@@ -93,6 +147,6 @@ def record(monkeypatch: pytest.MonkeyPatch, place: Path) -> Calls:
 
         monkeypatch.setattr(fsops, name, call)
 
-    for name in (*RECORDED.split(), "remove_tree"):
+    for name in RECORDED.split():
         spy(name)
     return recorded

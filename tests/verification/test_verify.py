@@ -554,3 +554,18 @@ def test_weights_dequantized_at_build_are_compared_too(exports: Path, base: Path
 @pytest.mark.parametrize("option", ["--report", "--report-json"])
 def test_a_path_that_no_file_system_takes_is_a_usage_error(option: str, built: dict[str, Path], tmp_path: Path) -> None:
     assert verify(built["nvfp4"], option, tmp_path / ("a" * 5000)).exit_code == 2
+
+
+def test_a_page_replaces_a_page_and_nothing_else(built: dict[str, Path], tmp_path: Path) -> None:
+    page, other = tmp_path / "page.html", tmp_path / "link" / "page.html"
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert verify(built["nvfp4"], "--report", page, "--report-json", other).exit_code == 2, "one file under two names"
+    page.write_text("<html>mine</html>")
+    refused = verify(built["nvfp4"], "--report", page)
+    assert (refused.exit_code, refused.error_code) == (4, "report.foreign")
+    assert page.read_text() == "<html>mine</html>"
+    page.unlink()
+    for _ in range(2):
+        verify(built["nvfp4"], "--report", page)
+        assert '<meta name="generator" content="mopt verify">' in page.read_text(encoding="utf-8")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "page.html"]

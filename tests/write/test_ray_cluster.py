@@ -135,3 +135,27 @@ def test_a_signal_stops_the_tasks_and_removes_the_stage(
     pids = [one.name.removeprefix("begun-") for one in tmp_path.glob("begun-*")]
     # Nobody writes into a stage that is being removed.
     assert {pid: (tmp_path / f"ended-{pid}").read_text() for pid in pids} == dict.fromkeys(pids, "True")
+
+
+@pytest.mark.parametrize("executor", ["threads", "ray"])
+def test_what_a_killed_run_left_on_a_cluster_is_swept(
+    exports: Path, room: Path, cluster: dict[str, str], tmp_path: Path, executor: str
+) -> None:
+    """With the folder of attempts, which no other executor makes."""
+    words = ("build-nvfp4", *inputs(exports), *SMALL, "--output", room / "out", "--json")
+    process = subprocess.Popen(driver("endless", tmp_path, *words, "--executor", "ray"), env=cluster)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("begun-*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    [mark, stage] = sorted(one.name for one in room.iterdir())
+    assert mark.startswith(".out.mopt-mark-") and (room / stage / "attempts").is_dir()
+    again = [sys.executable, "-m", "modelopt_convert", *map(str, words), "--executor", executor]
+    done = subprocess.run(again, env=cluster, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [one for one in json.loads(done.stdout)["warnings"] if one["code"].startswith("output.")] == []
+    assert [one.name for one in room.iterdir()] == ["out"]

@@ -21,7 +21,7 @@ from modelopt_convert.commands.build.report import Steps, build_report, clipped_
 from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
 from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, verify_stage
-from modelopt_convert.commands.command import Warned, peak_rss_bytes, published_warnings
+from modelopt_convert.commands.command import Warned, foreign_warnings, peak_rss_bytes, published_warnings
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
@@ -59,6 +59,7 @@ class BuildCommand:
         self._base = request.locate("base")
         self._checkpoint = request.locate("checkpoint") if isinstance(request, ConvertFp8Request) else None
         self.steps = Steps(output=str(Path(request.output)) if request.output is not None else "")
+        self._foreign: tuple[str, ...] = ()
 
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
@@ -84,6 +85,8 @@ class BuildCommand:
         inputs = tuple(path for path in map(local_path, (self._export, self._base, *found)) if path is not None)
         if self._checkpoint is not None:
             inputs += tuple({resolve_checkpoint(self._checkpoint, one.name or COMPONENTS[0]) for one in components})
+        if request.preset_file is not None:
+            inputs += (request.preset_file,)
         if request.output is not None or steps.chosen is not None:
             output = self._output(inputs)
         with ExitStack() as stack:
@@ -109,13 +112,14 @@ class BuildCommand:
                 progress.announce(self._uncalibrated_line())
             if request.dry_run:
                 steps.is_planned = True
+                steps.warned += foreign_warnings(self._foreign, "would go")
                 return
             gpu = self._open_gpu()
             calibration: Literal["none"] | None = "none" if self._export is None else None
             made = Made(request.command, steps.chosen, calibration, base_repo(steps.parts), request.base_model)
             need = build_bytes(steps.parts, steps.plans, made)
             # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
-            with StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=need) as stage:
+            with StagingDir(output, inputs, **request.consent, need_bytes=need) as stage:
                 with torch_on_one_thread():
                     self._prove(progress, gpu)
                 self._write(stage, made, executor, progress, gpu)
@@ -146,7 +150,8 @@ class BuildCommand:
             output = f"{chosen.loaded.preset.name}-{request.algorithm}"
         path = canonical_output(Path(output))
         self.steps.output = str(path)
-        check_output_allowed(path, inputs, overwrite=request.overwrite)
+        standing = check_output_allowed(path, inputs, **request.consent)
+        self._foreign = standing.foreign if standing is not None else ()
         return path
 
     def _plan(self, part: Opened) -> BuildPlan:

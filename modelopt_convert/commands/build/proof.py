@@ -21,13 +21,13 @@ from modelopt_convert.report.report import (
     NO_BASE_WORDS,
     NOT_CALIBRATED_WORDS,
     PROVEN_WORDS,
-    QUANTIZED_HERE,
     REFUTED,
     SAMPLED_WORDS,
     ClippedReport,
     ModuleReport,
     ProofReport,
 )
+from modelopt_convert.report.words import QUANTIZED_HERE
 from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.run.progress import Progress
 

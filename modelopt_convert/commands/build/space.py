@@ -7,7 +7,8 @@ from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import pipeline_files, small_files
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.report.report import QUANTIZED_HERE, ModuleReport, ProofReport
+from modelopt_convert.report.report import ModuleReport, ProofReport
+from modelopt_convert.report.words import QUANTIZED_HERE
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
 
 # Not shorter than what the proof of a module that passes will say; one that fails is not written.

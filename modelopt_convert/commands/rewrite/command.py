@@ -21,6 +21,7 @@ from modelopt_convert.commands.command import (
     Inputs,
     Warned,
     ending,
+    foreign_warnings,
     output_report,
     peak_rss_bytes,
     published_warnings,
@@ -91,7 +92,7 @@ class RewriteCommand:
         folder = source_path.parent if source_path.is_file() else source_path
         named = (source if source.is_dir() else folder, folder, base, base_path)
         inputs = [path for path in map(local_path, named) if path is not None]
-        check_output_allowed(output, inputs, overwrite=request.overwrite)
+        standing = check_output_allowed(output, inputs, **request.consent)
         with ExitStack() as stack:
             executor = stack.enter_context(open_executor(request.executor))
             stack.enter_context(self._inputs)
@@ -101,7 +102,7 @@ class RewriteCommand:
             stage: StagingDir | None = None
             if not request.dry_run:
                 # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
-                stage = stack.enter_context(StagingDir(output, inputs, overwrite=request.overwrite, need_bytes=0))
+                stage = stack.enter_context(StagingDir(output, inputs, **request.consent, need_bytes=0))
             with self._clock.timed("open"):
                 against = self._inputs.open("base", base_path) if base_path is not None else None
             with self._clock.timed("inspect"):
@@ -113,6 +114,7 @@ class RewriteCommand:
                 message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
                 self._warned.append(("layout.unproven", message + against_words(modules, chosen, self._kind)))
             if stage is None:
+                self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
             stage.check_space(self._disk_bytes(reader, plan, list(modules) if against is not None else None))
             with self._clock.timed("stream"), torch_on_one_thread():

@@ -24,10 +24,10 @@ from modelopt_convert.report.report import (
     NEAR_WORDS,
     PROVEN,
     PROVEN_WORDS,
-    QUANTIZED_HERE,
     SAMPLED_WORDS,
 )
 from modelopt_convert.report.verify import LevelReport, LevelStatus, ModuleVerify
+from modelopt_convert.report.words import QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
 from modelopt_convert.verification.options import VerifyOptions

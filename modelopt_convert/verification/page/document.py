@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from modelopt_convert.run.errors import OutputRefusedError
+from modelopt_convert.stage.written_file import PAGE_HEAD
 from modelopt_convert.verification.page.figures import (
     Module,
     build_figures,
@@ -81,8 +82,7 @@ def render(report: Mapping[str, Any]) -> str:
         )
     title = f"{visible(report.get('verdict') or 'mopt verify', 40)}: {_last_part(report.get('checkpoint'))}"
     return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{PAGE_HEAD}"
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(plotly, SCRIPT)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'

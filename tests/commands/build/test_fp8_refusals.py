@@ -23,6 +23,7 @@ from fp8_support import (
     warnings_of,
 )
 from root import ROOT
+from stage_support import with_record
 from support import Tensors, copy, edit, load, same_bits, tree
 
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
@@ -250,7 +251,7 @@ def test_one_damaged_module_fails_the_check_and_is_named(
     export = edit(fp8, tmp_path / "export", damage)
     room = tmp_path / "room"
     room.mkdir()
-    copy(fp8, room / "out")
+    with_record(copy(fp8, room / "out"))
     before = entries(room)
     for more in ((), ("--max-error", "10")):
         outcome = convert(export, base, room / "out", "--overwrite", *more)

@@ -1,0 +1,106 @@
+"""What a killed run can leave beside OUT, and the marker by which the next run knows that mopt left it. No torch.
+
+A stage is ``.OUT.mopt-stage-ID``, an old tree between two renames ``.OUT.mopt-old-ID``, and their marker the file
+``.OUT.mopt-mark-ID``. A folder of such a name without the marker is somebody else's, unless it is empty.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from modelopt_convert.stage.ownership import Entry, Standing, Tree, look
+
+Kind = Literal["stage", "old", "mark"]
+_SCHEMA = "mopt.stage/1"
+_HEAD = f'{{"schema": "{_SCHEMA}"'.encode()
+_MAX_BYTES = 1 << 28
+# What a stage holds while it is written, by whichever executor.
+_FILE = r"config\.json|mopt\.json|README\.md|[^/]+\.safetensors(\.index\.json)?"
+_STAGED = re.compile(rf"(transformer(_2)?/)?({_FILE})|transformer(_2)?|attempts(/[0-9a-f]{{16}})?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What mopt noted of a run before it wrote anything.
+
+    Attributes:
+        replaces: Device and inode of the OUT that was to be replaced, if one was.
+        tree: What that OUT held; None if the power went before that was on disk.
+    """
+
+    replaces: tuple[int, int] | None = None
+    tree: Tree | None = None
+
+    def to_bytes(self) -> bytes:
+        """As it is written to disk."""
+        tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in (self.tree or {}).items()}
+        return json.dumps({"schema": _SCHEMA, "replaces": self.replaces, "tree": tree}).encode()
+
+    def strangers(self, folder: Path, *, replaced: bool) -> list[str]:
+        """What somebody put into a folder that is to be removed.
+
+        Args:
+            folder: A stage, or an old tree.
+            replaced: Whether it is known to be the old tree, which holds nothing but what it held.
+        """
+        held = self.tree or {}
+        old = self.tree is not None and (replaced or inode_of(folder) == self.replaces)
+        return [
+            name
+            for name, entry in sorted(look(folder).items())
+            if held.get(name) != entry and (old or not _is_staged(name, entry))
+        ]
+
+
+def marker_of(standing: Standing | None, output: Path) -> Marker:
+    """The marker of a run that replaces this, or nothing."""
+    return Marker(inode_of(output), standing.tree) if standing is not None else Marker(None, {})
+
+
+def left_beside(output: Path, kind: Kind) -> Mapping[str, Path]:
+    """What runs to this OUT left, by the ID of the run; mopt makes no links."""
+    pattern = re.compile(rf"{re.escape(f'.{output.name}.mopt-{kind}-')}([0-9a-f]{{8}})")
+    # glob would take a folder that may not be listed for an empty one.
+    found = {name: match[1] for name in sorted(os.listdir(output.parent)) if (match := pattern.fullmatch(name))}
+    is_ours = Path.is_file if kind == "mark" else Path.is_dir
+    paths = {number: output.parent / name for name, number in found.items()}
+    return {number: path for number, path in paths.items() if is_ours(path) and not path.is_symlink()}
+
+
+def beside(output: Path, kind: Kind, number: str) -> Path:
+    """The path of what a run leaves."""
+    return output.parent / f".{output.name}.mopt-{kind}-{number}"
+
+
+def read_marker(path: Path) -> Marker | None:
+    """A marker that mopt wrote, also one whose writing was cut short; None for anything else."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
+        raw = path.read_bytes()[:_MAX_BYTES]
+    except OSError:
+        return None
+    if raw.strip(b"\0") and raw[: len(_HEAD)] != _HEAD[: len(raw)]:  # zeros: the power went before the data came
+        return None
+    try:
+        told: dict[str, Any] = json.loads(raw)
+        replaces = told["replaces"]
+        tree = {name: Entry(*map(int, words)) for name, words in told["tree"].items()}
+        return Marker((int(replaces[0]), int(replaces[1])) if replaces is not None else None, tree)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return Marker()
+
+
+def inode_of(path: Path) -> tuple[int, int]:
+    """What a folder is, whatever its path."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_staged(name: str, entry: Entry) -> bool:
+    return entry.kind in (stat.S_IFREG, stat.S_IFDIR) and _STAGED.fullmatch(name) is not None
