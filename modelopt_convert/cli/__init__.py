@@ -15,7 +15,9 @@ from pkgutil import iter_modules
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.run.errors import ExitCode
+from modelopt_convert.cli._streams import close_streams, open_streams
+from modelopt_convert.run.boundary import foreseen
+from modelopt_convert.run.errors import BUG_HINT, ExitCode
 
 
 def _commands() -> dict[str, Callable[..., None]]:
@@ -75,22 +77,38 @@ def _root(
 
 def main() -> None:
     """Entry point: whatever nobody foresaw ends with exit code 70, since Python's own 1 means a failed check here."""
-    _open_standard_streams()
+    open_streams()
     _allow_open_files()
     # Else pydantic reads the metadata of every installed package in search of plugins, and runs what it finds.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
+    except SystemExit as ended:
+        # So Typer ends where whoever read the help has left.
+        if isinstance(ended.__context__, BrokenPipeError):
+            sys.exit(ExitCode.OK)
+        raise
     except Exception as error:
-        from modelopt_convert.cli._output import debugging
+        sys.exit(_last_words(error))
+    finally:
+        close_streams()
 
-        if debugging():
-            raise
-        with contextlib.suppress(OSError):
-            # ascii() and not our own escaping, which may be what failed.
-            typer.echo(f"error: {type(error).__name__}: {ascii(str(error)[:4000])[1:-1]}", err=True)
-            typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
-        sys.exit(ExitCode.INTERNAL)
+
+def _last_words(error: Exception) -> int:
+    """The exit code for what came as far as here, after one line about it."""
+    usage = getattr(error.__context__, "exit_code", None)
+    if isinstance(error, OSError) and isinstance(usage, int):  # a usage error that could not be told
+        return usage
+    if os.environ.get("MOPT_DEBUG") == "1":
+        raise error
+    known = foreseen(error, where="the result could not be printed")
+    told = (str(error), "internal", BUG_HINT) if known is None else (known.message, known.code, known.hint or "")
+    # ascii() and not our own escaping, which may be what failed.
+    message, code, hint = (ascii(words[:4000])[1:-1] for words in told)
+    with contextlib.suppress(OSError):
+        typer.echo(f"error: {'' if known else f'{type(error).__name__}: '}{message} [{code}]", err=True)
+        typer.echo(f"hint: {hint}", err=True)
+    return known.exit_code if known is not None else ExitCode.INTERNAL
 
 
 def _allow_open_files() -> None:
@@ -98,10 +116,3 @@ def _allow_open_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _open_standard_streams() -> None:
-    """Fill closed standard descriptors, or the first shard would become stderr and be written into."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)

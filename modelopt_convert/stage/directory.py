@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Literal, NoReturn, Self
 
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
+from modelopt_convert.run.boundary import storage_error
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
@@ -383,15 +384,3 @@ def _storage_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(error, where) from error
-
-
-def storage_error(error: OSError, where: Path) -> StorageError:
-    """The StorageError for an OSError of a write: path, errno by name, and what to do."""
-    name = errno.errorcode.get(error.errno or 0, "unknown")
-    space = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return StorageError(
-        f"{error.filename or where}: {error.strerror} ({name})",
-        code="storage.no_space" if space else "storage.failed",
-        path=str(error.filename or where),
-        hint="free some space, then run again" if space else "check the disk and its permissions, then run again",
-    )
