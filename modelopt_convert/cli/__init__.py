@@ -15,7 +15,7 @@ from pkgutil import iter_modules
 import typer
 
 from modelopt_convert import __version__
-from modelopt_convert.cli._streams import close_streams, open_streams
+from modelopt_convert.cli._console import close_streams, open_streams
 from modelopt_convert.run.boundary import foreseen
 from modelopt_convert.run.errors import BUG_HINT, ExitCode
 

@@ -11,8 +11,8 @@ from typing import NoReturn, Self, TypeVar
 import typer
 
 from modelopt_convert.api import command_of
+from modelopt_convert.cli._console import drop, reader_may_leave
 from modelopt_convert.cli._options import Telling
-from modelopt_convert.cli._streams import drop, reader_may_leave
 from modelopt_convert.commands.requests import Request
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report

@@ -18,7 +18,7 @@ def presets(
       mopt presets
       mopt presets flux1-dev > mine.toml
     """
-    from modelopt_convert.cli._streams import reader_may_leave
+    from modelopt_convert.cli._console import reader_may_leave
     from modelopt_convert.run.text import printable
 
     try:

@@ -60,10 +60,12 @@ def check_output_allowed(output: Path, inputs: Sequence[Path], *, overwrite: boo
 
 
 def _special_folders() -> list[Path]:
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() fails for a user whom the system does not know
+    named = [Path(home)] if home != "~" else []
     try:
-        return [Path.home(), Path.cwd()]
+        return [*named, Path.cwd()]
     except FileNotFoundError:  # the current folder was removed
-        return [Path.home()]
+        return named
 
 
 def canonical_output(output: Path) -> Path:
