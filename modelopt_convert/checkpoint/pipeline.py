@@ -140,14 +140,15 @@ def _found(path: Location, *, what: str) -> list[Location]:
     """``path`` itself if it is a transformer, or those in it; at least one."""
     fault = fault_of_folder(path)
     if fault is not None:
+        absent = fault == NO_FOLDER
+        hint = (
+            "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME"
+        )
         raise InputError(
             f"{what} {path}: {fault}",
-            code="input.missing" if fault == NO_FOLDER else "input.unreadable",
+            code="input.missing" if absent else "input.unreadable",
             path=str(path),
-            hint=hint_if_missing(
-                path,
-                "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME",
-            ),
+            hint=hint_if_missing(path, hint) if absent else "check that the path is right and that you may read it",
         )
     if (path / "config.json").is_file():
         return [path]

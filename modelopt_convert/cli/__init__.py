@@ -16,8 +16,8 @@ import typer
 
 from modelopt_convert import __version__
 from modelopt_convert.cli._console import close_streams, open_streams
-from modelopt_convert.run.boundary import foreseen
-from modelopt_convert.run.errors import BUG_HINT, ExitCode
+from modelopt_convert.run.boundary import last_words
+from modelopt_convert.run.errors import ExitCode
 
 
 def _commands() -> dict[str, Callable[..., None]]:
@@ -89,26 +89,12 @@ def main() -> None:
             sys.exit(ExitCode.OK)
         raise
     except Exception as error:
-        sys.exit(_last_words(error))
+        usage = getattr(error.__context__, "exit_code", None)
+        if isinstance(error, OSError) and isinstance(usage, int):  # a usage error that could not be told
+            sys.exit(usage)
+        sys.exit(last_words(error, where="the result could not be printed"))
     finally:
         close_streams()
-
-
-def _last_words(error: Exception) -> int:
-    """The exit code for what came as far as here, after one line about it."""
-    usage = getattr(error.__context__, "exit_code", None)
-    if isinstance(error, OSError) and isinstance(usage, int):  # a usage error that could not be told
-        return usage
-    if os.environ.get("MOPT_DEBUG") == "1":
-        raise error
-    known = foreseen(error, where="the result could not be printed")
-    told = (str(error), "internal", BUG_HINT) if known is None else (known.message, known.code, known.hint or "")
-    # ascii() and not our own escaping, which may be what failed.
-    message, code, hint = (ascii(words[:4000])[1:-1] for words in told)
-    with contextlib.suppress(OSError):
-        typer.echo(f"error: {'' if known else f'{type(error).__name__}: '}{message} [{code}]", err=True)
-        typer.echo(f"hint: {hint}", err=True)
-    return known.exit_code if known is not None else ExitCode.INTERNAL
 
 
 def _allow_open_files() -> None:

@@ -16,18 +16,13 @@ from modelopt_convert.cli._options import Telling
 from modelopt_convert.commands.requests import Request
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
-from modelopt_convert.run.boundary import bounded
+from modelopt_convert.run.boundary import bounded, debugging
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
 from modelopt_convert.run.signals import Signals
 from modelopt_convert.run.text import printable
 from modelopt_convert.stage.output_rules import canonical_output
 
 Shown = TypeVar("Shown", bound=Report | InspectReport)
-
-
-def debugging() -> bool:
-    """Whether the user asked for tracebacks."""
-    return os.environ.get("MOPT_DEBUG") == "1"
 
 
 class Output(Telling):
