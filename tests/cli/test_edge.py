@@ -208,8 +208,11 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("command", [None, *COMMANDS])
+_BUSY = (">/dev/full", "2>/dev/full")
+STREAM_ROWS = [(None, one) for one in STREAMS] + [(command, one) for command in COMMANDS for one in _BUSY]
+
+
+@pytest.mark.parametrize(("command", "streams"), STREAM_ROWS)
 def test_help_and_usage_errors_to_streams_that_cannot_be_written(command: str | None, streams: str) -> None:
     """Python's own ways would be 1, a failed check, and 120."""
     script = f'sleep 0.05; "$@" {streams}'
@@ -234,14 +237,10 @@ def test_the_report_file_comes_before_what_cannot_be_printed(
 
 
 def test_what_an_encoding_does_not_have_is_escaped(places: dict[str, Path], tmp_path: Path) -> None:
-    named = tmp_path / "größe"
-    shutil.copytree(places["base"], named)
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "MOPT_DEBUG": "1"}
-    ended = run_outside(["inspect", named / "none"], environment=environment)
-    assert ended.returncode == ExitCode.INPUT and "gr\\xf6\\xdfe" in told(ended.stderr)
-    mine = tmp_path / "größe.toml"
-    mine.write_text(places["preset"].read_text() + "# größe\n", encoding="utf-8")
-    assert run_outside(["presets", mine], environment=environment).returncode == 0
+    mine = tmp_path / "mine.toml"
+    mine.write_text(places["preset"].read_text() + "# \u0142\n", encoding="utf-8")
+    ended = run_outside(["presets", mine], environment=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert ended.returncode == 0 and "# \\u0142\n" in ended.stdout, ended.stderr
 
 
 LIMITS = [f"ulimit -n {count}" for count in (5, 6, 7, 8, 9, 12)]
@@ -249,10 +248,10 @@ LIMITS += [f"ulimit -v {kilobytes}" for kilobytes in (20_000, 40_000, 80_000, 45
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("command", ["build-nvfp4", "verify"])
-def test_few_descriptors_and_little_memory(places: dict[str, Path], command: str, limit: str) -> None:
-    ended = run_outside(words_of(command, places), script=f'{limit}; "$@"')
+def test_few_descriptors_and_little_memory(places: dict[str, Path], limit: str) -> None:
+    """Without a limit of its own, a library would end the process with 1, as a failed check does."""
+    ended = run_outside(words_of("build-nvfp4", places), script=f'{limit}; "$@"')
     assert ended.returncode in FORESEEN, ended.stderr
-    assert places["out"].exists() is (command == "build-nvfp4" and ended.returncode == 0)
+    assert places["out"].exists() is (ended.returncode == 0)
     if ended.returncode:
         told(ended.stderr)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at any time from mopt's first instruction to its last: a documented code, one line, no half OUT."""
+"""SIGINT and SIGTERM from mopt's first instruction to its last: a documented code, one line, no half OUT."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every command of mopt, as the command line itself lists them, with inputs that it takes; and mopt run from outside."""
+"""Every command that the command line lists, with inputs that it takes; and mopt run from outside."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ WORDS = {
     "convert-fp8": "--preset flux1-dev --export {fp8} --base {base} --output {out}",
     "inspect": "{base} --base {base}",
     "presets": "{preset}",
-    "push": "{built} me/it",
+    "push": "{built} alice/it",
     "swap-nibbles": "{nvfp4} {out}",
     "unswizzle-scales": "{nvfp4} {out} --reverse",
     "verify": "{built} --base {base}",
