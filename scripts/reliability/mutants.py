@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_disk import DISK, Mutant
+from mutants_edge import EDGE
 from mutants_proof import PROOF
 from mutants_rules import RULES
 from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + TASKS + PROOF
+MUTANTS = DISK + RULES + TASKS + PROOF + EDGE
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

@@ -113,3 +113,29 @@ def test_a_second_signal_ends_at_once(exports: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     process.communicate()
+
+
+def held(code: str, source: Path) -> "subprocess.CompletedProcess[str]":
+    """``mopt inspect`` in a process in which some code ran before."""
+    code = f"import os, signal\n{code}\nfrom modelopt_convert.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "inspect", str(source), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_signal_while_the_report_is_made_stops_the_print(exports: Path) -> None:
+    code = (
+        "import modelopt_convert.commands.inspect as i; made = i.InspectCommand.report\n"
+        "def report(self, error=None):\n"
+        "    if error is None: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return made(self, error)\n"
+        "i.InspectCommand.report = report"
+    )
+    ended = held(code, exports / "base")
+    assert (ended.returncode, ended.stdout) == (143, "") and "Traceback" not in ended.stderr
+    assert "error: stopped by signal 15 [interrupted]" in ended.stderr.splitlines()
+
+
+def test_after_the_last_word_no_signal_counts(exports: Path) -> None:
+    code = "import atexit; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    ended = held(code, exports / "base")
+    assert (ended.returncode, ended.stderr) == (0, "") and json.loads(ended.stdout)["status"] == "ok"
