@@ -12,7 +12,7 @@ from tracing import CHANGING, OPENING, READING, calls_under, need_strace, strike
 
 ERRORS = ["EIO", "EACCES", "ESTALE", "ENOMEM", "EMFILE", "ENAMETOOLONG", "ELOOP", "ENOSPC"]
 COMMANDS = ["build-nvfp4", "convert-fp8", "inspect", "swap-nibbles", "verify"]
-POINTS = 5
+POINTS = 3
 ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
