@@ -24,6 +24,7 @@ from modelopt_convert.commands.requests import (
     VerifyRequest,
     flags_of,
 )
+from modelopt_convert.run.boundary import bounded
 from modelopt_convert.run.errors import (
     BackendError,
     CheckFailedError,
@@ -102,7 +103,8 @@ def perform(request: Request[_Result]) -> _Result:
         raise TypeError(f"expected a request, found {request!r}")
     command: Command[_Result] = command_of(request)
     try:
-        command.run(Guarded(request.progress) if request.progress is not None else Unwatched())
+        with bounded(request.reads()):
+            command.run(Guarded(request.progress) if request.progress is not None else Unwatched())
     except MoptError as error:
         error.report = command.report(error)
         raise

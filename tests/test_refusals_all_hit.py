@@ -28,6 +28,7 @@ ALONE = {
     "pickle.content": "checkpoint/test_torch_archive.py::test_a_checkpoint_without_amax_is_refused",
     "pickle.not_zip": "checkpoint/test_torch_archive.py::test_what_is_no_zip_is_refused",
     "input.too_large": "checkpoint/test_bounds.py::test_a_sparse_shard_of_100_gb",
+    "input.too_deep": "run/test_boundary.py::test_a_file_nested_too_deeply",
     "input.too_many_files": "checkpoint/test_bounds.py::test_an_index_of_many_files",
 }
 

@@ -99,6 +99,7 @@ class Storage(Protocol):
 
 
 Location = Path | FarPath
+NO_FOLDER = "no such folder"
 _STORAGES: Mapping[str, Storage] = {hub_path.PREFIX: hub_path.parse_hub_path}
 
 
@@ -147,12 +148,16 @@ def read_small(location: Location, limit: int) -> bytes:
         remote.close()
 
 
-def is_dir(location: Location) -> bool:
-    """Whether it is a folder; also of a name that no file system takes."""
+def fault_of_folder(location: Location) -> str | None:
+    """Why it cannot be looked into: it is not there, or what the system says; None if it is a folder."""
     try:
-        return location.is_dir()
-    except OSError:
-        return False
+        if isinstance(location, Path):
+            location.stat()  # is_dir() would call a loop of links absent
+        return None if location.is_dir() else NO_FOLDER
+    except (FileNotFoundError, NotADirectoryError):
+        return NO_FOLDER
+    except OSError as error:
+        return error.strerror
 
 
 def is_file(location: Location) -> bool:

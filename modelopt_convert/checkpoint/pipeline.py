@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modelopt_convert.checkpoint.location import Location, hint_if_missing, is_dir, names, read_small
+from modelopt_convert.checkpoint.location import (
+    NO_FOLDER,
+    Location,
+    fault_of_folder,
+    hint_if_missing,
+    names,
+    read_small,
+)
 from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
@@ -131,15 +138,17 @@ def _base_of(base: Location, name: str | None, *, several: bool) -> Location:
 
 def _found(path: Location, *, what: str) -> list[Location]:
     """``path`` itself if it is a transformer, or those in it; at least one."""
-    if not is_dir(path):
+    fault = fault_of_folder(path)
+    if fault is not None:
+        absent = fault == NO_FOLDER
+        hint = (
+            "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME"
+        )
         raise InputError(
-            f"{what} {path}: no such folder",
-            code="input.missing",
+            f"{what} {path}: {fault}",
+            code="input.missing" if absent else "input.unreadable",
             path=str(path),
-            hint=hint_if_missing(
-                path,
-                "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME",
-            ),
+            hint=hint_if_missing(path, hint) if absent else "check that the path is right and that you may read it",
         )
     if (path / "config.json").is_file():
         return [path]

@@ -15,6 +15,8 @@ from pkgutil import iter_modules
 import typer
 
 from modelopt_convert import __version__
+from modelopt_convert.cli._console import close_streams, open_streams
+from modelopt_convert.run.boundary import last_words
 from modelopt_convert.run.errors import ExitCode
 
 
@@ -75,22 +77,24 @@ def _root(
 
 def main() -> None:
     """Entry point: whatever nobody foresaw ends with exit code 70, since Python's own 1 means a failed check here."""
-    _open_standard_streams()
+    open_streams()
     _allow_open_files()
     # Else pydantic reads the metadata of every installed package in search of plugins, and runs what it finds.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
+    except SystemExit as ended:
+        # So Typer ends where whoever read the help has left.
+        if isinstance(ended.__context__, BrokenPipeError):
+            sys.exit(ExitCode.OK)
+        raise
     except Exception as error:
-        from modelopt_convert.cli._output import debugging
-
-        if debugging():
-            raise
-        with contextlib.suppress(OSError):
-            # ascii() and not our own escaping, which may be what failed.
-            typer.echo(f"error: {type(error).__name__}: {ascii(str(error)[:4000])[1:-1]}", err=True)
-            typer.echo("hint: this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", err=True)
-        sys.exit(ExitCode.INTERNAL)
+        usage = getattr(error.__context__, "exit_code", None)
+        if isinstance(error, OSError) and isinstance(usage, int):  # a usage error that could not be told
+            sys.exit(usage)
+        sys.exit(last_words(error, where="the result could not be printed"))
+    finally:
+        close_streams()
 
 
 def _allow_open_files() -> None:
@@ -98,10 +102,3 @@ def _allow_open_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _open_standard_streams() -> None:
-    """Fill closed standard descriptors, or the first shard would become stderr and be written into."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)

@@ -2,42 +2,27 @@
 
 import contextlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 
 import typer
 
 from modelopt_convert.api import command_of
+from modelopt_convert.cli._console import drop, reader_may_leave
 from modelopt_convert.cli._options import Telling
 from modelopt_convert.commands.requests import Request
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
+from modelopt_convert.run.boundary import bounded, debugging
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
+from modelopt_convert.run.signals import Signals
+from modelopt_convert.run.text import printable
 from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
 
 Shown = TypeVar("Shown", bound=Report | InspectReport)
-
-
-def debugging() -> bool:
-    """Whether the user asked for tracebacks."""
-    return os.environ.get("MOPT_DEBUG") == "1"
-
-
-# Of a line: a value of a config.json may have millions.
-_LINE_CHARS = 4000
-
-
-def printable(text: str) -> str:
-    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped. No line is endless."""
-    rest = len(text) - _LINE_CHARS
-    kept = text[:_LINE_CHARS]
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
-    return f"{shown} ... and {rest} characters more" if rest > 0 else shown
 
 
 class Output(Telling):
@@ -184,47 +169,49 @@ def human_bytes(count: int) -> str:
 def run(
     output: Output, request: Request[Shown], show: Callable[[Output, Shown], None], *, show_failed: bool = False
 ) -> NoReturn:
-    """Do what is asked, ``show`` the report (with ``show_failed`` after a failure too), and exit as documented."""
-    command = command_of(request)
-    failure: BaseException | None = None
-    try:
-        with _signals(), ProgressBar(output) as progress:
-            if output.report_json is not None:
-                check_file_replaced(output.report_json)
-            command.run(progress)
-    except (Exception, Interrupted) as error:
-        foreseen = isinstance(error, MoptError | Interrupted) and not isinstance(error, InternalError)
-        if debugging() and not foreseen:
-            raise
-        failure = error
-    report = command.report(failure)
-    try:
-        _tell(output, report, show, show_failed)
-    except OSError as error:
-        _drop_stdout()
-        output.aside(f"error: the result could not be printed: {error.strerror}")
-        report.exit_code = report.exit_code or int(ExitCode.STORAGE)
+    """Do what is asked, ``show`` the report (with ``show_failed`` after a failure too), and exit as documented.
+
+    The report file comes before anything that is printed: a reader may be slow, or stop the run.
+    """
+    with Signals() as signals:
+        command = command_of(request)
+        failure: BaseException | None = None
+        try:
+            with signals.acting(), ProgressBar(output) as progress, bounded(request.reads()):
+                if output.report_json is not None:
+                    check_file_replaced(output.report_json)
+                command.run(progress)
+        except (Exception, Interrupted) as error:
+            foreseen = isinstance(error, MoptError | Interrupted) and not isinstance(error, InternalError)
+            if debugging() and not foreseen:
+                raise
+            failure = error
+        report = _ended(command.report(failure), failure)
+        _write_report(output, report)
+        try:
+            with signals.acting():
+                _tell(output, report, show, show_failed)
+        except OSError as error:
+            drop(sys.stdout)
+            output.aside(f"error: the result could not be printed: {error.strerror}")
+            if report.exit_code == ExitCode.OK:
+                report.exit_code = int(ExitCode.STORAGE)
+                _write_report(output, report)
+        except Interrupted as error:
+            drop(sys.stdout)
+            if failure is None:
+                report = _ended(command.report(error), error)
+                _write_report(output, report)
+                _tell_error(output, report)
     raise typer.Exit(report.exit_code)
 
 
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Whoever reads stdout may close it early (``| head``); the exit code still tells what happened.
-
-    Raises:
-        OSError: stdout cannot be written for another reason.
-    """
-    try:
-        yield
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_stdout()
-
-
-def _drop_stdout() -> None:
-    """Let what is still buffered go nowhere, so that the interpreter does not fail on it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _ended(report: Shown, failure: BaseException | None) -> Shown:
+    """The report, with what stands where nobody would expect it."""
+    stands = isinstance(report, Report) and report.output.published
+    if isinstance(failure, Interrupted) and report.error is not None and isinstance(report, Report) and stands:
+        report.error.hint = f"{report.output.path} is in place, new and whole"
+    return report
 
 
 def _tell(output: Output, report: Shown, show: Callable[[Output, Shown], None], show_failed: bool) -> None:
@@ -233,43 +220,25 @@ def _tell(output: Output, report: Shown, show: Callable[[Output, Shown], None], 
             output.aside(f"warning: {warning['message']} [{warning['code']}]")
         if report.error is None or show_failed:
             show(output, report)
-        if report.error is not None:
-            output.aside(f"error: {report.error.message} [{report.error.code}]")
-            if report.error.hint:
-                output.aside(f"hint: {report.error.hint}")
-        if output.report_json is None and not output.json:
-            return
-        text = report.to_json()
-        if output.report_json is not None:
-            _write_report(output, report, text)
+        _tell_error(output, report)
         if output.json:
-            typer.echo(text)
+            typer.echo(report.to_json())
 
 
-def _write_report(output: Output, report: Report | InspectReport, text: str) -> None:
-    assert output.report_json is not None
+def _tell_error(output: Output, report: Report | InspectReport) -> None:
+    if report.error is not None:
+        output.aside(f"error: {report.error.message} [{report.error.code}]")
+        if report.error.hint:
+            output.aside(f"hint: {report.error.hint}")
+
+
+def _write_report(output: Output, report: Report | InspectReport) -> None:
+    if output.report_json is None:
+        return
     try:
         if isinstance(report, Report) and report.output.path:  # OUT may have been named after the preset only now
             output.check_report_path(Path(report.output.path))
-        write_report(output.report_json, f"{text}\n")
+        write_report(output.report_json, f"{report.to_json()}\n")
     except (MoptError, typer.BadParameter) as error:
         output.aside(f"error: {output.report_json}: the report could not be written: {error}")
         report.exit_code = report.exit_code or int(ExitCode.STORAGE)
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM unwinds and cleans up; a second one ends the process at once."""
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        signal.signal(signum, lambda number, _: os._exit(128 + number))
-        with contextlib.suppress(OSError):
-            os.write(2, b"interrupted: cleaning up; once more to leave at once\n")
-        raise Interrupted(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

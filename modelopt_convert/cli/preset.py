@@ -18,7 +18,8 @@ def presets(
       mopt presets
       mopt presets flux1-dev > mine.toml
     """
-    from modelopt_convert.cli._output import printable, reader_may_leave
+    from modelopt_convert.cli._console import reader_may_leave
+    from modelopt_convert.run.text import printable
 
     try:
         loaded = api.presets(name)

@@ -15,6 +15,7 @@ from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
+    BUG_HINT,
     BackendError,
     CheckFailedError,
     ExitCode,
@@ -172,7 +173,7 @@ def output_report(
         tensors=sum(len(specs) for specs in shards.values()),
         bytes=sum(sizes.values()),
         shards=[{"file": file, "bytes": size} for file, size in sizes.items()],
-        published=stands.published if stands is not None else published is not None,
+        published=published is not None or (stands is not None and stands.published),
         method=published and published.method,
         durable=published.durable if published is not None else None,
         kept_at=stands.kept_at if stands is not None else None,
@@ -221,17 +222,12 @@ def ending(error: BaseException | None, status: Status = "ok") -> dict[str, Any]
     if error is None:
         return {"status": status, "exit_code": int(ExitCode.OK), "error": None}
     status, exit_code, code, message = "error", ExitCode.INTERNAL, "internal", f"{type(error).__name__}: {error}"
-    hint, path = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows", None
+    hint, path = BUG_HINT, None
     if isinstance(error, MoptError):
         status = _STATUS.get(type(error), "refused")
         exit_code, code, message, hint, path = error.exit_code, error.code, error.message, error.hint or "", error.path
     elif isinstance(error, Interrupted):
         status, code, message, hint = "interrupted", "interrupted", f"stopped by signal {error.signum}", ""
         exit_code = ExitCode(128 + error.signum)
-    told = ErrorReport(code=code, message=_unicode(message), hint=hint or None, path=path and _unicode(path))
+    told = ErrorReport(code=code, message=message, hint=hint or None, path=path)
     return {"status": status, "exit_code": int(exit_code), "error": told}
-
-
-def _unicode(text: str) -> str:
-    """A path that is not UTF-8 has characters that no JSON can hold."""
-    return text.encode(errors="backslashreplace").decode()

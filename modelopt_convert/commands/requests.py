@@ -140,9 +140,16 @@ class Request(Generic[Result]):
         """Whether files of the Hub are fetched whole, into its cache."""
         return bool(getattr(self, "download", False))
 
+    def reads(self) -> list[Path]:
+        """Inputs, as far as they lie on disk and are given."""
+        return self._near(self.inputs)
+
     def on_disk(self) -> list[Path]:
         """Inputs, preset and output, as far as they lie on disk and are given."""
-        places: list[Place | None] = [getattr(self, name, None) for name in (*self.inputs, "preset_file", "output")]
+        return self._near((*self.inputs, "preset_file", "output"))
+
+    def _near(self, names: Sequence[str]) -> list[Path]:
+        places: list[Place | None] = [getattr(self, name, None) for name in names]
         return [Path(one) for one in places if one is not None and not is_far(one)]
 
 

@@ -233,8 +233,9 @@ def _read(path: Path, name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
         known = ", ".join(preset_names())
+        why = f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
         raise InputError(
-            f"preset {name!r}: {'cannot be read' if _is_path(name) else 'is not one that comes with mopt'}",
+            f"preset {name!r}: {why if _is_path(name) else 'is not one that comes with mopt'}",
             code="preset.unknown",
             path=str(path) if _is_path(name) else None,
             hint=f"known are {known}; a path to a TOML of your own must have a / or end in .toml",

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from modelopt_convert.formats.layout import Basis
-from modelopt_convert.report.report import ErrorReport
+from modelopt_convert.report.report import ErrorReport, one_line
 
 
 class _Model(BaseModel):
@@ -103,4 +103,4 @@ class InspectReport(_Model):
 
     def to_json(self) -> str:
         """One line of ASCII JSON."""
-        return self.model_dump_json(by_alias=True, ensure_ascii=True)
+        return one_line(self)

@@ -3,8 +3,10 @@
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from modelopt_convert.report.verify import VerifyReport
+from modelopt_convert.run.text import unicode_text
 
 PROVEN = ("reproduced", "reproduced but for ties", "nearest")
 """Verdicts on a module that is the base, quantized."""
@@ -33,6 +35,26 @@ Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error"
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def one_line(report: BaseModel) -> str:
+    """A report as one line of ASCII JSON: what a terminal could act on, and bytes of a path that are no text, escaped.
+
+    The models themselves hold paths as they are, for whoever goes on with them.
+    """
+    return to_json(_unicode(report.model_dump(by_alias=True)), ensure_ascii=True, inf_nan_mode="null").decode()
+
+
+def _unicode(value: Any) -> Any:
+    match value:
+        case str():
+            return unicode_text(value)
+        case dict():
+            return {_unicode(name): _unicode(one) for name, one in value.items()}
+        case list():
+            return [_unicode(one) for one in value]
+        case _:
+            return value
 
 
 class InputReport(_Model):
@@ -212,4 +234,4 @@ class Report(_Model):
 
     def to_json(self) -> str:
         """The report as one line of ASCII JSON; what a terminal could act on is escaped."""
-        return self.model_dump_json(by_alias=True, ensure_ascii=True)
+        return one_line(self)

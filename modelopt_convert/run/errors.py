@@ -20,6 +20,9 @@ class ExitCode(IntEnum):
     TERMINATED = 143
 
 
+BUG_HINT = "this is a bug in mopt; report it with the traceback that MOPT_DEBUG=1 shows"
+
+
 def first_line(error: Exception) -> str:
     """What a library said, cut to a line."""
     text = str(error).strip()

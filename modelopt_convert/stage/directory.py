@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Literal, NoReturn, Self
 
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
+from modelopt_convert.run.boundary import storage_error, storage_errors
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
@@ -26,7 +27,6 @@ from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, t
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, check_place
 from modelopt_convert.stage.ownership import Standing, changed, in_words, look
 from modelopt_convert.stage.shard_writer import ShardWriter
-from modelopt_convert.stage.storage import storage_error, storage_errors
 
 _REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"

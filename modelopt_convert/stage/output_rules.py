@@ -9,10 +9,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from modelopt_convert.run.boundary import storage_error
 from modelopt_convert.run.errors import OutputRefusedError
 from modelopt_convert.stage.mounts import is_mounted_below, mount_table, place_of, places_below
 from modelopt_convert.stage.ownership import Standing, in_words, standing_at
-from modelopt_convert.stage.storage import storage_error
 
 MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
 _STAGE_SUFFIX = ".mopt-stage-00000000"
@@ -92,10 +92,12 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def _special_folders() -> list[Path]:
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() fails for a user whom the system does not know
+    named = [Path(home)] if home != "~" else []
     try:
-        return [Path.home(), Path.cwd()]
+        return [*named, Path.cwd()]
     except FileNotFoundError:  # the current folder was removed
-        return [Path.home()]
+        return named
 
 
 def canonical_output(output: Path) -> Path:

@@ -14,12 +14,12 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from modelopt_convert.run.boundary import storage_errors
 from modelopt_convert.run.errors import OutputRefusedError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of
 from modelopt_convert.stage.mounts import is_mount_point
 from modelopt_convert.stage.output_rules import canonical_output, refuse_overlap
-from modelopt_convert.stage.storage import storage_errors
 
 PAGE_HEAD = (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="mopt verify">\n'

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_disk import DISK, Mutant
+from mutants_edge import EDGE
 from mutants_hub import HUB
 from mutants_owned import OWNED
 from mutants_proof import PROOF
@@ -27,7 +28,7 @@ from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB
+MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB + EDGE
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

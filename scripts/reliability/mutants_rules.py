@@ -4,6 +4,7 @@ from mutants_disk import Mutant
 
 _RULES = "stage/test_output_rules.py"
 _MOUNTS = "stage/test_mounts.py"
+_EDGE = "cli/test_edge.py::test_"
 _CHECK = "commands/build/test_structure.py::"
 
 
@@ -22,8 +23,14 @@ RULES = (
     _rules("OUT has no parent", "if not parent.is_dir():", "if False:"),
     _rules("OUT is a file", "if not output.is_dir():", "if False:"),
     _rules("OUT is a mount point", "if os.path.ismount(output):", "if False:"),
-    _rules("OUT is the home", "[Path.home(), Path.cwd()]", "[Path.cwd()]"),
-    _rules("OUT is the current folder", "[Path.home(), Path.cwd()]", "[Path.home()]"),
+    _rules("OUT is the home", '[Path(home)] if home != "~" else []', "[]"),
+    _rules("OUT is the current folder", "return [*named, Path.cwd()]", "return named"),
+    _rules(
+        "a user without a home",
+        'os.path.expanduser("~")',
+        "str(Path.home())",
+        f"{_EDGE}a_user_whom_the_system_does_not_know",
+    ),
     _rules("a removed current folder", "except FileNotFoundError:  # the current", "except KeyError:  # the current"),
     _rules("OUT exists", "    if not overwrite and not overwrite_foreign:\n", "    if False:\n"),
     _rules("OUT is no checkpoint", "if what := _other_than_checkpoint(output):", "if what := None:"),

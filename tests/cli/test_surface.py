@@ -221,7 +221,7 @@ def test_a_bug_is_exit_70_and_not_a_failed_check(exports: Path, tmp_path: Path) 
     result = mopt(*arguments, code=code)
     assert result.returncode == 70 and "bug in mopt" in result.stderr and "Traceback" not in result.stderr
     assert "Traceback" in mopt(*arguments, code=code, MOPT_DEBUG="1").stderr
-    early = mopt("presets", code="import modelopt_convert.cli._output as o; del o.printable; " + MAIN)
+    early = mopt("presets", code="import modelopt_convert.run.text as t; del t.printable; " + MAIN)
     assert early.returncode == 70
 
 

@@ -116,3 +116,13 @@ def test_a_wrong_type_or_a_missing_key_is_a_fault_and_a_new_key_is_none(written:
         assert faults(name, {key: one for key, one in document.items() if key != "command"}) != []
         assert faults(name, document | {"new": 1}, closed=False) == []
         assert faults(name, document | {"new": 1}) != []
+
+
+def test_names_of_a_report_are_text() -> None:
+    """Else no reader of JSON but Python's would take it."""
+    from modelopt_convert.report.report import OutputReport, Report
+
+    report = Report(command="x", output=OutputReport(path="o\udcff"), timings_s={"t\udcff": 1.5, "nan": float("nan")})
+    found = json.loads(report.to_json())
+    assert found["output"]["path"] == "o\\udcff" and found["timings_s"] == {"t\\udcff": 1.5, "nan": None}
+    assert report.output.path == "o\udcff"

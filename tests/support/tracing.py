@@ -39,6 +39,7 @@ REMOVING = ["unlink", "unlinkat", "rmdir"]
 CHANGING = [*WRITING, *NAMING, *REMOVING, "fsync", "fdatasync", "chmod", "fchmod", "fchmodat", "fchmodat2"]
 OPENING = ["open", "openat", "openat2"]
 LOCKING = ["flock"]
+READING = ["newfstatat", "statx", "readlink", "getdents64", "read", "pread64", "preadv", "lseek", "statfs"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,13 @@ def need_strace() -> None:
 
 
 def calls_under(
-    command: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str] = ENVIRONMENT
+    command: Sequence[str],
+    folder: Path,
+    log: Path,
+    environment: Mapping[str, str] = ENVIRONMENT,
+    names: Sequence[str] = (*CHANGING, *OPENING, *LOCKING),
 ) -> tuple[Ended, list[Call]]:
     """Run once and list the calls of the main thread that touch something in ``folder``, in order."""
-    names = CHANGING + OPENING + LOCKING
     ended = run([*_strace(log, names), *command], environment)
     counts: Counter[str] = Counter()
     found = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelopt_convert.checkpoint.location import Location, is_dir
+from modelopt_convert.checkpoint.location import Location, fault_of_folder
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -66,7 +66,7 @@ def open_all(
     Raises:
         InputError: An input that cannot be opened, or an X0Model without a base.
     """
-    if checkpoint is not None and len(components) > 1 and not is_dir(checkpoint):
+    if checkpoint is not None and len(components) > 1 and fault_of_folder(checkpoint) is not None:
         raise InputError(
             f"{checkpoint}: expected a folder with a .pt for each of {len(components)} transformers, found one file",
             code="pickle.missing",

@@ -1,0 +1,85 @@
+"""What SIGINT and SIGTERM do, from mopt's first instruction to its last. No torch.
+
+Nothing that takes time may be imported here: what comes before the handlers dies of a signal as Python does.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from modelopt_convert.run.errors import Interrupted
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_at_once() -> None:
+    """Until there is something to clean up, and without it, a signal ends the process with its code and one line."""
+    for number in _STOPPING:
+        signal.signal(number, _leave)
+
+
+def _leave(signum: int, _frame: FrameType | None) -> None:
+    _say(f"error: stopped by signal {signum} [interrupted]")
+    os._exit(128 + signum)
+
+
+def _say(line: str) -> None:
+    """Not by way of a stream of Python's, in the middle of whose work the signal may have come."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+class Signals:
+    """A run, with what signals do to it; a context manager.
+
+    The first one is noted, and stops what runs under ``acting``, or is about to; a second one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing came yet."""
+        self._came = False
+        self._noted: int | None = None
+        self._acts = False
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        """Note signals."""
+        self._before = {number: signal.signal(number, self._take) for number in _STOPPING}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """As it was; but where the process is mopt's own, no signal changes any more how the run ended."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if handler is _leave else handler or signal.SIG_DFL)
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """What a signal stops.
+
+        Raises:
+            Interrupted: One came, now or before.
+        """
+        self._acts = True
+        try:
+            self._stop()
+            yield
+        finally:
+            self._acts = False
+
+    def _take(self, signum: int, _frame: FrameType | None) -> None:
+        if self._came:
+            os._exit(128 + signum)
+        self._came, self._noted = True, signum
+        _say("interrupted: cleaning up; once more to leave at once")
+        if self._acts:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._noted is not None:
+            signum, self._noted = self._noted, None
+            raise Interrupted(signum)

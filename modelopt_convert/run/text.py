@@ -1,0 +1,17 @@
+"""Text of others, made fit for a terminal or for a report: file names need not be UTF-8. No torch."""
+
+# Of a line: a value of a config.json may have millions.
+_LINE_CHARS = 4000
+
+
+def unicode_text(text: str) -> str:
+    """Text that any encoding of Unicode takes: bytes of a file name that are not UTF-8 are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped. No line is endless."""
+    rest = len(text) - _LINE_CHARS
+    kept = text[:_LINE_CHARS]
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
+    return f"{shown} ... and {rest} characters more" if rest > 0 else shown

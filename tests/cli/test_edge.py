@@ -1,0 +1,257 @@
+"""The edge of the process: whatever system, streams and names do, a documented code and one line, for every command."""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import COMMANDS, FORESEEN, WORDS, errors_in, run_outside, slots, words_of
+from loopback_hub import LoopbackHub
+from root import ROOT
+from support import Outcome, run_mopt
+
+from modelopt_convert.run.errors import ExitCode
+
+# A user of whom the system knows nothing; the files that are ours are that user's, and modes are heeded even for root.
+NOBODY = 'unshare --user --map-user=4242 --map-group=4242 env -u HOME "$@"'
+ODD = os.fsdecode(b"o\xff\xc3 d")
+
+
+@pytest.fixture
+def places(exports: Path, built: Path, tmp_path: Path) -> dict[str, Path]:
+    """Inputs, and a folder of its own for what is written."""
+    (tmp_path / "top").mkdir()
+    named = {name: exports / name for name in ("nvfp4", "fp8", "base")}
+    preset = ROOT / "presets" / "flux1-dev.toml"
+    return named | {"built": built, "preset": preset, "out": tmp_path / "top" / "out"}
+
+
+def told(stderr: str) -> str:
+    """The one line that says why; nothing of Python's."""
+    assert "Traceback" not in stderr and "bug in mopt" not in stderr, stderr
+    (line,) = errors_in(stderr)
+    return line
+
+
+def test_every_command_has_a_row() -> None:
+    assert WORDS.keys() == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_working_folder_is_gone(places: dict[str, Path], tmp_path: Path, command: str) -> None:
+    """The libraries of mathematics would end the process, with a code of theirs and a stage left."""
+    gone = tmp_path / "gone"
+    ended = run_outside(words_of(command, places), script=f'mkdir {gone}; cd {gone}; rmdir {gone}; "$@"')
+    if command == "presets":  # looks at nothing else
+        assert ended.returncode == 0, ended.stderr
+        return
+    assert ended.returncode == ExitCode.STORAGE
+    assert "[storage.working_folder]" in told(ended.stderr)
+    assert list((tmp_path / "top").iterdir()) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_user_whom_the_system_does_not_know(places: dict[str, Path], tmp_path: Path, command: str) -> None:
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in ("HF_HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    ended = run_outside(words_of(command, places), script=f"cd {tmp_path}; {NOBODY}", environment=environment)
+    if command == "push":
+        assert ended.returncode == ExitCode.STORAGE and "[hub.unreachable]" in told(ended.stderr)
+    else:
+        assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in tmp_path.iterdir() if path.name != "_home"} <= {"top"}
+
+
+def shut(path: Path, _spare: Path) -> str:
+    """A folder, or a file, that may not be looked at."""
+    if path.is_dir():
+        for each in [path, *path.rglob("*")]:
+            each.chmod(0)
+            if each.is_dir():
+                break
+    path.chmod(0)
+    return "Permission denied"
+
+
+def under_a_shut_folder(path: Path, _spare: Path) -> str:
+    path.parent.chmod(0)
+    return "Permission denied"
+
+
+def loop(path: Path, spare: Path) -> str:
+    path.rename(spare)
+    path.symlink_to(path.name)
+    return "Too many levels of symbolic links"
+
+
+MISHAPS = {"shut": shut, "under a shut folder": under_a_shut_folder, "loop": loop}
+
+
+@pytest.fixture
+def own(places: dict[str, Path], tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """Copies of the inputs, each in a folder of its own; what was shut is opened in the end."""
+    copies = dict(places)
+    for name in ("nvfp4", "fp8", "base", "built", "preset"):
+        (tmp_path / name).mkdir()
+        copies[name] = tmp_path / name / places[name].name
+    yield copies
+    for folder in (tmp_path / name for name in ("nvfp4", "fp8", "base", "built", "preset", "top")):
+        for path in (folder, *folder.glob("*"), *folder.glob("*/*")):
+            if not path.is_symlink():
+                path.chmod(stat.S_IRWXU)
+
+
+@pytest.mark.parametrize("mishap", MISHAPS)
+@pytest.mark.parametrize(("command", "slot"), slots())
+def test_a_path_that_cannot_be_used_is_named_with_its_cause(
+    places: dict[str, Path], own: dict[str, Path], tmp_path: Path, command: str, slot: str, mishap: str
+) -> None:
+    """An export that may not be read is never "no such folder"."""
+    for name in {name for one, name in slots() if one == command} - {"out"}:
+        copied = shutil.copytree if places[name].is_dir() else shutil.copy
+        copied(places[name], own[name])
+    if slot == "out":
+        own["out"] = own["out"].parent / "sub" / "out"
+        own["out"].parent.mkdir()
+    path = own[slot]
+    if slot == "out" and mishap != "under a shut folder":
+        path = path.parent  # OUT itself is refused by rules of its own
+    cause = MISHAPS[mishap](path, tmp_path / "spare")
+    ended = run_outside(words_of(command, own), script=NOBODY)
+    line = told(ended.stderr)
+    assert ended.returncode == (ExitCode.STORAGE if slot == "out" else ExitCode.INPUT), line
+    assert cause in line and str(path) in line
+
+
+@pytest.mark.parametrize(("command", "slot"), slots())
+def test_a_name_of_300_characters(places: dict[str, Path], tmp_path: Path, command: str, slot: str) -> None:
+    long = tmp_path / ("n" * 300 + ".toml" * (slot == "preset"))
+    ended = run_mopt(*words_of(command, places | {slot: long}), json_report=False)
+    line = told(ended.stderr)
+    assert ended.exit_code == (ExitCode.OUTPUT if slot == "out" else ExitCode.INPUT), line
+    assert "nnnnnnnn" in line and ("too long" in line)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text of a report, keys too."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            for name, one in value.items():
+                yield name
+                yield from texts(one)
+        case list():
+            for one in value:
+                yield from texts(one)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_that_are_not_utf8(places: dict[str, Path], tmp_path: Path, hub: LoopbackHub, command: str) -> None:
+    """Every report, page and line is text; a build that is published never ends as a bug."""
+    odd = tmp_path / ODD
+    odd.mkdir()
+    for name in ("nvfp4", "fp8", "base", "built", "preset"):
+        if f"{{{name}}}" in WORDS[command]:
+            copied = shutil.copytree if places[name].is_dir() else shutil.copy
+            places[name] = Path(copied(places[name], odd / f"{ODD}{name}{places[name].suffix}"))
+    kinds = {"people": []} if command == "presets" else {"people": [], "json": ["--json"]}
+    for kind, flags in kinds.items():
+        more = list(flags)
+        if command != "presets":
+            more += ["--report-json", str(odd / f"{kind}{ODD}.json")]
+        if command == "verify":
+            more += ["--report", str(odd / f"{kind}{ODD}.html")]
+        places["out"] = odd / f"{kind}{ODD}"
+        # The preset's path has a blank, as has that of everything else.
+        words = [command]
+        words += [word.format(**places) for word in WORDS[command].split()]
+        ended: Outcome = run_mopt(*words, *more, json_report=False)
+        assert ended.exit_code == 0, ended.stderr
+        assert (ended.stdout + ended.stderr).encode() and "Traceback" not in ended.stderr
+        if command == "presets":
+            continue
+        written = (odd / f"{kind}{ODD}.json").read_text(encoding="ascii")
+        report = json.loads(written)
+        assert [text for text in texts(report) if text.encode("utf-8") is None] == []
+        if kind == "json":
+            assert json.loads(ended.stdout) == report
+        if "{out}" in WORDS[command]:
+            assert report["output"]["path"].endswith(f"{kind}o\\udcff\\udcc3 d") and report["output"]["published"]
+            assert places["out"].is_dir()
+        if command == "verify":
+            page = (odd / f"{kind}{ODD}.html").read_text(encoding="utf-8")
+            assert "o\\udcff" in page or "built" not in page
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "presets"])
+def test_a_refusal_of_a_name_that_is_not_utf8(tmp_path: Path, places: dict[str, Path], command: str) -> None:
+    for slot in [slot for one, slot in slots() if one == command and slot != "out"]:
+        ended = run_mopt(*words_of(command, places | {slot: tmp_path / "none\udcff"}), json_report=True)
+        assert ended.exit_code == ExitCode.INPUT and "none\\udcff" in told(ended.stderr)
+        assert ended.report is not None and "none\\udcff" in ended.report["error"]["path"]
+
+
+STREAMS = {
+    ">/dev/full": (ExitCode.STORAGE, ExitCode.USAGE),
+    ">&-": (ExitCode.OK, ExitCode.USAGE),
+    "2>/dev/full": (ExitCode.OK, ExitCode.USAGE),
+    "2>&-": (ExitCode.OK, ExitCode.USAGE),
+    ">/dev/full 2>/dev/full": (ExitCode.STORAGE, ExitCode.USAGE),
+    "> >(exec <&-; sleep 0.2)": (ExitCode.OK, ExitCode.USAGE),
+    "2> >(exec <&-; sleep 0.2)": (ExitCode.OK, ExitCode.USAGE),
+}
+
+
+_BUSY = (">/dev/full", "2>/dev/full")
+STREAM_ROWS = [(None, one) for one in STREAMS] + [(command, one) for command in COMMANDS for one in _BUSY]
+
+
+@pytest.mark.parametrize(("command", "streams"), STREAM_ROWS)
+def test_help_and_usage_errors_to_streams_that_cannot_be_written(command: str | None, streams: str) -> None:
+    """Python's own ways would be 1, a failed check, and 120."""
+    script = f'sleep 0.05; "$@" {streams}'
+    named = [] if command is None else [command]
+    for words, expected in zip(([*named, "--help"], [*named, "--no-such-flag"]), STREAMS[streams], strict=True):
+        ended = run_outside(words, script=script)
+        assert ended.returncode == expected, (words, ended.stderr)
+        assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("presets", "push")])
+def test_the_report_file_comes_before_what_cannot_be_printed(
+    places: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    report = tmp_path / "report.json"
+    ended = run_outside([*words_of(command, places), "--report-json", report], script='"$@" >/dev/full')
+    assert ended.returncode == ExitCode.STORAGE
+    assert "could not be printed: No space left on device" in told(ended.stderr)
+    found = json.loads(report.read_text())
+    assert (found["status"], found["exit_code"]) == ("ok", ExitCode.STORAGE)
+    assert "output" not in found or found["output"]["published"] is (places["out"].exists())
+
+
+def test_what_an_encoding_does_not_have_is_escaped(places: dict[str, Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(places["preset"].read_text() + "# \u0142\n", encoding="utf-8")
+    ended = run_outside(["presets", mine], environment=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert ended.returncode == 0 and "# \\u0142\n" in ended.stdout, ended.stderr
+
+
+LIMITS = [f"ulimit -n {count}" for count in (5, 6, 7, 8, 9, 12)]
+LIMITS += [f"ulimit -v {kilobytes}" for kilobytes in (20_000, 40_000, 80_000, 450_000, 520_000, 590_000, 700_000)]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_few_descriptors_and_little_memory(places: dict[str, Path], limit: str) -> None:
+    """Without a limit of its own, a library would end the process with 1, as a failed check does."""
+    ended = run_outside(words_of("build-nvfp4", places), script=f'{limit}; "$@"')
+    assert ended.returncode in FORESEEN, ended.stderr
+    assert places["out"].exists() is (ended.returncode == 0)
+    if ended.returncode:
+        told(ended.stderr)

@@ -1,0 +1,54 @@
+"""Every command that the command line lists, with inputs that it takes; and mopt run from outside."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from typer.main import get_command
+
+from modelopt_convert.cli import app
+from modelopt_convert.run.errors import ExitCode
+
+MOPT = [sys.executable, "-m", "modelopt_convert"]
+# A command that has no row here fails every test over all commands.
+WORDS = {
+    "build-nvfp4": "--preset flux1-dev --export {nvfp4} --base {base} --output {out}",
+    "convert-fp8": "--preset flux1-dev --export {fp8} --base {base} --output {out}",
+    "inspect": "{base} --base {base}",
+    "presets": "{preset}",
+    "push": "{built} alice/it",
+    "swap-nibbles": "{nvfp4} {out}",
+    "unswizzle-scales": "{nvfp4} {out} --reverse",
+    "verify": "{built} --base {base}",
+}
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+INPUTS = ("nvfp4", "fp8", "base", "built", "preset")
+# Those that a caller may meet; 70 is a bug, and 1 a failed check.
+FORESEEN = set(ExitCode) - {ExitCode.INTERNAL, ExitCode.MISMATCH}
+
+
+def words_of(command: str, places: Mapping[str, Path]) -> list[str]:
+    """The command line of a command that succeeds, but for push, which asks the Hub."""
+    return [command, *(word.format(**places) for word in WORDS[command].split())]
+
+
+def slots() -> list[tuple[str, str]]:
+    """Every place of every command in which a path stands."""
+    names = (*INPUTS, "out")
+    return [(command, name) for command in COMMANDS for name in names if f"{{{name}}}" in WORDS.get(command, "")]
+
+
+def run_outside(
+    words: Sequence[str | Path], *, script: str = '"$@"', environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run mopt in a process of its own, by way of a line of bash in which ``"$@"`` is mopt's command line."""
+    command = ["bash", "-c", script, "bash", *MOPT, *map(str, words)]
+    variables = os.environ if environment is None else environment
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=dict(variables), check=False)
+
+
+def errors_in(stderr: str) -> list[str]:
+    """The lines that say why a run failed."""
+    return [line for line in stderr.splitlines() if line.startswith(("error: ", "Error: "))]
