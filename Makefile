@@ -34,7 +34,7 @@ test: $(INSTALLED) $(HUB2)/installed quality
 # part of CI.
 test-long: $(INSTALLED)
 	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/proof/test_planted.py tests/proof/test_search.py \
-		tests/verification/test_record.py
+		tests/verification/test_record.py tests/checkpoint/hub/test_hostile.py tests/commands/push/test_hostile_hub.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from modelopt_convert.run.errors import Interrupted
+from modelopt_convert.run.errors import InternalError, Interrupted, MoptError
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,6 +42,7 @@ class Signals:
         """Nothing came yet."""
         self._came = False
         self._noted: int | None = None
+        self._raised: int | None = None
         self._acts = False
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -68,6 +69,11 @@ class Signals:
         try:
             self._stop()
             yield
+        except Exception as error:
+            # A library that was being imported may have kept the interruption to itself, and then be broken.
+            if self._raised is None or (isinstance(error, MoptError) and not isinstance(error, InternalError)):
+                raise
+            raise Interrupted(self._raised) from error
         finally:
             self._acts = False
 
@@ -81,5 +87,5 @@ class Signals:
 
     def _stop(self) -> None:
         if self._noted is not None:
-            signum, self._noted = self._noted, None
-            raise Interrupted(signum)
+            self._raised, self._noted = self._noted, None
+            raise Interrupted(self._raised)

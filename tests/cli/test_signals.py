@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM from mopt's first instruction to its last: a documented code, one line, no half OUT."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from root import ROOT
 from support import tree
+
+from modelopt_convert.run.errors import Interrupted
+from modelopt_convert.run.signals import Signals
 
 MOPT = [sys.executable, "-m", "modelopt_convert"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -139,3 +143,16 @@ def test_after_the_last_word_no_signal_counts(exports: Path) -> None:
     code = "import atexit; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
     ended = held(code, exports / "base")
     assert (ended.returncode, ended.stderr) == (0, "") and json.loads(ended.stdout)["status"] == "ok"
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_library_that_keeps_an_interruption_to_itself_is_no_bug_of_mopt(number: signal.Signals) -> None:
+    """As torch does while it imports numpy: what follows then is numpy half imported."""
+    with pytest.raises(Interrupted) as caught, Signals() as signals, signals.acting():
+        with contextlib.suppress(Interrupted):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+    assert caught.value.signum == number
+    with pytest.raises(AttributeError), Signals() as signals, signals.acting():
+        raise AttributeError("a bug")

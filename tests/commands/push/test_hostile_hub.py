@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_hub import FEW, VALUES, Lies
+from hostile_hub import FEW, VALUES, Lies, share
 from loopback_hub import LoopbackHub
 from push_support import REPO, push
 
@@ -51,7 +51,7 @@ def afresh(lies: Lies) -> None:
 @pytest.mark.parametrize(("match", "field"), FIELDS, ids=[f"{match}{list(field)}" for match, field in FIELDS])
 def test_no_field_leads_a_push_astray(lies: Lies, built: Path, match: str, field: tuple[str | int, ...]) -> None:
     more = ("--private",) if "private" in field else ()
-    for name in (*FEW, "gone", "zero", "newline", "deep", "file"):
+    for name in share((*FEW, "gone", "zero", "newline", "deep", "file"), match, field):
         afresh(lies)
         if more:
             lies.hub.store.create(REPO, "alice", private=True)
