@@ -20,7 +20,7 @@ class Due:
         casts: The dtypes that the exporter may have quantized from, the likeliest first.
         scale: The scale of the whole tensor.
         max_error: Limit of the relative error of a weight that is near.
-        reading: NVFP4: how the module lies, as far as sampled rows tell; it is tried first.
+        reading: NVFP4: how the module lies, as it is declared or as sampled rows tell; it is tried first.
         rule: FP8: how the exporter divided, likewise.
     """
 

@@ -196,8 +196,8 @@ def _compared(
 
 
 def _informed(due: Due, look: Judgement) -> Due:
-    """With what a few rows say that is to be tried first."""
-    return replace(due, reading=look.reading, rule=look.rule)
+    """With what a few rows say that is to be tried first, unless that is known."""
+    return replace(due, reading=due.reading or look.reading, rule=look.rule)
 
 
 def _name_causes(rules: FormatProof, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:

@@ -126,7 +126,7 @@ def verify_opened(
     levels = [
         _record_level(record, scanned),
         container_level(subject, seen, scanned, options.workers),
-        layout_level(subject, seen, base, decoded.readings, max_error),
+        layout_level(subject, seen, base, decoded.readings),
         decoded.level,
     ]
     kernels = run_kernels(subject, decoded.modules, options, device, progress)

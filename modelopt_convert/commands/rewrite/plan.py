@@ -13,7 +13,7 @@ from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.packed import is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.layout import BASES, Layout
+from modelopt_convert.formats.layout import BASES, CANONICAL, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
 from modelopt_convert.plan.plan import ShardPlan, Step
@@ -218,7 +218,20 @@ def plan_rewrite(
     return RewritePlan(dict(sorted(steps.items(), key=lambda item: natural_key(item[0]))), shards, fates)
 
 
-def _output_config(config: Mapping[str, Any], kind: Kind, *, proven: bool) -> dict[str, Any] | None:
+def first_layout(kind: Kind) -> Layout:
+    """The layout that a module is tried under first: one that fits under it needs no rewrite."""
+    return Layout(scales="128x4") if kind == "swizzle" else CANONICAL
+
+
+def proven_answers(module: ModuleLayout, layout: Layout) -> ModuleLayout:
+    """What is known of a module once all of its bytes are the base's under a layout."""
+    answers = {"nibble_order": layout.nibbles, "scale_layout": layout.scales, "global_scale": layout.global_scale}
+    return module.model_copy(update=answers | dict.fromkeys(("basis", "nibble_basis", "scale_basis"), "proven"))
+
+
+def _output_config(
+    config: Mapping[str, Any], kind: Kind, proven: Mapping[str, ModuleLayout] | None
+) -> dict[str, Any] | None:
     """config.json with the keys set to what is true now; None if the source had none."""
     if not config:
         return None
@@ -227,15 +240,29 @@ def _output_config(config: Mapping[str, Any], kind: Kind, *, proven: bool) -> di
     if kind == "swap":
         # Proven, the low nibble is first now. Else a declared order is turned round, and where nothing was declared
         # the user has said that the order was the other one.
-        keys["swap_weight_nibbles"] = not proven and keys.get("swap_weight_nibbles") is False
+        keys["swap_weight_nibbles"] = proven is None and keys.get("swap_weight_nibbles") is False
     else:
         keys["checkpoint_weight_scale_layout"] = "linear" if kind == "unswizzle" else "swizzled"
+    # The order that is left as it was is declared too, where it is not what a loader takes for granted.
+    if proven is not None and kind == "swap" and any(one.scale_layout == "128x4" for one in proven.values()):
+        keys["checkpoint_weight_scale_layout"] = "swizzled"
+    if proven is not None and kind != "swap" and any(one.nibble_order == "high" for one in proven.values()):
+        keys["swap_weight_nibbles"] = True
     return {**config, "quantization_config": keys}
 
 
-def config_and_index(reader: CheckpointReader, plan: RewritePlan, kind: Kind, *, proven: bool) -> dict[str, bytes]:
-    """config.json, if the source had one, and the index of several shards, last."""
-    config = _output_config(reader.config, kind, proven=proven)
+def config_and_index(
+    reader: CheckpointReader, plan: RewritePlan, kind: Kind, proven: Mapping[str, ModuleLayout] | None
+) -> dict[str, bytes]:
+    """config.json, if the source had one, and the index of several shards, last.
+
+    Args:
+        reader: The source.
+        plan: Of the rewrite.
+        kind: Of rewrite.
+        proven: How modules lay in the source, as the base tells; None without a base.
+    """
+    config = _output_config(reader.config, kind, proven)
     files = {"config.json": json_bytes(config)} if config is not None else {}
     if len(plan.shards) > 1:
         weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}

@@ -4,11 +4,13 @@ torch is imported on the way.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.build.proof import module_report, verdict_counts
 from modelopt_convert.commands.requests import RewriteRequest
+from modelopt_convert.commands.rewrite.plan import first_layout
+from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.report.report import (
     MISMATCH_WORDS,
@@ -32,13 +34,36 @@ class Rewritten:
         report: Verdicts and their counts.
         wrong: What is not the base's, in words.
         near: What is near the base, and not made of it as it is, in words.
+        misdeclared: What lies otherwise than the checkpoint declares, in words.
         odd: What is odd about input scales, which no base proves, in words.
     """
 
     report: ProofReport
     wrong: list[str]
     near: list[str]
+    misdeclared: list[str]
     odd: list[str]
+
+
+def proven_layouts(source: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> dict[str, Layout]:
+    """How packed modules lie, by all bytes; only those that are the base's under some layout.
+
+    Args:
+        source: The checkpoint to be rewritten.
+        base: Its base.
+        request: What is asked for.
+    """
+    import torch
+
+    from modelopt_convert.verification.levels.decode import judge_modules
+    from modelopt_convert.verification.subject import find_subject
+
+    subject = replace(find_subject(source, base), layout=first_layout(request.kind))
+    with torch.inference_mode():
+        found, _ = judge_modules(
+            subject, base, VerifyOptions(workers=request.worker_count), request.max_error, lambda _: None
+        )
+    return {name: one.reading for name, one in found.items() if one.passed and one.reading is not None}
 
 
 def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> Rewritten:
@@ -48,6 +73,7 @@ def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: 
     from modelopt_convert.proof.judgement import format_proof
     from modelopt_convert.verification.levels.container import SCALE_FAULTS, look
     from modelopt_convert.verification.levels.decode import judge_modules, unlike_base
+    from modelopt_convert.verification.levels.layout import misdeclared
     from modelopt_convert.verification.subject import find_subject
 
     subject, limit = find_subject(written, base), request.max_error
@@ -63,7 +89,8 @@ def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: 
     report = rewritten_report(modules, limit, format_proof(FORMAT.algorithm).method, unlike=unlike, like=like)
     unusable = [f"{one.module}: {one.message}" for one in lint if one.code in SCALE_FAULTS]
     odd = [one.message for one in lint if one.code == "input_scale.odd"]
-    return Rewritten(report, [*wrong, *unusable, *unlike], [*near, *like], odd)
+    readings = {name: one.reading for name, one in found.items() if one.reading is not None}
+    return Rewritten(report, [*wrong, *unusable, *unlike], [*near, *like], misdeclared(subject.layout, readings), odd)
 
 
 def rewritten_report(
@@ -112,6 +139,9 @@ def refuse_unproven_rewrite(found: Rewritten, source: str, *, accept_near: bool)
     if found.wrong:
         told, what = found.wrong, "are not the base's"
         hint = "it is damaged, or of another base; give that base. Without --base it is rewritten as told, unproven"
+    elif found.misdeclared:
+        told, what = found.misdeclared, "would lie otherwise than config.json can declare"
+        hint = "rewrite the other order first, without --base, and then this one with it"
     elif found.near and not accept_near:
         told, what = found.near, "are near the base, and not made of it as it is"
         hint = "give the base that was quantized, or --accept-near to write what is not proven"

@@ -248,7 +248,7 @@ def _judge(
         raise ValueError(f"{module.weight.name}: expected {list(shape)} in the base, found {what}")
     target = subject.format
     scale = tensor_scale(subject.reader, module, target.tensor_scale)
-    due = Due(target.algorithm, module, casts_of(common, base, module), scale, max_error)
+    due = Due(target.algorithm, module, casts_of(common, base, module), scale, max_error, reading=subject.layout)
     rows = None if options.sample is None else sample_rows(module.rows, options.sample)
     return judge_module(subject.reader, base, due, stopped, rows)
 
