@@ -82,13 +82,17 @@ def test_stopped_while_nobody_reads_stdout(
     inputs = ["--preset", "flux1-dev", "--export", exports / "nvfp4", "--base", exports / "base"]
     process = started("build-nvfp4", *inputs, "--output", out, "--report-json", report, *flags, stdout=write)
     os.close(write)
-    while not report.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert json.loads(report.read_text())["status"] == "ok"
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    os.close(read)
+    try:
+        before = time.monotonic() + 60
+        while not report.exists() and process.poll() is None and time.monotonic() < before:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert json.loads(report.read_text())["status"] == "ok"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(read)
     assert process.returncode == CODES[number], stderr
     told = json.loads(report.read_text())
     assert (told["status"], told["exit_code"], told["output"]["published"]) == ("interrupted", CODES[number], True)
