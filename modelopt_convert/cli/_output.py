@@ -192,7 +192,6 @@ def run(
             with signals.acting():
                 _tell(output, report, show, show_failed)
         except OSError as error:
-            drop(sys.stdout)
             output.aside(f"error: the result could not be printed: {error.strerror}")
             if report.exit_code == ExitCode.OK:
                 report.exit_code = int(ExitCode.STORAGE)

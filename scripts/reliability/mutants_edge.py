@@ -112,12 +112,6 @@ EDGE = (
     _cli("the report of a run stopped while it prints", "_ended(command.report(error), error)", "report", _BLOCKED),
     _cli("what stands when a run is stopped", "isinstance(failure, Interrupted) and", "False and", _BLOCKED),
     _cli(
-        "a full stdout is let go",
-        "        except OSError as error:\n            drop(sys.stdout)",
-        "        except OSError as error:\n            pass",
-        _PRINTED,
-    ),
-    _cli(
         "a stream that cannot be written at exit",
         "            drop(stream)",
         "            pass",
@@ -146,7 +140,11 @@ EDGE = (
         file="__init__",
     ),
     Mutant(
-        "__main__.py", "signals before imports", "    leave_at_once()\n", "", (f"{_SIGNALS}a_signal_at_a_random_time",)
+        "__main__.py",
+        "signals before imports",
+        "    leave_at_once()\n",
+        "",
+        (f"{_SIGNALS}a_signal_while_mopt_is_imported",),
     ),
     Mutant(
         "__main__.py",

@@ -4,7 +4,6 @@ from mutants_disk import Mutant
 
 _RULES = "stage/test_output_rules.py"
 _MOUNTS = "stage/test_mounts.py"
-_EDGE = "cli/test_edge.py::test_"
 _CHECK = "commands/build/test_structure.py::"
 
 
@@ -29,7 +28,7 @@ RULES = (
         "a user without a home",
         'os.path.expanduser("~")',
         "str(Path.home())",
-        f"{_EDGE}a_user_whom_the_system_does_not_know",
+        f"{_RULES}::test_a_user_without_a_home_is_refused_nothing",
     ),
     _rules("a removed current folder", "except FileNotFoundError:  # the current", "except KeyError:  # the current"),
     _rules("OUT exists", "    if not overwrite and not overwrite_foreign:\n", "    if False:\n"),

@@ -12,13 +12,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from commands import MOPT, buffered
 from root import ROOT
 from support import tree
 
 from modelopt_convert.run.errors import Interrupted
 from modelopt_convert.run.signals import Signals
 
-MOPT = [sys.executable, "-m", "modelopt_convert"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _CAUGHT = 1 << (signal.SIGTERM - 1)
 
@@ -26,7 +26,8 @@ _CAUGHT = 1 << (signal.SIGTERM - 1)
 def started(*arguments: str | Path, **streams: int) -> "subprocess.Popen[bytes]":
     """mopt, once it has reached its first instruction: what comes before that is Python's own."""
     command = [*MOPT, *map(str, arguments)]
-    process = subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    process = subprocess.Popen(command, env=buffered(os.environ), **pipes)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         line = next(one for one in status.read_text().splitlines() if one.startswith("SigCgt:"))
@@ -86,13 +87,17 @@ def test_stopped_while_nobody_reads_stdout(
     inputs = ["--preset", "flux1-dev", "--export", exports / "nvfp4", "--base", exports / "base"]
     process = started("build-nvfp4", *inputs, "--output", out, "--report-json", report, *flags, stdout=write)
     os.close(write)
-    while not report.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert json.loads(report.read_text())["status"] == "ok"
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    os.close(read)
+    try:
+        before = time.monotonic() + 60
+        while not report.exists() and process.poll() is None and time.monotonic() < before:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert json.loads(report.read_text())["status"] == "ok"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(read)
     assert process.returncode == CODES[number], stderr
     told = json.loads(report.read_text())
     assert (told["status"], told["exit_code"], told["output"]["published"]) == ("interrupted", CODES[number], True)
@@ -102,21 +107,41 @@ def test_stopped_while_nobody_reads_stdout(
     assert tree(out) and [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_second_signal_ends_at_once(exports: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(exports: Path) -> None:
+    """Also where the first one was taken for an error by somebody in between."""
     code = (
         "import time, modelopt_convert.commands.inspect as i; from modelopt_convert.__main__ import main\n"
         "def wait(self, progress):\n"
-        "    try:\n        print('ready', flush=True)\n        time.sleep(60)\n    finally:\n        time.sleep(60)\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        try:\n            time.sleep(60)\n        except BaseException:\n            pass\n"
         "i.InspectCommand.run = wait; main()"
     )
     command = [sys.executable, "-c", code, "inspect", str(exports / "base")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None and process.stderr.readline().startswith("interrupted: cleaning up")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 143
-    process.communicate()
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and process.stderr.readline().startswith("interrupted: cleaning up")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_while_mopt_is_imported(exports: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'modelopt_convert.cli': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Finder())"
+    )
+    ended = held(code, exports / "base")
+    assert (ended.returncode, ended.stdout) == (CODES[number], "")
+    assert ended.stderr == f"error: stopped by signal {int(number)} [interrupted]\n"
 
 
 def held(code: str, source: Path) -> "subprocess.CompletedProcess[str]":

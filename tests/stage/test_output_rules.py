@@ -311,3 +311,10 @@ def test_a_file_that_vanishes_while_it_is_looked_at_is_no_stranger(top: Path, mo
     monkeypatch.setattr(Path, "lstat", lstat)
     assert sorted(look(output)) == ["diffusion_pytorch_model.safetensors", "mopt.json"]
     assert not (output / "config.json").exists()
+
+
+def test_a_user_without_a_home_is_refused_nothing(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is run for an arbitrary user."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    check_output_allowed(lay(top / "out", "old"), [], overwrite=True)

@@ -45,8 +45,13 @@ def run_outside(
 ) -> "subprocess.CompletedProcess[str]":
     """Run mopt in a process of its own, by way of a line of bash in which ``"$@"`` is mopt's command line."""
     command = ["bash", "-c", script, "bash", *MOPT, *map(str, words)]
-    variables = os.environ if environment is None else environment
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=dict(variables), check=False)
+    variables = buffered(os.environ if environment is None else environment)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=variables, check=False)
+
+
+def buffered(environment: Mapping[str, str]) -> dict[str, str]:
+    """As most users have it: what a stream refuses is then still there when the process ends."""
+    return {name: value for name, value in environment.items() if name != "PYTHONUNBUFFERED"}
 
 
 def errors_in(stderr: str) -> list[str]:
