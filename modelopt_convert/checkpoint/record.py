@@ -14,7 +14,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, read_small
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
-from modelopt_convert.report.report import QUANTIZED_HERE
+from modelopt_convert.report.report import PROOFS, QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 
 RECORD = "mopt.json"
@@ -134,7 +134,9 @@ def claim(record: Mapping[str, Any]) -> str:
     base = sources.get("base") if isinstance(sources, dict) else None
     known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
     if known is None or not isinstance(base, dict):
-        said = f"{record.get('command', 'mopt')} published it as not proven"
+        words = proof.get("words") if isinstance(proof, dict) else None
+        why = words if words in PROOFS and str(words).startswith("not proven") else "not proven"
+        said = f"{record.get('command', 'mopt')} published it as {why}"
     else:
         claimed = record.get("base_claimed")
         named = f", said to be {claimed}" if isinstance(claimed, str) else ""
