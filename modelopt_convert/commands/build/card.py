@@ -144,8 +144,8 @@ def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
     if not table:
         return []
     words = [
-        "Relative error of the decoded weights against the base, on the rows that were looked at (Frobenius norm of the",
-        "difference over that of the base):",
+        "Relative error of the decoded weights against the base, on the rows that were looked at (Frobenius norm of",
+        "the difference over that of the base):",
     ]
     return ["## Error by kind of module", "", *words, "", *table, ""]
 

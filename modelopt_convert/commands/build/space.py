@@ -27,6 +27,7 @@ LONGEST = ModuleReport(
     rule="x" * 56,
     reason="x",
 )
+_VERDICTS = ("reproduced", "near (sampled rows)", "reproduced (sampled rows)", "not proven: replaced")
 _COUNTS = 4096  # what the proof may add to the counts of fates, and its method
 
 
