@@ -259,10 +259,11 @@ def test_odd_input_scales_are_told(pair: tuple[Path, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bias_of_no_number_is_refused_by_the_proof(value: float, tmp_path: Path) -> None:
     """In the base too, and whether or not the output is verified."""
-    export, base = small_pair(tmp_path, SHAPES)
-    for folder in (export, base):
-        tensors = load(folder) | {"blocks.0.ff.bias": torch.full((64,), value, dtype=torch.bfloat16)}
-        write_transformer(folder, tensors, json.loads((folder / "config.json").read_text()))
+    pair, bias = small_pair(tmp_path, SHAPES), {"blocks.0.ff.bias": torch.full((64,), value, dtype=torch.bfloat16)}
+    export, base = (
+        write_transformer(tmp_path / "nan" / one.name, load(one) | bias, json.loads((one / "config.json").read_text()))
+        for one in pair
+    )
     for how in ("auto", "off"):
         where = ("--export", export, "--base", base, "--output", tmp_path / "out")
         outcome = run_mopt("build-nvfp4", *where, "--preset", "none", "--verify", how)
