@@ -147,9 +147,7 @@ def test_a_record_of_an_unproven_build_claims_nothing(exports: Path, base: Path,
     outcome = verify(tmp_path / "out")
     assert outcome.exit_code == 0 and statuses(outcome)["record"] == "pass"
     assert (found(outcome)["verdict"], found(outcome)["proof"]) == ("pass", "unchanged")
-    assert found(outcome)["statement"].endswith(": convert-fp8 published it as not proven: no base"), found(outcome)[
-        "statement"
-    ]
+    assert found(outcome)["statement"].endswith(": convert-fp8 published it as not proven: no base")
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
