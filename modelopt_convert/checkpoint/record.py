@@ -129,12 +129,16 @@ def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None
 
 def claim(record: Mapping[str, Any]) -> str:
     """What the record says of its proof: quoted, since nobody has verified who wrote it."""
+    from modelopt_convert.report.report import PROOFS  # with pydantic, which a record is read without
+
     proof = record.get("proof")
     sources = record.get("sources")
     base = sources.get("base") if isinstance(sources, dict) else None
     known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
     if known is None or not isinstance(base, dict):
-        said = f"{record.get('command', 'mopt')} published it as not proven"
+        words = proof.get("words") if isinstance(proof, dict) else None
+        why = words if words in PROOFS and str(words).startswith("not proven") else "not proven"
+        said = f"{record.get('command', 'mopt')} published it as {why}"
     else:
         claimed = record.get("base_claimed")
         named = f", said to be {claimed}" if isinstance(claimed, str) else ""

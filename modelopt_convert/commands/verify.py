@@ -11,7 +11,7 @@ from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_by
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.report.report import MISMATCH_WORDS, OutputReport, Report
 from modelopt_convert.report.verify import VerifyReport
-from modelopt_convert.run.errors import CheckFailedError, MoptError
+from modelopt_convert.run.errors import CheckFailedError, InconclusiveError, MoptError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
 from modelopt_convert.verification.options import VerifyOptions
@@ -117,11 +117,19 @@ class VerifyCommand:
                         continue
                     with self._clock.timed("verify"):
                         found[prefix] = verify_opened(reader, against, options, device, progress, with_record=True)
-            _check_parts(checkpoint, found)
+            gone = _check_parts(checkpoint, found)
             self._found = combine(found, str(checkpoint))
             self._peak = peak_rss_bytes()
-            for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
-                (conclude_backends if options.prewarm else conclude)(verified, options)
+            if gone is not None:
+                self._found.verdict, self._found.proof, self._found.statement = "fail", MISMATCH_WORDS, gone.message
+                raise gone
+            try:
+                for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
+                    (conclude_backends if options.prewarm else conclude)(verified, options)
+            except InconclusiveError as error:
+                # What was required did not run; the proof's words are about the weights, and stand.
+                self._found.verdict, self._found.statement = "inconclusive", error.message
+                raise
 
     def _write_page(self) -> None:
         if self._request.report is None or self._found is None:
@@ -131,12 +139,12 @@ class VerifyCommand:
         write_report(Path(self._request.report), render(self._found.model_dump()))
 
 
-def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
-    """A build of several transformers says which they are: none may be gone, or another's."""
+def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> CheckFailedError | None:
+    """A build of several transformers says which they are: none may be gone (the error), or another's."""
     for name, wanted in read_parts(checkpoint).items():
         one = found.get(f"{name}/")
         if not (checkpoint / name / "config.json").is_file():
-            raise CheckFailedError(
+            return CheckFailedError(
                 f"{checkpoint}: {name} was built and is gone",
                 code="check.verify",
                 path=str(checkpoint),
@@ -145,3 +153,4 @@ def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> None:
         if one is not None and part_digest(checkpoint / name) != wanted:
             one.verdict, one.proof = "fail", MISMATCH_WORDS
             one.statement = f"{name} is not the one that was built with the others"
+    return None

@@ -67,18 +67,21 @@ def check_configs(export: Source, base: Source) -> None:
     """
     path = str(base.path / "config.json")
     check_config_unquantized(base)
-    for key in ("_class_name", *sorted(export.config.keys() & base.config.keys())):
+    for key, left, right in differing_keys(export.config, base.config):
+        raise InputError(
+            f"{path}: {key}: expected {left!r} as in the export, found {right!r}",
+            code="base.config",
+            path=path,
+            hint="give the base that the export was made from",
+        )
+
+
+def differing_keys(mine: Mapping[str, object], theirs: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
+    """Where two configs are not of one model: the key and both values; writers leave out what they do not know."""
+    for key in ("_class_name", *sorted(mine.keys() & theirs.keys() - {"_class_name"})):
         # Keys with an underscore say who wrote the file, not what the model is.
-        if key.startswith("_") and key != "_class_name":
-            continue
-        left, right = export.config.get(key), base.config.get(key)
-        if left != right:
-            raise InputError(
-                f"{path}: {key}: expected {left!r} as in the export, found {right!r}",
-                code="base.config",
-                path=path,
-                hint="give the base that the export was made from",
-            )
+        if (key == "_class_name" or not key.startswith("_")) and mine.get(key) != theirs.get(key):
+            yield key, mine.get(key), theirs.get(key)
 
 
 def check_preset(preset: Preset | None, export: Source) -> None:

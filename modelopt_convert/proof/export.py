@@ -17,7 +17,6 @@ from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.plan.from_export import needs_base
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, row_readings, scale_readings
@@ -103,6 +102,7 @@ def prove(
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
         _note_fused(plan, scales, proof)
         proof.odd_inputs = list(odd_input_scales(_inputs(export, plan), scales, plan.fused))
+        _check_biases(export, plan)
         if base is None:
             return proof
         proof.method = rules.method
@@ -268,6 +268,22 @@ def _note_fused(plan: BuildPlan, scales: dict[str, float], proof: Proof) -> None
             proof.fused_differ[", ".join(group)] = max(values) / min(values)
 
 
+def _check_biases(export: CheckpointReader, plan: BuildPlan) -> None:
+    """Refuse a bias of a packed module that no base makes right.
+
+    Raises:
+        InputError: ``export.not_finite``.
+    """
+    for info in (plan.modules[name].bias for name in plan.packed):
+        if info is not None and not bool(load(export, info.name).isfinite().all()):
+            raise InputError(
+                f"{export.path / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
+                code="export.not_finite",
+                path=str(export.path / info.file),
+                hint="the export is damaged; export again",
+            )
+
+
 def _check_unquantized(
     export: CheckpointReader,
     base: CheckpointReader,
@@ -285,17 +301,7 @@ def _check_unquantized(
     equal = in_order(plan.must_equal, same, workers)
     proof.unquantized_differ = [name for name, one in zip(plan.must_equal, equal, strict=True) if not one]
     equal = in_order(plan.may_differ, same, workers)
-    for name, one in zip(plan.may_differ, equal, strict=True):
-        if not one:
-            proof.biases_differ.append(module_of(name))
-            info = export.tensors[name]
-            if not bool(from_bytes(export.read(name), info.dtype, (-1,)).isfinite().all()):
-                raise InputError(
-                    f"{export.path / info.file}: tensor {name!r}: expected finite values, found NaN or infinity",
-                    code="export.not_finite",
-                    path=str(export.path / info.file),
-                    hint="the export is damaged; export again",
-                )
+    proof.biases_differ = [module_of(name) for name, one in zip(plan.may_differ, equal, strict=True) if not one]
 
 
 def _refuse_other_values(export: CheckpointReader, base: CheckpointReader, proof: Proof, near: float | None) -> None:

@@ -125,7 +125,7 @@ def verify_opened(
         )
     levels = [
         _record_level(record, scanned),
-        container_level(subject, seen, scanned, options.workers),
+        container_level(subject, seen, scanned, options.workers, base),
         layout_level(subject, seen, base, decoded.readings),
         decoded.level,
     ]
@@ -163,9 +163,9 @@ def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelRepor
     level = LevelReport(level="record", title="digests of mopt.json", status="pass")
     if record is None:
         level.status, level.reason = "skipped", "no mopt.json to compare with"
-        return level
     level.failures, level.warnings = scanned.failures, scanned.warnings
-    level.status = "fail" if level.failures else "warn" if level.warnings else "pass"
+    if record is not None or level.failures:
+        level.status = "fail" if level.failures else "warn" if level.warnings else "pass"
     return level
 
 

@@ -461,7 +461,7 @@ def test_a_rewrite_whose_rest_is_near_the_bases_needs_consent(nvfp4: Path, base:
     assert json.loads((tmp_path / "out" / "mopt.json").read_text())["proof"]["status"] == "not proven"
     unchanged = run_mopt("verify", tmp_path / "out")
     assert (unchanged.exit_code, unchanged.report["verify"]["proof"]) == (0, "unchanged"), unchanged.stderr
-    assert unchanged.report["verify"]["statement"].endswith("swap-nibbles published it as not proven")
+    assert unchanged.report["verify"]["statement"].endswith("swap-nibbles published it as not proven: near")
     against = run_mopt("verify", tmp_path / "out", "--base", base)
     assert (against.exit_code, against.report["verify"]["proof"]) == (1, "not proven: near")
     accepted = run_mopt("verify", tmp_path / "out", "--base", base, "--accept-near")

@@ -142,7 +142,8 @@ def test_a_missing_scale_is_excused_where_the_preset_replaces(
     assert outcome.exit_code == 0 and outcome.report is not None
     found = outcome.report["proof"]["modules"][REPLACED]
     assert found["verdict"] == "not proven: replaced" and name in found["reason"]
-    assert outcome.report["proof"]["counts"] == {"not proven: replaced": 1, "reproduced": 39}
+    counts = {"not proven: replaced": 1, "reproduced": 24, "reproduced (sampled rows)": 15}
+    assert outcome.report["proof"]["counts"] == counts
     out = load(tmp_path / "out")
     assert same_bits(out[f"{REPLACED}.weight"], load(base / "transformer")[f"{REPLACED}.weight"])
     assert not [name for name in out if name.startswith(REPLACED) and "scale" in name]

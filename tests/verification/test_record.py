@@ -184,12 +184,18 @@ def test_a_record_written_by_hand_proves_no_random_weights(pair: tuple[Path, Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["more.safetensors", "pytorch_model.bin", "transformer.pt", "hf_quant_config.json", "x.ckpt", "x.gguf"]
+    "name",
+    [
+        *("more.safetensors", "pytorch_model.bin", "transformer.pt", "hf_quant_config.json", "x.ckpt", "x.gguf"),
+        *("x.sft", "X.SAFETENSORS", "x.pkl", "x.pickle", "x.onnx", "x.msgpack", "x.npz", "x.h5"),
+        *("sub/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"),
+    ],
 )
 def test_a_weight_file_that_is_not_recorded_fails(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """With the base too, which knows nothing of it."""
     out, base = pair
     folder = Path(shutil.copytree(out, tmp_path / "out"))
+    (folder / name).parent.mkdir(exist_ok=True)
     if name.endswith(".safetensors"):
         shutil.copy(folder / SHARD, folder / name)
     else:
@@ -197,6 +203,73 @@ def test_a_weight_file_that_is_not_recorded_fails(name: str, pair: tuple[Path, P
     for more in ((), ("--base", base)):
         outcome = verify(folder, *more)
         assert outcome.exit_code in (1, 3) and name in outcome.message, outcome.message
+    (folder / "mopt.json").unlink()
+    outcome = verify(folder, "--base", base)
+    assert outcome.exit_code in (1, 3) and name in outcome.message, outcome.message
+
+
+def test_other_files_of_a_download_pass(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    for name in (".gitattributes", "NOTES.md", ".cache/huggingface/x.safetensors", "images/one.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    outcome = verify(folder)
+    assert outcome.exit_code == 0 and found(outcome)["proof"] == "unchanged"
+    assert found(outcome)["levels"][0]["warnings"] == ["NOTES.md is not recorded", "images is not recorded"]
+    (folder / "mopt.json").unlink()
+    outcome = verify(folder, "--base", pair[1])
+    assert outcome.exit_code == 0 and found(outcome)["proof"] == "proven"
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_layers", 3), ("_class_name", "OtherTransformer")])
+def test_the_config_is_the_bases(key: str, value: object, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """What the base does not say, and who wrote it, may differ."""
+    out, base = (Path(shutil.copytree(one, tmp_path / one.name)) for one in pair)
+    (out / "mopt.json").unlink()
+    mine, theirs = (json.loads((one / "config.json").read_text()) for one in (out, base))
+    (base / "config.json").write_text(json.dumps(theirs | {"num_layers": 2, "_diffusers_version": "1"}))
+    said = mine | {"num_layers": 2, "_diffusers_version": "2", "more": 1}
+    (out / "config.json").write_text(json.dumps(said))
+    assert verify(out, "--base", base).exit_code == 0
+    (out / "config.json").write_text(json.dumps(said | {key: value}))
+    outcome = verify(out, "--base", base)
+    assert outcome.exit_code == 1 and found(outcome)["proof"] == "mismatch"
+    assert f"config.json: {key}: expected " in outcome.message and f"found {value!r}" in outcome.message
+
+
+def test_what_the_record_says_of_its_proof_is_quoted(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    record = record_of(folder)
+    record["proof"] |= {"status": "not proven", "words": "not proven: near"}
+    (folder / "mopt.json").write_text(json.dumps(record))
+    assert found(verify(folder))["statement"].endswith("published it as not proven: near")
+
+
+def test_odd_input_scales_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    tensors = load(folder)
+    tensors["blocks.0.ff.input_scale"] = tensors["blocks.0.ff.weight_scale_2"].clone()
+    (folder / "mopt.json").write_text(json.dumps(with_digests(record_of(folder), folder, tensors)))
+    outcome = verify(folder)
+    assert outcome.exit_code == 0
+    (level,) = (one for one in found(outcome)["levels"] if one["level"] == "L0")
+    assert level["status"] == "warn" and any("copied, and not calibrated" in one for one in level["warnings"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_of_no_number_is_refused_by_the_proof(value: float, tmp_path: Path) -> None:
+    """In the base too, and whether or not the output is verified."""
+    pair, bias = small_pair(tmp_path, SHAPES), {"blocks.0.ff.bias": torch.full((64,), value, dtype=torch.bfloat16)}
+    export, base = (
+        write_transformer(tmp_path / "nan" / one.name, load(one) | bias, json.loads((one / "config.json").read_text()))
+        for one in pair
+    )
+    for how in ("auto", "off"):
+        where = ("--export", export, "--base", base, "--output", tmp_path / "out")
+        outcome = run_mopt("build-nvfp4", *where, "--preset", "none", "--verify", how)
+        assert (outcome.exit_code, outcome.error_code) == (3, "export.not_finite"), outcome.stderr
+        assert "'blocks.0.ff.bias'" in outcome.message
+        assert outcome.report is not None and outcome.report["proof"] is None
 
 
 def test_another_file_that_is_not_recorded_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

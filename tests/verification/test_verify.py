@@ -147,7 +147,7 @@ def test_a_record_of_an_unproven_build_claims_nothing(exports: Path, base: Path,
     outcome = verify(tmp_path / "out")
     assert outcome.exit_code == 0 and statuses(outcome)["record"] == "pass"
     assert (found(outcome)["verdict"], found(outcome)["proof"]) == ("pass", "unchanged")
-    assert found(outcome)["statement"].endswith(": convert-fp8 published it as not proven"), found(outcome)["statement"]
+    assert found(outcome)["statement"].endswith(": convert-fp8 published it as not proven: no base")
 
 
 @pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
@@ -202,6 +202,7 @@ def test_one_of_two_transformers_is_gone_or_another(families: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "out" / "transformer_2")
     outcome = verify(tmp_path / "out")
     assert outcome.exit_code == 1 and "transformer_2 was built and is gone" in outcome.message
+    assert (found(outcome)["verdict"], found(outcome)["proof"]) == ("fail", "mismatch")
 
 
 def test_two_transformers_need_a_checkpoint_each(families: Path, tmp_path: Path) -> None:
@@ -245,6 +246,7 @@ def test_a_record_of_another_schema_is_not_believed(schema: object, built: dict[
 def test_what_is_required_and_did_not_run_is_exit_6(required: str, built: dict[str, Path]) -> None:
     outcome = verify(built["nvfp4"], "--require", required, "--device", "cpu")
     assert outcome.exit_code == 6 and outcome.error_code == "verify.required" and "0 of 24" in outcome.message
+    assert (found(outcome)["verdict"], found(outcome)["proof"]) == ("inconclusive", "unchanged")
 
 
 @pytest.mark.parametrize(

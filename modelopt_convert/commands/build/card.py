@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelopt_convert.commands.build.error_table import error_table
+from modelopt_convert.commands.build.proof import verdict_counts
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
@@ -91,7 +92,8 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     target, chosen, command = plan.format, made.chosen, made.command
     title = _title(made, str(plan.config.get("_class_name", "transformer")))
     packed, total = len(plan.packed), len(plan.modules)
-    proven = ", ".join(f"{count} {verdict}" for verdict, count in sorted(proof.counts.items()))
+    written = {name: proof.modules[name] for name in plan.packed}
+    proven = ", ".join(f"{count} {verdict}" for verdict, count in verdict_counts(written).items())
     here = proof.status == QUANTIZED_HERE
     how = [
         f"{producer} quantized {total} modules; `mopt {command}` kept their bytes and put {total - packed} of them",
@@ -143,8 +145,8 @@ def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
     if not table:
         return []
     words = [
-        "Relative error of the decoded weights against the base, on the rows that were proven (Frobenius norm of the",
-        "difference over that of the base):",
+        "Relative error of the decoded weights against the base, on the rows that were looked at (Frobenius norm of",
+        "the difference over that of the base):",
     ]
     return ["## Error by kind of module", "", *words, "", *table, ""]
 

@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import pipeline_files, small_files
-from modelopt_convert.commands.build.inputs import Opened, base_repo, open_all, to_fetch
+from modelopt_convert.commands.build.inputs import Opened, base_repo, open_all, refuse_other_claim, to_fetch
 from modelopt_convert.commands.build.proof import Proven, conclude_part, measure_part, prove_part, refuse_unproven
 from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
 from modelopt_convert.commands.build.space import build_bytes
@@ -95,6 +95,7 @@ class BuildCommand:
             for part, warned in open_all(components, self._checkpoint, steps.inputs, steps.clock):
                 steps.parts.append(part)
                 steps.warned += warned
+            refuse_other_claim(steps.parts, request.base_model)
             if request.preset is None:
                 steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm)
                 steps.warned += _chosen(steps.chosen)

@@ -126,6 +126,23 @@ def base_repo(parts: Sequence[Opened]) -> str | None:
     return repos.pop() if len(repos) == 1 else None
 
 
+def refuse_other_claim(parts: Sequence[Opened], claimed: str | None) -> None:
+    """Refuse a claim that the base is of another repo than it was observed to be of.
+
+    Raises:
+        InputError: ``base.claimed_otherwise``.
+    """
+    for base in (part.base for part in parts if part.base is not None and claimed is not None):
+        repo = base.identity().get("repo")
+        if repo is not None and repo != claimed:
+            raise InputError(
+                f"{base.path}: --base-model says {claimed}, the base is of {repo}",
+                code="base.claimed_otherwise",
+                path=str(base.path),
+                hint="leave --base-model out",
+            )
+
+
 def to_fetch(opened: Opened, plan: BuildPlan, request: BuildRequest) -> dict[str, int]:
     """Bytes that are still to be fetched of one transformer's inputs, by their names in the report.
 

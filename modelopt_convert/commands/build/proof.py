@@ -250,8 +250,9 @@ def measure_part(
 
 
 def verdict_counts(modules: Mapping[str, ModuleReport]) -> dict[str, int]:
-    """How many modules got each verdict."""
-    return dict(sorted(Counter(one.verdict for one in modules.values()).items()))
+    """How many modules got each verdict; those of which only rows were compared are counted apart."""
+    rows = {"sampled rows": " (sampled rows)"}
+    return dict(sorted(Counter(one.verdict + rows.get(str(one.compared), "") for one in modules.values()).items()))
 
 
 def module_report(one: "Judgement") -> ModuleReport:

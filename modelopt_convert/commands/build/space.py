@@ -28,6 +28,7 @@ LONGEST = ModuleReport(
     rule="x" * 56,
     reason="x",
 )
+_VERDICTS = ("reproduced", "near (sampled rows)", "reproduced (sampled rows)", "not proven: replaced")
 _COUNTS = 4096  # what the proof may add to the counts of fates, and its method
 
 
@@ -56,7 +57,10 @@ def _longest_proof(part: Opened, plan: BuildPlan) -> ProofReport:
         words="x" * 40,
         status=QUANTIZED_HERE if part.export is None else "not proven" if part.base is None else "pass",
         max_error=0.0,
-        counts=dict.fromkeys(("reproduced", "near", "not proven: replaced"), len(plan.modules)),
+        counts=dict.fromkeys(
+            ("reproduced", "near (sampled rows)", "reproduced (sampled rows)", "not proven: replaced"),
+            len(plan.modules),
+        ),
         fused_scales_differ={", ".join(group): 1.0 for group in plan.fused},
         biases_differ=[],
         modules=dict.fromkeys(sorted(plan.modules), LONGEST),

@@ -2,12 +2,14 @@
 
 from typing import Protocol
 
+from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.modelopt.export import check_quant_config
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import entry
 from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.inspection.component import inspect_component
+from modelopt_convert.plan.inputs import differing_keys
 from modelopt_convert.proof.tensors import load
 from modelopt_convert.report.inspect import ComponentReport, LintReport
 from modelopt_convert.report.verify import LevelReport, LevelStatus
@@ -62,13 +64,17 @@ def look(subject: Subject) -> ComponentReport:
     return inspect_component(subject.reader, None, every_scale=True, max_error=1.0)
 
 
-def container_level(subject: Subject, seen: ComponentReport, scanned: Scanned, workers: int) -> LevelReport:
-    """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors."""
+def container_level(
+    subject: Subject, seen: ComponentReport, scanned: Scanned, workers: int, base: CheckpointReader | None
+) -> LevelReport:
+    """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors, the config against the base's."""
     rules = stored_format(subject)
     fatal = _FATAL | rules.fatal
     failures = [_words(fault) for fault in seen.lint if fault.code in fatal]
     warnings = [_words(fault) for fault in seen.lint if fault.code not in fatal and fault.code != "scale.zero"]
     failures += _declaration_faults(subject) + _bias_faults(subject)
+    if base is not None and base.config:
+        failures += _config_faults(subject.reader, base)
     failures += [module.fault.message for module in subject.modules.values() if module.fault is not None]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
     due = [module for module in subject.modules.values() if module.fault is None]
@@ -97,6 +103,14 @@ def _declaration_faults(subject: Subject) -> list[str]:
     except InputError as error:
         return [error.message]
     return []
+
+
+def _config_faults(reader: CheckpointReader, base: CheckpointReader) -> list[str]:
+    return [
+        f"config.json: {key}: expected {theirs!r} as in the base, found {mine!r}"
+        for key, mine, theirs in differing_keys(reader.config, base.config)
+        if key != "quantization_config"
+    ]
 
 
 def _bias_faults(subject: Subject) -> list[str]:

@@ -1,7 +1,8 @@
 """One pass over every byte: digests against the record in mopt.json, and NaN among E4M3 weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -16,7 +17,10 @@ from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order, until
 
 _SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_WEIGHTS = (
+    *(".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
+    *(".pkl", ".pickle", ".onnx", ".msgpack", ".npz", ".h5", "hf_quant_config.json"),
+)
 # The card is the user's to edit.
 _EDITABLE = frozenset({"README.md"})
 
@@ -78,11 +82,10 @@ def scan(
         found.failures += _header_faults(reader, record)
         due = {"config.json", *reader.indexes}
         found.failures += [f"file {name} is not recorded" for name in sorted(due - record["digests"]["files"].keys())]
-        for name in sorted(set(reader.skipped) - record["digests"]["files"].keys() - {RECORD}):
-            if name.endswith(_WEIGHTS) or name == "hf_quant_config.json":
-                found.failures.append(f"file {name} is not recorded, and a loader may take it")
-            elif not name.startswith("."):
-                found.warnings.append(f"{name} is not recorded")
+    known = {RECORD, *(record["digests"]["files"] if record is not None else ())}
+    failures, warnings = unlisted(reader.path, set(reader.skipped) - known)
+    found.failures += failures
+    found.warnings += warnings if record is not None else []
     files: Mapping[str, str] = record["digests"]["files"] if record is not None else {}
     for name, wanted in files.items():
         # Only what the folder lists: a name of the record may be any text.
@@ -91,6 +94,23 @@ def scan(
             list_ = found.warnings if name in _EDITABLE else found.failures
             list_.append(f"file {name} is not what was recorded")
     return found
+
+
+def unlisted(folder: Location, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What is wrong with names in a folder that nothing lists, and what is only to be told.
+
+    A folder below is looked through, unless its name has a dot first, as those of git and of downloads have.
+    """
+    failures, warnings = [], []
+    for name in sorted(names):
+        inside = [name]
+        if not name.startswith(".") and isinstance(folder, Path):
+            inside += sorted(str(path.relative_to(folder)) for path in (folder / name).rglob("*"))
+        weights = [one for one in inside if one.lower().endswith(_WEIGHTS)]
+        failures += [f"file {one} is not recorded, and a loader may take it" for one in weights]
+        if not weights and not name.startswith("."):
+            warnings.append(f"{name} is not recorded")
+    return failures, warnings
 
 
 def _digest(folder: Location, name: str) -> str | None:

@@ -47,6 +47,15 @@ def test_a_local_folder_is_no_model_that_a_preset_names(nvfp4: Path, base: Path,
     assert f"against a local folder (headers {headers[:12]})" in found.statement
 
 
+def test_modules_of_which_rows_were_compared_are_counted_apart(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """The base's bytes replace them: what is packed was compared whole."""
+    outcome = build(nvfp4, base, tmp_path / "out")
+    assert outcome.report is not None
+    assert outcome.report["proof"]["counts"] == {"reproduced": 24, "reproduced (sampled rows)": 16}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "compared with the\nbase: 24 reproduced." in card and "rows that were proven" not in card
+
+
 def test_a_claim_is_told_as_one(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     found = Built(build(nvfp4, base, tmp_path / "out", "--base-model", FLUX), tmp_path / "out")
     assert found.head["base_model"] == FLUX and found.head["base_model_relation"] == "quantized"
@@ -76,10 +85,12 @@ def test_a_repo_that_was_seen_is_named_with_its_commit(
     source = found.record["sources"]["base"]
     assert (source["origin"], source["repo"], source["commit"]) == (place, MINE, hub.head(MINE))
     assert found.record["base_repo"] == MINE and found.statement.endswith(f"against {MINE}@{hub.head(MINE)}")
-    claimed = Built(run_mopt("build-nvfp4", *words, "--base-model", FLUX), tmp_path / "out")
-    assert claimed.head["base_model"] == FLUX and claimed.head["license"] == "other"
-    assert (claimed.record["base_repo"], claimed.record["base_claimed"]) == (MINE, FLUX)
-    assert claimed.statement.endswith(f"against {MINE}@{hub.head(MINE)}, said to be {FLUX}")
+    for more in ((), ("--dry-run",)):
+        outcome = run_mopt("build-nvfp4", *words, "--base-model", FLUX, *more)
+        assert (outcome.exit_code, outcome.error_code) == (3, "base.claimed_otherwise"), outcome.stderr
+        assert FLUX in outcome.message and MINE in outcome.message and not (tmp_path / "out").exists()
+    claimed = Built(run_mopt("build-nvfp4", *words, "--base-model", MINE), tmp_path / "out")
+    assert (claimed.record["base_repo"], claimed.record["base_claimed"]) == (MINE, MINE)
 
 
 def test_the_presets_own_base_is_seen_where_none_is_given(hub: LoopbackHub, base: Path, tmp_path: Path) -> None:
