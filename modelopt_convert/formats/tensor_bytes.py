@@ -35,6 +35,11 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def first_place(mask: Tensor) -> str:
+    """Where the first true element lies, in words."""
+    return f"first at {mask.nonzero()[0].tolist()}"
+
+
 def equal_bytes(left: memoryview, right: memoryview) -> bool:
     """Whether two writable buffers of one size are equal. memoryviews would compare bytewise, under Python's lock."""
     words = len(left) // 8 * 8

@@ -22,11 +22,15 @@ Modules = Mapping[str, PackedModule]
 
 @dataclass(frozen=True, slots=True)
 class OddScales:
-    """How many block scales of a module are not positive numbers; of zeros those that the padding does not explain."""
+    """How many block scales of a module are not positive numbers; of zeros those that the padding does not explain.
+
+    ``first`` says where the first NaN or, if there is none, the first negative one is stored, in words.
+    """
 
     nan: int
     negative: int
     zero: int
+    first: str = ""
 
 
 def float32_of(reader: CheckpointReader, info: TensorInfo) -> float:
@@ -79,7 +83,8 @@ def block_scale_faults(name: str, odd: OddScales) -> Iterator[LintReport]:
         (odd.zero, "scale.zero", "zero"),
     ):
         if count:
-            yield LintReport(code=code, message=f"{count} block scales are {what}", module=name)
+            place = f", {odd.first}" if code == "scale.nan" or (code == "scale.unusable" and not odd.nan) else ""
+            yield LintReport(code=code, message=f"{count} block scales are {what}{place}", module=name)
 
 
 def module_faults(reader: CheckpointReader, module: PackedModule, block_size: int) -> Iterator[LintReport]:

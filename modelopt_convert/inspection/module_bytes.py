@@ -12,7 +12,7 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import from_bytes
+from modelopt_convert.formats.tensor_bytes import first_place, from_bytes
 from modelopt_convert.inspection.lint import OddScales
 from modelopt_convert.proof.detector import Detection, detect_with_base, hint_scale_order, telling_rows
 
@@ -38,10 +38,14 @@ class ModuleBytes:
         if all_positive(stored):
             return OddScales(nan=0, negative=0, zero=0)
         readings = self._readings()
+        nan = ((stored & 0x7F) == 0x7F).view(self.packed.scales["weight_scale"].shape)
+        negative = (stored > 0x80).view(nan.shape) & ~nan
+        unusable = nan if bool(nan.any()) else negative
         return OddScales(
-            nan=int(((stored & 0x7F) == 0x7F).count_nonzero()),
-            negative=int((stored > 0x80).count_nonzero()) - int((stored == 0xFF).count_nonzero()),
+            nan=int(nan.count_nonzero()),
+            negative=int(negative.count_nonzero()),
             zero=min((int((one.view(torch.uint8) == 0).count_nonzero()) for one in readings.values()), default=0),
+            first=first_place(unusable) if bool(unusable.any()) else "",
         )
 
     @torch.inference_mode()

@@ -64,7 +64,8 @@ class BlockTally:
         odd_blocks: Blocks with another code or scale, ties and zero bytes over zeros aside.
         wrong_codes: Codes that are not the nearest under the export's scale.
         blocks_above: Blocks whose squared error is above that of max calibration under the same global scale.
-        first: The first byte that no tie explains.
+        first: In the first block with a wrong code or an error above; if there is none, the first byte that no tie
+            explains.
     """
 
     def __init__(self, columns: int, global_scale: Tensor) -> None:
@@ -79,7 +80,13 @@ class BlockTally:
         self.codes = self.codes_equal = self.codes_tied = self.zero_signs = self.wrong_codes = 0
         self.scales = self.scales_equal = self.scales_zero = self.scales_tied = self.scales_idle = 0
         self.odd_blocks = self.blocks_above = 0
-        self.first: Difference | None = None
+        self._first_wrong: Difference | None = None
+        self._first_other: Difference | None = None
+
+    @property
+    def first(self) -> Difference | None:
+        """The place to be named: a search differs from max calibration in many blocks that are right."""
+        return self._first_wrong or self._first_other
 
     @property
     def is_exact(self) -> bool:
@@ -169,20 +176,42 @@ class BlockTally:
             return
         base = blocks[odd].to(torch.float64)
         error = _squared_error(base, codes[odd], values[odd] * self._global_scale)
-        least = _squared_error(base, max_codes[odd], max_values[odd] * self._global_scale)
-        self.blocks_above += int((error > least * (1 + _ROUNDING)).sum())
-        self._note(int(places[odd[0]]), odd[0], (codes, nearest, wrong), (scale, max_scale))
+        least = self._least(base, max_codes[odd], max_scale[odd])
+        above = error > least * (1 + _ROUNDING)
+        self.blocks_above += int(above.sum())
+        places, codes, nearest, wrong = places[odd], codes[odd], nearest[odd], wrong[odd]
+        scales = scale[odd], max_scale[odd]
 
-    def _note(self, place: int, block: Tensor, codes: tuple[Tensor, Tensor, Tensor], scale: tuple[Tensor, ...]) -> None:
-        if self.first is not None:
-            return
-        row, column = place // self._per_row, place % self._per_row * BLOCK_SIZE
-        found, nearest, wrong = (one[block] for one in codes)
-        if scale[0][block] != scale[1][block]:
-            self.first = Difference(row, column, "weight_scale", int(scale[1][block]), int(scale[0][block]))
-        else:
-            within = int(wrong.nonzero()[0])
-            self.first = Difference(row, column + within, "weight", int(nearest[within]), int(found[within]))
+        def difference(block: int) -> Difference:
+            row, column = divmod(int(places[block]), self._per_row)
+            column *= BLOCK_SIZE
+            found, common = (int(one[block]) for one in scales)
+            # Of another scale with other codes than max calibration's, the codes are what is wrong: it was searched.
+            if found != common and not (wrong[block].any() and (codes[block] != max_codes[odd[block]]).any()):
+                return Difference(row, column, "weight_scale", common, found)
+            within = int(wrong[block].nonzero()[0])
+            return Difference(row, column + within, "weight", int(nearest[block, within]), int(codes[block, within]))
+
+        self._first_other = self._first_other or difference(0)
+        bad = (above | wrong.any(dim=1)).nonzero().view(-1)
+        if self._first_wrong is None and len(bad):
+            self._first_wrong = difference(int(bad[0]))
+
+    def _least(self, base: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """Squared error under max calibration: base float64 [M, 16], codes uint8 [M, 16], scale bytes [M].
+
+        Where the scale lies at a midpoint, the producer may have rounded it to the other neighbour.
+        """
+        values = _e4m3(scale)
+        error = _squared_error(base, codes, values * self._global_scale)
+        for step in (-1, 1):
+            other = _e4m3((scale.to(torch.int16) + step).to(torch.uint8))
+            tied = self._is_scale_tie(base, other, values).nonzero().view(-1)
+            if len(tied):
+                factor = other[tied] * self._global_scale
+                again = encode_e2m1(base[tied].to(torch.float32) / factor.unsqueeze(1))
+                error[tied] = torch.maximum(error[tied], _squared_error(base[tied], again, factor))
+        return error
 
     def _underflows(self, blocks: Tensor) -> Tensor:
         """Whether the scale of max calibration rounds to zero where it is not clamped."""

@@ -24,7 +24,7 @@ from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, load
-from modelopt_convert.proof.unquantized import is_near_base, same_up_to_cast
+from modelopt_convert.proof.unquantized import first_difference, is_near_base, same_up_to_cast
 from modelopt_convert.report.report import REFUTED
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
@@ -319,8 +319,10 @@ def _refuse_other_values(export: CheckpointReader, base: CheckpointReader, proof
         how, more = "are not near the base's", ""
     if names:
         where = str(export.path / export.tensors[names[0]].file)
+        with torch.inference_mode():
+            first = f"{names[0]} {first_difference(export, base, names[0])}"
         raise InputError(
-            f"{where}: {len(names)} unquantized tensors {how}: {', '.join(names[:_SHOWN])}",
+            f"{where}: {len(names)} unquantized tensors {how}: {', '.join(names[:_SHOWN])} ({first})",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "

@@ -205,6 +205,7 @@ class _Comparison:
 
 class _Fp8Proof:
     method = "every code against the base, quantized again; modelopt to_quantized_weight arithmetic"
+    tensor_scale = "weight_scale"
     never_excused = frozenset({_AMAX_DISAGREES})  # two runs that were mixed up
     is_rebased = False
 

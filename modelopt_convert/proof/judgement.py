@@ -122,11 +122,13 @@ class FormatProof(Protocol):
 
     Attributes:
         method: In words.
+        tensor_scale: Role of the scale of the whole weight.
         never_excused: Codes of faults that are told although the base replaces the module.
         is_rebased: Whether a runtime brings the tensor scales of a fused group to one.
     """
 
     method: str
+    tensor_scale: str
     never_excused: frozenset[str]
     is_rebased: bool
 
@@ -200,5 +202,28 @@ def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> 
         calibrated = [rules.scale_of(amax) for amax in (one.amax, largest[one.scale])]
         if one.scale not in calibrated:
             verdict: Verdict = "near" if one.rule == COMPRESSED else "nearest"  # codes are of another scale there
-            judged[name] = replace(one, verdict=verdict, factor=one.scale / calibrated[0] if calibrated[0] else 1.0)
+            factor = one.scale / calibrated[0] if calibrated[0] else 1.0
+            words = f"{rules.tensor_scale} is {factor:.9g} times that of max calibration" if factor != 1.0 else None
+            judged[name] = replace(one, verdict=verdict, factor=factor, first=one.first or words)
     return judged
+
+
+def scale_words(modules: Mapping[str, Judgement]) -> list[str]:
+    """What is to be known of scales that are not those of max calibration, though every code is the base's.
+
+    Args:
+        modules: By name, after ``with_shared_scales``.
+    """
+    words = []
+    if factors := {name: one.factor for name, one in modules.items() if one.passed and one.factor != 1.0}:
+        words.append(
+            f"{len(factors)} modules have a tensor scale that is not max calibration's ({next(iter(factors))} first), "
+            f"{min(factors.values()):.9g} to {max(factors.values()):.9g} times as large"
+        )
+    idle = {name: one.counts.scales_idle for name, one in modules.items() if one.passed and one.counts.scales_idle}
+    if idle:
+        words.append(
+            f"{sum(idle.values())} idle scales in {len(idle)} modules ({next(iter(idle))} first): block scales over "
+            "zeros that are not max calibration's, and have no effect"
+        )
+    return words

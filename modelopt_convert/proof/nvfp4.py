@@ -31,7 +31,7 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES
+from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, first_place
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
@@ -67,16 +67,24 @@ _REPRODUCED = 0.98
 _CLIPPED = 1 + 1e-6
 
 
-def _unexplained_zeros(base: CheckpointReader, module: PackedModule, zero: Tensor, global_scale: float) -> int:
-    """Zero block scales over base blocks that are too large to have underflowed (ModelOpt up to 0.44 had no clamp)."""
-    count = 0
+def _unexplained_zeros(
+    base: CheckpointReader, module: PackedModule, zero: Tensor, global_scale: float
+) -> tuple[int, str]:
+    """How many block scales are zero over base blocks that are too large to have underflowed, and the first's place.
+
+    ModelOpt up to 0.44 had no clamp.
+    """
+    count, first = 0, ""
     divisor = 6.0 * torch.tensor(global_scale, dtype=torch.float32)
     for row in zero.any(dim=1).nonzero().flatten().tolist():
         block_amax = (
             load_rows(base, module.weight.name, [row])[0].to(torch.float32).abs().view(-1, BLOCK_SIZE).amax(dim=1)
         )
-        count += int((zero[row] & (block_amax / divisor > _UNDERFLOW)).sum())
-    return count
+        unexplained = zero[row] & (block_amax / divisor > _UNDERFLOW)
+        if not first and bool(unexplained.any()):
+            first = f"first at [{row}, {int(unexplained.nonzero()[0])}]"
+        count += int(unexplained.sum())
+    return count, first
 
 
 def _scale_readings(export: CheckpointReader, module: PackedModule) -> dict[ScaleOrder, Tensor]:
@@ -311,6 +319,7 @@ def _canonical(stored: Tensor, reading: Layout) -> Tensor:
 
 class _Nvfp4Proof:
     method = "every code and block scale against the base, quantized again; modelopt NVFP4QTensor arithmetic"
+    tensor_scale = "weight_scale_2"
     never_excused: frozenset[str] = frozenset()
     is_rebased = True
 
@@ -323,21 +332,22 @@ class _Nvfp4Proof:
         raw = load(export, module.scales["weight_scale"].name).view(torch.uint8)
         if all_positive(raw):
             return global_scale
-        broken = int(((raw & 0x7F) == 0x7F).count_nonzero())
-        if broken:
-            raise unusable_scale(export, module, "weight_scale", "finite scales", f"{broken} NaN of {raw.numel()}")
-        negative = int((raw > 0x80).count_nonzero())
-        if negative:
-            found = f"{negative} negative of {raw.numel()}"
-            raise unusable_scale(export, module, "weight_scale", "positive scales", found)
+        for wrong, what, expected in (
+            ((raw & 0x7F) == 0x7F, "NaN", "finite scales"),
+            (raw > 0x80, "negative", "positive scales"),
+        ):
+            if count := int(wrong.count_nonzero()):
+                found = f"{count} {what} of {raw.numel()}, {first_place(wrong)}"
+                raise unusable_scale(export, module, "weight_scale", expected, found)
         if bool(((raw & 0x7F) == 0).any()):
             # In padding zeros are right; where they are is known for each reading. One reading must explain them all.
             counts = [
                 _unexplained_zeros(base, module, (reading.view(torch.uint8) & 0x7F) == 0, global_scale)
                 for reading in _scale_readings(export, module).values()
             ]
-            if min(counts):
-                found = f"{min(counts)} zero that no underflow explains"
+            count, first = min(counts)
+            if count:
+                found = f"{count} zero that no underflow explains, {first}"
                 raise unusable_scale(export, module, "weight_scale", "non-zero scales", found)
         return global_scale
 

@@ -41,6 +41,28 @@ def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str,
     return True
 
 
+def first_difference(export: CheckpointReader, base: CheckpointReader, name: str) -> str:
+    """Where the first element lies that is not the base's, cast, and both values, in words; shapes are equal."""
+    source, target = base.tensors[name].dtype, export.tensors[name].dtype
+    if not {source, target} <= HALF_AND_FLOAT:
+        return f"{target}, the base's is {source}" if source != target else ""
+    sides = [
+        (side, dtype, CHUNK_BYTES // 4 * DTYPE_BITS[dtype] // 8) for side, dtype in ((base, source), (export, target))
+    ]
+    top = 0
+    for pieces in zip(*(side.chunks(name, size) for side, _, size in sides), strict=True):
+        values, found = (from_bytes(piece, dtype, (-1,)) for piece, (_, dtype, _) in zip(pieces, sides, strict=True))
+        wanted = values.to(found.dtype)
+        bits = torch.int32 if target == "F32" else torch.int16
+        differs = (wanted.view(bits) != found.view(bits)).nonzero().view(-1)
+        if len(differs):
+            at = int(differs[0])
+            place = [int(one) for one in torch.unravel_index(torch.tensor(top + at), export.tensors[name].shape)]
+            return f"first at {place}: expected {float(wanted[at]):.9g}, found {float(found[at]):.9g}"
+        top += len(found)
+    return ""
+
+
 def is_near_base(export: CheckpointReader, base: CheckpointReader, name: str, max_error: float) -> bool:
     """Whether a tensor lies within the limits for dequantized codes; shapes are equal.
 

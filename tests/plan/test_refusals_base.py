@@ -144,7 +144,12 @@ def test_unquantized_tensors_that_differ_tell_another_base(
 
     other = edit(base if in_the_base else nvfp4, tmp_path / "other", change)
     export, other_base = (nvfp4, other) if in_the_base else (other, base)
-    names = (SHARD, "1 unquantized tensors", tensor)
+    expected, found = (load(one)[tensor] for one in (other_base, export))
+    last = [size - 1 for size in found.shape]
+    place = (
+        f"{tensor} first at {last}: expected {float(expected.view(-1)[-1]):.9g}, found {float(found.view(-1)[-1]):.9g}"
+    )
+    names = (SHARD, "1 unquantized tensors", place)
     refused(export, other_base, tmp_path, code="export.other_base", names=names, hint="LoRA")
     outcome = build(export, other_base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None

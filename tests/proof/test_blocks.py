@@ -17,6 +17,7 @@ from producers import (
     max_calibration,
     max_calibration_0_44,
     max_scales,
+    mse_sweep,
     pack,
     signed_zeros,
     unpack,
@@ -237,9 +238,15 @@ def test_blocks_above_are_those_whose_error_is_larger(kind: str, step: int) -> N
     raw = (common.scale.view(torch.uint8).int() + step).clamp(1, 126).to(torch.uint8)
     one = codes_under(base, raw.view(E4M3), common.global_scale)
     least, error = block_errors(base, common), block_errors(base, one)
-    middle = (common.scale.double() + one.scale.double()) / 2
     other = raw != common.scale.view(torch.uint8)
-    tied = other & (abs(step) == 1) & ((max_scales(base, common.global_scale) / middle - 1).abs() <= 2.0**-22)
+    tied = torch.zeros_like(other)
+    for beside in (-1, 1):
+        neighbour = (common.scale.view(torch.uint8).int() + beside).clamp(1, 126).to(torch.uint8).view(E4M3)
+        middle = (common.scale.double() + neighbour.double()) / 2
+        at_middle = (max_scales(base, common.global_scale) / middle - 1).abs() <= 2.0**-22
+        tied |= other & (step == beside) & at_middle
+        beside_error = block_errors(base, codes_under(base, neighbour, common.global_scale))
+        least = torch.where(at_middle, torch.maximum(least, beside_error), least)
     above = other & ~tied & (error > least * 1.00002)
     close = above & (error < least * 1.02)
     found = tally(base, one)
@@ -281,3 +288,54 @@ def test_the_first_difference_is_named_wherever_it_is(height: int, row: int) -> 
     assert found.first == Difference(row, 32, "weight_scale", byte, byte ^ 8)
     assert f"row {row}, columns 32 to 47: expected the scale byte {byte:#04x}" in found.first.in_words()
     assert found.scales_equal == found.scales - 1
+
+
+def tied_at(middle: float) -> Tensor:
+    """A block whose scale is wanted at a midpoint under ``PLAIN``; random, for errors that differ."""
+    base = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)) * 3
+    base[:, 0] = 6 * middle / 256
+    return base
+
+
+@pytest.mark.parametrize(("middle", "even", "other"), [(272.0, 256.0, 288.0), (304.0, 320.0, 288.0)])
+def test_at_a_midpoint_a_search_may_have_begun_from_the_other_neighbour(
+    middle: float, even: float, other: float
+) -> None:
+    """Four over six: a block keeps 1.5 times the scale if that is better than the scale as it was rounded there."""
+    base = tied_at(middle)
+    scales = {value: torch.full((64, 1), value).to(E4M3) for value in (even, other, 416.0)}
+    assert torch.equal(max_calibration(base, PLAIN).scale.float(), scales[even].float())
+    errors = {value: block_errors(base, codes_under(base, scale, PLAIN)) for value, scale in scales.items()}
+    searched = codes_under(base, scales[416.0], PLAIN)
+    limit = torch.maximum(errors[even], errors[other])
+    above = int((errors[416.0] > limit).sum())
+    assert int((errors[416.0] > errors[even]).sum()) > above < int((errors[416.0] > errors[other]).sum())
+    assert tally(base, searched).blocks_above == above
+    # Away from the midpoint there is one neighbour.
+    base[:, 0] *= 1 - 1e-5
+    even_error = block_errors(base, max_calibration(base, PLAIN))
+    searched = codes_under(base, scales[416.0], PLAIN)
+    assert tally(base, searched).blocks_above == int((block_errors(base, searched) > even_error).sum())
+
+
+@pytest.mark.parametrize("row", [0, 5, 30, 63])
+@pytest.mark.parametrize("height", [4, 64])
+def test_damage_of_a_searched_weight_is_named_and_not_its_search(row: int, height: int) -> None:
+    base = weight("gaussian", 64, 256, 0)
+    one = mse_sweep(base)
+    common = max_calibration(base, one.global_scale)
+    searched = tally(base, one, height=height)
+    assert searched.is_nearest and searched.first is not None and searched.first.row == 0
+    codes = unpack(one.packed)
+    nearest = int(codes[row, 100])
+    codes[row, 100] ^= 4
+    codes[63, 250] ^= 4
+    found = tally(base, one._replace(packed=pack(codes)), height=height)
+    assert found.first == Difference(row, 100, "weight", nearest, nearest ^ 4)
+    # A scale that is not searched, and too large for its block; all codes are the nearest under it.
+    raw = one.scale.view(torch.uint8).clone()
+    raw[row, 7] = common.scale.view(torch.uint8)[row, 7] + 12
+    raw[63, 15] = common.scale.view(torch.uint8)[63, 15] + 12
+    found = tally(base, codes_under(base, raw.view(E4M3), one.global_scale), height=height)
+    assert found.wrong_codes == 0 and found.first is not None
+    assert (found.first.row, found.first.column, found.first.role) == (row, 112, "weight_scale")

@@ -33,7 +33,14 @@ from modelopt_convert.formats.layout import CANONICAL, Layout
 from modelopt_convert.formats.rows import sample_rows
 from modelopt_convert.proof.closeness import Closeness
 from modelopt_convert.proof.export import Proof, concluded
-from modelopt_convert.proof.judgement import COMPRESSED, Counts, Judgement, format_proof, with_shared_scales
+from modelopt_convert.proof.judgement import (
+    COMPRESSED,
+    Counts,
+    Judgement,
+    format_proof,
+    scale_words,
+    with_shared_scales,
+)
 from modelopt_convert.run.errors import InputError
 
 
@@ -355,6 +362,22 @@ def test_a_scale_chosen_otherwise_is_nearest_and_its_factor_is_told(tmp_path: Pa
     assert found.verdict == "reproduced" and found.factor == 1.0
     (one,) = with_shared_scales(format_proof("nvfp4"), {NAME: found}).values()
     assert one.verdict == "nearest" and one.factor == pytest.approx(1.7)
+    assert one.first is not None and one.first.startswith("weight_scale_2 is 1.7")
+    assert one.first.endswith(" times that of max calibration")
+
+
+def test_factors_and_idle_scales_are_told_of_what_passes() -> None:
+    other = {
+        "plain": made_up(),
+        "ulp": made_up("nearest", factor=1.0 + 2.0**-23),
+        "twice": made_up("nearest", factor=2.0),
+        "near": made_up("near", factor=9.0, counts=Counts(16, 16, scales_idle=7)),
+        "idle": made_up("nearest", counts=Counts(16, 16, scales_idle=3)),
+    }
+    factors, idle = scale_words(other)
+    assert factors.startswith("2 modules") and "(ulp first), 1.00000012 to 2 times as large" in factors
+    assert idle.startswith("3 idle scales in 1 modules (idle first)")
+    assert scale_words({"plain": made_up()}) == []
 
 
 def test_a_scale_under_which_all_codes_are_zero_proves_nothing(tmp_path: Path) -> None:

@@ -115,6 +115,39 @@ def test_exports_that_loaded_the_model_in_half_pass(make: Callable[[Tensor], Mad
     passes(*lay(tmp_path, weights, make, torch.float16), room, "reproduced")
 
 
+@pytest.mark.parametrize("factor", [1.0 + 2.0**-23, 1.7])
+def test_a_tensor_scale_chosen_otherwise_is_warned_of(factor: float, tmp_path: Path, room: Path) -> None:
+    """Also one ulp; and verify passes with the same words."""
+
+    def make(base: Tensor) -> Packed:
+        return max_calibration(base, max_calibration(base).global_scale * factor)
+
+    export, base = lay(tmp_path, bases(("gaussian",)), make)
+    report = build(export, base, room / "out")
+    (words,) = (one["message"] for one in report.warnings if one["code"] == "proof.scale_factor")
+    assert "1 modules have a tensor scale that is not max calibration's (blocks.0.gaussian first)" in words
+    verified = modelopt_convert.verify(room / "out", base=base)
+    assert verified.exit_code == 0
+    levels = json.loads(verified.model_dump_json())["verify"]["levels"]
+    assert [one["warnings"] for one in levels if one["level"] == "L2"] == [[words]]
+
+
+def test_idle_scales_are_counted_and_warned_of(tmp_path: Path, room: Path) -> None:
+    def make(base: Tensor) -> Packed:
+        one = max_calibration(base)
+        one.scale.view(torch.uint8)[:4] = torch.arange(16, 16 + one.scale.shape[1]).to(torch.uint8)
+        return one
+
+    weights = bases(("gaussian",))
+    weights["blocks.0.gaussian"][:4] = 0
+    export, base = lay(tmp_path, weights, make)
+    report = build(export, base, room / "out")
+    (module,) = json.loads(report.model_dump_json())["proof"]["modules"].values()
+    (words,) = (one["message"] for one in report.warnings if one["code"] == "proof.scale_factor")
+    assert (module["verdict"], module["scales_idle"]) == ("nearest", 32) and words.startswith("32 idle scales in 1")
+    assert modelopt_convert.verify(room / "out", base=base).exit_code == 0
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_other_weights_are_refused(name: str, tmp_path: Path, room: Path) -> None:
     is_refused(*lay(tmp_path, bases(TRAINED), NVFP4_PRODUCERS[name].make), room)

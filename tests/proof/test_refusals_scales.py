@@ -32,7 +32,8 @@ def with_block_scale(source: Path, target: Path, module: str, byte: int) -> Path
 )
 def test_an_unusable_block_scale_is_refused(byte: int, found: str, nvfp4: Path, base: Path, tmp_path: Path) -> None:
     export = with_block_scale(nvfp4, tmp_path / "export", PACKED, byte)
-    names = (SHARD, f"{PACKED}.weight_scale", found)
+    rows, columns = load(export)[f"{PACKED}.weight_scale"].shape
+    names = (SHARD, f"{PACKED}.weight_scale", f"{found}, first at [{rows - 1}, {columns - 1}]")
     refused(export, base, tmp_path, code="export.unusable_scale", names=names, hint=HINT)
 
 
@@ -42,7 +43,7 @@ def test_block_scales_are_checked_in_every_row(row: int, nvfp4: Path, base: Path
     name = f"{PACKED}.weight_scale"
     byte = (0x7F, 0xB8, 0x00)[row % 3]
     export = edit(nvfp4, tmp_path / "x", lambda tensors: tensors.update({name: poke(tensors[name], row, 3, byte)}))
-    refused(export, base, tmp_path, code="export.unusable_scale", names=(name,), hint=HINT)
+    refused(export, base, tmp_path, code="export.unusable_scale", names=(name, f"first at [{row}, 3]"), hint=HINT)
 
 
 @pytest.mark.parametrize("value", UNUSABLE)

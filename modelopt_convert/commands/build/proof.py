@@ -289,6 +289,10 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     if differ := proof.unquantized_differ:
         message = f"{prefix}{differ[0]} first: {len(differ)} unquantized tensors of the export are not the base's"
         yield "export.unquantized_differ", f"{message}; the base's are written, so that two models may be mixed"
+    from modelopt_convert.proof.judgement import scale_words
+
+    for words in scale_words(proof.modules):
+        yield "proof.scale_factor", f"{prefix}{words}"
     if near:
         yield (
             "proof.near",

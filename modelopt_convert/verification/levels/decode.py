@@ -16,9 +16,9 @@ from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import to_bytes
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module
-from modelopt_convert.proof.judgement import Judgement, format_proof, with_shared_scales
+from modelopt_convert.proof.judgement import Judgement, format_proof, scale_words, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, tensor_scale
-from modelopt_convert.proof.unquantized import is_near_base, same_up_to_cast
+from modelopt_convert.proof.unquantized import first_difference, is_near_base, same_up_to_cast
 from modelopt_convert.report.report import (
     MISMATCH_WORDS,
     NEAR_WORDS,
@@ -99,9 +99,11 @@ def decode_level(
     told, near = told + unlike, near + like
     if not judgements and not told:
         told = ["no module was compared"]
-    level = LevelReport(level="L2", title="decode", status="warn" if near else "pass", failures=told, warnings=near)
+    odd = scale_words(judgements)
+    status = "warn" if near or odd else "pass"
+    level = LevelReport(level="L2", title="decode", status=status, failures=told, warnings=[*near, *odd])
     if near and not options.accept_near:
-        level.failures, level.warnings = [*told, *near], []
+        level.failures, level.warnings = [*told, *near], odd
     if level.failures:
         level.status = "fail"
     proof = MISMATCH_WORDS if told else NEAR_WORDS if near else SAMPLED_WORDS
@@ -225,7 +227,8 @@ def unlike_base(
             if same:
                 return None
             is_near = is_near_base(subject.reader, base, name, max_error)
-        return is_near, f"{name}: near the base's" if is_near else f"{name}: not the base's"
+            place = first_difference(subject.reader, base, name)
+        return is_near, f"{name}: {'near' if is_near else 'not'} the base's ({place or 'other bytes'})"
 
     answers = in_order(sorted((mine & base.tensors.keys()) - coded), compared, workers)
     wrong = [answer for answer in answers if answer is not None]

@@ -73,9 +73,12 @@ def _zero_faults(subject: Subject, module: PackedModule, readings: Mapping[Scale
     if reading is None:
         return []
     zero = (reading.view(torch.uint8) & 0x7F) == 0
-    count = 0
+    count, first = 0, ""
     for row in zero.any(dim=1).nonzero().flatten().tolist():
         codes = unpack_e2m1(_codes(subject, module, [row]))[0].view(-1, BLOCK_SIZE) & 0x07
         meant = (codes == 0).all(dim=1) | (codes == 7).all(dim=1)
-        count += int((zero[row] & ~meant).sum())
-    return [f"{module.name}: {count} block scales are zero over codes that are not"] if count else []
+        wrong = zero[row] & ~meant
+        if not first and bool(wrong.any()):
+            first = f"first at [{row}, {int(wrong.nonzero()[0])}]"
+        count += int(wrong.sum())
+    return [f"{module.name}: {count} block scales are zero over codes that are not, {first}"] if count else []
