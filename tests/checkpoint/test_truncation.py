@@ -20,6 +20,7 @@ from modelopt_convert.checkpoint.record import read_record
 from modelopt_convert.run.errors import InputError
 
 RECORD = {
+    "schema": "mopt.manifest/1",
     "command": "build-nvfp4",
     "digests": {"algorithm": "xxh3-128", "tensors": {"a": "0" * 32}, "files": {"config.json": "0" * 32}},
     "proof": {"status": "pass", "modules": {"a": {"verdict": "reproduced"}}},
