@@ -4,6 +4,7 @@ A few rows say which reading of the bytes is tried first. All rows decide, under
 Where one is refuted, the others are tried, so that another layout is found and not mistaken for damage.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,15 @@ class _Comparison:
         """Rows of both, the base's in the dtype given."""
         return until(self.stopped, tiles(self.export, self.base, self.due.module, cast, "U8", self.rows))
 
+    @property
+    def first(self) -> Layout:
+        """The likeliest reading, of those that the stored shape allows."""
+        found = self.due.reading or CANONICAL
+        return found if found.scales in self.scales else dataclasses.replace(found, scales=next(iter(self.scales)))
+
     def readings(self) -> list[Layout]:
         """All readings, the likeliest first."""
-        first = self.due.reading or CANONICAL
+        first = self.first
         both = itertools.product(("low", "high"), self.scales)
         rest = (Layout(nibbles, order, first.global_scale) for nibbles, order in both)  # type: ignore[arg-type]
         return [first, *(one for one in rest if one != first)]
@@ -206,7 +213,7 @@ class _Comparison:
         It quantizes under the weight's own global scale. Where the weight is fused with a larger one, the export
         brings the block scales to the scale of the group, and so rounds them to E4M3 a second time.
         """
-        reading = self.due.reading or CANONICAL
+        reading = self.first
         scales = self.scales[reading.scales].view(torch.uint8)
         for cast in self.due.casts:
             amax, factor = self.amax(cast), self.global_scale(reading)
@@ -282,7 +289,7 @@ class _Comparison:
                 cast=found.cast,
                 first=first,
             )
-        reading = found.reading if found is not None else self.due.reading or CANONICAL
+        reading = found.reading if found is not None else self.first
         tried = self.attempt(reading, self.due.casts[0], to_the_end=True)
         compressed = self.compressed() if found is None else None
         sums, limit = self.nearness(reading), self.due.max_error

@@ -118,7 +118,7 @@ PROOF = (
     _export("most modules tell another base", "2 * len(unrelated) > len(", "2 * len(unrelated) >= len("),
     _export("another base is told", "if 2 * len(unrelated) > len(modules):", "if False:"),
     _export("a cause is named", "    _name_causes(rules, export, modules)\n    return", "    return"),
-    _export("what rows tell is tried first", "reading=look.reading, rule=look.rule", "rule=look.rule"),
+    _export("what rows tell is tried first", "reading=due.reading or look.reading, rule=look.rule", "rule=look.rule"),
     _export("sampled rows are kept", "one.closeness or modules[name].closeness", "one.closeness"),
     _export(
         "unquantized tensors are the base's",

@@ -201,7 +201,6 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("build_nvfp4", {"base": "b", "workers": 65}, "--workers", "--base b --workers 65"),
     ("build_nvfp4", {"base": "b", "verify": "maybe"}, "--verify", "--base b --verify maybe"),
     ("build_nvfp4", {"base": "b", "component": ["vae"]}, "--component", "--base b --component vae"),
-    ("build_nvfp4", {"base": "b", "export": "e", "device": "cuda"}, "--device", "--base b --export e --device cuda"),
     ("build_nvfp4", {"base": "b", "output": ""}, "--output", "--base b --output="),
     ("build_nvfp4", {"base": ""}, "--base", "--base="),
     ("build_nvfp4", {"base": "b", "preset": ""}, "--preset", "--base b --preset="),

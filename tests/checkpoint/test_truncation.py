@@ -20,6 +20,7 @@ from modelopt_convert.checkpoint.record import read_record
 from modelopt_convert.run.errors import InputError
 
 RECORD = {
+    "schema": "mopt.manifest/1",
     "command": "build-nvfp4",
     "digests": {"algorithm": "xxh3-128", "tensors": {"a": "0" * 32}, "files": {"config.json": "0" * 32}},
     "proof": {"status": "pass", "modules": {"a": {"verdict": "reproduced"}}},
@@ -112,7 +113,7 @@ def test_signals_while_reading_change_nothing(tmp_path: Path) -> None:
     try:
         with CheckpointReader(folder) as reader:
             raw = b""
-            while arrived < 20:
+            while not raw or arrived < 20:
                 raw = b"".join(reader.chunks("a", CHUNK))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

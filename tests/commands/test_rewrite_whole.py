@@ -1,5 +1,6 @@
 """What few values of a weight tell: verify and rewrites go by all bytes, and by no sample."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from producers import Packed, dequantized, max_calibration
 from support import Tensors, load, packed_in, run_mopt
 from weights import NEARLY_CONSTANT, weight
 
+from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
+
 NIBBLES_AND_SCALES = [("high", "linear"), ("low", "128x4"), ("high", "128x4")]
 
 
@@ -19,13 +22,26 @@ def laid(one: Packed, nibbles: str, order: str) -> Packed:
     return Packed(swap(one.packed) if nibbles == "high" else one.packed, scale, one.global_scale)
 
 
+def one_value_tells() -> Tensors:
+    """One value in a row that is not sampled. The smaller one does not even change a scale."""
+    row = next(row for row in range(40, 384) if row not in sample_rows(384, SAMPLED_ROWS))
+    smaller, single = torch.ones(384, 128, dtype=torch.bfloat16), torch.zeros(384, 128, dtype=torch.bfloat16)
+    smaller[row, 22] = 0.5
+    single[row, 22] = 1.0
+    return {"one_smaller": smaller, "one_nonzero": single}
+
+
 def told_by_one_value(room: Path, nibbles: str, order: str) -> tuple[Path, Path, Path]:
     """An export of weights that few values tell the layout of, the same as ModelOpt lays it, and their base."""
     base: Tensors = {"norm.weight": torch.ones(8, dtype=torch.bfloat16)}
     right, laid_out = dict(base), dict(base)
-    for seed, kind in enumerate((*NEARLY_CONSTANT, "sparse", "gaussian")):
+    made = {
+        kind: weight(kind, 384, 128, seed)
+        for seed, kind in enumerate((*NEARLY_CONSTANT, "sparse", "constant", "gaussian"))
+    }
+    for seed, (kind, values) in enumerate((made | one_value_tells()).items()):
         module = f"blocks.{seed}.{kind}"
-        base[f"{module}.weight"] = weight(kind, 384, 128, seed)
+        base[f"{module}.weight"] = values
         one = max_calibration(base[f"{module}.weight"])
         for tensors, parts in ((right, one), (laid_out, laid(one, nibbles, order))):
             roles = ("weight", "weight_scale", "weight_scale_2")
@@ -78,3 +94,17 @@ def test_rewrites_put_in_order_what_sampled_rows_cannot_tell(tmp_path: Path, nib
 def decoded(tensors: Tensors, module: str) -> torch.Tensor:
     packed, scale, scale_2 = (tensors[f"{module}.{role}"] for role in ("weight", "weight_scale", "weight_scale_2"))
     return dequantized(Packed(packed, scale, scale_2))
+
+
+@pytest.mark.parametrize(("nibbles", "order"), NIBBLES_AND_SCALES)
+def test_weights_that_tell_nothing_are_right_under_any_declared_layout(
+    tmp_path: Path, nibbles: str, order: str
+) -> None:
+    source, _, base = told_by_one_value(tmp_path, nibbles, order)
+    config = json.loads((source / "config.json").read_text())
+    scales = "swizzled" if order == "128x4" else "linear"
+    keys = {"swap_weight_nibbles": nibbles == "high", "checkpoint_weight_scale_layout": scales}
+    config["quantization_config"] |= keys
+    (source / "config.json").write_text(json.dumps(config))
+    declared = run_mopt("verify", source, "--base", base, "--device", "cpu")
+    assert (declared.exit_code, declared.report["verify"]["proof"]) == (0, "proven"), declared.stderr

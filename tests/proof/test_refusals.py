@@ -176,7 +176,7 @@ def test_one_damaged_module_fails_the_check_and_is_named(
     outcome = build(export, base, tmp_path / "out", "--report-json", saved)
     assert (outcome.exit_code, outcome.error_code) == (1, "check.proof"), outcome.stderr
     assert "1 of 40 packed modules" in outcome.message and PACKED in outcome.message
-    assert "Nothing was written" in outcome.message
+    assert "Nothing was published" in outcome.message
     # The report is written all the same, and is the only thing that is.
     report = json.loads(saved.read_text())
     assert report == outcome.report

@@ -22,7 +22,7 @@ from modelopt_convert.run.errors import CheckFailedError, InputError
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
 # The field of ``ModuleLayout`` that a kind of rewrite changes, that which says how it is known, and what it shall be.
-FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
+_FIELD: Mapping[Kind, Literal["nibble_order", "scale_layout"]] = {
     "swap": "nibble_order",
     "unswizzle": "scale_layout",
     "swizzle": "scale_layout",
@@ -34,7 +34,7 @@ BASIS: Mapping[Kind, Literal["nibble_basis", "scale_basis"]] = {
 }
 # What SGLang's loader needs besides the layout keys.
 _KEYS = {"quant_method": "modelopt", "quant_algo": FORMAT.quant_algo, "group_size": BLOCK_SIZE, "ignore": []}
-WANTED: Mapping[Kind, str] = {"swap": "low", "unswizzle": "linear", "swizzle": "128x4"}
+_WANTED: Mapping[Kind, str] = {"swap": "low", "unswizzle": "linear", "swizzle": "128x4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def choose(
         InputError: ``layout.nothing_packed``, ``layout.undetermined`` or ``layout.shape``.
         CheckFailedError: ``check.already_in_order``.
     """
-    where, field, wanted = str(reader.path), FIELD[kind], WANTED[kind]
+    where, field, wanted = str(reader.path), _FIELD[kind], _WANTED[kind]
     if not modules:
         raise InputError(
             f"{where}: expected NVFP4 modules (U8 weights with E4M3 scales), found none",
@@ -123,12 +123,12 @@ def choose(
 
 def against_words(modules: Mapping[str, ModuleLayout], chosen: frozenset[str], kind: Kind) -> str:
     """The best evidence that modules do not need the rewrite, in words; empty if there is none."""
-    right = [modules[name] for name in chosen if getattr(modules[name], FIELD[kind]) == WANTED[kind]]
+    right = [modules[name] for name in chosen if getattr(modules[name], _FIELD[kind]) == _WANTED[kind]]
     if not right:
         return ""
     best = max((getattr(one, BASIS[kind]) for one in right), key=BASES.index)
     words = {"hint": "by what their scales hint at", "declared": "by what config.json declares"}
-    return f"; {len(right)} of them are {WANTED[kind]} already, {words.get(best, f'by {best}')}"
+    return f"; {len(right)} of them are {_WANTED[kind]} already, {words.get(best, f'by {best}')}"
 
 
 def _is_weight(base: CheckpointReader, name: str, shape: list[int]) -> bool:

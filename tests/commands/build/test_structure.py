@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from support import Tensors, build, edit, edit_json, run_mopt
 
 from modelopt_convert.checkpoint.header import TensorSpec
-from modelopt_convert.commands import rewrite
 from modelopt_convert.commands.build import command as build_command
 from modelopt_convert.commands.build.structure import check_structure
+from modelopt_convert.commands.rewrite import command as rewrite
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.run.errors import InputError
