@@ -14,7 +14,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, read_small
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
-from modelopt_convert.report.words import QUANTIZED_HERE
+from modelopt_convert.report.words import PROOFS, QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 
 RECORD = "mopt.json"
@@ -129,8 +129,6 @@ def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None
 
 def claim(record: Mapping[str, Any]) -> str:
     """What the record says of its proof: quoted, since nobody has verified who wrote it."""
-    from modelopt_convert.report.report import PROOFS  # with pydantic, which a record is read without
-
     proof = record.get("proof")
     sources = record.get("sources")
     base = sources.get("base") if isinstance(sources, dict) else None

@@ -9,8 +9,9 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import part_digest, read_parts
 from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
 from modelopt_convert.commands.requests import VerifyRequest
-from modelopt_convert.report.report import MISMATCH_WORDS, OutputReport, Report
+from modelopt_convert.report.report import OutputReport, Report
 from modelopt_convert.report.verify import VerifyReport
+from modelopt_convert.report.words import MISMATCH_WORDS
 from modelopt_convert.run.errors import CheckFailedError, InconclusiveError, MoptError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report

@@ -25,7 +25,7 @@ from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, load
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, same_up_to_cast
-from modelopt_convert.report.report import REFUTED
+from modelopt_convert.report.words import REFUTED
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
 

@@ -18,7 +18,7 @@ from modelopt_convert.formats.fp8.codes import Clipped
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.closeness import Closeness
 from modelopt_convert.proof.due import Due
-from modelopt_convert.report.report import PROVEN
+from modelopt_convert.report.words import PROVEN
 
 if TYPE_CHECKING:
     from modelopt_convert.proof.blocks import BlockTally

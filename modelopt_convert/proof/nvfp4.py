@@ -51,7 +51,7 @@ from modelopt_convert.proof.tensors import (
     tiles,
     unusable_scale,
 )
-from modelopt_convert.report.report import PROVEN
+from modelopt_convert.report.words import PROVEN
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import until
 

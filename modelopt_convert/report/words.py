@@ -3,3 +3,25 @@
 from typing import Literal
 
 QUANTIZED_HERE: Literal["quantized here"] = "quantized here"
+PROVEN = ("reproduced", "reproduced but for ties", "nearest")
+"""Verdicts on a module that is the base, quantized."""
+REFUTED = ("undetermined", "unrelated", "mismatch")
+"""Verdicts on a module that is not."""
+PROVEN_WORDS = "proven"
+SAMPLED_WORDS = "not proven: sampled"
+NEAR_WORDS = "not proven: near"
+NO_BASE_WORDS = "not proven: no base"
+UNCHANGED_WORDS = "unchanged"
+NOT_CALIBRATED_WORDS = "quantized here, not calibrated"
+MISMATCH_WORDS = "mismatch"
+PROOFS = (
+    "",
+    PROVEN_WORDS,
+    NOT_CALIBRATED_WORDS,
+    UNCHANGED_WORDS,
+    SAMPLED_WORDS,
+    NEAR_WORDS,
+    NO_BASE_WORDS,
+    MISMATCH_WORDS,
+)
+"""What is said of a whole transformer, from strongest to weakest; empty where nothing was verified."""

@@ -9,8 +9,8 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import claim, read_record, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.report.report import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
+from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
 from modelopt_convert.run.errors import first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread

@@ -1,7 +1,7 @@
 """From what was found to how the run ends: several transformers as one, and the exit code. No torch."""
 
-from modelopt_convert.report.report import NEAR_WORDS, PROOFS
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
+from modelopt_convert.report.words import NEAR_WORDS, PROOFS
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.options import VerifyOptions

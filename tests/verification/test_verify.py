@@ -415,8 +415,8 @@ def test_two_transformers_are_both_verified(families: Path, tmp_path: Path) -> N
 
 
 def test_of_two_transformers_the_weaker_proof_is_told() -> None:
-    from modelopt_convert.report.report import PROOFS
     from modelopt_convert.report.verify import VerifyReport as Found
+    from modelopt_convert.report.words import PROOFS
     from modelopt_convert.verification.verdict import combine
 
     for stronger, weaker in itertools.pairwise(PROOFS):

@@ -11,8 +11,8 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.preset.preset import ChosenPreset, Preset
-from modelopt_convert.report.report import NEAR_WORDS, SAMPLED_WORDS, ProofReport
-from modelopt_convert.report.words import QUANTIZED_HERE
+from modelopt_convert.report.report import ProofReport
+from modelopt_convert.report.words import NEAR_WORDS, QUANTIZED_HERE, SAMPLED_WORDS
 
 _NOT_CALIBRATED = "**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."
 _WHY = {

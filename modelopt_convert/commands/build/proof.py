@@ -15,19 +15,17 @@ from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, proof_readings
-from modelopt_convert.report.report import (
+from modelopt_convert.report.report import ClippedReport, ModuleReport, ProofReport
+from modelopt_convert.report.words import (
     MISMATCH_WORDS,
     NEAR_WORDS,
     NO_BASE_WORDS,
     NOT_CALIBRATED_WORDS,
     PROVEN_WORDS,
+    QUANTIZED_HERE,
     REFUTED,
     SAMPLED_WORDS,
-    ClippedReport,
-    ModuleReport,
-    ProofReport,
 )
-from modelopt_convert.report.words import QUANTIZED_HERE
 from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.run.progress import Progress
 

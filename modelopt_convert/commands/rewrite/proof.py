@@ -12,14 +12,8 @@ from modelopt_convert.commands.requests import RewriteRequest
 from modelopt_convert.commands.rewrite.plan import first_layout
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import FORMAT
-from modelopt_convert.report.report import (
-    MISMATCH_WORDS,
-    NEAR_WORDS,
-    PROVEN_WORDS,
-    REFUTED,
-    ModuleReport,
-    ProofReport,
-)
+from modelopt_convert.report.report import ModuleReport, ProofReport
+from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, PROVEN_WORDS, REFUTED
 from modelopt_convert.run.errors import CheckFailedError
 from modelopt_convert.verification.options import VerifyOptions
 

@@ -19,15 +19,15 @@ from modelopt_convert.proof.export import judge_module
 from modelopt_convert.proof.judgement import Judgement, format_proof, scale_words, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, tensor_scale
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, same_up_to_cast
-from modelopt_convert.report.report import (
+from modelopt_convert.report.verify import LevelReport, LevelStatus, ModuleVerify
+from modelopt_convert.report.words import (
     MISMATCH_WORDS,
     NEAR_WORDS,
     PROVEN,
     PROVEN_WORDS,
+    QUANTIZED_HERE,
     SAMPLED_WORDS,
 )
-from modelopt_convert.report.verify import LevelReport, LevelStatus, ModuleVerify
-from modelopt_convert.report.words import QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
 from modelopt_convert.verification.options import VerifyOptions
