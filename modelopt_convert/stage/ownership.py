@@ -1,8 +1,8 @@
 """What in an existing OUT is known to be the checkpoint, and what is somebody's own work. No torch.
 
 A small file is the checkpoint's if the record lists it with its digest. Weights are, if the record or its index lists
-them and their headers give the recorded digest. Their bytes are compared where times say that a file may have changed
-since the record was written: no user can set the time at which a file's inode changed.
+them, their headers give the recorded digest, and each tensor its own. All bytes are read: a copy of an edited
+checkpoint has no time that would tell of the edit.
 """
 
 import functools
@@ -183,8 +183,7 @@ def _weights(folder: Path, record: Mapping[str, Any], plain: set[str], indexes: 
     now = headers_digest(infos, [header.metadata for header in headers.values()])
     if len(infos) != len(tensors) or now != record["digests"].get("headers"):
         return set()
-    written = (folder / RECORD).stat().st_mtime_ns
-    return {name for name, header in headers.items() if _has_bytes(folder / name, header, tensors, written)}
+    return {name for name, header in headers.items() if _has_bytes(folder / name, header, tensors)}
 
 
 def _named(index: Path) -> set[str]:
@@ -212,11 +211,9 @@ def _header(folder: Path, name: str) -> Header | None:
         file.close()
 
 
-def _has_bytes(path: Path, header: Header, digests: Mapping[str, str], written_ns: int) -> bool:
-    """Whether a file holds the recorded bytes; one that has not changed since the record was written does."""
+def _has_bytes(path: Path, header: Header, digests: Mapping[str, str]) -> bool:
+    """Whether a file holds the recorded bytes."""
     status = path.stat()
-    if status.st_ctime_ns < written_ns:  # the same tick of the clock says nothing
-        return True
     spans = tuple((name, info.start, info.num_bytes) for name, info in header.tensors.items())
     found = _digests(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns), spans)
     return found is not None and all(found[name] == digests.get(name) for name in found)

@@ -40,6 +40,12 @@ HUB = (
     _answers("paths are of a length", "len(path.encode()) <= _MAX_PATH_BYTES and all", "all"),
     _answers("no path stands twice", "path in files or path in folders or len", "len"),
     _answers("files have an end", " or len(files) + len(folders) >= _MAX_FILES", ""),
+    _answers(
+        "all pages have one time",
+        "return ask_once(partial(_list_files, repo_id, commit))",
+        "return _list_files(repo_id, commit)",
+        f"{_HOSTILE}test_a_list_of_files_without_end_ends",
+    ),
     _answers("no file lies below a file", "if above in files:", "if False:"),
     _answers("both sizes are one", "!= size:", "!= found:"),
     _answers(

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash_driver import FOLDERS, SHARD, files_of, fill, held_by, lay
+from crash_driver import FOLDERS, SHARD, SPECS, files_of, fill, held_by, lay
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stage_support import before, left_trees, litter, publish, with_record
 
+from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.run.errors import ExitCode, OutputRefusedError, StorageError
 from modelopt_convert.stage import ownership
@@ -176,22 +177,39 @@ def put_another_in_place(path: Path) -> None:
     other.rename(path)
 
 
-@pytest.mark.parametrize("edit", [flip, flip_and_hide, put_another_in_place])
+def flip_and_copy(path: Path) -> None:
+    """Each file of the copy is younger than the edit, the record youngest."""
+    flip(path)
+    edited = path.parent.rename(path.parent.with_name("edited"))
+    shutil.copytree(edited, path.parent, copy_function=shutil.copy)
+    later = path.stat().st_ctime_ns + 10**9
+    os.utime(path.with_name("mopt.json"), ns=(later, later))
+
+
+@pytest.mark.parametrize("edit", [flip, flip_and_hide, put_another_in_place, flip_and_copy])
 def test_weights_that_were_edited_are_foreign(tmp_path: Path, edit: Callable[[Path], None]) -> None:
     folder = lay(tmp_path / "out", "old")
     edit(folder / SHARD)
     assert foreign(folder) == (SHARD,)
 
 
-def test_weights_are_read_only_where_they_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT is looked at twice, and read again only where it may have changed."""
+    read: list[int] = []
+
+    class CountedFile(LocalFile):
+        def read(self, offset: int, num_bytes: int) -> bytes:
+            read.append(num_bytes)
+            return super().read(offset, num_bytes)
+
+    monkeypatch.setattr(ownership, "LocalFile", CountedFile)
     folder = lay(tmp_path / "out", "old")
-    later = (folder / SHARD).stat().st_ctime_ns + 1
-    os.utime(folder / "mopt.json", ns=(later, later))
-    with monkeypatch.context() as patch:
-        patch.setattr(ownership, "_digests", lambda *_: pytest.fail("the weights were read"))
-        assert foreign(folder) == ()
-    (folder / SHARD).chmod(0o600)  # as a copy would do: nothing is known but by its bytes
-    assert foreign(folder) == ()
+    weights = sum(spec.num_bytes for spec in SPECS)
+    assert foreign(folder) == () and sum(read) > weights
+    read.clear()
+    assert foreign(folder) == () and sum(read) < weights
+    flip_and_hide(folder / SHARD)
+    assert foreign(folder) == (SHARD,)
 
 
 def test_a_pipeline_is_known_part_by_part(tmp_path: Path) -> None:

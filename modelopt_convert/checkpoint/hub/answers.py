@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
-from modelopt_convert.checkpoint.hub.client import ask, hub_headers, page_of, read_whole, shown
+from modelopt_convert.checkpoint.hub.client import ask, ask_once, hub_headers, page_of, read_whole, shown
 from modelopt_convert.run.errors import InputError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -157,12 +157,16 @@ def find_commit(repo_id: str, revision: str | None) -> str:
 
 
 def list_files(repo_id: str, commit: str) -> dict[str, HubFile]:
-    """Every file of a commit by its path.
+    """Every file of a commit by its path; all pages of the list together come in the time of one answer.
 
     Raises:
         MoptError: ``hub.answer`` or ``hub.stalled``.
         OSError, HTTPError: What the client raises.
     """
+    return ask_once(partial(_list_files, repo_id, commit))
+
+
+def _list_files(repo_id: str, commit: str) -> dict[str, HubFile]:
     files: dict[str, HubFile] = {}
     folders: set[str] = set()
     query: dict[str, str] | None = {"recursive": "true"}

@@ -189,6 +189,19 @@ def test_downloaded_bytes_are_those_of_the_listing(lies: Lies) -> None:
     assert not list((lies.outside / "_home").rglob("*incomplete"))
 
 
+def test_a_list_of_files_without_end_ends(lies: Lies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page comes soon, with a path that no page had before, and names another."""
+    monkeypatch.setattr(watch, "ANSWER_S", 1.0)
+    monkeypatch.setattr(answers, "_MAX_FILES", 100)  # else it would end with this, after hours
+    numbers = itertools.count()
+    lies.hub.twist(TREE, lambda content: [content[0] | {"path": f"file{next(numbers)}"}])
+    lies.hub.fault(TREE, headers={"Link": f'<{lies.hub.url}/x?cursor=1>; rel="next"'}, times=10_000, stall=0.1)
+    begun = time.monotonic()
+    outcome = lies.hold(inspect)
+    assert time.monotonic() - begun < 20
+    assert (outcome.exit_code, outcome.error_code) == (5, "hub.stalled"), outcome.stdout
+
+
 @pytest.mark.parametrize("revision", ["..", ".", "..%2Fx", "a%2F..%2F..%2Fx"])
 def test_no_revision_leads_out_of_the_cache(lies: Lies, revision: str) -> None:
     outcome = run_mopt("inspect", f"hf://alice/base@{revision}", "--download")
