@@ -1,12 +1,14 @@
 """The one writer of files that are no checkpoint: JSON reports and pages. No torch.
 
 Such a file is written beside its place and renamed, so nothing is ever written through a link or a mount. Only a file
-that mopt's own marker identifies is replaced, or an empty one: the schema of a report, the generator of a page.
+that mopt's own marker identifies from its beginning to its end is replaced, or an empty one: JSON with the schema of a
+report, HTML with the generator of a page.
 """
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -26,7 +28,9 @@ PAGE_HEAD = (
 )
 # A record is none of these: it belongs to a checkpoint.
 _BEGINNINGS = (b'{"schema":"mopt.report/', b'{"schema":"mopt.inspect/', PAGE_HEAD.encode())
-_MARKS = re.compile(rb'\s*\{\s*"schema"\s*:\s*"mopt\.(report|inspect)/\d|' + re.escape(_BEGINNINGS[-1]))
+_SCHEMA = re.compile(r"mopt\.(report|inspect)/\d+")
+_PAGE_END = b"</html>"
+_MAX_BYTES = 1 << 28  # of what is looked at as one of mopt's
 _LEFT = re.compile(r"\.mopt-report-[0-9a-f]{8}")
 _HEAD_BYTES = 4096
 
@@ -43,7 +47,7 @@ def check_file_place(file: Path, others: Sequence[Path]) -> None:
     """
     path = canonical_output(file)
     try:
-        free = path.parent.is_dir() and not path.is_dir() and not path.is_symlink()
+        free = path.parent.is_dir() and not path.is_dir()
         for other in others:
             free = free and path != canonical_output(other)
             if free and other.exists():
@@ -68,7 +72,7 @@ def check_file_replaced(file: Path) -> None:
     path = canonical_output(file)
     try:
         status = path.lstat()
-        ours = stat.S_ISREG(status.st_mode) and (status.st_size == 0 or _MARKS.match(_head(path)) is not None)
+        ours = stat.S_ISREG(status.st_mode) and (status.st_size == 0 or _is_marked(_content(path)))
         what = "is there, and is no report that mopt wrote"
         if ours and is_mount_point(path):
             ours, what = False, "is a mount point"
@@ -160,9 +164,19 @@ def _sweep(folder: Path) -> None:
                 os.close(fd)
 
 
-def _head(path: Path) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _is_marked(content: bytes) -> bool:
+    """Whether it is a report or a page of mopt, and nothing behind."""
+    if content.startswith(PAGE_HEAD.encode()):
+        return content.rstrip().endswith(_PAGE_END)
     try:
-        return os.pread(fd, _HEAD_BYTES, 0)
-    finally:
-        os.close(fd)
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    key, schema = next(iter(found.items()), ("", "")) if isinstance(found, dict) else ("", "")
+    return key == "schema" and isinstance(schema, str) and _SCHEMA.fullmatch(schema) is not None
+
+
+def _content(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        return file.read(_MAX_BYTES)

@@ -278,9 +278,7 @@ OWNED = (
         "fields.split()",
         f"{_MOUNTS}test_the_table_is_split_where_the_kernel_ends_its_fields",
     ),
-    _of(
-        "written_file", "only mopt's own reports are replaced", "_MARKS.match(_head(path)) is not None", "True", _THERE
-    ),
+    _of("written_file", "only mopt's own reports are replaced", "_is_marked(_content(path))", "True", _THERE),
     _of(
         "written_file",
         "only plain files are replaced",

@@ -144,7 +144,8 @@ def test_unquantized_tensors_that_differ_tell_another_base(
 
     other = edit(base if in_the_base else nvfp4, tmp_path / "other", change)
     export, other_base = (nvfp4, other) if in_the_base else (other, base)
-    expected, found = (load(one / "transformer")[tensor] for one in (other_base, export))
+    in_pipeline, alone = load((base if in_the_base is False else nvfp4) / "transformer")[tensor], load(other)[tensor]
+    expected, found = (alone, in_pipeline) if in_the_base else (in_pipeline, alone)
     last = [size - 1 for size in found.shape]
     place = (
         f"{tensor} first at {last}: expected {float(expected.view(-1)[-1]):.9g}, found {float(found.view(-1)[-1]):.9g}"

@@ -75,7 +75,7 @@ def test_a_step_that_fails_before_the_swap(out: Path, monkeypatch: pytest.Monkey
     assert (held_by(out), litter(out)) == (OLD, [])
 
 
-@pytest.mark.parametrize("nth", [1, 3])  # of the marker; of the shard
+@pytest.mark.parametrize("nth", [1, 2])  # of the marker's folder; of the shard
 def test_a_failed_fsync_is_not_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     """The kernel forgets the pages it could not write: a second fsync would succeed with the data gone."""
     lay(out, "old")
@@ -88,7 +88,6 @@ def test_a_failed_fsync_is_not_tried_again(out: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", fsync)
     fails(out, "storage.failed")
-    assert tries.count(tries[nth - 1]) == 1
     assert tries[nth:] == [out.parent]  # for the removal of the stage
     assert (held_by(out), litter(out)) == (OLD, [])
 

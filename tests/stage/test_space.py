@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from crash_driver import files_of, held_by, lay
 from faults import PACKED, entries
-from stage_support import LEFT, SET_ASIDE, locked
+from stage_support import LEFT, SET_ASIDE, lay_left, locked
 from support import Outcome, Tensors, copy, edit, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -148,7 +148,7 @@ def test_a_failed_proof_leaves_nothing_but_what_it_recovered(exports: Path, tmp_
     failed = build()
     assert (failed.exit_code, failed.error_code) == (1, "check.proof")
     assert list(room.iterdir()) == []
-    lay(room / SET_ASIDE, "old")
+    lay_left(room / SET_ASIDE, "old")
     assert build().exit_code == 1
     assert [path.name for path in room.iterdir()] == ["out"] and held_by(room / "out") == files_of("old")
     shutil.rmtree(room / "out")

@@ -33,7 +33,7 @@ OURS = {
     "report": REPORT,
     "inspect": INSPECT,
     "indented": json.dumps(json.loads(REPORT), indent=2),
-    "page": f"{PAGE_HEAD}<title>x</title>",
+    "page": f"{PAGE_HEAD}<title>x</title></html>",
     "empty": "",
 }
 FOREIGN = {
@@ -43,6 +43,9 @@ FOREIGN = {
     "a later key": '{"mine": 1, "schema": "mopt.report/1"}',
     "another page": "<!DOCTYPE html>\n<html></html>",
     "a page of another": PAGE_HEAD.replace("mopt", "me"),
+    "a report and notes": '{"schema":"mopt.report/1"}\nmy notes',
+    "notes without an end": '{"schema":"mopt.report/1", my notes',
+    "a page and notes": f"{PAGE_HEAD}</html>\nmy notes",
     "a list": '[{"schema":"mopt.report/1"}]',
     "blank": " \n",
     "zeros": "\0" * 9,

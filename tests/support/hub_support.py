@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,12 +40,21 @@ def _take_over() -> None:
 _take_over()
 
 
+def _end_calls() -> None:
+    """What an earlier test gave up must not go on with the next test's Hub."""
+    HUB.over.set()
+    for thread in threading.enumerate():
+        if thread.name == "hub-call":
+            thread.join(60)
+
+
 def start_afresh(root: Path, monkeypatch: pytest.MonkeyPatch, xet: XetMode) -> LoopbackHub:
     """The Hub with nothing in it, and a client that has never seen it: no cache, no tokens, no waiting."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _cache_assets, _cache_manager, _http, _xet
 
     assert HUB.url == constants.ENDPOINT, "huggingface_hub was imported before hub_support"
+    _end_calls()
     HUB.reset(root / "_hub", xet)
     home = root / "_home"
     monkeypatch.setenv("HF_HOME", str(home))

@@ -59,7 +59,10 @@ def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: st
     where = families / family
     outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *allowed(family), preset=name)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
-    assert set(outcome.report["proof"]["counts"]) == {"reproduced"}
+    assert set(outcome.report["proof"]["counts"]) | {"reproduced (sampled rows)"} == {
+        "reproduced",
+        "reproduced (sampled rows)",
+    }
     out, export, base = load(tmp_path / "out"), load(where / "nvfp4/transformer"), load(where / "base/transformer")
 
     packed = {module_of(name) for name, tensor in out.items() if tensor.dtype == torch.uint8}

@@ -67,7 +67,9 @@ def converted(request: pytest.FixtureRequest, families: Path, tmp_path_factory: 
 def test_every_module_of_the_export_is_proven(converted: Converted) -> None:
     proof = converted.report["proof"]
     quantized = packed_modules(converted.export)
-    assert proof["status"] == "pass" and proof["counts"] == {"reproduced": len(quantized)} and quantized
+    written = packed_modules(converted.out)
+    counts = {"reproduced": len(written), "reproduced (sampled rows)": len(quantized - written)}
+    assert proof["status"] == "pass" and proof["counts"] == {one: count for one, count in counts.items() if count}
     assert proof["modules"].keys() == quantized
     for name, module in proof["modules"].items():
         assert module["codes"] == module["codes_equal"] > 0 and 0 < module["relative_error"] < 0.1

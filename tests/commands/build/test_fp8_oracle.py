@@ -49,7 +49,8 @@ def test_each_rule_of_modelopt_is_recognised_and_named(
     outcome = convert(exports / variant, base, tmp_path / "out")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     proof = outcome.report["proof"]
-    assert proof["counts"] == {"reproduced": 40}
+    # What is left in BF16 is taken from the base, and its codes are not written.
+    assert proof["counts"] == {"reproduced": 24, "reproduced (sampled rows)": 16}
     # The rule that is named explains every byte, and in all no other one does.
     export, weights = load(exports / variant / "transformer"), load(base / "transformer")
     explained = Counter[str]()
@@ -67,7 +68,8 @@ def test_a_trained_export_is_near_and_has_no_rule(exports: Path, base: Path, tmp
     outcome = convert(exports / "fp8_trained", base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     proof = outcome.report["proof"]
-    assert (proof["status"], proof["words"], proof["counts"]) == ("not proven", "not proven: near", {"near": 40})
+    assert (proof["status"], proof["words"]) == ("not proven", "not proven: near")
+    assert proof["counts"] == {"near": 24, "near (sampled rows)": 16}
     assert "proof.near" in warnings_of(outcome)
     assert all(0.02 < module["relative_error"] < 0.1 for module in proof["modules"].values())
     assert {module["rule"] for module in proof["modules"].values()} == {None}

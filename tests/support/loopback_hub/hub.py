@@ -76,6 +76,7 @@ class LoopbackHub:
         self._faults: list[Fault] = []
         self._twists: list[tuple[re.Pattern[str], Callable[[Any], Any]]] = []
         self._signed = self._expired = 0
+        self.over = threading.Event()  # once it is set, nobody is kept waiting any more
 
     def stop(self) -> None:
         """Close the port."""

@@ -4,7 +4,6 @@ import hashlib
 import http.server
 import json
 import re
-import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,10 +74,14 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, path: str) -> None:
         if self._fault is not None and self._fault.stall:
-            time.sleep(self._fault.stall)
+            self._wait(self._fault.stall)
         if self._fault is not None and self._fault.status is not None:
             raise HubError(self._fault.status, "planted by a test")
         self.route(path)
+
+    def _wait(self, seconds: float) -> None:
+        if self.hub.over.wait(seconds):
+            raise ConnectionResetError("the test is over")
 
     def has_fault(self, kind: FaultKind) -> bool:
         return self._fault is not None and self._fault.kind == kind
@@ -181,7 +184,7 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
         self.flush_headers()
         for at in range(_DROPS):
             self.wfile.write(data[at : at + 1])  # where no more are left, nothing
-            time.sleep(0.05)
+            self._wait(0.05)
         self.connection.shutdown(2)
         raise ConnectionResetError("cut by a fault")
 
