@@ -16,7 +16,7 @@ from modelopt_convert.cli._options import Telling
 from modelopt_convert.commands.requests import Request
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
-from modelopt_convert.run.boundary import bounded, debugging
+from modelopt_convert.run.boundary import bounded, debugging, storage_error
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
 from modelopt_convert.run.signals import Signals
 from modelopt_convert.run.text import printable
@@ -192,7 +192,8 @@ def run(
             with signals.acting():
                 _tell(output, report, show, show_failed)
         except OSError as error:
-            output.aside(f"error: the result could not be printed: {error.strerror}")
+            failed = storage_error(error, "the result could not be printed")
+            output.aside(f"error: {failed.message} [{failed.code}]")
             if report.exit_code == ExitCode.OK:
                 report.exit_code = int(ExitCode.STORAGE)
                 _write_report(output, report)

@@ -25,7 +25,7 @@ from modelopt_convert.stage import fsops
 from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, check_place
-from modelopt_convert.stage.ownership import Standing, changed, in_words, look
+from modelopt_convert.stage.ownership import Standing, changed, in_words, standing_at
 from modelopt_convert.stage.shard_writer import ShardWriter
 
 _REMOVALS = 100  # tries at a tree that another run is removing too
@@ -175,7 +175,7 @@ class StagingDir:
             if self._changed_hands():
                 self._keep_stage("somebody else put another checkpoint there meanwhile", None)
             replaces = self.output.exists()
-            if replaces and self._standing is not None and (found := changed(self._standing.tree, look(self.output))):
+            if replaces and self._standing is not None and (found := changed(self._standing, standing_at(self.output))):
                 self._keep_stage(f"it is not as it was when it was checked: {in_words(found)}", None)
             method, old = self._swap(replaces)
             self._done = True

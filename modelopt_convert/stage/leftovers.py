@@ -78,28 +78,42 @@ def beside(output: Path, kind: Kind, number: str) -> Path:
 
 
 def read_marker(path: Path) -> Marker | None:
-    """A marker that mopt wrote, also one whose writing was cut short; None for anything else."""
+    """A marker that mopt wrote, also one whose writing a power cut cut short; None for anything else."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
             return None
-        raw = path.read_bytes()[:_MAX_BYTES]
+        raw = path.read_bytes()
     except OSError:
         return None
     if raw.strip(b"\0") and raw[: len(_HEAD)] != _HEAD[: len(raw)]:  # zeros: the power went before the data came
         return None
     try:
-        told: dict[str, Any] = json.loads(raw)
-        replaces = told["replaces"]
-        tree = {name: Entry(*map(int, words)) for name, words in told["tree"].items()}
-        return Marker((int(replaces[0]), int(replaces[1])) if replaces is not None else None, tree)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        told = json.loads(raw)
+    except (ValueError, RecursionError):
         return Marker()
+    return _parsed(told)
 
 
 def inode_of(path: Path) -> tuple[int, int]:
     """What a folder is, whatever its path."""
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def _parsed(told: Any) -> Marker | None:
+    """The marker that whole JSON says; None where mopt would not have said so."""
+    replaces, tree = told.get("replaces"), told.get("tree")
+    if replaces is not None and not _are_numbers(replaces, 2):
+        return None
+    if not isinstance(tree, dict) or not all(_are_numbers(words, 3) for words in tree.values()):
+        return None
+    entries = {name: Entry(*words) for name, words in tree.items()}
+    return Marker((replaces[0], replaces[1]) if replaces is not None else None, entries)
+
+
+def _are_numbers(found: object, count: int) -> bool:
+    return isinstance(found, list) and len(found) == count and all(type(one) is int for one in found)
 
 
 def _is_staged(name: str, entry: Entry) -> bool:

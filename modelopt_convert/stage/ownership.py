@@ -119,9 +119,12 @@ def standing_at(output: Path) -> Standing:
     return Standing(tree, tuple(f"{name}/" if one.kind == stat.S_IFDIR else name for name, one in foreign.items()))
 
 
-def changed(before: Tree, now: Tree) -> list[str]:
-    """What is not as it was, what came and what went."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+def changed(before: Standing, now: Standing) -> list[str]:
+    """What is not as it was, what came and what went; also what was edited under the old size and time."""
+    names = before.tree.keys() | now.tree.keys()
+    return sorted(
+        {name for name in names if before.tree.get(name) != now.tree.get(name)} | {*now.foreign} - {*before.foreign}
+    )
 
 
 def in_words(names: Iterable[str]) -> str:

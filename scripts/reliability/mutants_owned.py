@@ -160,9 +160,23 @@ OWNED = (
     _of(
         "directory",
         "what changed since the check stops the swap",
-        "(found := changed(self._standing.tree, look(self.output))):",
+        "(found := changed(self._standing, standing_at(self.output))):",
         "(found := []):",
         _CHANGED,
+    ),
+    _of(
+        "ownership",
+        "an edit under the old time stops the swap",
+        " | {*now.foreign} - {*before.foreign}",
+        "",
+        _CHANGED,
+    ),
+    _of(
+        "leftovers",
+        "a marker says what mopt says",
+        "if not isinstance(tree, dict) or not all(_are_numbers(words, 3) for words in tree.values()):",
+        "if not isinstance(tree, dict):",
+        f"{_PLANTED}test_a_marker_of_wrong_types_is_none",
     ),
     _of(
         "ownership",

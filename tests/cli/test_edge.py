@@ -230,7 +230,7 @@ def test_the_report_file_comes_before_what_cannot_be_printed(
     report = tmp_path / "report.json"
     ended = run_outside([*words_of(command, places), "--report-json", report], script='"$@" >/dev/full')
     assert ended.returncode == ExitCode.STORAGE
-    assert "could not be printed: No space left on device" in told(ended.stderr)
+    assert "could not be printed: No space left on device (ENOSPC) [storage.no_space]" in told(ended.stderr)
     found = json.loads(report.read_text())
     assert (found["status"], found["exit_code"]) == ("ok", ExitCode.STORAGE)
     assert "output" not in found or found["output"]["published"] is (places["out"].exists())

@@ -199,7 +199,9 @@ def test_a_run_without_descriptors_leaves_nothing(out: Path, present: bool, spar
     try:
         with pytest.raises(StorageError, match="EMFILE"), StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
             fill(stage, "new", ("transformer",))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1 + spare, limits[1])
+            )
             with contextlib.suppress(OSError):
                 while True:
                     held.append(os.open(os.devnull, os.O_RDONLY))

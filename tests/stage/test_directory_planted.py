@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,40 @@ def test_a_marker_whose_data_never_came_is_one(out: Path, place: Path, name: str
     (place / MARK).write_bytes(data)
     assert publish(out).warnings == ()
     assert (held_by(out), litter(out)) == (NEW, [])
+
+
+# Whole JSON of another kind than mopt writes: it says nothing of what the old tree held.
+_NONE = (
+    '"replaces": [1, 2], "tree": null',
+    '"replaces": [1, 2], "tree": []',
+    '"replaces": [1, 2], "tree": 5',
+    '"replaces": [1, 2], "tree": {"README.md": null}',
+    '"replaces": [1, 2], "tree": {"README.md": [1, 2]}',
+    '"replaces": [1, 2], "tree": {"README.md": [32768, "a", "b"]}',
+    '"replaces": [1, 2], "tree": {"README.md": [32768, true, 1]}',
+    '"replaces": 5, "tree": {}',
+    '"replaces": [1], "tree": {}',
+    '"replaces": ["a", "b"], "tree": {}',
+    '"tree": 1',
+)
+
+
+@pytest.mark.parametrize("words", _NONE)
+@pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
+def test_a_marker_of_wrong_types_is_none(out: Path, place: Path, name: str, words: str) -> None:
+    lay(out, "old"), lay_left(place / name, "another")
+    (place / MARK).write_text(f'{{"schema": "mopt.stage/1", {words}}}')
+    [warning] = publish(out).warnings
+    assert name in warning and litter(out) == sorted([MARK, name])
+    assert held_by(place / name) == files_of("another")
+
+
+def test_a_huge_marker_is_not_read(out: Path, place: Path) -> None:
+    with (place / MARK).open("wb") as file:
+        file.truncate(5 << 30)
+    begun = time.process_time()
+    publish(out)
+    assert litter(out) == [MARK] and time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("data", [b"mine", b'{"schema": "mopt.stage/9"}', b"[]"])

@@ -22,7 +22,7 @@ from modelopt_convert.run.errors import ExitCode, OutputRefusedError, StorageErr
 from modelopt_convert.stage import ownership
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.output_rules import check_output_allowed
-from modelopt_convert.stage.ownership import changed, in_words, look, standing_at
+from modelopt_convert.stage.ownership import changed, in_words, standing_at
 
 OLD, NEW = files_of("old"), files_of("new")
 
@@ -321,8 +321,16 @@ def turn_into_a_link(out: Path) -> None:
     (out / "config.json").symlink_to("mopt.json")
 
 
+def edit_and_hide(out: Path) -> None:
+    """Size and time are as they were."""
+    path = out / "config.json"
+    status = path.stat()
+    path.write_text(path.read_text().replace("old", "odd"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 @pytest.mark.parametrize("consent", ["overwrite", "overwrite_foreign"])
-@pytest.mark.parametrize("change", [add, edit_card, touch, remove, turn_into_a_link])
+@pytest.mark.parametrize("change", [add, edit_card, touch, remove, turn_into_a_link, edit_and_hide])
 def test_what_changed_since_the_check_stops_the_swap(out: Path, change: Callable[[Path], None], consent: str) -> None:
     lay(out, "old")
     wanted = {"overwrite": consent == "overwrite", "overwrite_foreign": consent != "overwrite"}
@@ -380,7 +388,7 @@ def test_names_in_words() -> None:
 
 def test_two_looks_at_one_folder_differ_by_nothing(tmp_path: Path) -> None:
     folder = lay(tmp_path / "out", "old", FOLDERS)
-    seen = look(folder)
-    assert changed(seen, look(folder)) == [] and len(seen) == 9
+    seen = standing_at(folder)
+    assert changed(seen, standing_at(folder)) == [] and len(seen.tree) == 9
     (folder / "transformer" / "config.json").unlink()
-    assert changed(seen, look(folder)) == ["transformer/config.json"]
+    assert changed(seen, standing_at(folder)) == ["transformer/config.json"]

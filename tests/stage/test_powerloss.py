@@ -23,7 +23,7 @@ from powerloss_model import Disk, Entry, PowerLoss, found_in, lay_out, listing, 
 from stage_support import forbid_renameat2, publish
 
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
-from modelopt_convert.stage import directory, fsops, leftovers, ownership
+from modelopt_convert.stage import fsops, leftovers, ownership
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.written_file import write_report
 
@@ -151,7 +151,7 @@ def without_times(patch: pytest.MonkeyPatch) -> None:
         return {name: dataclasses.replace(one, changed_ns=0) for name, one in found(folder).items()}
 
     found = ownership.look
-    for module in (directory, leftovers, ownership):
+    for module in (leftovers, ownership):
         patch.setattr(module, "look", look)
 
 
