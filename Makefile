@@ -45,7 +45,7 @@ quality: $(INSTALLED)
 mutants: $(INSTALLED)
 	$(BIN)/python scripts/reliability/mutants.py --write
 
-# Every tier of docs/reliability.md, run again; some ten minutes on two cores, not part of CI.
+# Every tier of docs/reliability.md, run again; half an hour and more on two cores, not part of CI.
 reliability: $(INSTALLED)
 	$(BIN)/python scripts/reliability/reliability.py --write
 

@@ -1,4 +1,4 @@
-"""Run the twenty tiers of tests and tell what they counted: cases, torn outputs, litter and the rest.
+"""Run the tiers of tests and tell what they counted: cases, torn outputs, litter and the rest.
 
     python scripts/reliability/reliability.py [--only 8,11] [--write]
 
@@ -43,6 +43,8 @@ leaves the other rows. What the figures mean:
 - litter: what lay beside OUT after the next run. 0, or the tier fails.
 - wrong exit 0, escapes, canaries, sigbus, accepted: a run that claimed success without the new checkpoint, an exception
   that is no refusal, code of a pickle that ran, a process that died, a cut file that was taken. 0, or the tier fails.
+- lost, tracebacks, exit 70, hangs: a file that was not mopt's to replace or remove, a raw traceback, a code that says
+  "a bug in mopt", a command that did not end in time. 0, or the tier fails.
 - without a sync: how many disks a power cut would have torn or lost, were that one fsync not there.
 - peak mb, milliseconds: the largest of all cases. A dash is a figure that the tier does not have.
 
@@ -111,6 +113,7 @@ def row(tier: Tier, outcome: Outcome) -> str:
     told = [str(figures.pop(name, "-")) for name in COLUMNS]
     others = {"tests": outcome.passed, "skipped": outcome.skipped, "failed": outcome.failed}
     shown = {name: value for name, value in others.items() if value} | dict(sorted(figures.items()))
+    shown |= dict.fromkeys(tier.never, 0) if good else {}
     other = ", ".join(f"{name}: {value:,}" for name, value in shown.items()).replace("_", " ")
     name = tier.name if good else f"{tier.name}: **FAILED**"
     cells = [name, tier.struck, f"{cases:,}", *told, other, f"{outcome.seconds:.0f}", command(tier)]

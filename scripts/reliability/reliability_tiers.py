@@ -1,4 +1,4 @@
-"""The twenty tiers of tests behind mopt's promise: what each strikes, and which tests it consists of."""
+"""The tiers of tests behind mopt's promise: what each strikes, and which tests it consists of."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ class Tier:
         tests: What pytest is asked to run.
         counted: Which of its figures are its cases; without such figures, the tests that passed are.
         workers: How many tests run at once.
-        long: Whether its tests are left out of a normal run.
+        long: Whether its tests are left out of a normal run, or a share of them.
+        never: What each of its tests asserts to be 0.
     """
 
     number: int
@@ -24,6 +25,7 @@ class Tier:
     counted: str = "cases"
     workers: int = 0
     long: bool = False
+    never: tuple[str, ...] = ()
 
 
 TIERS = (
@@ -43,8 +45,8 @@ TIERS = (
     Tier(7, "truncation", "files cut at every byte: none is accepted",
          ("tests/checkpoint/test_truncation.py", "tests/checkpoint/test_header_mutations.py::test_cut_or_grown_anywhere_is_refused",
           "tests/checkpoint/test_torch_archive_bounds.py::test_cut_anywhere_in_its_directory_is_refused"), counted="lengths"),
-    Tier(8, "kill", "SIGKILL at every system call that changes the disk: OUT is old or new, the next run cleans up",
-         ("tests/stage/test_crash.py::test_killed_at_every_changing_call", "tests/cli/test_crash.py"), workers=2),
+    Tier(8, "kill", "SIGKILL at every system call that changes the disk, one transformer or two, folders or hf:// inputs: OUT is old or new, the next run cleans up",
+         ("tests/stage/test_crash.py::test_killed_at_every_changing_call", "tests/cli/test_crash.py"), workers=2, long=True),
     Tier(9, "I/O error", "EIO, ENOSPC, EDQUOT, EROFS, EINTR at every system call, once and for good",
          ("tests/stage/test_crash.py::test_error_at_every_call",), workers=2),
     Tier(10, "compound", "SIGKILL or EIO while a run recovers what a killed one left",
@@ -73,4 +75,19 @@ TIERS = (
     Tier(19, "CLI", "every exit code, told to people, as JSON and quietly: one and the same",
          ("tests/cli/test_outcomes.py", "tests/cli/test_surface.py"), counted="ways"),
     Tier(20, "regressions", "every fault seen in the field, planted again (`tests/REGRESSIONS.md`)", ()),
+    Tier(21, "ownership", "OUT with files of every kind, edited weights and cards, markers and leftovers that are not mopt's: refused by name, or kept",
+         ("tests/stage/test_ownership.py", "tests/stage/test_directory_planted.py", "tests/stage/test_mounts.py"),
+         never=("lost", "litter")),
+    Tier(22, "reports", "reports and pages through hard links, mounts, links and other spellings, over files of others, on a disk that fails",
+         ("tests/stage/test_written_file.py",), never=("lost", "litter")),
+    Tier(23, "hostile Hub", "every field and header of a Hub's answers in turn, of wrong types, huge, negative, path-like; answers that stall or never end",
+         ("tests/checkpoint/hub/test_answers.py", "tests/checkpoint/hub/test_hostile.py", "tests/commands/push/test_hostile_hub.py"),
+         counted="lies", workers=2, long=True, never=("escapes", "exit 70", "tracebacks", "hangs")),
+    Tier(24, "surroundings", "no home, no working folder, few descriptors, closed and full streams, paths that are no text, any failing call: every command, a documented code and one line",
+         ("tests/cli/test_edge.py", "tests/cli/test_errno.py", "tests/run/test_boundary.py"), workers=2,
+         never=("exit 70", "tracebacks", "lost")),
+    Tier(25, "signals", "SIGINT and SIGTERM from the first instruction on: a report that says what stands",
+         ("tests/cli/test_signals.py",), workers=2, never=("torn", "exit 70", "tracebacks", "hangs")),
+    Tier(26, "cluster", "kills and signals while a Ray cluster writes the shards: OUT is old or new, the next run cleans up",
+         ("tests/write/test_ray_cluster.py",), never=("torn", "litter")),
 )  # fmt: skip
