@@ -14,9 +14,11 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 # Python's threads and torch's allocator have no exception of their own.
 _SCARCE_WORDS = ("can't start new thread", "can't allocate memory", "Cannot allocate memory", "bad alloc", "bad_alloc")
-# Of address space, before the first tensor: more than the libraries were seen to take.
-_LEAST_BYTES = 1 << 30
-_BYTES_A_CORE = 128 << 20
+# Before the first tensor: more than the libraries were seen to take, in all and for each core.
+_LEAST_BYTES = {
+    resource.RLIMIT_AS: ("address space", "v", 1 << 30, 128 << 20),
+    resource.RLIMIT_DATA: ("data", "d", 256 << 20, 32 << 20),
+}
 _MOST_CORES = 16
 _LIMITS = "free some memory, or raise the limits of the process (ulimit -v, -n, -u), then run again"
 
@@ -158,11 +160,12 @@ def _need_what_libraries_need() -> None:
             code="storage.working_folder",
             hint="it was removed, or may not be read: cd into another one, then run again",
         ) from error
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    least = _LEAST_BYTES + _BYTES_A_CORE * min(os.cpu_count() or 1, _MOST_CORES)
-    if limit != resource.RLIM_INFINITY and limit < least:
-        raise StorageError(
-            f"the process may have {limit} bytes of address space, expected at least {least}",
-            code="storage.limits",
-            hint=f"ulimit -v {least // 1024}, or no limit; containers limit memory better",
-        )
+    for number, (what, flag, in_all, a_core) in _LEAST_BYTES.items():
+        limit, _ = resource.getrlimit(number)
+        least = in_all + a_core * min(os.cpu_count() or 1, _MOST_CORES)
+        if limit != resource.RLIM_INFINITY and limit < least:
+            raise StorageError(
+                f"the process may have {limit} bytes of {what}, expected at least {least}",
+                code="storage.limits",
+                hint=f"ulimit -{flag} {least // 1024}, or no limit; containers limit memory better",
+            )

@@ -245,6 +245,7 @@ def test_what_an_encoding_does_not_have_is_escaped(places: dict[str, Path], tmp_
 
 LIMITS = [f"ulimit -n {count}" for count in (5, 6, 7, 8, 9, 12)]
 LIMITS += [f"ulimit -v {kilobytes}" for kilobytes in (20_000, 40_000, 80_000, 450_000, 520_000, 590_000, 700_000)]
+LIMITS += [f"ulimit -d {kilobytes}" for kilobytes in (60_000, 200_000, 250_000)]
 
 
 @pytest.mark.parametrize("limit", LIMITS)
