@@ -240,6 +240,7 @@ def _write_report(output: Output, report: Report | InspectReport) -> None:
             output.check_report_path(Path(report.output.path))
         write_report(output.report_json, f"{report.to_json()}\n")
     except (MoptError, typer.BadParameter) as error:
-        if report.error is None or report.error.code != getattr(error, "code", ""):  # else that is told already
-            output.aside(f"error: {output.report_json}: the report could not be written: {error}")
+        code = error.code if isinstance(error, MoptError) else "report.place"
+        if report.error is None or report.error.code != code:  # else that is told already
+            output.aside(f"error: {output.report_json}: the report could not be written: {error} [{code}]")
         report.exit_code = report.exit_code or int(ExitCode.STORAGE)
