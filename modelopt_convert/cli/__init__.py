@@ -70,7 +70,7 @@ def _root(
 
     \b
     Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;
-    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 130 and 143 interrupted. Treat any
+    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 129, 130 and 143 interrupted. Treat any
     other code as failure.
     """
 

@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     INCONCLUSIVE = 6
     BACKEND = 7
     INTERNAL = 70
+    HUNG_UP = 129
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -144,7 +145,7 @@ class InternalError(MoptError):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; context managers unwind and remove the stage."""
+    """SIGINT, SIGTERM or SIGHUP arrived; context managers unwind and remove the stage."""
 
     def __init__(self, signum: int) -> None:
         """Remember which signal, for the exit code 128 + signum."""

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do, from mopt's first instruction to its last. No torch.
+"""What SIGINT, SIGTERM and SIGHUP do, from mopt's first instruction to its last. No torch.
 
 Nothing that takes time may be imported here: what comes before the handlers dies of a signal as Python does.
 """
@@ -12,13 +12,14 @@ from typing import Any, Self
 
 from modelopt_convert.run.errors import InternalError, Interrupted, MoptError
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def leave_at_once() -> None:
     """Until there is something to clean up, and without it, a signal ends the process with its code and one line."""
-    for number in _STOPPING:
-        signal.signal(number, _leave)
+    for number in STOPPING:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _leave)
 
 
 def _leave(signum: int, _frame: FrameType | None) -> None:
@@ -48,7 +49,8 @@ class Signals:
 
     def __enter__(self) -> Self:
         """Note signals."""
-        self._before = {number: signal.signal(number, self._take) for number in _STOPPING}
+        due = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._take) for number in due}
         return self
 
     def __exit__(

@@ -21,6 +21,7 @@ from typing import Literal, NoReturn, Self
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.run.boundary import storage_error, storage_errors
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
+from modelopt_convert.run.signals import STOPPING
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
@@ -152,7 +153,7 @@ class StagingDir:
     def publish(self) -> Published:
         """Sync the stage, swap it with OUT, sync the parent, remove the old tree.
 
-        SIGINT and SIGTERM are held meanwhile: the run ends with the new checkpoint or with the old one.
+        Signals are held meanwhile: the run ends with the new checkpoint or with the old one.
 
         Raises:
             StorageError: OUT changed since it was checked, or the swap was refused (``kept_at`` names the finished
@@ -188,19 +189,21 @@ class StagingDir:
         while self._lock is None:  # None again only if another run swept the stage before it was locked
             self._number = secrets.token_hex(4)
             path = beside(self.output, "stage", self._number)
-            fsops.make_dir(path, 0o700)
-            self.path, self._made = path, True
+            with _signals_held():  # what is made is known to be
+                fsops.make_dir(path, 0o700)
+                self.path, self._made = path, True
             self._lock = try_lock(path)
 
     def _mark(self) -> None:
         """Note, before anything is in the stage, that it is mopt's, and what it is to replace."""
         marker = marker_of(self._standing, self.output)
-        fd = fsops.create_file(beside(self.output, "mark", self._number))
-        self._marker = marker
-        try:
-            fsops.write_all(fd, marker.to_bytes(), 0)
-        finally:
-            fsops.close(fd)
+        with _signals_held():
+            fd = fsops.create_file(beside(self.output, "mark", self._number))
+            self._marker = marker
+            try:
+                fsops.write_all(fd, marker.to_bytes(), 0)
+            finally:
+                fsops.close(fd)
         # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that. And
         # what was swept must be gone for good before a swap in two: else a power cut could leave two old trees.
         self._durable = fsops.sync_dir(self.output.parent) and self._durable
@@ -436,7 +439,7 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Note SIGINT and SIGTERM, and let them act only at the end.
+    """Note the signals that stop a run, and let them act only at the end.
 
     A signal mask would not do: a mask belongs to one thread, and torch's threads would take the signal for the process.
     Handlers run in the main thread alone, so in other threads there is nothing to hold.
@@ -445,8 +448,8 @@ def _signals_held() -> Iterator[None]:
         yield
         return
     noted: list[int] = []
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in handled}
+    due = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in due}
     try:
         yield
     finally:

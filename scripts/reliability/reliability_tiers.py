@@ -86,7 +86,7 @@ TIERS = (
     Tier(24, "surroundings", "no home, no working folder, few descriptors, closed and full streams, paths that are no text, any failing call: every command, a documented code and one line",
          ("tests/cli/test_edge.py", "tests/cli/test_errno.py", "tests/run/test_boundary.py"), workers=2,
          never=("exit 70", "tracebacks", "lost")),
-    Tier(25, "signals", "SIGINT and SIGTERM from the first instruction on: a report that says what stands",
+    Tier(25, "signals", "SIGINT, SIGTERM and SIGHUP from the first instruction on: a report that says what stands",
          ("tests/cli/test_signals.py",), workers=2, never=("torn", "exit 70", "tracebacks", "hangs")),
     Tier(26, "cluster", "kills and signals while a Ray cluster writes the shards: OUT is old or new, the next run cleans up",
          ("tests/write/test_ray_cluster.py",), never=("torn", "litter")),

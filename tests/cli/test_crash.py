@@ -133,7 +133,7 @@ def test_killed(site: Site, calls: list[Call], part: int) -> None:
     note(8, cases=counts.total(), torn=0, litter=0)
 
 
-@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
 def test_interrupted_while_it_writes(site: Site, calls: list[Call], name: str, code: int) -> None:
     ended = site.strike(middle_write(calls), f"signal={name}")
     assert ended.code == code

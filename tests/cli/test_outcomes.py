@@ -65,6 +65,7 @@ ROWS: list[tuple[ExitCode, str, str | None, str, Patch]] = [
     (ExitCode.BACKEND, "error", "verify.backend", "verify --self-test --device cpu", broken_kernel),
     (ExitCode.INTERNAL, "error", "internal", f"build-nvfp4 {BUILD}", bug),
     (ExitCode.INTERRUPTED, "interrupted", "interrupted", f"build-nvfp4 {BUILD}", stopped_by(signal.SIGINT)),
+    (ExitCode.HUNG_UP, "interrupted", "interrupted", f"build-nvfp4 {BUILD}", stopped_by(signal.SIGHUP)),
     (ExitCode.TERMINATED, "interrupted", "interrupted", f"build-nvfp4 {BUILD}", stopped_by(signal.SIGTERM)),
 ]
 IDS = [f"{int(row[0])} {row[2] or row[1]} {row[3].split()[0]}" for row in ROWS]

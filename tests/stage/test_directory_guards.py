@@ -13,12 +13,14 @@ import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
 from stage_support import LEFT, MARK, before, lay_left, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
+from modelopt_convert.run.signals import STOPPING
 from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.locks import try_lock
@@ -91,8 +93,8 @@ def test_a_stage_that_goes_between_the_listing_and_the_lock(
     assert (held_by(out), litter(out)) == (NEW, [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_both_signals_wait_for_the_swap(out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", STOPPING)
+def test_signals_wait_for_the_swap(out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     lay(out, "old")
     before(monkeypatch, "exchange", lambda *_: os.kill(os.getpid(), number))
     previous = signal.signal(number, stop)
@@ -104,6 +106,29 @@ def test_both_signals_wait_for_the_swap(out: Path, monkeypatch: pytest.MonkeyPat
         signal.signal(number, previous)
     assert interrupted.value.signum == number
     assert (held_by(out), litter(out)) == (NEW, [])
+
+
+@pytest.mark.parametrize("call", ["make_dir", "create_file"])  # of the stage; of the marker
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_right_after_something_is_made_leaves_nothing(
+    out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, call: str
+) -> None:
+    lay(out, "old")
+    made = getattr(fsops, call)
+
+    def strike(*words: Any) -> Any:
+        found = made(*words)
+        os.kill(os.getpid(), number)
+        return found
+
+    monkeypatch.setattr(fsops, call, strike)
+    previous = signal.signal(number, stop)
+    try:
+        with pytest.raises(Interrupted):
+            publish(out)
+    finally:
+        signal.signal(number, previous)
+    assert (held_by(out), litter(out)) == (OLD, [])
 
 
 def test_publishing_outside_the_main_thread(out: Path) -> None:
