@@ -20,6 +20,8 @@ _LEAST_BYTES = {
     resource.RLIMIT_DATA: ("data", "d", 256 << 20, 32 << 20),
 }
 _MOST_CORES = 16
+_PACKAGE = __name__.partition(".")[0]
+_LIBRARY = "check its installation, the environment variables that it reads, and the limits of the process"
 _LIMITS = "free some memory, or raise the limits of the process (ulimit -v, -n, -u), then run again"
 
 
@@ -77,8 +79,16 @@ def foreseen(error: Exception, inputs: Sequence[Path] = (), where: str = "the sy
             return StorageError(f"memory ran out: {said}", code="storage.limits", hint=_LIMITS)
         case RuntimeError() if any(word in str(error) for word in _SCARCE_WORDS):
             return StorageError(f"memory ran out: {said}", code="storage.limits", hint=_LIMITS)
-        case ImportError() if not (error.name or "").startswith(__name__.partition(".")[0]):
-            return StorageError(f"a library cannot be loaded: {said}", code="storage.library", hint=_LIMITS)
+        case RuntimeError() if "home directory" in str(error):
+            return StorageError(
+                f"there is no home for the Hub's cache: {said}",
+                code="storage.home",
+                hint="set HF_HOME to a folder that can be written, then run again",
+            )
+        case ImportError() if not (error.name or "").startswith(_PACKAGE):
+            return StorageError(f"a library cannot be loaded: {said}", code="storage.library", hint=_LIBRARY)
+        case _ if _is_of_an_import(error):
+            return StorageError(f"a library cannot be loaded: {said}", code="storage.library", hint=_LIBRARY)
         case _:
             return None
 
@@ -137,6 +147,17 @@ def storage_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(error, where) from error
+
+
+def _is_of_an_import(error: Exception) -> bool:
+    """Whether somebody else's module, or the interpreter, failed while something was being imported."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    inside = [number for number, frame in enumerate(frames) if frame.f_code.co_filename.startswith("<frozen importlib")]
+    later = frames[inside[-1] :] if inside else []
+    return bool(later) and not any(frame.f_globals.get("__name__", "").startswith(_PACKAGE) for frame in later)
 
 
 def _name(error: OSError) -> str:

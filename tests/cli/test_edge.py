@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from commands import COMMANDS, FORESEEN, WORDS, errors_in, run_outside, slots, words_of
+from hub_support import hub_environment
 from loopback_hub import LoopbackHub
 from root import ROOT
 from support import Outcome, run_mopt
@@ -65,6 +66,31 @@ def test_a_user_whom_the_system_does_not_know(places: dict[str, Path], tmp_path:
     else:
         assert ended.returncode == 0, ended.stderr
     assert {path.name for path in tmp_path.iterdir() if path.name != "_home"} <= {"top"}
+
+
+def test_a_user_without_a_home_reads_from_a_hub(
+    places: dict[str, Path], tmp_path: Path, hub: LoopbackHub, base: Path
+) -> None:
+    hub.seed("alice/base", base)
+    environment = hub_environment(hub)
+    for name in ("USER", "LOGNAME", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    own = tmp_path / "own"
+    own.mkdir()
+    own.chmod(0o777)
+    words = ["inspect", "hf://alice/base"]
+    ended = run_outside(words, script=f"cd {tmp_path}; {NOBODY}", environment=environment | {"HF_HOME": str(own)})
+    assert ended.returncode == 0, ended.stderr
+    environment.pop("HF_HOME")
+    ended = run_outside(words, script=f"cd {tmp_path}; {NOBODY}", environment=environment)
+    assert ended.returncode == ExitCode.STORAGE and "[storage.home]" in told(ended.stderr) and "HF_HOME" in ended.stderr
+
+
+def test_a_variable_that_a_library_does_not_understand(hub: LoopbackHub) -> None:
+    environment = hub_environment(hub) | {"HF_HUB_DOWNLOAD_TIMEOUT": "abc"}
+    ended = run_outside(["inspect", "hf://alice/base"], environment=environment)
+    assert ended.returncode == ExitCode.STORAGE and "[storage.library]" in told(ended.stderr)
+    assert "'abc'" in ended.stderr and "environment variables" in ended.stderr
 
 
 def shut(path: Path, _spare: Path) -> str:

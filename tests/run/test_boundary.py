@@ -1,6 +1,7 @@
 """What system and libraries say becomes an error with a documented code; what is left is a bug."""
 
 import errno
+import importlib
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ROWS: list[tuple[Exception, str]] = [
     (RuntimeError("Symlink loop from '/in/export'"), "storage.failed"),
     (RecursionError("maximum recursion depth exceeded"), "input.too_deep"),
     (ImportError("libx.so: failed to map segment from shared object", name="x"), "storage.library"),
+    (RuntimeError("Could not determine home directory."), "storage.home"),
     (InputError("as it is", code="input.own"), "input.own"),
 ]  # fmt: skip
 BUGS = [
@@ -55,6 +57,17 @@ def test_what_can_only_be_a_bug_is_left_as_it_is(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, bounded([]):
         raise error
     assert raised.value is error
+
+
+def test_what_a_library_raises_while_it_is_imported_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_library.py").write_text("int('abc')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(StorageError, match="'abc'") as caught, bounded([]):
+        importlib.import_module("broken_library")
+    assert caught.value.code == "storage.library"
+    monkeypatch.setattr(modelopt_convert, "__path__", [*modelopt_convert.__path__, str(tmp_path)])
+    with pytest.raises(ValueError, match="'abc'"), bounded([]):
+        importlib.import_module("modelopt_convert.broken_library")  # its own code would be mopt's
 
 
 def test_a_loop_of_links_is_named_as_the_system_names_it(tmp_path: Path) -> None:

@@ -62,14 +62,14 @@ def read_whole(response: Any) -> Any:
     """A response that was read, from one whose body has still to come; what is more than any answer has is left.
 
     Raises:
-        RemoteError: ``hub.answer``.
+        InputError: ``hub.answer``.
     """
     body = bytearray()
     for chunk in response.iter_bytes():
         body += chunk
         if len(body) > _MAX_ANSWER_BYTES:
             url = str(response.request.url).partition("?")[0]
-            raise RemoteError(
+            raise InputError(
                 f"{url}: expected an answer of at most {_MAX_ANSWER_BYTES} bytes, found more",
                 code="hub.answer",
                 path=url,

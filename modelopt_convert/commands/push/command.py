@@ -91,7 +91,7 @@ class PushCommand:
             )
             _check_card(request, local)
             self._verify(progress)
-            with self._clock.timed("push"), _without_bars():
+            with self._clock.timed("push"), _quiet_client():
                 pushed, warned = _send(request, local, exists, progress)
             pushed.not_published = list(local.left_out)
             pushed.load = _load_command(pushed, local)
@@ -318,14 +318,16 @@ def _load_command(pushed: PushedReport, local: Publishable) -> str:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """The client's own bars would be drawn over ours, and into logs."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _quiet_client() -> Iterator[None]:
+    """The client's own bars and warnings would be drawn over ours, and into logs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    before = are_progress_bars_disabled()
+    before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if not before:
             enable_progress_bars()

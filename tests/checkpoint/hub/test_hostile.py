@@ -170,7 +170,7 @@ def test_the_next_page_is_asked_of_the_same_hub(lies: Lies) -> None:
 def test_an_answer_without_end_is_not_kept(lies: Lies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MAX_ANSWER_BYTES", 1000)
     outcome = lies.hold(lambda: fresh(lies))
-    assert (outcome.exit_code, outcome.error_code) == (5, "hub.answer")
+    assert (outcome.exit_code, outcome.error_code) == (3, "hub.answer")
 
 
 def test_a_commit_that_was_asked_for_is_the_one_that_is_read(lies: Lies) -> None:

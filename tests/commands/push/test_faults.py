@@ -74,6 +74,13 @@ def test_servers_that_are_busy_are_asked_again(hub: LoopbackHub, built: Path) ->
     assert published(hub) == contents(built)
 
 
+def test_the_client_says_nothing_of_its_own(hub: LoopbackHub, built: Path) -> None:
+    hub.fault("/_lfs/", method="PUT", status=503)
+    command = [sys.executable, "-c", MAIN, "push", str(built), REPO, "-q"]
+    done = subprocess.run(command, env=hub_environment(hub), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("match", "method", "fault", "code"),
     [
