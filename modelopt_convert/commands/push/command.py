@@ -324,7 +324,7 @@ def _quiet_client() -> Iterator[None]:
 
     before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
