@@ -33,7 +33,8 @@ test: $(INSTALLED) $(HUB2)/installed quality
 # What takes too long for every change: random histories of OUT, full sizes, a million tensors, damage at many places. Not
 # part of CI.
 test-long: $(INSTALLED)
-	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/proof/test_planted.py tests/proof/test_search.py \
+	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/stage/test_crash.py \
+		tests/stage/test_crash_twice.py tests/cli/test_crash.py tests/cli/test_errno.py tests/proof/test_planted.py tests/proof/test_search.py \
 		tests/verification/test_record.py tests/checkpoint/hub/test_hostile.py tests/commands/push/test_hostile_hub.py
 
 quality: $(INSTALLED)

@@ -16,13 +16,13 @@ import pytest
 from filelock import FileLock
 from hub_support import start_afresh
 from loopback_hub import LoopbackHub
-from root import ROOT
+from root import LONG, ROOT
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of torch that wait for each other would take a third of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Not even collected without that, since on CI a skipped test would fail the run.
-collect_ignore = [] if os.environ.get("MOPT_TEST_LONG") else ["long"]
+collect_ignore = [] if LONG else ["long"]
 _skipped: list[str] = []
 
 

@@ -3,17 +3,17 @@
 Every run has 8 GB of address space, of which torch takes half. Seconds and peaks are noted, not asserted.
 """
 
-import os
 from pathlib import Path
 
 import pytest
 from faults import QUANTIZATION_CONFIG, SHARD
 from figures import note
 from limited import Ended, run_limited, sparse_checkpoint
+from root import LONG
 
 from modelopt_convert.checkpoint.header import MAX_HEADER_BYTES, TensorSpec
 
-TENSORS = 1_000_000 if os.environ.get("MOPT_TEST_LONG") else 100_000
+TENSORS = 1_000_000 if LONG else 100_000
 PEAK_MB = 4000
 CLASS: dict[str, object] = {"_class_name": "AnyTransformer2DModel"}
 QUANTIZED = CLASS | {"quantization_config": QUANTIZATION_CONFIG}

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from commands import FORESEEN, MOPT, WORDS, errors_in, words_of
+from root import LONG
 from support import copy, tree
 from tracing import CHANGING, OPENING, READING, calls_under, need_strace, strike
 
 ERRORS = ["EIO", "EACCES", "ESTALE", "ENOMEM", "EMFILE", "ENAMETOOLONG", "ELOOP", "ENOSPC"]
 COMMANDS = ["build-nvfp4", "convert-fp8", "inspect", "swap-nibbles", "verify"]
-POINTS = 3
+POINTS = 12 if LONG else 1
 ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 
 

@@ -6,7 +6,6 @@ Through the API alone. One place of every kind of damage in every run; with MOPT
 import functools
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -23,13 +22,14 @@ from families import FAMILIES, allowed
 from faults import QUANTIZATION_CONFIG, SHARD, entries, write_transformer
 from planted import FAULTS, Fault, Planted, overwrite, plant, raw_bytes
 from producers import fp8_bf16, max_calibration
+from root import LONG
 from support import Tensors, config_of, load
 from weights import weight
 
 import modelopt_convert
 from modelopt_convert import CheckFailedError
 
-SEEDS = range(24 if os.environ.get("MOPT_TEST_LONG") else 1)
+SEEDS = range(24 if LONG else 1)
 COMMANDS: dict[str, Callable[..., Any]] = {
     "nvfp4": modelopt_convert.build_nvfp4,
     "fp8": modelopt_convert.convert_fp8,

@@ -4,7 +4,6 @@ What is true is said by tests/support/truth.py, which tries every reading of the
 the draws in every run; with MOPT_TEST_LONG, thousands.
 """
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from producers import (
     seeded,
     unpack,
 )
+from root import LONG
 from support import Tensors, build, load, same_bits
 from torch import Tensor
 from truth import Reading, odd_blocks, truths, truths_fp8, up
@@ -37,7 +37,7 @@ from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES
 from modelopt_convert.proof.judgement import Judgement, format_proof, with_shared_scales
 from modelopt_convert.run.errors import InputError
 
-DRAWS = 8000 if os.environ.get("MOPT_TEST_LONG") else 500
+DRAWS = 8000 if LONG else 500
 SHARES = 20  # of the draws: each is a test of its own
 SIDES = (1, 2, 3, 5, 7, 16, 31, 64, 100, 127, 128, 129, 256, 384, 1000, 2048, 4095, 4096)
 MOST_VALUES = 1 << 15

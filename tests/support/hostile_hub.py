@@ -1,7 +1,6 @@
 """A Hub that lies: every field of its answers in turn, and what must hold of mopt whatever it says."""
 
 import copy
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from figures import note
 from loopback_hub import LoopbackHub
+from root import LONG
 from support import Outcome, run_mopt, tree
 
 DOCUMENTED = frozenset(range(8))  # and not 70: what a Hub says is no bug of mopt's
@@ -19,7 +19,7 @@ HUGE = 10**300
 
 # Of any JSON field. "{out}" becomes a path that nobody may write to.
 # Of all lies so many are told in every run, another share to each field; all with MOPT_TEST_LONG.
-_STEP = 1 if os.environ.get("MOPT_TEST_LONG") else 6
+_STEP = 1 if LONG else 6
 
 
 def share(lies: Iterable[Any], *of: object) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import copy as copies
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dialect_files import MAKERS
 from dialect_files import SHAPES as DIALECT_SHAPES
 from faults import QUANTIZATION_CONFIG, seeded_weight, small_pair, write_transformer
 from producers import max_calibration
+from root import LONG
 from support import load, run_mopt
 from verify_support import SHARD, found, verify
 
@@ -23,7 +23,7 @@ SHAPES = {"blocks.0.ff": (64, 32), "blocks.1.ff": (48, 64)}
 WRONG = (None, True, 0, -1, 7, 1.5, 10**30, "", "x", "proven", "pass", "0" * 32, [], ["x"], {}, {"x": 1})
 GONE = object()
 # Of the wrong values, so many for each field.
-DRAWS = 12 if os.environ.get("MOPT_TEST_LONG") else 1
+DRAWS = 12 if LONG else 1
 
 Path_ = tuple[str | int, ...]
 

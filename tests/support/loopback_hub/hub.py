@@ -78,6 +78,12 @@ class LoopbackHub:
         self._signed = self._expired = 0
         self.over = threading.Event()  # once it is set, nobody is kept waiting any more
 
+    def forget_faults(self) -> None:
+        """Answer from now on."""
+        with self._lock:
+            self._faults.clear()
+            self._twists.clear()
+
     def stop(self) -> None:
         """Close the port."""
         self._server.shutdown()
