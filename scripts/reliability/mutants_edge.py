@@ -36,9 +36,27 @@ EDGE = (
     _boundary("a library that cannot be loaded", "case ImportError() if", "case ImportError() if False and"),
     _boundary(
         "a module of mopt that is not there is a bug",
-        'if not (error.name or "").startswith(__name__.partition(".")[0])',
+        'if not (error.name or "").startswith(_PACKAGE)',
         "if True",
         f"{_BOUNDARY}what_can_only_be_a_bug_is_left_as_it_is",
+    ),
+    _boundary(
+        "what a library raises on import is no bug",
+        "case _ if _is_of_an_import(error):",
+        "case _ if False:",
+        f"{_BOUNDARY}what_a_library_raises_while_it_is_imported_is_no_bug",
+    ),
+    _boundary(
+        "what mopt raises on import is one",
+        'not any(frame.f_globals.get("__name__", "").startswith(_PACKAGE) for frame in later)',
+        "True",
+        f"{_BOUNDARY}what_a_library_raises_while_it_is_imported_is_no_bug",
+    ),
+    _boundary(
+        "a limit on data is a limit",
+        'resource.RLIMIT_DATA: ("data", "d", 256 << 20, 32 << 20)',
+        'resource.RLIMIT_DATA: ("data", "d", 0, 0)',
+        "cli/test_edge.py::test_few_descriptors_and_little_memory",
     ),
     _boundary(
         "links of an input are followed",
