@@ -19,7 +19,7 @@ from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, Header, parse_header, read_header_length
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_INDEX_BYTES
-from modelopt_convert.checkpoint.record import RECORD, digest_of, is_record, read_record
+from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -165,7 +165,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
         _refuse_unread(error)
         return None
     raw = (folder / RECORD).read_bytes()
-    return record if is_record(record) and json_bytes(record) == raw else None
+    return record if record is not None and json_bytes(record) == raw else None
 
 
 def _small_digest(path: Path) -> str | None:
