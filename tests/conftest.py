@@ -6,6 +6,7 @@ On CI a skipped test fails the run: everything that a test may need is installed
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from root import LONG, ROOT
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of torch that wait for each other would take a third of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup; what they start does not
 # Not even collected without that, since on CI a skipped test would fail the run.
 collect_ignore = [] if LONG else ["long"]
 _skipped: list[str] = []

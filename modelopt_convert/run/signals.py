@@ -12,14 +12,18 @@ from typing import Any, Self
 
 from modelopt_convert.run.errors import InternalError, Interrupted, MoptError
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stopping() -> list[signal.Signals]:
+    """The signals that stop a run; SIGHUP is none where it is ignored, as under nohup."""
+    return [one for one in _STOPPING if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
 def leave_at_once() -> None:
     """Until there is something to clean up, and without it, a signal ends the process with its code and one line."""
-    for number in STOPPING:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _leave)
+    for number in stopping():
+        signal.signal(number, _leave)
 
 
 def _leave(signum: int, _frame: FrameType | None) -> None:
@@ -49,8 +53,7 @@ class Signals:
 
     def __enter__(self) -> Self:
         """Note signals."""
-        due = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._take) for number in due}
+        self._before = {number: signal.signal(number, self._take) for number in stopping()}
         return self
 
     def __exit__(

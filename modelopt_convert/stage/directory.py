@@ -21,7 +21,7 @@ from typing import Literal, NoReturn, Self
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.run.boundary import storage_error, storage_errors
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
-from modelopt_convert.run.signals import STOPPING
+from modelopt_convert.run.signals import stopping
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
@@ -448,8 +448,7 @@ def _signals_held() -> Iterator[None]:
         yield
         return
     noted: list[int] = []
-    due = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in due}
+    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in stopping()}
     try:
         yield
     finally:

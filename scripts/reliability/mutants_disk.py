@@ -166,20 +166,20 @@ DISK = (
     ),
     _staging(
         "SIGINT is held",
-        "for number in STOPPING if",
-        "for number in STOPPING if number != signal.SIGINT and",
+        "for number in stopping()",
+        "for number in stopping() if number != signal.SIGINT",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
     _staging(
         "SIGTERM is held",
-        "for number in STOPPING if",
-        "for number in STOPPING if number != signal.SIGTERM and",
+        "for number in stopping()",
+        "for number in stopping() if number != signal.SIGTERM",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
     _staging(
         "SIGHUP is held",
-        "for number in STOPPING if",
-        "for number in STOPPING if number != signal.SIGHUP and",
+        "for number in stopping()",
+        "for number in stopping() if number != signal.SIGHUP",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
     _staging(

@@ -174,6 +174,17 @@ def test_what_nohup_ignores_stops_nothing(exports: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "") and json.loads(ended.stdout)["status"] == "ok"
 
 
+def test_a_background_job_of_a_shell_is_stopped_all_the_same(exports: Path) -> None:
+    """A shell without job control has SIGINT ignored there."""
+    code = (
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import modelopt_convert.commands.inspect as i\n"
+        "i.InspectCommand.run = lambda *words: os.kill(os.getpid(), signal.SIGINT)"
+    )
+    ended = held(code, exports / "base")
+    assert ended.returncode == 130 and "[interrupted]" in ended.stderr
+
+
 def test_after_the_last_word_no_signal_counts(exports: Path) -> None:
     code = "import atexit; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
     ended = held(code, exports / "base")

@@ -20,7 +20,7 @@ from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
 from stage_support import LEFT, MARK, before, lay_left, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
-from modelopt_convert.run.signals import STOPPING
+from modelopt_convert.run.signals import stopping
 from modelopt_convert.stage import directory, fsops
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.locks import try_lock
@@ -93,7 +93,7 @@ def test_a_stage_that_goes_between_the_listing_and_the_lock(
     assert (held_by(out), litter(out)) == (NEW, [])
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", stopping())
 def test_signals_wait_for_the_swap(out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     lay(out, "old")
     before(monkeypatch, "exchange", lambda *_: os.kill(os.getpid(), number))
@@ -109,7 +109,7 @@ def test_signals_wait_for_the_swap(out: Path, monkeypatch: pytest.MonkeyPatch, n
 
 
 @pytest.mark.parametrize("call", ["make_dir", "create_file"])  # of the stage; of the marker
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", stopping())
 def test_a_signal_right_after_something_is_made_leaves_nothing(
     out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, call: str
 ) -> None:
