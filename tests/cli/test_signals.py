@@ -112,9 +112,9 @@ def test_a_second_signal_ends_at_once(exports: Path) -> None:
     code = (
         "import time, modelopt_convert.commands.inspect as i; from modelopt_convert.__main__ import main\n"
         "def wait(self, progress):\n"
-        "    print('ready', flush=True)\n"
         "    while True:\n"
-        "        try:\n            time.sleep(60)\n        except BaseException:\n            pass\n"
+        "        try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
+        "        except BaseException:\n            pass\n"
         "i.InspectCommand.run = wait; main()"
     )
     command = [sys.executable, "-c", code, "inspect", str(exports / "base")]
