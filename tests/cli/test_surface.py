@@ -165,12 +165,13 @@ def test_a_report_never_lands_in_an_input_or_in_the_output(
         assert not (tmp_path / "flux1-dev-nvfp4" / "r.json").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "hard.json", "mine.json", "preset.toml"])
+@pytest.mark.parametrize("name", ["config.json", "hard.json", "link.json", "mine.json", "preset.toml"])
 def test_a_report_never_replaces_what_is_not_one(exports: Path, tmp_path: Path, name: str) -> None:
     """Also a hard link of an input, or the preset: exit 4 and the report on stdout, before any work."""
     export = copy(exports / "nvfp4", tmp_path / "export")
     (tmp_path / "hard.json").hardlink_to(export / "config.json")
     (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "link.json").symlink_to("nowhere")
     preset = tmp_path / "preset.toml"
     preset.write_text((ROOT / "presets" / "flux1-dev.toml").read_text())
     where = export / name if name == "config.json" else tmp_path / name
@@ -181,6 +182,7 @@ def test_a_report_never_replaces_what_is_not_one(exports: Path, tmp_path: Path, 
         assert outcome.exit_code == 2
     else:
         assert (outcome.exit_code, outcome.error_code) == (4, "report.foreign"), outcome.stderr
+        assert outcome.stderr.count("error: ") == 1, outcome.stderr
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 
