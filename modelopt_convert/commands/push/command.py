@@ -184,7 +184,7 @@ def _send(
         if not exists:
             ask_once(partial(api.create_repo, repo_id, private=request.private or None, exist_ok=True))
         target = _target(request)
-        there = _tree(repo_id, target.parent)
+        there = list_files(repo_id, target.parent)
     known = sum(one.num_bytes for one in local.files if one.is_shard and one.path in there)
     if known:
         progress.begin("compare with what is there", known)
@@ -287,10 +287,6 @@ def _target(request: PushRequest) -> _Target:
             hint="give --revision the name of a branch",
         )
     return _Target(checked_commit(request.repo_id, f"the branch {_MAIN}", heads.get(_MAIN)), branch_exists=False)
-
-
-def _tree(repo_id: str, commit: str) -> dict[str, HubFile]:
-    return list_files(repo_id, commit)
 
 
 def _fetcher(request: PushRequest, commit: str, there: Mapping[str, HubFile]) -> Callable[[str], bytes]:

@@ -112,14 +112,14 @@ def test_a_commit_in_between_is_not_overwritten(
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.md").write_text("somebody's")
-    seen = module._tree
+    seen = module.list_files
 
     def overtaken(*arguments: object) -> object:
         found = seen(*arguments)  # type: ignore[arg-type]
         hub.seed(REPO, other)
         return found
 
-    monkeypatch.setattr(module, "_tree", overtaken)
+    monkeypatch.setattr(module, "list_files", overtaken)
     outcome = push(built)
     assert (outcome.exit_code, outcome.error_code) == (3, "hub.stale_parent")
     assert f"mopt push {built} {REPO}" in outcome.message
@@ -145,13 +145,13 @@ def test_a_shard_that_changes_while_it_is_sent_is_not_committed(
     hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_of(built, tmp_path / "out")
-    seen = module._tree
+    seen = module.list_files
 
     def meanwhile(*arguments: object) -> object:
         flip_bias(folder)
         return seen(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_tree", meanwhile)
+    monkeypatch.setattr(module, "list_files", meanwhile)
     outcome = push(folder)
     assert (outcome.exit_code, outcome.error_code) == (3, "input.changed") and published(hub) == {}
 
@@ -162,14 +162,14 @@ def test_a_folder_that_takes_its_place_meanwhile_is_not_committed(
     """As a build with --overwrite leaves it: the verified files are unchanged, and bear other names."""
     folder, other = copy_of(built, tmp_path / "out"), copy_of(built, tmp_path / "other")
     flip_bias(other)
-    seen = module._tree
+    seen = module.list_files
 
     def meanwhile(*arguments: object) -> object:
         folder.rename(tmp_path / "before")
         other.rename(folder)
         return seen(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_tree", meanwhile)
+    monkeypatch.setattr(module, "list_files", meanwhile)
     outcome = push(folder)
     assert (outcome.exit_code, outcome.error_code) == (3, "input.changed") and published(hub) == {}
 
