@@ -243,13 +243,18 @@ class StagingDir:
                 os.close(lock)
 
     def _recover(self) -> None:
-        """Roll back a two-rename swap that was cut between its renames; remove what a finished one left."""
+        """Roll back a two-rename swap that was cut between its renames; remove what a finished one left.
+
+        A tree of which something is gone was being removed, so its swap was finished, and OUT was deleted since.
+        """
         for number, old in left_beside(self.output, "old").items():
-            if os.path.lexists(self.output):
-                self._sweep(old, number)
-            elif self._marker_beside(old, number) is not None:
-                with contextlib.suppress(FileNotFoundError):  # another run has just done it
+            with contextlib.suppress(FileNotFoundError):  # another run has just done it
+                if os.path.lexists(self.output):
+                    self._sweep(old, number)
+                elif (marker := self._marker_beside(old, number)) is not None and marker.is_whole(old):
                     fsops.rename(old, self.output)
+                elif marker is not None:
+                    self._sweep(old, number)
 
     def _sweep_markers(self) -> None:
         """Remove the markers of runs that were killed when nothing else of theirs was left."""

@@ -41,6 +41,10 @@ class Marker:
         tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in (self.tree or {}).items()}
         return json.dumps({"schema": _SCHEMA, "replaces": self.replaces, "tree": tree}).encode()
 
+    def is_whole(self, old: Path) -> bool:
+        """Whether nothing was removed of an old tree since it was OUT."""
+        return look(old).keys() >= (self.tree or {}).keys()
+
     def strangers(self, folder: Path, *, replaced: bool) -> list[str]:
         """What somebody put into a folder that is to be removed.
 

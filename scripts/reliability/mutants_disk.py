@@ -130,8 +130,8 @@ DISK = (
     ),
     _staging(
         "recovery renames back",
-        "if os.path.lexists(self.output):\n                self._sweep",
-        "if True:\n                self._sweep",
+        "marker.is_whole(old):\n                    fsops.rename(old, self.output)",
+        "marker.is_whole(old):\n                    self._sweep(old, number)",
         f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
     ),
     _staging(

@@ -196,9 +196,16 @@ OWNED = (
     _of(
         "directory",
         "no recovery without a marker",
-        "elif self._marker_beside(old, number) is not None:",
-        "else:",
+        "(marker := self._marker_beside(old, number)) is not None and",
+        "(marker := self._marker_beside(old, number) or Marker()) and",
         _UNMARKED,
+    ),
+    _of(
+        "directory",
+        "what was being removed is not put back",
+        "is not None and marker.is_whole(old):",
+        "is not None:",
+        f"{_STAGING}test_what_was_being_removed_is_not_put_back",
     ),
     _of("leftovers", "a marker is mopt's", "and raw[: len(_HEAD)] != _HEAD[: len(raw)]:", "and False:", _UNMARKED),
     _of(

@@ -191,8 +191,14 @@ def known_history() -> None:
         history.run(overwrite)
         history.it_is_what_it_should_be()
     assert (history.known, counts["recovered"], counts["refused"]) == ("version 2", 2, 1)
+    for call in AT_THE_SWAP[4:]:  # what is replaced is being removed; then the user deletes OUT
+        history.run_killed(call)
+        history.delete_out()
+        history.run(overwrite=False)
+        history.it_is_what_it_should_be()
+    refused = counts["refused"]
     history.put_a_file("thesis.docx")
     history.run(overwrite=True)
     history.the_users_files_stand()
-    assert counts["refused"] == 2
+    assert counts["refused"] == refused + 1
     history.teardown()

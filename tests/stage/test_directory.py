@@ -5,7 +5,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 
 import pytest
@@ -222,6 +222,16 @@ def test_a_swap_cut_in_two_is_rolled_back_and_then_replaced(out: Path, place: Pa
         assert held_by(out) == OLD
         raise ValueError("stop")
     assert publish(out).method == "exchange"
+    assert (held_by(out), litter(out)) == (NEW, [])
+
+
+@pytest.mark.parametrize("gone", [names for size in (1, 2, 3) for names in combinations(sorted(OLD), size)])
+def test_what_was_being_removed_is_not_put_back(gone: tuple[str, ...], out: Path, place: Path) -> None:
+    """A run was killed while it removed what it had replaced, and then the user deleted OUT."""
+    lay_left(place / SET_ASIDE, "old")
+    for name in gone:
+        (place / SET_ASIDE / name).unlink()
+    assert publish(out, overwrite=False).method == "rename"
     assert (held_by(out), litter(out)) == (NEW, [])
 
 
