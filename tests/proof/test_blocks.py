@@ -339,3 +339,20 @@ def test_damage_of_a_searched_weight_is_named_and_not_its_search(row: int, heigh
     found = tally(base, codes_under(base, raw.view(E4M3), one.global_scale), height=height)
     assert found.wrong_codes == 0 and found.first is not None
     assert (found.first.row, found.first.column, found.first.role) == (row, 112, "weight_scale")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_code_is_wrong_also_where_the_searched_scale_saves_more_than_it_loses(seed: int) -> None:
+    base = weight("gaussian", 64, 256, seed)
+    one = mse_sweep(base)
+    common = max_calibration(base, one.global_scale)
+    saved = block_errors(base, common) - block_errors(base, one)
+    row, block = divmod(int(saved.argmax()), saved.shape[1])
+    codes = unpack(one.packed)
+    within = int((codes[row, block * 16 : block * 16 + 16] & 7).argmin())
+    column = block * 16 + within
+    nearest = int(codes[row, column])
+    codes[row, column] ^= 1
+    found = tally(base, one._replace(packed=pack(codes)))
+    assert found.wrong_codes == 1 and found.blocks_above == 0
+    assert found.first == Difference(row, column, "weight", nearest, nearest ^ 1)
