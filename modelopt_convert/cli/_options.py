@@ -58,7 +58,7 @@ def from_request(
 
     flags = flags_of(kind) | flags_of(Telling)
     ours = {one.name: one for one in (*fields(kind), *fields(Telling)) if one.name in flags}
-    names = [name for name in ours if name not in without]
+    names = sorted((name for name in ours if name not in without), key=lambda name: bool(ours[name].kw_only))
     for name in [name for name in names if flags[name][1].after]:
         names.remove(name)
         names.insert(names.index(str(flags[name][1].after)) + 1, name)

@@ -1,5 +1,6 @@
 """``mopt build-nvfp4`` and ``mopt convert-fp8``."""
 
+import shlex
 from typing import TYPE_CHECKING
 
 from modelopt_convert.cli._options import from_request
@@ -47,14 +48,15 @@ def _run(request: BuildRequest, output: "Output") -> None:
     from modelopt_convert.cli.push import show_pushed
 
     def show(out: "Output", report: "Report") -> None:
-        _show(out, report)
+        _show(out, report, request)
         show_pushed(out, report)
 
     run(output, request, show)
 
 
-def _show(out: "Output", report: "Report") -> None:
+def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
     from modelopt_convert.cli._output import human_bytes, show_cost, show_written
+    from modelopt_convert.commands.serving import loads_right
     from modelopt_convert.engines.sglang import load_command
 
     show_written(out, report)
@@ -75,6 +77,9 @@ def _show(out: "Output", report: "Report") -> None:
     out.line("")
     for limit in (report.preset or {}).get("known_limits", ()):
         out.line(f"known limit: {limit}")
+    others = ", ".join(sorted({f"{one.engine} {one.grade}" for one in report.engines if one.engine != report.engine}))
+    if others:
+        out.line(f"other engines: {others}")
     if report.dequantized:
         more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
         out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
@@ -98,7 +103,11 @@ def _show(out: "Output", report: "Report") -> None:
     out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
     show_cost(out, report)
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
-    out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
+    against = any(warning["code"] == "preset.structural" for warning in report.warnings)
+    if loads_right(report.engines, request.engine) and not against:
+        out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
+    else:
+        out.line(f"next: mopt verify {shlex.quote(report.output.path)}")
 
 
 def _show_proof(out: "Output", proof: "ProofReport") -> None:

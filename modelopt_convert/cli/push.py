@@ -43,7 +43,8 @@ def show_pushed(out: "Output", report: "Report") -> None:
         out.line(f"pushed {sent}; {len(pushed.same)} were there: {pushed.url}")
         for path in pushed.deleted:
             out.line(f"deleted {path}, of the checkpoint before")
-    out.line(f"next: {pushed.load}")
+    if pushed.load is not None:
+        out.line(f"next: {pushed.load}")
 
 
 COMMANDS = {"push": from_request(PushRequest, push, without=SILENT)}

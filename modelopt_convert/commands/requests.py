@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from modelopt_convert.checkpoint.location import Location, is_far, is_file, parse_location
+from modelopt_convert.engines.limits import DEFAULT, EngineName
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
@@ -233,11 +234,21 @@ class _Replacing(Request["Report"]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Releasing(Request["Report"]):
+class _Serving(Request["Report"]):
+    """Whom a checkpoint is for."""
+
+    __slots__ = ()
+    engine: Annotated[EngineName, Flag("Whom it is for: what this engine is known not to load right is refused.")] = (
+        DEFAULT
+    )
+    allow_known_broken: Annotated[bool, Flag("Go on also with what the engine is known not to load right.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Releasing(_Serving):
     """How a build ends."""
 
     __slots__ = ()
-    allow_known_broken: Annotated[bool, Flag("Build also what an engine is known not to load right.")] = False
     verify: Annotated[
         Literal["auto", "cpu", "off"],
         Flag("The closing step: with the GPU if there is one, on the CPU alone, or none."),
@@ -538,7 +549,7 @@ class InspectRequest(Request["InspectReport"]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PushRequest(Request["Report"]):
+class PushRequest(_Serving):
     """Publish a checkpoint on the Hugging Face Hub: verified first, in one commit, only what is missing there."""
 
     command: ClassVar[str] = "push"
@@ -569,6 +580,8 @@ class PushRequest(Request["Report"]):
         words += ["--create-pr"] * self.create_pr + ["--private"] * self.private
         words += ["--revision", self.revision] if self.revision is not None else []
         words += ["--message", self.message] if self.message is not None else []
+        words += ["--engine", self.engine] if self.engine != DEFAULT else []
+        words += ["--allow-known-broken"] * self.allow_known_broken
         return shlex.join(words)
 
     @property

@@ -5,15 +5,17 @@ imported only where the bytes of a packed module are looked at.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.dialect import Headers
+from modelopt_convert.dialects.modelopt.dialect import MODELOPT, MODELOPT_FP8
 from modelopt_convert.dialects.packed import Evidence, PackedModule, declares_dynamic_inputs, find_packed
 from modelopt_convert.dialects.table import detect_dialect
+from modelopt_convert.engines.limits import DEFAULT, declared, limits
 from modelopt_convert.engines.sglang import Belief, believe, misread
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.layout import BASES, Layout
@@ -99,6 +101,7 @@ def inspect_component(
         lint=[
             *(fault for each in seen for fault in each.faults),
             *(LintReport(code="engine.misread", message=words, module=None) for words in misreads),
+            *_known(reader.config, packed, dialect.name),
             *fused_faults(reader, packed),
             *config_faults(reader, packed),
         ],
@@ -122,6 +125,15 @@ def module_layout(
         scale_basis="none" if layout is None else layout.scales_by,
         relative_error=error,
     )
+
+
+def _known(config: Mapping[str, Any], packed: Mapping[str, PackedModule], dialect: str) -> Iterator[LintReport]:
+    """What is known of the engine and a checkpoint as mopt writes it; of other dialects the facts say nothing."""
+    algorithm = declared(config)
+    if packed and dialect in (MODELOPT.name, MODELOPT_FP8.name) and algorithm is not None:
+        for one in limits(config, algorithm):
+            if one.engine == DEFAULT:
+                yield LintReport(code=f"engine.{one.grade}", message=one.words, module=None)
 
 
 def _see(subject: Subject, target: Format) -> Seen:

@@ -23,9 +23,17 @@ from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.ignore import ignore_list, merged_modules
 from modelopt_convert.plan.inputs import check_base, check_configs, check_plain, check_preset, model_tensors
-from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
+from modelopt_convert.plan.keeps import (
+    apply_patterns,
+    count_rules,
+    fused_groups,
+    keep_fp32,
+    plain_dtype,
+    structural_warnings,
+)
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, ignored
+from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.run.errors import InputError
 
 
@@ -82,7 +90,10 @@ def plan_mixed(
     build.run()
     steps = dict(sorted(build.steps.items(), key=lambda item: natural_key(item[0])))
     keys, dropped = split_keys(quant_config)
-    ignore = ignore_list(steps, target, modules.keys() - replaced.keys(), keeps.preset, export.config)
+    packed = modules.keys() - replaced.keys()
+    # Without a preset, too, engines look modules up by the names of the class.
+    known = keeps.preset or preset_of_class(export.config)
+    ignore = ignore_list(steps, target, packed, known, export.config)
     return BuildPlan(
         format=target,
         steps=steps,
@@ -96,7 +107,10 @@ def plan_mixed(
         dequantized=tuple(build.dequantized),
         must_equal=tuple(build.must_equal),
         may_differ=tuple(build.may_differ),
-        warnings=tuple(_config_warnings(dropped, quant_config.get("ignore"), modules, where)),
+        warnings=(
+            *_config_warnings(dropped, quant_config.get("ignore"), modules, where),
+            *(structural_warnings(known, target, matcher, packed) if keeps.preset is None and known else ()),
+        ),
     )
 
 

@@ -1,19 +1,27 @@
 """The ``ignore`` list: every spelling under which a runtime looks up a module that is not quantized. Pure, no torch.
 
 Engines match ``ignore`` against their own module names, which differ from those on disk, and with the tensor-parallel
-size; so every spelling is listed. None may be one that a quantized module goes by.
+size; so every spelling is listed. A block of which nothing is quantized is also listed by a pattern, as ModelOpt does:
+that covers the names of engines that no preset knows. No entry may be one that a quantized module goes by, under any
+engine's way of matching: SGLang takes names, first segments and patterns, vLLM parts of names too, TensorRT-LLM
+patterns.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.engines.sglang import ignored_by
+from modelopt_convert.engines.vllm_omni import begins_one, widened
 from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Step
 from modelopt_convert.preset.patterns import rename
 from modelopt_convert.preset.preset import Preset
 from modelopt_convert.run.errors import InputError
+
+_BLOCK = re.compile(r"((?:[^.]+\.)+?\d+\.)")  # up to the first number: blocks.0.
+_MOST_BLOCKS = 256  # no model has more, and readers of so many patterns give up
 
 
 def spellings(module: str, preset: Preset | None, config: Mapping[str, Any]) -> set[str]:
@@ -48,6 +56,7 @@ def ignore_list(
     for name, step in steps.items():
         if name.endswith(".weight") and step.output.dtype != target.packed_dtype and len(step.output.shape) >= 2:
             ignored |= dict.fromkeys(spellings(module_of(name), preset, config), module_of(name))
+    taken = [spelling for module in packed for spelling in spellings(module, preset, config)]
     for module in packed:
         for spelling in spellings(module, preset, config):
             if (entry := ignored_by(ignored, spelling)) is not None:
@@ -56,4 +65,15 @@ def ignore_list(
                     code="preset.fused_group",
                     hint="the runtime makes one module of both: keep both in BF16, or neither",
                 )
-    return sorted(ignored, key=natural_key)
+    taken.sort()
+    # A star at the end keeps an entry from being taken for a part of another name; patterns fit the whole name.
+    starred = {entry for entry in widened(ignored, taken) if not begins_one(taken, entry)}
+    names = (f"{entry}*" if entry in starred else entry for entry in ignored)
+    return sorted({*names, *_whole_blocks(ignored, taken)}, key=natural_key)
+
+
+def _whole_blocks(ignored: Iterable[str], taken: Sequence[str]) -> list[str]:
+    """A pattern for each block of which every module is ignored; ``taken`` are the quantized ones, in order."""
+    blocks = {found[1] for entry in ignored if (found := _BLOCK.match(entry))}
+    whole = [block for block in blocks if not begins_one(taken, block)]
+    return [f"{block}*" for block in whole] if len(whole) <= _MOST_BLOCKS else []

@@ -6,6 +6,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
 from modelopt_convert.preset.patterns import PatternMatcher, check_pattern
 from modelopt_convert.preset.preset import Preset
@@ -103,3 +104,18 @@ def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) ->
             )
         found.update(names)
     return frozenset(found)
+
+
+def structural_warnings(
+    preset: Preset, target: Format, matcher: PatternMatcher, packed: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """What is packed against the structural set of its class, where the user wants no preset."""
+    rules = preset.sets().get(target.algorithm)
+    found = {module for pattern in (rules.structural if rules else ()) for module in matcher.find(pattern)}
+    against = sorted(found.intersection(packed), key=natural_key)
+    if against:
+        yield (
+            "preset.structural",
+            f"SGLang cannot load {len(against)} of the packed modules packed, as preset {preset.name} has them "
+            f"({against[0]} first): --preset {preset.name} keeps them in BF16",
+        )

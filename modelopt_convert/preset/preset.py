@@ -34,9 +34,6 @@ class KeepRules(_Strict):
     known_limits: list[str] = Field(description="what a user should know before building")
     structural: _Globs = Field(description="module globs that the runtime cannot load packed")
     quality: _Globs = Field(description="module globs kept for quality")
-    known_broken: dict[str, str] = Field(
-        default_factory=dict, description="engine@version = why it cannot use what is built; also for other sets"
-    )
 
 
 # A table for each format that there is: a new format needs no line here.
@@ -176,12 +173,8 @@ class ChosenPreset(_Strict):
         return "validated" if status == {"validated"} else "candidate"
 
     def limits(self, algorithm: Algorithm) -> list[str]:
-        """Known limits, and the engines that cannot use what is built."""
-        rules = self.loaded.preset.rules(algorithm)
-        return [
-            *rules.known_limits,
-            *(f"known broken for {engine}: {why}" for engine, why in rules.known_broken.items()),
-        ]
+        """What a user should know of this set; what engines make of the result is in engines/limits.toml."""
+        return self.loaded.preset.rules(algorithm).known_limits
 
 
 def parse_preset(text: str, *, path: str) -> LoadedPreset:
@@ -295,14 +288,11 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
     return ChosenPreset(loaded=fitting[0], also=list(names[1:]))
 
 
-def known_broken(config: Mapping[str, Any], algorithm: Algorithm) -> dict[str, str]:
-    """Engines that cannot use what is built for a model of this class, whatever is kept in BF16, with the reason."""
-    found: dict[str, str] = {}
-    for preset in (load_preset(name).preset for name in preset_names()):
-        rules = preset.sets().get(algorithm)
-        if rules is not None and preset.class_name == config.get("_class_name"):
-            found |= rules.known_broken
-    return found
+def preset_of_class(config: Mapping[str, Any]) -> Preset | None:
+    """A preset that comes with mopt for this class of transformers: one that fits, or the first of the class."""
+    found = [load_preset(name).preset for name in preset_names()]
+    same = [one for one in found if one.class_name == config.get("_class_name")]
+    return next((one for one in same if one.fits(config)), same[0] if same else None)
 
 
 def _rule_key(preset: Preset, algorithm: Algorithm) -> str:

@@ -60,6 +60,16 @@ class NetworkReport(_Model):
     requests: int = 0
 
 
+class EngineLimitReport(_Model):
+    """What a version of an engine is known not to make right of a checkpoint: docs/engines.md."""
+
+    engine: str
+    version: str
+    grade: Literal["fails", "wrong", "loss"]
+    what: str
+    figure: str
+
+
 class OutputReport(_Model):
     """What stands, or was planned to stand, at OUT."""
 
@@ -134,6 +144,10 @@ class ProofReport(_Model):
     max_error: float
     counts: dict[str, int]
     fused_scales_differ: dict[str, float]
+    fused_losses: dict[str, dict[str, float]] = Field(
+        default_factory=dict,
+        description="of these groups, the relative error that an engine adds by one global scale, by engine",
+    )
     biases_differ: list[str]
     unquantized_differ: list[str] = Field(default_factory=list, description="accepted, and written as the base has it")
     modules: dict[str, ModuleReport]
@@ -152,7 +166,7 @@ class PushedReport(_Model):
     deleted: list[str] = Field(default_factory=list, description="shards and indexes of the checkpoint before")
     not_published: list[str] = Field(default_factory=list, description="what else the local folder holds")
     bytes_sent: int = Field(default=0, description="size of `sent`; of what the Hub held already, less was transferred")
-    load: str | None = Field(default=None, description="the command that loads it")
+    load: str | None = Field(default=None, description="the command that loads it, if one is known to")
 
 
 class ErrorReport(_Model):
@@ -175,6 +189,10 @@ class Report(_Model):
     inputs: dict[str, InputReport] = Field(default_factory=dict)
     network: dict[str, NetworkReport] = Field(default_factory=dict, description="for each input that is on the Hub")
     preset: dict[str, Any] | None = None
+    engine: str | None = Field(default=None, description="whom the checkpoint is for")
+    engines: list[EngineLimitReport] = Field(
+        default_factory=list, description="what is known of all engines for this class and format"
+    )
     output: OutputReport
     rules: list[RuleReport] = Field(default_factory=list)
     counts: dict[str, dict[str, int]] = Field(

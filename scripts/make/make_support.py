@@ -3,19 +3,24 @@
 python scripts/make/make_support.py
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from modelopt_convert.engines.limits import Limit, limits
 from modelopt_convert.preset.preset import load_preset, preset_names
 
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "support.md"
 HEAD = """# What is supported
 
 Generated from `presets/*.toml` by `scripts/make/make_support.py`; do not edit. *validated*: checkpoints made with this
-set are published and served; *candidate*: the set has a source but nobody has shown it yet. Where an engine is known to
-be unable to use the result, `mopt` builds it only with `--allow-known-broken`.
+set are published and served; *candidate*: the set has a source but nobody has shown it yet. The engines' columns are
+those of `modelopt_convert/engines/limits.toml`: an engine *fails* to load, loads *wrong* values or loads with a *loss*.
+What fails or is wrong in the engine that a checkpoint is built for (`--engine`, SGLang unless said otherwise) is built
+only with `--allow-known-broken`. What the engines' own loaders were seen to do is in [engines.md](engines.md).
+diffusers and ComfyUI load none of these.
 
-| preset | model | base | algorithm | status | load flag | minimum GPU | known broken | known limits |
-|---|---|---|---|---|---|---|---|---|
+| preset | model | base | algorithm | status | load flag | minimum GPU | SGLang | vLLM-omni | known limits |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -25,12 +30,13 @@ def render() -> str:
     for name in preset_names():
         preset = load_preset(name).preset
         for algorithm, rules in preset.sets().items():
-            limits = "; ".join(rules.known_limits) or "none known"
-            broken = ", ".join(f"`{engine}`" for engine in rules.known_broken) or "no"
+            more = "; ".join(rules.known_limits) or "none known"
+            known = limits({"_class_name": preset.class_name}, algorithm)
+            sglang, omni = (_grade(known, engine) for engine in ("sglang", "vllm-omni"))
             rows.append(
                 f"| `{name}` | {preset.title} | {', '.join(preset.repos)} "
                 f"| {algorithm.upper()} | {rules.status} | `{preset.load_flag}` "
-                f"| {rules.min_gpu} | {broken} | {limits} |"
+                f"| {rules.min_gpu} | {sglang} | {omni} | {more} |"
             )
     sources = [
         f"- `{name}` {algorithm.upper()}: {rules.source}"
@@ -38,6 +44,10 @@ def render() -> str:
         for algorithm, rules in load_preset(name).preset.sets().items()
     ]
     return HEAD + "\n".join(rows) + "\n\n## Sources\n\n" + "\n".join(sources) + "\n"
+
+
+def _grade(known: Sequence[Limit], engine: str) -> str:
+    return "; ".join(f"{one.grade}: it {one.what}" for one in known if one.engine == engine) or "right"
 
 
 if __name__ == "__main__":

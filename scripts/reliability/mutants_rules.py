@@ -11,6 +11,10 @@ def _rules(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("stage/output_rules.py", what, old, new, tests or (_RULES,))
 
 
+def _engines(name: str, what: str, old: str, new: str) -> Mutant:
+    return Mutant(f"commands/{name}.py", what, old, new, ("commands/test_serving.py",))
+
+
 def _check(what: str, old: str, new: str, *tests: str, file: str = "build/structure") -> Mutant:
     return Mutant(f"commands/{file}.py", what, old, new, tests)
 
@@ -120,8 +124,8 @@ RULES = (
     ),
     _check(
         "`ignore` lists every other Linear",
-        "if linear and module not in packed and module not in ignore:",
-        "if False:",
+        "sorted(linears - packed - ignore)",
+        "sorted(linears - linears)",
         f"{_CHECK}test_a_linear_that_is_neither_packed_nor_on_the_ignore_list",
     ),
     _check(
@@ -276,5 +280,56 @@ RULES = (
         "        sizes += _lengths(files)\n",
         "",
         ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
+    ),
+    _engines("serving", "what is broken is refused", "if one.is_broken and not request", "if False and not request"),
+    _engines("serving", "consent is asked for", "and not request.allow_known_broken:", "and True:"),
+    _engines("serving", "of the engine that was named", "if one.engine == request.engine]", "if one.engine]"),
+    _engines(
+        "serving", "no command that fails", 'return engine == "sglang" and not broken', 'return engine == "sglang"'
+    ),
+    _engines("serving", "no command of another", 'return engine == "sglang" and not broken', "return not broken"),
+    _engines("push/command", "push asks for consent", "self._warned += refuse_broken(", "self._warned += [] and ("),
+    _engines("push/command", "push names no command", "if loads_right(known, request.engine):", "if True:"),
+    *(
+        Mutant("verification/fused.py", what, old, new, ("verification/test_fused.py",))
+        for what, old, new in (
+            ("rebased scales are rounded", "(one * (factor / top)).to(torch.float8_e4m3fn)", "(one * (factor / top))"),
+            ("each part by its own scale", "(one * factor).flatten() for one", "(one * factors[0]).flatten() for one"),
+            (
+                "the largest is taken",
+                "[one * max(factors) for one in scales]",
+                "[one * min(factors) for one in scales]",
+            ),
+        )
+    ),
+    *(
+        Mutant("engines/limits.py", what, old, new, ("engines/test_limits.py",))
+        for what, old, new in (
+            ("facts of the class", 'if one.class_name in ("*", config.get("_class_name"))', "if True"),
+            ("facts of the format", "and algorithm in one.formats", "and True"),
+            ("facts of a key", "and (one.having is None or config.get(one.having) is not None)", "and True"),
+        )
+    ),
+    *(
+        Mutant("plan/ignore.py", what, old, new, ("plan/test_ignore.py",))
+        for what, old, new in (
+            ("a part of a name has a star", "for entry in widened(ignored, taken) if", "for entry in () if"),
+            ("no star over a packed module", " if not begins_one(taken, entry)}", "}"),
+            ("whole blocks alone", "if not begins_one(taken, block)]", "]"),
+            ("blocks are patterns", "{*names, *_whole_blocks(ignored, taken)}", "{*names}"),
+            ("not too many patterns", "if len(whole) <= _MOST_BLOCKS else []", ""),
+        )
+    ),
+    *(
+        Mutant("engines/vllm_omni.py", what, old, new, ("engines/test_vllm_omni.py",))
+        for what, old, new in (
+            (
+                "within a word",
+                "for word in words for at in range(len(word))})",
+                "for word in words for at in range(1)})",
+            ),
+            ("across words", "for tail in begun[word])", "for tail in begun[word][:0])"),
+            ("a beginning", "texts[place].startswith(start)", "True"),
+        )
     ),
 )

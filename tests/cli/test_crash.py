@@ -118,7 +118,7 @@ def test_killed(site: Site, calls: list[Call], part: int) -> None:
     counts: Counter[str] = Counter()
     points = spread(calls)
     assert len(points) >= 10
-    step = PARTS if site.kind == KINDS[0] else 1 if LONG else len(points) // 3
+    step = PARTS if site.kind == KINDS[0] else 1 if LONG else len(points) // 2
     for call in points[part::step]:
         assert site.strike(call, "signal=KILL").code == -9
         counts[f"{call.name}: {site.state()}"] += 1

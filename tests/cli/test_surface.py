@@ -36,11 +36,12 @@ _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device", *_WRITING, *_TELLING,
+        "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
+        *_WRITING, *_TELLING,
     },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
+        "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },
     "verify": {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
@@ -49,7 +50,10 @@ FLAGS = {
     "inspect": {"source", "--base", "--all", "--engine", "--max-error", "--download", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
     "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
-    "push": {"checkpoint", "repo_id", "--create-pr", "--private", "--revision", "--message", *_TELLING},
+    "push": {
+        "checkpoint", "repo_id", "--create-pr", "--private", "--revision", "--message", "--engine",
+        "--allow-known-broken", *_TELLING,
+    },
     "presets": {"name"},
 }  # fmt: skip
 

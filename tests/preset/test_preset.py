@@ -11,7 +11,7 @@ from root import ROOT
 
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.preset.patterns import check_pattern
-from modelopt_convert.preset.preset import choose_preset, known_broken, load_preset, parse_preset, preset_names
+from modelopt_convert.preset.preset import choose_preset, load_preset, parse_preset, preset_names
 from modelopt_convert.run.errors import InputError
 
 SHIPPED = sorted((ROOT / "presets").glob("*.toml"), key=lambda path: path.stem)
@@ -101,7 +101,6 @@ def test_a_made_preset_is_read() -> None:
     assert loaded.preset.rules("nvfp4").quality == ["blocks.[:3].**"]
     assert loaded.preset.sets().keys() == {"nvfp4"}
     assert loaded.preset.runtime_names == {"a.*.b": ["c.*", "d.*+layers"]}
-    assert loaded.preset.rules("nvfp4").known_broken == {}
     assert loaded.inherited == []
     error = refusal(loaded.preset.rules, "fp8")
     assert error.code == "preset.algorithm"
@@ -133,8 +132,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "text for list below": (made(replace={"nvfp4.structural": '"a"'}), "preset.field", "nvfp4.structural"),
     "unknown status": (made(replace={"nvfp4.status": '"fine"'}), "preset.field", "nvfp4.status"),
     "status of old": (made(replace={"nvfp4.status": '"known_broken"'}), "preset.field", "nvfp4.status"),
-    "text for known_broken": (made(replace={"nvfp4.known_broken": '"x"'}), "preset.field", "nvfp4.known_broken"),
-    "no reason": (made(replace={"nvfp4.known_broken": '{ "e@1" = true }'}), "preset.field", "nvfp4.known_broken"),
+    "known_broken of old": (made(replace={"nvfp4.known_broken": '{ "e@1" = "x" }'}), "preset.field", "known_broken"),
     "list in config": (made(replace={"config": "{ a = [1] }"}), "preset.field", "config.a"),
     "text for names": (made(replace={"runtime_names": '{ "a" = "b" }'}), "preset.field", "runtime_names"),
     "fewer stars": (made(replace={"runtime_names": '{ "a.*.b.*" = ["c.*"] }'}), "preset.field", "'a.*.b.*' and 'c.*'"),
@@ -381,17 +379,3 @@ def test_extends_what_is_faulty_names_the_faulty_file(folder: Path) -> None:
     error = refusal(load_preset, "child")
     assert error.code == "preset.toml"
     assert "parent.toml" in error.message
-
-
-def test_known_broken_is_looked_up_by_class(folder: Path) -> None:
-    broken = {"nvfp4.known_broken": '{ "engine@1" = "swaps halves" }'}
-    (folder / "a.toml").write_text(made("a", replace=broken))
-    (folder / "b.toml").write_text(made("b", replace={"nvfp4.known_broken": '{ "engine@2" = "too" }'}))
-    (folder / "c.toml").write_text(made("c"))
-    found = {"engine@1": "swaps halves", "engine@2": "too"}
-    assert known_broken(CONFIG, "nvfp4") == found
-    # Whatever preset is used: values that tell models apart do not matter.
-    assert known_broken(CONFIG | {"guidance": False}, "nvfp4") == found
-    assert known_broken(CONFIG, "fp8") == {}
-    assert known_broken({"_class_name": "YTransformer"}, "nvfp4") == {}
-    assert known_broken({}, "nvfp4") == {}

@@ -260,7 +260,7 @@ def grown(families: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         write_transformer(folder / "base", base, config_of(original))
         export = write_transformer(folder / "export", tensors, config_of(source))
         weights = {module: base[f"{module}.weight"].bfloat16() for module in packed}
-        more = {"allow_known_broken": bool(allowed(family))}
+        more = {"allow_known_broken": bool(allowed(family, algorithm))}
         pair = Pair(algorithm, export, folder / "base", tensors, weights, more)
         assert pair.build(export, folder / "out").exit_code == 0
         return pair

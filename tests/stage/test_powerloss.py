@@ -121,6 +121,8 @@ class Story:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", lambda _fd: None)  # of the disk that is only a thought
             without_times(patch)
+            # What is laid out is no folder that a marker names, though it may get the number of one that is gone.
+            patch.setattr(leftovers, "inode_of", lambda _path: (0, 0))
             try:
                 with StagingDir(room / "out", (), overwrite=True, need_bytes=1):
                     pass

@@ -13,6 +13,9 @@ PRESETS = {
 FAMILIES = tuple(PRESETS)
 
 
-def allowed(family: str) -> list[str]:
+BROKEN = {("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8")}
+
+
+def allowed(family: str, algorithm: str = "nvfp4") -> list[str]:
     """What a build needs that SGLang 0.5.23 is known not to use rightly."""
-    return ["--allow-known-broken"] if family == "flux2" else []
+    return ["--allow-known-broken"] if (family, algorithm) in BROKEN else []

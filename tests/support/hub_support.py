@@ -49,7 +49,7 @@ def _end_calls() -> None:
     HUB.over.set()
     for thread in threading.enumerate():
         if thread.name == "hub-call" and thread not in _left:
-            thread.join(10)
+            thread.join(3)
             _left.add(thread)  # one that goes on all the same is not waited for again
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
+from modelopt_convert.engines.limits import limits
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
@@ -134,9 +135,9 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         "",
         *_errors_section(plan, proof),
     ]
-    limits = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
-    if limits:
-        body += ["## Known limits", "", *(f"- {limit}" for limit in limits), ""]
+    known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
+    known += [one.words for one in limits(plan.config, target.algorithm)]
+    body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
 
 

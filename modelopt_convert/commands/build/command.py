@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
+from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import pipeline_files, small_files
@@ -23,6 +24,7 @@ from modelopt_convert.commands.build.structure import check_structure, refuse_mi
 from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, verify_stage
 from modelopt_convert.commands.command import Warned, foreign_warnings, peak_rss_bytes, published_warnings
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
+from modelopt_convert.commands.serving import refuse_broken
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
 from modelopt_convert.formats.rows import SAMPLED_ROWS
@@ -30,7 +32,7 @@ from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized, preset_required
 from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
-from modelopt_convert.preset.preset import ChosenPreset, choose_preset, known_broken, load_preset
+from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset
 from modelopt_convert.report.report import ClippedReport, Report
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
@@ -104,7 +106,7 @@ class BuildCommand:
                 with steps.clock.timed("plan"):
                     plan = self._plan(part)
                 steps.plans.append(plan)
-                steps.warned += [*plan.warnings, *self._known_broken(part)]
+                steps.warned += [*plan.warnings, *self._refuse_broken(plan, part)]
                 refuse_misread(plan, str(part.model.path))
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
@@ -165,19 +167,8 @@ class BuildCommand:
             target, part.export, part.base, keeps, max_shard_size=request.shard_bytes, calibration=part.calibration
         )
 
-    def _known_broken(self, part: Opened) -> list[Warned]:
-        """Refuse, without consent, what some engine is known not to load right, whoever wrote the preset."""
-        broken = known_broken(part.model.config, self._request.algorithm)
-        if self.steps.chosen is not None:
-            broken |= self.steps.chosen.loaded.preset.rules(self._request.algorithm).known_broken
-        for engine, why in broken.items() if not self._request.allow_known_broken else ():
-            raise InputError(
-                f"{part.model.path}: {engine} cannot use what would be built: {why}",
-                code="preset.known_broken",
-                path=str(part.model.path),
-                hint="--allow-known-broken builds it all the same, for other engines or versions",
-            )
-        return [("preset.known_broken", f"{engine}: {why}") for engine, why in broken.items()]
+    def _refuse_broken(self, plan: BuildPlan, part: Opened) -> list[Warned]:
+        return refuse_broken(plan.config, plan.format.algorithm, str(part.model.path), self._request)
 
     def _uncalibrated_line(self) -> str:
         """What is said first where the base itself is quantized."""
@@ -258,6 +249,8 @@ class BuildCommand:
         with steps.clock.timed("check"):
             for part, plan in zip(steps.parts, steps.plans, strict=True):
                 self._keep(structure_checked(check_structure(stage.path / part.prefix, plan)))
+            for part, found in zip(steps.parts, steps.proofs, strict=True):
+                steps.warned += self._fused_losses(stage.path, part.prefix, found)
         if request.verify == "off":
             return
         parts = {part.prefix: (part.base, one.report) for part, one in zip(steps.parts, steps.proofs, strict=True)}
@@ -273,6 +266,20 @@ class BuildCommand:
             closed = verify_stage(stage.path, parts, options, steps.output, progress)
         steps.verify = closed.verify
         self._keep(closed)
+
+    def _fused_losses(self, stage: Path, prefix: str, found: Proven) -> list[Warned]:
+        """Note what engines lose of fused weights whose parts have global scales of their own."""
+        if self._request.algorithm != "nvfp4" or not found.report.fused_scales_differ:
+            return []
+        from modelopt_convert.verification.fused import fused_losses
+
+        with CheckpointReader(stage / prefix) as reader:
+            losses = {group: fused_losses(reader, group.split(", ")) for group in found.report.fused_scales_differ}
+        found.report.fused_losses = losses
+        worst = {engine: max(one[engine] for one in losses.values()) for engine in next(iter(losses.values()))}
+        said = " and ".join(f"{error:.1%} in {engine}" for engine, error in worst.items())
+        message = f"{prefix}one global scale for each of {len(losses)} fused weights costs up to {said}"
+        return [("engine.fused_scales", message)]
 
     def _keep(self, closed: Closed) -> None:
         self.steps.checks.append(closed.check)

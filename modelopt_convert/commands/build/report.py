@@ -17,6 +17,7 @@ from modelopt_convert.commands.command import (
     warnings_of,
 )
 from modelopt_convert.commands.requests import BuildRequest
+from modelopt_convert.commands.serving import known_limits
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import peak_bytes
@@ -97,6 +98,8 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         network=steps.inputs.network(),
         preset=_preset(steps.chosen, request.algorithm),
         output=output_report(steps.output, specs, steps.published, error),
+        engine=request.engine,
+        engines=known_limits([part.model.config for part in steps.parts], request.algorithm),
         rules=[rule for part, plan in both for rule in rules_of(part, plan)],
         counts={role: counted(fates) for role, fates in ledger.items()},
         ledger=ledger,
@@ -150,6 +153,7 @@ def _proof(steps: Steps) -> ProofReport | None:
         fused_scales_differ={
             f"{prefix}{group}": ratio for prefix, found in named for group, ratio in found.fused_scales_differ.items()
         },
+        fused_losses={f"{prefix}{group}": one for prefix, found in named for group, one in found.fused_losses.items()},
         biases_differ=[f"{prefix}{name}" for prefix, found in named for name in found.biases_differ],
         unquantized_differ=[f"{prefix}{name}" for prefix, found in named for name in found.unquantized_differ],
         modules=modules,

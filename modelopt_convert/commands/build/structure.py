@@ -12,6 +12,7 @@ from modelopt_convert.engines.sglang import GUESSED, believe, ignored_by, misrea
 from modelopt_convert.formats.layout import CANONICAL
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.plan.plan import BuildPlan
+from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.run.errors import InputError
 
 
@@ -70,13 +71,12 @@ def refuse_misread(plan: BuildPlan, path: str) -> None:
 
 def _config_faults(reader: CheckpointReader, plan: BuildPlan, packed: set[str], path: str) -> list[str]:
     config = check_quant_config(reader.config, plan.format, path=path)
-    ignore = set(config["ignore"])
+    linears = {
+        module_of(name) for name, info in reader.tensors.items() if name.endswith(".weight") and len(info.shape) >= 2
+    }
+    ignore = ignored(config["ignore"], {*packed, *linears}, path=path) | set(config["ignore"])
     faults = [f"`ignore` lists the packed module {name}" for name in sorted(packed) if ignored_by(ignore, name)]
-    for name, info in reader.tensors.items():
-        module = module_of(name)
-        linear = name.endswith(".weight") and len(info.shape) >= 2
-        if linear and module not in packed and module not in ignore:
-            faults.append(f"`ignore` does not list {module}, which is not packed")
+    faults += [f"`ignore` does not list {name}, which is not packed" for name in sorted(linears - packed - ignore)]
     planned = {**plan.config["quantization_config"], **plan.format.declared}
     faults += [f"{key} is {config.get(key)!r}" for key, value in planned.items() if config.get(key) != value]
     return faults

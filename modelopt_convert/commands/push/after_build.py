@@ -1,5 +1,7 @@
 """A build whose result is published: rights first, then the build, then the push."""
 
+from typing import Any
+
 from modelopt_convert.checkpoint.hub.client import page_of
 from modelopt_convert.commands.build.command import BuildCommand
 from modelopt_convert.commands.push.access import check_access
@@ -18,6 +20,7 @@ class PublishingBuild:
         assert request.push_to is not None
         self._repo_id = request.push_to
         self._is_planned = request.dry_run
+        self._serving: dict[str, Any] = {"engine": request.engine, "allow_known_broken": request.allow_known_broken}
         self._build = BuildCommand(request)
         self._push: PushCommand | None = None
 
@@ -32,7 +35,7 @@ class PublishingBuild:
         self._build.run(progress)
         if self._is_planned:
             return
-        later = PushRequest(self._build.steps.output, self._repo_id)
+        later = PushRequest(self._build.steps.output, self._repo_id, **self._serving)
         self._push = PushCommand(later)
         try:
             self._push.run(progress)

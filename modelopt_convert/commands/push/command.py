@@ -43,9 +43,11 @@ from modelopt_convert.commands.push.access import check_access
 from modelopt_convert.commands.push.changes import Changes, compare
 from modelopt_convert.commands.push.publishable import CARD, Publishable, publishable
 from modelopt_convert.commands.requests import PushRequest, VerifyRequest
+from modelopt_convert.commands.serving import known_limits, loads_right, refuse_broken
 from modelopt_convert.commands.verify import VerifyCommand
+from modelopt_convert.engines.limits import declared
 from modelopt_convert.engines.sglang import load_command
-from modelopt_convert.report.report import OutputReport, PushedReport, Report
+from modelopt_convert.report.report import EngineLimitReport, OutputReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError
 from modelopt_convert.run.progress import Progress
 
@@ -86,6 +88,11 @@ class PushCommand:
             local = publishable(Path(request.checkpoint), _token, stack)
             if local.left_out:
                 self._warned.append(("push.left_out", f"not published: {', '.join(local.left_out)}"))
+            known = list[EngineLimitReport]()
+            for one in local.readers:
+                if (algorithm := declared(one.config)) is not None:
+                    self._warned += refuse_broken(one.config, algorithm, str(one.path), request)
+                    known += known_limits([one.config], algorithm)
             exists = check_access(
                 request.repo_id, create_pr=request.create_pr, private=request.private, again=request.again
             )
@@ -94,7 +101,8 @@ class PushCommand:
             with self._clock.timed("push"), _quiet_client():
                 pushed, warned = _send(request, local, exists, progress)
             pushed.not_published = list(local.left_out)
-            pushed.load = _load_command(pushed, local)
+            if loads_right(known, request.engine):
+                pushed.load = _load_command(pushed, local)
             self._pushed = pushed
             self._warned += warned
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import allowed
 from faults import seeded_weight
 from fp8_support import (
     E4M3,
@@ -150,7 +151,7 @@ def test_old_exports_of_other_families_are_cast_by_a_rule_that_is_named(
     """Wan's exporter divides in F32, since a table of its model is; an old export shows that as well."""
     today = families / family / "fp8"
     old = old_export(today, tmp_path / "old")
-    more = ("--checkpoint", checkpoint_of(today))
+    more = ("--checkpoint", checkpoint_of(today), *allowed(family, "fp8"))
     outcome = convert(old, families / family / "base", tmp_path / "out", *more, preset="none")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     out, weights, exported = load(tmp_path / "out"), load(old), load(today / "transformer")

@@ -22,7 +22,6 @@ from fp8_support import (
     two_weights,
     warnings_of,
 )
-from root import ROOT
 from stage_support import with_record
 from support import Tensors, copy, edit, load, same_bits, tree
 
@@ -341,17 +340,3 @@ def test_a_dry_run_plans_and_writes_nothing(with_base: bool, fp8: Path, base: Pa
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     assert outcome.report["status"] == "planned" and tree(tmp_path) == {}
     assert outcome.report["output"]["tensors"] > 100
-
-
-def test_what_an_engine_is_known_to_load_wrong_must_be_asked_for(fp8: Path, base: Path, tmp_path: Path) -> None:
-    preset = tmp_path / "mine.toml"
-    preset.write_text(
-        (ROOT / "presets" / "flux1-dev.toml").read_text() + '\n[fp8.known_broken]\n"engine@1.0" = "it mixes up rows"\n'
-    )
-    names = ("engine@1.0", "it mixes up rows")
-    fp8_refused(
-        fp8, base, tmp_path, code="preset.known_broken", names=names, hint="--allow-known-broken", preset=str(preset)
-    )
-    outcome = convert(fp8, base, tmp_path / "out", "--allow-known-broken", preset=str(preset))
-    assert outcome.exit_code == 0, outcome.stderr
-    assert "engine@1.0" in outcome.stderr + outcome.stdout

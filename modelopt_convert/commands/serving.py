@@ -1,0 +1,64 @@
+"""What is known of engines and a checkpoint: refused without consent where it is of no use there, told otherwise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from modelopt_convert.commands.command import Warned
+from modelopt_convert.engines.limits import EngineName, limits
+from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.report.report import EngineLimitReport
+from modelopt_convert.run.errors import InputError
+
+
+class Serving(Protocol):
+    """The part of a request that says whom a checkpoint is for."""
+
+    @property
+    def engine(self) -> EngineName:
+        """Which engine."""
+
+    @property
+    def allow_known_broken(self) -> bool:
+        """Whether it may be of no use there."""
+
+
+def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, request: Serving) -> list[Warned]:
+    """Refuse, without consent, what the engine is known not to load right.
+
+    Args:
+        config: config.json of the transformer.
+        algorithm: The format of its packed modules.
+        path: Where it lies, for the message.
+        request: Whom it is for.
+
+    Returns:
+        What is known of that engine.
+
+    Raises:
+        InputError: ``engine.known_broken``.
+    """
+    known = [one for one in limits(config, algorithm) if one.engine == request.engine]
+    for one in known:
+        if one.is_broken and not request.allow_known_broken:
+            raise InputError(
+                f"{path}: {one.words}",
+                code="engine.known_broken",
+                path=path,
+                hint="--engine names another engine that it is for; --allow-known-broken goes on all the same",
+            )
+    return [("engine.known_broken" if one.is_broken else "engine.loss", one.words) for one in known]
+
+
+def known_limits(configs: Sequence[Mapping[str, Any]], algorithm: Algorithm) -> list[EngineLimitReport]:
+    """What is known of every engine, for a report; each fact once."""
+    found = dict.fromkeys(one for config in configs for one in limits(config, algorithm))
+    return [
+        EngineLimitReport(engine=one.engine, version=one.version, grade=one.grade, what=one.what, figure=one.figure)
+        for one in found
+    ]
+
+
+def loads_right(known: Sequence[EngineLimitReport], engine: EngineName | None) -> bool:
+    """Whether the command of SGLang that loads a checkpoint may be named: it is for SGLang, and not broken there."""
+    broken = any(one.engine == engine and one.grade != "loss" for one in known)
+    return engine == "sglang" and not broken

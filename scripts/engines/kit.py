@@ -1,0 +1,159 @@
+"""Build every family in every format, load it with the engines' own loaders, and say what they made of it.
+
+    python scripts/engines/kit.py [--engine ENGINE ...] [--family FAMILY ...] [--write]
+
+Writes docs/engines.json and docs/engines.md with ``--write``; the rows that were not run stay. Without it, it ends with
+1 if a row is another than there. The environments of the engines are made in .venv/engines, by set_up.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts" / "make"), str(HERE)]
+
+from families import PRESETS  # noqa: E402
+from set_up import ENGINES, set_up  # noqa: E402
+
+from modelopt_convert import build_nvfp4, convert_fp8  # noqa: E402
+from modelopt_convert.formats.table import FORMATS  # noqa: E402
+
+Row = dict[str, Any]
+RECORD = ROOT / "docs" / "engines.json"
+PAGE = ROOT / "docs" / "engines.md"
+BUILDS = {"nvfp4": build_nvfp4, "fp8": convert_fp8}
+KEYS = ("outcome", "compared", "packed", "off", "first", "figure", "why")
+HEAD = """# What the engines' own loaders make of a checkpoint
+
+Made by `make engines`. A small model of every family, calibrated and exported by ModelOpt, is built by `mopt` with its
+preset; then the engine's own classes and loaders load it on a CPU, without kernels. Every parameter that the engine
+holds is decoded by what the engine settled on, and compared with what the checkpoint says, which `mopt` has proven
+against the base. No GEMM is run.
+
+- *right*: all is held, to the last bits of float32.
+- *loss*: packed weights are a little off, or are not kept packed; all others are as they lie.
+- *wrong*: other values than the checkpoint's. *fails*: it does not load.
+
+`mopt` knows these as `modelopt_convert/engines/limits.toml`, and a test compares the two. It refuses what fails or is
+wrong in the engine that a checkpoint is built for (`--engine`), but for `--allow-known-broken`, and says what is lost.
+
+"""
+
+
+def build(exports: Path, family: str, algorithm: str, out: Path) -> Path:
+    """A checkpoint of one family in one format, with its preset, whatever engines make of it."""
+    preset, _ = PRESETS[family]
+    where = exports / family
+    BUILDS[algorithm](
+        preset=preset,
+        export=where / algorithm,
+        base=where / "base",
+        output=out / f"{family}-{algorithm}",
+        allow_known_broken=True,
+    )
+    return out / f"{family}-{algorithm}"
+
+
+def load(engine: str, python: Path, checkpoints: Sequence[Path]) -> list[Row]:
+    """What an engine makes of some checkpoints."""
+    command = [str(python), str(HERE / ENGINES[engine]["loader"]), *map(str, checkpoints)]
+    around = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=around)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"checkpoint"')]
+    if len(lines) != len(checkpoints):
+        raise SystemExit(f"{engine} did not get through: {done.stderr[-3000:]}")
+    rows = []
+    for line in lines:
+        found = json.loads(line)
+        family, _, algorithm = Path(found["checkpoint"]).name.rpartition("-")
+        known = {"engine": engine, "version": ENGINES[engine]["version"], "family": family, "format": algorithm}
+        rows.append(known | {key: found[key] for key in KEYS if found.get(key) is not None})
+    return rows
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What tells rows apart."""
+    return row["engine"], row["family"], row["format"]
+
+
+def recorded() -> dict[tuple[str, str, str], Row]:
+    """The rows of docs/engines.json."""
+    rows = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else []
+    return {key(row): row for row in rows}
+
+
+def page(rows: Iterable[Row]) -> str:
+    """The text of docs/engines.md."""
+    by_key = {key(row): row for row in rows}
+    engines = [engine for engine in ENGINES if any(key[0] == engine for key in by_key)]
+    titles = [f"{engine} {ENGINES[engine]['version']}" for engine in engines]
+    lines = [f"| family | format | {' | '.join(titles)} |", "|---|---|" + "---|" * len(engines)]
+    notes = []
+    for family in PRESETS:
+        for algorithm in FORMATS:
+            cells = [by_key.get((engine, family, algorithm)) for engine in engines]
+            words = " | ".join(one["outcome"] if one else "-" for one in cells)
+            lines.append(f"| {family} | {algorithm.upper()} | {words} |")
+            notes += [_note(one) for one in cells if one is not None and one["outcome"] != "right"]
+    alike = Counter(note.partition(": ")[2] for note in notes)
+    everywhere = {note for note, count in alike.items() if count == len(PRESETS) * len(FORMATS)}
+    notes = [note for note in notes if note.partition(": ")[2] not in everywhere]
+    notes += [f"- in all of a column: {note}" for note in sorted(everywhere)]
+    counts = []
+    for engine, title in zip(engines, titles, strict=True):
+        mine = [row for row in by_key.values() if row["engine"] == engine]
+        right = sum(row["outcome"] == "right" for row in mine)
+        counts.append(f"- {title}: {right} of {len(mine)} right")
+    return HEAD + "\n".join([*lines, "", *counts, "", "## What is not right", "", *notes, ""])
+
+
+def _note(row: Row) -> str:
+    where = f"- {row['engine']} {row['version']}, {row['family']} {row['format'].upper()}, {row['outcome']}: "
+    if "why" in row:
+        return where + f"`{row['why']}`"
+    figure = f"off by {row['figure']:.2%}" if "figure" in row else "never set, or of another shape"
+    return where + f"{row['off']} of {row['compared']} parameters; the worst is `{row['first']}`, {figure}"
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--family", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        exports = Path(os.environ.get("MOPT_TEST_EXPORTS", name)) / "families"
+        if not exports.exists():
+            make = [sys.executable, ROOT / "scripts" / "make" / "make_export.py", exports, "--family", "all"]
+            subprocess.run([*make, *BUILDS], check=True, stdout=subprocess.DEVNULL)
+        built = [build(exports, family, algorithm, Path(name)) for family in options.family for algorithm in BUILDS]
+        for engine in options.engine:
+            rows += load(engine, set_up(engine, ROOT / ".venv" / "engines" / engine), built)
+    before = recorded()
+    other = [row for row in rows if before.get(key(row)) != row]
+    for row in other:
+        print(f"{' '.join(key(row))}: was {before.get(key(row))}, is {row}")
+    if options.write:
+        merged = before | {key(row): row for row in rows}
+        order = [(engine, family, form) for engine in ENGINES for family in PRESETS for form in BUILDS]
+        kept = [merged[one] for one in order if one in merged]
+        RECORD.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in kept) + "\n]\n", encoding="utf-8")
+        PAGE.write_text(page(kept), encoding="utf-8")
+        return 0
+    print(f"{len(rows)} rows, {len(other)} other than in docs/engines.json")
+    return 1 if other else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Make the environment in which one engine's own loader runs, without kernels, on top of this project's packages.
+
+    python scripts/engines/set_up.py ENGINE FOLDER
+
+Run it with the project's Python. Nothing is installed into the project's environment.
+"""
+
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ENGINES = tomllib.loads((HERE / "engines.toml").read_text(encoding="utf-8"))
+
+
+def set_up(engine: str, folder: Path) -> Path:
+    """The Python of the environment, made in ``folder`` if it is not there."""
+    python, made = folder / "bin" / "python", folder / "installed"
+    pins = ENGINES[engine]
+    if made.exists() and made.read_text(encoding="utf-8") == repr(pins):
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
+    [packages] = folder.glob("lib/python3*/site-packages")
+    (packages / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-warn-conflicts"]
+    if pins["wheels"]:
+        subprocess.run([*install, "--no-deps", *pins["wheels"], *pins["packages"]], check=True)
+    if pins["full"]:
+        subprocess.run([*install, *pins["full"]], check=True)
+    made.write_text(repr(pins), encoding="utf-8")
+    return python
+
+
+if __name__ == "__main__":
+    set_up(sys.argv[1], Path(sys.argv[2]).absolute())

@@ -1,0 +1,76 @@
+"""SGLang's own loader holds what the checkpoint says, and the comparison sees where it does not.
+
+All engines and families: `make engines`.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import LOSS, compare, decoded
+from kit import build, key, load, recorded
+from root import ROOT
+from support import edit_json
+
+from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4
+
+SGLANG = ROOT / ".venv" / "engines" / "sglang" / "bin" / "python"
+SHARE = ("flux1", "qwen_image", "wan")
+
+
+@pytest.mark.skipif(not SGLANG.exists(), reason="`make test` sets SGLang up; here it is not")
+def test_sglang_loads_right(families: Path, tmp_path: Path) -> None:
+    built = [build(families, family, algorithm, tmp_path) for family in SHARE for algorithm in ("nvfp4", "fp8")]
+    # Without `ignore` SGLang takes every Linear for FP8: what is kept in BF16 is cast.
+    forgotten = tmp_path / "forgotten-fp8"
+    shutil.copytree(built[1], forgotten)
+    edit_json(forgotten / "config.json", lambda config: config["quantization_config"].update({"ignore": []}))
+    *rows, planted = load("sglang", SGLANG, [*built, forgotten])
+    before = recorded()
+    assert rows == [before[key(row)] for row in rows] and {row["outcome"] for row in rows} == {"right"}
+    assert planted["outcome"] == "wrong" and planted["off"] > 0
+
+
+def outcome(held: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[str, int]:
+    found = compare(held, wanted, 1)
+    return found["outcome"], found["off"]
+
+
+def test_outcomes_of_a_comparison() -> None:
+    packed, kept = torch.randn(8, 16), torch.randn(8, 16).bfloat16()
+    wanted = {"packed": packed, "kept": kept}
+    assert outcome(dict(wanted), wanted) == ("right", 0)
+    assert outcome(wanted | {"packed": packed * (1 + 1e-8)}, wanted) == ("right", 0)
+    assert outcome(wanted | {"packed": packed * 1.03}, wanted) == ("loss", 1)
+    assert outcome(wanted | {"packed": packed * (1 + LOSS * 1.01)}, wanted) == ("wrong", 1)
+    # What is kept is held as it lies, or wrong: by however little.
+    assert outcome(wanted | {"kept": kept * 1.01}, wanted) == ("wrong", 1)
+    for other in (torch.full((8, 16), math.nan), torch.zeros(16, 8), torch.zeros(8, 16)):
+        assert outcome(wanted | {"packed": other}, wanted) == ("wrong", 1)
+        assert outcome(wanted | {"kept": other.bfloat16()}, wanted) == ("wrong", 1)
+    assert outcome({"kept": kept}, wanted) == ("wrong", 1)
+    worst = compare({"packed": packed * 1.03, "kept": kept + 1}, wanted, 1)
+    assert worst["first"] == "kept" and worst["figure"] > 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_a_checkpoint_is_decoded_by_definition(families: Path, tmp_path: Path, algorithm: str) -> None:
+    """By a code that shares nothing with mopt's, and within the error of the format of the base."""
+    from safetensors.torch import load_file
+
+    checkpoint = build(families, "flux1", algorithm, tmp_path)
+    tensors = {name: one for file in checkpoint.glob("*.safetensors") for name, one in load_file(file).items()}
+    base = {}
+    for file in (families / "flux1" / "base" / "transformer").glob("*.safetensors"):
+        base |= load_file(file)
+    found = decoded(checkpoint)
+    assert found.keys() == base.keys()
+    for name, one in found.items():
+        if tensors[name].dtype == torch.uint8:
+            module = name.removesuffix(".weight")
+            scales = tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"]
+            assert torch.allclose(one, dequantize_nvfp4(tensors[name], *scales), rtol=1e-6, atol=0)
+        error = float((one.float() - base[name].float()).norm() / base[name].float().norm())
+        assert error == 0 if one.dtype == torch.bfloat16 else 0 < error < 0.12, name
