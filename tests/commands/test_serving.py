@@ -93,6 +93,13 @@ def test_the_next_command_is_none_that_is_known_to_fail(
     assert "diffusers fails" in others and ("sglang wrong" in others) == ("vllm-omni" in more)
 
 
+def test_the_card_names_no_command_that_is_known_to_fail(flux2: Path, families: Path, tmp_path: Path) -> None:
+    card = (flux2 / "README.md").read_text()
+    assert "sglang generate" not in card and "Not in sglang@0.5.23" in card and "norm_out.linear" in card
+    assert built(families, "hunyuan_video", tmp_path / "out").exit_code == 0
+    assert "sglang generate" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_inspect_and_verify_say_it(flux2: Path) -> None:
     seen = json.loads(run_mopt("inspect", flux2).stdout)
     [fault] = [one for one in seen["lint"] if one["code"] == "engine.wrong"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
-from modelopt_convert.engines.limits import limits
+from modelopt_convert.engines.limits import DEFAULT, limits
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
@@ -111,6 +111,8 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         how += [f"**{proof.words.capitalize()}**: {why}."]
     else:
         how += ["Before publishing, every code and scale that is packed here was compared with the", f"base: {proven}."]
+    facts = limits(plan.config, target.algorithm)
+    broken = [one for one in facts if one.engine == DEFAULT and one.is_broken]
     body = [
         f"# {title}, {target.quant_algo}",
         "",
@@ -118,7 +120,11 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         "encoders,",
         "VAE and scheduler come from the base model.",
         "",
-        *_load_section(made, []),
+        *(
+            _load_section(made, [])
+            if not broken
+            else ["## Load", "", f"Not in {broken[0].name}: see known limits.", ""]
+        ),
         "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights.",
         "",
         "## How it was made",
@@ -136,7 +142,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         *_errors_section(plan, proof),
     ]
     known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
-    known += [one.words for one in limits(plan.config, target.algorithm)]
+    known += [one.words for one in facts]
     body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
 
