@@ -133,4 +133,18 @@ HUB = (
         "watch.watched(call, 1e9, moved",
         (f"{_PUSH}test_a_push_that_stalls_ends",),
     ),
+    Mutant(
+        "checkpoint/hub/answers.py",
+        "Xet is for a trusted Hub",
+        "return use_xet() and constants.ENDPOINT in TRUSTED",
+        "return use_xet()",
+        ("commands/push/test_hostile_hub.py::test_xet_is_for_a_hub_that_is_trusted",),
+    ),
+    Mutant(
+        "commands/push/command.py",
+        "Xet is kept away from others",
+        "    constants.HF_HUB_DISABLE_XET = not sends_by_xet()\n",
+        "",
+        ("commands/push/test_hostile_hub.py::test_xet_is_for_a_hub_that_is_trusted",),
+    ),
 )

@@ -58,6 +58,8 @@ def start_afresh(root: Path, monkeypatch: pytest.MonkeyPatch, xet: XetMode) -> L
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _cache_assets, _cache_manager, _http, _xet
 
+    from modelopt_convert.checkpoint.hub import answers
+
     assert HUB.url == constants.ENDPOINT, "huggingface_hub was imported before hub_support"
     _end_calls()
     HUB.reset(root / "_hub", xet)
@@ -76,6 +78,7 @@ def start_afresh(root: Path, monkeypatch: pytest.MonkeyPatch, xet: XetMode) -> L
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", xet == "off")
     if xet == "off":
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(answers, "TRUSTED", (HUB.url,))  # as huggingface.co is
     # Tokens and the cache folder that hf_xet took from the environment of an earlier test.
     monkeypatch.setattr(_xet, "XET_CONNECTION_INFO_CACHE", {})
     monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())

@@ -192,11 +192,22 @@ def _list_files(repo_id: str, commit: str) -> dict[str, HubFile]:
     return files
 
 
+# Of all others hf_xet is kept away: an answer that names a folder of this machine would be written to.
+TRUSTED = ("https://huggingface.co",)
+
+
 def use_xet() -> bool:
     """Whether the client moves large files through hf_xet where the Hub knows Xet."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+
+
+def sends_by_xet() -> bool:
+    """Whether large files may be sent through hf_xet, which asks the Hub itself where to, and obeys a path as well."""
+    from huggingface_hub import constants
+
+    return use_xet() and constants.ENDPOINT in TRUSTED
 
 
 def xet_access(repo_id: str, kind: str, revision: str, query: Mapping[str, str]) -> XetAccess:

@@ -24,7 +24,7 @@ from modelopt_convert.checkpoint.hub.answers import (
     find_branches,
     find_commit,
     list_files,
-    use_xet,
+    sends_by_xet,
     wrong,
 )
 from modelopt_convert.checkpoint.hub.client import (
@@ -245,7 +245,7 @@ def _commit(
         )
         watch.watched(call, watch.ANSWER_S, moved=watch.Traffic(), least=watch.LEAST_BYTES_SENT)
 
-    if use_xet():
+    if sends_by_xet():
         check_xet(request.repo_id, request.revision or _MAIN, create_pr=request.create_pr)
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     shards = [one for one in changes.send if one.is_shard]
@@ -323,15 +323,18 @@ def _load_command(pushed: PushedReport, local: Publishable) -> str:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """The client's own bars and warnings would be drawn over ours, and into logs."""
+    """The client's own bars and warnings would be drawn over ours, and into logs; Xet is for a Hub that is trusted."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
+    before, verbosity, no_xet = are_progress_bars_disabled(), logging.get_verbosity(), constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = not sends_by_xet()
     disable_progress_bars()
     logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
+        constants.HF_HUB_DISABLE_XET = no_xet
         logging.set_verbosity(verbosity)
         if not before:
             enable_progress_bars()

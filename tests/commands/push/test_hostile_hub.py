@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from hostile_hub import FEW, VALUES, Lies, share
+from huggingface_hub import constants
 from loopback_hub import LoopbackHub
-from push_support import REPO, push
+from push_support import REPO, contents, published, push
 
-from modelopt_convert.checkpoint.hub import watch
+from modelopt_convert.checkpoint.hub import answers, watch
 from modelopt_convert.commands.push.command import PushCommand
 
 WHO, REFS, TREE = "/whoami", "/api/models/alice/flux/refs", "/api/models/alice/flux/tree/"
@@ -90,3 +91,17 @@ def test_xet_is_no_place_on_this_disk(xet_hub: LoopbackHub, built: Path, tmp_pat
     xet_hub.twist("/xet-write-token/", lambda content: content | {"casUrl": f"local://{tmp_path}/escaped"})
     outcome = lies.hold(lambda: push(built))
     assert (outcome.exit_code, outcome.error_code) == (3, "hub.answer") and "casUrl" in outcome.message
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_xet_is_for_a_hub_that_is_trusted(
+    xet_hub: LoopbackHub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    """hf_xet asks for itself where to send: a Hub may tell mopt an address, and hf_xet a folder."""
+    if not trusted:
+        monkeypatch.setattr(answers, "TRUSTED", ("https://huggingface.co",))
+        xet_hub.twist("/xet-write-token/", lambda content: content | {"casUrl": f"local://{tmp_path}/escaped"})
+    before = constants.HF_HUB_DISABLE_XET
+    assert push(built).exit_code == 0 and published(xet_hub) == contents(built)
+    assert bool(xet_hub.requests("/xet-write-token/")) == bool(xet_hub.requests("/xorbs/")) == trusted
+    assert not (tmp_path / "escaped").exists() and before == constants.HF_HUB_DISABLE_XET
