@@ -70,7 +70,7 @@ HUB = (
     Mutant(
         "commands/push/command.py",
         "Xet is no place on this disk",
-        "    if use_xet():\n",
+        "    if sends_by_xet():\n",
         "    if False:\n",
         (f"{_PUSH}test_xet_is_no_place_on_this_disk",),
     ),
