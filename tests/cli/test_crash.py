@@ -110,11 +110,14 @@ def middle_write(calls: list[Call]) -> Call:
 
 @pytest.mark.parametrize(
     ("site", "part"),
-    [(KINDS[0], part) for part in range(PARTS)] + [(kind, 0) for kind in KINDS[1:]],
+    [(KINDS[0], part) for part in range(PARTS)] + [(kind, 0) for kind in (KINDS[1:] if LONG else KINDS[1:2])],
     indirect=["site"],
 )
 def test_killed(site: Site, calls: list[Call], part: int) -> None:
-    """What is only in other folders, or elsewhere, goes through the same calls: a share of the points in every run."""
+    """What is only in other folders, or elsewhere, goes through the same calls.
+
+    In every run a share of the points of two transformers; inputs on a Hub with ``make test-long``, all points.
+    """
     counts: Counter[str] = Counter()
     points = spread(calls)
     assert len(points) >= 10
