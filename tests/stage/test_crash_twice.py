@@ -14,7 +14,7 @@ from tracing import Call, need_strace, strike
 
 # From the creation of its first file on, a run does the same whatever it found: there each tree takes another of so
 # many calls, and all of them are struck between the trees.
-SPREAD = 4 if LONG else 12
+SPREAD = 4 if LONG else 7
 FAULTS = ("signal=KILL", "error=EIO")
 
 
