@@ -8,8 +8,6 @@ or is a pattern that fits the whole name.
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
-VERSION = "vllm-omni@0.30.0"
-
 
 def widened(entries: Collection[str], names: Collection[str]) -> set[str]:
     """The entries without ``*`` that are a part of some name: vLLM excludes that module too.

@@ -106,8 +106,9 @@ class BuildCommand:
                 with steps.clock.timed("plan"):
                     plan = self._plan(part)
                 steps.plans.append(plan)
-                steps.warned += [*plan.warnings, *self._refuse_broken(plan, part)]
-                refuse_misread(plan, str(part.model.path))
+                path = str(part.model.path)
+                steps.warned += [*plan.warnings, *refuse_broken(plan.config, request.algorithm, path, request)]
+                refuse_misread(plan, path)
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
                 steps.inputs.to_fetch |= to_fetch(part, plan, request)
@@ -166,9 +167,6 @@ class BuildCommand:
         return plan_mixed(
             target, part.export, part.base, keeps, max_shard_size=request.shard_bytes, calibration=part.calibration
         )
-
-    def _refuse_broken(self, plan: BuildPlan, part: Opened) -> list[Warned]:
-        return refuse_broken(plan.config, plan.format.algorithm, str(part.model.path), self._request)
 
     def _uncalibrated_line(self) -> str:
         """What is said first where the base itself is quantized."""
