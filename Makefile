@@ -37,7 +37,7 @@ test: $(INSTALLED) $(HUB2)/installed $(SGLANG)/installed quality
 # part of CI.
 test-long: $(INSTALLED)
 	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/stage/test_crash.py \
-		tests/stage/test_crash_twice.py tests/cli/test_crash.py tests/cli/test_errno.py tests/proof/test_planted.py tests/proof/test_search.py \
+		tests/stage/test_crash_twice.py tests/cli/test_crash.py tests/cli/test_errno.py tests/commands/test_reads_that_fail.py tests/proof/test_planted.py tests/proof/test_search.py \
 		tests/verification/test_record.py tests/checkpoint/hub/test_hostile.py tests/commands/push/test_hostile_hub.py
 
 # Every family and format in the engines' own loaders; what they make of it goes to docs/engines.md. Five minutes, most of

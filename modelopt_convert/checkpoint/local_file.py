@@ -82,7 +82,8 @@ class LocalFile:
         """Bytes from ``offset``.
 
         Raises:
-            InputError: ``input.changed`` if the file has become shorter, ``input.unreadable`` on an I/O error.
+            InputError: ``input.changed``: the file has become shorter.
+            OSError: The disk failed.
         """
         parts: list[bytes] = []
         missing = num_bytes
@@ -102,7 +103,7 @@ class LocalFile:
         """Fill ``target`` with the bytes from ``offset``.
 
         Raises:
-            InputError: What ``read`` raises.
+            InputError, OSError: As ``read``.
         """
         while target:
             try:
@@ -139,13 +140,9 @@ class LocalFile:
         with contextlib.suppress(OSError):
             os.close(self._fd)
 
-    def _unreadable(self, num_bytes: int, offset: int, error: OSError) -> InputError:
-        return InputError(
-            f"{self.where}: reading {num_bytes} bytes at {offset} failed: {error.strerror}",
-            code="input.unreadable",
-            path=self.where,
-            hint="check the disk or the mount, then run again",
-        )
+    def _unreadable(self, num_bytes: int, offset: int, error: OSError) -> OSError:
+        # No InputError: nothing is known of the bytes, and only the command knows whether they are an input's.
+        return OSError(error.errno, f"{error.strerror}, reading {num_bytes} bytes at {offset}", self.where)
 
     def _changed(self) -> InputError:
         return InputError(

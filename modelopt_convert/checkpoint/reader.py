@@ -127,8 +127,8 @@ class CheckpointReader:
         """``num_bytes`` bytes of a tensor from its byte ``begin``.
 
         Raises:
-            MoptError: ``input.too_large``, ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: the bytes
-                cannot be had.
+            MoptError: ``input.too_large``, ``input.changed`` or a ``hub.*`` code: the bytes cannot be had.
+            OSError: The disk failed.
         """
         self._check_size(name, num_bytes, MAX_READ_BYTES)
         info = self.tensors[name]
@@ -138,7 +138,8 @@ class CheckpointReader:
         """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
 
         Raises:
-            MoptError: ``input.changed``, ``input.unreadable`` or a ``hub.*`` code: the bytes cannot be had.
+            MoptError: ``input.changed`` or a ``hub.*`` code: the bytes cannot be had.
+            OSError: The disk failed.
         """
         info = self.tensors[name]
         self._files[info.file].read_into(info.start + begin, target)

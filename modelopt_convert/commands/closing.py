@@ -4,7 +4,8 @@ A wrong checkpoint is thrown away. A GPU that is busy or broken, or a kernel tha
 checkpoint: it is published, and the report says that GPU parity was not shown.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from modelopt_convert.commands.command import Warned
 from modelopt_convert.plan.plan import ShardPlan, Step
 from modelopt_convert.report.report import ProofReport
 from modelopt_convert.report.verify import VerifyReport
-from modelopt_convert.run.errors import CheckFailedError, first_line
+from modelopt_convert.run.boundary import storage_error
+from modelopt_convert.run.errors import CheckFailedError, InputError, first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.verification.options import VerifyOptions
+
+_HINT = "this is a bug in mopt, a disk that lies or memory that fails; nothing was published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,28 @@ class Closed:
     failure: str | None
     warned: list[Warned] = field(default_factory=list)
     verify: VerifyReport | None = None
+
+
+@contextmanager
+def opened_stage(folder: Path, *, need_config: bool = True) -> Iterator[CheckpointReader]:
+    """What was written, opened as any reader would.
+
+    Args:
+        folder: Of one transformer in the stage.
+        need_config: Whether a config.json was written.
+
+    Raises:
+        StorageError: The disk does not give it back; no input is to blame.
+        CheckFailedError: ``check.structure``: no reader would take it.
+    """
+    try:
+        reader = CheckpointReader(folder, need_config=need_config)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise storage_error(error.__cause__, folder) from error
+        raise CheckFailedError(error.message, code="check.structure", hint=_HINT) from error
+    with reader:
+        yield reader
 
 
 def written_faults(reader: CheckpointReader, steps: Mapping[str, Step], shards: Iterable[ShardPlan]) -> list[str]:
@@ -68,7 +94,7 @@ def refuse_failed(closed: Closed) -> None:
         raise CheckFailedError(
             closed.failure,
             code=f"check.{closed.check['name']}",
-            hint="this is a bug in mopt, a disk that lies or memory that fails; nothing was published",
+            hint=_HINT,
         )
 
 
@@ -107,7 +133,7 @@ def verify_stage(
         ) -> VerifyReport:
             return verify_opened(reader, base, options, device, progress, with_record=False, proof=words)
 
-        with CheckpointReader(stage / prefix) as reader, torch.inference_mode():
+        with opened_stage(stage / prefix) as reader, torch.inference_mode():
             try:
                 found[prefix] = verified(reader, device)
             except RuntimeError as error:  # CUDA's

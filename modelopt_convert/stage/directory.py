@@ -110,11 +110,11 @@ class StagingDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the stage unless it was published or kept; an OSError of a write becomes a StorageError."""
+        """Remove the stage unless it was published or kept; an OSError that names no file is the disk's below OUT."""
         if not self._done:
             self._discard()
         self._unlock()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename is None:  # others may be of an input: the command knows
             raise storage_error(error, self.output.parent) from error
 
     def add_folder(self, name: str) -> None:

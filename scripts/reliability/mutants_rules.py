@@ -4,6 +4,7 @@ from mutants_disk import Mutant
 
 _RULES = "stage/test_output_rules.py"
 _MOUNTS = "stage/test_mounts.py"
+_READS = "commands/test_reads_that_fail.py"
 _CHECK = "commands/build/test_structure.py::"
 
 
@@ -85,6 +86,27 @@ RULES = (
         "if False:",
         f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",
         file="closing",
+    ),
+    _check(
+        "a stage that cannot be read again",
+        "if isinstance(error.__cause__, OSError):",
+        "if False:",
+        _READS,
+        file="closing",
+    ),
+    Mutant(
+        "stage/directory.py",
+        "an input that cannot be read while OUT is written",
+        "if isinstance(error, OSError) and error.filename is None:",
+        "if isinstance(error, OSError):",
+        (_READS,),
+    ),
+    Mutant(
+        "checkpoint/local_file.py",
+        "a read that fails says nothing of the bytes",
+        "return OSError(error.errno,",
+        "return ValueError(error.errno,",
+        (_READS,),
     ),
     _check(
         "modules at fault",

@@ -45,8 +45,11 @@ def test_errors_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with CheckpointReader(folder) as reader:
-        for replacement, code in ((fail, "input.unreadable"), (lambda fd, views, offset: 0, "input.changed")):
-            monkeypatch.setattr(os, "preadv", replacement)
-            with pytest.raises(InputError) as error:
-                list(reader.buffered("a", 700))
-            assert error.value.code == code
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)) as failed:
+            list(reader.buffered("a", 700))
+        assert failed.value.errno == errno.EIO and Path(failed.value.filename).parent == folder
+        monkeypatch.setattr(os, "preadv", lambda fd, views, offset: 0)
+        with pytest.raises(InputError) as error:
+            list(reader.buffered("a", 700))
+        assert error.value.code == "input.changed"

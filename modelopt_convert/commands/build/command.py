@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
-from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import pipeline_files, small_files
@@ -21,7 +20,7 @@ from modelopt_convert.commands.build.proof import Proven, conclude_part, measure
 from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
 from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
-from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, verify_stage
+from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, verify_stage
 from modelopt_convert.commands.command import Warned, foreign_warnings, peak_rss_bytes, published_warnings
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 from modelopt_convert.commands.serving import refuse_broken
@@ -271,7 +270,7 @@ class BuildCommand:
             return []
         from modelopt_convert.verification.fused import fused_losses
 
-        with CheckpointReader(stage / prefix) as reader:
+        with opened_stage(stage / prefix) as reader:
             losses = {group: fused_losses(reader, group.split(", ")) for group in found.report.fused_scales_differ}
         found.report.fused_losses = losses
         worst = {engine: max(one[engine] for one in losses.values()) for engine in next(iter(losses.values()))}

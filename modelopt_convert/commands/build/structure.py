@@ -5,7 +5,7 @@ from pathlib import Path
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.closing import written_faults
+from modelopt_convert.commands.closing import opened_stage, written_faults
 from modelopt_convert.dialects.modelopt.export import check_quant_config
 from modelopt_convert.dialects.packed import Evidence, declares_dynamic_inputs, find_packed
 from modelopt_convert.engines.sglang import GUESSED, believe, ignored_by, misread
@@ -23,9 +23,9 @@ def check_structure(folder: Path, plan: BuildPlan) -> list[str]:
         What is wrong, in words; empty if nothing is.
 
     Raises:
-        InputError: The folder cannot even be opened as a checkpoint.
+        CheckFailedError, StorageError: What ``opened_stage`` raises.
     """
-    with CheckpointReader(folder) as reader:
+    with opened_stage(folder) as reader:
         faults = written_faults(reader, plan.steps, plan.shards)
         evidence = Evidence(dynamic_inputs=declares_dynamic_inputs(plan.config))
         modules = find_packed(reader.tensors, plan.format, evidence, path=str(folder)).or_raise()

@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import LONGEST
-from modelopt_convert.commands.closing import Closed, refuse_failed, structure_checked, written_faults
+from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, written_faults
 from modelopt_convert.commands.command import (
     Clock,
     Inputs,
@@ -175,7 +175,7 @@ class RewriteCommand:
         Raises:
             CheckFailedError: ``check.structure`` or ``check.proof``.
         """
-        with CheckpointReader(stage, need_config=False) as written:
+        with opened_stage(stage, need_config=False) as written:
             self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
             if base is None:
                 return

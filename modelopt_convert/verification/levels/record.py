@@ -114,10 +114,16 @@ def unlisted(folder: Location, names: Iterable[str]) -> tuple[list[str], list[st
 
 
 def _digest(folder: Location, name: str) -> str | None:
-    """Of a small file; None for what is none: the record may name a pipe that nobody writes to."""
+    """Of a small file; None for what is none: the record may name a pipe that nobody writes to.
+
+    Raises:
+        InputError: ``input.unreadable``, ``input.too_many_files``: nothing is known of its bytes.
+    """
     try:
         file = open_file(folder, name)
-    except InputError:
+    except InputError as error:
+        if error.code in ("input.unreadable", "input.too_many_files"):
+            raise
         return None
     try:
         return xxhash.xxh3_128_hexdigest(file.read(0, min(file.num_bytes, MAX_INDEX_BYTES)))
