@@ -104,8 +104,8 @@ def part_digest(folder: Location) -> str:
     return digest_of(read_small(path, MAX_INDEX_BYTES)) if path.is_file() else ""
 
 
-def read_parts(checkpoint: Location) -> dict[str, str]:
-    """The transformers of a checkpoint that has several, with the digest of each one's record; else empty.
+def read_pipeline(checkpoint: Location) -> dict[str, Any]:
+    """The record above several transformers, or of a whole pipeline; empty where there is none.
 
     Raises:
         InputError: ``record.json`` or ``record.duplicate_key``.
@@ -113,9 +113,25 @@ def read_parts(checkpoint: Location) -> dict[str, str]:
     path = checkpoint / RECORD
     if not path.is_file() or (checkpoint / "config.json").is_file():
         return {}
-    record = parse_json_object(read_small(path, MAX_INDEX_BYTES), code="record", path=str(path))
-    parts = record.get("parts")
-    return {name: str(one) for name, one in parts.items()} if isinstance(parts, dict) else {}
+    return parse_json_object(read_small(path, MAX_INDEX_BYTES), code="record", path=str(path))
+
+
+def parts_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The transformers of a checkpoint that has folders for them, with the digest of each one's record; else empty."""
+    return _texts(record.get("parts"))
+
+
+def copied_files(record: Mapping[str, Any]) -> dict[str, str]:
+    """What was copied from the base's pipeline, with the digest of each file; no path leads out of the checkpoint."""
+    return {
+        path: digest
+        for path, digest in _texts(record.get("copied")).items()
+        if not {"", ".", ".."} & {*path.split("/")}
+    }
+
+
+def _texts(found: object) -> dict[str, str]:
+    return {name: str(one) for name, one in found.items()} if isinstance(found, dict) else {}
 
 
 def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:

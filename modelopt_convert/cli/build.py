@@ -57,7 +57,7 @@ def _run(request: BuildRequest, output: "Output") -> None:
 def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
     from modelopt_convert.cli._output import human_bytes, show_cost, show_written
     from modelopt_convert.commands.serving import loads_right
-    from modelopt_convert.engines.sglang import load_command
+    from modelopt_convert.engines.sglang import load_command, pipeline_command
 
     show_written(out, report)
     several = any(rule.component for rule in report.rules)
@@ -104,10 +104,22 @@ def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
     show_cost(out, report)
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
     against = any(warning["code"] == "preset.structural" for warning in report.warnings)
+    if report.output.copied:
+        size = human_bytes(sum(one["bytes"] for one in report.output.copied))
+        out.line(f"copied beside the transformers: {len(report.output.copied)} files, {size}")
     if loads_right(report.engines, request.engine) and not against:
-        out.line(f"next: {load_command(report.output.path, 'BASE', folders)}")
+        command = load_command(report.output.path, "BASE", folders)
+        if request.pipeline_output:
+            command = pipeline_command(report.output.path, request.base_model or _base_repo(report))
+        out.line(f"next: {command}")
     else:
         out.line(f"next: mopt verify {shlex.quote(report.output.path)}")
+
+
+def _base_repo(report: "Report") -> str | None:
+    """The base's repo, if it was observed and all transformers have the same."""
+    repos = {one.identity.get("repo") for name, one in report.inputs.items() if name.endswith("base")}
+    return repos.pop() if len(repos) == 1 else None
 
 
 def _show_proof(out: "Output", proof: "ProofReport") -> None:

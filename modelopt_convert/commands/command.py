@@ -3,15 +3,16 @@
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from modelopt_convert import __version__
+from modelopt_convert.checkpoint.companions import Companions, open_companions
 from modelopt_convert.checkpoint.header import TensorSpec
-from modelopt_convert.checkpoint.location import Location
+from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
@@ -95,6 +96,7 @@ class Inputs:
         self.to_fetch: dict[str, int] = {}
         self._found: dict[str, InputReport] = {}
         self._traffic: dict[str, tuple[int, int]] = {}
+        self._copied: dict[str, tuple[Location, Collection[OpenFile]]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -106,6 +108,8 @@ class Inputs:
     ) -> None:
         """Note what came over the network, however the work ended, and close."""
         self._traffic = {name: reader.traffic() for name, reader in self.readers.items()}
+        for name, (_, files) in self._copied.items():
+            self._traffic[name] = sum(one.fetched for one in files), sum(one.requests for one in files)
         self._stack.__exit__(kind, error, trace)
 
     def open(self, name: str, path: Location) -> CheckpointReader:
@@ -126,6 +130,17 @@ class Inputs:
         )
         return reader
 
+    def open_beside(self, name: str, root: Location, built: Collection[str]) -> Companions:
+        """Open what stands beside the transformers of a pipeline. The report's ``network`` calls it ``name``.
+
+        Raises:
+            InputError: What ``open_companions`` raises.
+        """
+        found = open_companions(root, built, self._stack)
+        self._copied[name] = root, found.files.values()
+        self.to_fetch[name] = sum(one.unfetched([(0, one.num_bytes)]) for one in found.files.values())
+        return found
+
     def check_unchanged(self) -> None:
         """Compare all files with what they were at opening.
 
@@ -134,6 +149,9 @@ class Inputs:
         """
         for reader in self.readers.values():
             reader.check_unchanged()
+        for _, files in self._copied.values():
+            for file in files:
+                file.check_unchanged()
 
     def reports(self) -> dict[str, InputReport]:
         """Every input as it was opened."""
@@ -143,15 +161,18 @@ class Inputs:
 
     def network(self) -> dict[str, NetworkReport]:
         """What inputs that do not lie on disk cost to read."""
+        sizes = {name: (reader.path, self._found[name].bytes) for name, reader in self.readers.items()}
+        for name, (root, files) in self._copied.items():
+            sizes[name] = root, sum(one.num_bytes for one in files)
         found: dict[str, NetworkReport] = {}
-        for name, reader in self.readers.items():
-            if not isinstance(reader.path, Path):
+        for name, (place, num_bytes) in sizes.items():
+            if not isinstance(place, Path):
                 fetched, requests = self._traffic.get(name, (0, 0))
-                identity = reader.identity()
+                identity = place.identity()
                 found[name] = NetworkReport(
                     repo=identity["repo"],
                     commit=identity["commit"],
-                    of_bytes=self._found[name].bytes,
+                    of_bytes=num_bytes,
                     to_fetch_bytes=self.to_fetch.get(name),
                     fetched_bytes=fetched,
                     requests=requests,
@@ -162,6 +183,7 @@ class Inputs:
 def output_report(
     path: str,
     shards: Mapping[str, Sequence[TensorSpec]],
+    copied: Mapping[str, int],
     published: Published | None,
     error: BaseException | None,
 ) -> OutputReport:
@@ -173,6 +195,7 @@ def output_report(
         tensors=sum(len(specs) for specs in shards.values()),
         bytes=sum(sizes.values()),
         shards=[{"file": file, "bytes": size} for file, size in sizes.items()],
+        copied=[{"file": file, "bytes": size} for file, size in copied.items()],
         published=published is not None or (stands is not None and stands.published),
         method=published and published.method,
         durable=published.durable if published is not None else None,

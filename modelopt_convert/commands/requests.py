@@ -286,6 +286,9 @@ class _Choosing(Request["Report"]):
         Sequence[TransformerName], Flag("Of a pipeline's transformers, this one alone; may be given for both.")
     ] = ()
     output: Annotated[Folder | None, Flag("Where to write; default ./<preset>-nvfp4.", metavar="OUT")] = None
+    pipeline_output: Annotated[
+        bool, Flag("Write a whole pipeline, with the base's other components, for an engine's --model-path.")
+    ] = False
     keep_bf16: Annotated[
         Sequence[str], Flag("Keep these modules in BF16 too; may be given several times.", metavar="PATTERN")
     ] = ()
@@ -387,6 +390,8 @@ class ConvertFp8Request(BuildRequest):
         """Refuse what cannot be meant together."""
         if self.export is None:
             self.refuse("export", "is required: the folder of a ModelOpt FP8 export")
+        if self.pipeline_output and self.base is None:
+            self.refuse("pipeline_output", "needs --base, whose other components are copied")
         BuildRequest.check(self)
 
 

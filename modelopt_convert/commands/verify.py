@@ -1,12 +1,14 @@
 """``mopt verify``: open, run every level, write the page, conclude. torch is imported once refusals are past."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import part_digest, read_parts
+from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
 from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.report.report import OutputReport, Report
@@ -94,7 +96,9 @@ class VerifyCommand:
         conclude_backends(self._found, self._options)
 
     def _verify(self, checkpoint: Location, base: Location | None, progress: Progress) -> None:
-        transformers = transformers_of(checkpoint, base)
+        record = read_pipeline(checkpoint)
+        copied = copied_files(record)
+        transformers = [one for one in transformers_of(checkpoint, base) if f"{one[0]}/config.json" not in copied]
         with self._inputs as inputs:
             opened: dict[str, tuple[CheckpointReader, CheckpointReader | None]] = {}
             for name, path, base_path in transformers:
@@ -105,6 +109,7 @@ class VerifyCommand:
                 opened[prefix] = reader, against
             import torch
 
+            from modelopt_convert.verification.levels.record import copied_faults
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
             from modelopt_convert.verification.verdict import SEVERITY, combine, conclude, conclude_backends
@@ -118,7 +123,14 @@ class VerifyCommand:
                         continue
                     with self._clock.timed("verify"):
                         found[prefix] = verify_opened(reader, against, options, device, progress, with_record=True)
-            gone = _check_parts(checkpoint, found)
+            named = dict(zip((name for name, _, _ in transformers), found.values(), strict=True))
+            gone = _check_whole(checkpoint, record, named)
+            if gone is None and copied and not options.prewarm:
+                with self._clock.timed("copied"):
+                    faults = copied_faults(checkpoint, copied, options.workers, progress)
+                if faults:
+                    more = f" ({len(faults)} such faults)" if len(faults) > 1 else ""
+                    gone = _incomplete(checkpoint, f"{faults[0]}{more}")
             self._found = combine(found, str(checkpoint))
             self._peak = peak_rss_bytes()
             if gone is not None:
@@ -140,18 +152,24 @@ class VerifyCommand:
         write_report(Path(self._request.report), render(self._found.model_dump()))
 
 
-def _check_parts(checkpoint: Location, found: dict[str, VerifyReport]) -> CheckFailedError | None:
+def _check_whole(
+    checkpoint: Location, record: Mapping[str, Any], found: Mapping[str, VerifyReport]
+) -> CheckFailedError | None:
     """A build of several transformers says which they are: none may be gone (the error), or another's."""
-    for name, wanted in read_parts(checkpoint).items():
-        one = found.get(f"{name}/")
+    for name, wanted in parts_of(record).items():
+        one = found.get(name)
         if not (checkpoint / name / "config.json").is_file():
-            return CheckFailedError(
-                f"{checkpoint}: {name} was built and is gone",
-                code="check.verify",
-                path=str(checkpoint),
-                hint="the download is incomplete; get it again",
-            )
+            return _incomplete(checkpoint, f"{name} was built and is gone")
         if one is not None and part_digest(checkpoint / name) != wanted:
             one.verdict, one.proof = "fail", MISMATCH_WORDS
             one.statement = f"{name} is not the one that was built with the others"
     return None
+
+
+def _incomplete(checkpoint: Location, what: str) -> CheckFailedError:
+    return CheckFailedError(
+        f"{checkpoint}: {what}",
+        code="check.verify",
+        path=str(checkpoint),
+        hint="the download is incomplete, or something was changed since; get it again",
+    )

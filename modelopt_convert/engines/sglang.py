@@ -6,6 +6,7 @@ Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference f
 """
 
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -227,3 +228,15 @@ def load_command(prefix: str, base: str, components: Sequence[str], flag: str = 
     """
     flags = [f"--{name.replace('_', '-')}-path {prefix}/{name}" for name in components] or [f"{flag} {prefix}"]
     return f"sglang generate --model-path {base} {' '.join(flags)} --prompt '...'"
+
+
+def pipeline_command(place: str, base: str | None) -> str:
+    """SGLang's command that loads a whole pipeline.
+
+    Args:
+        place: A folder or a repo.
+        base: The base model's repo, if it is known: its name tells SGLang how to sample. Without one SGLang guesses by
+            the name of the folder (registry.py, ``_get_config_info``).
+    """
+    known = f" --model-id {base.rpartition('/')[2]}" if base is not None else ""
+    return f"sglang generate --model-path {shlex.quote(place)}{known} --prompt '...'"

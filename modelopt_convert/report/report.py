@@ -77,6 +77,7 @@ class OutputReport(_Model):
     tensors: int = 0
     bytes: int = 0
     shards: list[dict[str, Any]] = Field(default_factory=list)
+    copied: list[dict[str, Any]] = Field(default_factory=list, description="files of --pipeline-output")
     published: bool = False
     method: str | None = None
     durable: bool | None = None

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Literal, NoReturn, Self
 
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
-from modelopt_convert.run.boundary import storage_error, storage_errors
+from modelopt_convert.run.boundary import foreseen, storage_errors
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
 from modelopt_convert.run.signals import stopping
 from modelopt_convert.stage import fsops
@@ -65,13 +65,24 @@ class StagingDir:
         overwrite: bool,
         need_bytes: int,
         overwrite_foreign: bool = False,
+        copies: Iterable[str] = (),
     ) -> None:
-        """Nothing is touched yet; see ``__enter__``."""
+        """Nothing is touched yet; see ``__enter__``.
+
+        Args:
+            output: OUT.
+            inputs: What is read.
+            overwrite: See ``check_output_allowed``.
+            need_bytes: Room that must be free.
+            overwrite_foreign: See ``check_output_allowed``.
+            copies: Paths in the stage of files whose names mopt does not choose.
+        """
         self.output = canonical_output(output)
         self.published: Published | None = None
         self._inputs = tuple(inputs)
         self._consent = {"overwrite": overwrite, "overwrite_foreign": overwrite_foreign}
         self._need_bytes = need_bytes
+        self._copies = tuple(copies)
         self._number = ""  # of this run, in the names of all that it may leave
         self.path = beside(self.output, "stage", self._number)  # named in __enter__, this name is never made
         self._standing: Standing | None = None
@@ -110,12 +121,12 @@ class StagingDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the stage unless it was published or kept; an OSError that names no file is the disk's below OUT."""
+        """Remove the stage unless it was published or kept; an OSError becomes an input's error, or the storage's."""
         if not self._done:
             self._discard()
         self._unlock()
-        if isinstance(error, OSError) and error.filename is None:  # others may be of an input: the command knows
-            raise storage_error(error, self.output.parent) from error
+        if isinstance(error, OSError) and (known := foreseen(error, self._inputs, str(self.output.parent))) is not None:
+            raise known from error
 
     def add_folder(self, name: str) -> None:
         """Make a folder in the stage."""
@@ -196,12 +207,14 @@ class StagingDir:
 
     def _mark(self) -> None:
         """Note, before anything is in the stage, that it is mopt's, and what it is to replace."""
-        marker = marker_of(self._standing, self.output)
+        marker = marker_of(self._standing, self.output, self._copies)
         with _signals_held():
             fd = fsops.create_file(beside(self.output, "mark", self._number))
             self._marker = marker
             try:
                 fsops.write_all(fd, marker.to_bytes(), 0)
+                if self._copies:  # nobody but the marker knows their names
+                    self._durable = fsops.sync(fd) and self._durable
             finally:
                 fsops.close(fd)
         # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that. And

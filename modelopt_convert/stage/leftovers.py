@@ -8,11 +8,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of
 from modelopt_convert.stage.ownership import Entry, Standing, Tree, look
 
 Kind = Literal["stage", "old", "mark"]
@@ -20,7 +21,7 @@ _SCHEMA = "mopt.stage/1"
 _HEAD = f'{{"schema": "{_SCHEMA}"'.encode()
 _MAX_BYTES = 1 << 28
 # What a stage holds while it is written, by whichever executor.
-_FILE = r"config\.json|mopt\.json|README\.md|[^/]+\.safetensors(\.index\.json)?"
+_FILE = rf"{re.escape(MODEL_INDEX)}|config\.json|mopt\.json|README\.md|[^/]+\.safetensors(\.index\.json)?"
 _STAGED = re.compile(rf"(transformer(_2)?/)?({_FILE})|transformer(_2)?|attempts(/[0-9a-f]{{16}})?", re.DOTALL)
 
 
@@ -31,15 +32,18 @@ class Marker:
     Attributes:
         replaces: Device and inode of the OUT that was to be replaced, if one was.
         tree: What that OUT held; None if the power went before that was on disk.
+        copies: Paths of files that come from the base's pipeline, and may have any name.
     """
 
     replaces: tuple[int, int] | None = None
     tree: Tree | None = None
+    copies: frozenset[str] = frozenset()
 
     def to_bytes(self) -> bytes:
         """As it is written to disk."""
         tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in (self.tree or {}).items()}
-        return json.dumps({"schema": _SCHEMA, "replaces": self.replaces, "tree": tree}).encode()
+        told = {"schema": _SCHEMA, "replaces": self.replaces, "tree": tree, "copies": sorted(self.copies)}
+        return json.dumps(told).encode()
 
     def is_whole(self, old: Path) -> bool:
         """Whether nothing was removed of an old tree since it was OUT."""
@@ -53,17 +57,20 @@ class Marker:
             replaced: Whether it is known to be the old tree, which holds nothing but what it held.
         """
         held = self.tree or {}
+        copied = {*self.copies, *folders_of(self.copies)}
         old = self.tree is not None and (replaced or inode_of(folder) == self.replaces)
         return [
             name
             for name, entry in sorted(look(folder).items())
-            if held.get(name) != entry and (old or not _is_staged(name, entry))
+            if held.get(name) != entry and (old or not _is_staged(name, entry, copied))
         ]
 
 
-def marker_of(standing: Standing | None, output: Path) -> Marker:
-    """The marker of a run that replaces this, or nothing."""
-    return Marker(inode_of(output), standing.tree) if standing is not None else Marker(None, {})
+def marker_of(standing: Standing | None, output: Path, copies: Iterable[str]) -> Marker:
+    """The marker of a run that replaces this, or nothing, and copies files to these paths."""
+    if standing is None:
+        return Marker(None, {}, frozenset(copies))
+    return Marker(inode_of(output), standing.tree, frozenset(copies))
 
 
 def left_beside(output: Path, kind: Kind) -> Mapping[str, Path]:
@@ -107,18 +114,21 @@ def inode_of(path: Path) -> tuple[int, int]:
 
 def _parsed(told: Any) -> Marker | None:
     """The marker that whole JSON says; None where mopt would not have said so."""
-    replaces, tree = told.get("replaces"), told.get("tree")
+    replaces, tree, copies = told.get("replaces"), told.get("tree"), told.get("copies", [])
     if replaces is not None and not _are_numbers(replaces, 2):
         return None
     if not isinstance(tree, dict) or not all(_are_numbers(words, 3) for words in tree.values()):
         return None
+    if not isinstance(copies, list) or not all(isinstance(one, str) for one in copies):
+        return None
     entries = {name: Entry(*words) for name, words in tree.items()}
-    return Marker((replaces[0], replaces[1]) if replaces is not None else None, entries)
+    return Marker((replaces[0], replaces[1]) if replaces is not None else None, entries, frozenset(copies))
 
 
 def _are_numbers(found: object, count: int) -> bool:
     return isinstance(found, list) and len(found) == count and all(type(one) is int for one in found)
 
 
-def _is_staged(name: str, entry: Entry) -> bool:
-    return entry.kind in (stat.S_IFREG, stat.S_IFDIR) and _STAGED.fullmatch(name) is not None
+def _is_staged(name: str, entry: Entry, copied: Collection[str]) -> bool:
+    is_known = name in copied or _STAGED.fullmatch(name) is not None
+    return entry.kind in (stat.S_IFREG, stat.S_IFDIR) and is_known

@@ -19,7 +19,7 @@ from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, Header, parse_header, read_header_length
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_INDEX_BYTES
-from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record
+from modelopt_convert.checkpoint.record import RECORD, copied_files, digest_of, read_record
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -149,12 +149,22 @@ def _owned(output: Path, tree: Tree, prefix: str) -> set[str]:
     owned = {RECORD} | {name for name in plain & files.keys() if _small_digest(folder / name) == files[name]}
     owned |= _weights(folder, record, plain, [name for name in owned if name.endswith(INDEX_SUFFIX)])
     found = {f"{prefix}{name}" for name in owned}
+    if not prefix:
+        found |= {name for name, digest in copied_files(record).items() if _is_copy(output, name, tree, digest)}
     parts = record.get("parts")
     for name, digest in parts.items() if isinstance(parts, dict) and not prefix else ():
         own = tree.get(f"{name}/{RECORD}")
         if "/" not in name and own is not None and own.is_file and _small_digest(folder / name / RECORD) == digest:
             found |= _owned(output, tree, f"{name}/")
     return found
+
+
+def _is_copy(output: Path, name: str, tree: Tree, digest: str) -> bool:
+    """Whether a file is the one that was copied from the base's pipeline."""
+    if (entry := tree.get(name)) is None or not entry.is_file:
+        return False
+    found = _digests(output / name, _state(output / name), ((name, 0, entry.num_bytes),))
+    return found == {name: digest}
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -216,10 +226,14 @@ def _header(folder: Path, name: str) -> Header | None:
 
 def _has_bytes(path: Path, header: Header, digests: Mapping[str, str]) -> bool:
     """Whether a file holds the recorded bytes."""
-    status = path.stat()
     spans = tuple((name, info.start, info.num_bytes) for name, info in header.tensors.items())
-    found = _digests(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns), spans)
+    found = _digests(path, _state(path), spans)
     return found is not None and all(found[name] == digests.get(name) for name in found)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 # OUT is looked at when a run begins and again once it holds OUT: what did not change is not read twice.

@@ -50,7 +50,7 @@ class ShardWriter:
         self.durable = True
         self._offsets = {spec.name: offset for spec, offset in placed}
         self._sizes = {spec.name: spec.num_bytes for spec, _ in placed}
-        self._shares = file_system_of(path.parent) in SHARING_FILE_SYSTEMS
+        self._shares = shares_blocks(path.parent)
         self._fd = fsops.create_file(path, mode)
         try:
             fsops.preallocate(self._fd, self.num_bytes)
@@ -93,29 +93,51 @@ class ShardWriter:
         """
         if name not in self._offsets or name in self.digests:
             raise InternalError(f"{name!r} is not planned or written twice", code="internal.shard_write")
-        offset, left = self._offsets[name], self._sizes[name]
-        begun = offset  # the disk was told to write up to here
-        copied = range(0)
-        if extent is not None and self._shares:
-            copied = fsops.copy_blocks(*extent, self._fd, offset, left)
-        digest = xxhash.xxh3_128()
-        for piece in chunks:
-            chunk = memoryview(piece)
-            left -= chunk.nbytes  # len() counts elements
-            if left < 0:
-                break
-            digest.update(chunk)
-            at = offset - self._offsets[name]
-            for begin, end in ((0, copied.start - at), (max(0, copied.stop - at), chunk.nbytes)):
-                if begin < min(end, chunk.nbytes):
-                    fsops.write_all(self._fd, chunk[begin:end], offset + begin)
-            offset += chunk.nbytes
-            if offset - begun >= _WRITEBACK_BYTES:
-                fsops.start_writeback(self._fd, begun, offset - begun)
-                begun = offset
-        if left != 0:
+        planned = self._sizes[name]
+        digest, came = write_run(self._fd, self._offsets[name], planned, chunks, extent if self._shares else None)
+        if came != planned:
             raise InternalError(
-                f"{name!r}: {self._sizes[name]} bytes were planned, {self._sizes[name] - left} came",
+                f"{name!r}: {planned} bytes were planned, {came} came",
                 code="internal.shard_write",
             )
-        self.digests[name] = digest.hexdigest()
+        self.digests[name] = digest
+
+
+def shares_blocks(folder: Path) -> bool:
+    """Whether a copy by the kernel is worth it there: files in the folder can share blocks."""
+    return file_system_of(folder) in SHARING_FILE_SYSTEMS
+
+
+def write_run(
+    fd: int, offset: int, num_bytes: int, chunks: Iterable[bytes | memoryview], extent: tuple[int, int] | None
+) -> tuple[str, int]:
+    """Write consecutive pieces, and have the disk begin with them.
+
+    Args:
+        fd: The file.
+        offset: Where the first byte goes.
+        num_bytes: How many are expected; what goes beyond is not written.
+        chunks: The bytes, in pieces.
+        extent: Descriptor and offset of the same bytes in an input, from where the kernel copies what it can; or None.
+
+    Returns:
+        xxh3-128 of the bytes, and how many came.
+    """
+    begun = offset  # the disk was told to write up to here
+    copied = range(0) if extent is None else fsops.copy_blocks(*extent, fd, offset, num_bytes)
+    came, digest = 0, xxhash.xxh3_128()
+    for piece in chunks:
+        chunk = memoryview(piece)
+        came += chunk.nbytes  # len() counts elements
+        if came > num_bytes:
+            break
+        digest.update(chunk)
+        at = came - chunk.nbytes
+        for begin, end in ((0, copied.start - at), (max(0, copied.stop - at), chunk.nbytes)):
+            if begin < min(end, chunk.nbytes):
+                fsops.write_all(fd, chunk[begin:end], offset + begin)
+        offset += chunk.nbytes
+        if offset - begun >= _WRITEBACK_BYTES:
+            fsops.start_writeback(fd, begun, offset - begun)
+            begun = offset
+    return digest.hexdigest(), came

@@ -22,13 +22,14 @@ from mutants_disk import DISK, Mutant
 from mutants_edge import EDGE
 from mutants_hub import HUB
 from mutants_owned import OWNED
+from mutants_pipeline import PIPELINE
 from mutants_proof import PROOF
 from mutants_rules import RULES
 from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB + EDGE
+MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB + EDGE + PIPELINE
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

@@ -97,8 +97,8 @@ RULES = (
     Mutant(
         "stage/directory.py",
         "an input that cannot be read while OUT is written",
-        "if isinstance(error, OSError) and error.filename is None:",
-        "if isinstance(error, OSError):",
+        "foreseen(error, self._inputs, ",
+        "foreseen(error, (), ",
         (_READS,),
     ),
     Mutant(

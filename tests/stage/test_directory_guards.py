@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from crash_driver import SHARD, files_of, fill, held_by, lay, refuse_with, stop
+from crash_driver import COPIES, SHARD, files_of, fill, held_by, lay, refuse_with, stop
 from stage_support import LEFT, MARK, before, lay_left, litter, locked, prepare, publish
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
@@ -222,7 +222,10 @@ def test_a_run_without_descriptors_leaves_nothing(out: Path, present: bool, spar
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     held: list[int] = []
     try:
-        with pytest.raises(StorageError, match="EMFILE"), StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
+        with (
+            pytest.raises(StorageError, match="EMFILE"),
+            StagingDir(out, (), overwrite=True, need_bytes=1, copies=COPIES) as stage,
+        ):
             fill(stage, "new", ("transformer",))
             resource.setrlimit(
                 resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1 + spare, limits[1])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash_driver import FOLDERS, SHARD, SPECS, files_of, fill, held_by, lay
+from crash_driver import COPIES, FOLDERS, SHARD, SPECS, files_of, fill, held_by, lay
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stage_support import before, left_trees, litter, publish, with_record
@@ -369,7 +369,7 @@ def test_modes_are_kept(out: Path, umask: int) -> None:
     (out / "mopt.json").chmod(0o664)
     asked = os.umask(umask)
     try:
-        with StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
+        with StagingDir(out, (), overwrite=True, need_bytes=1, copies=COPIES) as stage:
             fill(stage, "new", FOLDERS)
             stage.write_file("README.md", b"new here")
             stage.publish()

@@ -38,6 +38,7 @@ AT_EVERY_RUN = {
 }
 AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT = "directory._remove_old", "directory._discard", "written_file.write_report"
 IN_A_SWEEP, IN_A_REFUSAL = "directory._sweep", "directory._keep_stage"
+OF_A_COPY = "file_copy.copy_file"  # of a whole pipeline
 OF_MARKERS = "directory._sweep_markers"  # and of what was rolled back
 WITH_WHAT_WAS_LEFT = {IN_A_SWEEP, OF_MARKERS}
 KINDS = {"plain": (), "components": FOLDERS}
@@ -221,8 +222,10 @@ def test_a_power_cut_at_any_step(method: str, kind: str, tmp_path: Path) -> None
     note(11, what=f"{method}, {kind}", cases=states, torn=0, lost=0, **torn)
     assert all(needed.values()), needed
     removal = set() if method == "absent" else {AFTER_A_REMOVAL}
-    assert {label.split()[0] for label in needed} == AT_EVERY_RUN | removal
-    assert len(needed) == (12 if story.folders else 6) + len(removal)
+    copying = {OF_A_COPY} if story.folders else set()
+    assert {label.split()[0] for label in needed} == AT_EVERY_RUN | removal | copying
+    # With folders: two shards, their config and record, the folders; and a copy, its folder, and the marker's data.
+    assert len(needed) == (12 + 3 if story.folders else 6) + len(removal)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -340,5 +343,5 @@ def test_every_sync_of_mopt_is_shown_to_be_needed() -> None:
                 names = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)]
                 if {"sync", "sync_dir", "fsync", "fdatasync"} & set(names):
                     found.add(f"{file.stem}.{function.name}")
-    rest = {IN_A_REFUSAL, AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT}
+    rest = {IN_A_REFUSAL, AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT, OF_A_COPY}
     assert found == AT_EVERY_RUN | WITH_WHAT_WAS_LEFT | rest

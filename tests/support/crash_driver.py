@@ -19,14 +19,17 @@ from types import FrameType
 
 import xxhash
 
+from modelopt_convert.checkpoint.companions import folders_of
 from modelopt_convert.checkpoint.header import TensorSpec, build_header
 from modelopt_convert.checkpoint.record import digest_of, write_record
 from modelopt_convert.run.errors import ExitCode, Interrupted, MoptError, StorageError
 from modelopt_convert.stage import directory, fsops
+from modelopt_convert.stage.file_copy import copy_file
 from modelopt_convert.stage.shard_writer import METADATA
 
 SHARD = "diffusion_pytorch_model.safetensors"
 FOLDERS = ("transformer", "transformer_2")  # of a pipeline with two transformers
+COPIES = {"vae/model.safetensors": b"copied from the base" * 99}  # beside those two
 SPECS = (TensorSpec("a.weight", "BF16", (16, 64)), TensorSpec("b.weight", "U8", (32, 32)))
 
 
@@ -47,7 +50,26 @@ def small_files(version: str) -> dict[str, bytes]:
 def pipeline_files(version: str) -> dict[str, bytes]:
     """The files above the folders of several transformers."""
     parts = dict.fromkeys(FOLDERS, digest_of(small_files(version)["mopt.json"]))
-    return {"mopt.json": write_record("test", {"parts": parts}, tensors={}, files={}, headers=None)}
+    more = {"parts": parts, "copied": {name: digest_of(data) for name, data in COPIES.items()}}
+    return {"mopt.json": write_record("test", more, tensors={}, files={}, headers=None)}
+
+
+class Bytes:
+    """A file that is copied."""
+
+    def __init__(self, data: bytes) -> None:
+        """Of this content."""
+        self.data, self.where, self.num_bytes, self.fetched, self.requests = data, "", len(data), 0, 0
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """As of any file."""
+        return self.data[offset : offset + num_bytes]
+
+    def prefetch(self, _ranges: object) -> None:
+        """It is here."""
+
+    def fileno(self) -> None:
+        """It has no descriptor."""
 
 
 def files_of(version: str, folders: Sequence[str] = ()) -> dict[str, bytes]:
@@ -58,7 +80,8 @@ def files_of(version: str, folders: Sequence[str] = ()) -> dict[str, bytes]:
     if not folders:
         return one
     parts = {f"{folder}/{name}": data for folder in folders for name, data in one.items()}
-    return {f"{folder}/": b"" for folder in folders} | parts | pipeline_files(version)
+    beside = {f"{folder}/": b"" for folder in folders_of(COPIES)} | COPIES
+    return {f"{folder}/": b"" for folder in folders} | parts | beside | pipeline_files(version)
 
 
 def lay(folder: Path, version: str, folders: Sequence[str] = ()) -> Path:
@@ -95,6 +118,11 @@ def fill(stage: directory.StagingDir, version: str, folders: Sequence[str] = ())
         for name, data in small_files(version).items():
             stage.write_file(f"{prefix}{name}", data)
     if folders:
+        for folder in folders_of(COPIES):
+            stage.add_folder(folder)
+        for name, data in COPIES.items():
+            done = copy_file(Bytes(data), stage.path / name, stage.mode_for(name), lambda _: None)  # type: ignore[arg-type]
+            stage.finish_shard(durable=done.durable)
         for name, data in pipeline_files(version).items():
             stage.write_file(name, data)
 
@@ -190,14 +218,16 @@ def main(words: list[str]) -> int:
     if "--pause" in switches:
         pause_before_removal()
     overwrite = "--no-overwrite" not in switches
-    stage = directory.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000)
+    folders = FOLDERS if "--components" in switches else ()
+    copies = COPIES if folders else ()
+    stage = directory.StagingDir(Path(out), (), overwrite=overwrite, need_bytes=10_000, copies=copies)
     if "--wait" in switches:
         sys.stdin.read()  # all racers leave when the test closes the pipe
     told: dict[str, object] = {}
     code = ExitCode.OK
     try:
         with stage:
-            fill(stage, version, FOLDERS if "--components" in switches else ())
+            fill(stage, version, folders)
             published = stage.publish()
             told |= {"method": published.method, "warnings": published.warnings}
     except MoptError as error:

@@ -122,9 +122,12 @@ def read_disk(place: Path) -> Disk:
 def visible(disk: Disk) -> tuple[object, ...]:
     """What recovery can tell apart: of a stage it sees only names, since all it does with one is to remove it.
 
-    So it is with a marker, which is to recovery what it is also where its data never came: test_directory_planted.py.
+    Of a marker it sees no more, but for the names of copies: test_directory_planted.py.
     """
-    return tuple((path, mode) if _in_stage(path) else (path, data, mode) for path, data, mode in listing(disk))
+    return tuple(
+        (path, _names_copies(data), mode) if _in_stage(path) else (path, data, mode)
+        for path, data, mode in listing(disk)
+    )
 
 
 class PowerLoss:
@@ -201,18 +204,23 @@ class PowerLoss:
         return number
 
     def _exposed(self) -> set[int]:
-        """Inodes that some state may show outside a stage; nobody looks at the data of the others."""
+        """Inodes that some state may show outside a stage, and markers that name copies; nobody looks at other data."""
         names: dict[int, set[tuple[str, int]]] = {}
         for number, inode in self.synced.items():
             names[number] = {(name, child) for name, child in inode.names.items() if child is not None}
         for effect in self.pending:
             names[effect.inode] |= {(name, child) for name, child in effect.names if child is not None}
         found = {child for name, child in names[ROOT] if not _in_stage(name)}
+        found |= {one.inode for one in self.pending if one.span is not None and _names_copies(one.span[1])}
         new = found
         while new:
             new = {child for number in new for _, child in names[number]} - found
             found |= new
         return found
+
+
+def _names_copies(data: bytes | None) -> bool:
+    return data is not None and b'"copies": ["' in data and data.endswith(b"]}")
 
 
 def _in_stage(path: str) -> bool:

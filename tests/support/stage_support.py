@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from crash_driver import fill, lay, refuse_with
+from crash_driver import COPIES, fill, lay, refuse_with
 
 from modelopt_convert.checkpoint.header import TensorSpec, parse_header
 from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
@@ -31,7 +31,8 @@ Calls = list[tuple[str, ...]]
 
 def publish(out: Path, *, overwrite: bool = True, need_bytes: int = 1, folders: Sequence[str] = ()) -> Published:
     """Publish version ``new``."""
-    with StagingDir(out, (), overwrite=overwrite, need_bytes=need_bytes) as stage:
+    copies = COPIES if folders else ()
+    with StagingDir(out, (), overwrite=overwrite, need_bytes=need_bytes, copies=copies) as stage:
         fill(stage, "new", folders)
         return stage.publish()
 

@@ -7,7 +7,7 @@ from typing import Literal
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
 from modelopt_convert.engines.limits import DEFAULT, limits
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command
+from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command, pipeline_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
@@ -32,6 +32,7 @@ class Made:
         calibration: ``none`` where the base itself is quantized.
         base_repo: The base's repo, as it was observed; None where nothing tells it.
         base_claimed: The base's repo, as the user says it is.
+        beside: Folders of the base that are copied beside the transformers; None where these are alone.
     """
 
     command: str
@@ -39,6 +40,7 @@ class Made:
     calibration: Literal["none"] | None
     base_repo: str | None
     base_claimed: str | None
+    beside: tuple[str, ...] | None = None
 
     @property
     def base(self) -> str | None:
@@ -77,6 +79,18 @@ def _preset_line(chosen: ChosenPreset | None) -> list[str]:
 
 
 def _load_section(made: Made, components: Sequence[str]) -> list[str]:
+    if made.beside is not None:
+        command = pipeline_command("REPO_OR_FOLDER", made.base)
+        return [
+            "## Load",
+            "",
+            f"The whole pipeline{', one folder up' * (not components)}:",
+            "",
+            "```",
+            command,
+            "```",
+            "",
+        ]
     flag = made.chosen.loaded.preset.load_flag if made.chosen else "--transformer-path"
     return ["## Load", "", "```", load_command("<this repo>", made.base or "BASE_MODEL", components, flag), "```", ""]
 
@@ -118,7 +132,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         "",
         f"The transformer alone: {packed} modules in {target.quant_algo} ({target.words}), the rest in BF16. Text "
         "encoders,",
-        "VAE and scheduler come from the base model.",
+        f"VAE and scheduler {'come from' if made.beside is None else 'stand beside it, copied from'} the base model.",
         "",
         *(
             _load_section(made, [])
@@ -170,8 +184,7 @@ def pipeline_card(components: Sequence[str], made: Made) -> str:
     body = [
         f"# {title}, {FORMATS[algorithm].quant_algo}",
         "",
-        f"The transformers alone, each in a folder of its own: {', '.join(f'`{name}`' for name in components)}.",
-        "Text encoders, VAE and scheduler come from the base model.",
+        *_contents(components, made.beside),
         "",
         *_load_section(made, components),
         *_preset_line(made.chosen),
@@ -180,3 +193,13 @@ def pipeline_card(components: Sequence[str], made: Made) -> str:
         "",
     ]
     return "\n".join(_head(algorithm, made) + body)
+
+
+def _contents(components: Sequence[str], beside: Sequence[str] | None) -> list[str]:
+    built, copied = (", ".join(f"`{name}`" for name in names) for names in (components, beside or ()))
+    if beside is None:
+        return [
+            f"The transformers alone, each in a folder of its own: {built}.",
+            "Text encoders, VAE and scheduler come from the base model.",
+        ]
+    return [f"A whole pipeline. Quantized: {built}. Copied from the base model, byte for byte: {copied}."]

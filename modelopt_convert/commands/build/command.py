@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from modelopt_convert.checkpoint.companions import folders_of, pipeline_root
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
-from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
+from modelopt_convert.checkpoint.pipeline import COMPONENTS, Component, resolve_components
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import pipeline_files, small_files
@@ -37,6 +38,7 @@ from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
+from modelopt_convert.stage.file_copy import copy_file
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.write.executors import open_executor, refuse_far
@@ -93,7 +95,8 @@ class BuildCommand:
         with ExitStack() as stack:
             executor = stack.enter_context(open_executor(request.executor))
             stack.enter_context(steps.inputs)
-            for part, warned in open_all(components, self._checkpoint, steps.inputs, steps.clock):
+            folders = self._folders(components)
+            for part, warned in open_all(components, folders, self._checkpoint, steps.inputs, steps.clock):
                 steps.parts.append(part)
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
@@ -119,10 +122,12 @@ class BuildCommand:
                 return
             gpu = self._open_gpu()
             calibration: Literal["none"] | None = "none" if self._export is None else None
-            made = Made(request.command, steps.chosen, calibration, base_repo(steps.parts), request.base_model)
-            need = build_bytes(steps.parts, steps.plans, made)
+            beside = steps.companions.folders if steps.companions is not None else None
+            made = Made(request.command, steps.chosen, calibration, base_repo(steps.parts), request.base_model, beside)
+            need = build_bytes(steps.parts, steps.plans, made, steps.companions)
             # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
-            with StagingDir(output, inputs, **request.consent, need_bytes=need) as stage:
+            copies = steps.companions.files if steps.companions is not None else ()
+            with StagingDir(output, inputs, **request.consent, need_bytes=need, copies=copies) as stage:
                 with torch_on_one_thread():
                     self._prove(progress, gpu)
                 self._write(stage, made, executor, progress, gpu)
@@ -156,6 +161,19 @@ class BuildCommand:
         standing = check_output_allowed(path, inputs, **request.consent)
         self._foreign = standing.foreign if standing is not None else ()
         return path
+
+    def _folders(self, components: Sequence[Component]) -> list[str]:
+        """The folder of each transformer in OUT, empty for OUT itself; of a whole pipeline the rest is opened."""
+        if not self._request.pipeline_output:
+            return [str(one.name) for one in components] if len(components) > 1 else [""]
+        assert self._base is not None  # the request requires it, or the preset names it
+        folders = [one.base.name for one in components if one.base is not None]
+        companions = self.steps.inputs.open_beside("pipeline", pipeline_root(self._base), folders)
+        if companions.left_out:
+            message = f"not copied, since they are no safetensors: {', '.join(companions.left_out)}"
+            self.steps.warned.append(("pipeline.left_out", message))
+        self.steps.companions = companions
+        return folders
 
     def _plan(self, part: Opened) -> BuildPlan:
         request, target = self._request, FORMATS[self._request.algorithm]
@@ -236,9 +254,25 @@ class BuildCommand:
                 stage.write_file(f"{part.prefix}{name}", data)
         if gpu is not None:
             steps.peak_gpu_bytes = gpu.peak_bytes()
-        if len(steps.parts) > 1:
-            for name, data in pipeline_files(records, made).items():
+        copied = self._copy(stage, progress)
+        if steps.parts[0].prefix:
+            for name, data in pipeline_files(records, made, steps.companions, copied).items():
                 stage.write_file(name, data)
+
+    def _copy(self, stage: StagingDir, progress: Progress) -> dict[str, str]:
+        """Put what belongs to a whole pipeline beside the transformers; the digest of each file."""
+        if self.steps.companions is None:
+            return {}
+        files, digests = self.steps.companions.files, dict[str, str]()
+        for folder in folders_of(files):
+            stage.add_folder(folder)
+        progress.begin("copy", sum(one.num_bytes for one in files.values()))
+        with self.steps.clock.timed("copy"):
+            for path, file in files.items():
+                done = copy_file(file, stage.path / path, stage.mode_for(path), progress.advance)
+                stage.finish_shard(durable=done.durable)
+                digests[path] = done.digest
+        return digests
 
     def _close(self, stage: StagingDir, progress: Progress) -> None:
         """Check what was written, and refuse to publish what is wrong."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from modelopt_convert.checkpoint.companions import MODEL_INDEX, Companions
 from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.build.card import Made, model_card, pipeline_card
@@ -36,17 +37,23 @@ def small_files(
     return files | {RECORD: record} | last
 
 
-def pipeline_files(parts: Mapping[str, bytes], made: Made) -> dict[str, bytes]:
-    """Card and record above several transformers, each of which has its own.
+def pipeline_files(
+    parts: Mapping[str, bytes], made: Made, companions: Companions | None, copied: Mapping[str, str]
+) -> dict[str, bytes]:
+    """Card and record above several transformers, each of which has its own, or of a whole pipeline.
 
     Args:
         parts: The record of each, by its folder.
         made: How they were asked for.
+        companions: What stands beside them, of a whole pipeline.
+        copied: The digest of each file that was copied, by its path.
     """
     components = list(parts)
     files = {"README.md": pipeline_card(components, made).encode()}
+    files |= {MODEL_INDEX: companions.index} if companions is not None else {}
     digests = {name: digest_of(data) for name, data in parts.items()}
     more = _head(made) | {"components": components, "parts": digests}
+    more |= {"copied": dict(sorted(copied.items()))} if companions is not None else {}
     return files | {RECORD: write_record(made.command, more, tensors={}, files=files, headers=None)}
 
 

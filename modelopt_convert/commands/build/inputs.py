@@ -27,8 +27,8 @@ class Opened:
 
     Attributes:
         component: Which it is.
-        prefix: Of its names in the report and of its folder in OUT: ``transformer/`` where several are built, else
-            empty.
+        prefix: Of its names in the report and of its folder in OUT: ``transformer/`` where several are built, or a
+            whole pipeline; else empty.
         export: The opened export, or None where the base itself is quantized.
         base: The opened base, or None.
         original: For an export in another naming: the export's own name of each tensor, by the new one.
@@ -59,9 +59,16 @@ class Opened:
 
 
 def open_all(
-    components: list[Component], checkpoint: Location | None, inputs: Inputs, clock: Clock
+    components: Sequence[Component], folders: Sequence[str], checkpoint: Location | None, inputs: Inputs, clock: Clock
 ) -> Iterator[tuple[Opened, list[Warned]]]:
     """Open every component's inputs, one after the other.
+
+    Args:
+        components: Which.
+        folders: The folder of each in OUT; empty where OUT itself is the transformer.
+        checkpoint: ``--checkpoint``.
+        inputs: Keeps them open.
+        clock: Takes the time.
 
     Raises:
         InputError: An input that cannot be opened, or an X0Model without a base.
@@ -73,9 +80,9 @@ def open_all(
             path=str(checkpoint),
             hint="give the folder, or convert one transformer with --component",
         )
-    for one in components:
+    for one, folder in zip(components, folders, strict=True):
         with clock.timed("open"):
-            opened = _open(one, f"{one.name}/" if len(components) > 1 else "", checkpoint, inputs)
+            opened = _open(one, f"{folder}/" if folder else "", checkpoint, inputs)
         yield opened
 
 

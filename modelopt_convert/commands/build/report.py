@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from modelopt_convert.checkpoint.companions import Companions
 from modelopt_convert.commands.build.files import counted, fates_of, rules_of
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.commands.build.proof import Proven, verdict_counts
@@ -42,6 +43,7 @@ class Steps:
         warned: What the user should know, in the order in which it was found.
         output: Where the checkpoint shall stand.
         chosen: The preset, if there is one.
+        companions: What is copied beside them, of a whole pipeline.
         parts: The transformers.
         plans: The plan of each, brought in line with what was found since.
         free_bytes: Room beside OUT.
@@ -62,6 +64,7 @@ class Steps:
     warned: list[Warned] = field(default_factory=list)
     output: str = ""
     chosen: ChosenPreset | None = None
+    companions: Companions | None = None
     parts: list[Opened] = field(default_factory=list)
     plans: list[BuildPlan] = field(default_factory=list)
     free_bytes: int | None = None
@@ -92,12 +95,14 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
     both = list(zip(steps.parts, steps.plans, strict=False))  # a plan may be refused after others were made
     specs = {f"{part.prefix}{shard.file}": shard.tensors for part, plan in both for shard in plan.shards}
     ledger = {f"{part.prefix}{role}": fates for part, plan in both for role, fates in fates_of(part, plan).items()}
+    beside = steps.companions.files if steps.companions is not None else {}
+    copied = {path: file.num_bytes for path, file in beside.items()}
     return Report(
         command=request.command,
         inputs=steps.inputs.reports(),
         network=steps.inputs.network(),
         preset=_preset(steps.chosen, request.algorithm),
-        output=output_report(steps.output, specs, steps.published, error),
+        output=output_report(steps.output, specs, copied, steps.published, error),
         engine=request.engine,
         engines=known_limits([part.model.config for part in steps.parts], request.algorithm),
         rules=[rule for part, plan in both for rule in rules_of(part, plan)],

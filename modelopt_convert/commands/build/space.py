@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from modelopt_convert.checkpoint.companions import Companions, folders_of
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import pipeline_files, small_files
@@ -32,7 +33,7 @@ _VERDICTS = ("reproduced", "near (sampled rows)", "reproduced (sampled rows)", "
 _COUNTS = 4096  # what the proof may add to the counts of fates, and its method
 
 
-def build_bytes(parts: Sequence[Opened], plans: Sequence[BuildPlan], made: Made) -> int:
+def build_bytes(parts: Sequence[Opened], plans: Sequence[BuildPlan], made: Made, companions: Companions | None) -> int:
     """What a build will take, before its proof has run: the small files are made with the longest it can say."""
     sizes: list[int] = []
     manifests: dict[str, bytes] = {}
@@ -42,9 +43,11 @@ def build_bytes(parts: Sequence[Opened], plans: Sequence[BuildPlan], made: Made)
         sizes += _lengths(files)
         sizes.append(_COUNTS)
         manifests[part.prefix.rstrip("/")] = files[RECORD]
-    if len(parts) > 1:
-        sizes += _lengths(pipeline_files(manifests, made))
-    return disk_bytes(sizes, folders=1 + len(parts) * (len(parts) > 1))
+    copied = companions.files if companions is not None else {}
+    sizes += [file.num_bytes for file in copied.values()]
+    if parts[0].prefix:
+        sizes += _lengths(pipeline_files(manifests, made, companions, dict.fromkeys(copied, DIGEST)))
+    return disk_bytes(sizes, folders=1 + len(parts) * bool(parts[0].prefix) + len(folders_of(copied)))
 
 
 def _lengths(files: Mapping[str, bytes]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 from modelopt_convert.checkpoint.hub.answers import HubFile
 from modelopt_convert.checkpoint.pipeline import COMPONENTS
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX
-from modelopt_convert.checkpoint.record import RECORD, digest_of, is_record
+from modelopt_convert.checkpoint.record import RECORD, copied_files, digest_of, is_record
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.commands.push.publishable import CARD, Publishable, Upload
 from modelopt_convert.run.errors import InputError
@@ -73,7 +73,7 @@ def compare(
 def _equal(file: Upload, remote: HubFile, advance: Callable[[int], None]) -> bool:
     if file.num_bytes != remote.num_bytes:
         return False
-    return (file.git_sha1() if remote.is_small else file.sha256(advance)) == remote.etag
+    return (file.git_sha1 if remote.is_small else file.sha256)(advance) == remote.etag
 
 
 def _stale(
@@ -86,14 +86,16 @@ def _stale(
     """
     foreign: list[str] = []
     stale: list[str] = []
+    copied = copied_files(records.get(".", {})) if is_record(records.get(".")) else {}
+    looked_at = _FOLDERS | {_folder(path) for path in (*local.paths, *copied)}
     for path in sorted(there.keys() - local.paths):
         name = PurePosixPath(path).name
-        if _folder(path) not in _FOLDERS:
+        if _folder(path) not in looked_at:
             continue
         ours = is_record(records.get(_folder(path)))
-        if ours and (_OURS.fullmatch(name) or name == RECORD):
+        if path in copied or (ours and (_OURS.fullmatch(name) or name == RECORD)):
             stale.append(path)
-        elif name.endswith((".safetensors", INDEX_SUFFIX)) or name == "config.json":
+        elif name.endswith((".safetensors", INDEX_SUFFIX)) or (name == "config.json" and _folder(path) in _FOLDERS):
             foreign.append(path)
     if foreign:
         more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""

@@ -46,7 +46,7 @@ from modelopt_convert.commands.requests import PushRequest, VerifyRequest
 from modelopt_convert.commands.serving import known_limits, loads_right, refuse_broken
 from modelopt_convert.commands.verify import VerifyCommand
 from modelopt_convert.engines.limits import declared
-from modelopt_convert.engines.sglang import load_command
+from modelopt_convert.engines.sglang import load_command, pipeline_command
 from modelopt_convert.report.report import EngineLimitReport, OutputReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError
 from modelopt_convert.run.progress import Progress
@@ -311,14 +311,23 @@ def _fetcher(request: PushRequest, commit: str, there: Mapping[str, HubFile]) ->
 
 
 def _load_command(pushed: PushedReport, local: Publishable) -> str:
-    base = str(local.record.get("base_claimed") or local.record.get("base_repo") or "BASE_MODEL")
+    base = _known_base(local) or "BASE_MODEL"
+    if local.is_pipeline and pushed.revision == _MAIN:
+        return pipeline_command(pushed.repo_id, _known_base(local))
     if not local.components and pushed.revision == _MAIN:
         return load_command(pushed.repo_id, base, [])
     # An engine takes a repo's main branch alone, and its path to one of several transformers must be a folder.
     folder = pushed.repo_id.rpartition("/")[2]
     revision = [] if pushed.revision == _MAIN else ["--revision", pushed.revision]
     download = shlex.join(["hf", "download", pushed.repo_id, *revision, "--local-dir", folder])
-    return f"{download} && {load_command(folder, base, local.components)}"
+    load = load_command(folder, base, local.components)
+    return f"{download} && {pipeline_command(folder, _known_base(local)) if local.is_pipeline else load}"
+
+
+def _known_base(local: Publishable) -> str | None:
+    """The base's repo, as the record has it."""
+    known = local.record.get("base_claimed") or local.record.get("base_repo")
+    return None if known is None else str(known)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of
 from modelopt_convert.checkpoint.local_file import check_link
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
-from modelopt_convert.checkpoint.record import RECORD
+from modelopt_convert.checkpoint.record import RECORD, copied_files, read_pipeline
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.commands.push.leaks import holds_token, local_path, strings_of
 from modelopt_convert.run.errors import InputError
@@ -49,20 +50,21 @@ class Upload:
 
     def sha256(self, advance: Callable[[int], None]) -> str:
         """Digest by which the Hub knows large files."""
+        return self._fed(hashlib.sha256(), advance)
+
+    def git_sha1(self, advance: Callable[[int], None]) -> str:
+        """Digest by which the Hub knows small files, also those that are sent from disk."""
+        return self._fed(hashlib.sha1(b"blob %d\0" % self.num_bytes, usedforsecurity=False), advance)
+
+    def _fed(self, digest: "hashlib._Hash", advance: Callable[[int], None]) -> str:
         if isinstance(self.source, bytes):
-            return hashlib.sha256(self.source).hexdigest()
-        digest = hashlib.sha256()
+            digest.update(self.source)
+            return digest.hexdigest()
         with self.source.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 advance(len(chunk))
         return digest.hexdigest()
-
-    def git_sha1(self) -> str | None:
-        """Digest by which the Hub knows small files; None for a shard, which is never one."""
-        if isinstance(self.source, Path):
-            return None
-        return hashlib.sha1(b"blob %d\0" % len(self.source) + self.source, usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Publishable:
         left_out: What else the folder holds.
         readers: The opened transformers.
         components: Folders of the transformers; empty where the checkpoint itself is one.
+        is_pipeline: Whether all else that a pipeline needs is there too.
         record: mopt.json of the first transformer, or an empty object.
     """
 
@@ -81,6 +84,7 @@ class Publishable:
     left_out: tuple[str, ...]
     readers: tuple[CheckpointReader, ...]
     components: tuple[str, ...]
+    is_pipeline: bool
     record: dict[str, Any]
 
     @property
@@ -126,13 +130,18 @@ def publishable(checkpoint: Path, token: Callable[[], str | None], stack: ExitSt
             path=str(checkpoint),
             hint=f"mopt push {checkpoint.parent} REPO_ID",
         )
-    transformers = transformers_of(checkpoint, None)
+    copied = copied_files(read_pipeline(checkpoint))
+    transformers = [one for one in transformers_of(checkpoint, None) if f"{one[0]}/config.json" not in copied]
     files: list[Upload] = []
     left_out: list[str] = []
     readers: list[CheckpointReader] = []
     if [name for name, _, _ in transformers] != ["."]:
-        names = _sorted_out(checkpoint, "", _OF_ANY_FOLDER, left_out, known=[name for name, _, _ in transformers])
+        beside = {name for name, _, _ in transformers} | {path.partition("/")[0] for path in copied}
+        wanted = _OF_ANY_FOLDER | ({MODEL_INDEX} if copied else set())
+        names = _sorted_out(checkpoint, "", wanted, left_out, known=beside)
         files += [_small(checkpoint, "", name) for name in names]
+        files += [_copy(checkpoint, path) for path in copied]
+        left_out += _beside_copies(checkpoint, copied)
     for name, _, _ in transformers:
         folder = checkpoint if name == "." else checkpoint / name
         prefix = "" if name == "." else f"{name}/"
@@ -149,6 +158,7 @@ def publishable(checkpoint: Path, token: Callable[[], str | None], stack: ExitSt
         left_out=tuple(left_out),
         readers=tuple(readers),
         components=tuple(name for name, _, _ in transformers if name != "."),
+        is_pipeline=bool(copied),
         record=_parsed(min(records, key=lambda one: one.path.count("/"))) if records else {},
     )
 
@@ -174,6 +184,22 @@ def _sorted_out(
             name = path.name.encode(errors="backslashreplace").decode()
             left_out.append(f"{prefix}{name}/" if path.is_dir() else f"{prefix}{name}")
     return names
+
+
+def _copy(checkpoint: Path, path: str) -> Upload:
+    """A file of a whole pipeline; what may say where it came from is read, and looked through."""
+    if path.endswith("config.json"):
+        return _small(checkpoint, "", path)
+    check_link(checkpoint, checkpoint / path)
+    return _shard(checkpoint, "", path)
+
+
+def _beside_copies(checkpoint: Path, copied: Collection[str]) -> list[str]:
+    """What else stands in the folders of copies."""
+    folders = {path.rpartition("/")[0] for path in copied} - {""}
+    known = {*copied, *folders_of(copied)}
+    beside = sorted(f"{folder}/{one.name}" for folder in folders for one in (checkpoint / folder).glob("*"))
+    return [path.encode(errors="backslashreplace").decode() for path in beside if path not in known]
 
 
 def _shard(folder: Path, prefix: str, name: str) -> Upload:

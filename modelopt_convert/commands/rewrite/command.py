@@ -106,7 +106,7 @@ class RewriteCommand:
             stage: StagingDir | None = None
             if not request.dry_run:
                 # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
-                stage = stack.enter_context(StagingDir(output, inputs, **request.consent, need_bytes=0))
+                stage = stack.enter_context(StagingDir(output, inputs, **request.consent, need_bytes=0, copies=()))
             with self._clock.timed("open"):
                 against = self._inputs.open("base", base_path) if base_path is not None else None
             with self._clock.timed("inspect"):
@@ -147,7 +147,7 @@ class RewriteCommand:
             command=self._request.command,
             inputs=self._inputs.reports(),
             network=self._inputs.network(),
-            output=output_report(self._output, shards, self._published, error),
+            output=output_report(self._output, shards, {}, self._published, error),
             ledger={"source": dict(plan.fates)} if plan else {},
             counts={"source": counted(plan.fates)} if plan else {},
             proof=self._proof,

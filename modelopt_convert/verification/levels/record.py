@@ -1,7 +1,10 @@
 """One pass over every byte: digests against the record in mopt.json, and NaN among E4M3 weights."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import truediv
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -9,11 +12,12 @@ from typing import Any
 import xxhash
 
 from modelopt_convert.checkpoint.digests import headers_digest
-from modelopt_convert.checkpoint.location import Location, open_file
+from modelopt_convert.checkpoint.location import Location, OpenFile, names, open_file
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.formats.tensor_bytes import check_e4m3
 from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import in_order, until
 
 _SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
@@ -113,22 +117,72 @@ def unlisted(folder: Location, names: Iterable[str]) -> tuple[list[str], list[st
     return failures, warnings
 
 
-def _digest(folder: Location, name: str) -> str | None:
-    """Of a small file; None for what is none: the record may name a pipe that nobody writes to.
+def copied_faults(root: Location, copied: Mapping[str, str], workers: int, progress: Progress) -> list[str]:
+    """What stands beside the transformers of a whole pipeline and is not what was copied, in words.
+
+    Args:
+        root: The pipeline.
+        copied: The digest of each file that was copied, by its path.
+        workers: Files read at a time.
+        progress: Told what is read.
 
     Raises:
-        InputError: ``input.unreadable``, ``input.too_many_files``: nothing is known of its bytes.
+        InputError: ``input.unreadable``, ``input.too_many_files``: nothing is known of the bytes.
     """
-    try:
-        file = open_file(folder, name)
-    except InputError as error:
-        if error.code in ("input.unreadable", "input.too_many_files"):
-            raise
+    faults: list[str] = []
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        for path in copied:
+            *folders, name = path.split("/")
+            file = _open(reduce(truediv, folders, root), name)
+            if file is None:
+                faults.append(f"{path} was copied and is gone")
+            else:
+                stack.callback(file.close)
+                files[path] = file
+
+        def changed(path: str, stopped: Event) -> str | None:
+            file, digest = files[path], xxhash.xxh3_128()
+            file.prefetch([(0, file.num_bytes)])
+            for begin in until(stopped, range(0, file.num_bytes, _SCANNED_BYTES)):
+                piece = file.read(begin, min(_SCANNED_BYTES, file.num_bytes - begin))
+                digest.update(piece)
+                progress.advance(len(piece))
+            return None if digest.hexdigest() == copied[path] else f"{path} is not what was copied: its bytes changed"
+
+        progress.begin("read copies", sum(one.num_bytes for one in files.values()))
+        faults += [words for words in in_order(list(files), changed, workers) if words is not None]
+    inside = {path.rpartition("/")[0] for path in copied} - {""}
+    for folder in sorted(inside):
+        place = reduce(truediv, folder.split("/"), root)
+        known = {path.removeprefix(f"{folder}/").partition("/")[0] for path in copied if path.startswith(f"{folder}/")}
+        failures, _ = unlisted(place, set(names(place)) - known)
+        faults += [f"{folder}/: {words}" for words in failures]
+    return faults
+
+
+def _digest(folder: Location, name: str) -> str | None:
+    """Of a small file; None for what is none."""
+    if (file := _open(folder, name)) is None:
         return None
     try:
         return xxhash.xxh3_128_hexdigest(file.read(0, min(file.num_bytes, MAX_INDEX_BYTES)))
     finally:
         file.close()
+
+
+def _open(folder: Location, name: str) -> OpenFile | None:
+    """None for what is no file: the record may name a pipe that nobody writes to.
+
+    Raises:
+        InputError: ``input.unreadable``, ``input.too_many_files``: nothing is known of its bytes.
+    """
+    try:
+        return open_file(folder, name)
+    except InputError as error:
+        if error.code in ("input.unreadable", "input.too_many_files"):
+            raise
+        return None
 
 
 def _header_faults(reader: CheckpointReader, record: Mapping[str, Any]) -> list[str]:

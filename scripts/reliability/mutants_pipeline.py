@@ -1,0 +1,79 @@
+"""The guards of whole pipelines that mutants.py takes away, each with its tests."""
+
+from mutants_disk import Mutant
+
+_BUILD = "commands/build/test_pipeline_output.py"
+_PUSH = "commands/push/test_pipeline.py"
+_POWER = "stage/test_powerloss.py::test_a_power_cut_at_any_step"
+
+
+def _companions(what: str, old: str, new: str) -> Mutant:
+    return Mutant("checkpoint/companions.py", what, old, new, (_BUILD,))
+
+
+PIPELINE = (
+    _companions("weights in pickles alone", "(len(copied) < len(found) and not weights)", "False"),
+    _companions("a component that is not there", "if not copied or", "if False or"),
+    _companions("a link to a folder in a component", "isinstance(path, Path) and path.is_symlink()", "False"),
+    _companions("names of components", "if PurePosixPath(name).name != name]", "if False]"),
+    _companions("a transformer that is not listed", "sorted(set(built) - set(listed))", "sorted(set())"),
+    _companions("pickles are not copied", "if not path.lower().endswith(_OTHER_WEIGHTS)]", "if True]"),
+    Mutant(
+        "commands/command.py", "copied files are compared before the swap", "file.check_unchanged()", "pass", (_BUILD,)
+    ),
+    Mutant(
+        "stage/ownership.py", "an edited copy is foreign", "return found == {name: digest}", "return True", (_BUILD,)
+    ),
+    Mutant(
+        "verification/levels/record.py",
+        "the bytes of copies",
+        "if digest.hexdigest() == copied[path] else",
+        "if True else",
+        (_BUILD,),
+    ),
+    Mutant(
+        "verification/levels/record.py",
+        "copies that are gone",
+        'faults.append(f"{path} was copied',
+        'str(f"{path} was copied',
+        (_BUILD,),
+    ),
+    Mutant(
+        "verification/levels/record.py",
+        "weights beside copies",
+        "failures, _ = unlisted(place,",
+        "failures, _ = [], (place,",
+        (_BUILD,),
+    ),
+    Mutant(
+        "checkpoint/record.py",
+        "paths of copies stay inside",
+        'if not {"", ".", ".."} & {*path.split("/")}',
+        "if True",
+        ("checkpoint/test_copied_files.py",),
+    ),
+    Mutant(
+        "commands/push/publishable.py",
+        "a copy that is a link",
+        "check_link(checkpoint, checkpoint / path)",
+        "pass",
+        (_PUSH,),
+    ),
+    Mutant(
+        "commands/push/publishable.py",
+        "paths of a machine in copies",
+        'if path.endswith("config.json"):',
+        "if False:",
+        (_PUSH,),
+    ),
+    Mutant("commands/push/changes.py", "copies of before go", "if path in copied or (ours", "if (ours", (_PUSH,)),
+    Mutant(
+        "commands/push/changes.py",
+        "weights of others in components",
+        "(*local.paths, *copied)}",
+        "(*copied,)}",
+        (_PUSH,),
+    ),
+    Mutant("stage/leftovers.py", "copies in a dead stage are mopt's", "name in copied or", "", (_POWER,)),
+    Mutant("stage/directory.py", "the names of copies are on disk first", "if self._copies:", "if False:", (_POWER,)),
+)

@@ -1,0 +1,222 @@
+"""``--pipeline-output``: the base's other components stand beside what was built, and are checked later."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pipelines import make_pipeline
+from support import Outcome, copy, edit_json, run_mopt, tree
+
+OURS = {"README.md", "mopt.json"}
+BUILT = ("transformer/",)
+
+
+@pytest.fixture(scope="module")
+def pipeline(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two transformers, of which the exports quantize the first, and a VAE that diffusers wrote."""
+    from diffusers import AutoencoderKL
+
+    folder = make_pipeline(exports / "base", tmp_path_factory.mktemp("pipeline") / "base", exports / "base")
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(exports: Path, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from it. Never write there."""
+    export = copy(exports / "nvfp4", tmp_path_factory.mktemp("export") / "transformer").parent
+    outcome = make(export, pipeline, export.parent / "whole")
+    assert outcome.exit_code == 0, outcome.stderr
+    return export.parent / "whole"
+
+
+def make(export: Path, base: Path, output: Path, *more: str) -> Outcome:
+    where = ("--export", export, "--base", base, "--output", output)
+    return run_mopt("build-nvfp4", "--preset", "flux1-dev", *where, "--pipeline-output", *more)
+
+
+def verified(folder: Path, *more: str | Path) -> Outcome:
+    return run_mopt("verify", folder, *more)
+
+
+def copied(folder: Path) -> list[str]:
+    """Paths of what the record says was copied."""
+    return sorted(json.loads((folder / "mopt.json").read_text())["copied"])
+
+
+def test_all_but_the_built_transformer_is_the_base_s(pipeline: Path, whole: Path, exports: Path, built: Path) -> None:
+    mine, theirs = tree(whole), tree(pipeline)
+    rest = {name: digest for name, digest in theirs.items() if not name.startswith(BUILT) and name != "README.md"}
+    assert {name: digest for name, digest in mine.items() if not name.startswith(BUILT) and name not in OURS} == rest
+    assert set(copied(whole)) == rest.keys() - {"model_index.json"}
+    alone = run_mopt(
+        "build-nvfp4",
+        "--preset",
+        "flux1-dev",
+        "--export",
+        exports / "nvfp4",
+        "--base",
+        pipeline / "transformer",
+        "--output",
+        whole.parent / "alone",
+    )
+    assert alone.exit_code == 0
+    for name, digest in tree(whole.parent / "alone").items():
+        assert name in OURS or mine[f"transformer/{name}"] == digest
+
+
+def test_diffusers_takes_it_for_the_base_s_pipeline(pipeline: Path, whole: Path) -> None:
+    """But for the transformer, which diffusers cannot load packed."""
+    from diffusers import AutoencoderKL, FluxPipeline
+
+    config = FluxPipeline.load_config(whole)
+    assert config == FluxPipeline.load_config(pipeline)
+    mine, theirs = (AutoencoderKL.from_pretrained(one, subfolder="vae").state_dict() for one in (whole, pipeline))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_verify_proves_it_and_reads_what_was_copied(pipeline: Path, whole: Path) -> None:
+    alone, against = verified(whole), verified(whole, "--base", pipeline)
+    assert (alone.exit_code, against.exit_code) == (0, 0), (alone.stderr, against.stderr)
+    assert against.report is not None and against.report["verify"]["proof"] == "proven"
+
+
+def _flip(path: Path, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path, random.Random], object]] = {
+    "a bit": _flip,
+    "cut short": lambda path, chance: path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)]),
+    "longer": lambda path, chance: path.write_bytes(path.read_bytes() + b"\0"),
+    "gone": lambda path, chance: path.unlink(),
+    "a folder": lambda path, chance: (path.unlink(), path.mkdir()),
+    "another file": lambda path, chance: path.with_name("weights.safetensors").write_bytes(b"?"),
+    "a pickle": lambda path, chance: path.with_name("pytorch_model.bin").write_bytes(b"?"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_to_a_copy_fails(whole: Path, tmp_path: Path, how: str) -> None:
+    chance = random.Random(how)
+    damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    inside = [path for path in copied(whole) if "/" in path]  # beside model_index.json a loader takes no weights
+    path = chance.choice(inside)
+    DAMAGE[how](damaged / path, chance)
+    outcome = verified(damaged)
+    assert (outcome.exit_code, outcome.error_code) == (1, "check.verify"), (path, outcome.stderr)
+    assert path.rpartition("/")[0] in outcome.message and outcome.report is not None
+    assert outcome.report["verify"]["verdict"] == "fail" and outcome.report["verify"]["proof"] == "mismatch"
+
+
+def test_an_edited_copy_is_not_overwritten_unasked(exports: Path, pipeline: Path, whole: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    again = make(exports / "nvfp4", pipeline / "transformer", out, "--overwrite")
+    assert again.exit_code == 0 and tree(out) == tree(whole), again.stderr
+    path = random.Random(1).choice(copied(whole))
+    (out / path).write_bytes(b"mine")
+    refused = make(exports / "nvfp4", pipeline, out, "--overwrite")
+    assert (refused.exit_code, refused.error_code) == (4, "output.foreign") and path in refused.message
+    assert (out / path).read_bytes() == b"mine"
+
+
+def test_the_next_command_is_runnable(exports: Path, pipeline: Path, tmp_path: Path) -> None:
+    where = ("--export", exports / "nvfp4", "--base", pipeline, "--output", tmp_path / "o u")
+    claim = ("--base-model", "black-forest-labs/FLUX.1-dev")
+    outcome = run_mopt("build-nvfp4", "--preset", "flux1-dev", *where, "--pipeline-output", *claim, json_report=False)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert f"next: sglang generate --model-path '{tmp_path / 'o u'}' --model-id FLUX.1-dev" in outcome.stdout
+    card = (tmp_path / "o u" / "README.md").read_text()
+    assert "sglang generate --model-path REPO_OR_FOLDER --model-id FLUX.1-dev" in card and "`transformer_2`" in card
+
+
+def test_a_dry_run_says_what_would_be_copied(exports: Path, pipeline: Path, tmp_path: Path) -> None:
+    outcome = make(exports / "nvfp4", pipeline / "transformer", tmp_path / "out", "--dry-run")
+    assert outcome.exit_code == 0 and outcome.report is not None and not (tmp_path / "out").exists()
+    said = {one["file"]: one["bytes"] for one in outcome.report["output"]["copied"]}
+    assert said["vae/config.json"] == (pipeline / "vae" / "config.json").stat().st_size
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
+
+
+def _relisted(name: str, value: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "model_index.json", lambda index: index.update({name: value}))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a transformer alone": (lambda folder: (folder / "model_index.json").unlink(), "pipeline.none"),
+    "a component that is not there": (lambda folder: shutil.rmtree(folder / "vae"), "pipeline.incomplete"),
+    "an empty component": (
+        lambda folder: (shutil.rmtree(folder / "vae"), (folder / "vae").mkdir()),
+        "pipeline.incomplete",
+    ),
+    "weights in a pickle alone": (_pickled, "pipeline.incomplete"),
+    "a transformer that is not listed": (_relisted("transformer", [None, None]), "pipeline.not_listed"),
+    "a path for a name": (_relisted("../vae", ["diffusers", "AutoencoderKL"]), "pipeline.index"),
+    "no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "pipeline.json"),
+    "no object": (lambda folder: (folder / "model_index.json").write_text("[]"), "pipeline.json"),
+    "nothing listed": (lambda folder: (folder / "model_index.json").write_text("{}"), "pipeline.index"),
+    "a link that leads out": (
+        lambda folder: (
+            (folder / "vae" / "config.json").unlink(),
+            (folder / "vae" / "config.json").symlink_to("/etc/hostname"),
+        ),
+        "input.symlink_escape",
+    ),
+    "a link to a folder": (lambda folder: (folder / "vae" / "more").symlink_to(".."), "pipeline.link"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_no_whole_pipeline_is_refused(exports: Path, pipeline: Path, tmp_path: Path, fault: str) -> None:
+    spoil, code = FAULTS[fault]
+    base = Path(shutil.copytree(pipeline, tmp_path / "base"))
+    spoil(base)
+    before = tree(base)
+    outcome = make(exports / "nvfp4", base / "transformer", tmp_path / "out")
+    assert (outcome.exit_code, outcome.error_code) == (3, code), outcome.stderr
+    assert tree(base) == before and not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_safetensors_are_left_out_and_named(exports: Path, pipeline: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pipeline, tmp_path / "base"))
+    (base / "text_encoder" / "pytorch_model.bin").write_bytes(b"a pickle")
+    outcome = make(exports / "nvfp4", base / "transformer", tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    told = {one["code"]: one["message"] for one in outcome.report["warnings"]}
+    assert "text_encoder/pytorch_model.bin" in told["pipeline.left_out"]
+    assert not (tmp_path / "out" / "text_encoder" / "pytorch_model.bin").exists()
+
+
+def test_a_file_that_changes_meanwhile_is_refused(
+    exports: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelopt_convert.commands.build import command
+
+    base = Path(shutil.copytree(pipeline, tmp_path / "base"))
+    real = command.copy_file
+
+    def late(*arguments: object) -> object:
+        done = real(*arguments)  # type: ignore[arg-type]
+        (base / "vae" / "config.json").write_bytes(b"{}")
+        return done
+
+    monkeypatch.setattr(command, "copy_file", late)
+    outcome = make(exports / "nvfp4", base / "transformer", tmp_path / "out")
+    assert (outcome.exit_code, outcome.error_code) == (3, "input.changed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_base_there_is_nothing_to_copy(exports: Path, tmp_path: Path) -> None:
+    where = ("--export", exports / "fp8", "--output", tmp_path / "out", "--pipeline-output")
+    outcome = run_mopt("convert-fp8", "--preset", "flux1-dev", *where)
+    assert outcome.exit_code == 2 and "--pipeline-output" in outcome.stderr
