@@ -50,24 +50,29 @@ class Forks:
             words: The command line, without the program.
             tracer: Command of strace, to which the process is added. The run begins when strace has attached itself.
         """
-        pid = self._ask(json.dumps([list(words), *map(str, self._said)]))
+        self._tell(json.dumps([list(words), *map(str, self._said)]))
+        pid = self._answer()
         if not tracer:
-            code = self._ask("go")
+            self._tell("go")
         else:
             attach = [*tracer, "-p", str(pid)]
             with subprocess.Popen(attach, stderr=subprocess.PIPE, text=True) as strace:
                 assert strace.stderr is not None
                 attached = strace.stderr.readline()
-                code = self._ask("go")
-                strace.communicate()
+                self._tell("go")
+                strace.communicate()  # to the end of the run: a line for each thread could fill the pipe
             assert attached == f"{Path(tracer[0]).name}: Process {pid} attached\n", attached
+        code = self._answer()
         stdout, stderr = (path.read_text(errors="replace") for path in self._said)
         return code, stdout, stderr
 
-    def _ask(self, line: str) -> int:
-        assert self._server.stdin is not None and self._server.stdout is not None
+    def _tell(self, line: str) -> None:
+        assert self._server.stdin is not None
         self._server.stdin.write(f"{line}\n")
         self._server.stdin.flush()
+
+    def _answer(self) -> int:
+        assert self._server.stdout is not None
         return int(self._server.stdout.readline())
 
 
