@@ -2,24 +2,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Python compiles what is imported, which is a small part of what is installed.
+PIP := $(BIN)/pip install --quiet --no-compile
 HUB2 := .venv/hub2
 SGLANG := .venv/engines/sglang
+# Exports that ModelOpt makes for the tests: tests/conftest.py says what they are.
+EXPORTS := .venv/exports
+ALL_EXPORTS := $(EXPORTS)/exports/done $(EXPORTS)/families/done
+# Neighbours stay on one worker, which makes their fixtures once, until the other has nothing left to do.
+PYTEST := MOPT_TEST_EXPORTS=$(CURDIR)/$(EXPORTS) $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long quality engines mutants reliability fuzz
+.PHONY: demo test ready test-long quality engines mutants reliability fuzz
 
 # torch first, from the pin: a range could bring another build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[modelopt,dev]'
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[modelopt,dev]'
 # Alone, for its own checks of operands: what it asks for besides is several gigabytes of CUDA.
-	$(BIN)/pip install --quiet --no-deps --no-compile -c constraints.txt flashinfer-python apache-tvm-ffi
+	$(PIP) --no-deps -c constraints.txt flashinfer-python apache-tvm-ffi
 	touch $@
 
 # The next major version of huggingface_hub, to be put in front of the one that transformers takes.
 $(HUB2)/installed: $(INSTALLED) constraints-hub2.txt
 	rm -rf $(HUB2)
-	$(BIN)/pip install --quiet --no-deps --target $(HUB2) -r constraints-hub2.txt
+	$(PIP) --no-deps --target $(HUB2) -r constraints-hub2.txt
 	touch $@
 
 # A real ModelOpt export of a small FLUX.1 on the CPU, and the mixed repo built from it.
@@ -27,17 +34,30 @@ demo: $(INSTALLED)
 	$(BIN)/python scripts/make/make_export.py demo nvfp4
 	$(BIN)/mopt build-nvfp4 --preset flux1-dev --export demo/nvfp4 --base demo/base --output demo/flux1-dev-nvfp4 --overwrite
 
-test: $(INSTALLED) $(HUB2)/installed $(SGLANG)/installed quality
-	$(BIN)/pytest -n 2
-# But for a Hub that lies and stalls: what it says is judged by mopt's own code, whichever the client.
-	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(BIN)/pytest -n 2 tests/support/test_loopback_hub.py tests/checkpoint/hub \
-		tests/commands/push --ignore tests/checkpoint/hub/test_hostile.py --ignore tests/commands/push/test_hostile_hub.py
+$(ALL_EXPORTS): $(INSTALLED) scripts/make/make_export.py scripts/make/tiny_models.py
+	rm -rf $(@D)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/make/make_export.py $(@D) $(if $(findstring families,$@),--family all nvfp4 fp8,all)
+	touch $@
+
+# Here mopt's own code is all that is judged: answers that lie and stall, ranges, leaks.
+WHICHEVER_CLIENT := checkpoint/hub/test_answers checkpoint/hub/test_hostile checkpoint/hub/test_ranges \
+	commands/push/test_hostile_hub commands/push/test_leaks
+# What is fetched and what is computed, side by side.
+test: $(INSTALLED)
+	$(MAKE) --jobs=3 ready
+	$(PYTEST)
+	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(PYTEST) tests/support/test_loopback_hub.py tests/checkpoint/hub \
+		tests/commands/push $(WHICHEVER_CLIENT:%=--ignore tests/%.py)
+
+ready: $(SGLANG)/installed $(ALL_EXPORTS) $(HUB2)/installed quality
 
 # What takes too long for every change: random histories of OUT, full sizes, a million tensors, damage at many places. Not
 # part of CI.
-test-long: $(INSTALLED)
-	MOPT_TEST_LONG=1 $(BIN)/pytest -n 2 tests/long tests/checkpoint/test_bounds.py tests/stage/test_crash.py \
-		tests/stage/test_crash_twice.py tests/cli/test_crash.py tests/cli/test_errno.py tests/commands/test_reads_that_fail.py tests/proof/test_planted.py tests/proof/test_search.py \
+test-long: $(INSTALLED) $(ALL_EXPORTS)
+	MOPT_TEST_LONG=1 $(PYTEST) tests/long tests/checkpoint/test_bounds.py tests/stage/test_crash.py \
+		tests/stage/test_crash_twice.py tests/stage/test_powerloss.py tests/stage/test_race.py tests/cli/test_crash.py \
+		tests/cli/test_errno.py tests/cli/test_signals.py tests/commands/test_reads_that_fail.py \
+		tests/proof/test_planted.py tests/proof/test_search.py \
 		tests/verification/test_record.py tests/checkpoint/hub/test_hostile.py tests/commands/push/test_hostile_hub.py
 
 # Every family and format in the engines' own loaders; what they make of it goes to docs/engines.md. Five minutes, most of
@@ -64,7 +84,7 @@ reliability: $(INSTALLED)
 # Ten minutes for each parser. What is found lies in the current folder as crash-*; it belongs in tests/checkpoint/fuzz_corpus.
 FUZZ_SECONDS ?= 600
 fuzz: $(INSTALLED)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fuzz]'
+	$(PIP) -c constraints.txt -e '.[fuzz]'
 	for name in header index; do \
 		mkdir -p .venv/fuzz/$$name && $(BIN)/python scripts/reliability/fuzz_$$name.py -max_total_time=$(FUZZ_SECONDS) -max_len=2048 \
 			-dict=tests/checkpoint/fuzz_corpus/words.dict .venv/fuzz/$$name tests/checkpoint/fuzz_corpus/$$name || exit 1; \

@@ -24,7 +24,8 @@ def set_up(engine: str, folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
     [packages] = folder.glob("lib/python3*/site-packages")
     (packages / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-warn-conflicts"]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    install = [*pip, "install", "--quiet", "--no-compile", "--no-warn-conflicts"]
     if pins["wheels"]:
         subprocess.run([*install, "--no-deps", *pins["wheels"], *pins["packages"]], check=True)
     if pins["full"]:

@@ -5,9 +5,9 @@ rest, so that what is tested is what users have. Needs the ``modelopt`` extra. T
 
     python scripts/make/make_export.py OUT [--family FAMILY] [VARIANT ...]
 
-writes OUT/base (in shards) and OUT/<variant>; without variants, nvfp4 alone; without a family, flux1. The family "all"
-makes every family in one process, as OUT/<family>/base and OUT/<family>/<variant>. FP8 variants come with the
-checkpoint that ModelOpt's example saves before it exports, OUT/<variant>/ckpt/transformer.pt.
+writes OUT/base (in shards) and OUT/<variant>; without variants, nvfp4 alone; "all" is every one. Without a family,
+flux1; the family "all" makes every family in one process, as OUT/<family>/base and OUT/<family>/<variant>. FP8 variants
+come with the checkpoint that ModelOpt's example saves before it exports, OUT/<variant>/ckpt/transformer.pt.
 """
 
 import argparse
@@ -56,10 +56,12 @@ def main() -> None:
     """Make what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS], metavar="variant", help=", ".join(VARIANTS))
+    parser.add_argument(
+        "variants", nargs="*", choices=[[], "all", *VARIANTS], metavar="variant", help=f"all, or {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="flux1")
     arguments = parser.parse_intermixed_args()
-    variants = arguments.variants or ["nvfp4"]
+    variants = VARIANTS if "all" in arguments.variants else arguments.variants or ["nvfp4"]
     if arguments.family == "all":
         make_all(arguments.out, FAMILIES, variants)
     else:

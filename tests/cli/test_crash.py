@@ -4,6 +4,8 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hub_support import hub_environment
 from loopback_hub import LoopbackHub
 from root import LONG
 from support import tree
-from tracing import DRIVER, OPENING, Call, Ended, calls_under, need_strace, run, strike
+from tracing import DRIVER, OPENING, Call, Ended, calls_under, fork, mopt_forks, need_strace, run, strike
 
 PARTS = 3  # of the points of the kill test, so that they spread over the workers
 ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -23,7 +25,7 @@ KINDS = ("one transformer", "two transformers", "hf")
 
 
 class Site:
-    """A folder with OUT, which holds an older build in several shards; ``command`` replaces it by one in one file."""
+    """A folder with OUT, an older build in several shards; a run with ``arguments`` replaces it by one in one file."""
 
     def __init__(self, exports: Path, top: Path, kind: str) -> None:
         self.kind = kind
@@ -41,11 +43,12 @@ class Site:
                 hub.seed(f"alice/{name}", exports / name)
             self.environment = ENVIRONMENT | hub_environment(hub)
             inputs = ["hf://alice/nvfp4", "hf://alice/base"]
+        self.forks = mopt_forks(self.environment)
         words = ["build-nvfp4", "--preset", "flux1-dev", "--export", inputs[0], "--base", inputs[1], "--json"]
         words += ["--workers", "1"]  # strace counts the calls of the first thread alone
         for folder, more in ((self._old, ["--max-shard-size", "1MB"]), (top / "new", [])):
             self.arguments = [*map(str, words), *more, "--output", str(folder)]
-            assert run(self.command(), self.environment).code == 0
+            assert fork(self.forks, self.arguments).code == 0
         self.old, self.new = tree(self._old), tree(top / "new")
         assert self.old.keys() != self.new.keys()
         self.arguments = [*map(str, words), "--output", str(self.out), "--overwrite"]
@@ -56,8 +59,9 @@ class Site:
             shutil.copytree(source / "transformer", pipeline / name)
         return pipeline
 
-    def command(self, first: str = "") -> list[str]:
-        return [sys.executable, "-c", first + MOPT, *self.arguments]
+    def run(self, first: str) -> Ended:
+        """In a process of its own, in which some code runs before."""
+        return run([sys.executable, "-c", first + MOPT, *self.arguments], self.environment)
 
     def reset(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
@@ -72,26 +76,45 @@ class Site:
     def litter(self) -> list[str]:
         return sorted(path.name for path in self.place.iterdir() if path != self.out)
 
+    @cached_property
+    def calls(self) -> list[Call]:
+        """Every changing call of an undisturbed run; opening is left out, since imports open files too."""
+        self.reset()
+        ended, found = calls_under(self.forks, self.arguments, self.place, self.log)
+        assert (ended.code, self.state(), self.litter()) == (0, "new", [])
+        # What is fetched from a Hub is written into a cache, too, in pieces that depend on time.
+        left_out = (*OPENING, "pwrite64") if self.kind == "hf" else OPENING
+        return [call for call in found if call.changes and call.name not in left_out]
+
     def strike(self, call: Call, fault: str) -> Ended:
         self.reset()
-        return strike(self.command(), call, fault, self.place, self.log, self.environment)
-
-
-@pytest.fixture(scope="module", params=KINDS[:1])
-def site(request: pytest.FixtureRequest, exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    need_strace()
-    return Site(exports, tmp_path_factory.mktemp("site"), request.param)
+        return strike(self.forks, self.arguments, call, fault, self.place, self.log)
 
 
 @pytest.fixture(scope="module")
+def site_of(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Site]]:
+    """The site of a kind, one for all tests."""
+    need_strace()
+    sites: dict[str, Site] = {}
+
+    def made(kind: str) -> Site:
+        if kind not in sites:
+            sites[kind] = Site(exports, tmp_path_factory.mktemp("site"), kind)
+        return sites[kind]
+
+    yield made
+    for site in sites.values():
+        site.forks.close()
+
+
+@pytest.fixture(params=KINDS[:1])
+def site(request: pytest.FixtureRequest, site_of: Callable[[str], Site]) -> Site:
+    return site_of(request.param)
+
+
+@pytest.fixture
 def calls(site: Site) -> list[Call]:
-    """Every changing call of an undisturbed run; opening is left out, since imports open files too, some by chance."""
-    site.reset()
-    ended, found = calls_under(site.command(), site.place, site.log, site.environment)
-    assert (ended.code, site.state(), site.litter()) == (0, "new", [])
-    # What is fetched from a Hub is written into a cache, too, in pieces that depend on time.
-    left_out = (*OPENING, "pwrite64") if site.kind == "hf" else OPENING
-    return [call for call in found if call.changes and call.name not in left_out]
+    return site.calls
 
 
 def spread(calls: list[Call]) -> list[Call]:
@@ -126,7 +149,7 @@ def test_killed(site: Site, calls: list[Call], part: int) -> None:
         assert site.strike(call, "signal=KILL").code == -9
         counts[f"{call.name}: {site.state()}"] += 1
     print(f"\nSIGKILL, {site.kind}: {counts.total()} of {len(points)} points, OUT afterwards {dict(counts)}")
-    ended = run(site.command(), site.environment)
+    ended = fork(site.forks, site.arguments)
     assert (ended.code, site.state(), site.litter()) == (0, "new", [])
     note(8, cases=counts.total(), torn=0, litter=0)
 
@@ -146,7 +169,7 @@ def test_interrupted_at_the_swap(site: Site, calls: list[Call], whom: str) -> No
     if whom == "the process":
         site.reset()
         first = f"import sys; sys.path.append({str(DRIVER.parent)!r}); import crash_driver as d; "
-        ended = run(site.command(first + "d.signal_after('exchange'); "), site.environment)
+        ended = site.run(first + "d.signal_after('exchange'); ")
     else:
         ended = site.strike(next(call for call in calls if "rename" in call.name), "signal=TERM")
     assert (site.state(), site.litter()) == ("new", [])

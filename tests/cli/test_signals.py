@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import MOPT, buffered
-from root import ROOT
+from root import LONG, ROOT
 from support import tree
 
 from modelopt_convert.run.errors import Interrupted
@@ -47,7 +47,7 @@ def test_nothing_that_takes_time_is_imported_before_signals_are_handled() -> Non
 
 
 @pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(8 if LONG else 4))
 def test_a_signal_at_a_random_time(exports: Path, tmp_path: Path, number: signal.Signals, seed: int) -> None:
     chance = random.Random(f"{number} {seed}")
     out, report = tmp_path / "out", tmp_path / "report.json"

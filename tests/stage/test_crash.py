@@ -9,8 +9,9 @@ import pytest
 from crash_cases import SCENARIOS, Case, check_missing, collected
 from crash_driver import held_by
 from figures import note
+from forks import Forks
 from root import LONG
-from tracing import Call, Ended, need_strace, strike
+from tracing import Call, Ended, need_strace
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EROFS")
 FAULTS = [f"{error}{persistent}" for error in ERRORS for persistent in ("", "+")]
@@ -18,9 +19,9 @@ REPEATED = {"pwrite64", "fallocate", "fsync", "openat", "flock"}
 
 
 @pytest.fixture
-def case(scenario: str, tmp_path: Path) -> Case:
+def case(scenario: str, tmp_path: Path, driver_server: Forks) -> Case:
     need_strace()
-    return Case(scenario, tmp_path / "place")
+    return Case(scenario, tmp_path / "place", driver_server)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_killed_at_every_changing_call(case: Case, calls: list[Call], tmp_path: 
         if call.changes:
             with collected(faults, call):
                 case.reset()
-                ended = strike(case.command, call, "signal=KILL", case.place, tmp_path / "log")
+                ended = case.strike(call, "signal=KILL", tmp_path / "log")
                 assert ended.code == -9
                 state = case.state()
                 counts[state] += 1
@@ -87,7 +88,7 @@ def test_error_at_every_call(case: Case, calls: list[Call], fault: str, tmp_path
     for call in calls[(*FAULTS, "EINTR").index(fault) % step :: step]:
         with collected(faults, call):
             case.reset()
-            ended = strike(case.command, call, f"error={fault}", case.place, tmp_path / "log")
+            ended = case.strike(call, f"error={fault}", tmp_path / "log")
             state = case.state()
             counts[f"exit {ended.code}, {state}"] += 1
             assert state != "torn", sorted(held_by(case.out))

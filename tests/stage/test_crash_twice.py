@@ -9,8 +9,9 @@ import pytest
 from crash_cases import SCENARIOS, Case, check_missing, collected
 from crash_driver import held_by
 from figures import note
+from forks import Forks
 from root import LONG
-from tracing import Call, need_strace, strike
+from tracing import Call, need_strace
 
 # From the creation of its first file on, a run does the same whatever it found: there each tree takes another of so
 # many calls, and all of them are struck between the trees.
@@ -36,10 +37,10 @@ def trees_after_a_kill(case: Case, top: Path) -> list[Path]:
     for call in case.undisturbed(top / "log"):
         if call.changes:
             case.reset()
-            strike(case.command, call, "signal=KILL", case.place, top / "log")
+            case.strike(call, "signal=KILL", top / "log")
             saved = top / f"tree{len(found)}"
             if found.setdefault((case.state(), left_in(case.place)), saved) == saved:
-                shutil.copytree(case.place, saved)
+                case.place.rename(saved)  # no copy: a marker names an inode, which no other folder may get
     return list(found.values())
 
 
@@ -53,9 +54,9 @@ def spread(calls: list[Call], number: int) -> Iterator[Call]:
 
 # Folders in the checkpoint change nothing for recovery.
 @pytest.mark.parametrize("scenario", SCENARIOS[:3])
-def test_struck_while_it_recovers(scenario: str, tmp_path: Path) -> None:
+def test_struck_while_it_recovers(scenario: str, tmp_path: Path, driver_server: Forks) -> None:
     need_strace()
-    case = Case(scenario, tmp_path / "place")
+    case = Case(scenario, tmp_path / "place", driver_server)
     counts: Counter[str] = Counter()
     recovered = litter = 0
     faults: list[str] = []
@@ -72,7 +73,7 @@ def test_struck_while_it_recovers(scenario: str, tmp_path: Path) -> None:
             for fault in FAULTS if LONG else FAULTS[number % 2 :][:1]:
                 with collected(faults, call):
                     restore(tree)
-                    ended = strike(case.command, call, fault, case.place, tmp_path / "log")
+                    ended = case.strike(call, fault, tmp_path / "log")
                     state = case.state()
                     counts[state] += 1
                     assert state != "torn", sorted(held_by(case.out))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from crash_driver import FOLDERS, files_of, held_by, lay
+from forks import Forks
 from stage_support import forbid_renameat2, publish
-from tracing import Call, Ended, calls_under, driver, run
+from tracing import Call, Ended, calls_under, fork, strike
 
 from modelopt_convert.run.errors import MoptError
 
@@ -22,6 +23,7 @@ class Case:
 
     scenario: str
     place: Path
+    forks: Forks
 
     @property
     def out(self) -> Path:
@@ -32,9 +34,9 @@ class Case:
         return FOLDERS if self.scenario == "components" else ()
 
     @property
-    def command(self) -> list[str]:
+    def words(self) -> list[str | Path]:
         switches = {"two renames": ["--two-renames"], "components": ["--components"]}
-        return driver(self.out, "new", *switches.get(self.scenario, []))
+        return [self.out, "new", *switches.get(self.scenario, [])]
 
     @property
     def before(self) -> str:
@@ -61,10 +63,14 @@ class Case:
 
     def undisturbed(self, log: Path) -> list[Call]:
         """Every call of an undisturbed run, from where things stand, that touches OUT's parent."""
-        ended, found = calls_under(self.command, self.place, log)
-        assert (ended.code, self.state(), self.litter()) == (0, "new", [])
+        ended, found = calls_under(self.forks, self.words, self.place, log)
+        assert (ended.code, self.state(), self.litter()) == (0, "new", []), ended
         assert sum(call.changes for call in found) > 15
         return found
+
+    def strike(self, call: Call, fault: str, log: Path) -> Ended:
+        """Run from where things stand, with ``fault`` at ``call``."""
+        return strike(self.forks, self.words, call, fault, self.place, log)
 
     def run_again(self) -> None:
         """The next run, to which nothing happens: in this process, since that is all the same to the disk."""
@@ -105,7 +111,7 @@ def check_missing(case: Case, versions: tuple[str, ...] = ("old",)) -> str:
     assert case.scenario == "two renames", "an exchange never leaves OUT missing"
     olds = list(case.place.glob(".out.mopt-old-*"))
     [held] = [version for version in versions if [held_by(old) for old in olds] == [case.files(version)]]
-    refused = run(driver(case.out, "new", "--no-overwrite"))
+    refused = fork(case.forks, [case.out, "new", "--no-overwrite"])
     assert (refused.code, refused.told["code"]) == (4, "output.exists")
     assert (case.state(), case.litter()) == (held, [])
     return olds[0].name

@@ -1,4 +1,4 @@
-"""Run a command under strace and strike it at one chosen system call. No torch."""
+"""Run a command as a fork, under strace, and strike it at one chosen system call. No torch."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import xxhash
+from forks import Forks
 
 import modelopt_convert
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
 IMPORTS = (Path(modelopt_convert.__file__).parent.parent, Path(xxhash.__file__).parent.parent)
-# Nothing else of the environment may change how many calls the start of Python makes: the n-th call must be the same
-# call in every run.
+# Nothing else of the environment may change what a run does: the n-th call must be the same call in every run.
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, IMPORTS)), "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
 
 WRITING = [
@@ -40,6 +40,13 @@ CHANGING = [*WRITING, *NAMING, *REMOVING, "fsync", "fdatasync", "chmod", "fchmod
 OPENING = ["open", "openat", "openat2"]
 LOCKING = ["flock"]
 READING = ["newfstatat", "statx", "readlink", "getdents64", "read", "pread64", "preadv", "lseek", "statfs"]
+
+_ALL_OF_MOPT = """
+import importlib, pkgutil, torch, modelopt_convert
+for module in pkgutil.walk_packages(modelopt_convert.__path__, "modelopt_convert."):
+    if not module.name.endswith(("ray_cluster", "triton_kernels")):  # Ray and Triton are not for these runs
+        importlib.import_module(module.name)
+"""
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,31 @@ class Ended:
 
 
 def driver(*words: str | Path) -> list[str]:
-    """The command line of crash_driver.py: no site, no bytecode, so that few calls precede the first that counts."""
+    """The command line of crash_driver.py, in a process of its own: no site, so it starts at once."""
     return [sys.executable, "-S", "-B", str(DRIVER), *map(str, words)]
+
+
+def mopt_forks(environment: Mapping[str, str]) -> Forks:
+    """A server for runs of mopt."""
+    return Forks(_ALL_OF_MOPT, "from modelopt_convert.__main__ import main; main()", environment)
+
+
+def driver_forks() -> Forks:
+    """A server for runs of crash_driver.py."""
+    program = "import sys, crash_driver; sys.exit(crash_driver.main(sys.argv[1:]))"
+    return Forks("import crash_driver", program, ENVIRONMENT, "-S", "-B")
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) -> Ended:
     """Run to the end."""
     done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=False)
     return Ended(done.returncode, done.stdout, done.stderr, told_in(done.stdout))
+
+
+def fork(forks: Forks, words: Sequence[str | Path], tracer: Sequence[str] = ()) -> Ended:
+    """Run a command line to the end, as a fork."""
+    code, stdout, stderr = forks.run([str(word) for word in words], tracer)
+    return Ended(code, stdout, stderr, told_in(stdout))
 
 
 def told_in(stdout: str) -> dict[str, Any]:
@@ -92,14 +116,14 @@ def need_strace() -> None:
 
 
 def calls_under(
-    command: Sequence[str],
+    forks: Forks,
+    words: Sequence[str | Path],
     folder: Path,
     log: Path,
-    environment: Mapping[str, str] = ENVIRONMENT,
     names: Sequence[str] = (*CHANGING, *OPENING, *LOCKING),
 ) -> tuple[Ended, list[Call]]:
     """Run once and list the calls of the main thread that touch something in ``folder``, in order."""
-    ended = run([*_strace(log, names), *command], environment)
+    ended = fork(forks, words, _strace(log, names))
     counts: Counter[str] = Counter()
     found = []
     for name, line in _main_thread(log):
@@ -109,35 +133,26 @@ def calls_under(
     return ended, found
 
 
-def strike(
-    command: Sequence[str],
-    call: Call,
-    fault: str,
-    folder: Path,
-    log: Path,
-    environment: Mapping[str, str] = ENVIRONMENT,
-) -> Ended:
+def strike(forks: Forks, words: Sequence[str | Path], call: Call, fault: str, folder: Path, log: Path) -> Ended:
     """Run with ``fault`` (``signal=KILL``, ``error=EIO``, ...) at ``call``; a trailing ``+`` means at all later ones.
 
     Asserts that the fault struck a call on something in ``folder``: counting could have gone wrong.
     """
     fault, persistent = fault.rstrip("+"), "+" * fault.endswith("+")
     inject = ["-e", f"inject={call.name}:{fault}:when={call.nth}{persistent}"]
-    # strace 6.1 loses an injected signal where seccomp made it stop
-    quick = fault.startswith("error=")
-    ended = run([*_strace(log, [call.name], quick=quick), *inject, *command], environment)
+    ended = fork(forks, words, [*_strace(log, [call.name]), *inject])
     lines = [line for _, line in _main_thread(log)]
     struck = lines[call.nth - 1] if len(lines) >= call.nth else "nothing"
     assert str(folder) in struck, f"{call} was meant, {struck} was struck"
-    if quick:
+    if fault.startswith("error="):
         assert "INJECTED" in struck, struck
     return ended
 
 
-def _strace(log: Path, names: Sequence[str], *, quick: bool = True) -> list[str]:
+def _strace(log: Path, names: Sequence[str]) -> list[str]:
     wanted = ",".join(f"?{name}" for name in names)  # with ?, a name need not exist on this machine
-    stops = ["--seccomp-bpf"] if quick else []  # stop at the named calls only
-    return ["strace", "-f", *stops, "-qq", "-y", "-o", str(log), "-e", f"trace={wanted}", "-e", "signal=none"]
+    options = ["-f", "-y", "-o", str(log), "-e", "quiet=exit,personality", "-e", "signal=none"]
+    return ["strace", *options, "-e", f"trace={wanted}"]
 
 
 def _main_thread(log: Path) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from modelopt_convert.write import gpu as gpu_module
 from modelopt_convert.write.gpu import Gpu, Slot
 
 PACKED = "single_transformer_blocks.0.proj_out"
-SMALL = 6 * 64  # bytes of a chunk: whole blocks of every dtype, and no divisor of the weights
+SMALL = 30 * 64  # bytes of a chunk: whole blocks of every dtype, and no divisor of the weights
 
 
 KINDS = ["at once", "late", *(["cuda"] if torch.cuda.is_available() else [])]
