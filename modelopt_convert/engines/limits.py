@@ -10,7 +10,7 @@ from typing import Any, Literal
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 
-EngineName = Literal["sglang", "vllm-omni", "diffusers", "comfyui"]
+EngineName = Literal["sglang", "vllm-omni", "tensorrt-llm", "diffusers", "comfyui"]
 DEFAULT: EngineName = "sglang"
 Grade = Literal["fails", "wrong", "loss"]
 _WORDS: Mapping[Grade, str] = {"fails": "fails to load it", "wrong": "loads it wrong", "loss": "loads it with a loss"}
@@ -23,7 +23,7 @@ class Limit:
     Attributes:
         engine: Which.
         version: The one that was looked at.
-        class_name: ``_class_name`` of config.json, or ``*``.
+        class_name: ``_class_name`` of config.json, or ``*`` for those of which the engine has no fact of their own.
         formats: Formats that it holds for.
         grade: What happens.
         what: How that comes; a sentence that begins with the engine.
@@ -80,10 +80,12 @@ def limits(config: Mapping[str, Any], algorithm: Algorithm) -> tuple[Limit, ...]
         config: config.json of the transformer.
         algorithm: The format.
     """
-    return tuple(
+    found = [
         one
         for one in all_limits()
         if one.class_name in ("*", config.get("_class_name"))
         and algorithm in one.formats
         and (one.having is None or config.get(one.having) is not None)
-    )
+    ]
+    of_class = {one.engine for one in found if one.class_name != "*"}
+    return tuple(one for one in found if one.class_name != "*" or one.engine not in of_class)

@@ -4,7 +4,7 @@ Engines match ``ignore`` against their own module names, which differ from those
 size; so every spelling is listed. A block of which nothing is quantized is also listed by a pattern, as ModelOpt does:
 that covers the names of engines that no preset knows. No entry may be one that a quantized module goes by, under any
 engine's way of matching: SGLang takes names, first segments and patterns, vLLM parts of names too, TensorRT-LLM
-patterns.
+patterns, and names of parents.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.engines.sglang import ignored_by
+from modelopt_convert.engines.tensorrt_llm import other_names
 from modelopt_convert.engines.vllm_omni import begins_one, widened
 from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Step
@@ -53,8 +54,10 @@ def ignore_list(
         InputError: ``preset.fused_group``: a runtime would take a quantized module for one that is ignored.
     """
     ignored: dict[str, str] = {}
+    kept: set[str] = set()
     for name, step in steps.items():
         if name.endswith(".weight") and step.output.dtype != target.packed_dtype and len(step.output.shape) >= 2:
+            kept.add(module_of(name))
             ignored |= dict.fromkeys(spellings(module_of(name), preset, config), module_of(name))
     taken = [spelling for module in packed for spelling in spellings(module, preset, config)]
     for module in packed:
@@ -65,11 +68,15 @@ def ignore_list(
                     code="preset.fused_group",
                     hint="the runtime makes one module of both: keep both in BF16, or neither",
                 )
-    taken.sort()
+    taken = sorted({*taken, *other_names(packed)})
+    whole = _whole_blocks(ignored, taken)
+    # Names of TensorRT-LLM in such a block are covered by the pattern.
+    blocks = tuple(pattern.removesuffix("*") for pattern in whole)
+    entries = {*ignored, *(name for name in other_names(kept) if not name.startswith(blocks))}
     # A star at the end keeps an entry from being taken for a part of another name; patterns fit the whole name.
-    starred = {entry for entry in widened(ignored, taken) if not begins_one(taken, entry)}
-    names = (f"{entry}*" if entry in starred else entry for entry in ignored)
-    return sorted({*names, *_whole_blocks(ignored, taken)}, key=natural_key)
+    starred = {entry for entry in widened(entries, taken) if not begins_one(taken, entry)}
+    names = (f"{entry}*" if entry in starred else entry for entry in entries)
+    return sorted({*names, *whole}, key=natural_key)
 
 
 def _whole_blocks(ignored: Iterable[str], taken: Sequence[str]) -> list[str]:

@@ -3,7 +3,8 @@
     python scripts/engines/kit.py [--engine ENGINE ...] [--family FAMILY ...] [--write]
 
 Writes docs/engines.json and docs/engines.md with ``--write``; the rows that were not run stay. Without it, it ends with
-1 if a row is another than there. The environments of the engines are made in .venv/engines, by set_up.py.
+1 if a row is another than there. The environments of the engines are made in .venv/engines, by set_up.py. ComfyUI is no
+package: MOPT_COMFYUI names a checkout, else it is not run.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts" / "make"), str(HERE)]
 
 from families import PRESETS  # noqa: E402
-from set_up import ENGINES, set_up  # noqa: E402
+from set_up import ENGINES, missing, set_up  # noqa: E402
 
 from modelopt_convert import build_nvfp4, convert_fp8  # noqa: E402
 from modelopt_convert.formats.table import FORMATS  # noqa: E402
@@ -131,6 +132,10 @@ def main() -> int:
     parser.add_argument("--family", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    absent = {engine: why for engine in options.engine if (why := missing(engine)) is not None}
+    for engine, why in absent.items():
+        print(f"{engine} is not run, its rows stay as they are: {why}")
+    engines = [engine for engine in options.engine if engine not in absent]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         exports = Path(os.environ.get("MOPT_TEST_EXPORTS", name)) / "families"
@@ -138,7 +143,7 @@ def main() -> int:
             make = [sys.executable, ROOT / "scripts" / "make" / "make_export.py", exports, "--family", "all"]
             subprocess.run([*make, *BUILDS], check=True, stdout=subprocess.DEVNULL)
         built = [build(exports, family, algorithm, Path(name)) for family in options.family for algorithm in BUILDS]
-        for engine in options.engine:
+        for engine in engines:
             rows += load(engine, set_up(engine, ROOT / ".venv" / "engines" / engine), built)
     before = recorded()
     other = [row for row in rows if before.get(key(row)) != row]

@@ -5,6 +5,8 @@
 Run it with the project's Python. Nothing is installed into the project's environment.
 """
 
+import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +15,24 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENGINES = tomllib.loads((HERE / "engines.toml").read_text(encoding="utf-8"))
+
+
+def missing(engine: str) -> str | None:
+    """Why an engine that is no package is not run, or None.
+
+    Raises:
+        SystemExit: The checkout is not of the pinned release.
+    """
+    variable, version = ENGINES[engine].get("checkout"), ENGINES[engine]["version"]
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        return f"{variable} names no checkout of its tag v{version}"
+    file = Path(os.environ[variable]) / "comfyui_version.py"
+    found = re.search(r'__version__ = "(.+)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+    if found is None or found[1] != version:
+        raise SystemExit(f"{file}: expected version {version}, found {found[1] if found else 'none'}")
+    return None
 
 
 def set_up(engine: str, folder: Path) -> Path:
@@ -26,7 +46,7 @@ def set_up(engine: str, folder: Path) -> Path:
     (packages / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     install = [*pip, "install", "--quiet", "--no-compile", "--no-warn-conflicts"]
-    if pins["wheels"]:
+    if pins["wheels"] or pins["packages"]:
         subprocess.run([*install, "--no-deps", *pins["wheels"], *pins["packages"]], check=True)
     if pins["full"]:
         subprocess.run([*install, *pins["full"]], check=True)

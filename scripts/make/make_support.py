@@ -6,7 +6,7 @@ python scripts/make/make_support.py
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelopt_convert.engines.limits import Limit, limits
+from modelopt_convert.engines.limits import Limit, all_limits, limits
 from modelopt_convert.preset.preset import load_preset, preset_names
 
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "support.md"
@@ -17,7 +17,8 @@ set are published and served; *candidate*: the set has a source but nobody has s
 those of `modelopt_convert/engines/limits.toml`: an engine *fails* to load, loads *wrong* values or loads with a *loss*.
 What fails or is wrong in the engine that a checkpoint is built for (`--engine`, SGLang unless said otherwise) is built
 only with `--allow-known-broken`. What the engines' own loaders were seen to do is in [engines.md](engines.md).
-diffusers and ComfyUI load none of these.
+diffusers and ComfyUI load none of these. What is known of them, and of TensorRT-LLM, which was read and not run, stands
+below the table.
 
 | preset | model | base | algorithm | status | load flag | minimum GPU | SGLang | vLLM-omni | known limits |
 |---|---|---|---|---|---|---|---|---|---|
@@ -43,7 +44,14 @@ def render() -> str:
         for name in preset_names()
         for algorithm, rules in load_preset(name).preset.sets().items()
     ]
-    return HEAD + "\n".join(rows) + "\n\n## Sources\n\n" + "\n".join(sources) + "\n"
+    others = [
+        f"- {one.name}, {'every class not named here' if one.class_name == '*' else f'`{one.class_name}`'} in "
+        f"{' and '.join(map(str.upper, one.formats))}, {one.grade}: it {one.what}"
+        for one in all_limits()
+        if one.engine not in ("sglang", "vllm-omni")
+    ]
+    parts = [HEAD + "\n".join(rows), "## Other engines", "\n".join(others), "## Sources", "\n".join(sources)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _grade(known: Sequence[Limit], engine: str) -> str:

@@ -329,17 +329,27 @@ RULES = (
         for what, old, new in (
             ("facts of the class", 'if one.class_name in ("*", config.get("_class_name"))', "if True"),
             ("facts of the format", "and algorithm in one.formats", "and True"),
+            ("a fact of the class goes first", " or one.engine not in of_class)", " or True)"),
             ("facts of a key", "and (one.having is None or config.get(one.having) is not None)", "and True"),
         )
     ),
     *(
         Mutant("plan/ignore.py", what, old, new, ("plan/test_ignore.py",))
         for what, old, new in (
-            ("a part of a name has a star", "for entry in widened(ignored, taken) if", "for entry in () if"),
+            ("a part of a name has a star", "for entry in widened(entries, taken) if", "for entry in () if"),
             ("no star over a packed module", " if not begins_one(taken, entry)}", "}"),
             ("whole blocks alone", "if not begins_one(taken, block)]", "]"),
-            ("blocks are patterns", "{*names, *_whole_blocks(ignored, taken)}", "{*names}"),
+            ("blocks are patterns", "{*names, *whole}", "{*names}"),
             ("not too many patterns", "if len(whole) <= _MOST_BLOCKS else []", ""),
+            ("quantized names of TensorRT-LLM", "*other_names(packed)}", "}"),
+            ("no names in whole blocks", "if not name.startswith(blocks))", ")"),
+        )
+    ),
+    *(
+        Mutant("engines/tensorrt_llm.py", what, old, new, ("engines/test_tensorrt_llm.py",))
+        for what, old, new in (
+            ("all parts of a fused linear", "and all(parent", "and any(parent"),
+            ("the first end that fits", "for end in _RENAMED if", "for end in reversed(_RENAMED) if"),
         )
     ),
     *(

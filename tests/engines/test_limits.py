@@ -60,6 +60,16 @@ def test_a_fact_may_depend_on_a_key_of_the_config() -> None:
     assert limits(wan, "fp8") == limits(wan | {"added_kv_proj_dim": None}, "fp8")
 
 
+def test_a_fact_of_a_class_goes_before_that_of_all_classes() -> None:
+    def comfyui(class_name: str) -> list[str]:
+        return [one.grade for one in limits({"_class_name": class_name}, "fp8") if one.engine == "comfyui"]
+
+    assert comfyui("WanTransformer3DModel") == ["fails"]
+    assert comfyui("QwenImageTransformer2DModel") == comfyui("Another") == ["wrong"]
+    # Another engine's fact of the class takes nothing away.
+    assert {one.engine for one in limits({"_class_name": "WanTransformer3DModel"}, "fp8")} > {"diffusers", "comfyui"}
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"quantization_config": []}, {"quantization_config": {"quant_algo": ["NVFP4"]}}]
 )
@@ -91,5 +101,5 @@ def test_the_readme_counts_what_loads() -> None:
 def test_versions_are_those_that_are_installed() -> None:
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
     for engine, pins in ENGINES.items():
-        assert f"{engine}=={pins['version']}" in [*pins["wheels"], *pinned]
+        assert f"{engine}=={pins['version']}" in [*pins["wheels"], *pinned] or "checkout" in pins
         assert all("==" in one for one in (*pins["wheels"], *pins["packages"], *pins["full"]))

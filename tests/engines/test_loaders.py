@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import LOSS, compare, decoded
-from kit import build, key, load, recorded
+from kit import build, key, load, main, recorded
 from root import ROOT
+from set_up import ENGINES, missing
 from support import edit_json
 
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4
@@ -74,3 +75,24 @@ def test_a_checkpoint_is_decoded_by_definition(families: Path, tmp_path: Path, a
             assert torch.allclose(one, dequantize_nvfp4(tensors[name], *scales), rtol=1e-6, atol=0)
         error = float((one.float() - base[name].float()).norm() / base[name].float().norm())
         assert error == 0 if one.dtype == torch.bfloat16 else 0 < error < 0.12, name
+
+
+def test_an_engine_that_is_no_package_needs_a_checkout_of_its_release(
+    families: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MOPT_COMFYUI", raising=False)
+    assert missing("sglang") is None and "MOPT_COMFYUI" in str(missing("comfyui"))
+    monkeypatch.setenv("MOPT_TEST_EXPORTS", str(families.parent))
+    monkeypatch.setattr("sys.argv", ["kit.py", "--engine", "comfyui", "--family", "qwen_image"])
+    assert main() == 0
+    assert "comfyui is not run, its rows stay as they are" in capsys.readouterr().out
+    monkeypatch.setenv("MOPT_COMFYUI", str(tmp_path))
+    with pytest.raises(SystemExit, match="found none"):
+        missing("comfyui")
+    for version, right in (("0.1.0", False), (ENGINES["comfyui"]["version"], True)):
+        (tmp_path / "comfyui_version.py").write_text(f'# generated\n__version__ = "{version}"\n')
+        if right:
+            assert missing("comfyui") is None
+        else:
+            with pytest.raises(SystemExit, match=f"found {version}"):
+                missing("comfyui")

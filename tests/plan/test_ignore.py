@@ -1,6 +1,7 @@
 """The ignore list: it covers what is kept under every engine's way of matching, and never what is packed."""
 
 import sglang_runtime
+import trtllm_runtime
 import vllm_runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from modelopt_convert.preset.patterns import ignored
 
 FP8 = FORMATS["fp8"]
 BLOCKS = ("blocks", "single_blocks", "more_single_blocks")
-PARTS = ("attn.to_q", "attn.to_out.0", "ff.net.2", "norm.linear", "proj_out")
+PARTS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm.linear", "proj_out")
 MODULES = st.sets(
     st.one_of(
         st.tuples(st.sampled_from(BLOCKS), st.integers(0, 12), st.sampled_from(PARTS)).map(
@@ -44,7 +45,12 @@ def test_what_is_kept_is_covered_and_what_is_packed_is_not_for_any_engine(
     packed = data.draw(st.sets(st.sampled_from(sorted(modules))))
     ignore = listed(modules, packed)
     assert ignored(ignore, modules, path="config.json") == modules - packed
-    matchers = (sglang_runtime.is_excluded, sglang_runtime.is_ignored, vllm_runtime.is_excluded)
+    matchers = (
+        sglang_runtime.is_excluded,
+        sglang_runtime.is_ignored,
+        vllm_runtime.is_excluded,
+        trtllm_runtime.is_excluded,
+    )
     for module in modules:
         assert {matches(module, ignore) for matches in matchers} == {module not in packed}, module
 
@@ -64,6 +70,18 @@ def test_a_whole_block_is_a_pattern_and_a_part_of_another_name_has_a_star() -> N
         matches("blocks.0.renamed", ["blocks.0.*"])
         for matches in (sglang_runtime.is_excluded, vllm_runtime.is_excluded)
     )
+
+
+def test_names_of_tensorrt_llm_are_listed_but_in_whole_blocks() -> None:
+    modules = {
+        f"blocks.{number}.{part}" for number in (0, 1) for part in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.2")
+    }
+    ignore = listed(modules, {"blocks.1.ff.net.2"})
+    assert {"blocks.0.*", "blocks.1.attn.qkv_proj"} < set(ignore)
+    assert not {"blocks.0.attn.qkv_proj", "blocks.0.ff.down_proj", "blocks.1.ff.down_proj"} & set(ignore)
+    # A name that is a part of a quantized one's has a star, here too.
+    modules = {"blocks.0.ff.net.2", "blocks.0.a", "more_blocks.0.ff.net.2", "more_blocks.0.a"}
+    assert "blocks.0.ff.down_proj*" in listed(modules, {"blocks.0.a", "more_blocks.0.ff.net.2"})
 
 
 def test_where_a_star_would_cover_a_packed_module_the_name_stays_as_it_is() -> None:

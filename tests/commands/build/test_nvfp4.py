@@ -66,9 +66,11 @@ def test_config_says_what_the_tensors_are(built_nvfp4: Path, exports: Path) -> N
     # A part of another module's name bears a star.
     listed = {entry.replace("proj_out*", "proj_out") for entry in quantization["ignore"]}
     assert unpacked <= listed
-    # What is listed beyond that is another spelling of a listed module, and never a packed one.
+    # What is listed beyond that is SGLang's or TensorRT-LLM's name of a listed module, and never a packed one.
+    renamed = {"proj_in": "net.0.proj", "proj_out": "net.2", "up_proj": "net.0.proj", "down_proj": "net.2"}
     for extra in listed - unpacked:
-        assert extra.replace("ff.proj_in", "ff.net.0.proj").replace("ff.proj_out", "ff.net.2") in unpacked
+        parent, _, last = extra.rpartition(".")
+        assert f"{parent}.{renamed[last]}" in unpacked
         assert f"{extra}.weight" not in out
 
 
