@@ -63,8 +63,6 @@ def scan(
     """
     found = Scanned()
     digests: Mapping[str, str] = record["digests"]["tensors"] if record is not None else {}
-    if record is not None:
-        reader.prefetch((name, 0, info.num_bytes) for name, info in reader.tensors.items())
 
     def read(name: str, stopped: Event) -> str | None:
         """What is wrong with the bytes of a tensor."""
@@ -91,6 +89,7 @@ def scan(
     weights = {name for name, one in reader.tensors.items() if one.dtype == "F8_E4M3" and name.endswith(".weight")}
     floats = {name for name, one in reader.tensors.items() if is_compared and one.dtype in HALF_AND_FLOAT}
     due_tensors = [name for name in reader.tensors if record is not None or name in weights or name in floats]
+    reader.prefetch((name, 0, reader.tensors[name].num_bytes) for name in due_tensors)
     found.failures += [words for words in in_order(due_tensors, read, workers) if words is not None]
     found.broken = {name: found.broken[name] for name in due_tensors if name in found.broken}
     found.not_finite = {name: found.not_finite[name] for name in due_tensors if name in found.not_finite}
