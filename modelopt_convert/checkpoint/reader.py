@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
+from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name
 from modelopt_convert.checkpoint.location import Location, OpenFile, identify, open_file
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
@@ -20,8 +22,6 @@ MAX_CONFIG_BYTES = 16_000_000
 # multiplied, is larger than the second.
 MAX_WHOLE_BYTES = 256 << 20
 MAX_READ_BYTES = 1 << 30
-_SHOWN_CHARS = 200
-_MAX_FILE_NAME = 255  # bytes, as Linux takes them
 INDEX_SUFFIX = ".safetensors.index.json"
 
 # What is read of a tensor: the tensor's name, the first byte, and the number of bytes.
@@ -38,6 +38,7 @@ class CheckpointReader:
         config: config.json as an object; empty for a single file.
         indexes: Names of the index files, at most one.
         skipped: Names in the folder that are neither read nor copied.
+        content: Digests what is read, once ``digest_content`` was called.
     """
 
     def __init__(self, path: Location, *, need_config: bool = True) -> None:
@@ -57,6 +58,7 @@ class CheckpointReader:
         self.metadata: dict[str, dict[str, str]] = {}
         self.skipped: tuple[str, ...] = ()
         self.indexes: tuple[str, ...] = ()
+        self.content: Content | None = None
         self._files: dict[str, OpenFile] = {}
         self._headers = hashlib.sha256()
         try:
@@ -110,9 +112,20 @@ class CheckpointReader:
             for new, info in kept.items()
         }
 
+    def digest_content(self) -> None:
+        """From now on digest what is read, so that the identity has all bytes once all were read."""
+        self.content = Content(self.tensors)
+
+    def take_content(self, name: str, digest: str) -> None:
+        """Take over the digest of a tensor that was read whole in another process."""
+        assert self.content is not None  # asked for here, or it would not have been taken there
+        self.content.done[name] = digest
+
     def identity(self) -> dict[str, str]:
-        """What identifies the checkpoint: a digest of the headers, and what is observed of its origin."""
-        return {"headers_sha256": self._headers.hexdigest(), **self._origin}
+        """What identifies the checkpoint: digests of headers and of what was digested whole, and its origin as seen."""
+        headers = self._headers.hexdigest()
+        content = self.content.digest(headers) if self.content is not None else None
+        return {"headers_sha256": headers, **self._origin} | ({CONTENT: content} if content is not None else {})
 
     def read(self, name: str, *, limit: int = MAX_WHOLE_BYTES) -> bytes:
         """All bytes of a tensor. For tensors that may be large, use ``chunks`` or ``read_range``.
@@ -132,7 +145,10 @@ class CheckpointReader:
         """
         self._check_size(name, num_bytes, MAX_READ_BYTES)
         info = self.tensors[name]
-        return self._files[info.file].read(info.start + begin, num_bytes)
+        found = self._files[info.file].read(info.start + begin, num_bytes)
+        if self.content is not None:
+            self.content.note(name, begin, found)
+        return found
 
     def read_into(self, name: str, begin: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
@@ -143,6 +159,8 @@ class CheckpointReader:
         """
         info = self.tensors[name]
         self._files[info.file].read_into(info.start + begin, target)
+        if self.content is not None:
+            self.content.note(name, begin, target)
 
     def read_rows(self, name: str, rows: Sequence[int], row_bytes: int, num_bytes: int | None = None) -> bytes:
         """Some rows of a matrix, one behind the other.
@@ -178,7 +196,7 @@ class CheckpointReader:
         buffer = memoryview(bytearray(min(chunk_bytes, info.num_bytes)))
         for begin in range(0, info.num_bytes, chunk_bytes):
             piece = buffer[: min(chunk_bytes, info.num_bytes - begin)]
-            self._files[info.file].read_into(info.start + begin, piece)
+            self.read_into(name, begin, piece)
             yield piece
 
     def extent(self, name: str) -> tuple[int, int] | None:
@@ -206,9 +224,9 @@ class CheckpointReader:
         if num_bytes > limit:
             info = self.tensors[name]
             where = str(self.path / info.file)
-            found = f"found {num_bytes} of {info.dtype} {str(list(info.shape))[:_SHOWN_CHARS]}"
+            found = f"found {num_bytes} of {info.dtype} {str(list(info.shape))[:SHOWN_CHARS]}"
             raise InputError(
-                f"{where}: tensor {_cut(name)}: expected at most {limit} bytes to be read at once, {found}",
+                f"{where}: tensor {cut(name)}: expected at most {limit} bytes to be read at once, {found}",
                 code="input.too_large",
                 path=where,
                 hint="no model has scales, biases or rows of this size; do not use this checkpoint",
@@ -249,7 +267,7 @@ class CheckpointReader:
         for shard in listed:
             self._open_shard(shard)
         if weight_map is not None:
-            self._check_index(indexes[0], weight_map)
+            check_index(str(self.path / indexes[0]), weight_map, self.tensors)
         self.indexes = tuple(indexes)
         used = {"config.json", *indexes, *listed}
         self.skipped = tuple(name for name in names if name not in used)
@@ -316,9 +334,9 @@ class CheckpointReader:
                 hint="rebuild the index, or export again",
             )
         for file in set(weight_map.values()):
-            if not _is_shard_name(file):
+            if not is_shard_name(file):
                 raise InputError(
-                    f"{index_path}: {_cut(file)} is not the name of a .safetensors file in this folder",
+                    f"{index_path}: {cut(file)} is not the name of a .safetensors file in this folder",
                     code="index.path_escape",
                     path=str(index_path),
                     hint="an index may only name files beside it; do not use this checkpoint",
@@ -333,25 +351,6 @@ class CheckpointReader:
             )
         return weight_map
 
-    def _check_index(self, index: str, weight_map: dict[str, str]) -> None:
-        where = str(self.path / index)
-        for name, file in weight_map.items():
-            if name not in self.tensors or self.tensors[name].file != file:
-                raise InputError(
-                    f"{where}: tensor {_cut(name)} should be in {file[:_SHOWN_CHARS]}, its header does not list it",
-                    code="index.mismatch",
-                    path=where,
-                    hint="the index is stale; rebuild it, or export again",
-                )
-        for name, info in self.tensors.items():
-            if name not in weight_map:
-                raise InputError(
-                    f"{where}: {info.file} holds tensor {_cut(name)}, the index does not list it",
-                    code="index.mismatch",
-                    path=where,
-                    hint="the index is stale; rebuild it, or export again",
-                )
-
     def _open_shard(self, name: str) -> None:
         file = open_file(self.path, name)
         self._files[name] = file
@@ -365,7 +364,7 @@ class CheckpointReader:
         for tensor, info in header.tensors.items():
             if tensor in self.tensors:
                 raise InputError(
-                    f"{where}: tensor {_cut(tensor)} is also in {self.tensors[tensor].file}",
+                    f"{where}: tensor {cut(tensor)} is also in {self.tensors[tensor].file}",
                     code="index.mismatch",
                     path=where,
                     hint="two checkpoints are mixed in one folder; export again into an empty one",
@@ -385,13 +384,3 @@ class CheckpointReader:
             return file.read(0, file.num_bytes)
         finally:
             file.close()
-
-
-def _cut(name: str) -> str:
-    """A name for a message: it may have a hundred million characters."""
-    return repr(name[:_SHOWN_CHARS])
-
-
-def _is_shard_name(name: str) -> bool:
-    plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
-    return plain and len(name.encode()) <= _MAX_FILE_NAME and PurePosixPath(name).name == name

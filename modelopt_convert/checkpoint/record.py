@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 
 from modelopt_convert import __version__
+from modelopt_convert.checkpoint.content import CONTENT
 from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, read_small
@@ -20,6 +21,7 @@ from modelopt_convert.run.errors import InputError
 RECORD = "mopt.json"
 _SCHEMA = "mopt.manifest/1"
 _ALGORITHM = "xxh3-128"
+_SHOWN = 12  # digits of a digest, in words
 # Statuses of the proof at build after which the bytes are known to be the base's.
 _KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
 
@@ -143,6 +145,26 @@ def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None
     return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
 
 
+def other_base(record: Mapping[str, Any] | None, identity: Mapping[str, str]) -> list[str]:
+    """In words, that a base is not the very one that a record names; empty where it is, or where one is not known.
+
+    A base may differ in its files, or by a cast, and prove the same: so this is told, and decides nothing.
+
+    Args:
+        record: Of a checkpoint, or None.
+        identity: Of the base.
+    """
+    sources = record.get("sources") if record is not None else None
+    base = sources.get("base") if isinstance(sources, dict) else None
+    recorded, found = base.get(CONTENT) if isinstance(base, dict) else None, identity.get(CONTENT)
+    if recorded is None or found is None or recorded == found:
+        return []
+    return [
+        f"the base is not, byte for byte, the one that the record names: its weight files have the digest "
+        f"{found[:_SHOWN]}, recorded {str(recorded)[:_SHOWN]}"
+    ]
+
+
 def claim(record: Mapping[str, Any]) -> str:
     """What the record says of its proof: quoted, since nobody has verified who wrote it."""
     proof = record.get("proof")
@@ -164,5 +186,6 @@ def _name_of(base: Mapping[str, Any]) -> str:
     """What was observed of a base."""
     commit = base.get("commit")
     if commit is None:
-        return f"a local folder (headers {str(base.get('headers_sha256'))[:12]})"
+        what = CONTENT if isinstance(base.get(CONTENT), str) else "headers_sha256"
+        return f"a local folder ({what.partition('_')[0]} {str(base.get(what))[:_SHOWN]})"
     return f"{base['repo']}@{commit}" if base.get("repo") else f"a download of commit {commit}"

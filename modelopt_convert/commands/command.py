@@ -14,6 +14,7 @@ from modelopt_convert.checkpoint.companions import Companions, open_companions
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.formats.finite import NotFinite, not_finite_words
 from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
     BUG_HINT,
@@ -112,13 +113,21 @@ class Inputs:
             self._traffic[name] = sum(one.fetched for one in files), sum(one.requests for one in files)
         self._stack.__exit__(kind, error, trace)
 
-    def open(self, name: str, path: Location) -> CheckpointReader:
-        """Open a checkpoint: a folder, or one .safetensors file. The report calls it ``name``.
+    def open(self, name: str, path: Location, *, is_base: bool = False) -> CheckpointReader:
+        """Open a checkpoint: a folder, or one .safetensors file.
+
+        Args:
+            name: What the report calls it.
+            path: Where it lies.
+            is_base: Whether its bytes are digested as they are read, since its identity is what others are proven
+                against.
 
         Raises:
             InputError: It cannot be opened.
         """
         reader = self._stack.enter_context(CheckpointReader(path))
+        if is_base:
+            reader.digest_content()
         self.readers[name] = reader
         self._found[name] = InputReport(
             path=str(reader.path),
@@ -154,10 +163,12 @@ class Inputs:
                 file.check_unchanged()
 
     def reports(self) -> dict[str, InputReport]:
-        """Every input as it was opened."""
-        return {
-            name: one.model_copy(update={"renamed": self.renamed.get(name, {})}) for name, one in self._found.items()
-        }
+        """Every input as it was opened, with what is known of its identity by now."""
+        found: dict[str, InputReport] = {}
+        for name, one in self._found.items():
+            known = {"renamed": self.renamed.get(name, {}), "identity": self.readers[name].identity()}
+            found[name] = one.model_copy(update=known)
+        return found
 
     def network(self) -> dict[str, NetworkReport]:
         """What inputs that do not lie on disk cost to read."""
@@ -208,6 +219,17 @@ def throughput(clock: Clock, plans: Sequence[StreamPlan]) -> int | None:
     seconds = clock.seconds.get("stream")
     total = sum(spec.num_bytes for plan in plans for shard in plan.shards for spec in shard.tensors)
     return round(total / seconds) if seconds else None
+
+
+def not_finite_warnings(written: Mapping[str, NotFinite], prefix: str = "") -> list[Warned]:
+    """What a checkpoint holds that is no number, as its input did.
+
+    Args:
+        written: By tensor.
+        prefix: Of the transformer's names.
+    """
+    found = {f"{prefix}{name}": one for name, one in written.items()}
+    return [("tensor.not_finite", not_finite_words(found))] if found else []
 
 
 def published_warnings(published: Published | None) -> list[Warned]:

@@ -105,7 +105,9 @@ class VerifyCommand:
                 prefix = f"{name}/" if len(transformers) > 1 else ""
                 with self._clock.timed("open"):
                     reader = inputs.open(f"{prefix}checkpoint", path)
-                    against = inputs.open(f"{prefix}base", base_path) if base_path is not None else None
+                    against = None
+                    if base_path is not None:
+                        against = inputs.open(f"{prefix}base", base_path, is_base=True)
                 opened[prefix] = reader, against
             import torch
 

@@ -22,7 +22,14 @@ from modelopt_convert.dialects.packed import (
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.ignore import ignore_list, merged_modules
-from modelopt_convert.plan.inputs import check_base, check_configs, check_plain, check_preset, model_tensors
+from modelopt_convert.plan.inputs import (
+    check_base,
+    check_configs,
+    check_plain,
+    check_preset,
+    model_tensors,
+    one_sided_words,
+)
 from modelopt_convert.plan.keeps import (
     apply_patterns,
     count_rules,
@@ -109,6 +116,7 @@ def plan_mixed(
         may_differ=tuple(build.may_differ),
         warnings=(
             *_config_warnings(dropped, quant_config.get("ignore"), modules, where),
+            *(("config.one_sided", words) for words in _one_sided(export, base)),
             *(structural_warnings(known, target, matcher, packed) if keeps.preset is None and known else ()),
         ),
     )
@@ -251,6 +259,10 @@ class _Build:
         same = exported in (dtype, self._target.packed_dtype)
         self.export_fates[name] = fate if same else f"{fate}, {exported} to {dtype}"
         self.base_fates[name] = "used" if as_is else f"used: cast {info.dtype} to BF16"
+
+
+def _one_sided(export: Source, base: Source | None) -> list[str]:
+    return one_sided_words(export.config, base.config, "the export") if base is not None else []
 
 
 def _config_warnings(

@@ -9,6 +9,9 @@ from modelopt_convert.plan.plan import Source
 from modelopt_convert.preset.preset import Preset
 from modelopt_convert.run.errors import InputError
 
+_QUANTIZATION = "quantization_config"
+_SHOWN_CHARS = 120  # of a key with its value
+_SHOWN_KEYS = 20
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
@@ -65,15 +68,54 @@ def check_configs(export: Source, base: Source) -> None:
     Raises:
         InputError: ``base.quantized`` or ``base.config``.
     """
-    path = str(base.path / "config.json")
     check_config_unquantized(base)
-    for key, left, right in differing_keys(export.config, base.config):
+    check_same_config(export, base, "export")
+
+
+def check_same_config(mine: Source, base: Source, what: str) -> None:
+    """Require that no key of both configs has another value in the base.
+
+    Args:
+        mine: What was made from the base.
+        base: The base.
+        what: What messages call the first.
+
+    Raises:
+        InputError: ``base.config``.
+    """
+    path = str(base.path / "config.json")
+    for key, left, right in differing_keys(mine.config, base.config):
         raise InputError(
-            f"{path}: {key}: expected {left!r} as in the export, found {right!r}",
+            f"{path}: {key}: expected {left!r} as in the {what}, found {right!r}",
             code="base.config",
             path=path,
-            hint="give the base that the export was made from",
+            hint=f"give the base that the {what} was made from",
         )
+
+
+def one_sided_words(mine: Mapping[str, object], theirs: Mapping[str, object], what: str) -> list[str]:
+    """Keys of the model that only one of two configs has, in words; empty if there are none.
+
+    Writers leave out what they do not know, so such a key is no proof of another model. But a loader takes the default
+    of a key that is missing.
+
+    Args:
+        mine: Of what was made from the base, and is loaded.
+        theirs: Of the base.
+        what: What messages call the first.
+    """
+    found = []
+    for side, one, other in ((what, mine, theirs), ("the base", theirs, mine)):
+        keys = sorted(key for key in one.keys() - other.keys() if key != _QUANTIZATION and not key.startswith("_"))
+        if keys:
+            shown = [f"{key} = {one[key]!r}"[:_SHOWN_CHARS] for key in keys[:_SHOWN_KEYS]]
+            more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+            found.append(f"only {side} has {', '.join(shown)}{more}")
+    if not found:
+        return []
+    return [
+        f"config.json: {'; '.join(found)}; {what}'s config.json decides, and loaders take defaults for what it lacks"
+    ]
 
 
 def differing_keys(mine: Mapping[str, object], theirs: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:

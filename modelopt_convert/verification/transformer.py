@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import claim, read_record, recorded_verdicts
+from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -111,7 +111,9 @@ def verify_opened(
     record = read_record(reader.path) if with_record else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     progress.begin("read", reader.num_bytes)
-    scanned = scan(reader, record, options.workers, progress.advance) if with_record else Scanned()
+    scanned = Scanned()
+    if with_record:
+        scanned = scan(reader, record, options.workers, progress.advance, is_compared=base is not None)
     seen = look(subject)
     progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
     with torch_on_one_thread():
@@ -123,6 +125,8 @@ def verify_opened(
             recorded=recorded_verdicts(record) or {},
             advance=progress.advance,
         )
+    if base is not None:  # all of it was read by now, or nothing is said
+        scanned.warnings += other_base(record, base.identity())
     levels = [
         _record_level(record, scanned),
         container_level(subject, seen, scanned, options.workers, base),

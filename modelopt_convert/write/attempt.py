@@ -9,7 +9,7 @@ import json
 import platform
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,12 +68,15 @@ def attempt(job: ShardJob) -> ShardResult:
             if error.code != "input.missing":
                 raise
             raise not_shared(f"{platform.node()}: {error.message}", Path(str(error.path))) from error
+        if (base := readers.get("base")) is not None:
+            base.digest_content()
         shard = job.task.shard
         with ShardWriter(path, shard.tensors, shard.metadata, mode=job.mode) as writer, torch_on_one_thread():
             made = write_tensors(job.task, writer, readers, Unwatched(), job.workers, None)
     # The inputs were looked at once more on the way out of the block.
     fsops.rename(path, job.stage / job.task.file)
-    return shard_result(writer, made)
+    content = base.content.done if base is not None and base.content is not None else {}
+    return replace(shard_result(writer, made), content=content)
 
 
 def attempt_packed(version: str, packed: bytes) -> ShardResult:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
+from modelopt_convert.formats.finite import FiniteWatch, NotFinite
 from modelopt_convert.plan.plan import Step
 from modelopt_convert.run.errors import InputError
 
@@ -31,16 +32,26 @@ class Made:
         clipped: What a scale was too small for, if anything.
         block_scales: Of the codes, in pieces.
         judgement: On the module, where it was compared.
+        not_finite: NaN and infinity among unquantized values, if there are any.
     """
 
     clipped: "Clipped | None" = None
     block_scales: list[memoryview] = field(default_factory=list)
     judgement: "Judgement | None" = None
+    not_finite: NotFinite | None = None
 
     def note_clipped(self, found: "Clipped") -> None:
         """Add what was clipped in one piece of a weight."""
         if found.count:
             self.clipped = found if self.clipped is None else self.clipped.plus(found)
+
+    def watched(self, pieces: Iterator[bytes | memoryview], spec: TensorSpec) -> Iterator[bytes | memoryview]:
+        """The same pieces of an unquantized tensor; values that are not finite are noted while they pass."""
+        watch = FiniteWatch(spec.dtype, spec.shape)
+        for piece in pieces:
+            watch.add(piece)
+            yield piece
+        self.not_finite = watch.found()
 
 
 def produce(step: Step, reader: CheckpointReader, made: Made, gpu: "Gpu | None" = None) -> Iterator[bytes | memoryview]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.finite import NotFinite
 from modelopt_convert.formats.layout import CANONICAL
 from modelopt_convert.plan.plan import Origin, Step
 from modelopt_convert.plan.prediction import step_readings
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
 
 
+# Steps that write values which no proof of packed modules looks at.
+_UNQUANTIZED = frozenset({"copy", "cast_bf16", "dequantize_fp8"})
 # Does every task into the stage, tensors of a task on so many threads; the results come in the order of the tasks.
 Executor = Callable[
     [StagingDir, Sequence[ShardTask], Mapping[Origin, CheckpointReader], Progress, int, "Gpu | None"],
@@ -40,11 +44,13 @@ class Streamed:
         digests: xxh3-128 of each tensor by name.
         clipped: What a scale was too small for, by module; only where there was any.
         judgements: On modules that were due, by name.
+        not_finite: NaN and infinity among what was written, by tensor; only where there was any.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
     clipped: dict[str, "Clipped"] = field(default_factory=dict)
     judgements: dict[str, "Judgement"] = field(default_factory=dict)
+    not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
 
 def stream(
@@ -82,6 +88,9 @@ def stream(
         done.digests |= result.digests
         done.clipped |= result.clipped
         done.judgements |= result.judgements
+        done.not_finite |= result.not_finite
+        for name, digest in result.content.items():
+            readers["base"].take_content(name, digest)
     return done
 
 
@@ -132,7 +141,8 @@ def shard_result(writer: ShardWriter, made: Mapping[str, Made]) -> ShardResult:
     named = [(module_of(name), one) for name, one in made.items()]
     clipped = {name: one.clipped for name, one in named if one.clipped is not None}
     judgements = {name: one.judgement for name, one in named if one.judgement is not None}
-    return ShardResult(writer.num_bytes, writer.durable, writer.digests, clipped, judgements)
+    broken = {name: one.not_finite for name, one in made.items() if one.not_finite is not None}
+    return ShardResult(writer.num_bytes, writer.durable, writer.digests, clipped, judgements, broken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +185,10 @@ class _Writing:
         name, reader = step.output.name, self.readers[step.origin]
         self.progress.detail(f"{self.task.file}: {name}: {step.op} from {step.origin}")
         extent = reader.extent(name) if step.op == "copy" else None
-        self.writer.write(name, until(stopped, self._counted(produce(step, reader, made, self.gpu))), extent)
+        pieces = produce(step, reader, made, self.gpu)
+        if step.op in _UNQUANTIZED and step.output.dtype in HALF_AND_FLOAT:
+            pieces = made.watched(pieces, step.output)
+        self.writer.write(name, until(stopped, self._counted(pieces)), extent)
 
     def _counted(self, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         for piece in pieces:

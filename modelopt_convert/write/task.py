@@ -4,10 +4,11 @@ Nothing in a task depends on who does it, when, or how often: the bytes are the 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.formats.finite import NotFinite
 from modelopt_convert.plan.plan import ShardPlan, Step
 from modelopt_convert.proof.due import Due
 
@@ -60,6 +61,8 @@ class ShardResult:
         digests: xxh3-128 of each tensor by name.
         clipped: What a scale was too small for, by module; only where there was any.
         judgements: On modules that were due, by name.
+        not_finite: NaN and infinity among what was written, by tensor; only where there was any.
+        content: xxh3-128 of tensors of the base that were read whole in another process, by name.
     """
 
     num_bytes: int
@@ -67,6 +70,8 @@ class ShardResult:
     digests: Mapping[str, str]
     clipped: Mapping[str, "Clipped"]
     judgements: Mapping[str, "Judgement"]
+    not_finite: Mapping[str, NotFinite] = field(default_factory=dict)
+    content: Mapping[str, str] = field(default_factory=dict)
 
 
 def shard_tasks(plan: StreamPlan, due: Mapping[str, Due], folder: str) -> Iterator[ShardTask]:

@@ -33,6 +33,9 @@ class SourceRecord(_Open):
     """What identifies an input."""
 
     headers_sha256: str = Field(description="of the header of every shard, with its name")
+    content_xxh3_128: Digest | None = Field(
+        default=None, description="of a base all of whose bytes were read: of its headers and all of its tensors"
+    )
     origin: str | None = Field(
         default=None,
         description="how repo and commit are known: `hub`; `cache`, which is the Hub's; `download`, made by "

@@ -21,6 +21,7 @@ from pathlib import Path
 from mutants_disk import DISK, Mutant
 from mutants_edge import EDGE
 from mutants_hub import HUB
+from mutants_identity import IDENTITY
 from mutants_owned import OWNED
 from mutants_pipeline import PIPELINE
 from mutants_proof import PROOF
@@ -29,7 +30,7 @@ from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB + EDGE + PIPELINE
+MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

@@ -479,7 +479,12 @@ def test_a_base_without_the_weight_of_a_module_tells_nothing(
         other = {"renamed": weight, "reshaped": weight.reshape(2 * weight.shape[0], -1)}
         tensors[f"{name}s" if fault == "renamed" else name] = other.get(fault, weight.view(torch.int16))
 
-    unlike = families / "qwen_image" / "base" if fault == "another model" else edit(base, tmp_path / "base", spoil)
+    of_flux = config_of(base / "transformer")  # another config is refused for itself
+    unlike = (
+        edit(families / "qwen_image" / "base", tmp_path / "base", change_config=lambda config: config.update(of_flux))
+        if fault == "another model"
+        else edit(base, tmp_path / "base", spoil)
+    )
     source = edit(nvfp4, tmp_path / "source", swapped if command == "swap-nibbles" else postprocess)
     refused = run_mopt(command, source, tmp_path / "out", "--base", unlike)
     assert (refused.exit_code, refused.error_code) == (3, "layout.undetermined"), refused.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -139,3 +140,18 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def content_of(folder: Path) -> str:
+    """The digest of all bytes of a checkpoint's weight files, as docs/reports.md defines it, from whole files."""
+    headers, tensors = hashlib.sha256(), dict[str, str]()
+    for path in sorted(folder.glob("*.safetensors")):
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header, data = raw[8 : 8 + length], raw[8 + length :]
+        headers.update(f"{path.name}\0{length}\0".encode() + header)
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                tensors[name] = xxhash.xxh3_128_hexdigest(data[begin:end])
+    return xxhash.xxh3_128_hexdigest(json.dumps([headers.hexdigest(), tensors], sort_keys=True).encode())

@@ -45,7 +45,7 @@ def test_the_record_travels_and_is_a_claim(algorithm: str, built: dict[str, Path
     assert outcome.exit_code == 0, outcome.stderr
     report = found(outcome)
     assert (report["verdict"], report["proof"]) == ("pass", "unchanged")
-    claimed = "its record claims (the author is not verified): proven at build against a local folder (headers "
+    claimed = "its record claims (the author is not verified): proven at build against a local folder (content "
     assert report["statement"].startswith(f"every byte is as mopt.json says, cpu only; {claimed}")
     layout = {"nvfp4": "pass", "fp8": "skipped"}[algorithm]
     assert statuses(outcome) == {"record": "pass", "L0": "pass", "L1": layout, "L2": "skipped", "L3": "skipped"}

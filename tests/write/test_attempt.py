@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from support import run_mopt
 
@@ -86,6 +87,9 @@ def test_a_task_is_plain_data_and_parses_no_header(
     result = attempt_packed(__version__, pack(job))
     assert written(job) == {FILE: expected} and not list((job.stage / ATTEMPTS).iterdir())
     assert result.num_bytes == len(expected) and result.durable and set(result.digests) == set(NAMES)
+    files = [load_file(path) for path in sorted(job.parts["base"].folder.glob("*.safetensors"))]
+    raw = {name: one[name].numpy().tobytes() for one in files for name in one if name in NAMES}
+    assert result.content == {name: xxhash.xxh3_128_hexdigest(data) for name, data in raw.items()}
 
 
 def test_done_twice_it_is_the_same(job: ShardJob, expected: bytes) -> None:

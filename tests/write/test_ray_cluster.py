@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import PACKED
 from root import ROOT
-from support import build, config_of, run_mopt, tree
+from support import build, config_of, edit, load, run_mopt, tree
+
+from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 
 SMALL = ("--max-shard-size", "400kB")
 
@@ -101,6 +104,15 @@ def test_other_commands_and_what_goes_wrong(
     failing = ["build-nvfp4", "--preset", "flux1-dev", "--base", copied, *SMALL, "--output", out]
     jobs = [["none", [*words, *([] if name == "swap" else ["--output"]), room / name]] for name, words in equal.items()]
     jobs += [[fault, failing] for fault in faults]
+    # What a task finds of a module is judged here, before anything is published.
+    rows = load(exports / "nvfp4" / "transformer")[f"{PACKED}.weight"].shape[0]
+    row = next(row for row in range(rows - 1, 0, -1) if row not in sample_rows(rows, SAMPLED_ROWS))
+    damaged = edit(
+        exports / "nvfp4", tmp_path / "damaged", lambda all_: all_[f"{PACKED}.weight"][row, 3].bitwise_xor_(2)
+    )
+    faults["damaged"] = (1, "check.proof", f"{PACKED} (row {row}, column 6")
+    words = ["build-nvfp4", "--preset", "flux1-dev", "--export", damaged, "--base", base, *SMALL, "--output", out]
+    jobs.append(["none", words])
     lines = [[fault, str(tmp_path), [*map(str, words), "--executor", "ray"]] for fault, words in jobs]
     done = subprocess.run(driver("batch"), env=cluster, input=json.dumps(lines), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

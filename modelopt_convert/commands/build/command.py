@@ -22,7 +22,13 @@ from modelopt_convert.commands.build.report import Steps, build_report, clipped_
 from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, verify_stage
-from modelopt_convert.commands.command import Warned, foreign_warnings, peak_rss_bytes, published_warnings
+from modelopt_convert.commands.command import (
+    Warned,
+    foreign_warnings,
+    not_finite_warnings,
+    peak_rss_bytes,
+    published_warnings,
+)
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 from modelopt_convert.commands.serving import refuse_broken
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
@@ -248,6 +254,7 @@ class BuildCommand:
             }
             mine = {name: one for name, one in steps.clipped.items() if name.startswith(part.prefix)}
             steps.warned += clipped_warning(mine)
+            steps.warned += not_finite_warnings(done.not_finite, part.prefix)
             files = small_files(part, steps.plans[number], made, proven.report, done.digests)
             records[part.prefix.rstrip("/")] = files[RECORD]
             for name, data in files.items():

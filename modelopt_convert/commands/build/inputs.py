@@ -90,7 +90,11 @@ def _open(
     component: Component, prefix: str, checkpoint: Location | None, inputs: Inputs
 ) -> tuple[Opened, list[Warned]]:
     paths = {"export": component.export, "base": component.base}
-    readers = {role: inputs.open(f"{prefix}{role}", path) for role, path in paths.items() if path is not None}
+    readers = {
+        role: inputs.open(f"{prefix}{role}", path, is_base=role == "base")
+        for role, path in paths.items()
+        if path is not None
+    }
     opened, warned = Opened(component, prefix, readers.get("export"), readers.get("base")), list[Warned]()
     name_of: Callable[[str], str | None] = str
     if opened.export is not None and opened.export.config.get("_class_name") == ltx2.CLASS_NAME:

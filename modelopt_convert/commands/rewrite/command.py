@@ -14,7 +14,7 @@ from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.commands.build.files import counted, proof_record
-from modelopt_convert.commands.build.space import LONGEST
+from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, written_faults
 from modelopt_convert.commands.command import (
     Clock,
@@ -22,6 +22,7 @@ from modelopt_convert.commands.command import (
     Warned,
     ending,
     foreign_warnings,
+    not_finite_warnings,
     output_report,
     peak_rss_bytes,
     published_warnings,
@@ -42,6 +43,8 @@ from modelopt_convert.commands.rewrite.plan import (
     refuse_names,
 )
 from modelopt_convert.commands.rewrite.proof import (
+    compare_bases,
+    compare_configs,
     prove_rewritten,
     proven_layouts,
     refuse_unproven_rewrite,
@@ -108,7 +111,9 @@ class RewriteCommand:
                 # Before tensors are read: if another run holds OUT, that is said first. What fits is known after that.
                 stage = stack.enter_context(StagingDir(output, inputs, **request.consent, need_bytes=0, copies=()))
             with self._clock.timed("open"):
-                against = self._inputs.open("base", base_path) if base_path is not None else None
+                against = self._inputs.open("base", base_path, is_base=True) if base_path is not None else None
+            if against is not None:
+                self._warned += compare_configs(reader, against)
             with self._clock.timed("inspect"):
                 modules = self._look(reader, against)
                 self._evidence = {name: getattr(one, BASIS[self._kind]) for name, one in modules.items()}
@@ -125,11 +130,14 @@ class RewriteCommand:
                 readers: dict[Origin, CheckpointReader] = {"export": reader}
                 done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
             reader.check_unchanged()
+            self._warned += not_finite_warnings(done.not_finite)
             files = config_and_index(reader, plan, self._kind, modules if against is not None else None)
             for name, data in files.items():
                 stage.write_file(name, data)
             with self._clock.timed("check"):
                 self._close(stage.path, plan, against, str(source_path))
+            if against is not None and not source_path.is_file():
+                self._warned += compare_bases(reader, against)
             stage.write_file(RECORD, self._record(plan, files, done.digests, self._proof))
             with self._clock.timed("publish"):
                 try:
@@ -211,4 +219,4 @@ class RewriteCommand:
             longest = dict.fromkeys(proven, LONGEST)
             proof = rewritten_report(longest, self._request.max_error, "x" * 120, like=["x"])
         record = self._record(plan, files, dict.fromkeys(plan.steps, DIGEST), proof)
-        return disk_bytes([*shard_sizes(plan.shards), len(record), *map(len, files.values())])
+        return disk_bytes([*shard_sizes(plan.shards), len(record) + CONTENT_BYTES, *map(len, files.values())])

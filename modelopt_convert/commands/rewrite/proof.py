@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.record import other_base, read_record
 from modelopt_convert.commands.build.proof import module_report, verdict_counts
+from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.requests import RewriteRequest
 from modelopt_convert.commands.rewrite.plan import first_layout
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import FORMAT
+from modelopt_convert.plan.inputs import check_same_config, one_sided_words
 from modelopt_convert.report.report import ModuleReport, ProofReport
 from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, PROVEN_WORDS, REFUTED
-from modelopt_convert.run.errors import CheckFailedError
+from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.verification.options import VerifyOptions
 
 _SHOWN = 10
@@ -58,6 +61,32 @@ def proven_layouts(source: CheckpointReader, base: CheckpointReader, request: Re
             subject, base, VerifyOptions(workers=request.worker_count), request.max_error, lambda _: None
         )
     return {name: one.reading for name, one in found.items() if one.passed and one.reading is not None}
+
+
+def compare_configs(source: CheckpointReader, base: CheckpointReader) -> list[Warned]:
+    """Compare config.json with that of the base, where the source has one: keys that only one has are told.
+
+    Raises:
+        InputError: ``base.config``.
+    """
+    if not source.config:
+        return []
+    check_same_config(source, base, "source")
+    return [("config.one_sided", words) for words in one_sided_words(source.config, base.config, "the source")]
+
+
+def compare_bases(source: CheckpointReader, base: CheckpointReader) -> list[Warned]:
+    """Tell that the base is another than the source's record names, or that the record cannot be read.
+
+    Args:
+        source: The checkpoint that was rewritten.
+        base: Its base, all of which was read.
+    """
+    try:
+        record = read_record(source.path)
+    except InputError as error:
+        return [(error.code, error.message)]
+    return [("base.not_recorded", words) for words in other_base(record, base.identity())]
 
 
 def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> Rewritten:

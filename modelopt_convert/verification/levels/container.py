@@ -6,10 +6,11 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.modelopt.export import check_quant_config
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.finite import not_finite_words
 from modelopt_convert.formats.format import entry
 from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.inspection.component import inspect_component
-from modelopt_convert.plan.inputs import differing_keys
+from modelopt_convert.plan.inputs import differing_keys, one_sided_words
 from modelopt_convert.proof.tensors import load
 from modelopt_convert.report.inspect import ComponentReport, LintReport
 from modelopt_convert.report.verify import LevelReport, LevelStatus
@@ -75,8 +76,12 @@ def container_level(
     failures += _declaration_faults(subject) + _bias_faults(subject)
     if base is not None and base.config:
         failures += _config_faults(subject.reader, base)
+        if subject.reader.config:
+            warnings += one_sided_words(subject.reader.config, base.config, "the checkpoint")
     failures += [module.fault.message for module in subject.modules.values() if module.fault is not None]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
+    if scanned.not_finite:
+        warnings.append(not_finite_words(scanned.not_finite))
     due = [module for module in subject.modules.values() if module.fault is None]
     for found in in_order(due, lambda module, _stopped: rules.stored_faults(subject, module), workers):
         failures += found

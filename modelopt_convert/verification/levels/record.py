@@ -1,4 +1,4 @@
-"""One pass over every byte: digests against the record in mopt.json, and NaN among E4M3 weights."""
+"""One pass over every byte: digests against the record in mopt.json, and values that are not finite."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -15,6 +15,8 @@ from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.location import Location, OpenFile, names, open_file
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.finite import FiniteWatch, NotFinite
 from modelopt_convert.formats.tensor_bytes import check_e4m3
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
@@ -37,40 +39,51 @@ class Scanned:
         failures: Tensors and files that are not those recorded, in words.
         warnings: Files that may differ.
         broken: E4M3 weights that hold NaN, with the message.
+        not_finite: NaN and infinity among unquantized values, by tensor; only where there are any.
     """
 
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
+    not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
 
 def scan(
-    reader: CheckpointReader, record: Mapping[str, Any] | None, workers: int, advance: Callable[[int], None]
+    reader: CheckpointReader,
+    record: Mapping[str, Any] | None,
+    workers: int,
+    advance: Callable[[int], None],
+    *,
+    is_compared: bool = False,
 ) -> Scanned:
-    """Read what has to be read: all bytes with a record, else E4M3 weights alone.
+    """Read what has to be read: all bytes with a record, else E4M3 weights, and unquantized tensors with a base.
 
     Args:
         reader: The opened checkpoint.
         record: Its mopt.json, or None.
         workers: Tensors read at a time.
         advance: Called with the number of bytes just read.
+        is_compared: Whether there is a base, for which unquantized tensors are read in any case.
     """
     found = Scanned()
     digests: Mapping[str, str] = record["digests"]["tensors"] if record is not None else {}
-    if record is not None:
-        reader.prefetch((name, 0, info.num_bytes) for name, info in reader.tensors.items())
 
     def read(name: str, stopped: Event) -> str | None:
         """What is wrong with the bytes of a tensor."""
-        digest, coded = xxhash.xxh3_128(), name in weights
+        digest, coded, info = xxhash.xxh3_128(), name in weights, reader.tensors[name]
+        watch = FiniteWatch(info.dtype, info.shape) if info.dtype in HALF_AND_FLOAT else None
         for chunk in until(stopped, reader.buffered(name, _SCANNED_BYTES)):
             digest.update(chunk)
+            if watch is not None:
+                watch.add(chunk)
             if coded and name not in found.broken:
                 try:
                     check_e4m3(chunk)
                 except ValueError as error:
                     found.broken[name] = str(error)
             advance(len(chunk))
+        if watch is not None and (odd := watch.found()) is not None:
+            found.not_finite[name] = odd
         if record is not None and name not in digests:
             return f"tensor {name!r} is not recorded"
         if record is not None and digest.hexdigest() != digests[name]:
@@ -78,9 +91,12 @@ def scan(
         return None
 
     weights = {name for name, one in reader.tensors.items() if one.dtype == "F8_E4M3" and name.endswith(".weight")}
-    due_tensors = [name for name in reader.tensors if record is not None or name in weights]
+    floats = {name for name, one in reader.tensors.items() if is_compared and one.dtype in HALF_AND_FLOAT}
+    due_tensors = [name for name in reader.tensors if record is not None or name in weights or name in floats]
+    reader.prefetch((name, 0, reader.tensors[name].num_bytes) for name in due_tensors)
     found.failures += [words for words in in_order(due_tensors, read, workers) if words is not None]
     found.broken = {name: found.broken[name] for name in due_tensors if name in found.broken}
+    found.not_finite = {name: found.not_finite[name] for name in due_tensors if name in found.not_finite}
     found.failures += [f"tensor {name!r} is recorded and gone" for name in digests if name not in reader.tensors]
     if record is not None:
         found.failures += _header_faults(reader, record)

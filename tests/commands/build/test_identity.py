@@ -43,8 +43,8 @@ def test_a_local_folder_is_no_model_that_a_preset_names(nvfp4: Path, base: Path,
     assert "--model-path BASE_MODEL --transformer-path" in found.card
     assert found.record["base_repo"] is None and "base_claimed" not in found.record
     assert found.record["sources"]["base"]["origin"] == "folder"
-    headers = found.record["sources"]["base"]["headers_sha256"]
-    assert f"against a local folder (headers {headers[:12]})" in found.statement
+    content = found.record["sources"]["base"]["content_xxh3_128"]
+    assert f"against a local folder (content {content[:12]})" in found.statement
 
 
 def test_modules_of_which_rows_were_compared_are_counted_apart(nvfp4: Path, base: Path, tmp_path: Path) -> None:
@@ -65,9 +65,8 @@ def test_a_claim_is_told_as_one(nvfp4: Path, base: Path, tmp_path: Path) -> None
     assert f"--model-path {FLUX} --transformer-path" in found.card
     assert found.record["base_claimed"] == FLUX and found.record["base_repo"] is None
     assert found.record["sources"]["base"]["origin"] == "folder"
-    assert f"a local folder (headers {found.record['sources']['base']['headers_sha256'][:12]}), said to be {FLUX}" in (
-        found.statement
-    )
+    content = found.record["sources"]["base"]["content_xxh3_128"]
+    assert f"a local folder (content {content[:12]}), said to be {FLUX}" in found.statement
 
 
 @pytest.mark.parametrize("place", ["hub", "cache"])
