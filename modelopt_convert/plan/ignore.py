@@ -57,13 +57,13 @@ def ignore_list(
         if name.endswith(".weight") and step.output.dtype != target.packed_dtype and len(step.output.shape) >= 2:
             ignored |= dict.fromkeys(spellings(module_of(name), preset, config), module_of(name))
     taken = [spelling for module in packed for spelling in spellings(module, preset, config)]
-    for module in packed:
+    for module in sorted(packed, key=natural_key):
         for spelling in spellings(module, preset, config):
             if (entry := ignored_by(ignored, spelling)) is not None:
                 raise InputError(
                     f"{module} (quantized) would be ignored as {spelling}, since {ignored[entry]} stays in BF16",
                     code="preset.fused_group",
-                    hint="the runtime makes one module of both: keep both in BF16, or neither",
+                    hint="the runtime has one module or one name for both: keep both in BF16, or neither",
                 )
     taken.sort()
     # A star at the end keeps an entry from being taken for a part of another name; patterns fit the whole name.

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 RECORD = ROOT / "docs" / "engines.json"
 PAGE = ROOT / "docs" / "engines.md"
 BUILDS = {"nvfp4": build_nvfp4, "fp8": convert_fp8}
-KEYS = ("outcome", "compared", "packed", "off", "first", "figure", "why")
+KEYS = ("outcome", "compared", "packed", "off", "first", "figure", "why", "differ", "takes")
 HEAD = """# What the engines' own loaders make of a checkpoint
 
 Made by `make engines`. A small model of every family, calibrated and exported by ModelOpt, is built by `mopt` with its
@@ -76,7 +76,7 @@ def load(engine: str, python: Path, checkpoints: Sequence[Path]) -> list[Row]:
         found = json.loads(line)
         family, _, algorithm = Path(found["checkpoint"]).name.rpartition("-")
         known = {"engine": engine, "version": ENGINES[engine]["version"], "family": family, "format": algorithm}
-        rows.append(known | {key: found[key] for key in KEYS if found.get(key) is not None})
+        rows.append(known | {key: found[key] for key in KEYS if found.get(key) not in (None, [])})
     return rows
 
 
