@@ -140,6 +140,12 @@ def _named(made: _Class | None, name: str) -> str:
     return name.replace("to_out.0", made.out)
 
 
+def _parts(group: str) -> tuple[str, ...]:
+    """The names of a fused module's parts, as a ``packed_modules_mapping`` has them; none of another module."""
+    parent, _, leaf = group.rpartition(".")
+    return tuple(f"{parent}.{part}" for part in {"to_qkv": _QKV, "add_kv_proj": _ADDED}.get(leaf, ()))
+
+
 def excluded(entries: object, names: Collection[str], made: _Class | None, *, path: str) -> set[str]:
     """The modules that are left unquantized.
 
@@ -149,11 +155,8 @@ def excluded(entries: object, names: Collection[str], made: _Class | None, *, pa
     listed = {entry for entry in entries if isinstance(entry, str)} if isinstance(entries, list) else set()
     parts = [f"*{entry}*" for entry in widened({entry for entry in listed if "*" not in entry}, names)]
     found = ignored([*listed, *parts], names, path=path)
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        members = {"to_qkv": _QKV, "add_kv_proj": _ADDED}.get(leaf) if made is not None and made.mapped else None
-        if members is not None and all(f"{parent}.{one}" in listed for one in members):
-            found.add(name)
+    if made is not None and made.mapped:
+        found |= {name for name in names if (members := _parts(name)) and listed.issuperset(members)}
     return found
 
 

@@ -45,6 +45,7 @@ against the base. No GEMM is run.
 
 `mopt` knows these as `modelopt_convert/engines/limits.toml`, and a test compares the two. It refuses what fails or is
 wrong in the engine that a checkpoint is built for (`--engine`), but for `--allow-known-broken`, and says what is lost.
+`engines.json` has the modules that each engine holds packed (`takes`) and the parameters that differ (`differ`).
 
 """
 

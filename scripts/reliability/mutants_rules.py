@@ -330,6 +330,8 @@ RULES = (
             ),
             ("across words", "for tail in begun[word])", "for tail in begun[word][:0])"),
             ("a beginning", "texts[place].startswith(start)", "True"),
+            ("parts of fused modules", "listed.issuperset(members)", "False"),
+            ("classes that name parts", "if made is not None and made.mapped:", "if made is not None:"),
         )
     ),
     *(
@@ -338,7 +340,6 @@ RULES = (
             ("a class's own Linears", "re.fullmatch(made.quantized, name)", "True"),
             ("what is ignored", "if group not in left}", "}"),
             ("scales without a name", "in made.renamed)),", "in ())),"),
-            ("names of fused modules", "if members is not None and all(", "if False and all("),
         )
     ),
     Mutant(
