@@ -63,16 +63,19 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
             out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
         if layout.modules_contradicting:
             out.line(f"{layout.modules_contradicting} modules contradict what is declared or believed")
-    if component.engine is not None:
-        believed = component.engine.believes
-        out.line(
-            f"{component.engine.name} believes: {believed['nibble_order']} nibble first, "
-            f"scales {believed['scale_layout']}, groups of {believed['group_size']}, "
-            f"{believed['packed_modules']} packed modules"
+    for engine in component.engines:
+        believed = engine.believes
+        read = (
+            f"{believed['nibble_order']} nibble first, scales {believed['scale_layout']}, "
+            f"groups of {believed['group_size']}, "
         )
-        for reason in component.engine.because:
+        has_layout = believed["nibble_order"] != "none"
+        out.line(f"{engine.name} believes: {read if has_layout else ''}{believed['packed_modules']} packed modules")
+        for reason in engine.because:
             out.line(f"  because {reason}")
-        if not component.engine.misreads:
+        for words in engine.misreads if engine != component.engine else ():  # those of that one are faults below
+            out.line(f"  it {words.removeprefix(engine.name).strip()}")
+        if not engine.misreads:
             out.line("  nothing known contradicts that")
     codes = Counter(fault.code for fault in component.lint)
     for fault in _few(component):

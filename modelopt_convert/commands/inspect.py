@@ -40,6 +40,6 @@ class InspectCommand:
     def report(self, error: BaseException | None = None) -> InspectReport:
         """What was found; the fields at the top are the first transformer's."""
         first = next(iter(self._components.values()), None) if error is None else None
-        names = ("dialect", "layout", "modules", "lint", "totals", "engine") if first is not None else ()
+        names = ("dialect", "layout", "modules", "lint", "totals", "engine", "engines") if first is not None else ()
         of_first = {name: getattr(first, name) for name in names}
         return InspectReport(components=self._components, **of_first, **ending(error))

@@ -1,4 +1,4 @@
-"""SGLang Diffusion's view of an NVFP4 checkpoint: how it infers, merges and defaults. Pure, no torch.
+"""SGLang Diffusion's view of a checkpoint: how it infers, merges and defaults. Pure, no torch.
 
 Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference from shards, lookup order of configs),
 ``runtime/layers/quantization/modelopt_quant.py`` (``from_config`` and its defaults) and
@@ -8,11 +8,12 @@ Written from SGLang 0.5.23: ``runtime/utils/quantization_utils.py`` (inference f
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo, json_object
-from modelopt_convert.formats.layout import Layout
+from modelopt_convert.engines.belief import Belief
+from modelopt_convert.formats.layout import CANONICAL, Layout
+from modelopt_convert.preset.patterns import ignored
 
 VERSION = "sglang@0.5.23"
 GUESSED = frozenset({"nvfp4"})  # formats whose layout is inferred from tensors
@@ -31,31 +32,6 @@ DYNAMIC_INPUTS = (
     "carry it over) and takes 1.0 for every missing input_scale: blocks of activations whose largest value is below "
     "0.1 lose precision, those above 2688 are clipped"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Belief:
-    """What the engine will take the checkpoint for.
-
-    Attributes:
-        engine: Name and version.
-        quantized: Whether the engine will load the checkpoint as NVFP4 at all.
-        layout: How the engine reads codes and scales.
-        group_size: Columns per scale.
-        modules: Modules that the engine takes for packed.
-        input_scales: ``stored``: the checkpoint's; ``ones``: 1.0 where one is missing, whatever is declared.
-        because: What each belief rests on.
-        refuses: Why the engine will not load the checkpoint at all, or None.
-    """
-
-    engine: str
-    quantized: bool
-    layout: Layout
-    group_size: int | None
-    modules: frozenset[str]
-    input_scales: Literal["stored", "ones"]
-    because: tuple[str, ...]
-    refuses: str | None
 
 
 def believe(
@@ -107,6 +83,42 @@ def believe(
         input_scales="stored" if all(f"{module}.input_scale" in tensors for module in modules) else "ones",
         because=tuple(because),
         refuses=refuses,
+    )
+
+
+# ``runtime/models/dits/ltx_2.py`` hands its Linears no prefix: no entry of ``ignore`` fits them.
+_NAMELESS = frozenset({"LTX2VideoTransformer3DModel"})
+
+
+def believe_fp8(names: Mapping[str, Collection[str]], config: Mapping[str, Any], path: str) -> Belief:
+    """What SGLang 0.5.23 believes of an FP8 checkpoint: of names and config.json alone.
+
+    ``ModelOptQuantConfig.is_layer_excluded`` in ``modelopt_quant.py`` decides by a module's name; every other Linear to
+    which the class hands the quantization is FP8, and what is stored for it is cast.
+
+    Args:
+        names: The Linears to which the class hands the quantization, by disk name: SGLang's names of each.
+        config: config.json.
+        path: Where it lies, for the message.
+
+    Raises:
+        InputError: ``config.ignore``.
+    """
+    spelled = {spelling for spellings in names.values() for spelling in spellings}
+    found = config.get("quantization_config")
+    entries = found.get("ignore") if isinstance(found, dict) else None
+    nameless = config.get("_class_name") in _NAMELESS
+    left = set() if nameless else ignored(entries, spelled, path=path)
+    reason = "`ignore` fits no Linear of this class: they have no names" if nameless else "`ignore` of config.json"
+    return Belief(
+        engine=VERSION,
+        quantized=True,
+        layout=CANONICAL,
+        group_size=None,
+        modules=frozenset(name for name, spellings in names.items() if not left.intersection(spellings)),
+        input_scales="stored",
+        because=(reason,),
+        refuses=_refusal(config),
     )
 
 

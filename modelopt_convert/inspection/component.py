@@ -15,12 +15,14 @@ from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.modelopt.dialect import MODELOPT, MODELOPT_FP8
 from modelopt_convert.dialects.packed import Evidence, PackedModule, declares_dynamic_inputs, find_packed
 from modelopt_convert.dialects.table import detect_dialect
+from modelopt_convert.engines.belief import Belief
 from modelopt_convert.engines.limits import DEFAULT, declared, limits
-from modelopt_convert.engines.sglang import Belief, believe, misread
+from modelopt_convert.engines.sglang import believe, misread
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.layout import BASES, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.inspection.engines import engine_reports
 from modelopt_convert.inspection.lint import config_faults, fused_faults
 from modelopt_convert.report.inspect import (
     ComponentReport,
@@ -107,6 +109,7 @@ def inspect_component(
         ],
         totals=_totals(reader),
         engine=engine,
+        engines=[*([engine] if engine is not None else []), *engine_reports(reader, modules, layout)],
     )
 
 

@@ -60,13 +60,13 @@ def ignore_list(
             kept.add(module_of(name))
             ignored |= dict.fromkeys(spellings(module_of(name), preset, config), module_of(name))
     taken = [spelling for module in packed for spelling in spellings(module, preset, config)]
-    for module in packed:
+    for module in sorted(packed, key=natural_key):
         for spelling in spellings(module, preset, config):
             if (entry := ignored_by(ignored, spelling)) is not None:
                 raise InputError(
                     f"{module} (quantized) would be ignored as {spelling}, since {ignored[entry]} stays in BF16",
                     code="preset.fused_group",
-                    hint="the runtime makes one module of both: keep both in BF16, or neither",
+                    hint="the runtime has one module or one name for both: keep both in BF16, or neither",
                 )
     taken = sorted({*taken, *other_names(packed)})
     whole = _whole_blocks(ignored, taken)

@@ -134,16 +134,14 @@ def check_preset(preset: Preset | None, export: Source) -> None:
     """
     if preset is None:
         return
-    expected = {"_class_name": preset.class_name, **preset.config}
-    for key, value in expected.items():
+    for key, expected in preset.misfits(export.config):
         found = export.config.get(key)
-        if found != value:
-            raise InputError(
-                f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {value!r}, found {found!r}",
-                code="preset.wrong_model",
-                path=str(export.path / "config.json"),
-                hint="leave --preset out to have it chosen, or name the model's own",
-            )
+        raise InputError(
+            f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {expected}, found {found!r}",
+            code="preset.wrong_model",
+            path=str(export.path / "config.json"),
+            hint="leave --preset out to have it chosen, or name the model's own",
+        )
 
 
 def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]) -> None:

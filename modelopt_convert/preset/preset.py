@@ -2,7 +2,7 @@
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +54,7 @@ class Preset(_Sets):
     license_name: str | None = Field(default=None, description="its name where license is other")
     license_link: str | None = Field(default=None, description="where it is to be read, in full")
     modelopt_model: str | None = Field(
-        default=None, description="--model of ModelOpt's quantize.py that makes the export"
+        default=None, description="--model of ModelOpt's quantize.py that makes the export; empty for none"
     )
     load_flag: str = Field(description="SGLang's flag that loads the result")
     fused: list[list[str]] = Field(description="names under one parent that the runtime may fuse; dots allowed")
@@ -65,8 +65,10 @@ class Preset(_Sets):
     )
     keep_fp32: _Globs = Field(description="globs over tensor names that stay in F32 where the base holds F32")
     config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
+    having: dict[str, bool] = Field(default={}, description="config.json keys that must have a value, or none")
     runtime_names: dict[str, list[str]] = Field(
-        description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key"
+        description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key; "
+        "without * all that match have that one name"
     )
 
     @field_validator("schema_", mode="before")
@@ -81,8 +83,10 @@ class Preset(_Sets):
     def _stars(cls, names: dict[str, list[str]]) -> dict[str, list[str]]:
         for disk, spellings in names.items():
             for runtime in spellings:
-                if any(stars(disk)) or len(stars(disk)) != len(stars(runtime)):
-                    raise ValueError(f"{disk!r} and {runtime!r} must have the same number of * segments")
+                if any(stars(disk)) or len(stars(runtime)) not in (0, len(stars(disk))):
+                    raise ValueError(
+                        f"{disk!r} and {runtime!r} must have the same number of * segments, or the latter none"
+                    )
         return names
 
     def rules(self, algorithm: Algorithm) -> KeepRules:
@@ -107,7 +111,7 @@ class Preset(_Sets):
 
     def recipe(self) -> list[str]:
         """The commands of ModelOpt's examples/diffusers/quantization that make the exports, as lines of text."""
-        if self.modelopt_model is None:
+        if not self.modelopt_model:
             return []
         lines = ["The exports come from ModelOpt's examples/diffusers/quantization. Its default dtype is Half:"]
         for algorithm in self.sets():
@@ -120,8 +124,16 @@ class Preset(_Sets):
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is of this model: it has the class, and the values that single the model out."""
-        same = config.get("_class_name") == self.class_name
-        return same and all(config.get(key) == value for key, value in self.config.items())
+        return next(self.misfits(config), None) is None
+
+    def misfits(self, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The keys of a config.json of another model, and what this one has there."""
+        for key, value in {"_class_name": self.class_name, **self.config}.items():
+            if config.get(key) != value:
+                yield key, repr(value)
+        for key, is_there in self.having.items():
+            if (config.get(key) is not None) != is_there:
+                yield key, "a value" if is_there else "none"
 
 
 class LoadedPreset(_Strict):
@@ -289,10 +301,15 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
 
 
 def preset_of_class(config: Mapping[str, Any]) -> Preset | None:
-    """A preset that comes with mopt for this class of transformers: one that fits, or the first of the class."""
+    """A preset that comes with mopt for this class of transformers: one that fits, or the first of the same parts."""
     found = [load_preset(name).preset for name in preset_names()]
     same = [one for one in found if one.class_name == config.get("_class_name")]
-    return next((one for one in same if one.fits(config)), same[0] if same else None)
+    misfits = {one.name: [key for key, _ in one.misfits(config)] for one in same}
+    return min(
+        same,
+        key=lambda one: (bool(misfits[one.name]), any(key in one.having for key in misfits[one.name])),
+        default=None,
+    )
 
 
 def _rule_key(preset: Preset, algorithm: Algorithm) -> str:

@@ -75,7 +75,7 @@ class EngineReport(_Model):
 
 
 class ComponentReport(_Model):
-    """One transformer."""
+    """One transformer; ``engine`` is SGLang's view of an NVFP4 checkpoint, ``engines`` are all."""
 
     dialect: DialectReport
     layout: LayoutReport
@@ -83,6 +83,7 @@ class ComponentReport(_Model):
     lint: list[LintReport]
     totals: TotalsReport
     engine: EngineReport | None
+    engines: list[EngineReport] = Field(default_factory=list)
 
 
 class InspectReport(_Model):
@@ -98,6 +99,7 @@ class InspectReport(_Model):
     lint: list[LintReport] = Field(default_factory=list)
     totals: TotalsReport = Field(default_factory=TotalsReport)
     engine: EngineReport | None = None
+    engines: list[EngineReport] = Field(default_factory=list)
     warnings: list[dict[str, str]] = Field(default_factory=list)
     error: ErrorReport | None = None
 

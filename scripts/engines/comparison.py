@@ -7,10 +7,11 @@ the base; so an engine is right if it holds these values.
 import json
 import math
 import os
+import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,15 @@ def compare(held: Tensors, wanted: Tensors, packed: int) -> dict[str, Any]:
     Returns:
         ``outcome``: ``right`` if all is held to the last bits of float32; ``loss`` if packed weights are a little off;
         ``wrong`` otherwise. ``off``: how many are. ``first``: the worst. ``figure``: its relative error, None if it is
-        absent or was never set.
+        absent or was never set. ``differ``: all that are off. ``takes``: the modules that it holds packed.
     """
     errors = {name: _error(held.get(name), value) for name, value in wanted.items()}
     off = {name: error for name, error in errors.items() if not error <= _ROUNDING}
     # What is decoded here is float32. All else is to be held as it lies.
     wrong = [name for name, error in off.items() if not error <= LOSS or wanted[name].dtype != torch.float32]
     worst = max(wrong or off, key=lambda name: math.inf if math.isnan(off[name]) else off[name], default=None)
+    # What is held packed was decoded, to float32.
+    takes = [name for name, one in held.items() if one.ndim == 2 and one.dtype == torch.float32]
     return {
         "outcome": "wrong" if wrong else "loss" if off else "right",
         "compared": len(wanted),
@@ -59,7 +62,29 @@ def compare(held: Tensors, wanted: Tensors, packed: int) -> dict[str, Any]:
         "off": len(off),
         "first": worst,
         "figure": None if worst is None or math.isnan(off[worst]) else round(off[worst], 4),
+        "differ": by_block(off),
+        "takes": by_block(name.removesuffix(".weight") for name in takes if name.endswith(".weight")),
     }
+
+
+def by_block(names: Iterable[str]) -> list[str]:
+    """Names in order, those that differ in their first number alone as one: ``blocks.{0-2,4}.to_q``."""
+    alike: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<=[.])[0-9]+(?=[.])", name)
+        numbers = alike.setdefault(name if found is None else f"{name[: found.start()]}*{name[found.end() :]}", [])
+        numbers += [] if found is None else [int(found[0])]
+    return sorted(name.replace("*", f"{{{_spans(numbers)}}}") for name, numbers in alike.items())
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][-1] == number - 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ",".join("-".join(map(str, one)) for one in found)
 
 
 def _error(held: torch.Tensor | None, wanted: torch.Tensor) -> float:

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 RECORD = ROOT / "docs" / "engines.json"
 PAGE = ROOT / "docs" / "engines.md"
 BUILDS = {"nvfp4": build_nvfp4, "fp8": convert_fp8}
-KEYS = ("outcome", "compared", "packed", "off", "first", "figure", "why")
+KEYS = ("outcome", "compared", "packed", "off", "first", "figure", "why", "differ", "takes")
 HEAD = """# What the engines' own loaders make of a checkpoint
 
 Made by `make engines`. A small model of every family, calibrated and exported by ModelOpt, is built by `mopt` with its
@@ -46,6 +46,7 @@ against the base. No GEMM is run.
 
 `mopt` knows these as `modelopt_convert/engines/limits.toml`, and a test compares the two. It refuses what fails or is
 wrong in the engine that a checkpoint is built for (`--engine`), but for `--allow-known-broken`, and says what is lost.
+`engines.json` has the modules that each engine holds packed (`takes`) and the parameters that differ (`differ`).
 
 """
 
@@ -77,7 +78,7 @@ def load(engine: str, python: Path, checkpoints: Sequence[Path]) -> list[Row]:
         found = json.loads(line)
         family, _, algorithm = Path(found["checkpoint"]).name.rpartition("-")
         known = {"engine": engine, "version": ENGINES[engine]["version"], "family": family, "format": algorithm}
-        rows.append(known | {key: found[key] for key in KEYS if found.get(key) is not None})
+        rows.append(known | {key: found[key] for key in KEYS if found.get(key) not in (None, [])})
     return rows
 
 

@@ -87,6 +87,9 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     # Wan's own configs (wan_ti2v_5B.py): dim 3072, ffn 14336, 24 heads, 30 blocks, 48 channels.
     "wan2.2-ti2v-5b": _WAN
     | {"ffn_dim": 14336, "in_channels": 48, "num_attention_heads": 24, "num_layers": 30, "out_channels": 48},
+    # As diffusers' scripts/convert_wan_to_diffusers.py writes them; all keys are spelled out, as in T2V's.
+    "wan2.2-i2v-a14b": _WAN | {"in_channels": 36},
+    "wan2.1-i2v-14b": _WAN | {"added_kv_proj_dim": 5120, "image_dim": 1280, "in_channels": 36},
     "qwen-image": _QWEN | {"pooled_projection_dim": 768},
     # That 2512 has Qwen-Image-Edit's keys is an assumption: SGLang and others load both with the same values.
     "qwen-image-2512": _QWEN,
@@ -154,7 +157,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # All are published in BF16 but Wan's, whose files have four bytes a parameter.
-_F32 = ("wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
+_F32 = ("wan2.1-i2v-14b", "wan2.2-i2v-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
 
 
 def model_of(preset: str) -> Any:

@@ -32,7 +32,8 @@ def render() -> str:
         preset = load_preset(name).preset
         for algorithm, rules in preset.sets().items():
             more = "; ".join(rules.known_limits) or "none known"
-            known = limits({"_class_name": preset.class_name}, algorithm)
+            config = {"_class_name": preset.class_name} | {key: True for key, there in preset.having.items() if there}
+            known = limits(config, algorithm)
             sglang, omni = (_grade(known, engine) for engine in ("sglang", "vllm-omni"))
             rows.append(
                 f"| `{name}` | {preset.title} | {', '.join(preset.repos)} "

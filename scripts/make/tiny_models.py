@@ -89,6 +89,14 @@ def _wan_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _wan_image_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    # diffusers takes all but the last 512 tokens for the image's.
+    return _wan_inputs(config, draw) | {
+        "encoder_hidden_states": draw.random(1, 512, config["text_dim"]),
+        "encoder_hidden_states_image": draw.random(1, 257, config["image_dim"]),
+    }
+
+
 def _qwen_image_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     return {
         "hidden_states": draw.random(1, 16, config["in_channels"]),
@@ -129,6 +137,16 @@ def _ltx2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
 _FLUX_LEFT_ALONE = (
     r"proj_out|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation)"
 )
+_WAN_LEFT_ALONE = r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|5|6|7)\.)"
+_WAN = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "text_dim": 64,
+    "freq_dim": 64,
+    "ffn_dim": 288,
+    "num_layers": 8,
+    "rope_max_seq_len": 64,
+}
 
 FAMILIES = {
     "flux1": Family(
@@ -169,17 +187,9 @@ FAMILIES = {
     # The bases on the Hub are F32, and diffusers keeps some of it (_keep_in_fp32_modules) whatever dtype it loads in.
     "wan": Family(
         class_name="WanTransformer3DModel",
-        config={
-            "num_attention_heads": 3,
-            "attention_head_dim": 32,
-            "text_dim": 64,
-            "freq_dim": 64,
-            "ffn_dim": 288,
-            "num_layers": 8,
-            "rope_max_seq_len": 64,
-        },
+        config=_WAN,
         inputs=_wan_inputs,
-        left_alone=r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|5|6|7)\.)",
+        left_alone=_WAN_LEFT_ALONE,
         base_dtype="float32",
     ),
     # The recipe is for 40 blocks; the 5B model has fewer, so that its last ones are quantized.
@@ -198,6 +208,23 @@ FAMILIES = {
         },
         inputs=_wan_inputs,
         left_alone=r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|37|38|39)\.)",
+        base_dtype="float32",
+    ),
+    # Image-to-video: beside the latents, the image's and a mask lie in the channels.
+    "wan_i2v": Family(
+        class_name="WanTransformer3DModel",
+        config=_WAN | {"in_channels": 36},
+        inputs=_wan_inputs,
+        left_alone=_WAN_LEFT_ALONE,
+        base_dtype="float32",
+    ),
+    # As in Wan 2.1, with a cross-attention to the image as well. ModelOpt's dummy forward pass takes as many tokens of
+    # text as rope_max_seq_len allows, up to 512.
+    "wan_i2v_image": Family(
+        class_name="WanTransformer3DModel",
+        config=_WAN | {"in_channels": 36, "image_dim": 64, "added_kv_proj_dim": 96, "rope_max_seq_len": 1024},
+        inputs=_wan_image_inputs,
+        left_alone=_WAN_LEFT_ALONE,
         base_dtype="float32",
     ),
     "qwen_image": Family(

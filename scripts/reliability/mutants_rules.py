@@ -362,6 +362,37 @@ RULES = (
             ),
             ("across words", "for tail in begun[word])", "for tail in begun[word][:0])"),
             ("a beginning", "texts[place].startswith(start)", "True"),
+            ("parts of fused modules", "listed.issuperset(members)", "False"),
+            ("classes that name parts", "if made is not None and made.mapped:", "if made is not None:"),
+        )
+    ),
+    *(
+        Mutant("engines/vllm_omni.py", what, old, new, ("engines/test_views.py",))
+        for what, old, new in (
+            ("a class's own Linears", "re.fullmatch(made.quantized, name)", "True"),
+            ("what is ignored", "if group not in left}", "}"),
+            ("scales without a name", "in made.renamed)),", "in ())),"),
+        )
+    ),
+    Mutant(
+        "engines/sglang.py",
+        "classes without names",
+        "set() if nameless else ignored(entries, spelled, path=path)",
+        "ignored(entries, spelled, path=path)",
+        ("engines/test_views.py",),
+    ),
+    *(
+        Mutant("engines/belief.py", what, old, new, ("engines/test_views.py",))
+        for what, old, new in (
+            ("what is cast", "belief.modules & set(linears) - set(packed)", "set()"),
+            ("scales that are dropped", "(belief.unset & set(packed), ", "(set(), "),
+        )
+    ),
+    *(
+        Mutant("preset/preset.py", what, old, new, ("preset/test_preset.py",))
+        for what, old, new in (
+            ("keys with a value", "if (config.get(key) is not None) != is_there:", "if False:"),
+            ("names of the same parts", "any(key in one.having for key in misfits[one.name])", "False"),
         )
     ),
 )

@@ -18,7 +18,8 @@ ROWS = list(recorded().values())
 
 
 def facts_of(row: dict[str, Any]) -> list[Limit]:
-    config = {"_class_name": FAMILIES[row["family"]].class_name}
+    family = FAMILIES[row["family"]]
+    config = {"_class_name": family.class_name, **family.config}
     return [one for one in limits(config, row["format"]) if one.engine == row["engine"]]
 
 
@@ -55,9 +56,9 @@ def test_facts_are_of_known_words() -> None:
 def test_a_fact_may_depend_on_a_key_of_the_config() -> None:
     wan = {"_class_name": "WanTransformer3DModel"}
     for value, expected in ((None, []), (64, ["fails"])):
-        found = limits(wan | {"added_kv_proj_dim": value}, "fp8")
+        found = limits(wan | {"added_kv_proj_dim": value}, "nvfp4")
         assert [one.grade for one in found if one.engine == "sglang"] == expected
-    assert limits(wan, "fp8") == limits(wan | {"added_kv_proj_dim": None}, "fp8")
+    assert limits(wan, "nvfp4") == limits(wan | {"added_kv_proj_dim": None}, "nvfp4")
 
 
 def test_a_fact_of_a_class_goes_before_that_of_all_classes() -> None:

@@ -19,7 +19,8 @@ from sglang_files import (
     tensor,
 )
 
-from modelopt_convert.engines.sglang import Belief, believe, misread
+from modelopt_convert.engines.belief import Belief
+from modelopt_convert.engines.sglang import believe, misread
 
 
 def layers(*modules: str, algorithm: str = "nvfp4") -> dict[str, Any]:

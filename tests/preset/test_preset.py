@@ -10,8 +10,9 @@ import pytest
 from root import ROOT
 
 from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.plan.ignore import spellings
 from modelopt_convert.preset.patterns import check_pattern
-from modelopt_convert.preset.preset import choose_preset, load_preset, parse_preset, preset_names
+from modelopt_convert.preset.preset import choose_preset, load_preset, parse_preset, preset_names, preset_of_class
 from modelopt_convert.run.errors import InputError
 
 SHIPPED = sorted((ROOT / "presets").glob("*.toml"), key=lambda path: path.stem)
@@ -85,13 +86,21 @@ def test_every_preset_that_comes_with_mopt(path: Path) -> None:
     for rules in preset.sets().values():
         for pattern in [*rules.structural, *rules.quality, *preset.keep_fp32]:
             check_pattern(pattern)
-    assert preset.fits({"_class_name": preset.class_name, **preset.config})
+    there = {key: 1 for key, is_there in preset.having.items() if is_there}
+    assert preset.fits({"_class_name": preset.class_name, **preset.config, **there})
 
 
 def inherited_by(path: Path) -> list[Path]:
     """The shipped files that a shipped file extends, nearest first."""
     extended = tomllib.loads(path.read_text()).get("extends")
     return [path.with_name(f"{extended}.toml"), *inherited_by(path.with_name(f"{extended}.toml"))] if extended else []
+
+
+@pytest.mark.parametrize("name", ["wan2.2-t2v-a14b", "wan2.2-i2v-a14b"])
+def test_what_a_build_of_two_transformers_is_said_to_be(name: str) -> None:
+    """docs/support.md said of one; test_fp8_hazards.py shows that it is of all."""
+    for rules in load_preset(name).preset.sets().values():
+        assert "a build is of every transformer that the export quantized" in "; ".join(rules.known_limits)
 
 
 def test_a_made_preset_is_read() -> None:
@@ -105,6 +114,39 @@ def test_a_made_preset_is_read() -> None:
     error = refusal(loaded.preset.rules, "fp8")
     assert error.code == "preset.algorithm"
     assert "preset x: has no fp8 section" in error.message
+
+
+@pytest.mark.parametrize(
+    ("value", "is_there", "fits"),
+    [
+        (None, False, True),
+        (96, False, False),
+        (0, False, False),
+        (None, True, False),
+        (96, True, True),
+        (0, True, True),
+    ],
+)
+def test_a_key_that_must_have_a_value_or_none(value: int | None, is_there: bool, fits: bool) -> None:
+    preset = parse_preset(made(replace={"having": f"{{ image = {str(is_there).lower()} }}"}), path="x.toml").preset
+    assert preset.fits(CONFIG | {"image": value}) == fits
+    assert [key for key, _ in preset.misfits(CONFIG | {"image": value})] == ([] if fits else ["image"])
+    assert preset.fits(CONFIG) != is_there
+    assert not preset.fits({"_class_name": "YTransformer", "guidance": True, "image": value})
+
+
+def test_one_name_may_stand_for_all_that_match() -> None:
+    preset = parse_preset(made(replace={"runtime_names": '{ "a.*.b" = ["b", "c.*"] }'}), path="x.toml").preset
+    assert spellings("a.7.b", preset, {}) == {"a.7.b", "b", "c.7"}
+
+
+def test_of_a_class_the_preset_of_the_same_parts_is_known() -> None:
+    """config.json has another number of channels than any; a cross-attention to an image tells SGLang's names."""
+    wan = {"_class_name": "WanTransformer3DModel", "in_channels": 20}
+    for value, name in ((None, "wan2.2-i2v-a14b"), (96, "wan2.1-i2v-14b")):
+        found = preset_of_class(wan | {"added_kv_proj_dim": value})
+        assert found is not None and found.name == name
+    assert preset_of_class({"_class_name": "XTransformer"}) is None
 
 
 def test_sha256_is_of_the_text() -> None:
@@ -143,6 +185,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     ),
     "second has more": (made(replace={"runtime_names": '{ "a.*" = ["c.*", "d.*.*"] }'}), "preset.field", "'d.*.*'"),
     "star not a segment": (made(replace={"runtime_names": '{ "a*" = ["c.*"] }'}), "preset.field", "runtime_names"),
+    "having a number": (made(replace={"having": "{ image = 1 }"}), "preset.field", "having"),
     "number on disk": (made(replace={"runtime_names": '{ "a.*+n" = ["c.*"] }'}), "preset.field", "'a.*+n' and 'c.*'"),
     "extends a number": ("extends = 1\n", "preset.extends", "found 1"),
     "extends a list": ("extends = ['flux1-dev']\n", "preset.extends", "found ['flux1-dev']"),

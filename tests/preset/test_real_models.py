@@ -118,6 +118,8 @@ CHOSEN = {
     "qwen-image-2512": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-edit": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-edit-2511": ("qwen-image-edit-2511", ()),
+    "wan2.1-i2v-14b": ("wan2.1-i2v-14b", ()),
+    "wan2.2-i2v-a14b": ("wan2.2-i2v-a14b", ()),
     "wan2.2-t2v-a14b": ("wan2.2-t2v-a14b", ()),
     "wan2.2-ti2v-5b": ("wan2.2-ti2v-5b", ()),
 }
@@ -132,7 +134,12 @@ def test_which_preset_is_chosen(name: str, algorithm: Algorithm) -> None:
 @of_every_set
 def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
     found = [one.grade for one in limits(header(name)[0], algorithm) if one.engine == "sglang" and one.is_broken]
-    broken = {("flux2-dev", "nvfp4"): ["wrong"], ("ltx2", "nvfp4"): ["fails"], ("ltx2", "fp8"): ["wrong"]}
+    broken = {
+        ("flux2-dev", "nvfp4"): ["wrong"],
+        ("ltx2", "nvfp4"): ["fails"],
+        ("ltx2", "fp8"): ["wrong"],
+        ("wan2.1-i2v-14b", "nvfp4"): ["fails"],
+    }
     assert found == broken.get((name, algorithm), [])
 
 
@@ -158,6 +165,10 @@ FIGURES = {
     ("qwen-image-edit", "fp8"): (660, 186, 18_200_395_776),
     ("qwen-image-edit-2511", "nvfp4"): (672, 174, 15_482_486_784),
     ("qwen-image-edit-2511", "fp8"): (660, 186, 18_200_395_776),
+    ("wan2.1-i2v-14b", "nvfp4"): (272, 216, 12_455_772_160),
+    ("wan2.1-i2v-14b", "fp8"): (272, 216, 12_455_772_160),
+    ("wan2.2-i2v-a14b", "nvfp4"): (340, 66, 4_679_925_760),
+    ("wan2.2-i2v-a14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-t2v-a14b", "nvfp4"): (340, 66, 4_679_925_760),
     ("wan2.2-t2v-a14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-ti2v-5b", "nvfp4"): (240, 66, 2_141_847_552),
@@ -203,6 +214,8 @@ def test_runtime_names_are_those_of_sglang(name: str) -> None:
     class_name = preset_of(name).class_name
     for module in linears_of(name):
         wanted = sglang.spellings(module, class_name) | vllm_omni_spellings(module, class_name)
+        if config.get("added_kv_proj_dim") is not None:
+            wanted |= set(re.findall(r"attn2[.](to_(?:q|k|v|out))(?:[.]0)?$", module))  # WanI2VCrossAttention
         if class_name == "HunyuanVideoTransformer3DModel":
             wanted |= {hunyuan_prefix(spelling, config["num_layers"]) for spelling in wanted} - {""}
         assert runtime_spellings(module, name) == wanted
@@ -226,6 +239,7 @@ def hunyuan_prefix(spelling: str, depth: int) -> str:
 
 PROJ_MLP = r"single_transformer_blocks\.\d+\.proj_mlp$"  # in SGLang's docs and NVFP4 set, not in its FP8 set
 MODULATION = r"transformer_blocks\.\d+\.(img|txt)_mod\.1$"  # SGLang's docs
+TEXT_ATTENTION = r"blocks\.\d+\.attn2\.to_"  # nameless in SGLang's WanI2VCrossAttention
 LAST_OF_30 = r"blocks\.(27|28|29)\."  # ModelOpt's filter is for 40 blocks
 # (SGLang's patterns, whether they are globs, ModelOpt's filter, what the preset keeps beyond both)
 ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
@@ -233,6 +247,10 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("flux1", "fp8"): (sglang.FLUX1_FP8, False, sglang.FLUX_FILTER, PROJ_MLP),
     ("flux2", "nvfp4"): ([], True, sglang.FLUX_FILTER, sglang.NO_FILTER),
     ("flux2", "fp8"): (sglang.FLUX2_FP8, False, sglang.FLUX_FILTER, sglang.NO_FILTER),
+    ("wan2.1-i2v", "nvfp4"): ([], True, sglang.WAN_FILTER, TEXT_ATTENTION),
+    ("wan2.1-i2v", "fp8"): ([], True, sglang.WAN_FILTER, TEXT_ATTENTION),
+    ("wan2.2-i2v", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
+    ("wan2.2-i2v", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-t2v", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-t2v", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-ti2v", "nvfp4"): ([], True, sglang.WAN_FILTER, LAST_OF_30),

@@ -6,14 +6,19 @@ PRESETS = {
     "flux2": ("flux2-dev", {"transformer_blocks.0", "transformer_blocks.1"}),
     "wan": ("wan2.2-t2v-a14b", {"blocks.3", "blocks.4"}),
     "wan_5b": ("wan2.2-ti2v-5b", {"blocks.3"}),
+    "wan_i2v": ("wan2.2-i2v-a14b", {"blocks.3", "blocks.4"}),
+    "wan_i2v_image": ("wan2.1-i2v-14b", {"blocks.3", "blocks.4"}),
     "qwen_image": ("qwen-image", {f"transformer_blocks.{block}" for block in (2, 3, 4, 5)}),
     "hunyuan_video": ("hunyuanvideo", {"transformer_blocks.0", "transformer_blocks.1"}),
     "ltx2": ("ltx2", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
 }
 FAMILIES = tuple(PRESETS)
+# Those whose exports are built as they are. SGLang has one name for the cross-attention of all blocks of wan_i2v_image,
+# of which ModelOpt packs some.
+WITHOUT_PRESET = tuple(family for family in FAMILIES if family != "wan_i2v_image")
 
 
-BROKEN = {("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8")}
+BROKEN = {("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8"), ("wan_i2v_image", "nvfp4")}
 
 
 def allowed(family: str, algorithm: str = "nvfp4") -> list[str]:

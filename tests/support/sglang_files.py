@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.engines.sglang import Belief, believe
+from modelopt_convert.engines.belief import Belief
+from modelopt_convert.engines.sglang import believe
 
 FILE = "model.safetensors"
 UNSIZED: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}

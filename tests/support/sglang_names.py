@@ -146,6 +146,8 @@ _HUNYUANVIDEO = [
 ]
 _WAN = [
     (r"^patch_embedding$", r"patch_embedding.proj"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", r"condition_embedder.image_embedder.ff.fc_in"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", r"condition_embedder.image_embedder.ff.fc_out"),
     (r"^condition_embedder\.text_embedder\.linear_1$", r"condition_embedder.text_embedder.fc_in"),
     (r"^condition_embedder\.text_embedder\.linear_2$", r"condition_embedder.text_embedder.fc_out"),
     (r"^condition_embedder\.time_embedder\.linear_1$", r"condition_embedder.time_embedder.mlp.fc_in"),

@@ -6,7 +6,7 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import FAMILIES, PRESETS, allowed
+from families import FAMILIES, PRESETS, WITHOUT_PRESET, allowed
 from support import build, config_of, load, same_bits
 
 from modelopt_convert.checkpoint.names import module_of
@@ -39,7 +39,7 @@ quality = ["blocks.[:3].**", "blocks.[-4:].**"]
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITHOUT_PRESET)
 def test_every_family_is_reproduced(families: Path, tmp_path: Path, family: str) -> None:
     export, base = families / family / "nvfp4", families / family / "base"
     outcome = build(export, base, tmp_path / "out", *allowed(family), preset="none")

@@ -1,0 +1,74 @@
+"""What each engine takes a checkpoint of ModelOpt's dialect for, against what it is."""
+
+from collections.abc import Collection, Iterator
+
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.engines import vllm_omni
+from modelopt_convert.engines.belief import Belief, mistaken
+from modelopt_convert.engines.limits import declared
+from modelopt_convert.engines.sglang import believe_fp8, misread
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.plan.ignore import spellings
+from modelopt_convert.preset.patterns import PatternMatcher
+from modelopt_convert.preset.preset import preset_of_class
+from modelopt_convert.report.inspect import EngineReport, LayoutReport
+
+
+def linears_of(reader: CheckpointReader) -> list[str]:
+    """All Linears of a checkpoint, packed or not."""
+    found = (name for name, one in reader.tensors.items() if name.endswith(".weight") and len(one.shape) == 2)
+    return [name.removesuffix(".weight") for name in found]
+
+
+def beliefs(reader: CheckpointReader) -> Iterator[Belief]:
+    """What the engines believe that decide by names: SGLang of FP8, vLLM-omni of both formats.
+
+    Raises:
+        InputError: ``config.ignore``.
+    """
+    config, path = reader.config, str(reader.path / "config.json")
+    algorithm = declared(config)
+    if algorithm is None or config["quantization_config"].get("quant_method") != "modelopt":
+        return
+    if algorithm == "fp8":
+        preset, linears = preset_of_class(config), linears_of(reader)
+        rules = preset.sets().get(algorithm) if preset is not None else None
+        matcher = PatternMatcher(linears)
+        plain = rules.structural if rules is not None else ()
+        names = {
+            name: spellings(name, preset, config)
+            for name in linears
+            if not any(matcher.matches(pattern, name) for pattern in plain)
+        }
+        yield believe_fp8(names, config, path)
+    yield vllm_omni.believe(reader.tensors, config, path)
+
+
+def engine_report(belief: Belief, misreads: Collection[str]) -> EngineReport:
+    """One engine's part of the report."""
+    layout = {"nibble_order": belief.layout.nibbles, "scale_layout": belief.layout.scales}
+    return EngineReport(
+        name=belief.engine,
+        believes={
+            **(layout if belief.group_size is not None else {"nibble_order": "none", "scale_layout": "none"}),
+            "group_size": belief.group_size,
+            "packed_modules": len(belief.modules),
+            "input_scales": belief.input_scales,
+            "fused_modules": len(belief.fused),
+            "unset_scales": len(belief.unset),
+        },
+        because=list(belief.because),
+        misreads=list(misreads),
+    )
+
+
+def engine_reports(reader: CheckpointReader, packed: Collection[str], layout: LayoutReport) -> list[EngineReport]:
+    """Of the engines that decide by names; none where nothing is packed."""
+    if not packed:
+        return []
+    reports = []
+    for belief in beliefs(reader):
+        read = misread(belief, layout.nibble_order, layout.scale_layout, group_size=BLOCK_SIZE, packed=frozenset())
+        taken = mistaken(belief, packed, [*linears_of(reader), *packed])
+        reports.append(engine_report(belief, list(dict.fromkeys([*read, *taken]))))
+    return reports
