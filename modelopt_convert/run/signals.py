@@ -5,6 +5,7 @@ Nothing that takes time may be imported here: what comes before the handlers die
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
@@ -35,6 +36,28 @@ def _say(line: str) -> None:
     """Not by way of a stream of Python's, in the middle of whose work the signal may have come."""
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Note the signals that stop a run, and let them act only at the end.
+
+    A signal mask would not do: a mask belongs to one thread, and torch's threads would take the signal for the process.
+    Handlers run in the main thread alone, so in other threads there is nothing to hold.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in stopping()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    # After an error no signal acts: the run ends anyway, and what the error says of the disk matters more.
+    if noted:
+        signal.raise_signal(noted[0])
 
 
 class Signals:

@@ -5,33 +5,30 @@ then remove the old tree. Every change to the disk goes through ``fsops``.
 """
 
 import contextlib
-import errno
 import os
 import secrets
 import shlex
-import signal
 import stat
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn, Self
+from typing import NoReturn, Self
 
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
-from modelopt_convert.run.boundary import foreseen, storage_errors
+from modelopt_convert.run.boundary import foreseen
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
-from modelopt_convert.run.signals import stopping
+from modelopt_convert.run.signals import signals_held
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, check_place
-from modelopt_convert.stage.ownership import Standing, changed, in_words, standing_at
+from modelopt_convert.stage.ownership import Standing, changed, in_words, look, standing_at
 from modelopt_convert.stage.shard_writer import ShardWriter
+from modelopt_convert.stage.swap import Method, swap, undo
 
 _REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"
-_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class Published:
         foreign: What went with the old checkpoint and was not known to be its own.
     """
 
-    method: Literal["rename", "exchange", "two-renames"]
+    method: Method
     durable: bool
     warnings: tuple[str, ...]
     foreign: tuple[str, ...] = ()
@@ -91,6 +88,7 @@ class StagingDir:
         self._replaced: int | None = None  # the checked OUT, held open so that no other folder gets its inode
         self._made = False
         self._folders: list[Path] = []
+        self._written: dict[str, tuple[int, ...]] = {}  # every file, as it was when it was finished
         self._warnings: list[str] = []
         self._durable = True
         self._done = False
@@ -102,7 +100,7 @@ class StagingDir:
             OutputRefusedError: ``output.busy`` if another run holds OUT, or OUT is refused after recovery.
             StorageError: No space, or the disk failed.
         """
-        with storage_errors(self.output.parent):
+        with self._named_errors():
             try:
                 self._make_stage()
                 self._sweep_dead_stages()
@@ -125,8 +123,18 @@ class StagingDir:
         if not self._done:
             self._discard()
         self._unlock()
-        if isinstance(error, OSError) and (known := foreseen(error, self._inputs, str(self.output.parent))) is not None:
-            raise known from error
+        if isinstance(error, OSError):
+            with self._named_errors():
+                raise error
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Make of an OSError an input's error or the storage's, by the file that it names."""
+        try:
+            yield
+        except OSError as error:
+            known = foreseen(error, self._inputs, str(self.output.parent))
+            raise known or error from error
 
     def add_folder(self, name: str) -> None:
         """Make a folder in the stage."""
@@ -142,8 +150,9 @@ class StagingDir:
         """The permissions that a file takes over from the old checkpoint; None for what the umask leaves."""
         return self._standing.mode_for(name) if self._standing is not None else None
 
-    def finish_shard(self, *, durable: bool) -> None:
-        """Note whether the shard is on disk."""
+    def written(self, *names: str, durable: bool) -> None:
+        """Note files that stand finished in the stage, and whether they are on disk."""
+        self._written |= {name: _state(self.path / name) for name in names}
         self._durable = self._durable and durable
 
     def _folder_mode(self, folder: Path) -> int | None:
@@ -160,6 +169,7 @@ class StagingDir:
             self._durable = fsops.sync(fd) and self._durable
         finally:
             fsops.close(fd)
+        self._written[name] = _state(self.path / name)
 
     def publish(self) -> Published:
         """Sync the stage, swap it with OUT, sync the parent, remove the old tree.
@@ -170,7 +180,7 @@ class StagingDir:
             StorageError: OUT changed since it was checked, or the swap was refused (``kept_at`` names the finished
                 checkpoint); or the parent's fsync failed (``published`` is true, the old tree is kept).
         """
-        with storage_errors(self.output.parent), _signals_held():
+        with self._named_errors(), signals_held():
             replaces = self.output.exists()
             inherited = self.path.stat().st_mode & stat.S_ISGID  # from a setgid parent
             mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask() | inherited
@@ -186,6 +196,7 @@ class StagingDir:
                 self._keep_stage(error.message, error)
             if self._changed_hands():
                 self._keep_stage("somebody else put another checkpoint there meanwhile", None)
+            self._check_stage()
             replaces = self.output.exists()
             if replaces and self._standing is not None and (found := changed(self._standing, standing_at(self.output))):
                 self._keep_stage(f"it is not as it was when it was checked: {in_words(found)}", None)
@@ -200,7 +211,7 @@ class StagingDir:
         while self._lock is None:  # None again only if another run swept the stage before it was locked
             self._number = secrets.token_hex(4)
             path = beside(self.output, "stage", self._number)
-            with _signals_held():  # what is made is known to be
+            with signals_held():  # what is made is known to be
                 fsops.make_dir(path, 0o700)
                 self.path, self._made = path, True
             self._lock = try_lock(path)
@@ -208,7 +219,7 @@ class StagingDir:
     def _mark(self) -> None:
         """Note, before anything is in the stage, that it is mopt's, and what it is to replace."""
         marker = marker_of(self._standing, self.output, self._copies)
-        with _signals_held():
+        with signals_held():
             fd = fsops.create_file(beside(self.output, "mark", self._number))
             self._marker = marker
             try:
@@ -295,7 +306,12 @@ class StagingDir:
         # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
         # could lose both in a power cut.
         fsops.sync_dir(self.output.parent)
-        if kept := self._remove(tree, marker, replaced=tree == beside(self.output, "old", number)):
+        try:
+            kept = self._remove(tree, marker, replaced=tree == beside(self.output, "old", number))
+        except OSError as error:
+            self._warnings.append(f"{tree} could not be removed: {_said(error)}")
+            return
+        if kept:
             self._warnings.append(kept)
         # The same for the marker, without which what a power cut brings back would be left for ever.
         fsops.sync_dir(self.output.parent)
@@ -313,7 +329,8 @@ class StagingDir:
                 if strangers := marker.strangers(tree, replaced=replaced):
                     kept = self._kept_name()
                     fsops.rename(tree, kept)
-                    return f"the old checkpoint was kept in {kept}: it holds what came after it: {in_words(strangers)}"
+                    what = "the old checkpoint" if replaced else "what a run left"
+                    return f"{what} was kept in {kept}: it holds what came after it: {in_words(strangers)}"
                 fsops.remove_tree(tree)
             except FileNotFoundError:
                 if attempt == _REMOVALS - 1:
@@ -347,41 +364,54 @@ class StagingDir:
                 hint="free some space, or give an --output on another disk; an old OUT stands until the new is whole",
             )
 
-    def _swap(self, replaces: bool) -> tuple[Literal["rename", "exchange", "two-renames"], Path | None]:
+    def _swap(self, replaces: bool) -> tuple[Method, Path | None]:
+        """Swap, and look whether it was the stage that came to OUT: its name is nobody's to give, and may be taken."""
         try:
-            if not replaces:
-                try:
-                    fsops.rename_noreplace(self.path, self.output)
-                except OSError as error:
-                    if error.errno not in _NO_EXCHANGE:
-                        raise
-                    if os.path.lexists(self.output):
-                        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.output)) from None
-                    fsops.rename(self.path, self.output)
-                return "rename", None
-            try:
-                fsops.exchange(self.path, self.output)
-            except OSError as error:
-                if error.errno not in _NO_EXCHANGE:
-                    raise
-                return "two-renames", self._two_renames()
-            return "exchange", self.path
+            method, old = swap(self.path, self.output, beside(self.output, "old", self._number), replaces=replaces)
         except OSError as error:
             self._keep_stage(error.strerror or str(error), error)
-
-    def _two_renames(self) -> Path:
-        old = beside(self.output, "old", self._number)
-        fsops.rename(self.output, old)
+        if self._is_mine(self.output):
+            return method, old
+        where = ""
         try:
-            fsops.rename(self.path, self.output)
+            undo(method, self.path, self.output, old)
         except OSError as error:
-            try:
-                fsops.rename(old, self.output)
-            except OSError:
-                left = f"{error.strerror}; the old one could not be put back, the next run will: it is in {old}"
-                raise OSError(error.errno, left, error.filename) from error
-            raise
-        return old
+            where = f"; {self.output} could not be put back ({error.strerror}): it is in {old}" if old else ""
+        self._refuse_other_stage(where)
+
+    def _check_stage(self) -> None:
+        """Refuse to publish what mopt did not write.
+
+        Raises:
+            StorageError: ``storage.swap_refused``.
+        """
+        if not self._is_mine(self.path):
+            self._refuse_other_stage("")
+        folders = {folder.relative_to(self.path).as_posix() for folder in self._folders}
+        now = {name: _state(self.path / name) for name, one in look(self.path).items() if one.kind != stat.S_IFDIR}
+        there = {name for name, one in look(self.path).items() if one.kind == stat.S_IFDIR}
+        odd = {name for name in now.keys() | self._written.keys() if now.get(name) != self._written.get(name)}
+        odd |= there ^ folders
+        if odd:
+            self._keep_stage(f"somebody else changed its stage meanwhile: {in_words(sorted(odd))}", None)
+
+    def _is_mine(self, place: Path) -> bool:
+        """Whether a name is that of the folder that this run made."""
+        if self._lock is None or not os.path.lexists(place):
+            return False
+        made, named = os.fstat(self._lock), place.lstat()
+        return (made.st_dev, made.st_ino) == (named.st_dev, named.st_ino)
+
+    def _refuse_other_stage(self, where: str) -> NoReturn:
+        """Nothing of what now has the stage's name is mopt's: it stays."""
+        self._done = True
+        raise StorageError(
+            f"{self.output}: the finished checkpoint could not take its place: {self.path} was moved away, and "
+            f"something else has its name{where}",
+            code="storage.swap_refused",
+            path=str(self.output),
+            hint="look who works in that folder, then run again; nothing was removed",
+        )
 
     def _keep_stage(self, why: str, error: Exception | None) -> NoReturn:
         """Give the stage a name that the user can see: a refused swap is no reason to throw checked work away."""
@@ -424,7 +454,7 @@ class StagingDir:
             try:
                 kept = self._remove(old, self._marker, replaced=True)
             except OSError as error:
-                return (f"the old checkpoint in {old} could not be removed: {error.strerror}",)
+                return (f"the old checkpoint in {old} could not be removed: {_said(error)}",)
         with contextlib.suppress(OSError):  # the next run removes a marker of nothing
             if old is not None:
                 fsops.sync_dir(self.output.parent)
@@ -449,29 +479,18 @@ class StagingDir:
         self._lock = self._replaced = None
 
 
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with another file, or another content, of the same name."""
+    status = path.lstat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _said(error: OSError) -> str:
+    """What the system says, and of what."""
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Note the signals that stop a run, and let them act only at the end.
-
-    A signal mask would not do: a mask belongs to one thread, and torch's threads would take the signal for the process.
-    Handlers run in the main thread alone, so in other threads there is nothing to hold.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted: list[int] = []
-    before = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in stopping()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    # After an error no signal acts: the run ends anyway, and what the error says of the disk matters more.
-    if noted:
-        signal.raise_signal(noted[0])

@@ -155,6 +155,8 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     except OSError as error:
         if error.errno not in _NO_DESCRIPTOR:
+            if error.filename is not None:  # shutil has the bare name
+                error.filename = os.path.join(path, os.fspath(error.filename))  # noqa: PTH118 - may be absolute already
             raise
         _remove_by_path(path)
 

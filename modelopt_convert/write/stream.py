@@ -83,14 +83,16 @@ def stream(
     for role, reader in readers.items():
         reader.prefetch([*step_readings(plan.steps, role, reader.tensors), *due_readings(due, role, reader.tensors)])
     tasks = list(shard_tasks(plan, due, folder))
+    durable = True
     for result in executor(stage, tasks, readers, progress, workers, gpu):
-        stage.finish_shard(durable=result.durable)
+        durable = durable and result.durable
         done.digests |= result.digests
         done.clipped |= result.clipped
         done.judgements |= result.judgements
         done.not_finite |= result.not_finite
         for name, digest in result.content.items():
             readers["base"].take_content(name, digest)
+    stage.written(*(task.file for task in tasks), durable=durable)
     return done
 
 

@@ -184,13 +184,13 @@ DISK = (
     ),
     _staging(
         "a signal waits until the stage is known",
-        "            with _signals_held():  # what is made is known to be\n",
+        "            with signals_held():  # what is made is known to be\n",
         "            with contextlib.nullcontext():\n",
         f"{_GUARDS}test_a_signal_right_after_something_is_made_leaves_nothing",
     ),
     _staging(
         "a signal waits until the marker is known",
-        "        with _signals_held():\n            fd =",
+        "        with signals_held():\n            fd =",
         "        with contextlib.nullcontext():\n            fd =",
         f"{_GUARDS}test_a_signal_right_after_something_is_made_leaves_nothing",
     ),

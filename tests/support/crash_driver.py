@@ -114,7 +114,7 @@ def fill(stage: directory.StagingDir, version: str, folders: Sequence[str] = ())
             for spec in writer.layout:
                 data = tensor_bytes(version, spec)
                 writer.write(spec.name, [data[:100], memoryview(data)[100:]])
-        stage.finish_shard(durable=writer.durable)
+        stage.written(f"{prefix}{SHARD}", durable=writer.durable)
         for name, data in small_files(version).items():
             stage.write_file(f"{prefix}{name}", data)
     if folders:
@@ -122,7 +122,7 @@ def fill(stage: directory.StagingDir, version: str, folders: Sequence[str] = ())
             stage.add_folder(folder)
         for name, data in COPIES.items():
             done = copy_file(Bytes(data), stage.path / name, stage.mode_for(name), lambda _: None)  # type: ignore[arg-type]
-            stage.finish_shard(durable=done.durable)
+            stage.written(name, durable=done.durable)
         for name, data in pipeline_files(version).items():
             stage.write_file(name, data)
 

@@ -277,7 +277,7 @@ class BuildCommand:
         with self.steps.clock.timed("copy"):
             for path, file in files.items():
                 done = copy_file(file, stage.path / path, stage.mode_for(path), progress.advance)
-                stage.finish_shard(durable=done.durable)
+                stage.written(path, durable=done.durable)
                 digests[path] = done.digest
         return digests
 
