@@ -181,6 +181,7 @@ class StagingDir:
                 checkpoint); or the parent's fsync failed (``published`` is true, the old tree is kept).
         """
         with self._named_errors(), signals_held():
+            self._check_stage()  # before modes are changed by its name
             replaces = self.output.exists()
             inherited = self.path.stat().st_mode & stat.S_ISGID  # from a setgid parent
             mode = self.output.stat().st_mode & 0o7777 if replaces else 0o777 & ~_umask() | inherited

@@ -44,16 +44,24 @@ def check_file_place(file: Path, others: Sequence[Path]) -> None:
 
     Raises:
         OutputRefusedError: ``report.place``.
+        StorageError: The disk does not say what is there.
     """
     path = canonical_output(file)
-    try:
-        free = path.parent.is_dir() and not path.is_dir()
-        for other in others:
-            free = free and path != canonical_output(other)
-            if free and other.exists():
-                refuse_overlap(path, other)
-    except (OSError, OutputRefusedError):  # OSError: a name that no file system takes
-        free = False
+    with storage_errors(path):
+        try:
+            free = path.parent.is_dir() and not path.is_dir()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            free = False
+    for other in others:
+        with contextlib.suppress(OSError):  # of the input or of OUT: the command itself says that, of all of them
+            try:
+                free = free and path != canonical_output(other)
+                if free and other.exists():
+                    refuse_overlap(path, other)
+            except OutputRefusedError:
+                free = False
     if not free:
         raise OutputRefusedError(
             f"{file} must name a file in an existing folder, outside every input and the output",

@@ -26,6 +26,7 @@ _STAGING = "stage/test_directory.py::"
 _FAILURES = "stage/test_directory_failures.py::"
 _GUARDS = "stage/test_directory_guards.py::"
 _PLANTED = "stage/test_directory_planted.py::"
+_OTHER = "stage/test_other_stage.py"
 _SHARD = "stage/test_shard_writer.py"
 _ORDER = f"{_STAGING}test_order_of_what_reaches_the_disk"
 _DURABLE = f"{_GUARDS}test_one_thing_that_cannot_be_synced_is_enough"
@@ -33,6 +34,10 @@ _DURABLE = f"{_GUARDS}test_one_thing_that_cannot_be_synced_is_enough"
 
 def _staging(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("stage/directory.py", what, old, new, tests)
+
+
+def _elsewhere(file: str, what: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(file, what, old, new, tests)
 
 
 def _fsops(what: str, old: str, new: str, *tests: str) -> Mutant:
@@ -45,8 +50,18 @@ def _shard(what: str, old: str, new: str) -> Mutant:
 
 DISK = (
     _staging("a shard without fsync counts as on disk", "self._durable and durable", "self._durable", _DURABLE),
-    _staging("fsync of a small file", "self._durable = fsops.sync(fd) and self._durable", "pass", _ORDER),
-    _staging("a later small file makes up for one", "fsops.sync(fd) and self._durable", "fsops.sync(fd)", _DURABLE),
+    _staging(
+        "fsync of a small file",
+        "self._durable = fsops.sync(fd) and self._durable\n        finally",
+        "pass\n        finally",
+        _ORDER,
+    ),
+    _staging(
+        "a later small file makes up for one",
+        "fsops.sync(fd) and self._durable\n        finally",
+        "fsops.sync(fd)\n        finally",
+        _DURABLE,
+    ),
     _staging("fsync of the stage", "(*self._folders, self.path):", "self._folders:", _ORDER),
     _staging("fsync of folders in the stage", "(*self._folders, self.path):", "(self.path,):", _DURABLE),
     _staging(
@@ -69,8 +84,8 @@ DISK = (
     ),
     _staging(
         "fsync before a sweep",
-        "        fsops.sync_dir(self.output.parent)\n        if kept",
-        "        if kept",
+        "        fsops.sync_dir(self.output.parent)\n        try:\n            kept",
+        "        try:\n            kept",
         f"{_STAGING}test_an_old_tree_beside_the_new_is_swept",
     ),
     _staging(
@@ -86,13 +101,15 @@ DISK = (
         f"{_STAGING}test_the_mode_of_the_replaced_folder_is_kept",
     ),
     _staging("setgid is inherited", " & stat.S_ISGID", " & 0", f"{_GUARDS}test_a_setgid_parent_hands_its_group_on"),
-    _staging(
+    _elsewhere(
+        "stage/swap.py",
         "ENOSYS is no exchange",
         "{errno.EINVAL, errno.ENOSYS}",
         "{errno.EINVAL}",
         f"{_GUARDS}test_a_kernel_or_file_system_that_cannot_exchange",
     ),
-    _staging(
+    _elsewhere(
+        "stage/swap.py",
         "EINVAL is no exchange",
         "{errno.EINVAL, errno.ENOSYS}",
         "{errno.ENOSYS}",
@@ -140,16 +157,18 @@ DISK = (
         "if False:",
         f"{_FAILURES}test_no_space_is_found_before_anything_is_written",
     ),
-    _staging(
+    _elsewhere(
+        "stage/swap.py",
         "an OUT that appears is not renamed over",
-        "if os.path.lexists(self.output):\n                        raise",
-        "if False:\n                        raise",
+        "if os.path.lexists(output):\n                raise",
+        "if False:\n                raise",
         f"{_FAILURES}test_an_output_that_appears_just_before_the_swap",
     ),
-    _staging(
+    _elsewhere(
+        "stage/swap.py",
         "a failed second rename is undone",
-        "            try:\n                fsops.rename(old, self.output)\n            except OSError:",
-        "            try:\n                pass\n            except OSError:",
+        "        try:\n            fsops.rename(old, output)\n        except OSError:",
+        "        try:\n            pass\n        except OSError:",
         f"{_FAILURES}test_a_failed_second_rename_undoes_the_first",
     ),
     _staging(
@@ -164,22 +183,25 @@ DISK = (
         '            return\n            left = f"; the old checkpoint is kept',
         f"{_FAILURES}test_a_failed_sync_after_the_swap",
     ),
-    _staging(
+    _elsewhere(
+        "run/signals.py",
         "SIGINT is held",
-        "for number in stopping()",
-        "for number in stopping() if number != signal.SIGINT",
+        "noted.append(caught)) for number in stopping()",
+        "noted.append(caught)) for number in stopping() if number != signal.SIGINT",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
-    _staging(
+    _elsewhere(
+        "run/signals.py",
         "SIGTERM is held",
-        "for number in stopping()",
-        "for number in stopping() if number != signal.SIGTERM",
+        "noted.append(caught)) for number in stopping()",
+        "noted.append(caught)) for number in stopping() if number != signal.SIGTERM",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
-    _staging(
+    _elsewhere(
+        "run/signals.py",
         "SIGHUP is held",
-        "for number in stopping()",
-        "for number in stopping() if number != signal.SIGHUP",
+        "noted.append(caught)) for number in stopping()",
+        "noted.append(caught)) for number in stopping() if number != signal.SIGHUP",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
     _staging(
@@ -194,13 +216,15 @@ DISK = (
         "        with contextlib.nullcontext():\n            fd =",
         f"{_GUARDS}test_a_signal_right_after_something_is_made_leaves_nothing",
     ),
-    _staging(
+    _elsewhere(
+        "run/signals.py",
         "a held signal acts in the end",
-        "    if noted:\n",
-        "    if False:\n",
+        "    if noted:\n        signal",
+        "    if False:\n        signal",
         f"{_GUARDS}test_signals_wait_for_the_swap",
     ),
-    _staging(
+    _elsewhere(
+        "run/signals.py",
         "no handlers outside the main thread",
         "if threading.current_thread() is not threading.main_thread():",
         "if False:",
@@ -297,7 +321,30 @@ DISK = (
     _shard("every tensor is written", "                if missing:\n", "                if False:\n"),
     _shard("only what is planned", "if name not in self._offsets or name in self.digests:", "if False:"),
     _shard("nothing twice", "if name not in self._offsets or name in self.digests:", "if name not in self._offsets:"),
-    _shard("not too many bytes", "            if left < 0:\n                break\n", ""),
-    _shard("not too few bytes", "        if left != 0:\n", "        if left < 0:\n"),
-    _shard("digests", "            digest.update(chunk)\n", ""),
+    _shard("not too many bytes", "        if came > num_bytes:\n            break\n", ""),
+    _shard("not too few bytes", "        if came != planned:\n", "        if came > planned:\n"),
+    _shard("digests", "        digest.update(chunk)\n", ""),
+    _staging("what is in the stage is mopt's", "        if odd:\n", "        if False:\n", _OTHER),
+    _staging(
+        "files of the stage are as they were written",
+        "now.get(name) != self._written.get(name)}",
+        "name not in now}",
+        _OTHER,
+    ),
+    _staging("folders of the stage", "odd |= there ^ folders", "pass", _OTHER),
+    _staging(
+        "the stage is the one that was made",
+        "        if not self._is_mine(self.path):\n",
+        "        if False:\n",
+        _OTHER,
+    ),
+    _staging("what came to OUT is the stage", "        if self._is_mine(self.output):\n", "        if True:\n", _OTHER),
+    _elsewhere(
+        "stage/swap.py",
+        "an exchange is undone",
+        "        fsops.exchange(stage, output)\n        return\n",
+        "        return\n",
+        _OTHER,
+    ),
+    _elsewhere("stage/swap.py", "two renames are undone", "    if old is not None:\n", "    if False:\n", _OTHER),
 )

@@ -147,4 +147,11 @@ HUB = (
         "",
         ("commands/push/test_hostile_hub.py::test_xet_is_for_a_hub_that_is_trusted",),
     ),
+    Mutant(
+        "checkpoint/hub/client.py",
+        "the token goes to the endpoint alone",
+        'if "authorization" in request.headers and asked != origin:',
+        "if False:",
+        ("commands/push/test_hostile_hub.py::test_the_token_goes_to_the_endpoint_alone",),
+    ),
 )

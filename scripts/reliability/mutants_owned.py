@@ -90,8 +90,8 @@ OWNED = (
     _of(
         "ownership",
         "what was read is known by a time that no user can set",
-        "status.st_mtime_ns, status.st_ctime_ns)",
-        "status.st_mtime_ns)",
+        "status.st_mtime_ns, status.st_ctime_ns\n",
+        "status.st_mtime_ns\n",
         f"{_OWNED}test_weights_are_read_once",
     ),
     _of(
@@ -239,8 +239,8 @@ OWNED = (
     _of(
         "leftovers",
         "an old tree holds what it held",
-        "and (old or not _is_staged(name, entry))",
-        "and not _is_staged(name, entry)",
+        "and (old or not _is_staged(name, entry, copied))",
+        "and not _is_staged(name, entry, copied)",
         f"{_PLANTED}test_what_came_into_an_old_tree_after_a_kill_is_kept",
     ),
     _of(

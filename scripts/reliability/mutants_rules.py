@@ -285,8 +285,8 @@ RULES = (
     Mutant(
         "commands/build/command.py",
         "the room is asked for",
-        "need_bytes=need)",
-        "need_bytes=0)",
+        "need_bytes=need, ",
+        "need_bytes=0, ",
         ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
     ),
     Mutant(

@@ -54,8 +54,8 @@ TASKS = (
     Mutant(
         "stage/shard_writer.py",
         "copies where blocks are shared",
-        "is not None and self._shares:",
-        "is not None:",
+        "extent if self._shares else None",
+        "extent",
         (_SHARED,),
     ),
     Mutant(

@@ -110,5 +110,5 @@ def test_what_stands_is_said_whatever_fails_after_it() -> None:
     from modelopt_convert.stage.directory import Published
 
     stands = Published("rename", True, ())
-    assert output_report("out", {}, stands, StorageError("late", code="storage.limits")).published
-    assert not output_report("out", {}, None, InternalError("early", code="internal")).published
+    assert output_report("out", {}, {}, stands, StorageError("late", code="storage.limits")).published
+    assert not output_report("out", {}, {}, None, InternalError("early", code="internal")).published

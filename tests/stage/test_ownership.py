@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stage_support import before, left_trees, litter, publish, with_record
 
+from modelopt_convert.checkpoint.companions import folders_of
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.run.errors import ExitCode, OutputRefusedError, StorageError
@@ -217,11 +218,12 @@ def test_a_pipeline_is_known_part_by_part(tmp_path: Path) -> None:
     assert foreign(folder) == ()
     (folder / "transformer" / "notes.md").touch()
     (folder / "transformer_2" / "config.json").write_text("{}")
-    (folder / "vae").mkdir()
-    assert foreign(folder) == ("transformer/notes.md", "transformer_2/config.json", "vae/")
+    (folder / "scheduler").mkdir()
+    (folder / "vae" / "model.safetensors").write_bytes(b"edited")
+    assert foreign(folder) == ("scheduler/", "transformer/notes.md", "transformer_2/config.json", "vae/")
     record = folder / "transformer" / "mopt.json"
     record.write_bytes(files_of("another")["mopt.json"])  # a record, and not the one that the pipeline's lists
-    assert foreign(folder) == ("transformer/", "transformer_2/config.json", "vae/")
+    assert foreign(folder) == ("scheduler/", "transformer/", "transformer_2/config.json", "vae/")
 
 
 def test_shards_are_those_of_the_index(tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_modes_are_kept(out: Path, umask: int) -> None:
         os.umask(asked)
     modes = {str(path.relative_to(out)): mode_of(path) for path in out.rglob("*")}
     assert mode_of(out) == 0o700 and modes.pop("mopt.json") == 0o664
-    assert {modes.pop(folder) for folder in FOLDERS} == {0o700}
+    assert {modes.pop(folder) for folder in (*FOLDERS, *folders_of(COPIES))} == {0o700}
     assert set(modes.values()) == {0o600}
 
 
@@ -389,6 +391,6 @@ def test_names_in_words() -> None:
 def test_two_looks_at_one_folder_differ_by_nothing(tmp_path: Path) -> None:
     folder = lay(tmp_path / "out", "old", FOLDERS)
     seen = standing_at(folder)
-    assert changed(seen, standing_at(folder)) == [] and len(seen.tree) == 9
+    assert changed(seen, standing_at(folder)) == [] and len(seen.tree) == 9 + len([*COPIES, *folders_of(COPIES)])
     (folder / "transformer" / "config.json").unlink()
     assert changed(seen, standing_at(folder)) == ["transformer/config.json"]

@@ -124,6 +124,45 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 @contextmanager
+def token_kept(repo_id: str) -> Iterator[None]:
+    """Send the access token to the endpoint alone, whatever address an answer names; the client would follow it.
+
+    Raises:
+        InputError: ``hub.answer``.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http, set_client_factory
+
+    endpoint = http_library().URL(constants.ENDPOINT)
+    origin = endpoint.scheme, endpoint.host, endpoint.port
+
+    def check(request: Any) -> None:
+        asked = request.url.scheme, request.url.host, request.url.port
+        if "authorization" in request.headers and asked != origin:
+            where = first_line(Exception(str(request.url)))
+            raise _error(
+                InputError,
+                repo_id,
+                "answer",
+                f"an answer names {where} for a request that has the access token, expected {constants.ENDPOINT}",
+                "nothing was sent there; a proxy or another HF_ENDPOINT may be what answered",
+            )
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+
+    def guarded() -> Any:
+        client = before()
+        client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], check]}
+        return client
+
+    set_client_factory(guarded)  # the client makes a new session whenever a connection failed
+    try:
+        yield
+    finally:
+        set_client_factory(before)
+
+
+@contextmanager
 def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
     """Turn what the client raises into one line: InputError where the user must act, RemoteError to try again.
 
@@ -147,6 +186,8 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
     except (OSError, httpx.HTTPError, HFValidationError) as error:
         raise _explained(error, repo_id, again) from error
     except Exception as error:
+        if isinstance(error.__cause__, MoptError):
+            raise error.__cause__ from error
         if isinstance(error.__cause__, OSError | httpx.HTTPError):  # the cause says why an upload failed
             raise _explained(error.__cause__, repo_id, again) from error
         if _is_xet_error(error):
@@ -154,6 +195,9 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
         if _is_of_the_client(error):
             # The client refuses a card or a file by itself, or the answer is none that the Hub gives.
             hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
+            if isinstance(error, LookupError | AttributeError | TypeError | NameError):
+                what = f"an answer has another form than the client takes: {type(error).__name__}: {first_line(error)}"
+                raise _error(InputError, repo_id, "answer", what, hint) from error
             what = f"the client gave up: {first_line(error)}"
             raise _error(InputError, repo_id, "refused", what, hint) from error
         raise
@@ -221,6 +265,9 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         return _error(InputError, repo_id, "token", "there is no access token", f"`hf auth login`; {again}")
     if isinstance(error, OSError) and error.errno in _FULL:
         return _disk_full(repo_id)
+    if isinstance(error, http_library().UnsupportedProtocol):
+        hint = "a proxy or another HF_ENDPOINT may be what answered"
+        return _error(InputError, repo_id, "answer", f"an answer names no address: {first_line(error)}", hint)
     if isinstance(error, http_library().TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
     return _error(RemoteError, repo_id, "unreachable", first_line(error), later)
@@ -239,7 +286,7 @@ def _http_error(error: Exception, status: int, repo_id: str, login: str, again: 
         hint = f"ask its owner, or take a token with write access; {login}"
         return _error(InputError, repo_id, "forbidden", f"this account may not do that: {said}", hint)
     if status == 412:
-        hint = f"someone else committed meanwhile; {again}, which starts from what is there now"
+        hint = f"someone else committed meanwhile: start from what is there now; {again}"
         return _error(InputError, repo_id, "stale_parent", "the repo changed since this push began", hint)
     if status == 429:
         return _error(

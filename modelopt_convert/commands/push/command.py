@@ -35,6 +35,7 @@ from modelopt_convert.checkpoint.hub.client import (
     hub_headers,
     page_of,
     read_whole,
+    token_kept,
 )
 from modelopt_convert.checkpoint.hub.range_source import Outage, RangeSource
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
@@ -48,13 +49,14 @@ from modelopt_convert.commands.verify import VerifyCommand
 from modelopt_convert.engines.limits import declared
 from modelopt_convert.engines.sglang import load_command, pipeline_command
 from modelopt_convert.report.report import EngineLimitReport, OutputReport, PushedReport, Report
-from modelopt_convert.run.errors import InconclusiveError, InputError
+from modelopt_convert.run.errors import InconclusiveError, InputError, MoptError
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _MAIN = "main"
+_UNKNOWN = ("hub.answer", "hub.refused", "hub.stalled", "hub.unreachable", "hub.server")
 _NO_BRANCH = re.compile(r"[0-9a-f]{40}$|refs/")
 
 
@@ -98,7 +100,7 @@ class PushCommand:
             )
             _check_card(request, local)
             self._verify(progress)
-            with self._clock.timed("push"), _quiet_client():
+            with self._clock.timed("push"), _quiet_client(), token_kept(request.repo_id):
                 pushed, warned = _send(request, local, exists, progress)
             pushed.not_published = list(local.left_out)
             if loads_right(known, request.engine):
@@ -259,24 +261,37 @@ def _commit(
     send(small)
     operations += [*small, *(CommitOperationDelete(path) for path in changes.delete)]
     local.check_unchanged()  # since it was verified
-    done = ask_once(
-        partial(
-            api.create_commit,
-            request.repo_id,
-            operations,
-            commit_message=request.message or f"Upload with mopt {__version__}",
-            revision=request.revision,
-            create_pr=request.create_pr,
-            parent_commit=parent,
-        )
-    )
     what = "the new commit"
-    pushed.commit = checked_commit(request.repo_id, what, done.oid)
-    pushed.url = checked_url(request.repo_id, what, done.pr_url or done.commit_url)
+    with _maybe_made(request):
+        done = ask_once(
+            partial(
+                api.create_commit,
+                request.repo_id,
+                operations,
+                commit_message=request.message or f"Upload with mopt {__version__}",
+                revision=request.revision,
+                create_pr=request.create_pr,
+                parent_commit=parent,
+            )
+        )
+        pushed.commit = checked_commit(request.repo_id, what, done.oid)
+        pushed.url = checked_url(request.repo_id, what, done.pr_url or done.commit_url)
     pushed.pull_request = pushed.url if done.pr_url else None
     pushed.revision = done.pr_revision or pushed.revision
     pushed.sent = [one.path for one in changes.send]
     pushed.bytes_sent = sum(one.num_bytes for one in changes.send)
+
+
+@contextmanager
+def _maybe_made(request: PushRequest) -> Iterator[None]:
+    """Whoever sends a commit and cannot read the answer does not know whether it was made."""
+    try:
+        with hub_errors(request.repo_id, request.again):
+            yield
+    except MoptError as error:
+        if error.code in _UNKNOWN:
+            error.hint = f"{error.hint}; the commit may have been made: {request.again}, which compares first"
+        raise
 
 
 def _target(request: PushRequest) -> _Target:

@@ -1,12 +1,14 @@
 """mopt push to a Hub that lies or stalls: a documented exit code, one line, an end, and nothing written elsewhere."""
 
 import logging
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_hub import FEW, VALUES, Lies, share
+from hostile_hub import FEW, VALUES, Lies, put, share
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from push_support import REPO, contents, published, push
@@ -105,3 +107,35 @@ def test_xet_is_for_a_hub_that_is_trusted(
     assert push(built).exit_code == 0 and published(xet_hub) == contents(built)
     assert bool(xet_hub.requests("/xet-write-token/")) == bool(xet_hub.requests("/xorbs/")) == trusted
     assert not (tmp_path / "escaped").exists() and before == constants.HF_HUB_DISABLE_XET
+
+
+@pytest.mark.parametrize(("action", "scheme"), [("verify", "http"), ("verify", "https"), ("upload", "http")])
+def test_the_token_goes_to_the_endpoint_alone(lies: Lies, built: Path, action: str, scheme: str) -> None:
+    """An LFS upload goes wherever the Hub says, as to the storage of a cloud; what has the token does not."""
+    heard: list[dict[str, str]] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            heard.append({name.lower(): value for name, value in self.headers.items()})
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_words: object) -> None:
+            """Not to stderr."""
+
+    for method in ("do_GET", "do_POST", "do_PUT"):
+        setattr(Elsewhere, method, Elsewhere.answer)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = f"{'https' if scheme == 'https' else 'http'}://127.0.0.1:{server.server_port}/evil"
+    try:
+        lies.hub.twist(BATCH, lambda content: put(content, ("objects", 0, "actions", action), {"href": there}))
+        outcome = lies.hold(lambda: push(built))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert all("authorization" not in headers for headers in heard), heard
+    if action == "verify":
+        assert (outcome.exit_code, outcome.error_code) == (3, "hub.answer"), outcome.stderr
+        assert there in outcome.message and heard == []
