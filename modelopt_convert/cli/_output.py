@@ -74,7 +74,7 @@ def check_file(file: Path | None, option: str, *others: Path) -> None:
         try:
             check_file_place(file, others)
         except OutputRefusedError as error:
-            raise typer.BadParameter(error.message, param_hint=option) from error
+            raise typer.BadParameter(printable(error.message), param_hint=option) from error
 
 
 class ProgressBar:

@@ -87,6 +87,20 @@ RULES = (
         f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",
         file="closing",
     ),
+    Mutant(
+        "stage/written_file.py",
+        "an input that cannot be looked at is not the report's fault",
+        "with contextlib.suppress(OSError):  # of the input",
+        "with contextlib.suppress(FileNotFoundError):  # of the input",
+        ("stage/test_written_file.py",),
+    ),
+    Mutant(
+        "cli/_output.py",
+        "a usage error forges no line",
+        "typer.BadParameter(printable(error.message)",
+        "typer.BadParameter(str(error.message)",
+        ("stage/test_written_file.py",),
+    ),
     _check(
         "a stage that cannot be read again",
         "if isinstance(error.__cause__, OSError):",

@@ -1,4 +1,4 @@
-"""Reports and pages: what they never overwrite, and what stands there when something goes wrong. No torch."""
+"""Reports and pages: what they never overwrite, and what stands there when something goes wrong."""
 
 import errno
 import fcntl
@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_driver import lay
 from own_mounts import in_own_mounts
 from stage_support import before
+from support import run_mopt
 
 from modelopt_convert.run.errors import ExitCode, OutputRefusedError, StorageError
 from modelopt_convert.stage import fsops, written_file
@@ -259,6 +261,48 @@ def test_no_report_stands_in_an_input_under_whatever_name(tmp_path: Path) -> Non
             check_file_place(path, [tmp_path / "model", tmp_path / "preset.toml", tmp_path / "out", tmp_path / "gone"])
         assert refused.value.code == "report.place" and str(path) in refused.value.message, name
     check_file_place(tmp_path / "report.json", [tmp_path / "model", tmp_path / "preset.toml", tmp_path / "out"])
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, below: Path, number: int) -> None:
+    """The system says nothing of what lies there."""
+    real = os.stat
+
+    def stat(path: Any, *more: Any, **how: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and Path(path).is_relative_to(below):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *more, **how)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+def test_an_input_that_cannot_be_looked_at_is_not_the_report_s_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "private").mkdir()
+    lay(tmp_path / "private" / "model", "old")
+    failing(monkeypatch, tmp_path / "private" / "model", number)
+    report = tmp_path / "report.json"
+    check_file_place(report, [tmp_path / "private" / "model", tmp_path / "private" / "model" / "config.json"])
+    ended = run_mopt("inspect", tmp_path / "private" / "model", "--report-json", report)
+    assert ended.exit_code == 3 and ended.report is not None and ended.report["error"]["code"].startswith("input.")
+    assert json.loads(report.read_bytes()) == ended.report
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+def test_a_place_that_cannot_be_looked_at_is_the_storage_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "there").mkdir()
+    failing(monkeypatch, tmp_path / "there", number)
+    with pytest.raises(StorageError, match=os.strerror(number)):
+        check_file_place(tmp_path / "there" / "report.json", [])
+
+
+def test_a_usage_error_forges_no_line(tmp_path: Path) -> None:
+    for name in ("nod\nerror: fake", "x\u2028y", "x\x0cy", "x\x1b[2Jy"):
+        ended = run_mopt("inspect", tmp_path, "--report-json", tmp_path / name / "report.json", json_report=False)
+        assert ended.exit_code == 2 and name not in ended.stderr and "\x1b[2J" not in ended.stderr
 
 
 def test_no_report_is_written_through_a_mount(tmp_path: Path) -> None:
