@@ -219,7 +219,7 @@ class StagingDir:
 
     def _mark(self) -> None:
         """Note, before anything is in the stage, that it is mopt's, and what it is to replace."""
-        marker = marker_of(self._standing, self.output, self._copies)
+        marker = marker_of(self._standing, self.output, self._copies, self._number)
         with signals_held():
             fd = fsops.create_file(beside(self.output, "mark", self._number))
             self._marker = marker

@@ -33,17 +33,19 @@ class Marker:
         replaces: Device and inode of the OUT that was to be replaced, if one was.
         tree: What that OUT held; None if the power went before that was on disk.
         copies: Paths of files that come from the base's pipeline, and may have any name.
+        number: The ID of the run, as in the marker's own name: a copy of the marker says nothing of other folders.
     """
 
     replaces: tuple[int, int] | None = None
     tree: Tree | None = None
     copies: frozenset[str] = frozenset()
+    number: str = ""
 
     def to_bytes(self) -> bytes:
         """As it is written to disk."""
         tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in (self.tree or {}).items()}
-        told = {"schema": _SCHEMA, "replaces": self.replaces, "tree": tree, "copies": sorted(self.copies)}
-        return json.dumps(told).encode()
+        told = {"schema": _SCHEMA, "id": self.number, "replaces": self.replaces, "tree": tree}
+        return json.dumps(told | {"copies": sorted(self.copies)}).encode()
 
     def is_whole(self, old: Path) -> bool:
         """Whether nothing was removed of an old tree since it was OUT."""
@@ -66,11 +68,11 @@ class Marker:
         ]
 
 
-def marker_of(standing: Standing | None, output: Path, copies: Iterable[str]) -> Marker:
+def marker_of(standing: Standing | None, output: Path, copies: Iterable[str], number: str) -> Marker:
     """The marker of a run that replaces this, or nothing, and copies files to these paths."""
     if standing is None:
-        return Marker(None, {}, frozenset(copies))
-    return Marker(inode_of(output), standing.tree, frozenset(copies))
+        return Marker(None, {}, frozenset(copies), number)
+    return Marker(inode_of(output), standing.tree, frozenset(copies), number)
 
 
 def left_beside(output: Path, kind: Kind) -> Mapping[str, Path]:
@@ -103,7 +105,8 @@ def read_marker(path: Path) -> Marker | None:
         told = json.loads(raw)
     except (ValueError, RecursionError):
         return Marker()
-    return _parsed(told)
+    found = _parsed(told)
+    return found if found is not None and path.name.endswith(f"-{found.number}") else None
 
 
 def inode_of(path: Path) -> tuple[int, int]:
@@ -114,15 +117,16 @@ def inode_of(path: Path) -> tuple[int, int]:
 
 def _parsed(told: Any) -> Marker | None:
     """The marker that whole JSON says; None where mopt would not have said so."""
-    replaces, tree, copies = told.get("replaces"), told.get("tree"), told.get("copies", [])
+    replaces, tree, copies, number = (told.get(key) for key in ("replaces", "tree", "copies", "id"))
     if replaces is not None and not _are_numbers(replaces, 2):
         return None
     if not isinstance(tree, dict) or not all(_are_numbers(words, 3) for words in tree.values()):
         return None
-    if not isinstance(copies, list) or not all(isinstance(one, str) for one in copies):
+    if not isinstance(copies, list) or not all(isinstance(one, str) for one in (*copies, number)):
         return None
     entries = {name: Entry(*words) for name, words in tree.items()}
-    return Marker((replaces[0], replaces[1]) if replaces is not None else None, entries, frozenset(copies))
+    known = (replaces[0], replaces[1]) if replaces is not None else None
+    return Marker(known, entries, frozenset(copies), number)
 
 
 def _are_numbers(found: object, count: int) -> bool:

@@ -363,4 +363,11 @@ OWNED = (
         "",
         f"{_FILE}test_no_report_is_written_through_a_mount",
     ),
+    _of(
+        "leftovers",
+        "a marker speaks of its own run",
+        'and path.name.endswith(f"-{found.number}")',
+        "",
+        f"{_PLANTED}test_a_marker_speaks_of_its_own_run_alone",
+    ),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay
-from stage_support import LEFT, MARK, SET_ASIDE, lay_left, litter, prepare, publish
+from stage_support import LEFT, MARK, NUMBER, SET_ASIDE, lay_left, litter, prepare, publish
 
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage.directory import StagingDir
@@ -94,7 +94,7 @@ def test_a_marker_alone_is_swept(out: Path, place: Path, data: bytes | None, pre
     """Also one whose writing was cut short, by a kill or by a power cut that left zeros."""
     if present:
         lay(out, "old")
-    (place / MARK).write_bytes(Marker(None, {}).to_bytes() if data is None else data)
+    (place / MARK).write_bytes(Marker(None, {}, number=NUMBER).to_bytes() if data is None else data)
     assert publish(out).warnings == ()
     assert (held_by(out), litter(out)) == (NEW, [])
 
@@ -125,6 +125,11 @@ _NONE = (
     '"replaces": [1], "tree": {}',
     '"replaces": ["a", "b"], "tree": {}',
     '"tree": 1',
+    '"replaces": null, "tree": {}, "copies": 5',
+    '"replaces": null, "tree": {}, "copies": [null]',
+    '"replaces": null, "tree": {}, "copies": null',
+    '"replaces": null, "tree": {}, "id": 5',
+    '"replaces": null, "tree": {}, "id": null',
 )
 
 
@@ -132,10 +137,21 @@ _NONE = (
 @pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
 def test_a_marker_of_wrong_types_is_none(out: Path, place: Path, name: str, words: str) -> None:
     lay(out, "old"), lay_left(place / name, "another")
-    (place / MARK).write_text(f'{{"schema": "mopt.stage/1", {words}}}')
+    (place / MARK).write_text(f'{{"schema": "mopt.stage/1", "id": "{NUMBER}", "copies": [], {words}}}')
     [warning] = publish(out).warnings
     assert name in warning and litter(out) == sorted([MARK, name])
     assert held_by(place / name) == files_of("another")
+
+
+def test_a_marker_speaks_of_its_own_run_alone(out: Path, place: Path) -> None:
+    lay_left(place / LEFT, "another")
+    mine = place / LEFT.replace(NUMBER, "aaaaaaaa")
+    mine.mkdir()
+    (mine / "config.json").write_bytes(b"mine")
+    shutil.copy(place / MARK, place / MARK.replace(NUMBER, "aaaaaaaa"))
+    [warning] = publish(out).warnings
+    assert mine.name in warning and (mine / "config.json").read_bytes() == b"mine"
+    assert litter(out) == sorted([mine.name, MARK.replace(NUMBER, "aaaaaaaa")])
 
 
 def test_a_huge_marker_is_not_read(out: Path, place: Path) -> None:
@@ -192,14 +208,14 @@ def test_an_exchanged_tree_is_known_by_its_inode(out: Path, place: Path) -> None
     old = lay(place / LEFT, "old")
     (old / "train_log.json").write_text("consented to")
     status = old.stat()
-    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(old)).to_bytes())
+    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(old), number=NUMBER).to_bytes())
     (old / "my_lora.safetensors").write_text("came later")
     [warning] = publish(out).warnings
     [kept] = litter(out)
     assert "my_lora.safetensors" in warning and "train_log.json" not in warning
     (place / kept / "my_lora.safetensors").unlink()
     (place / kept).rename(place / LEFT)
-    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(place / LEFT)).to_bytes())
+    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(place / LEFT), number=NUMBER).to_bytes())
     assert publish(out).warnings == () and litter(out) == []
 
 

@@ -18,9 +18,10 @@ from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.leftovers import Marker
 from modelopt_convert.stage.ownership import look
 
-LEFT = ".out.mopt-stage-0badcafe"  # a stage of another run
-SET_ASIDE = ".out.mopt-old-0badcafe"  # an old tree that another run set aside
-MARK = ".out.mopt-mark-0badcafe"  # the marker of both
+NUMBER = "0badcafe"  # of another run
+LEFT = f".out.mopt-stage-{NUMBER}"  # its stage
+SET_ASIDE = f".out.mopt-old-{NUMBER}"  # an old tree that it set aside
+MARK = f".out.mopt-mark-{NUMBER}"  # the marker of both
 RECORDED = (
     "make_dir create_file preallocate write_all sync sync_dir close set_mode rename rename_noreplace exchange "
     "remove_tree remove_dir remove_file"
@@ -47,8 +48,9 @@ def lay_left(folder: Path, version: str, out: Path | None = None) -> Path:
     """
     lay(folder, version)
     head, _, number = folder.name.rpartition(".mopt-")
-    marker = Marker(None, look(folder) if out is None else look(out))
-    folder.with_name(f"{head}.mopt-mark-{number.partition('-')[2]}").write_bytes(marker.to_bytes())
+    number = number.partition("-")[2]
+    marker = Marker(None, look(folder) if out is None else look(out), number=number)
+    folder.with_name(f"{head}.mopt-mark-{number}").write_bytes(marker.to_bytes())
     return folder
 
 
