@@ -20,6 +20,8 @@ from support import build, config_of, edit, load, run_mopt, tree
 
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 
+# A check of Ray's own, in its C++, which ends the process now and then on a machine that is busy.
+RAY_GAVE_UP = "An unexpected system state has occurred"
 SMALL = ("--max-shard-size", "400kB")
 
 
@@ -114,7 +116,13 @@ def test_other_commands_and_what_goes_wrong(
     words = ["build-nvfp4", "--preset", "flux1-dev", "--export", damaged, "--base", base, *SMALL, "--output", out]
     jobs.append(["none", words])
     lines = [[fault, str(tmp_path), [*map(str, words), "--executor", "ray"]] for fault, words in jobs]
-    done = subprocess.run(driver("batch"), env=cluster, input=json.dumps(lines), capture_output=True, text=True)
+    for _ in range(3):
+        done = subprocess.run(driver("batch"), env=cluster, input=json.dumps(lines), capture_output=True, text=True)
+        if RAY_GAVE_UP not in done.stderr:
+            break
+        for one in room.iterdir():
+            if not one.name.endswith("-threads"):
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
     for name, (exit_code, _, stderr) in zip(equal, outcomes, strict=False):
