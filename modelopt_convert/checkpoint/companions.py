@@ -1,20 +1,23 @@
 """What stands beside the transformers of a pipeline: all that its model_index.json lists. No torch."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelopt_convert.checkpoint.header import PREFIX_BYTES, parse_header, read_header_length
 from modelopt_convert.checkpoint.location import Location, OpenFile, is_file, names, open_file
 from modelopt_convert.checkpoint.pipeline import COMPONENTS
-from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES
+from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_CONFIG_BYTES
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
 MODEL_INDEX = "model_index.json"
+_LFS_POINTER = b"version https://git-lfs"
 # Weights of which a pipeline needs one kind; a pickle runs code when it is loaded.
-_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf", ".npz")
+OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf", ".npz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,12 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
         )
     files: dict[str, OpenFile] = {}
     left_out: list[str] = []
+    classes = listed
     folders = tuple(name for name in listed if name not in built)
     for name in folders:
         found = list(_files(root / name, name))
-        copied = [path for path in found if not path.lower().endswith(_OTHER_WEIGHTS)]
-        left_out += [path for path in found if path.lower().endswith(_OTHER_WEIGHTS)]
+        copied = [path for path in found if not path.lower().endswith(OTHER_WEIGHTS)]
+        left_out += [path for path in found if path.lower().endswith(OTHER_WEIGHTS)]
         weights = [path for path in copied if path.endswith(".safetensors")]
         if not copied or (len(copied) < len(found) and not weights):
             what = f"weights in {PurePosixPath(left_out[-1]).suffix} alone" if copied or found else "no such folder"
@@ -95,14 +99,15 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
             )
         for path in copied:
             files[path] = _opened(root, path, stack)
+        _check_whole(root, name, classes[name], files)
     for name in sorted(names(root)):
         if name.startswith("LICENSE") and is_file(root / name):
             files[name] = _opened(root, name, stack)
     return Companions(index, folders, files, tuple(left_out))
 
 
-def _listed(root: Location) -> tuple[list[str], bytes]:
-    """The components that a pipeline has, and the bytes of its model_index.json."""
+def _listed(root: Location) -> tuple[dict[str, str], bytes]:
+    """The class of each component that a pipeline has, by its folder, and the bytes of its model_index.json."""
     where = str(root / MODEL_INDEX)
     file = open_file(root, MODEL_INDEX)
     try:
@@ -110,8 +115,10 @@ def _listed(root: Location) -> tuple[list[str], bytes]:
     finally:
         file.close()
     found = parse_json_object(raw, code="pipeline", path=where)
-    listed = [name for name, one in found.items() if not name.startswith("_") and _is_component(one)]
-    odd = [name for name in listed if PurePosixPath(name).name != name]
+    listed = {name: one[1] for name, one in found.items() if not name.startswith("_") and _is_component(one)}
+    # diffusers makes them arguments of a function. So they are no paths, and forge nothing in a card.
+    odd = [name for name in listed if not (name.isascii() and name.isidentifier())]
+    odd += [name for name, one in found.items() if _is_half(one)]
     if odd or not listed:
         raise InputError(
             f"{where}: expected names of folders with [library, class], found {ascii(odd[0])[:80] if odd else 'none'}",
@@ -125,6 +132,46 @@ def _listed(root: Location) -> tuple[list[str], bytes]:
 def _is_component(value: Any) -> bool:
     """Whether it is [library, class]; [null, null] is a component that the pipeline does without."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
+
+
+def _is_half(value: Any) -> bool:
+    """Whether it would be [library, class], if one of the two were not null."""
+    return isinstance(value, list) and len(value) == 2 and None in value and any(isinstance(one, str) for one in value)
+
+
+def _check_whole(root: Location, name: str, class_name: str, files: Mapping[str, OpenFile]) -> None:
+    """Require the weights of a component: whole safetensors files, and all that an index names.
+
+    Raises:
+        InputError: ``pipeline.incomplete``, or what a header is refused for.
+    """
+    mine = {path: file for path, file in files.items() if path.startswith(f"{name}/")}
+    weights = {path: file for path, file in mine.items() if path.endswith(".safetensors")}
+    for file in weights.values():
+        head = file.read(0, min(file.num_bytes, max(PREFIX_BYTES, len(_LFS_POINTER))))
+        if head.startswith(_LFS_POINTER):
+            raise _incomplete(file.where, "a pointer of git-lfs", "run `git lfs pull` there, or download it again")
+        length = read_header_length(head[:PREFIX_BYTES], file=file.where, file_bytes=file.num_bytes)
+        parse_header(file.read(PREFIX_BYTES, length), file=file.where, file_bytes=file.num_bytes)
+    for path, file in mine.items():
+        if path.endswith(INDEX_SUFFIX):
+            found = parse_json_object(file.read(0, file.num_bytes), code="index", path=file.where).get("weight_map")
+            shards = {str(one) for one in found.values()} if isinstance(found, dict) else set()
+            folder = path.rpartition("/")[0]
+            for shard in sorted(one for one in shards if f"{folder}/{one}" not in weights):
+                raise _incomplete(file.where, f"no {shard[:80]!r}, which it lists", "download the whole pipeline")
+    is_model = f"{name}/config.json" in mine and not re.search("Tokenizer|Processor|Scheduler|Extractor", class_name)
+    if is_model and not weights:
+        raise _incomplete(str(root / name), "a config.json alone", "download the whole pipeline")
+
+
+def _incomplete(where: str, found: str, hint: str) -> InputError:
+    return InputError(
+        f"{where}: expected the weights of a component, found {found}",
+        code="pipeline.incomplete",
+        path=where,
+        hint=hint,
+    )
 
 
 def _files(folder: Location, prefix: str) -> Iterator[str]:

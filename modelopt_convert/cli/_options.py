@@ -12,7 +12,6 @@ import typer
 
 from modelopt_convert.commands.requests import Flag, Request, flags_of
 from modelopt_convert.run.errors import UsageError
-from modelopt_convert.run.text import printable
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -50,6 +49,8 @@ def from_request(
         try:
             request = kind(**{name: value for name, value in given.items() if value is not None})
         except UsageError as error:
+            from modelopt_convert.run.text import printable
+
             raise typer.BadParameter(printable(error.reason), param_hint=error.flag) from error
         from modelopt_convert.cli._output import Output
 

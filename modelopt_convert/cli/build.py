@@ -57,7 +57,7 @@ def _run(request: BuildRequest, output: "Output") -> None:
 def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
     from modelopt_convert.cli._output import human_bytes, show_cost, show_written
     from modelopt_convert.commands.serving import loads_right
-    from modelopt_convert.engines.sglang import load_command, pipeline_command
+    from modelopt_convert.engines.sglang import load_command
 
     show_written(out, report)
     several = any(rule.component for rule in report.rules)
@@ -108,18 +108,9 @@ def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
         size = human_bytes(sum(one["bytes"] for one in report.output.copied))
         out.line(f"copied beside the transformers: {len(report.output.copied)} files, {size}")
     if loads_right(report.engines, request.engine) and not against:
-        command = load_command(report.output.path, "BASE", folders)
-        if request.pipeline_output:
-            command = pipeline_command(report.output.path, request.base_model or _base_repo(report))
-        out.line(f"next: {command}")
+        out.line(f"next: {report.output.load or load_command(report.output.path, 'BASE', folders)}")
     else:
         out.line(f"next: mopt verify {shlex.quote(report.output.path)}")
-
-
-def _base_repo(report: "Report") -> str | None:
-    """The base's repo, if it was observed and all transformers have the same."""
-    repos = {one.identity.get("repo") for name, one in report.inputs.items() if name.endswith("base")}
-    return repos.pop() if len(repos) == 1 else None
 
 
 def _show_proof(out: "Output", proof: "ProofReport") -> None:

@@ -99,6 +99,8 @@ class VerifyCommand:
         record = read_pipeline(checkpoint)
         copied = copied_files(record)
         transformers = [one for one in transformers_of(checkpoint, base) if f"{one[0]}/config.json" not in copied]
+        if not transformers:
+            raise _incomplete(checkpoint, f"{' and '.join(parts_of(record))} was built and is gone")
         with self._inputs as inputs:
             opened: dict[str, tuple[CheckpointReader, CheckpointReader | None]] = {}
             for name, path, base_path in transformers:
@@ -111,7 +113,7 @@ class VerifyCommand:
                 opened[prefix] = reader, against
             import torch
 
-            from modelopt_convert.verification.levels.record import copied_faults
+            from modelopt_convert.verification.levels.record import beside_faults
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
             from modelopt_convert.verification.verdict import SEVERITY, combine, conclude, conclude_backends
@@ -127,9 +129,9 @@ class VerifyCommand:
                         found[prefix] = verify_opened(reader, against, options, device, progress, with_record=True)
             named = dict(zip((name for name, _, _ in transformers), found.values(), strict=True))
             gone = _check_whole(checkpoint, record, named)
-            if gone is None and copied and not options.prewarm:
+            if gone is None and record and not options.prewarm:
                 with self._clock.timed("copied"):
-                    faults = copied_faults(checkpoint, copied, options.workers, progress)
+                    faults = beside_faults(checkpoint, record, options.workers, progress)
                 if faults:
                     more = f" ({len(faults)} such faults)" if len(faults) > 1 else ""
                     gone = _incomplete(checkpoint, f"{faults[0]}{more}")

@@ -242,13 +242,13 @@ def load_command(prefix: str, base: str, components: Sequence[str], flag: str = 
     return f"sglang generate --model-path {base} {' '.join(flags)} --prompt '...'"
 
 
-def pipeline_command(place: str, base: str | None) -> str:
+def pipeline_command(place: str, model: str | None) -> str:
     """SGLang's command that loads a whole pipeline.
 
     Args:
         place: A folder or a repo.
-        base: The base model's repo, if it is known: its name tells SGLang how to sample. Without one SGLang guesses by
-            the name of the folder (registry.py, ``_get_config_info``).
+        model: The repo of the model that it is, or is made from. SGLang takes how to sample from its name, and else
+            from that of the folder, which may be like another model's (registry.py, ``_get_config_info``).
     """
-    known = f" --model-id {base.rpartition('/')[2]}" if base is not None else ""
+    known = f" --model-id {model.rpartition('/')[2]}" if model is not None else ""
     return f"sglang generate --model-path {shlex.quote(place)}{known} --prompt '...'"

@@ -5,7 +5,7 @@ imported only where the bytes of a packed module are looked at.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,7 +103,7 @@ def inspect_component(
         lint=[
             *(fault for each in seen for fault in each.faults),
             *(LintReport(code="engine.misread", message=words, module=None) for words in misreads),
-            *_known(reader.config, packed, dialect.name),
+            *_known(reader.config, modules, dialect.name),
             *fused_faults(reader, packed),
             *config_faults(reader, packed),
         ],
@@ -130,10 +130,10 @@ def module_layout(
     )
 
 
-def _known(config: Mapping[str, Any], packed: Mapping[str, PackedModule], dialect: str) -> Iterator[LintReport]:
+def _known(config: Mapping[str, Any], modules: Collection[str], dialect: str) -> Iterator[LintReport]:
     """What is known of the engine and a checkpoint as mopt writes it; of other dialects the facts say nothing."""
     algorithm = declared(config)
-    if packed and dialect in (MODELOPT.name, MODELOPT_FP8.name) and algorithm is not None:
+    if modules and dialect in (MODELOPT.name, MODELOPT_FP8.name) and algorithm is not None:
         for one in limits(config, algorithm):
             if one.engine == DEFAULT:
                 yield LintReport(code=f"engine.{one.grade}", message=one.words, module=None)

@@ -78,6 +78,7 @@ class OutputReport(_Model):
     bytes: int = 0
     shards: list[dict[str, Any]] = Field(default_factory=list)
     copied: list[dict[str, Any]] = Field(default_factory=list, description="files of --pipeline-output")
+    load: str | None = Field(default=None, description="SGLang's command that loads a whole pipeline")
     published: bool = False
     method: str | None = None
     durable: bool | None = None

@@ -15,9 +15,9 @@ PIPELINE = (
     _companions("weights in pickles alone", "(len(copied) < len(found) and not weights)", "False"),
     _companions("a component that is not there", "if not copied or", "if False or"),
     _companions("a link to a folder in a component", "isinstance(path, Path) and path.is_symlink()", "False"),
-    _companions("names of components", "if PurePosixPath(name).name != name]", "if False]"),
+    _companions("names of components", "if not (name.isascii() and name.isidentifier())]", "if False]"),
     _companions("a transformer that is not listed", "sorted(set(built) - set(listed))", "sorted(set())"),
-    _companions("pickles are not copied", "if not path.lower().endswith(_OTHER_WEIGHTS)]", "if True]"),
+    _companions("pickles are not copied", "if not path.lower().endswith(OTHER_WEIGHTS)]", "if True]"),
     Mutant(
         "commands/command.py", "copied files are compared before the swap", "file.check_unchanged()", "pass", (_BUILD,)
     ),
@@ -41,8 +41,40 @@ PIPELINE = (
     Mutant(
         "verification/levels/record.py",
         "weights beside copies",
-        "failures, _ = unlisted(place,",
+        "failures, _ = unlisted(_below(root, folder),",
         "failures, _ = [], (place,",
+        (_BUILD,),
+    ),
+    Mutant(
+        "verification/levels/record.py",
+        "weights beside a pipeline",
+        "    failures, _ = unlisted(root, set(names(root)) - tops)\n    faults += failures\n",
+        "",
+        (_BUILD,),
+    ),
+    Mutant(
+        "verification/levels/record.py",
+        "files above the transformers",
+        'if name not in _EDITABLE and "/" not in name and',
+        "if False and",
+        (_BUILD,),
+    ),
+    _companions("a pointer of git-lfs", "if head.startswith(_LFS_POINTER):", "if False:"),
+    _companions("shards that an index lists", 'if f"{folder}/{one}" not in weights):', "if False):"),
+    _companions("a model without weights", "if is_model and not weights:", "if False:"),
+    _companions("half a component", "if _is_half(one)]", "if False]"),
+    Mutant(
+        "inspection/component.py",
+        "what is known of FP8 is told",
+        "*_known(reader.config, modules, dialect.name)",
+        "*_known(reader.config, packed, dialect.name)",
+        (_BUILD,),
+    ),
+    Mutant(
+        "commands/build/card.py",
+        "no card names a command that is known to fail",
+        "if one.engine == DEFAULT and one.is_broken]:",
+        "if False]:",
         (_BUILD,),
     ),
     Mutant(

@@ -36,11 +36,13 @@ _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--pipeline-output",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
     },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--pipeline-output",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },
     "verify": {

@@ -1,12 +1,12 @@
 """The model card (README.md) of an output. Pure: no paths, no times, the same text for the same input."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
-from modelopt_convert.engines.limits import DEFAULT, limits
+from modelopt_convert.engines.limits import DEFAULT, Limit, limits
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command, pipeline_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
@@ -48,6 +48,11 @@ class Made:
         return self.base_claimed or self.base_repo
 
     @property
+    def named_by_engine(self) -> str | None:
+        """The repo by whose name an engine knows the model: the preset's, which fits; else the base's."""
+        return self.chosen.loaded.preset.base_repo if self.chosen is not None else self.base
+
+    @property
     def model(self) -> Preset | None:
         """What is known of the base's model: the preset that was made for just this base."""
         return self.chosen.made_for(self.base) if self.chosen is not None else None
@@ -78,9 +83,12 @@ def _preset_line(chosen: ChosenPreset | None) -> list[str]:
     return [f"Built with preset `{chosen.loaded.preset.name}`."] if chosen is not None else []
 
 
-def _load_section(made: Made, components: Sequence[str]) -> list[str]:
+def _load_section(made: Made, components: Sequence[str], facts: Sequence[Limit]) -> list[str]:
+    """How it is loaded; no command that is known to fail."""
+    if broken := [one for one in facts if one.engine == DEFAULT and one.is_broken]:
+        return ["## Load", "", f"Not in {broken[0].name}: see known limits.", ""]
     if made.beside is not None:
-        command = pipeline_command("REPO_OR_FOLDER", made.base)
+        command = pipeline_command("REPO_OR_FOLDER", made.named_by_engine)
         return [
             "## Load",
             "",
@@ -126,7 +134,6 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     else:
         how += ["Before publishing, every code and scale that is packed here was compared with the", f"base: {proven}."]
     facts = limits(plan.config, target.algorithm)
-    broken = [one for one in facts if one.engine == DEFAULT and one.is_broken]
     body = [
         f"# {title}, {target.quant_algo}",
         "",
@@ -134,11 +141,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         "encoders,",
         f"VAE and scheduler {'come from' if made.beside is None else 'stand beside it, copied from'} the base model.",
         "",
-        *(
-            _load_section(made, [])
-            if not broken
-            else ["## Load", "", f"Not in {broken[0].name}: see known limits.", ""]
-        ),
+        *_load_section(made, [], facts),
         "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights.",
         "",
         "## How it was made",
@@ -172,25 +175,28 @@ def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
     return ["## Error by kind of module", "", *words, "", *table, ""]
 
 
-def pipeline_card(components: Sequence[str], made: Made) -> str:
-    """Text of the card above several transformers of one model.
+def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:
+    """Text of the card above several transformers of one model, or of a whole pipeline.
 
     Args:
-        components: Their folders.
+        plans: What was built, by its folder.
         made: How they were asked for.
     """
+    components = list(plans)
     algorithm = next(one.algorithm for one in FORMATS.values() if one.command == made.command)
+    facts = list(dict.fromkeys(one for plan in plans.values() for one in limits(plan.config, algorithm)))
     title = _title(made, "Transformers")
     body = [
         f"# {title}, {FORMATS[algorithm].quant_algo}",
         "",
         *_contents(components, made.beside),
         "",
-        *_load_section(made, components),
+        *_load_section(made, components, facts),
         *_preset_line(made.chosen),
         *([_NOT_CALIBRATED] * bool(made.calibration)),
         "Each folder's README.md says what is quantized in it and how.",
         "",
+        *(["## Known limits", "", *(f"- {one.words}" for one in facts), ""] if facts else []),
     ]
     return "\n".join(_head(algorithm, made) + body)
 

@@ -263,7 +263,8 @@ class BuildCommand:
             steps.peak_gpu_bytes = gpu.peak_bytes()
         copied = self._copy(stage, progress)
         if steps.parts[0].prefix:
-            for name, data in pipeline_files(records, made, steps.companions, copied).items():
+            plans = dict(zip(records, steps.plans, strict=True))
+            for name, data in pipeline_files(records, plans, made, steps.companions, copied).items():
                 stage.write_file(name, data)
 
     def _copy(self, stage: StagingDir, progress: Progress) -> dict[str, str]:

@@ -38,18 +38,23 @@ def small_files(
 
 
 def pipeline_files(
-    parts: Mapping[str, bytes], made: Made, companions: Companions | None, copied: Mapping[str, str]
+    parts: Mapping[str, bytes],
+    plans: Mapping[str, BuildPlan],
+    made: Made,
+    companions: Companions | None,
+    copied: Mapping[str, str],
 ) -> dict[str, bytes]:
     """Card and record above several transformers, each of which has its own, or of a whole pipeline.
 
     Args:
         parts: The record of each, by its folder.
+        plans: What was built, by its folder.
         made: How they were asked for.
         companions: What stands beside them, of a whole pipeline.
         copied: The digest of each file that was copied, by its path.
     """
     components = list(parts)
-    files = {"README.md": pipeline_card(components, made).encode()}
+    files = {"README.md": pipeline_card(plans, made).encode()}
     files |= {MODEL_INDEX: companions.index} if companions is not None else {}
     digests = {name: digest_of(data) for name, data in parts.items()}
     more = _head(made) | {"components": components, "parts": digests}

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modelopt_convert.checkpoint.companions import Companions
+from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import counted, fates_of, rules_of
-from modelopt_convert.commands.build.inputs import Opened
+from modelopt_convert.commands.build.inputs import Opened, base_repo
 from modelopt_convert.commands.build.proof import Proven, verdict_counts
 from modelopt_convert.commands.command import (
     Clock,
@@ -19,6 +20,7 @@ from modelopt_convert.commands.command import (
 )
 from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.commands.serving import known_limits
+from modelopt_convert.engines.sglang import pipeline_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import peak_bytes
@@ -102,7 +104,9 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         inputs=steps.inputs.reports(),
         network=steps.inputs.network(),
         preset=_preset(steps.chosen, request.algorithm),
-        output=output_report(steps.output, specs, copied, steps.published, error),
+        output=output_report(steps.output, specs, copied, steps.published, error).model_copy(
+            update={"load": _pipeline_command(request, steps)}
+        ),
         engine=request.engine,
         engines=known_limits([part.model.config for part in steps.parts], request.algorithm),
         rules=[rule for part, plan in both for rule in rules_of(part, plan)],
@@ -126,6 +130,14 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         versions=versions(),
         **ending(error, "planned" if steps.is_planned else "ok"),
     )
+
+
+def _pipeline_command(request: BuildRequest, steps: Steps) -> str | None:
+    if steps.companions is None:
+        return None
+    known = request.base_model or base_repo(steps.parts)
+    made = Made(request.command, steps.chosen, None, known, None)
+    return pipeline_command(steps.output, made.named_by_engine)
 
 
 def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, object] | None:

@@ -47,7 +47,8 @@ def build_bytes(parts: Sequence[Opened], plans: Sequence[BuildPlan], made: Made,
     copied = companions.files if companions is not None else {}
     sizes += [file.num_bytes for file in copied.values()]
     if parts[0].prefix:
-        sizes += _lengths(pipeline_files(manifests, made, companions, dict.fromkeys(copied, DIGEST)))
+        named = dict(zip(manifests, plans, strict=True))
+        sizes += _lengths(pipeline_files(manifests, named, made, companions, dict.fromkeys(copied, DIGEST)))
     return disk_bytes(sizes, folders=1 + len(parts) * bool(parts[0].prefix) + len(folders_of(copied)))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from modelopt_convert.checkpoint.companions import OTHER_WEIGHTS
 from modelopt_convert.checkpoint.hub.answers import HubFile
 from modelopt_convert.checkpoint.pipeline import COMPONENTS
 from modelopt_convert.checkpoint.reader import INDEX_SUFFIX
@@ -95,7 +96,9 @@ def _stale(
         ours = is_record(records.get(_folder(path)))
         if path in copied or (ours and (_OURS.fullmatch(name) or name == RECORD)):
             stale.append(path)
-        elif name.endswith((".safetensors", INDEX_SUFFIX)) or (name == "config.json" and _folder(path) in _FOLDERS):
+        elif name.lower().endswith((".safetensors", INDEX_SUFFIX, *OTHER_WEIGHTS)) or (
+            name == "config.json" and _folder(path) in _FOLDERS
+        ):
             foreign.append(path)
     if foreign:
         more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""

@@ -48,6 +48,7 @@ from modelopt_convert.commands.serving import known_limits, loads_right, refuse_
 from modelopt_convert.commands.verify import VerifyCommand
 from modelopt_convert.engines.limits import declared
 from modelopt_convert.engines.sglang import load_command, pipeline_command
+from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.report.report import EngineLimitReport, OutputReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError, MoptError
 from modelopt_convert.run.progress import Progress
@@ -328,7 +329,7 @@ def _fetcher(request: PushRequest, commit: str, there: Mapping[str, HubFile]) ->
 def _load_command(pushed: PushedReport, local: Publishable) -> str:
     base = _known_base(local) or "BASE_MODEL"
     if local.is_pipeline and pushed.revision == _MAIN:
-        return pipeline_command(pushed.repo_id, _known_base(local))
+        return pipeline_command(pushed.repo_id, _known_model(local))
     if not local.components and pushed.revision == _MAIN:
         return load_command(pushed.repo_id, base, [])
     # An engine takes a repo's main branch alone, and its path to one of several transformers must be a folder.
@@ -336,13 +337,20 @@ def _load_command(pushed: PushedReport, local: Publishable) -> str:
     revision = [] if pushed.revision == _MAIN else ["--revision", pushed.revision]
     download = shlex.join(["hf", "download", pushed.repo_id, *revision, "--local-dir", folder])
     load = load_command(folder, base, local.components)
-    return f"{download} && {pipeline_command(folder, _known_base(local)) if local.is_pipeline else load}"
+    return f"{download} && {pipeline_command(folder, _known_model(local)) if local.is_pipeline else load}"
 
 
 def _known_base(local: Publishable) -> str | None:
     """The base's repo, as the record has it."""
     known = local.record.get("base_claimed") or local.record.get("base_repo")
     return None if known is None else str(known)
+
+
+def _known_model(local: Publishable) -> str | None:
+    """The repo by whose name an engine knows the model: that of the preset, if it came with mopt; else the base's."""
+    preset = local.record.get("preset")
+    name = preset.get("name") if isinstance(preset, dict) else None
+    return load_preset(name).preset.base_repo if name in preset_names() else _known_base(local)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from typing import Any
 
 import xxhash
 
+from modelopt_convert.checkpoint.companions import folders_of
 from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.location import Location, OpenFile, names, open_file
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
-from modelopt_convert.checkpoint.record import RECORD
+from modelopt_convert.checkpoint.record import RECORD, copied_files, parts_of
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.finite import FiniteWatch, NotFinite
 from modelopt_convert.formats.tensor_bytes import check_e4m3
@@ -133,24 +134,47 @@ def unlisted(folder: Location, names: Iterable[str]) -> tuple[list[str], list[st
     return failures, warnings
 
 
-def copied_faults(root: Location, copied: Mapping[str, str], workers: int, progress: Progress) -> list[str]:
-    """What stands beside the transformers of a whole pipeline and is not what was copied, in words.
+def beside_faults(root: Location, record: Mapping[str, Any], workers: int, progress: Progress) -> list[str]:
+    """What stands beside the transformers of a checkpoint and is not what its record says, in words.
 
     Args:
-        root: The pipeline.
-        copied: The digest of each file that was copied, by its path.
+        root: The folder above the transformers.
+        record: Its mopt.json.
         workers: Files read at a time.
         progress: Told what is read.
 
     Raises:
         InputError: ``input.unreadable``, ``input.too_many_files``: nothing is known of the bytes.
     """
-    faults: list[str] = []
+    copied = copied_files(record)
+    digests = record.get("digests")
+    files = digests.get("files") if isinstance(digests, dict) else None
+    small = {name: str(one) for name, one in files.items()} if isinstance(files, dict) else {}
+    faults = [
+        f"file {name} is not what was recorded"
+        for name, wanted in small.items()
+        if name not in _EDITABLE and "/" not in name and _digest(root, name) != wanted
+    ]
+    if "copied" in record and record["copied"] != copied:
+        faults.append("mopt.json: `copied` is not what mopt writes")
+    faults += _copied_faults(root, copied, workers, progress)
+    tops = {path.partition("/")[0] for path in copied} | {RECORD, *_EDITABLE, *small, *parts_of(record)}
+    failures, _ = unlisted(root, set(names(root)) - tops)
+    faults += failures
+    for folder in folders_of(copied):
+        known = {path.removeprefix(f"{folder}/").partition("/")[0] for path in copied if path.startswith(f"{folder}/")}
+        failures, _ = unlisted(_below(root, folder), set(names(_below(root, folder))) - known)
+        faults += [f"{folder}/: {words}" for words in failures]
+    return faults
+
+
+def _copied_faults(root: Location, copied: Mapping[str, str], workers: int, progress: Progress) -> list[str]:
     with ExitStack() as stack:
         files: dict[str, OpenFile] = {}
+        faults: list[str] = []
         for path in copied:
-            *folders, name = path.split("/")
-            file = _open(reduce(truediv, folders, root), name)
+            folder, _, name = path.rpartition("/")
+            file = _open(_below(root, folder), name)
             if file is None:
                 faults.append(f"{path} was copied and is gone")
             else:
@@ -166,15 +190,13 @@ def copied_faults(root: Location, copied: Mapping[str, str], workers: int, progr
                 progress.advance(len(piece))
             return None if digest.hexdigest() == copied[path] else f"{path} is not what was copied: its bytes changed"
 
-        progress.begin("read copies", sum(one.num_bytes for one in files.values()))
-        faults += [words for words in in_order(list(files), changed, workers) if words is not None]
-    inside = {path.rpartition("/")[0] for path in copied} - {""}
-    for folder in sorted(inside):
-        place = reduce(truediv, folder.split("/"), root)
-        known = {path.removeprefix(f"{folder}/").partition("/")[0] for path in copied if path.startswith(f"{folder}/")}
-        failures, _ = unlisted(place, set(names(place)) - known)
-        faults += [f"{folder}/: {words}" for words in failures]
-    return faults
+        if files:
+            progress.begin("read copies", sum(one.num_bytes for one in files.values()))
+        return faults + [words for words in in_order(list(files), changed, workers) if words is not None]
+
+
+def _below(root: Location, folder: str) -> Location:
+    return reduce(truediv, folder.split("/"), root) if folder else root
 
 
 def _digest(folder: Location, name: str) -> str | None:

@@ -1,6 +1,7 @@
 """``--pipeline-output``: the base's other components stand beside what was built, and are checked later."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -116,6 +117,34 @@ def test_damage_to_a_copy_fails(whole: Path, tmp_path: Path, how: str) -> None:
     assert outcome.report["verify"]["verdict"] == "fail" and outcome.report["verify"]["proof"] == "mismatch"
 
 
+def _relisted(name: str, value: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "model_index.json", lambda index: index.update({name: value}))
+
+
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "model_index.json edited": _relisted("vae_2", ["diffusers", "AutoencoderKL"]),
+    "model_index.json gone": lambda folder: (folder / "model_index.json").unlink(),
+    "weights beside it": lambda folder: (folder / "other.safetensors").write_bytes(b"?"),
+    "another transformer": lambda folder: shutil.copytree(folder / "transformer", folder / "transformer_3"),
+    "a component that nothing lists": lambda folder: shutil.copytree(folder / "vae", folder / "vae_2"),
+    "copies that are no list": lambda folder: edit_json(folder / "mopt.json", lambda one: one.update(copied="x")),
+    "a copy that leads out": lambda folder: edit_json(
+        folder / "mopt.json", lambda one: one["copied"].update({"../../etc/passwd": "0"})
+    ),
+    "the built transformer is gone": lambda folder: shutil.rmtree(folder / "transformer"),
+}
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_what_stands_beside_the_copies_is_looked_at(whole: Path, tmp_path: Path, how: str) -> None:
+    changed = Path(shutil.copytree(whole, tmp_path / "changed"))
+    BESIDE[how](changed)
+    outcome = verified(changed)
+    # Without its list of copies, the second transformer is one that nothing quantized.
+    code = (3, "verify.nothing_quantized") if how == "copies that are no list" else (1, "check.verify")
+    assert (outcome.exit_code, outcome.error_code) == code, outcome.stderr
+
+
 def test_an_edited_copy_is_not_overwritten_unasked(exports: Path, pipeline: Path, whole: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     again = make(exports / "nvfp4", pipeline / "transformer", out, "--overwrite")
@@ -129,12 +158,27 @@ def test_an_edited_copy_is_not_overwritten_unasked(exports: Path, pipeline: Path
 
 def test_the_next_command_is_runnable(exports: Path, pipeline: Path, tmp_path: Path) -> None:
     where = ("--export", exports / "nvfp4", "--base", pipeline, "--output", tmp_path / "o u")
-    claim = ("--base-model", "black-forest-labs/FLUX.1-dev")
-    outcome = run_mopt("build-nvfp4", "--preset", "flux1-dev", *where, "--pipeline-output", *claim, json_report=False)
+    outcome = run_mopt("build-nvfp4", "--preset", "flux1-dev", *where, "--pipeline-output", json_report=False)
     assert outcome.exit_code == 0, outcome.stderr
     assert f"next: sglang generate --model-path '{tmp_path / 'o u'}' --model-id FLUX.1-dev" in outcome.stdout
     card = (tmp_path / "o u" / "README.md").read_text()
     assert "sglang generate --model-path REPO_OR_FOLDER --model-id FLUX.1-dev" in card and "`transformer_2`" in card
+
+
+@pytest.mark.parametrize("more", [("--pipeline-output",), ()])
+def test_no_card_names_a_command_that_is_known_to_fail(families: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    base = make_pipeline(families / "ltx2" / "base", tmp_path / "base")
+    where = ("--export", families / "ltx2" / "fp8", "--base", base, "--output", tmp_path / "out")
+    outcome = run_mopt("convert-fp8", "--preset", "ltx2", *where, "--allow-known-broken", *more)
+    assert outcome.exit_code == 0, outcome.stderr
+    cards = list((tmp_path / "out").rglob("README.md"))
+    assert len(cards) == 1 + len(more)
+    for card in cards:
+        assert "sglang generate" not in card.read_text() and "loads it wrong" in card.read_text()
+    checked = verified(tmp_path / "out")
+    assert checked.report is not None and "loads it wrong" in json.dumps(checked.report["verify"]["levels"])
+    seen = run_mopt("inspect", tmp_path / "out")
+    assert seen.report is not None and "engine.wrong" in [one["code"] for one in seen.report["lint"]]
 
 
 def test_a_dry_run_says_what_would_be_copied(exports: Path, pipeline: Path, tmp_path: Path) -> None:
@@ -148,8 +192,10 @@ def _pickled(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
 
 
-def _relisted(name: str, value: object) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "model_index.json", lambda index: index.update({name: value}))
+def _pointer(folder: Path) -> None:
+    oid = "0" * 64
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 123\n"
+    next((folder / "vae").glob("*.safetensors")).write_text(text)
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -161,7 +207,28 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights in a pickle alone": (_pickled, "pipeline.incomplete"),
     "a transformer that is not listed": (_relisted("transformer", [None, None]), "pipeline.not_listed"),
-    "a path for a name": (_relisted("../vae", ["diffusers", "AutoencoderKL"]), "pipeline.index"),
+    **{
+        f"{name!r} for a name": (_relisted(name, ["diffusers", "AutoencoderKL"]), "pipeline.index")
+        for name in ("../vae", "..", ".", "", "README.md", "mopt.json", ".git", "a b", "a\n# Forged", "vaé", "a\0")
+    },
+    "half a component": (_relisted("vae", ["diffusers", None]), "pipeline.index"),
+    "a pointer in place of weights": (_pointer, "pipeline.incomplete"),
+    "a shard that the index lists is missing": (
+        lambda folder: edit_json(
+            folder / "text_encoder" / "model.safetensors.index.json",
+            lambda one: one["weight_map"].update(b="b.safetensors"),
+        ),
+        "pipeline.incomplete",
+    ),
+    "a config alone": (lambda folder: next((folder / "vae").glob("*.safetensors")).unlink(), "pipeline.incomplete"),
+    "weights cut short": (
+        lambda folder: os.truncate(next((folder / "vae").glob("*.safetensors")), 1000),
+        "header.truncated",
+    ),
+    "weights of no bytes": (
+        lambda folder: os.truncate(next((folder / "vae").glob("*.safetensors")), 0),
+        "header.too_small",
+    ),
     "no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "pipeline.json"),
     "no object": (lambda folder: (folder / "model_index.json").write_text("[]"), "pipeline.json"),
     "nothing listed": (lambda folder: (folder / "model_index.json").write_text("{}"), "pipeline.index"),
