@@ -20,7 +20,7 @@ from modelopt_convert.commands.build.structure import check_structure
 from modelopt_convert.commands.rewrite import command as rewrite
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.shard_writer import ShardWriter
 
@@ -194,8 +194,9 @@ def test_a_shard_that_was_cut(stage: Checked) -> None:
     folder, plan = stage
     shard = shard_of(folder, f"{PLAIN}.bias")
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(InputError):
+    with pytest.raises(CheckFailedError) as failed:
         check_structure(folder, plan)
+    assert failed.value.code == "check.structure" and shard.name in failed.value.message
 
 
 def one_more(monkeypatch: pytest.MonkeyPatch) -> None:
