@@ -88,6 +88,8 @@ def test_what_took_the_name_of_the_stage_is_not_published(
     assert held_by(tmp_path / "out") == before and held_by(tmp_path / "moved")
     notes = list(tmp_path.rglob("thesis.md"))
     assert how == "gone" or [note.read_text() for note in notes] == ["mine"]
+    # What is not mopt's keeps the name that it was given.
+    assert len(list(tmp_path.glob(".out.mopt-stage-*"))) == (how != "gone") and not list(tmp_path.glob("*.mopt-kept-*"))
 
 
 @pytest.mark.parametrize("how", ["a link", "a folder"])
