@@ -82,7 +82,6 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
         )
     files: dict[str, OpenFile] = {}
     left_out: list[str] = []
-    classes = listed
     folders = tuple(name for name in listed if name not in built)
     for name in folders:
         found = list(_files(root / name, name))
@@ -99,7 +98,7 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
             )
         for path in copied:
             files[path] = _opened(root, path, stack)
-        _check_whole(root, name, classes[name], files)
+        _check_whole(root, name, listed[name], files)
     for name in sorted(names(root)):
         if name.startswith("LICENSE") and is_file(root / name):
             files[name] = _opened(root, name, stack)

@@ -404,8 +404,10 @@ class StagingDir:
         return (made.st_dev, made.st_ino) == (named.st_dev, named.st_ino)
 
     def _refuse_other_stage(self, where: str) -> NoReturn:
-        """Nothing of what now has the stage's name is mopt's: it stays."""
+        """Nothing of what now has the stage's name is mopt's: it stays, also when the next run looks what was left."""
         self._done = True
+        with contextlib.suppress(OSError):
+            fsops.remove_file(beside(self.output, "mark", self._number))
         raise StorageError(
             f"{self.output}: the finished checkpoint could not take its place: {self.path} was moved away, and "
             f"something else has its name{where}",

@@ -347,4 +347,10 @@ DISK = (
         _OTHER,
     ),
     _elsewhere("stage/swap.py", "two renames are undone", "    if old is not None:\n", "    if False:\n", _OTHER),
+    _staging(
+        "what took the stage's name has no marker",
+        '            fsops.remove_file(beside(self.output, "mark", self._number))\n        raise StorageError(',
+        "            pass\n        raise StorageError(",
+        _OTHER,
+    ),
 )

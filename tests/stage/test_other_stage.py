@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crash_driver import COPIES, FOLDERS, fill, held_by, lay
-from stage_support import forbid_renameat2
+from stage_support import forbid_renameat2, publish
 
 from modelopt_convert.run.errors import StorageError
 from modelopt_convert.stage import fsops
@@ -88,8 +88,14 @@ def test_what_took_the_name_of_the_stage_is_not_published(
     assert held_by(tmp_path / "out") == before and held_by(tmp_path / "moved")
     notes = list(tmp_path.rglob("thesis.md"))
     assert how == "gone" or [note.read_text() for note in notes] == ["mine"]
-    # What is not mopt's keeps the name that it was given.
-    assert len(list(tmp_path.glob(".out.mopt-stage-*"))) == (how != "gone") and not list(tmp_path.glob("*.mopt-kept-*"))
+    # What is not mopt's keeps the name that it was given, whatever it holds and whoever comes next.
+    [*left] = tmp_path.glob(".out.mopt-stage-*")
+    assert len(left) == (how != "gone") and not list(tmp_path.glob("*.mopt-kept-*"))
+    if how == "a folder":
+        (left[0] / "config.json").write_text("mine")
+        mine = held_by(left[0])
+        publish(tmp_path / "out", folders=FOLDERS)
+        assert held_by(left[0]) == mine
 
 
 @pytest.mark.parametrize("how", ["a link", "a folder"])
@@ -132,6 +138,10 @@ def test_what_cannot_be_put_back_is_named_and_stays(tmp_path: Path, monkeypatch:
     [old] = tmp_path.glob(".out.mopt-stage-*")
     assert str(old) in error.message and held_by(old) == before
     assert (tmp_path / "other" / "thesis.md").read_text() == "mine"
+    monkeypatch.setattr(fsops, "exchange", real)
+    (tmp_path / "out").unlink()
+    publish(tmp_path / "out", folders=FOLDERS)
+    assert held_by(old) == before
 
 
 @pytest.mark.parametrize("how", CHANGED)
