@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +207,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "pipeline.incomplete",
     ),
     "weights in a pickle alone": (_pickled, "pipeline.incomplete"),
+    "a pickle without a config": (
+        lambda folder: (folder / "tokenizer" / "model.bin").write_bytes(b"?"),
+        "pipeline.incomplete",
+    ),
     "a transformer that is not listed": (_relisted("transformer", [None, None]), "pipeline.not_listed"),
     **{
         f"{name!r} for a name": (_relisted(name, ["diffusers", "AutoencoderKL"]), "pipeline.index")
@@ -272,9 +277,10 @@ def test_a_file_that_changes_meanwhile_is_refused(
     base = Path(shutil.copytree(pipeline, tmp_path / "base"))
     real = command.copy_file
 
-    def late(*arguments: object) -> object:
-        done = real(*arguments)  # type: ignore[arg-type]
-        (base / "vae" / "config.json").write_bytes(b"{}")
+    def late(source: Any, path: Path, *more: Any) -> object:
+        done = real(source, path, *more)
+        if path.match("vae/config.json"):  # it was read, and is written already
+            (base / "vae" / "config.json").write_bytes(b"{}")
         return done
 
     monkeypatch.setattr(command, "copy_file", late)
