@@ -42,7 +42,7 @@ PIPELINE = (
         "verification/levels/record.py",
         "weights beside copies",
         "failures, _ = unlisted(_below(root, folder),",
-        "failures, _ = [], (place,",
+        "failures, _ = [], (_below(root, folder),",
         (_BUILD,),
     ),
     Mutant(
