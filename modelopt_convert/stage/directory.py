@@ -17,17 +17,17 @@ from typing import NoReturn, Self
 
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
 from modelopt_convert.run.boundary import foreseen
-from modelopt_convert.run.errors import OutputRefusedError, StorageError
+from modelopt_convert.run.errors import MoptError, OutputRefusedError, StorageError
 from modelopt_convert.run.signals import signals_held
 from modelopt_convert.stage import fsops
-from modelopt_convert.stage.leftovers import Marker, beside, left_beside, marker_of, read_marker
-from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of, try_lock
+from modelopt_convert.stage.leftovers import Marker, beside, marker_of
+from modelopt_convert.stage.locks import try_lock
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed, check_place
 from modelopt_convert.stage.ownership import Standing, changed, in_words, look, standing_at
 from modelopt_convert.stage.shard_writer import ShardWriter
 from modelopt_convert.stage.swap import Method, swap, undo
+from modelopt_convert.stage.sweep import Sweep, said
 
-_REMOVALS = 100  # tries at a tree that another run is removing too
 _SWEPT = " (until the next run to this output, which sweeps it)"
 
 
@@ -89,7 +89,7 @@ class StagingDir:
         self._made = False
         self._folders: list[Path] = []
         self._written: dict[str, tuple[int, ...]] = {}  # every file, as it was when it was finished
-        self._warnings: list[str] = []
+        self._beside = Sweep(self.output)
         self._durable = True
         self._done = False
 
@@ -103,9 +103,9 @@ class StagingDir:
         with self._named_errors():
             try:
                 self._make_stage()
-                self._sweep_dead_stages()
-                self._recover()
-                self._sweep_markers()
+                self._beside.sweep_stages(self.path)
+                self._beside.recover()
+                self._beside.sweep_markers()
                 self._standing = check_output_allowed(self.output, self._inputs, **self._consent)
                 if self._standing is not None:
                     self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
@@ -120,8 +120,8 @@ class StagingDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the stage unless it was published or kept; an OSError becomes an input's error, or the storage's."""
-        if not self._done:
-            self._discard()
+        if not self._done and (kept := self._discard()) is not None and isinstance(error, MoptError):
+            error.hint = f"{error.hint}; {kept}"
         self._unlock()
         if isinstance(error, OSError):
             with self._named_errors():
@@ -205,7 +205,7 @@ class StagingDir:
             self._done = True
             self._sync_after_swap(old)
             foreign = self._standing.foreign if old is not None and self._standing is not None else ()
-            self.published = Published(method, self._durable, (*self._warnings, *self._remove_old(old)), foreign)
+            self.published = Published(method, self._durable, (*self._beside.warnings, *self._remove_old(old)), foreign)
             return self.published
 
     def _make_stage(self) -> None:
@@ -232,114 +232,6 @@ class StagingDir:
         # A stage that a power cut left without its marker would be nobody's for ever; its name is enough for that. And
         # what was swept must be gone for good before a swap in two: else a power cut could leave two old trees.
         self._durable = fsops.sync_dir(self.output.parent) and self._durable
-
-    def _unmark(self, number: str) -> None:
-        """Remove the marker of a run of which nothing is left; the removals of that are on disk already."""
-        left = (beside(self.output, "stage", number), beside(self.output, "old", number))
-        if any(map(os.path.lexists, left)):  # as after a swap that was cut in two
-            return
-        with contextlib.suppress(FileNotFoundError):  # another run sweeps it too
-            fsops.remove_file(beside(self.output, "mark", number))
-
-    def _sweep_dead_stages(self) -> None:
-        for number, other in left_beside(self.output, "stage").items():
-            if other == self.path:
-                continue
-            if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:
-                raise OutputRefusedError(
-                    f"{other}: left by another run, and file locks prove nothing on this file system",
-                    code="output.busy",
-                    path=str(other),
-                    hint=f"if no mopt is running on any host: rm -r {shlex.quote(str(other))}",
-                )
-            lock = try_lock(other)
-            if lock is None:
-                if not other.exists():  # its owner finished between the listing and the lock
-                    continue
-                raise OutputRefusedError(
-                    f"{self.output}: another mopt is writing it (its stage is {other.name})",
-                    code="output.busy",
-                    path=str(self.output),
-                    hint="wait for it to finish, or give another --output",
-                )
-            try:
-                self._sweep(other, number)
-            finally:
-                os.close(lock)
-
-    def _recover(self) -> None:
-        """Roll back a two-rename swap that was cut between its renames; remove what a finished one left.
-
-        A tree of which something is gone was being removed, so its swap was finished, and OUT was deleted since.
-        """
-        for number, old in left_beside(self.output, "old").items():
-            with contextlib.suppress(FileNotFoundError):  # another run has just done it
-                if os.path.lexists(self.output):
-                    self._sweep(old, number)
-                elif (marker := self._marker_beside(old, number)) is not None and marker.is_whole(old):
-                    fsops.rename(old, self.output)
-                elif marker is not None:
-                    self._sweep(old, number)
-
-    def _sweep_markers(self) -> None:
-        """Remove the markers of runs that were killed when nothing else of theirs was left."""
-        found = [number for number, path in left_beside(self.output, "mark").items() if read_marker(path) is not None]
-        if found:
-            # Such a run ended with a swap or a removal that may not be on disk; nor is what has just been rolled back.
-            fsops.sync_dir(self.output.parent)
-        for number in found:
-            self._unmark(number)
-
-    def _marker_beside(self, tree: Path, number: str) -> Marker | None:
-        """The marker of what was found; without one it is nobody knows whose, and stays, but for an empty folder."""
-        marker = read_marker(beside(self.output, "mark", number))
-        if marker is None and os.path.lexists(tree):
-            try:
-                fsops.remove_dir(tree)  # of a run that was killed before it wrote its marker
-            except OSError:
-                self._warnings.append(f"{tree} is left alone: it has the name of a stage, and no marker of mopt's")
-        return marker
-
-    def _sweep(self, tree: Path, number: str) -> None:
-        marker = self._marker_beside(tree, number)
-        if marker is None:
-            return
-        # The tree may be the old checkpoint of a swap that was never synced: removing it before the swap is on disk
-        # could lose both in a power cut.
-        fsops.sync_dir(self.output.parent)
-        try:
-            kept = self._remove(tree, marker, replaced=tree == beside(self.output, "old", number))
-        except OSError as error:
-            self._warnings.append(f"{tree} could not be removed: {_said(error)}")
-            return
-        if kept:
-            self._warnings.append(kept)
-        # The same for the marker, without which what a power cut brings back would be left for ever.
-        fsops.sync_dir(self.output.parent)
-        self._unmark(number)
-
-    def _remove(self, tree: Path, marker: Marker, *, replaced: bool) -> str | None:
-        """Remove a tree that mopt made or replaced; keep the tree and say so if somebody put a file into it.
-
-        Another run may be removing the same tree: what vanishes meanwhile is no failure.
-        """
-        for attempt in range(_REMOVALS):
-            if not os.path.lexists(tree):
-                break
-            try:
-                if strangers := marker.strangers(tree, replaced=replaced):
-                    kept = self._kept_name()
-                    fsops.rename(tree, kept)
-                    what = "the old checkpoint" if replaced else "what a run left"
-                    return f"{what} was kept in {kept}: it holds what came after it: {in_words(strangers)}"
-                fsops.remove_tree(tree)
-            except FileNotFoundError:
-                if attempt == _REMOVALS - 1:
-                    raise
-        return None
-
-    def _kept_name(self) -> Path:
-        return self.output.parent / f"{self.output.name}.mopt-kept-{secrets.token_hex(4)}"
 
     def _changed_hands(self) -> bool:
         """Whether OUT is another folder than the one that the user consented to replace, even if it is a checkpoint."""
@@ -389,10 +281,10 @@ class StagingDir:
         if not self._is_mine(self.path):
             self._refuse_other_stage("")
         folders = {folder.relative_to(self.path).as_posix() for folder in self._folders}
-        now = {name: _state(self.path / name) for name, one in look(self.path).items() if one.kind != stat.S_IFDIR}
-        there = {name for name, one in look(self.path).items() if one.kind == stat.S_IFDIR}
+        tree = look(self.path)
+        now = {name: _state(self.path / name) for name, one in tree.items() if one.kind != stat.S_IFDIR}
         odd = {name for name in now.keys() | self._written.keys() if now.get(name) != self._written.get(name)}
-        odd |= there ^ folders
+        odd |= (tree.keys() - now.keys()) ^ folders
         if odd:
             self._keep_stage(f"somebody else changed its stage meanwhile: {in_words(sorted(odd))}", None)
 
@@ -404,10 +296,8 @@ class StagingDir:
         return (made.st_dev, made.st_ino) == (named.st_dev, named.st_ino)
 
     def _refuse_other_stage(self, where: str) -> NoReturn:
-        """Nothing of what now has the stage's name is mopt's: it stays, also when the next run looks what was left."""
         self._done = True
-        with contextlib.suppress(OSError):
-            fsops.remove_file(beside(self.output, "mark", self._number))
+        self._beside.disown(self._number)
         raise StorageError(
             f"{self.output}: the finished checkpoint could not take its place: {self.path} was moved away, and "
             f"something else has its name{where}",
@@ -418,11 +308,11 @@ class StagingDir:
 
     def _keep_stage(self, why: str, error: Exception | None) -> NoReturn:
         """Give the stage a name that the user can see: a refused swap is no reason to throw checked work away."""
-        kept = self._kept_name()
+        kept = self._beside.kept_name()
         try:
             fsops.rename(self.path, kept)
             fsops.sync_dir(self.output.parent)
-            self._unmark(self._number)
+            self._beside.unmark(self._number)
         except OSError:
             if not kept.exists():  # nothing can be renamed here, so say where it is
                 kept = self.path
@@ -455,25 +345,35 @@ class StagingDir:
         if old is not None:
             assert self._marker is not None
             try:
-                kept = self._remove(old, self._marker, replaced=True)
+                kept = self._beside.remove(old, self._marker, replaced=True)
             except OSError as error:
-                return (f"the old checkpoint in {old} could not be removed: {_said(error)}",)
+                return (f"the old checkpoint in {old} could not be removed: {said(error)}",)
         with contextlib.suppress(OSError):  # the next run removes a marker of nothing
             if old is not None:
                 fsops.sync_dir(self.output.parent)
-            self._unmark(self._number)
+            self._beside.unmark(self._number)
         return (kept,) if kept else ()
 
-    def _discard(self) -> None:
+    def _discard(self) -> str | None:
+        """Remove the stage; where it was kept, since somebody put something into it, in words."""
         if not self._made:
-            return
-        self._unlock()  # first: these may be the last descriptors that there are, and to remove a folder takes one
+            return None
+        # First: these may be the last descriptors that there are, and to remove a folder takes one.
+        mine = self._is_mine(self.path)
+        self._unlock()
+        kept = None
         with contextlib.suppress(OSError):  # the next run sweeps what cannot be removed now
-            fsops.remove_tree(self.path)
-            if self._marker is not None:
-                with contextlib.suppress(OSError):
-                    fsops.sync_dir(self.output.parent)
-                self._unmark(self._number)
+            if self._marker is None:  # nothing is in it
+                fsops.remove_dir(self.path)
+                return None
+            if not mine:
+                self._beside.disown(self._number)
+                return None
+            kept = self._beside.remove(self.path, self._marker, replaced=False)
+            with contextlib.suppress(OSError):
+                fsops.sync_dir(self.output.parent)
+            self._beside.unmark(self._number)
+        return kept
 
     def _unlock(self) -> None:
         for fd in (self._lock, self._replaced):
@@ -486,11 +386,6 @@ def _state(path: Path) -> tuple[int, ...]:
     """What changes with another file, or another content, of the same name."""
     status = path.lstat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _said(error: OSError) -> str:
-    """What the system says, and of what."""
-    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 
 def _umask() -> int:

@@ -82,7 +82,8 @@ DISK = (
         "        try:\n            self._durable = fsops.sync_dir(self.output.parent)",
         _DURABLE,
     ),
-    _staging(
+    _elsewhere(
+        "stage/sweep.py",
         "fsync before a sweep",
         "        fsops.sync_dir(self.output.parent)\n        try:\n            kept",
         "        try:\n            kept",
@@ -127,25 +128,29 @@ DISK = (
         "return then is not None and (then",
         f"{_PLANTED}test_a_checkpoint_where_there_was_none",
     ),
-    _staging(
+    _elsewhere(
+        "stage/sweep.py",
         "no sweep where locks prove nothing",
         "if file_system_of(self.output.parent) not in LOCKING_FILE_SYSTEMS:",
         "if False:",
         f"{_STAGING}test_where_locks_prove_nothing_nothing_is_swept",
     ),
-    _staging(
+    _elsewhere(
+        "stage/sweep.py",
         "a stage that went meanwhile is nobody's",
         "if not other.exists():  #",
         "if False:  #",
         f"{_GUARDS}test_a_stage_that_goes_between_the_listing_and_the_lock",
     ),
-    _staging(
+    _elsewhere(
+        "stage/sweep.py",
         "a held stage is busy",
         "            if lock is None:\n",
         "            if lock is None:\n                continue\n",
         f"{_STAGING}test_while_one_run_writes_another_is_refused",
     ),
-    _staging(
+    _elsewhere(
+        "stage/sweep.py",
         "recovery renames back",
         "marker.is_whole(old):\n                    fsops.rename(old, self.output)",
         "marker.is_whole(old):\n                    self._sweep(old, number)",
@@ -232,8 +237,8 @@ DISK = (
     ),
     _staging(
         "a failed run removes its stage",
-        "        if not self._done:\n            self._discard()",
-        "        pass",
+        "        if not self._done and (kept := self._discard())",
+        "        if False and (kept := self._discard())",
         f"{_STAGING}test_an_error_leaves_nothing",
     ),
     _fsops("files are made, never opened", " | os.O_EXCL", "", f"{_FAILURES}test_nothing_in_the_stage_is_written_over"),
@@ -331,7 +336,7 @@ DISK = (
         "name not in now}",
         _OTHER,
     ),
-    _staging("folders of the stage", "odd |= there ^ folders", "pass", _OTHER),
+    _staging("folders of the stage", "odd |= (tree.keys() - now.keys()) ^ folders", "pass", _OTHER),
     _staging(
         "the stage is the one that was made",
         "        if not self._is_mine(self.path):\n",
@@ -347,10 +352,23 @@ DISK = (
         _OTHER,
     ),
     _elsewhere("stage/swap.py", "two renames are undone", "    if old is not None:\n", "    if False:\n", _OTHER),
-    _staging(
+    _elsewhere(
+        "stage/sweep.py",
         "what took the stage's name has no marker",
-        '            fsops.remove_file(beside(self.output, "mark", self._number))\n        raise StorageError(',
-        "            pass\n        raise StorageError(",
+        'with contextlib.suppress(OSError):\n            fsops.remove_file(beside(self.output, "mark", number))',
+        "pass",
+        _OTHER,
+    ),
+    _staging(
+        "a failed run removes its own stage alone",
+        "            if not mine:\n",
+        "            if False:\n",
+        _OTHER,
+    ),
+    _staging(
+        "what somebody put into a stage is kept when the run fails",
+        "kept = self._beside.remove(self.path, self._marker, replaced=False)",
+        "fsops.remove_tree(self.path)",
         _OTHER,
     ),
 )

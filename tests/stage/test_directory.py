@@ -28,7 +28,7 @@ from tracing import driver, run
 
 from modelopt_convert.checkpoint.header import parse_header, read_header_length
 from modelopt_convert.run.errors import ExitCode, Interrupted, OutputRefusedError
-from modelopt_convert.stage import directory, fsops
+from modelopt_convert.stage import directory, fsops, sweep
 from modelopt_convert.stage.directory import StagingDir
 from modelopt_convert.stage.locks import file_system_of
 
@@ -185,7 +185,7 @@ def test_a_failed_sync_keeps_the_dead_stage(out: Path, place: Path, monkeypatch:
 
 def test_where_locks_prove_nothing_nothing_is_swept(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_left(place / LEFT, "another")
-    monkeypatch.setattr(directory, "file_system_of", lambda _path: "nfs4")
+    monkeypatch.setattr(sweep, "file_system_of", lambda _path: "nfs4")
     with pytest.raises(OutputRefusedError) as refused:
         publish(out)
     assert refused.value.code == "output.busy"
@@ -213,7 +213,7 @@ def test_a_swap_cut_in_two_is_rolled_back(out: Path, place: Path, calls: Calls) 
     assert refused.value.code == "output.exists"
     assert (held_by(out), litter(out)) == (OLD, [])
     recovered = [("rename", SET_ASIDE, "out"), ("sync_dir", "."), ("remove_file", MARK)]
-    assert calls == [("make_dir", "stage"), *recovered, ("remove_tree", "stage")]
+    assert calls == [("make_dir", "stage"), *recovered, ("remove_dir", "stage")]
 
 
 def test_a_swap_cut_in_two_is_rolled_back_and_then_replaced(out: Path, place: Path) -> None:

@@ -126,7 +126,7 @@ def test_no_space_is_found_before_anything_is_written(out: Path, calls: Calls, m
         publish(out, need_bytes=8193)
     assert (failed.value.code, failed.value.exit_code) == ("storage.no_space", ExitCode.STORAGE)
     assert "8193" in failed.value.message and "8192" in failed.value.message
-    assert calls == [("make_dir", "stage"), ("remove_tree", "stage")]
+    assert calls == [("make_dir", "stage"), ("remove_dir", "stage")]
     assert (held_by(out), litter(out)) == (OLD, [])
     publish(out, need_bytes=8192)
 

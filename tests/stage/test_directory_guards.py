@@ -21,7 +21,7 @@ from stage_support import LEFT, MARK, before, lay_left, litter, locked, prepare,
 
 from modelopt_convert.run.errors import Interrupted, OutputRefusedError, StorageError
 from modelopt_convert.run.signals import stopping
-from modelopt_convert.stage import directory, fsops
+from modelopt_convert.stage import fsops, sweep
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.locks import try_lock
 
@@ -88,7 +88,7 @@ def test_a_stage_that_goes_between_the_listing_and_the_lock(
             shutil.rmtree(path)
         return try_lock(path)
 
-    monkeypatch.setattr(directory, "try_lock", lock)
+    monkeypatch.setattr(sweep, "try_lock", lock)
     publish(out)
     assert (held_by(out), litter(out)) == (NEW, [])
 

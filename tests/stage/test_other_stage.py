@@ -9,7 +9,7 @@ import pytest
 from crash_driver import COPIES, FOLDERS, fill, held_by, lay
 from stage_support import forbid_renameat2, publish
 
-from modelopt_convert.run.errors import StorageError
+from modelopt_convert.run.errors import CheckFailedError, StorageError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.directory import StagingDir
 
@@ -154,3 +154,39 @@ def test_what_somebody_put_into_the_stage_is_not_published(
     assert held_by(tmp_path / "out") == before
     assert error.kept_at is not None and held_by(Path(error.kept_at))
     assert list(tmp_path.glob(".out.mopt-*")) == []
+
+
+def failed(out: Path, change: Callable[[Path], object]) -> CheckFailedError:
+    """Fill a stage, let ``change`` have its way, and find something wrong with what was written."""
+    with (
+        pytest.raises(CheckFailedError) as caught,
+        StagingDir(out, (), overwrite=True, need_bytes=1, copies=COPIES) as stage,
+    ):
+        fill(stage, "new", FOLDERS)
+        change(stage.path)
+        raise CheckFailedError("wrong", code="check.verify", hint="look")
+    return caught.value
+
+
+@pytest.mark.parametrize("how", TAKEN)
+def test_a_run_that_fails_removes_its_own_stage_alone(tmp_path: Path, how: str) -> None:
+    before = held_by(lay(tmp_path / "out", "old", FOLDERS))
+
+    def change(stage: Path) -> None:
+        TAKEN[how](stage)
+        if how == "a folder":
+            (stage / "config.json").write_text("mine")
+
+    failed(tmp_path / "out", change)
+    assert held_by(tmp_path / "out") == before and held_by(tmp_path / "moved")
+    for _ in range(2):  # nor does the next one
+        assert how == "gone" or [note.read_text() for note in tmp_path.rglob("thesis.md")] == ["mine"]
+        found = [path.read_text() for path in tmp_path.glob(".out.mopt-stage-*/config.json") if not path.is_symlink()]
+        assert how != "a folder" or found == ["mine"]
+        publish(tmp_path / "out", folders=FOLDERS)
+
+
+def test_what_somebody_put_into_the_stage_of_a_run_that_fails_is_kept_and_named(tmp_path: Path) -> None:
+    error = failed(tmp_path / "out", lambda stage: (stage / "note.md").write_text("mine"))
+    [kept] = tmp_path.iterdir()
+    assert (kept / "note.md").read_text() == "mine" and str(error.hint).startswith("look; ") and str(kept) in error.hint
