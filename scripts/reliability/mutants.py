@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mutants_disk import DISK, Mutant
 from mutants_edge import EDGE
+from mutants_engines import ENGINES
 from mutants_hub import HUB
 from mutants_identity import IDENTITY
 from mutants_owned import OWNED
@@ -30,7 +31,7 @@ from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE
+MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

@@ -12,10 +12,6 @@ def _rules(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("stage/output_rules.py", what, old, new, tests or (_RULES,))
 
 
-def _engines(name: str, what: str, old: str, new: str) -> Mutant:
-    return Mutant(f"commands/{name}.py", what, old, new, ("commands/test_serving.py",))
-
-
 def _check(what: str, old: str, new: str, *tests: str, file: str = "build/structure") -> Mutant:
     return Mutant(f"commands/{file}.py", what, old, new, tests)
 
@@ -316,97 +312,5 @@ RULES = (
         "        sizes += _lengths(files)\n",
         "",
         ("stage/test_space.py::test_the_room_is_counted_before_tensors_are_read",),
-    ),
-    _engines("serving", "what is broken is refused", "if one.is_broken and not request", "if False and not request"),
-    _engines("serving", "consent is asked for", "and not request.allow_known_broken:", "and True:"),
-    _engines("serving", "of the engine that was named", "if one.engine == request.engine]", "if one.engine]"),
-    _engines(
-        "serving", "no command that fails", 'return engine == "sglang" and not broken', 'return engine == "sglang"'
-    ),
-    _engines("serving", "no command of another", 'return engine == "sglang" and not broken', "return not broken"),
-    _engines("push/command", "push asks for consent", "self._warned += refuse_broken(", "self._warned += [] and ("),
-    _engines("push/command", "push names no command", "if loads_right(known, request.engine):", "if True:"),
-    *(
-        Mutant("verification/fused.py", what, old, new, ("verification/test_fused.py",))
-        for what, old, new in (
-            ("rebased scales are rounded", "(one * (factor / top)).to(torch.float8_e4m3fn)", "(one * (factor / top))"),
-            ("each part by its own scale", "(one * factor).flatten() for one", "(one * factors[0]).flatten() for one"),
-            (
-                "the largest is taken",
-                "[one * max(factors) for one in scales]",
-                "[one * min(factors) for one in scales]",
-            ),
-        )
-    ),
-    *(
-        Mutant("engines/limits.py", what, old, new, ("engines/test_limits.py",))
-        for what, old, new in (
-            ("facts of the class", 'if one.class_name in ("*", config.get("_class_name"))', "if True"),
-            ("facts of the format", "and algorithm in one.formats", "and True"),
-            ("a fact of the class goes first", " or one.engine not in of_class)", " or True)"),
-            ("facts of a key", "and (one.having is None or config.get(one.having) is not None)", "and True"),
-        )
-    ),
-    *(
-        Mutant("plan/ignore.py", what, old, new, ("plan/test_ignore.py",))
-        for what, old, new in (
-            ("a part of a name has a star", "for entry in widened(entries, taken) if", "for entry in () if"),
-            ("no star over a packed module", " if not begins_one(taken, entry)}", "}"),
-            ("whole blocks alone", "if not begins_one(taken, block)]", "]"),
-            ("blocks are patterns", "{*names, *whole}", "{*names}"),
-            ("not too many patterns", "if len(whole) <= _MOST_BLOCKS else []", ""),
-            ("quantized names of TensorRT-LLM", "*other_names(packed)}", "}"),
-            ("no names in whole blocks", "if not name.startswith(blocks))", ")"),
-        )
-    ),
-    *(
-        Mutant("engines/tensorrt_llm.py", what, old, new, ("engines/test_tensorrt_llm.py",))
-        for what, old, new in (
-            ("all parts of a fused linear", "and all(parent", "and any(parent"),
-            ("the first end that fits", "for end in _RENAMED if", "for end in reversed(_RENAMED) if"),
-        )
-    ),
-    *(
-        Mutant("engines/vllm_omni.py", what, old, new, ("engines/test_vllm_omni.py",))
-        for what, old, new in (
-            (
-                "within a word",
-                "for word in words for at in range(len(word))})",
-                "for word in words for at in range(1)})",
-            ),
-            ("across words", "for tail in begun[word])", "for tail in begun[word][:0])"),
-            ("a beginning", "texts[place].startswith(start)", "True"),
-            ("parts of fused modules", "listed.issuperset(members)", "False"),
-            ("classes that name parts", "if made is not None and made.mapped:", "if made is not None:"),
-        )
-    ),
-    *(
-        Mutant("engines/vllm_omni.py", what, old, new, ("engines/test_views.py",))
-        for what, old, new in (
-            ("a class's own Linears", "re.fullmatch(made.quantized, name)", "True"),
-            ("what is ignored", "if group not in left}", "}"),
-            ("scales without a name", "in made.renamed)),", "in ())),"),
-        )
-    ),
-    Mutant(
-        "engines/sglang.py",
-        "classes without names",
-        "set() if nameless else ignored(entries, spelled, path=path)",
-        "ignored(entries, spelled, path=path)",
-        ("engines/test_views.py",),
-    ),
-    *(
-        Mutant("engines/belief.py", what, old, new, ("engines/test_views.py",))
-        for what, old, new in (
-            ("what is cast", "belief.modules & set(linears) - set(packed)", "set()"),
-            ("scales that are dropped", "(belief.unset & set(packed), ", "(set(), "),
-        )
-    ),
-    *(
-        Mutant("preset/preset.py", what, old, new, ("preset/test_preset.py",))
-        for what, old, new in (
-            ("keys with a value", "if (config.get(key) is not None) != is_there:", "if False:"),
-            ("names of the same parts", "any(key in one.having for key in misfits[one.name])", "False"),
-        )
     ),
 )
