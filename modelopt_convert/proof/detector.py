@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,8 +144,9 @@ def telling_rows(readings: Mapping[ScaleOrder, Tensor], count: int) -> list[int]
     """Rows in which the two orders of the scales differ most: what tells them apart, if anything does."""
     if len(readings) < 2:
         return []
-    differing = (readings["linear"].view(torch.uint8) != readings["128x4"].view(torch.uint8)).sum(dim=1)
-    order = torch.argsort(differing, descending=True, stable=True)[:count]
+    linear, tiled = (readings[order].view(torch.uint8).numpy() for order in ("linear", "128x4"))
+    differing = np.count_nonzero(linear != tiled, axis=1)
+    order = np.argsort(-differing, kind="stable")[:count]
     return sorted(int(row) for row in order if differing[row])
 
 

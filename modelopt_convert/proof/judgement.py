@@ -49,6 +49,7 @@ class Counts:
         scales_tied: Of the rest, other neighbours of a midpoint.
         scales_idle: Of the rest, those over codes that are all zero.
         blocks_above: Blocks whose squared error is above that of max calibration.
+        padding: Bytes of padding beside the codes and scales, all of them zero; of a module that was compared whole.
     """
 
     codes: int
@@ -60,6 +61,7 @@ class Counts:
     scales_tied: int = 0
     scales_idle: int = 0
     blocks_above: int = 0
+    padding: int = 0
 
     @classmethod
     def of(cls, tally: "BlockTally") -> "Counts":
@@ -96,6 +98,7 @@ class Judgement:
         first: Where the first byte that differs lies, in words.
         clipped: Base values that the scale is too small for, if any.
         factor: The scale over that of max calibration.
+        group_factor: The scale over that of max calibration of all modules that have it.
     """
 
     verdict: Verdict
@@ -110,6 +113,7 @@ class Judgement:
     first: str | None = None
     clipped: Clipped | None = None
     factor: float = 1.0
+    group_factor: float = 1.0
 
     @property
     def passed(self) -> bool:
@@ -202,9 +206,11 @@ def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> 
         calibrated = [rules.scale_of(amax) for amax in (one.amax, largest[one.scale])]
         if one.scale not in calibrated:
             verdict: Verdict = "near" if one.rule == COMPRESSED else "nearest"  # codes are of another scale there
-            factor = one.scale / calibrated[0] if calibrated[0] else 1.0
+            factor, of_group = (one.scale / scale if scale else 1.0 for scale in calibrated)
             words = f"{rules.tensor_scale} is {factor:.9g} times that of max calibration" if factor != 1.0 else None
-            judged[name] = replace(one, verdict=verdict, factor=factor, first=one.first or words)
+            if words is not None and of_group != factor:
+                words += f", {of_group:.9g} times that of all modules with this scale"
+            judged[name] = replace(one, verdict=verdict, factor=factor, group_factor=of_group, first=one.first or words)
     return judged
 
 

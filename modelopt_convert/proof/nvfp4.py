@@ -24,6 +24,7 @@ from modelopt_convert.formats.nvfp4.codes import (
     decode_e2m1,
     quantize_codes,
     quantize_nvfp4,
+    quantize_nvfp4_amax,
     shared_global_scale,
     swap_nibbles,
     unpack_e2m1,
@@ -38,6 +39,7 @@ from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.padding import not_padding, padding_bytes
 from modelopt_convert.proof.tensors import (
     Again,
     Quantizer,
@@ -92,12 +94,7 @@ def _scale_readings(export: CheckpointReader, module: PackedModule) -> dict[Scal
     info = module.scales["weight_scale"]
     readings = scale_readings(load(export, info.name), module.rows, module.columns // BLOCK_SIZE)
     if not readings:
-        raise InputError(
-            f"{export.path / info.file}: tensor {info.name!r}: expected zeros in the padding, found scales",
-            code="export.padding",
-            path=str(export.path / info.file),
-            hint="the scales are not those of this weight; export again",
-        )
+        raise not_padding(export, info, "scales")
     return readings
 
 
@@ -154,8 +151,8 @@ class _Comparison:
             height = self.gpu.height(info.num_bytes // info.shape[0])
         if self.gpu is None or not height:
             for tile in self.tiles(cast):
-                amax = finite_amax(self.base, self.due.module, tile.base)
-                packed, scale = quantize_nvfp4(tile.base, factor)
+                packed, scale, amax = quantize_nvfp4_amax(tile.base, factor)
+                finite(self.base, self.due.module, amax)
                 yield tile, Again(tile.base, packed, scale.view(torch.uint8), amax)
             return
         pieces = zip(
@@ -387,7 +384,11 @@ class _Nvfp4Proof:
         rows: Sequence[int] | None,
         gpu: Quantizer | None = None,
     ) -> Judgement:
-        return _Comparison(export, base, due, _scale_readings(export, due.module), stopped, rows, gpu).judged()
+        found = _Comparison(export, base, due, _scale_readings(export, due.module), stopped, rows, gpu).judged()
+        if rows is not None:
+            return found
+        padding = padding_bytes(export, due.module, stopped)
+        return dataclasses.replace(found, counts=dataclasses.replace(found.counts, padding=padding))
 
     def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
         readings = {name: one.reading for name, one in modules.items() if one.reading is not None}

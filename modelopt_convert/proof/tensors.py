@@ -12,10 +12,11 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import MAX_READ_BYTES, MAX_WHOLE_BYTES, CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, is_quantizer_state
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
+from modelopt_convert.formats.nvfp4.codes import max_magnitude
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes
 from modelopt_convert.run.errors import InputError
 
-_TILE_VALUES = 1 << 18  # half a megabyte of BF16
+_TILE_VALUES = 1 << 19  # a megabyte of BF16: each tile costs some forty calls
 
 
 def load(reader: CheckpointReader, name: str, *, limit: int = MAX_WHOLE_BYTES) -> Tensor:
@@ -167,11 +168,7 @@ def finite_amax(base: CheckpointReader, module: PackedModule, rows: Tensor) -> f
     Raises:
         InputError: ``base.not_finite``.
     """
-    if rows.dtype.itemsize == 2:  # bits without their sign are in the order of magnitudes, NaN above infinity
-        found = float((rows.view(torch.int16) & 0x7FFF).amax().view(rows.dtype))
-    else:
-        found = float(rows.abs().amax())
-    return finite(base, module, found)
+    return finite(base, module, max_magnitude(rows))
 
 
 def finite(base: CheckpointReader, module: PackedModule, amax: float) -> float:

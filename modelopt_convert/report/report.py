@@ -110,8 +110,12 @@ class ModuleReport(_Model):
     scales_tied: int = 0
     scales_idle: int = Field(default=0, description="other scales over codes that are all zero")
     blocks_above: int = Field(default=0, description="blocks with a larger error than under max calibration")
+    padding: int = Field(default=0, description="bytes of padding, all zero, that are not written")
     scale_factor: float | None = Field(
         default=None, description="the tensor scale over that of max calibration, where it was chosen otherwise"
+    )
+    group_scale_factor: float | None = Field(
+        default=None, description="likewise, over that of max calibration of all modules with this scale"
     )
     cast: str | None = Field(default=None, description="dtype in which the base was quantized")
     first: str | None = Field(default=None, description="where the first byte that differs lies")

@@ -23,6 +23,10 @@ def _shared(what: str, old: str, new: str) -> Mutant:
     return Mutant("proof/judgement.py", what, old, new, (_NVFP4,))
 
 
+def _padding(what: str, old: str, new: str) -> Mutant:
+    return Mutant("proof/padding.py", what, old, new, ("proof/test_padding.py",))
+
+
 def _export(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("proof/export.py", what, old, new, tests or (_NVFP4,))
 
@@ -113,10 +117,15 @@ PROOF = (
     _shared("of the module itself", "if not (one.is_whole and one.passed):", "if not one.is_whole:"),
     _shared("of what was compared whole", "if not (one.is_whole and one.passed):", "if not one.passed:"),
     _shared("compressed beside the largest alone", '"near" if one.rule == COMPRESSED else "nearest"', '"nearest"'),
-    _shared("a weight of zeros", " if calibrated[0] else 1.0", ""),
+    _shared("a weight of zeros", " if scale else 1.0", ""),
     _export("the scales of all modules together", "in with_shared_scales(rules, found).items():", "in found.items():"),
     _export("most modules tell another base", "2 * len(unrelated) > len(", "2 * len(unrelated) >= len("),
     _export("another base is told", "if 2 * len(unrelated) > len(modules):", "if False:"),
+    _padding("columns of padding are zero", "stored[:, half:].count_nonzero() + ", ""),
+    _padding("rows of padding are zero", " + stored[max(0, module.rows - top) :, :half].count_nonzero()", ""),
+    _padding("rows are counted on", "top += len(stored)", "pass"),
+    _padding("padding of scales is counted", "num_bytes - module.rows * module.columns // BLOCK_SIZE", "num_bytes * 0"),
+    _shared("the factor of a group", "for scale in calibrated)", "for scale in calibrated[:1] * 2)"),
     _export("a cause is named", "    _name_causes(rules, export, modules)\n    return", "    return"),
     _export("what rows tell is tried first", "reading=due.reading or look.reading, rule=look.rule", "rule=look.rule"),
     _export("sampled rows are kept", "one.closeness or modules[name].closeness", "one.closeness"),

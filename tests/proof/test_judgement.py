@@ -364,6 +364,16 @@ def test_a_scale_chosen_otherwise_is_nearest_and_its_factor_is_told(tmp_path: Pa
     assert one.verdict == "nearest" and one.factor == pytest.approx(1.7)
     assert one.first is not None and one.first.startswith("weight_scale_2 is 1.7")
     assert one.first.endswith(" times that of max calibration")
+    # Beside a larger weight with the same scale, the factor of both is told.
+    double = dataclasses.replace(found, amax=2 * found.amax)
+    both = with_shared_scales(format_proof("nvfp4"), {NAME: found, "double": double})
+    one, other = both[NAME], both["double"]
+    assert (one.factor, one.group_factor) == (pytest.approx(1.7), pytest.approx(0.85))
+    assert (other.factor, other.group_factor) == (pytest.approx(0.85), pytest.approx(0.85))
+    assert (
+        one.first is not None and ", 0.85" in one.first and one.first.endswith(" that of all modules with this scale")
+    )
+    assert other.first is not None and other.first.endswith(" times that of max calibration")
 
 
 def test_factors_and_idle_scales_are_told_of_what_passes() -> None:

@@ -261,6 +261,7 @@ def module_report(one: "Judgement") -> ModuleReport:
         compared="all" if one.is_whole else "sampled rows",
         **dataclasses.asdict(one.counts),
         scale_factor=one.factor if one.factor != 1.0 else None,
+        group_scale_factor=one.group_factor if one.group_factor != 1.0 else None,
         cast=one.cast,
         first=one.first,
         relative_error=near and near.relative_error,

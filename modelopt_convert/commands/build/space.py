@@ -25,6 +25,7 @@ LONGEST = ModuleReport(
     scales_tied=10**12,
     scales_idle=10**12,
     blocks_above=10**12,
+    padding=10**12,
     relative_error=1234.5678,
     rule="x" * 56,
     reason="x",

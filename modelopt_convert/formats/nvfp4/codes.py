@@ -200,6 +200,36 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     Raises:
         ValueError: K is not a multiple of 16.
     """
+    packed, scale, _ = _quantized(weight, global_scale)
+    return packed, scale
+
+
+def quantize_nvfp4_amax(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """``quantize_nvfp4``, and the largest magnitude of the weight, which is known on the way.
+
+    Args:
+        weight: As there, not empty.
+        global_scale: Likewise.
+
+    Returns:
+        Codes and scales; and the largest magnitude, NaN if one is in the weight.
+
+    Raises:
+        ValueError: K is not a multiple of 16.
+    """
+    packed, scale, largest = _quantized(weight, global_scale)
+    return packed, scale, max_magnitude(torch.cat(largest))
+
+
+def max_magnitude(values: Tensor) -> float:
+    """The largest magnitude of values of any shape, not empty; NaN if one is among them."""
+    if values.dtype in _SIXTEEN_BITS:  # bits without their sign are in the order of magnitudes, NaN above infinity
+        return float((values.view(torch.int16) & 0x7FFF).amax().view(values.dtype))
+    return float(values.abs().amax())
+
+
+def _quantized(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Codes, scales, and the largest magnitude of each block in the weight's dtype, in parts."""
     if weight.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"K must be a multiple of {BLOCK_SIZE}, found {list(weight.shape)}")
     blocks = weight.reshape(-1, BLOCK_SIZE)
@@ -207,20 +237,24 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     scale = torch.empty(len(blocks), dtype=torch.float8_e4m3fn, device=weight.device)
     on_cpu = weight.device.type == "cpu"
     step = _PART // BLOCK_SIZE if on_cpu else max(1, len(blocks))
+    largest = []
     with torch.inference_mode():
         for top in range(0, len(blocks), step):
             part = slice(top, top + step)
-            done = on_cpu and weight.dtype in _SIXTEEN_BITS
-            if not (done and _quantize_halves(blocks[part], global_scale, packed[part], scale[part])):
-                _quantize(blocks[part], global_scale, packed[part], scale[part])
-    return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1)
+            done = None
+            if on_cpu and weight.dtype in _SIXTEEN_BITS:
+                done = _quantize_halves(blocks[part], global_scale, packed[part], scale[part])
+            largest.append(_quantize(blocks[part], global_scale, packed[part], scale[part]) if done is None else done)
+    return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1), largest
 
 
-def _quantize(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> None:
-    """Write packed codes [M, 8] and scales [M] of blocks [M, 16]."""
-    scale.copy_(_block_scales_of(_largest(blocks), global_scale))
+def _quantize(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Write packed codes [M, 8] and scales [M] of blocks [M, 16]; returns the largest magnitude [M] of each."""
+    largest = _largest(blocks)
+    scale.copy_(_block_scales_of(largest, global_scale))
     divisors = _e4m3_values(blocks.device)[scale.view(torch.uint8).int()] * global_scale
     packed.copy_(pack_e2m1(encode_e2m1(blocks.to(torch.float32) / divisors.unsqueeze(1))))
+    return largest
 
 
 class _Room(threading.local):
@@ -234,27 +268,27 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> bool:
+def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> Tensor | None:
     """As ``_quantize``, for up to ``_PART`` values of 16 bits on the CPU, in a third of the time.
 
     Returns:
-        Whether it is done. ``_quantize`` is left values that are not finite, or far beyond their scale or below it.
+        None if nothing was done: ``_quantize`` is left values that are not finite, or far beyond their scale or below.
     """
     values, count = blocks.contiguous().view(-1), blocks.numel()
     by_amax, divisors = _scales_by_amax(blocks.dtype, float(global_scale))
     one, other = _room.one[:count], _room.other[:count]
-    torch.bitwise_and(
-        values.view(torch.int16), 0x7FFF, out=one
-    )  # without their sign, bits are in the order of magnitudes
+    # Without their sign, bits are in the order of magnitudes.
+    torch.bitwise_and(values.view(torch.int16), 0x7FFF, out=one)
     # The largest of each block, at its first place: of two halves, of these halves, and so on, all blocks at a time.
     left, right = one.numpy(), other.numpy()
     np.maximum(left[:-8], left[8:], out=right[:-8])
     np.maximum(right[:-12], right[4:-8], out=left[:-12])
     np.maximum(left[:-14], left[2:-12], out=right[:-14])
-    amax = torch.from_numpy(np.maximum(right[::BLOCK_SIZE], right[1::BLOCK_SIZE]).astype(np.int32))
+    largest = np.maximum(right[::BLOCK_SIZE], right[1::BLOCK_SIZE])
+    amax = torch.from_numpy(largest.astype(np.int32))
     found = by_amax.index_select(0, amax)
     if not len(found) or int(found.max()) >= _UNSURE:
-        return False
+        return None
     scale.view(torch.uint8).copy_(found)
     quotients = _room.quotients[:count].copy_(values)
     quotients.view(blocks.shape).div_(divisors.index_select(0, amax).unsqueeze(1))
@@ -273,7 +307,7 @@ def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale
     pairs, room = codes.view(torch.int32), one.view(torch.int32)
     torch.bitwise_right_shift(pairs, 12, out=room).bitwise_or_(pairs)
     packed.view(-1).copy_(room)
-    return True
+    return torch.from_numpy(largest).view(blocks.dtype)
 
 
 @lru_cache(maxsize=16)
