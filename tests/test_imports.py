@@ -10,6 +10,8 @@ import pytest
 from rooms import ANYWHERE, INSIDE, MODULES, PACKAGE, ROOMS, TREES, imported, room
 from root import ROOT
 
+from modelopt_convert.formats.table import FORMATS
+
 # Help, usage errors, dry runs and refusals come from these, and a library of a tenth of a second would be waited for.
 LIGHT = ("run", "report", "checkpoint", "preset", "engines", "dialects", "plan", "stage", "api", "cli")
 HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "flashinfer", "modelopt", "diffusers", "transformers"}
@@ -97,6 +99,21 @@ def test_a_room_says_in_three_sentences_what_lives_there(name: str) -> None:
 def test_no_room_is_named_as_a_public_function_is() -> None:
     """Importing such a room would put the module in the place of the function."""
     assert {path.stem for path in PACKAGE.iterdir()} & PUBLIC == set()
+
+
+def test_no_room_asks_which_format_it_is() -> None:
+    """A format is new files. Who else says its name: dialects and engines, which have words of their own; a command."""
+    names = {*FORMATS, *(one.quant_algo for one in FORMATS.values())}
+    said = {
+        module
+        for module in INSIDE
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    backends = {"flashinfer_fp4", "sgl_kernel", "torch_scaled", "triton_gemm"}  # whose kernels take one format
+    known = {f"modelopt_convert.verification.gemm.backends.{name}" for name in backends}
+    known |= {"modelopt_convert.commands.requests", *(f"modelopt_convert.formats.{name}.format" for name in FORMATS)}
+    assert {module for module in said if room(module) not in ("dialects", "engines")} == known
 
 
 def test_no_two_modules_differ_by_an_ending() -> None:

@@ -37,7 +37,7 @@ def write_record(
     *,
     tensors: Mapping[str, str],
     files: Mapping[str, bytes],
-    headers: tuple[Iterable[TensorSpec], Iterable[Mapping[str, str]]] | None,
+    headers: tuple[Iterable[TensorSpec], Mapping[str, Mapping[str, str]]] | None,
 ) -> bytes:
     """The record of a checkpoint, the same bytes for the same input.
 
@@ -46,7 +46,7 @@ def write_record(
         more: The keys that only this command writes.
         tensors: The digest of each tensor's bytes, by the tensor's name.
         files: The small files beside the record.
-        headers: Every tensor, and the header metadata of every shard; None where there are no shards.
+        headers: Every tensor, and the header metadata of every shard by its name; None where there are no shards.
     """
     digests: dict[str, Any] = {
         "algorithm": _ALGORITHM,
@@ -54,7 +54,8 @@ def write_record(
         "files": {name: digest_of(data) for name, data in sorted(files.items())},
     }
     if headers is not None:
-        digests["headers"] = headers_digest(*headers)
+        specs, shards = headers
+        digests |= {"headers": headers_digest(specs, shards.values()), "shards": sorted(shards)}
     head = {"schema": _SCHEMA, "tool": {"name": "mopt", "version": __version__}, "command": command}
     return json_bytes(head | dict(more) | {"digests": digests})
 

@@ -22,7 +22,7 @@ from modelopt_convert.run.signals import Signals
 from modelopt_convert.run.text import printable
 from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
 
-Shown = TypeVar("Shown", bound=Report | InspectReport)
+Shown = TypeVar("Shown", Report, InspectReport)
 
 
 class Output(Telling):
@@ -187,7 +187,7 @@ def run(
                 raise
             failure = error
         report = _ended(command.report(failure), failure)
-        _write_report(output, report)
+        report = _written(output, report)
         try:
             with signals.acting():
                 _tell(output, report, show, show_failed)
@@ -195,13 +195,12 @@ def run(
             failed = storage_error(error, "the result could not be printed")
             output.aside(f"error: {failed.message} [{failed.code}]")
             if report.exit_code == ExitCode.OK:
-                report.exit_code = int(ExitCode.STORAGE)
-                _write_report(output, report)
+                report = _written(output, report.model_copy(update={"exit_code": int(ExitCode.STORAGE)}))
         except Interrupted as error:
             drop(sys.stdout)
             if failure is None:
                 report = _ended(command.report(error), error)
-                _write_report(output, report)
+                report = _written(output, report)
                 _tell_error(output, report)
     raise typer.Exit(report.exit_code)
 
@@ -210,7 +209,8 @@ def _ended(report: Shown, failure: BaseException | None) -> Shown:
     """The report, with what stands where nobody would expect it."""
     stands = isinstance(report, Report) and report.output.published
     if isinstance(failure, Interrupted) and report.error is not None and isinstance(report, Report) and stands:
-        report.error.hint = f"{report.output.path} is in place, new and whole"
+        hint = f"{report.output.path} is in place, new and whole"
+        return report.model_copy(update={"error": report.error.model_copy(update={"hint": hint})})
     return report
 
 
@@ -232,9 +232,10 @@ def _tell_error(output: Output, report: Report | InspectReport) -> None:
             output.aside(f"hint: {report.error.hint}")
 
 
-def _write_report(output: Output, report: Report | InspectReport) -> None:
+def _written(output: Output, report: Shown) -> Shown:
+    """The report, written where it is asked for; with another exit code where that could not be done."""
     if output.report_json is None:
-        return
+        return report
     try:
         if isinstance(report, Report) and report.output.path:  # OUT may have been named after the preset only now
             output.check_report_path(Path(report.output.path))
@@ -243,4 +244,5 @@ def _write_report(output: Output, report: Report | InspectReport) -> None:
         code = error.code if isinstance(error, MoptError) else "report.place"
         if report.error is None or report.error.code != code:  # else that is told already
             output.aside(f"error: {output.report_json}: the report could not be written: {error} [{code}]")
-        report.exit_code = report.exit_code or int(ExitCode.STORAGE)
+        return report.model_copy(update={"exit_code": report.exit_code or int(ExitCode.STORAGE)})
+    return report

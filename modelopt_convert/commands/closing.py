@@ -142,8 +142,7 @@ def verify_stage(
                 warned.append(("verify.gpu_parity", f"gpu_parity: not run: {first_line(error)}"))
                 device = torch.device("cpu")
                 found[prefix] = verified(reader, device)
-    verify = combine(found, output)
-    verify.checkpoint = output
+    verify = combine(found, output).model_copy(update={"checkpoint": output})
     skipped = [level.reason for level in verify.levels if level.level == "L3" and level.status == "skipped"]
     if skipped and device.type == "cuda":
         warned.append(("verify.gpu_parity", f"gpu_parity: not run: {skipped[0]}"))

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from modelopt_convert.checkpoint.location import Location, is_far, is_file, parse_location
+from modelopt_convert.engines import sglang
 from modelopt_convert.engines.limits import DEFAULT, EngineName
 from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.fp8.format import FORMAT as FP8
+from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import default_workers
@@ -216,7 +219,7 @@ class _Replacing(Request["Report"]):
     """What is accepted of the input, and what may be replaced."""
 
     __slots__ = ()
-    max_error: MaxError = 0.15
+    max_error: MaxError = NVFP4.max_error
     accept_near: Annotated[
         bool, Flag("Write also modules that are near the base and not the base's, and call nothing proven.")
     ] = False
@@ -384,7 +387,7 @@ class ConvertFp8Request(BuildRequest):
         ),
     ] = None
     output: Annotated[Folder | None, Flag("Where to write; default ./<preset>-fp8.", metavar="OUT")] = None
-    max_error: MaxError = 0.1
+    max_error: MaxError = FP8.max_error
 
     def check(self) -> None:
         """Refuse what cannot be meant together."""
@@ -544,13 +547,14 @@ class InspectRequest(Request["InspectReport"]):
     base: Annotated[Place | None, Flag("The unquantized base: proves the layout.", metavar="BASE")] = None
     all_scales: Annotated[bool, Flag("Look at the scales of every module, not of a few.", name="--all")] = False
     engine: Annotated[str, Flag("Whose view of the checkpoint to show: sglang.", metavar="NAME")] = "sglang"
-    max_error: MaxError = 0.15
+    max_error: MaxError = NVFP4.max_error
     download: Download = False
 
     def check(self) -> None:
         """Refuse engines that are not known."""
-        if self.engine not in ("sglang", "sglang@0.5.23"):
-            self.refuse("engine", "known is sglang (0.5.23)")
+        name, _, version = sglang.VERSION.partition("@")
+        if self.engine not in (name, sglang.VERSION):
+            self.refuse("engine", f"known is {name} ({version})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -127,25 +127,28 @@ class VerifyCommand:
                         continue
                     with self._clock.timed("verify"):
                         found[prefix] = verify_opened(reader, against, options, device, progress, with_record=True)
-            named = dict(zip((name for name, _, _ in transformers), found.values(), strict=True))
-            gone = _check_whole(checkpoint, record, named)
+            for prefix, (name, _, _) in zip(opened, transformers, strict=True):
+                if name in parts_of(record) and part_digest(checkpoint / name) != parts_of(record)[name]:
+                    words = f"{name} is not the one that was built with the others"
+                    found[prefix] = found[prefix].model_copy(update=_refuted(words))
+            gone = _gone(checkpoint, record)
             if gone is None and record and not options.prewarm:
                 with self._clock.timed("copied"):
                     faults = beside_faults(checkpoint, record, options.workers, progress)
                 if faults:
                     more = f" ({len(faults)} such faults)" if len(faults) > 1 else ""
                     gone = _incomplete(checkpoint, f"{faults[0]}{more}")
-            self._found = combine(found, str(checkpoint))
+            self._found = whole = combine(found, str(checkpoint))
             self._peak = peak_rss_bytes()
             if gone is not None:
-                self._found.verdict, self._found.proof, self._found.statement = "fail", MISMATCH_WORDS, gone.message
+                self._found = whole.model_copy(update=_refuted(gone.message))
                 raise gone
             try:
                 for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
                     (conclude_backends if options.prewarm else conclude)(verified, options)
             except InconclusiveError as error:
                 # What was required did not run; the proof's words are about the weights, and stand.
-                self._found.verdict, self._found.statement = "inconclusive", error.message
+                self._found = whole.model_copy(update={"verdict": "inconclusive", "statement": error.message})
                 raise
 
     def _write_page(self) -> None:
@@ -156,18 +159,15 @@ class VerifyCommand:
         write_report(Path(self._request.report), render(self._found.model_dump()))
 
 
-def _check_whole(
-    checkpoint: Location, record: Mapping[str, Any], found: Mapping[str, VerifyReport]
-) -> CheckFailedError | None:
-    """A build of several transformers says which they are: none may be gone (the error), or another's."""
-    for name, wanted in parts_of(record).items():
-        one = found.get(name)
-        if not (checkpoint / name / "config.json").is_file():
-            return _incomplete(checkpoint, f"{name} was built and is gone")
-        if one is not None and part_digest(checkpoint / name) != wanted:
-            one.verdict, one.proof = "fail", MISMATCH_WORDS
-            one.statement = f"{name} is not the one that was built with the others"
-    return None
+def _refuted(statement: str) -> dict[str, str]:
+    """The fields of a report that say so."""
+    return {"verdict": "fail", "proof": MISMATCH_WORDS, "statement": statement}
+
+
+def _gone(checkpoint: Location, record: Mapping[str, Any]) -> CheckFailedError | None:
+    """A build of several transformers says which they are: none may be gone."""
+    gone = (name for name in parts_of(record) if not (checkpoint / name / "config.json").is_file())
+    return next((_incomplete(checkpoint, f"{name} was built and is gone") for name in gone), None)
 
 
 def _incomplete(checkpoint: Location, what: str) -> CheckFailedError:

@@ -5,7 +5,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_E4M3_MAX = 448.0
+from modelopt_convert.formats.dtypes import E4M3_MAX
+
 _MANTISSA_BITS = {"BF16": 7, "F16": 10, "F32": 23}
 
 
@@ -27,12 +28,12 @@ class Amax:
 
         A quotient of two float32 values, rounded to float64 and then to float32, is the one rounded to float32 at once.
         """
-        return float(struct.unpack("<f", struct.pack("<f", self.value / _E4M3_MAX))[0])
+        return float(struct.unpack("<f", struct.pack("<f", self.value / E4M3_MAX))[0])
 
     def agrees(self, scale: float) -> bool:
         """Whether a scale is that of this amax, to 1e-6, or as near as the amax's own dtype can tell."""
         rounding = 2.0 ** (math.frexp(self.value)[1] - _MANTISSA_BITS[self.dtype] - 2)  # half a step of the dtype
-        return abs(scale * _E4M3_MAX - self.value) <= max(1e-6 * self.value, rounding)
+        return abs(scale * E4M3_MAX - self.value) <= max(1e-6 * self.value, rounding)
 
 
 # By module, then by the role of the scale that it makes.

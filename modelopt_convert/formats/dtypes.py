@@ -35,6 +35,9 @@ DTYPE_RANK: dict[str, int] = {name: rank for rank, name in enumerate(DTYPE_BITS)
 HALF_AND_FLOAT = frozenset({"BF16", "F16", "F32"})
 """The dtypes in which a diffusion transformer's unquantized tensors come."""
 
+E4M3_MAX = 448.0
+"""The largest value of ``F8_E4M3``."""
+
 
 def num_bits(dtype: str, shape: Sequence[int]) -> int:
     """Number of bits a tensor of ``dtype`` and ``shape`` takes; Python integers cannot overflow."""

@@ -17,7 +17,9 @@ BASES: tuple[Basis, ...] = ("none", "hint", "shape", "declared", "proven")
 """From weak to strong."""
 _NIBBLES_KEY = "swap_weight_nibbles"
 _SCALES_KEY = "checkpoint_weight_scale_layout"
-_SCALES: Mapping[str, ScaleOrder] = {"linear": "linear", "swizzled": "128x4"}
+# What is written for an answer.
+_NIBBLES: Mapping[NibbleOrder, bool] = {"low": False, "high": True}
+_SCALES: Mapping[ScaleOrder, str] = {"linear": "linear", "128x4": "swizzled"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,9 @@ class Layout:
         return " and ".join(part for part in parts if part)
 
     def config_keys(self) -> dict[str, Any]:
-        """The keys of ``quantization_config`` that declare the layout."""
-        return {_NIBBLES_KEY: self.nibbles == "high", _SCALES_KEY: "swizzled" if self.scales == "128x4" else "linear"}
+        """The keys of ``quantization_config`` that declare the layout; none for what is undetermined."""
+        keys = {_NIBBLES_KEY: _NIBBLES.get(self.nibbles), _SCALES_KEY: _SCALES.get(self.scales)}
+        return {key: value for key, value in keys.items() if value is not None}
 
 
 UNDETERMINED = Layout("undetermined", "undetermined", "undetermined")
@@ -80,5 +83,5 @@ def declared_layout(keys: Mapping[str, Any]) -> Layout:
     found, swapped = UNDETERMINED, keys.get(_NIBBLES_KEY)
     if isinstance(swapped, bool):
         found = replace(found, nibbles="high" if swapped else "low", nibbles_by="declared")
-    scales = _SCALES.get(str(keys.get(_SCALES_KEY)))
+    scales = next((order for order, word in _SCALES.items() if word == keys.get(_SCALES_KEY)), None)
     return found if scales is None else replace(found, scales=scales, scales_by="declared")

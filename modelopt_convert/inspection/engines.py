@@ -6,7 +6,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.engines import vllm_omni
 from modelopt_convert.engines.belief import Belief, mistaken
 from modelopt_convert.engines.limits import declared
-from modelopt_convert.engines.sglang import believe_fp8, misread
+from modelopt_convert.engines.sglang import GUESSED, believe_fp8, misread
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.plan.ignore import spellings
 from modelopt_convert.preset.patterns import PatternMatcher
@@ -21,7 +21,7 @@ def linears_of(reader: CheckpointReader) -> list[str]:
 
 
 def beliefs(reader: CheckpointReader) -> Iterator[Belief]:
-    """What the engines believe that decide by names: SGLang of FP8, vLLM-omni of both formats.
+    """What the engines believe that decide by names: SGLang of formats that it does not guess, vLLM-omni of all.
 
     Raises:
         InputError: ``config.ignore``.
@@ -30,7 +30,7 @@ def beliefs(reader: CheckpointReader) -> Iterator[Belief]:
     algorithm = declared(config)
     if algorithm is None or config["quantization_config"].get("quant_method") != "modelopt":
         return
-    if algorithm == "fp8":
+    if algorithm not in GUESSED:
         preset, linears = preset_of_class(config), linears_of(reader)
         rules = preset.sets().get(algorithm) if preset is not None else None
         matcher = PatternMatcher(linears)

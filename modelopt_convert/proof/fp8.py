@@ -14,7 +14,8 @@ from torch import Tensor
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
-from modelopt_convert.formats.fp8.codes import E4M3_MAX, Clipped, clipped, dequantize_fp8, quantize_fp8
+from modelopt_convert.formats.dtypes import E4M3_MAX
+from modelopt_convert.formats.fp8.codes import Clipped, clipped, dequantize_fp8, quantize_fp8
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES

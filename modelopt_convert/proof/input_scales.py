@@ -8,10 +8,12 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from statistics import median
 
+from modelopt_convert.formats.dtypes import E4M3_MAX
+
 # So few modules may have one value, or lie anywhere.
 _FEW = 4
 _FAR = 3.0  # decades from the median
-_RAW_AMAX = 6.0 * 448.0
+_RAW_AMAX = 6.0 * E4M3_MAX
 _SAME = 1.5  # a scale that is this near a figure is taken for it
 
 

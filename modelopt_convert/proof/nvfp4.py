@@ -16,10 +16,10 @@ from torch import Tensor
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.dtypes import E4M3_MAX
 from modelopt_convert.formats.layout import CANONICAL, Layout, ScaleOrder
 from modelopt_convert.formats.nvfp4.codes import (
     E2M1_MAX,
-    E4M3_MAX,
     block_scales,
     decode_e2m1,
     quantize_codes,

@@ -12,7 +12,7 @@ Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def one_line(report: BaseModel) -> str:

@@ -98,6 +98,7 @@ class ModuleVerify(_Model):
 class VerifyReport(_Model):
     """Everything that was found of one checkpoint."""
 
+    model_config = ConfigDict(frozen=True)
     checkpoint: str = ""
     algorithm: str = ""
     verdict: Verdict = "inconclusive"

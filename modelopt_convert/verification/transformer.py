@@ -9,7 +9,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
-from modelopt_convert.report.verify import DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
+from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
 from modelopt_convert.run.errors import first_line
 from modelopt_convert.run.progress import Progress
@@ -44,15 +44,15 @@ def prewarm_kernels(
         device=describe(device),
         backends=reports,
     )
-    if not backends:
-        _say_broken(found)
-    return found
+    return found if backends else _or_broken(found)
 
 
-def _say_broken(found: VerifyReport) -> None:
-    """Let a broken backend decide, if there is one."""
-    if broken := next((one for one in found.backends if one.status == "broken"), None):
-        found.verdict, found.statement = "backend broken", f"{broken.name}: {broken.reason}"
+def _or_broken(found: VerifyReport) -> VerifyReport:
+    """The report, with the verdict on a broken backend if there is one."""
+    broken = next((one for one in found.backends if one.status == "broken"), None)
+    if broken is None:
+        return found
+    return found.model_copy(update={"verdict": "backend broken", "statement": f"{broken.name}: {broken.reason}"})
 
 
 def _weight_bytes(subject: Subject) -> int:
@@ -64,26 +64,22 @@ def verify_backends(options: VerifyOptions, device: torch.device, progress: Prog
 
     The reference is what they are compared with: its own word, alone, says nothing of any backend.
     """
-    found = VerifyReport(checkpoint="", device=describe(device))
+    backends: list[BackendReport] = []
     alone = []
     for algorithm in FORMATS:
         progress.begin(f"self-test {algorithm}", 0)
         _, reports = choose(options.backends, options.preferred, algorithm, device)
         for one in reports:
-            one.reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
-        found.backends += reports
+            reason = f"{algorithm}: {one.reason}" if one.reason else algorithm
+            backends.append(one.model_copy(update={"reason": reason}))
         if not any(one.status == "pass" and one.kind != "reference" for one in reports):
             alone.append(algorithm.upper())
-    passed = sum(one.status == "pass" and one.kind != "reference" for one in found.backends)
-    found.statement = f"{passed} backends pass their self-test"
+    passed = sum(one.status == "pass" and one.kind != "reference" for one in backends)
+    statement = f"{passed} backends pass their self-test"
     if alone:
-        found.statement += f"; {' and '.join(alone)}: none but the reference ran, so nothing was compared"
-    if options.prewarm:
-        found.verdict = "prewarmed"
-    elif passed:
-        found.verdict = "pass"
-    _say_broken(found)
-    return found
+        statement += f"; {' and '.join(alone)}: none but the reference ran, so nothing was compared"
+    verdict: Verdict = "prewarmed" if options.prewarm else "pass" if passed else "inconclusive"
+    return _or_broken(VerifyReport(verdict=verdict, statement=statement, device=describe(device), backends=backends))
 
 
 def verify_opened(
@@ -134,9 +130,11 @@ def verify_opened(
         decoded.level,
     ]
     kernels = run_kernels(subject, decoded.modules, options, device, progress)
+    unchanged = UNCHANGED_WORDS if record is not None and levels[0].status != "fail" else NO_BASE_WORDS
     found = VerifyReport(
         checkpoint=str(reader.path),
         algorithm=subject.format.algorithm,
+        proof=proof or decoded.proof or unchanged,
         device=describe(device),
         levels=[*levels, kernels.level],
         backends=list(kernels.backends),
@@ -155,12 +153,10 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    unchanged = UNCHANGED_WORDS if record is not None and levels[0].status != "fail" else NO_BASE_WORDS
-    found.proof = proof or decoded.proof or unchanged
-    found.verdict, found.statement = _verdict(found, record)
-    if found.verdict == "fail" and found.proof not in (MISMATCH_WORDS, NEAR_WORDS):
-        found.proof = MISMATCH_WORDS
-    return found
+    verdict, statement = _verdict(found, record)
+    is_refuted = verdict == "fail" and found.proof != NEAR_WORDS
+    proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
+    return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
 
 
 def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modelopt_convert.formats.nvfp4.codes import decode_e2m1, dequantize_nvfp4, swap_nibbles, unpack_e2m1
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
-from modelopt_convert.verification.gemm.backends.bf16 import decode_nvfp4
+from modelopt_convert.verification.gemm.nvfp4 import decode_nvfp4
 
 SHAPES = ((128, 64), (16, 16), (150, 80), (200, 272), (1000, 3056), (3072, 3072), (12288, 3072), (3072, 15360))
 BITS = {torch.uint8: torch.uint8, torch.bfloat16: torch.int16, torch.float32: torch.int32}

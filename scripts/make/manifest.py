@@ -98,6 +98,9 @@ class DigestsRecord(_Open):
     headers: Digest | None = Field(
         default=None, description="of names, dtypes, shapes and header metadata; where there are shards"
     )
+    shards: list[str] = Field(
+        default_factory=list, description="the names of the weight files; of a record by an older mopt not there"
+    )
 
 
 class Record(_Open):

@@ -116,15 +116,15 @@ EDGE = (
     ),
     _cli(
         "the report before the print",
-        "        _write_report(output, report)\n        try:",
+        "        report = _written(output, report)\n        try:",
         "        try:",
         _BLOCKED,
         _PRINTED,
     ),
     _cli(
         "the report says that nothing was printed",
-        "report.exit_code = int(ExitCode.STORAGE)\n                ",
-        "",
+        'report.model_copy(update={"exit_code": int(ExitCode.STORAGE)})',
+        "report",
         _PRINTED,
     ),
     _cli("the report of a run stopped while it prints", "_ended(command.report(error), error)", "report", _BLOCKED),

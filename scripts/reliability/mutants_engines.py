@@ -16,7 +16,7 @@ ENGINES = (
     ),
     _engines("serving", "no command of another", 'return engine == "sglang" and not broken', "return not broken"),
     _engines("push/command", "push asks for consent", "self._warned += refuse_broken(", "self._warned += [] and ("),
-    _engines("push/command", "push names no command", "if loads_right(known, request.engine):", "if True:"),
+    _engines("push/command", "push names no command", " if loads_right(known, request.engine) else None", ""),
     *(
         Mutant("verification/fused.py", what, old, new, ("verification/test_fused.py",))
         for what, old, new in (

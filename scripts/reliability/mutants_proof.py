@@ -5,6 +5,7 @@ from mutants_disk import Mutant
 _BLOCKS = "proof/test_blocks.py"
 _NVFP4 = "proof/test_judgement.py"
 _FP8 = "proof/test_judgement_fp8.py"
+_NAMES = "verification/test_record.py::test_a_renamed_weight_file_fails"
 
 
 def _blocks(what: str, old: str, new: str) -> Mutant:
@@ -31,8 +32,8 @@ def _export(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("proof/export.py", what, old, new, tests or (_NVFP4,))
 
 
-def _record(what: str, old: str, new: str) -> Mutant:
-    return Mutant("checkpoint/record.py", what, old, new, ("verification/test_record.py",))
+def _record(what: str, old: str, new: str, *tests: str, file: str = "checkpoint") -> Mutant:
+    return Mutant(f"{file}/record.py", what, old, new, tests or ("verification/test_record.py",))
 
 
 PROOF = (
@@ -154,5 +155,13 @@ PROOF = (
         "proof/test_refusals.py::test_a_merged_lora_is_refused_and_never_called_proven",
     ),
     _record("a record has its schema", 'record.get("schema") != _SCHEMA or not all(', "not all("),
+    _record("the names of weight files", ', "shards": sorted(shards)}', "}", _NAMES),
+    _record(
+        "weight files have their names",
+        " + _name_faults(reader, record)",
+        "",
+        _NAMES,
+        file="verification/levels",
+    ),
     _record("a status of any type", 'str(proof.get("status")) in _KNOWN else', 'proof.get("status") in _KNOWN else'),
 )

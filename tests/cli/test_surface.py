@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,18 @@ from support import Tensors, build, copy, edit, load, run_mopt, tree
 from typer.main import get_command
 
 from modelopt_convert.cli import app
+from modelopt_convert.commands.requests import (
+    BuildNvfp4Request,
+    ConvertFp8Request,
+    InspectRequest,
+    Request,
+    SwapNibblesRequest,
+    UnswizzleScalesRequest,
+)
+from modelopt_convert.engines.sglang import VERSION
+from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.report.report import Report
+from modelopt_convert.run.errors import UsageError
 
 MAIN = "from modelopt_convert.cli import main; main()"
 
@@ -72,6 +85,28 @@ def test_flags_are_frozen() -> None:
         name: {opt for parameter in command.params for opt in parameter.opts} for name, command in commands.items()
     }
     assert found == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm"),
+    [
+        (BuildNvfp4Request, "nvfp4"),
+        (SwapNibblesRequest, "nvfp4"),
+        (UnswizzleScalesRequest, "nvfp4"),
+        (InspectRequest, "nvfp4"),
+        (ConvertFp8Request, "fp8"),
+    ],
+)
+def test_the_limit_of_errors_is_the_formats_own(kind: type[Request[Report]], algorithm: str) -> None:
+    (found,) = (one.default for one in fields(kind) if one.name == "max_error")
+    assert found == FORMATS[algorithm].max_error
+
+
+def test_the_view_of_an_engine_is_of_one_version() -> None:
+    assert InspectRequest("x", engine=VERSION).engine == VERSION
+    name, _, version = VERSION.partition("@")
+    with pytest.raises(UsageError, match=re.escape(f"known is {name} ({version})")):
+        InspectRequest("x", engine=f"{VERSION}.1")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in FLAGS)])

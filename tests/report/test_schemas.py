@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 from make_schemas import FOLDER, render
+from pydantic import BaseModel, ValidationError
 from support import copy, edit, run_mopt
+
+from modelopt_convert.report.inspect import InspectReport
+from modelopt_convert.report.report import ProofReport, PushedReport, Report
+from modelopt_convert.report.verify import VerifyReport
 
 SCHEMAS: dict[str, dict[str, Any]] = {path.name: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
 RECORD, REPORT, INSPECT = "mopt.manifest-1.json", "mopt.report-1.json", "mopt.inspect-1.json"
@@ -22,6 +27,14 @@ def faults(name: str, document: Any, *, closed: bool = True) -> list[str]:
         if closed:
             one["additionalProperties"] = False
     return [f"{fault.json_path}: {fault.message}" for fault in Draft202012Validator(schema).iter_errors(document)]
+
+
+@pytest.mark.parametrize("model", [Report, ProofReport, PushedReport, InspectReport, VerifyReport])
+def test_no_step_writes_into_a_report(model: type[BaseModel]) -> None:
+    """A report is put together where a command ends, from what its steps returned."""
+    for name in model.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(model.model_construct(), name, None)
 
 
 def records(folder: Path) -> Iterator[Any]:

@@ -43,7 +43,7 @@ def small_files(version: str) -> dict[str, bytes]:
     """The files beside the shard: with a record as mopt writes it, by which it knows its own checkpoint again."""
     files = {"config.json": json.dumps({"version": version}).encode()}
     digests = {spec.name: xxhash.xxh3_128_hexdigest(tensor_bytes(version, spec)) for spec in SPECS}
-    record = write_record("test", {}, tensors=digests, files=files, headers=(SPECS, [METADATA]))
+    record = write_record("test", {}, tensors=digests, files=files, headers=(SPECS, {SHARD: METADATA}))
     return files | {"mopt.json": record}
 
 

@@ -59,13 +59,13 @@ def with_record(folder: Path) -> Path:
     parts = {one.name: digest_of((with_record(one) / RECORD).read_bytes()) for one in folder.iterdir() if one.is_dir()}
     names = sorted(one.name for one in folder.iterdir() if one.is_file() and one.name != RECORD)
     small = {name: (folder / name).read_bytes() for name in names if not name.endswith(".safetensors")}
-    specs, metadata, tensors = [], [], {}
+    specs, metadata, tensors = [], {}, {}
     for name in names:
         if name not in small:
             data = (folder / name).read_bytes()
             header = parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], file=name, file_bytes=len(data))
             specs += list(header.tensors.values())
-            metadata.append(header.metadata)
+            metadata[name] = header.metadata
             for info in header.tensors.values():
                 tensors[info.name] = xxhash.xxh3_128_hexdigest(data[info.start : info.start + info.num_bytes])
     more = {"parts": parts} if parts else {}

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from dialect_files import MAKERS
 from dialect_files import SHAPES as DIALECT_SHAPES
-from faults import QUANTIZATION_CONFIG, seeded_weight, small_pair, write_transformer
+from faults import QUANTIZATION_CONFIG, seeded_weight, small_pair, swapped, write_transformer
 from producers import max_calibration
 from root import LONG
 from support import load, run_mopt
@@ -82,6 +82,7 @@ def test_no_field_of_the_record_can_be_another(pair: tuple[Path, Path], tmp_path
             other, value = changed(record, path, source)
             (folder / "mopt.json").write_text(json.dumps(other))
             is_checked = path[0] in ("schema", "digests") and path[-1] != "README.md"  # the card is the user's
+            is_checked &= path != ("digests", "shards") or value is not GONE  # as records of before
             for more in ((), ("--base", base)) if is_checked else ((),):
                 outcome = verify(folder, *more)
                 words = f"{path} {value!r} {more}: exit {outcome.exit_code}"
@@ -206,6 +207,61 @@ def test_a_weight_file_that_is_not_recorded_fails(name: str, pair: tuple[Path, P
     (folder / "mopt.json").unlink()
     outcome = verify(folder, "--base", base)
     assert outcome.exit_code in (1, 3) and name in outcome.message, outcome.message
+
+
+@pytest.fixture(scope="module")
+def outputs(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """What mopt writes, each with its base: one shard, several, two transformers, rewrites. Never write there."""
+    room, base = tmp_path_factory.mktemp("outputs"), pair[1]
+    export = base.parent / "export"
+    tensors = load(export)
+    swapped(tensors)
+    write_transformer(room / "swapped", tensors, json.loads((export / "config.json").read_text()))
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(export, room / "exports" / name)
+        shutil.copytree(base, room / "bases" / name)
+    plain = ("build-nvfp4", "--preset", "none", "--export")
+    for command in (
+        (*plain, export, "--base", base, "--max-shard-size", "2kB", "--output", room / "shards"),
+        (*plain, room / "exports", "--base", room / "bases", "--output", room / "two"),
+        ("swap-nibbles", room / "swapped", room / "rewrite", "--base", base),
+        ("swap-nibbles", room / "swapped", room / "unproven"),
+    ):
+        assert run_mopt(*command).exit_code == 0, command
+    assert len([*(room / "shards").glob("*.safetensors")]) > 1
+    bases = {"shards": base, "two": room / "bases", "rewrite": base, "unproven": base}
+    return {"build": pair} | {name: (room / name, one) for name, one in bases.items()}
+
+
+@pytest.mark.parametrize("name", ["build", "shards", "two", "rewrite", "unproven"])
+def test_a_renamed_weight_file_fails(name: str, outputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Not a byte is another, but a loader finds weights by the names of files. With its index renamed, too."""
+    out, base = outputs[name]
+    source = random.Random(name)
+    drawn = ["".join(source.choices("abcxyz0159_-", k=source.randint(1, 20))) for _ in range(20 if LONG else 2)]
+    for stem in ("model", "diffusion_pytorch_model-00001-of-00009", *drawn):
+        folder = Path(shutil.copytree(out, tmp_path / stem))
+        shard = source.choice(sorted(folder.rglob("*.safetensors")))
+        shard.rename(shard.with_name(f"{stem}.safetensors"))
+        for index in folder.rglob("*.index.json"):
+            index.write_text(index.read_text().replace(shard.name, f"{stem}.safetensors"))
+        for more in ((), ("--base", base)):
+            outcome = verify(folder, *more)
+            assert outcome.exit_code == 1 and found(outcome)["proof"] == "mismatch", (stem, outcome.stdout)
+            words = [one for level in found(outcome)["levels"] for one in level["failures"]]
+            (said,) = (one for one in words if "weight files: expected" in one)
+            assert f"{stem}.safetensors" in said.partition("found")[2] and shard.name in said.partition("found")[0]
+
+
+def test_a_record_without_the_names_of_files_passes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As an older mopt wrote it."""
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    record = record_of(folder)
+    assert record["digests"].pop("shards") == [SHARD]
+    (folder / "mopt.json").write_text(json.dumps(record))
+    for more, proof in (((), "unchanged"), (("--base", pair[1]), "proven")):
+        outcome = verify(folder, *more)
+        assert outcome.exit_code == 0 and found(outcome)["proof"] == proof, outcome.stderr
 
 
 def test_other_files_of_a_download_pass(pair: tuple[Path, Path], tmp_path: Path) -> None:

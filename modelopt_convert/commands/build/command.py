@@ -4,7 +4,7 @@ torch is imported on the way, not at the top: refusals are fast.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -289,7 +289,9 @@ class BuildCommand:
             for part, plan in zip(steps.parts, steps.plans, strict=True):
                 self._keep(structure_checked(check_structure(stage.path / part.prefix, plan)))
             for part, found in zip(steps.parts, steps.proofs, strict=True):
-                steps.warned += self._fused_losses(stage.path, part.prefix, found)
+                losses = self._fused_losses(stage.path / part.prefix, found)
+                steps.fused_losses |= {f"{part.prefix}{group}": one for group, one in losses.items()}
+                steps.warned += _fused_warning(losses, part.prefix)
         if request.verify == "off":
             return
         parts = {part.prefix: (part.base, one.report) for part, one in zip(steps.parts, steps.proofs, strict=True)}
@@ -306,19 +308,18 @@ class BuildCommand:
         steps.verify = closed.verify
         self._keep(closed)
 
-    def _fused_losses(self, stage: Path, prefix: str, found: Proven) -> list[Warned]:
-        """Note what engines lose of fused weights whose parts have global scales of their own."""
-        if self._request.algorithm != "nvfp4" or not found.report.fused_scales_differ:
-            return []
-        from modelopt_convert.verification.fused import fused_losses
+    def _fused_losses(self, folder: Path, found: Proven) -> dict[str, Mapping[str, float]]:
+        """What engines lose of fused weights whose parts have global scales of their own, by group."""
+        if not found.report.fused_scales_differ:
+            return {}
+        from modelopt_convert.verification.levels.container import stored_format
 
-        with opened_stage(stage / prefix) as reader:
-            losses = {group: fused_losses(reader, group.split(", ")) for group in found.report.fused_scales_differ}
-        found.report.fused_losses = losses
-        worst = {engine: max(one[engine] for one in losses.values()) for engine in next(iter(losses.values()))}
-        said = " and ".join(f"{error:.1%} in {engine}" for engine, error in worst.items())
-        message = f"{prefix}one global scale for each of {len(losses)} fused weights costs up to {said}"
-        return [("engine.fused_scales", message)]
+        rules = stored_format(self._request.algorithm)
+        with opened_stage(folder) as reader:
+            losses = {
+                group: rules.fused_losses(reader, group.split(", ")) for group in found.report.fused_scales_differ
+            }
+        return {group: one for group, one in losses.items() if one}
 
     def _keep(self, closed: Closed) -> None:
         self.steps.checks.append(closed.check)
@@ -332,6 +333,15 @@ def _uncalibrated() -> list[Warned]:
         ("build.uncalibrated", "quantized from the base without calibration: weights by max, inputs dynamic"),
         ("engine.dynamic_input_scale", DYNAMIC_INPUTS),
     ]
+
+
+def _fused_warning(losses: Mapping[str, Mapping[str, float]], prefix: str) -> list[Warned]:
+    if not losses:
+        return []
+    worst = {engine: max(one[engine] for one in losses.values()) for engine in next(iter(losses.values()))}
+    said = " and ".join(f"{error:.1%} in {engine}" for engine, error in worst.items())
+    message = f"{prefix}one global scale for each of {len(losses)} fused weights costs up to {said}"
+    return [("engine.fused_scales", message)]
 
 
 def _chosen(chosen: ChosenPreset) -> list[Warned]:

@@ -32,7 +32,7 @@ def small_files(
         "dequantized": list(plan.dequantized),
         **({"calibration": made.calibration} if made.calibration is not None else {}),
     }
-    headers = ([step.output for step in plan.steps.values()], [shard.metadata for shard in plan.shards])
+    headers = ([step.output for step in plan.steps.values()], {shard.file: shard.metadata for shard in plan.shards})
     record = write_record(made.command, more, tensors=digests, files=files | last, headers=headers)
     return files | {RECORD: record} | last
 

@@ -54,6 +54,7 @@ class Steps:
         peak_gpu_bytes: Of its memory.
         proofs: What was found of each transformer.
         clipped: What scales were too small for, by module.
+        fused_losses: What engines lose of fused weights, by group and engine.
         checks: Of the closing step.
         verify: By the levels of verify.
         published: How the checkpoint came into place.
@@ -75,6 +76,7 @@ class Steps:
     peak_gpu_bytes: int | None = None
     proofs: list[Proven] = field(default_factory=list)
     clipped: dict[str, ClippedReport] = field(default_factory=dict)
+    fused_losses: dict[str, Mapping[str, float]] = field(default_factory=dict)
     checks: list[dict[str, object]] = field(default_factory=list)
     verify: VerifyReport | None = None
     published: Published | None = None
@@ -170,7 +172,7 @@ def _proof(steps: Steps) -> ProofReport | None:
         fused_scales_differ={
             f"{prefix}{group}": ratio for prefix, found in named for group, ratio in found.fused_scales_differ.items()
         },
-        fused_losses={f"{prefix}{group}": one for prefix, found in named for group, one in found.fused_losses.items()},
+        fused_losses={group: dict(one) for group, one in steps.fused_losses.items()},
         biases_differ=[f"{prefix}{name}" for prefix, found in named for name in found.biases_differ],
         unquantized_differ=[f"{prefix}{name}" for prefix, found in named for name in found.unquantized_differ],
         modules=modules,

@@ -103,10 +103,8 @@ class PushCommand:
             self._verify(progress)
             with self._clock.timed("push"), _quiet_client(), token_kept(request.repo_id):
                 pushed, warned = _send(request, local, exists, progress)
-            pushed.not_published = list(local.left_out)
-            if loads_right(known, request.engine):
-                pushed.load = _load_command(pushed, local)
-            self._pushed = pushed
+            load = _load_command(pushed, local) if loads_right(known, request.engine) else None
+            self._pushed = pushed.model_copy(update={"not_published": list(local.left_out), "load": load})
             self._warned += warned
 
     def report(self, error: BaseException | None = None) -> Report:
@@ -220,7 +218,7 @@ def _send(
             branch = request.revision or _MAIN
             ask_once(partial(api.create_branch, repo_id, branch=branch, revision=target.parent, exist_ok=True))
         if changes.send or changes.delete:
-            _commit(api, request, local, changes, target.parent, pushed, progress)
+            pushed = pushed.model_copy(update=_commit(api, request, local, changes, target.parent, progress))
     return pushed, warned
 
 
@@ -230,10 +228,9 @@ def _commit(
     local: Publishable,
     changes: Changes,
     parent: str,
-    pushed: PushedReport,
     progress: Progress,
-) -> None:
-    """Send shard by shard, then all the small files, then commit."""
+) -> dict[str, Any]:
+    """Send shard by shard, then all the small files, then commit; what the report says of the commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     def send(additions: list[CommitOperationAdd]) -> None:
@@ -275,12 +272,16 @@ def _commit(
                 parent_commit=parent,
             )
         )
-        pushed.commit = checked_commit(request.repo_id, what, done.oid)
-        pushed.url = checked_url(request.repo_id, what, done.pr_url or done.commit_url)
-    pushed.pull_request = pushed.url if done.pr_url else None
-    pushed.revision = done.pr_revision or pushed.revision
-    pushed.sent = [one.path for one in changes.send]
-    pushed.bytes_sent = sum(one.num_bytes for one in changes.send)
+        commit = checked_commit(request.repo_id, what, done.oid)
+        url = checked_url(request.repo_id, what, done.pr_url or done.commit_url)
+    return {
+        "commit": commit,
+        "url": url,
+        "pull_request": url if done.pr_url else None,
+        "revision": done.pr_revision or request.revision or _MAIN,
+        "sent": [one.path for one in changes.send],
+        "bytes_sent": sum(one.num_bytes for one in changes.send),
+    }
 
 
 @contextmanager

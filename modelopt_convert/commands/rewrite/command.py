@@ -207,7 +207,7 @@ class RewriteCommand:
             "counts": {"source": counted(plan.fates)},
         }
         more |= {"proof": proof_record(proof)} if proof is not None else {}
-        headers = ([step.output for step in plan.steps.values()], [shard.metadata for shard in plan.shards])
+        headers = ([step.output for step in plan.steps.values()], {shard.file: shard.metadata for shard in plan.shards})
         return write_record(self._request.command, more, tensors=digests, files=files, headers=headers)
 
     def _disk_bytes(

@@ -1,7 +1,7 @@
 """Which modules a rewrite changes, and what becomes of every tensor and of config.json. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec
@@ -13,7 +13,7 @@ from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.packed import is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.layout import BASES, CANONICAL, Layout
+from modelopt_convert.formats.layout import BASES, CANONICAL, UNDETERMINED, Layout, declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
 from modelopt_convert.plan.plan import ShardPlan, Step
@@ -240,15 +240,16 @@ def _output_config(
     if kind == "swap":
         # Proven, the low nibble is first now. Else a declared order is turned round, and where nothing was declared
         # the user has said that the order was the other one.
-        keys["swap_weight_nibbles"] = proven is None and keys.get("swap_weight_nibbles") is False
+        is_turned = proven is None and declared_layout(keys).nibbles == "low"
+        layout = replace(UNDETERMINED, nibbles="high" if is_turned else "low")
     else:
-        keys["checkpoint_weight_scale_layout"] = "linear" if kind == "unswizzle" else "swizzled"
+        layout = replace(UNDETERMINED, scales="linear" if kind == "unswizzle" else "128x4")
     # The order that is left as it was is declared too, where it is not what a loader takes for granted.
     if proven is not None and kind == "swap" and any(one.scale_layout == "128x4" for one in proven.values()):
-        keys["checkpoint_weight_scale_layout"] = "swizzled"
+        layout = replace(layout, scales="128x4")
     if proven is not None and kind != "swap" and any(one.nibble_order == "high" for one in proven.values()):
-        keys["swap_weight_nibbles"] = True
-    return {**config, "quantization_config": keys}
+        layout = replace(layout, nibbles="high")
+    return {**config, "quantization_config": keys | layout.config_keys()}
 
 
 def config_and_index(

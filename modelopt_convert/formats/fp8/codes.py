@@ -10,7 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from modelopt_convert.formats.dtypes import E4M3_MAX
+
 # A weight's amax divided by its scale need not be 448 exactly. A value beyond this is one the scale was not made for.
 _CLIPPED = E4M3_MAX * (1 + 1e-6)
 

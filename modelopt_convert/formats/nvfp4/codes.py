@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modelopt_convert.formats.dtypes import E4M3_MAX
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 
 E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 _PART = 1 << 19  # so many values at a time: few enough for a core's cache, enough to outweigh the calls

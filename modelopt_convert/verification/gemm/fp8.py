@@ -8,7 +8,8 @@ from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
-from modelopt_convert.formats.fp8.codes import E4M3_MAX, quantize_fp8
+from modelopt_convert.formats.dtypes import E4M3_MAX
+from modelopt_convert.formats.fp8.codes import quantize_fp8
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.tensors import load, load_rows, load_weight, tensor_scale
 from modelopt_convert.verification.gemm.operands import OperandFormat, Weight, one_row_zero
@@ -36,6 +37,10 @@ class Fp8Weight:
     def decode(self, begin: int, end: int) -> Tensor:
         """float64 [end - begin, K]: rows of codes, without the scale of the tensor."""
         return self.codes[begin:end].to(torch.float64)
+
+    def in_bf16(self) -> Tensor:
+        """See ``Weight``."""
+        return self.codes.to(torch.bfloat16)
 
     def to(self, device: torch.device) -> "Fp8Weight":
         """The same on a device."""
@@ -84,6 +89,10 @@ class Fp8Activations:
     def decode(self) -> Tensor:
         """float64 [M, K], without the scale of the tensor."""
         return self.codes.to(torch.float64)
+
+    def in_bf16(self) -> Tensor:
+        """See ``Weight``."""
+        return self.codes.to(torch.bfloat16)
 
     def part(self, begin: int, end: int) -> "Fp8Activations":
         """Rows ``begin`` to ``end``."""

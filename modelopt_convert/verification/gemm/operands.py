@@ -29,6 +29,9 @@ class Activations(Protocol):
     def decode(self) -> Tensor:
         """float64 [M, K], without the scale of the tensor."""
 
+    def in_bf16(self) -> Tensor:
+        """BF16 [M, K], as exact; see ``Weight``."""
+
     def part(self, begin: int, end: int) -> "Activations":
         """Rows ``begin`` to ``end``."""
 
@@ -53,6 +56,9 @@ class Weight(Protocol):
 
     def decode(self, begin: int, end: int) -> Tensor:
         """float64 [end - begin, K]: rows of codes times block scales, without the scale of the tensor."""
+
+    def in_bf16(self) -> Tensor:
+        """BF16 [N, K], as exact, and decoded in another way than the referee's where codes are not values."""
 
     def to(self, device: torch.device) -> "Weight":
         """The same on a device."""

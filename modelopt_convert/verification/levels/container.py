@@ -1,5 +1,6 @@
 """L0 and L1: what the container holds, and whether the layout found is the one declared."""
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -7,7 +8,7 @@ from modelopt_convert.dialects.modelopt.export import check_quant_config
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.finite import not_finite_words
-from modelopt_convert.formats.format import entry
+from modelopt_convert.formats.format import Algorithm, entry
 from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import differing_keys, one_sided_words
@@ -53,10 +54,18 @@ class StoredFormat(Protocol):
     def hint(self, subject: Subject, module: PackedModule) -> ScaleOrder:
         """The order of a module's scales, by what one tile of rows says."""
 
+    def fused_losses(self, reader: CheckpointReader, group: Sequence[str]) -> Mapping[str, float]:
+        """By engine, what it loses of a fused weight whose parts have tensor scales of their own; nothing if unknown.
 
-def stored_format(subject: Subject) -> StoredFormat:
-    """What a checkpoint's format asks for."""
-    found: StoredFormat = entry("modelopt_convert.verification.levels", subject.format.algorithm)
+        Args:
+            reader: The checkpoint, in the canonical layout.
+            group: The parts, by module name.
+        """
+
+
+def stored_format(algorithm: Algorithm) -> StoredFormat:
+    """What a format asks for."""
+    found: StoredFormat = entry("modelopt_convert.verification.levels", algorithm)
     return found
 
 
@@ -69,7 +78,7 @@ def container_level(
     subject: Subject, seen: ComponentReport, scanned: Scanned, workers: int, base: CheckpointReader | None
 ) -> LevelReport:
     """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors, the config against the base's."""
-    rules = stored_format(subject)
+    rules = stored_format(subject.format.algorithm)
     fatal = _FATAL | rules.fatal
     failures = [_words(fault) for fault in seen.lint if fault.code in fatal]
     warnings = [_words(fault) for fault in seen.lint if fault.code not in fatal and fault.code != "scale.zero"]

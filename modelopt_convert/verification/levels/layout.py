@@ -25,7 +25,7 @@ def layout_level(
         readings: Under which L2 found each module to fit the base.
     """
     level = LevelReport(level="L1", title="layout", status="pass")
-    rules = stored_format(subject)
+    rules = stored_format(subject.format.algorithm)
     if rules.one_layout:
         level.status, level.reason = "skipped", rules.one_layout
         return level

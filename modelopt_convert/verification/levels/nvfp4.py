@@ -1,9 +1,10 @@
 """NVFP4 modules in L0 and L1: padding, zero scales, and what the scales say of their own order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.formats.nvfp4.codes import unpack_e2m1
@@ -13,6 +14,7 @@ from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.proof.detector import hint_scale_order
 from modelopt_convert.proof.tensors import load, load_weight
+from modelopt_convert.verification.fused import fused_losses
 from modelopt_convert.verification.levels.container import StoredFormat
 from modelopt_convert.verification.subject import Subject
 
@@ -38,6 +40,9 @@ class _Nvfp4Stored:
         height = min(ROW_TILE, module.rows - top)
         rows = {order: scale[top : top + height] for order, scale in readings.items()}
         return hint_scale_order(_codes(subject, module, list(range(top, top + height))), rows)
+
+    def fused_losses(self, reader: CheckpointReader, group: Sequence[str]) -> Mapping[str, float]:
+        return fused_losses(reader, group)
 
 
 ENTRY: StoredFormat = _Nvfp4Stored()

@@ -100,7 +100,7 @@ def scan(
     found.not_finite = {name: found.not_finite[name] for name in due_tensors if name in found.not_finite}
     found.failures += [f"tensor {name!r} is recorded and gone" for name in digests if name not in reader.tensors]
     if record is not None:
-        found.failures += _header_faults(reader, record)
+        found.failures += _header_faults(reader, record) + _name_faults(reader, record)
         due = {"config.json", *reader.indexes}
         found.failures += [f"file {name} is not recorded" for name in sorted(due - record["digests"]["files"].keys())]
     known = {RECORD, *(record["digests"]["files"] if record is not None else ())}
@@ -227,4 +227,12 @@ def _header_faults(reader: CheckpointReader, record: Mapping[str, Any]) -> list[
     """The same bytes under another shape, dtype or metadata are another tensor."""
     if record["digests"].get("headers") != headers_digest(reader.tensors.values(), reader.metadata.values()):
         return ["a header is not what was recorded: dtypes, shapes or metadata changed"]
+    return []
+
+
+def _name_faults(reader: CheckpointReader, record: Mapping[str, Any]) -> list[str]:
+    """Loaders find weights by the names of their files. Records by an older mopt do not have them."""
+    recorded, files = record["digests"].get("shards", list(reader.files)), list(reader.files)
+    if recorded != files:
+        return [f"weight files: expected {recorded!r:.200}, as recorded, found {files!r:.200}"]
     return []

@@ -12,8 +12,9 @@ from torch import Tensor
 from modelopt_convert.formats.fp8.codes import quantize_fp8
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4, quantize_nvfp4, shared_global_scale
 from modelopt_convert.formats.nvfp4.scales import unswizzle_128x4
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.verification.gemm.backends import sgl_kernel, torch_scaled
-from modelopt_convert.verification.gemm.backends.bf16 import Bf16, decode_nvfp4
+from modelopt_convert.verification.gemm.backends.bf16 import Bf16
 from modelopt_convert.verification.gemm.backends.padding import (
     deliver,
     epilogue,
@@ -25,7 +26,7 @@ from modelopt_convert.verification.gemm.backends.reference import Reference, exa
 from modelopt_convert.verification.gemm.backends.sgl_kernel import SglFp8, SglNvfp4
 from modelopt_convert.verification.gemm.backends.torch_scaled import TorchFp8, TorchNvfp4, refusal
 from modelopt_convert.verification.gemm.fp8 import Fp8Weight
-from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight, decode_nvfp4
 from modelopt_convert.verification.gemm.operands import Weight, random_activations
 from modelopt_convert.verification.gemm.probes import identity_probe, poison_probe, random_probe
 from modelopt_convert.verification.gemm.selftest import self_test
@@ -104,6 +105,10 @@ def test_every_code_times_every_scale_fits_bf16() -> None:
     wanted = dequantize_nvfp4(packed, scale, torch.tensor(1.0))
     assert torch.equal(decode_nvfp4(packed, scale).to(torch.float32), wanted)
     assert torch.equal(wanted.to(torch.float16).to(torch.float32), wanted)
+
+
+def test_what_multiplies_decoded_operands_takes_every_format() -> None:
+    assert Reference.formats == Bf16.formats == set(FORMATS)
 
 
 class Zeros(Reference):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.operands import Activations, Weight
 
@@ -15,7 +16,7 @@ class Reference:
 
     name = "reference"
     kind: Kind = "reference"
-    formats: frozenset[Algorithm] = frozenset({"nvfp4", "fp8"})
+    formats: frozenset[Algorithm] = frozenset(FORMATS)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Runs everywhere."""
