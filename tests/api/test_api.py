@@ -237,7 +237,6 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("push", {"checkpoint": "c", "repo_id": "r", "message": "\udcff"}, "--message", "c r --message \udcff"),
     ("push", {"checkpoint": "hf://a/b", "repo_id": "r"}, "CHECKPOINT", "hf://a/b r"),
     ("inspect", {"source": "hf://a/b\udcff"}, "SOURCE", "hf://a/b\udcff"),
-    ("presets", {"name": "nu\0l"}, "NAME|FILE", "nu\0l"),
 ]
 
 
@@ -250,7 +249,7 @@ def test_a_request_that_cannot_be_meant_is_a_usage_error(
     assert caught.value.flag == flag and str(caught.value).startswith(f"{flag}: ") and caught.value.report is None
     assert isinstance(caught.value, ValueError) and int(caught.value.exit_code) == 2
     outcome = run_mopt(name.replace("_", "-"), *words.split(" ") if words else ())
-    assert outcome.exit_code == 2 and flag in outcome.stderr
+    assert outcome.exit_code == 2 and flag in outcome.stderr and outcome.stderr.startswith("Usage: ")
 
 
 @pytest.mark.parametrize("name", ["keep_bf16", "component"])
@@ -465,6 +464,7 @@ def test_python_dash_m_is_mopt() -> None:
         ("presets", {"name": 5}),
         ("presets", {"name": []}),
         ("presets", {"name": ""}),
+        ("presets", {"name": "nu\0l"}),
         ("swap_nibbles", {"source": "here", "output": "there", "executor": ["threads"]}),
         ("build_nvfp4", {"base": "here", "output": "there", "verify": None}),
         ("build_nvfp4", {"base": "here", "output": "there", "max_shard_size": 5}),
