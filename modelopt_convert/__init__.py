@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from modelopt_convert.api import *  # noqa: F403 - its __all__ is what type checkers see
+    from modelopt_convert.api import __all__ as __all__
 else:
     # A program pays for what it uses: names of the API are looked for when they are first asked for.
 

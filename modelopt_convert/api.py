@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypeVar, get_args
 
 import modelopt_convert
 from modelopt_convert.commands.requests import (
@@ -22,6 +22,7 @@ from modelopt_convert.commands.requests import (
     SwapNibblesRequest,
     UnswizzleScalesRequest,
     VerifyRequest,
+    check_value,
     flags_of,
 )
 from modelopt_convert.run.boundary import bounded
@@ -38,12 +39,13 @@ from modelopt_convert.run.errors import (
     UsageError,
 )
 from modelopt_convert.run.progress import Guarded, Progress, ProgressFailed, Unwatched
+from modelopt_convert.run.text import shown
 
 if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
     from modelopt_convert.preset.preset import LoadedPreset
     from modelopt_convert.report.inspect import InspectReport
-    from modelopt_convert.report.report import Report
+    from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport
 
 # What the package gives.
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "MoptError",
     "OutputRefusedError",
     "Progress",
+    "PublishedReport",
     "PushRequest",
     "RemoteError",
     "Report",
@@ -67,6 +70,7 @@ __all__ = [
     "SwapNibblesRequest",
     "UnswizzleScalesRequest",
     "UsageError",
+    "VerifiedReport",
     "VerifyRequest",
     "build_nvfp4",
     "convert_fp8",
@@ -79,7 +83,11 @@ __all__ = [
     "verify",
 ]
 # Models of pydantic, imported when they are first asked for.
-_MODELS = {"InspectReport": "report.inspect", "LoadedPreset": "preset.preset", "Report": "report.report"}
+_MODELS = {
+    "InspectReport": "report.inspect",
+    "LoadedPreset": "preset.preset",
+    **dict.fromkeys(("PublishedReport", "Report", "VerifiedReport"), "report.report"),
+}
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
@@ -100,8 +108,8 @@ def perform(request: Request[_Result]) -> _Result:
         Exception: What the request's progress raised, as it is.
     """
     if not isinstance(request, Request):
-        raise TypeError(f"expected a request, found {request!r}")
-    command: Command[_Result] = command_of(request)
+        raise TypeError(f"expected a request, found {shown(request)}")
+    command = command_of(request)
     try:
         with bounded(request.reads()):
             command.run(Guarded(request.progress) if request.progress is not None else Unwatched())
@@ -110,7 +118,8 @@ def perform(request: Request[_Result]) -> _Result:
         raise
     except ProgressFailed as failed:
         raise failed.error from failed.error.__cause__
-    return command.report()
+    report: _Result = command.report()
+    return report
 
 
 def _function(kind: Callable[_P, Request[_Result]]) -> Callable[_P, _Result]:
@@ -136,7 +145,8 @@ def _function(kind: Callable[_P, Request[_Result]]) -> Callable[_P, _Result]:
 def _result_name(kind: type[Request[Any]]) -> str:
     """What a request's report is called; the report's class is a model, and not imported for the sake of its name."""
     written = (base for one in kind.__mro__ for base in vars(one).get("__orig_bases__", ()))
-    return str(next(get_args(base)[0].__forward_arg__ for base in written if get_origin(base) is Request))
+    words = (word for base in written for word in get_args(base))
+    return next(word.__forward_arg__ for word in words if isinstance(word, ForwardRef))
 
 
 _ENDING = """
@@ -155,18 +165,21 @@ inspect = _function(InspectRequest)
 push = _function(PushRequest)
 
 
-def presets(name: str | Path | None = None) -> "list[LoadedPreset]":
+def presets(name: str | Path | None = None) -> "list[modelopt_convert.LoadedPreset]":
     """The presets that come with mopt, sorted by name, or the one that is named.
 
     Args:
         name: A preset that comes with mopt, or the path of a TOML file.
 
     Raises:
-        InputError: ``preset.unknown``, or the file is no preset.
+        UsageError: It can be neither.
+        MoptError: Such as InputError ``preset.unknown``, without a report.
     """
-    from modelopt_convert.preset.preset import load_preset, preset_names
+    check_value("NAME|FILE", str | Path | None, name)
+    with bounded([Path(name)] if name is not None else [], needs_libraries=False):
+        from modelopt_convert.preset.preset import load_preset, preset_names
 
-    return [load_preset(str(each)) for each in ([name] if name is not None else preset_names())]
+        return [load_preset(str(each)) for each in ([name] if name is not None else preset_names())]
 
 
 def __getattr__(name: str) -> Any:

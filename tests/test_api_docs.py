@@ -1,6 +1,7 @@
 """The examples of docs/api.md, run in their order, where a user would run them."""
 
 import contextlib
+import inspect
 import re
 from io import StringIO
 from pathlib import Path
@@ -34,6 +35,14 @@ def test_every_example_runs(exports: Path, hub: LoopbackHub, tmp_path: Path, mon
 def test_every_public_name_is_described() -> None:
     missing = [name for name in modelopt_convert.__all__ if name != "__version__" and f"`{name}" not in TEXT]
     assert missing == []
+
+
+def test_the_table_has_every_function_with_its_command_and_what_it_returns() -> None:
+    rows = re.findall(r"^\| `(\w+)\(.*\)` \| `mopt ([\w-]+)` \| `(.+)` \|$", TEXT, re.MULTILINE)
+    public = {name: getattr(modelopt_convert, name) for name in modelopt_convert.__all__ if name != "perform"}
+    functions = {name: inspect.signature(one) for name, one in public.items() if inspect.isfunction(one)}
+    returned = {name: one.return_annotation.replace("modelopt_convert.", "") for name, one in functions.items()}
+    assert sorted(rows) == sorted((name, name.replace("_", "-"), kind) for name, kind in returned.items())
 
 
 def test_every_kind_of_error_is_in_the_table() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from modelopt_convert import api
-from modelopt_convert.run.errors import MoptError
+from modelopt_convert.run.errors import MoptError, UsageError
 
 
 def presets(
@@ -23,6 +23,8 @@ def presets(
 
     try:
         loaded = api.presets(name)
+    except UsageError as error:
+        raise typer.BadParameter(printable(error.reason), param_hint=error.flag) from error
     except MoptError as error:
         typer.echo(f"error: {printable(error.message)} [{error.code}]", err=True)
         typer.echo(f"hint: {printable(error.hint or '')}", err=True)

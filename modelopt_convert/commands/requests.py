@@ -4,10 +4,10 @@ The keywords of the public functions and the options of the command line are rea
 command lists them in the order in which dataclasses take them: those of the base classes first, from right to left.
 """
 
-import math
 import os
 import re
 import shlex
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,12 +22,13 @@ from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.text import shown
 from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
     from modelopt_convert.report.inspect import InspectReport  # noqa: F401 - named in strings below
-    from modelopt_convert.report.report import Report  # noqa: F401
+    from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport  # noqa: F401
 
 Result = TypeVar("Result", covariant=True)
 # The command line takes the first of several types.
@@ -36,7 +37,9 @@ Folder = str | Path
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE)
+# ASCII: else a Kelvin sign is a K, and a dotless i an i.
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE | re.ASCII)
+_ROWS = range(1, 10**7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,11 @@ class Request(Generic[Result]):
         """Refuse what cannot be meant."""
         for name, (kind, flag) in flags_of(type(self)).items():
             value = getattr(self, name)
-            _check_value(self.spelled(name), kind, flag, value)
+            check_value(self.spelled(name), kind, value, flag.minimum, flag.maximum)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))  # a request is a value, and has a hash
         if self.progress is not None and not callable(getattr(self.progress, "begin", None)):
-            raise UsageError("progress", f"{self.progress!r} is no Progress")
+            raise UsageError("progress", f"{shown(self.progress)} is no Progress")
         self.check()
         for name in self.inputs:
             self.locate(name)
@@ -157,24 +160,48 @@ class Request(Generic[Result]):
         return [Path(one) for one in places if one is not None and not is_far(one)]
 
 
-def _check_value(flag: str, kind: Any, limits: Flag, value: Any) -> None:
+def check_value(flag: str, kind: Any, value: Any, low: float | None = None, high: float | None = None) -> None:
+    """Refuse a value of another type, text that is none, and numbers out of a range.
+
+    Args:
+        flag: What the value is given for.
+        kind: The type that is taken.
+        value: Anything.
+        low: The smallest number that is taken.
+        high: The largest.
+
+    Raises:
+        UsageError: It cannot be meant.
+    """
     if get_origin(kind) is Sequence and isinstance(value, str):
-        raise UsageError(flag, f"takes a list, found {value!r}")
-    if value == "":  # as a path it would be the current folder
+        raise UsageError(flag, f"takes a list, found {shown(value)}")
+    if isinstance(value, str) and not value:  # as a path it would be the current folder
         raise UsageError(flag, "must not be empty")
     choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
-    for word in value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,):
+    words = value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,)
+    for word in words:
         if choices and isinstance(word, str) and word not in choices:
-            raise UsageError(flag, f"{word!r} is none of {', '.join(choices)}")
+            raise UsageError(flag, f"{shown(word)} is none of {', '.join(choices)}")
+        if isinstance(word, str | Path) and not _is_text(str(word), Path in get_args(kind) and not is_far(word)):
+            raise UsageError(flag, f"{shown(word)} holds NUL, or what is not UTF-8")
     if not _takes(kind, value):
-        raise UsageError(flag, f"{value!r} is not what it takes: {_words(kind)}")
-    low, high = limits.minimum, limits.maximum
+        raise UsageError(flag, f"{shown(value)} is not what it takes: {_words(kind)}")
     if value is not None and ((low is not None and not value >= low) or (high is not None and not value <= high)):
-        raise UsageError(flag, f"{value!r} is not in the range {low:g} to {'any' if high is None else f'{high:g}'}")
+        limits = f"{low:g} to {'any' if high is None else f'{high:g}'}"
+        raise UsageError(flag, f"{shown(value)} is not in the range {limits}")
+
+
+def _is_text(text: str, is_path: bool) -> bool:
+    """Whether the system, or a Hub, could be told of it: bytes that are not UTF-8 are for the system alone."""
+    try:
+        os.fsencode(text) if is_path else text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _takes(kind: Any, value: Any) -> bool:
-    """Whether a value is of a field's type; True is no number, and a path has no NUL."""
+    """Whether a value is of a field's type; True is no number, nor is what no float can be."""
     origin, words = get_origin(kind), get_args(kind)
     if origin is Literal:
         return isinstance(value, str) and value in words
@@ -183,10 +210,11 @@ def _takes(kind: Any, value: Any) -> bool:
     if words:
         return any(_takes(one, value) for one in words)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind not in (str, Path) or "\0" not in str(value))
+    return isinstance(value, kind)
 
 
 def _words(kind: Any) -> str:
@@ -237,7 +265,7 @@ class _Replacing(Request["Report"]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Serving(Request["Report"]):
+class _Serving(Request[Result]):
     """Whom a checkpoint is for."""
 
     __slots__ = ()
@@ -248,7 +276,7 @@ class _Serving(Request["Report"]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Releasing(_Serving):
+class _Releasing(_Serving["Report"]):
     """How a build ends."""
 
     __slots__ = ()
@@ -327,8 +355,8 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
         found = _SIZE.fullmatch(self.max_shard_size)
         number, unit, binary = found.groups() if found else ("inf", "K", "")
         size = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
-        if math.isinf(size):
-            self.refuse("max_shard_size", f"{self.max_shard_size!r} is not a size such as 5GB or 500MB")
+        if size > sys.float_info.max:
+            self.refuse("max_shard_size", f"{shown(self.max_shard_size)} is not a size such as 5GB or 500MB")
         return int(size)
 
     @property
@@ -452,7 +480,7 @@ class UnswizzleScalesRequest(RewriteRequest):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyRequest(Request["Report"]):
+class VerifyRequest(Request["VerifiedReport"]):
     """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own."""
 
     command: ClassVar[str] = "verify"
@@ -494,9 +522,11 @@ class VerifyRequest(Request["Report"]):
         _check_names(self.backends, self.spelled("backend"))
         if self.preferred is not None:
             _check_names((self.preferred,), SGLANG_VARIABLE)
-        rows = str(self.sample)
-        if rows != "all" and not (rows.isascii() and rows.isdecimal() and len(rows) <= 7 and int(rows) > 0):
-            self.refuse("sample", "must be a number of rows from 1 to 9999999, or all")
+        rows = self.sample
+        if isinstance(rows, str) and rows.isascii() and rows.isdecimal() and len(rows) <= len(str(_ROWS[-1])):
+            rows = int(rows)
+        if rows != "all" and rows not in _ROWS:
+            self.refuse("sample", f"must be a number of rows from {_ROWS[0]} to {_ROWS[-1]}, or all")
         if self.checkpoint is None and not (self.self_test or self.prewarm):
             self.refuse("checkpoint", "is required, but for --self-test and --prewarm")
         if self.checkpoint is not None and self.self_test:
@@ -507,7 +537,7 @@ class VerifyRequest(Request["Report"]):
     @property
     def backends(self) -> tuple[str, ...]:
         """``best``, ``all``, or names."""
-        return tuple(dict.fromkeys(part.strip().lower() for part in self.backend.split(",")))
+        return tuple(dict.fromkeys(part.strip() for part in _lower(self.backend).split(",")))
 
     @property
     def rows(self) -> int | None:
@@ -517,7 +547,7 @@ class VerifyRequest(Request["Report"]):
     @property
     def preferred(self) -> str | None:
         """The backend that ``best`` takes if it runs: the one that SGLang is told to take."""
-        name = os.environ.get(SGLANG_VARIABLE, "").strip().lower()
+        name = _lower(os.environ.get(SGLANG_VARIABLE, "").strip())
         return ALIASES.get(name, name) or None
 
     @property
@@ -526,13 +556,18 @@ class VerifyRequest(Request["Report"]):
         return self.workers or default_workers()
 
 
+def _lower(words: str) -> str:
+    """Of letters beyond ASCII some would become letters of it, as a Kelvin sign does: such words stay what they are."""
+    return words.lower() if words.isascii() else words
+
+
 def _check_names(names: tuple[str, ...], flag: str) -> None:
     """An unknown name is a usage error: falling back to another kernel would prove nothing."""
     if names in (("best",), ("all",)):
         return
     unknown = [name for name in names if name not in NAMES and name not in ALIASES]
     if unknown:
-        raise UsageError(flag, f"{unknown[0]!r} is none of best, all, {', '.join(NAMES)}")
+        raise UsageError(flag, f"{shown(unknown[0])} is none of best, all, {', '.join(NAMES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -558,7 +593,7 @@ class InspectRequest(Request["InspectReport"]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PushRequest(_Serving):
+class PushRequest(_Serving["PublishedReport"]):
     """Publish a checkpoint on the Hugging Face Hub: verified first, in one commit, only what is missing there."""
 
     command: ClassVar[str] = "push"

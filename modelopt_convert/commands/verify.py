@@ -11,7 +11,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
 from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
 from modelopt_convert.commands.requests import VerifyRequest
-from modelopt_convert.report.report import OutputReport, Report
+from modelopt_convert.report.report import OutputReport, Report, VerifiedReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS
 from modelopt_convert.run.errors import CheckFailedError, InconclusiveError, MoptError
@@ -71,7 +71,8 @@ class VerifyCommand:
 
     def report(self, error: BaseException | None = None) -> Report:
         """What was found, also after a failure."""
-        return Report(
+        kind = Report if self._found is None else VerifiedReport
+        return kind(
             command=self._request.command,
             output=OutputReport(path=""),
             inputs=self._inputs.reports(),

@@ -227,7 +227,7 @@ def rename(name: str, source: str, target: str, config: Mapping[str, Any]) -> st
             renamed.append(next(values))
         elif segment.startswith("*+"):
             value, offset = next(values), config.get(segment[2:])
-            if not value.isdecimal() or type(offset) is not int:
+            if not _is_block(value) or type(offset) is not int:
                 return None
             renamed.append(str(int(value) + offset))
         else:

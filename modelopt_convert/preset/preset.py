@@ -22,7 +22,7 @@ _Globs = list[Annotated[str, AfterValidator(check_pattern)]]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
 
 
 class KeepRules(_Strict):

@@ -9,7 +9,7 @@ from modelopt_convert.report.report import ErrorReport, one_line
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
 class DialectReport(_Model):

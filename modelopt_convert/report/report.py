@@ -12,7 +12,7 @@ Status = Literal["ok", "planned", "mismatch", "inconclusive", "refused", "error"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
 def one_line(report: BaseModel) -> str:
@@ -20,7 +20,7 @@ def one_line(report: BaseModel) -> str:
 
     The models themselves hold paths as they are, for whoever goes on with them.
     """
-    return to_json(_unicode(report.model_dump(by_alias=True)), ensure_ascii=True, inf_nan_mode="null").decode()
+    return to_json(_unicode(report.model_dump()), ensure_ascii=True, inf_nan_mode="null").decode()
 
 
 def _unicode(value: Any) -> Any:
@@ -237,3 +237,15 @@ class Report(_Model):
     def to_json(self) -> str:
         """The report as one line of ASCII JSON; what a terminal could act on is escaped."""
         return one_line(self)
+
+
+class VerifiedReport(Report):
+    """The report of a ``verify`` that came to a verdict; it has the same fields."""
+
+    verify: VerifyReport
+
+
+class PublishedReport(Report):
+    """The report of a ``push`` that found or made the checkpoint on the Hub; it has the same fields."""
+
+    pushed: PushedReport

@@ -26,17 +26,19 @@ _LIMITS = "free some memory, or raise the limits of the process (ulimit -v, -n, 
 
 
 @contextmanager
-def bounded(inputs: Sequence[Path]) -> Iterator[None]:
+def bounded(inputs: Sequence[Path], *, needs_libraries: bool = True) -> Iterator[None]:
     """The work of a command: whatever goes wrong there, but for a bug of mopt, is a MoptError.
 
     Args:
         inputs: Files and folders that are only read: what fails there is bad input, and no failure of the storage.
+        needs_libraries: Whether those of mathematics may be loaded, which need a working folder and room.
 
     Raises:
         MoptError: What the work raised, or what ``foreseen`` makes of it.
     """
     try:
-        _need_what_libraries_need()
+        if needs_libraries:
+            _need_what_libraries_need()
         yield
     except Exception as error:
         known = foreseen(error, inputs)

@@ -1,7 +1,7 @@
 """The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
 
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 
 class ExitCode(IntEnum):
@@ -30,6 +30,24 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
+class RunReport(Protocol):
+    """What the report of every run has: ``Report`` and ``InspectReport`` have more."""
+
+    @property
+    def status(self) -> str:
+        """How the run ended, in a word."""
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with."""
+
+    def model_dump(self) -> dict[str, Any]:
+        """The report as a dict."""
+
+    def to_json(self) -> str:
+        """The report as one line."""
+
+
 class MoptError(Exception):
     """A failure with a stable dotted ``code``; the message may change between releases, the code may not.
 
@@ -40,11 +58,11 @@ class MoptError(Exception):
         hint: What to do about it.
 
     Attributes:
-        report: The report of the run that ended so, where a function of the API raised it.
+        report: The report of the run that ended so, where there was a run: not of a UsageError, nor of ``presets``.
     """
 
     exit_code: ClassVar[ExitCode]
-    report: Any = None
+    report: RunReport | None = None
 
     def __init__(self, message: str, *, code: str, path: str | None = None, hint: str | None = None) -> None:
         """Keep the parts apart so that the terminal and the JSON report can each show them."""

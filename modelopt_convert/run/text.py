@@ -9,6 +9,14 @@ def unicode_text(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def shown(value: object) -> str:
+    """A value that a caller gave, for a message; some cannot show themselves, such as integers of 5,000 digits."""
+    try:
+        return repr(value)[:_LINE_CHARS]
+    except Exception:  # whatever a class of the caller's raises
+        return f"a value of type {type(value).__name__}"
+
+
 def printable(text: str) -> str:
     """Text that a terminal cannot act on: control, bidi and unencodable characters are escaped. No line is endless."""
     rest = len(text) - _LINE_CHARS

@@ -6,6 +6,7 @@ import inspect as introspection
 import json
 import pkgutil
 import pydoc
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 
 import pytest
 from loopback_hub import LoopbackHub
+from root import ROOT
 from support import edit, run_mopt, tree
 from typer.main import get_command
 
@@ -31,6 +33,9 @@ FUNCTIONS = {
     "unswizzle_scales": mopt.UnswizzleScalesRequest,
     "verify": mopt.VerifyRequest,
 }
+RETURNED = {"inspect": mopt.InspectReport, "push": mopt.PublishedReport, "verify": mopt.VerifiedReport}
+# Python shows none of them: it refuses to make text of them.
+HUGE = (10**5000, -(10**5000))
 # What a run took, and what it was called: two runs differ there.
 _VARY = {"timings_s", "peak_rss_bytes", "throughput_bytes_per_s", "free_bytes", "peak_working_bytes", "versions"}
 
@@ -100,6 +105,7 @@ def test_rewrites_are_those_of_the_command_line(exports: Path, tmp_path: Path) -
 def test_verify_and_inspect_are_those_of_the_command_line(exports: Path, built: Path, base: Path) -> None:
     for path, more in ((built, {"base": base, "device": "cpu", "sample": "all"}), (built, {"device": "cpu"})):
         report = mopt.verify(path, **more)  # type: ignore[arg-type]
+        assert type(report) is mopt.VerifiedReport
         outcome = run_mopt("verify", path, *(word for name, value in more.items() for word in (f"--{name}", value)))
         assert outcome.report is not None and steady(given(report)) == steady(outcome.report)
     found = mopt.inspect(exports / "nvfp4", base=base, all_scales=True)
@@ -130,8 +136,8 @@ def test_inputs_on_the_hub_and_publishing(hub: LoopbackHub, exports: Path, base:
     report = mopt.build_nvfp4(**words, output=tmp_path / "out", push_to="alice/flux")
     assert report.network["base"].repo == "black-forest-labs/FLUX.1-dev" and report.network["base"].fetched_bytes > 0
     assert report.pushed is not None and report.pushed.commit == hub.head("alice/flux")
-    again = mopt.push(tmp_path / "out", "alice/flux").pushed
-    assert again is not None and again.commit is None
+    again = mopt.push(tmp_path / "out", "alice/flux")
+    assert type(again) is mopt.PublishedReport and again.pushed.commit is None
     assert mopt.verify(f"hf://alice/flux@{report.pushed.commit}", device="cpu").status == "ok"
 
 
@@ -197,7 +203,20 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("build_nvfp4", {"base": "hf://it"}, "--base", "--base hf://it"),
     ("build_nvfp4", {"base": "b", "max_shard_size": "5"}, "--max-shard-size", "--base b --max-shard-size 5"),
     ("build_nvfp4", {"base": "b", "max_shard_size": "0GB"}, "--max-shard-size", "--base b --max-shard-size 0GB"),
+    (
+        "build_nvfp4",
+        {"base": "b", "max_shard_size": "1\u212aB"},
+        "--max-shard-size",
+        "--base b --max-shard-size 1\u212aB",
+    ),
+    (
+        "build_nvfp4",
+        {"base": "b", "max_shard_size": "1K\u0131B"},
+        "--max-shard-size",
+        "--base b --max-shard-size 1K\u0131B",
+    ),
     ("build_nvfp4", {"base": "b", "max_error": -1.0}, "--max-error", "--base b --max-error -1"),
+    ("build_nvfp4", {"base": "b", "max_error": float("inf")}, "--max-error", "--base b --max-error inf"),
     ("build_nvfp4", {"base": "b", "workers": 65}, "--workers", "--base b --workers 65"),
     ("build_nvfp4", {"base": "b", "verify": "maybe"}, "--verify", "--base b --verify maybe"),
     ("build_nvfp4", {"base": "b", "component": ["vae"]}, "--component", "--base b --component vae"),
@@ -209,11 +228,15 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("verify", {}, "CHECKPOINT", ""),
     ("verify", {"checkpoint": "c", "self_test": True}, "CHECKPOINT", "c --self-test"),
     ("verify", {"checkpoint": "c", "backend": "fast"}, "--backend", "c --backend fast"),
+    ("verify", {"checkpoint": "c", "backend": "sgl-\u212aernel"}, "--backend", "c --backend sgl-\u212aernel"),
     ("verify", {"checkpoint": "c", "sample": 0}, "--sample", "c --sample 0"),
+    ("verify", {"checkpoint": "c", "sample": "\u0663"}, "--sample", "c --sample \u0663"),
     ("verify", {"checkpoint": "c", "require": "luck"}, "--require", "c --require luck"),
     ("inspect", {"source": "s", "engine": "vllm"}, "--engine", "s --engine vllm"),
     ("push", {"checkpoint": "c", "repo_id": "r", "message": " "}, "--message", "c r --message="),
+    ("push", {"checkpoint": "c", "repo_id": "r", "message": "\udcff"}, "--message", "c r --message \udcff"),
     ("push", {"checkpoint": "hf://a/b", "repo_id": "r"}, "CHECKPOINT", "hf://a/b r"),
+    ("inspect", {"source": "hf://a/b\udcff"}, "SOURCE", "hf://a/b\udcff"),
 ]
 
 
@@ -226,7 +249,7 @@ def test_a_request_that_cannot_be_meant_is_a_usage_error(
     assert caught.value.flag == flag and str(caught.value).startswith(f"{flag}: ") and caught.value.report is None
     assert isinstance(caught.value, ValueError) and int(caught.value.exit_code) == 2
     outcome = run_mopt(name.replace("_", "-"), *words.split(" ") if words else ())
-    assert outcome.exit_code == 2 and flag in outcome.stderr
+    assert outcome.exit_code == 2 and flag in outcome.stderr and outcome.stderr.startswith("Usage: ")
 
 
 @pytest.mark.parametrize("name", ["keep_bf16", "component"])
@@ -281,7 +304,12 @@ def test_presets_are_given_as_they_are_read(tmp_path: Path) -> None:
     assert isinstance(mine, mopt.LoadedPreset) and mine.preset.name == "flux1-dev"
     with pytest.raises(mopt.InputError) as caught:
         mopt.presets("flux9")
-    assert caught.value.code == "preset.unknown"
+    assert caught.value.code == "preset.unknown" and caught.value.report is None
+    for number in range(1500):
+        (tmp_path / f"{number}.toml").write_text(f'extends = "./{number + 1}.toml"')
+    with pytest.raises(mopt.InputError) as caught:
+        mopt.presets(tmp_path / "0.toml")
+    assert caught.value.code == "input.too_deep"
 
 
 def test_a_request_is_a_value() -> None:
@@ -300,10 +328,16 @@ def test_a_request_is_a_value() -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_types_are_told_at_run_time(name: str) -> None:
     function = getattr(mopt, name)
-    result = mopt.InspectReport if name == "inspect" else mopt.Report
+    result = RETURNED.get(name, mopt.Report)
     found = get_type_hints(function)
     assert found.pop("return") is result and set(found) == set(introspection.signature(function).parameters)
     assert f"-> 'modelopt_convert.{result.__name__}'" in pydoc.render_doc(function)
+
+
+@pytest.mark.parametrize("name", sorted({*api.__all__} - {"Progress"}))
+def test_no_public_name_has_a_hint_that_cannot_be_read(name: str) -> None:
+    assert name != "presets" or get_type_hints(mopt.presets)["return"] == list[mopt.LoadedPreset]
+    get_type_hints(getattr(mopt, name))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -383,13 +417,25 @@ def test_types_are_seen_from_outside(tmp_path: Path) -> None:
         "mopt.verify('c', devise='cpu')\n"
         "mopt.swap_nibbles('s')\n"
         "mopt.verify('c', device='tpu')\n"
+        "reveal_type(mopt.verify('c').verify)\n"
+        "reveal_type(mopt.push('c', 'r').pushed)\n"
+        "reveal_type(mopt.MoptError.report)\n"
+        "from modelopt_convert import __all__, __version__\n"
     )
+    examples = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE | re.DOTALL)
+    for number, example in enumerate(examples):
+        (tmp_path / f"example_{number}.py").write_text(example)
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(tmp_path / "cache")]
-    found = subprocess.run([*command, str(program)], capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+    files = [path.name for path in tmp_path.glob("*.py")]
+    found = subprocess.run([*command, *files], capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+    assert len(files) > 1 and [line for line in found if "error:" in line and not line.startswith("program.py")] == []
     expected = [
-        (3, "report.report.Report"), (4, "report.inspect.InspectReport"), (5, "report.report.Report"),
+        (3, "report.report.Report"), (4, "report.inspect.InspectReport"), (5, "report.report.PublishedReport"),
         (6, 'Unexpected keyword argument "devise"'), (7, "Too few arguments"), (8, 'has incompatible type'),
+        (9, '"modelopt_convert.report.verify.VerifyReport"'), (10, '"modelopt_convert.report.report.PushedReport"'),
+        (11, '"modelopt_convert.run.errors.RunReport | None"'),
     ]  # fmt: skip
+    assert len([line for line in found if "error:" in line]) == 3
     for number, words in expected:
         assert any(f"program.py:{number}: " in line and words in line for line in found), (words, found)
 
@@ -407,6 +453,18 @@ def test_python_dash_m_is_mopt() -> None:
         ("swap_nibbles", {"source": "here", "output": "there", "workers": True}),
         ("swap_nibbles", {"source": "here", "output": b"there"}),
         ("swap_nibbles", {"source": "here", "output": "the\0re"}),
+        ("swap_nibbles", {"source": "here", "output": "the\ud800re"}),
+        ("swap_nibbles", {"source": Path("he\ud800re"), "output": "there"}),
+        ("verify", {"checkpoint": "here", "report": "the\ud800re"}),
+        ("build_nvfp4", {"base": "here", "output": "there", "preset": "\ud800"}),
+        ("build_nvfp4", {"base": "here", "output": "there", "keep_bf16": ["a", "\udcff"]}),
+        ("inspect", {"source": Path("hf://a/b\udcff")}),
+        ("push", {"checkpoint": "here", "repo_id": "a/\ud800"}),
+        ("presets", {"name": "the\ud800re"}),
+        ("presets", {"name": 5}),
+        ("presets", {"name": []}),
+        ("presets", {"name": ""}),
+        ("presets", {"name": "nu\0l"}),
         ("swap_nibbles", {"source": "here", "output": "there", "executor": ["threads"]}),
         ("build_nvfp4", {"base": "here", "output": "there", "verify": None}),
         ("build_nvfp4", {"base": "here", "output": "there", "max_shard_size": 5}),
@@ -426,7 +484,24 @@ def test_a_value_of_another_type_is_refused_before_anything_is_read(function: st
         getattr(mopt, function)(**named)
 
 
-@pytest.mark.parametrize("other", [None, 3, mopt.SwapNibblesRequest])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [*(("build_nvfp4", one.name) for one in fields(mopt.BuildNvfp4Request)), ("verify", "sample"), ("presets", "name")],
+)
+def test_an_integer_that_cannot_be_shown_is_refused_everywhere(function: str, name: str) -> None:
+    named = {"build_nvfp4": {"base": "here", "output": "there"}, "verify": {"checkpoint": "here"}, "presets": {}}
+    for huge in (*HUGE, [HUGE[0]]):
+        with pytest.raises(mopt.UsageError):
+            getattr(mopt, function)(**(named[function] | {name: huge}))
+
+
+def test_a_path_may_have_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(mopt.InputError) as caught:
+        mopt.inspect(tmp_path / "none\udcff")
+    assert caught.value.code == "input.missing" and caught.value.path == str(tmp_path / "none\udcff")
+
+
+@pytest.mark.parametrize("other", [None, 3, mopt.SwapNibblesRequest, *HUGE], ids=lambda one: type(one).__name__)
 def test_only_requests_are_performed(other: Any) -> None:
     with pytest.raises(TypeError, match="expected a request"):
         mopt.perform(other)

@@ -164,6 +164,8 @@ def test_presets_lists_and_prints(tmp_path: Path) -> None:
     assert run_mopt("presets", mine, json_report=False).exit_code == 0
     unknown = run_mopt("presets", "flux9", json_report=False)
     assert unknown.exit_code == 3 and "preset.unknown" in unknown.stderr and "flux1-dev" in unknown.stderr
+    empty = run_mopt("presets", "", json_report=False)
+    assert empty.exit_code == 2 and empty.stderr.startswith("Usage: ") and "must not be empty" in empty.stderr
 
 
 def test_json_is_one_object_whatever_the_outcome(exports: Path, tmp_path: Path) -> None:

@@ -347,6 +347,8 @@ def test_rename(name: str, source: str, target: str, wanted: str | None) -> None
         ("a.3.b", "c.*+depth.d", {"depth": True}, None),  # equals 1, and is no number of blocks
         ("a.3.b", "c.*+depth.d", {"depth": None}, None),
         ("a.x.b", "c.*+depth.d", {"depth": 20}, None),  # nothing to add to
+        ("a.\u0663.b", "c.*+depth.d", {"depth": 20}, None),
+        (f"a.{'9' * 5000}.b", "c.*+depth.d", {"depth": 20}, None),  # no text becomes such an integer
     ],
 )
 def test_rename_counts_on_by_a_number_of_the_config(

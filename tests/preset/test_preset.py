@@ -76,6 +76,7 @@ def test_there_are_presets() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_preset_that_comes_with_mopt(path: Path) -> None:
     loaded = load_preset(path.stem)
+    assert type(loaded).model_validate(loaded.model_dump()) == loaded
     preset = loaded.preset
     assert preset.name == path.stem
     assert loaded.text == path.read_text()

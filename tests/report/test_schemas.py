@@ -13,7 +13,14 @@ from pydantic import BaseModel, ValidationError
 from support import copy, edit, run_mopt
 
 from modelopt_convert.report.inspect import InspectReport
-from modelopt_convert.report.report import ProofReport, PushedReport, Report
+from modelopt_convert.report.report import (
+    OutputReport,
+    ProofReport,
+    PublishedReport,
+    PushedReport,
+    Report,
+    VerifiedReport,
+)
 from modelopt_convert.report.verify import VerifyReport
 
 SCHEMAS: dict[str, dict[str, Any]] = {path.name: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
@@ -131,10 +138,18 @@ def test_a_wrong_type_or_a_missing_key_is_a_fault_and_a_new_key_is_none(written:
         assert faults(name, document | {"new": 1}) != []
 
 
+def test_a_report_its_dict_and_its_json_have_the_same_keys(written: dict[str, tuple[Path, Any]], exports: Path) -> None:
+    found = [(Report, report) for _, report in written.values()]
+    found.append((InspectReport, run_mopt("inspect", exports / "nvfp4").report))
+    for kind, report in found:
+        made = kind.model_validate(report)
+        assert made.model_dump() == json.loads(made.to_json()) == report
+        assert kind.model_validate(made.model_dump()) == made
+    assert list(Report.model_fields) == list(VerifiedReport.model_fields) == list(PublishedReport.model_fields)
+
+
 def test_names_of_a_report_are_text() -> None:
     """Else no reader of JSON but Python's would take it."""
-    from modelopt_convert.report.report import OutputReport, Report
-
     report = Report(command="x", output=OutputReport(path="o\udcff"), timings_s={"t\udcff": 1.5, "nan": float("nan")})
     found = json.loads(report.to_json())
     assert found["output"]["path"] == "o\\udcff" and found["timings_s"] == {"t\\udcff": 1.5, "nan": None}

@@ -49,7 +49,7 @@ from modelopt_convert.commands.verify import VerifyCommand
 from modelopt_convert.engines.limits import declared
 from modelopt_convert.engines.sglang import load_command, pipeline_command
 from modelopt_convert.preset.preset import load_preset, preset_names
-from modelopt_convert.report.report import EngineLimitReport, OutputReport, PushedReport, Report
+from modelopt_convert.report.report import EngineLimitReport, OutputReport, PublishedReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError, MoptError
 from modelopt_convert.run.progress import Progress
 
@@ -109,7 +109,8 @@ class PushCommand:
 
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
-        return self.added_to(Report(command=self._request.command, output=OutputReport(path=""), **ending(error)))
+        kind, output = Report if self._pushed is None else PublishedReport, OutputReport(path="")
+        return self.added_to(kind(command=self._request.command, output=output, pushed=self._pushed, **ending(error)))
 
     def added_to(self, report: Report) -> Report:
         """A report with what this push has to say; what it says itself of inputs and verdicts says more.
