@@ -172,7 +172,7 @@ def test_the_next_page_is_asked_of_the_same_hub(lies: Lies) -> None:
 @pytest.mark.parametrize("status", [302, 307, 308])
 @pytest.mark.parametrize("to", ["http://127.0.0.1:{port}", "//127.0.0.1:{port}", "https://127.0.0.1:{hub}"])
 def test_no_redirect_takes_the_token_elsewhere(lies: Lies, to: str, status: int) -> None:
-    """To huggingface_hub 1 the same host is the same Hub, whatever the port and the scheme; 2 itself goes no further."""
+    """To huggingface_hub 1 the same host is the same Hub, whatever port and scheme; 2 itself goes no further."""
     with elsewhere() as (port, heard):
         there = to.format(port=port, hub=lies.hub.url.rpartition(":")[2])
         for more in ((), ("--download",)):
