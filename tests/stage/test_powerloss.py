@@ -38,7 +38,7 @@ AT_EVERY_RUN = {
     "directory._mark",
 }
 AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT = "directory._remove_old", "directory._discard", "written_file.write_report"
-IN_A_SWEEP, IN_A_REFUSAL = "sweep._sweep", "directory._keep_stage"
+IN_A_SWEEP, IN_A_REFUSAL = "sweep._sweep", "directory._set_aside"
 OF_A_COPY = "file_copy.copy_file"  # of a whole pipeline
 OF_MARKERS = "sweep.sweep_markers"  # and of what was rolled back
 WITH_WHAT_WAS_LEFT = {IN_A_SWEEP, OF_MARKERS}
