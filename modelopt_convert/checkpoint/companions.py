@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, parse_header, read_header_length
-from modelopt_convert.checkpoint.location import Location, OpenFile, is_file, names, open_file
+from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, is_file, names, open_file, read_small
 from modelopt_convert.checkpoint.pipeline import COMPONENTS
-from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_CONFIG_BYTES
+from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_CONFIG_BYTES, MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -60,6 +60,18 @@ def pipeline_root(base: Location) -> Location:
     )
 
 
+def places_read(base: Location) -> list[Path]:
+    """What of a pipeline is an input on disk: all of its folder, and what lies elsewhere and is linked there.
+
+    Raises:
+        InputError: ``pipeline.none``.
+    """
+    root = pipeline_root(base)
+    if not isinstance(root, Path):
+        return []
+    return [root, *(root / name for name in names(root) if (root / name).is_symlink())]
+
+
 def open_companions(root: Location, built: Collection[str], stack: ExitStack) -> Companions:
     """Open all of a pipeline but the transformers that are built.
 
@@ -69,8 +81,8 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
         stack: Closes the files.
 
     Raises:
-        InputError: ``pipeline.index``, ``pipeline.not_listed``, ``pipeline.incomplete`` or ``pipeline.link``; or what
-            opening a file raises.
+        InputError: ``pipeline.index``, ``pipeline.not_listed``, ``pipeline.incomplete``, ``pipeline.link`` or
+            ``input.name``; or what opening a file raises.
     """
     listed, index = _listed(root)
     for name in sorted(set(built) - set(listed)):
@@ -101,6 +113,7 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
         _check_whole(root, name, listed[name], files)
     for name in sorted(names(root)):
         if name.startswith("LICENSE") and is_file(root / name):
+            check_name(root, name)
             files[name] = _opened(root, name, stack)
     return Companions(index, folders, files, tuple(left_out))
 
@@ -108,11 +121,7 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
 def _listed(root: Location) -> tuple[dict[str, str], bytes]:
     """The class of each component that a pipeline has, by its folder, and the bytes of its model_index.json."""
     where = str(root / MODEL_INDEX)
-    file = open_file(root, MODEL_INDEX)
-    try:
-        raw = file.read(0, min(file.num_bytes, MAX_CONFIG_BYTES))
-    finally:
-        file.close()
+    raw = read_small(root / MODEL_INDEX, MAX_CONFIG_BYTES, code="pipeline")
     found = parse_json_object(raw, code="pipeline", path=where)
     listed = {name: one[1] for name, one in found.items() if not name.startswith("_") and _is_component(one)}
     # diffusers makes them arguments of a function. So they are no paths, and forge nothing in a card.
@@ -154,7 +163,8 @@ def _check_whole(root: Location, name: str, class_name: str, files: Mapping[str,
         parse_header(file.read(PREFIX_BYTES, length), file=file.where, file_bytes=file.num_bytes)
     for path, file in mine.items():
         if path.endswith(INDEX_SUFFIX):
-            found = parse_json_object(file.read(0, file.num_bytes), code="index", path=file.where).get("weight_map")
+            raw = read_small(root / path, MAX_INDEX_BYTES, code="index")
+            found = parse_json_object(raw, code="index", path=file.where).get("weight_map")
             shards = {str(one) for one in found.values()} if isinstance(found, dict) else set()
             folder = path.rpartition("/")[0]
             for shard in sorted(one for one in shards if f"{folder}/{one}" not in weights):
@@ -179,6 +189,7 @@ def _files(folder: Location, prefix: str) -> Iterator[str]:
         path = folder / name
         if name.startswith("."):
             continue
+        check_name(folder, name)
         if not path.is_dir():
             yield f"{prefix}/{name}"
             continue

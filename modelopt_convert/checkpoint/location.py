@@ -3,12 +3,14 @@
 A name that is not on disk is an error, never a guess at a repo.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
 from modelopt_convert.checkpoint.hub import hub_path, provenance
 from modelopt_convert.checkpoint.local_file import LocalFile
+from modelopt_convert.run.errors import InputError
 
 
 class OpenFile(Protocol):
@@ -131,21 +133,36 @@ def open_file(folder: Location, name: str) -> OpenFile:
     return LocalFile(folder, name) if isinstance(folder, Path) else (folder / name).open()
 
 
-def read_small(location: Location, limit: int) -> bytes:
-    """The first ``limit`` bytes of a small file.
+def read_small(location: Location, limit: int, *, code: str) -> bytes:
+    """All of a small file.
+
+    Args:
+        location: The file; a link may only lead to where those of checkpoints do.
+        limit: Bytes that it may have.
+        code: Prefix of the error code: ``<code>.too_large``.
 
     Raises:
-        OSError: It is on disk and cannot be read.
-        MoptError: With a ``hub.*`` code.
+        InputError: There are more bytes.
+        MoptError: With an ``input.*`` or ``hub.*`` code.
+        OSError: The disk failed.
     """
-    if isinstance(location, Path):
-        with location.open("rb") as file:
-            return file.read(limit)
-    remote = location.open()
+    file = open_file(location.parent, location.name)
     try:
-        return remote.read(0, min(limit, remote.num_bytes))
+        if file.num_bytes > limit:
+            raise InputError(
+                f"{file.where}: expected at most {limit} bytes, found {file.num_bytes}",
+                code=f"{code}.too_large",
+                path=file.where,
+                hint="this is not the file its name says",
+            )
+        return file.read(0, file.num_bytes)
     finally:
-        remote.close()
+        file.close()
+
+
+def is_there(location: Location) -> bool:
+    """Whether anything has the name, were it a folder, a pipe or a link to nothing."""
+    return os.path.lexists(location) if isinstance(location, Path) else location.is_file()
 
 
 def fault_of_folder(location: Location) -> str | None:
@@ -171,6 +188,22 @@ def is_file(location: Location) -> bool:
 def names(folder: Location) -> list[str]:
     """Names of what a folder holds; none if there is no such folder."""
     return [path.name for path in folder.glob("*")] if isinstance(folder, Path) else folder.names()
+
+
+def check_name(folder: Location, name: str) -> None:
+    """Refuse a name that no JSON can hold: a record with it could not be read again.
+
+    Raises:
+        InputError: ``input.name``.
+    """
+    plain = name.encode(errors="backslashreplace").decode()
+    if plain != name:
+        raise InputError(
+            f"{folder}: {plain!r} is not a UTF-8 file name",
+            code="input.name",
+            path=str(folder),
+            hint="rename the file",
+        )
 
 
 def hint_if_missing(location: Location, hint: str) -> str:

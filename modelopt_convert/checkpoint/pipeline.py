@@ -165,8 +165,5 @@ def _found(path: Location, *, what: str) -> list[Location]:
 
 def _is_quantized(folder: Location) -> bool:
     path = folder / "config.json"
-    try:
-        raw = read_small(path, MAX_CONFIG_BYTES)
-    except OSError:  # the reader opens the file again, and says what is wrong
-        return True
+    raw = read_small(path, MAX_CONFIG_BYTES, code="config")
     return "quantization_config" in parse_json_object(raw, code="config", path=str(path))

@@ -10,7 +10,7 @@ from typing import Any, Self
 from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
 from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name
-from modelopt_convert.checkpoint.location import Location, OpenFile, identify, open_file
+from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, identify, open_file, read_small
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -258,7 +258,7 @@ class CheckpointReader:
         names = self._list()
         small: dict[str, bytes] = {}
         if need_config or "config.json" in names:
-            raw = small["config.json"] = self._read_small("config.json", MAX_CONFIG_BYTES, code="config")
+            raw = small["config.json"] = read_small(self.path / "config.json", MAX_CONFIG_BYTES, code="config")
             self.config = parse_json_object(raw, code="config", path=str(self.path / "config.json"))
         indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
         shards = [name for name in names if name.endswith(".safetensors")]
@@ -286,16 +286,10 @@ class CheckpointReader:
                 path=str(self.path),
                 hint="give a folder that exists and can be read",
             ) from error
-        plain = sorted(name.encode(errors="backslashreplace").decode() for name in names)
-        odd = [name for name in plain if name not in names and name.endswith((".safetensors", INDEX_SUFFIX))]
-        if odd:
-            raise InputError(
-                f"{self.path}: {odd[0]!r} is not a UTF-8 file name",
-                code="input.name",
-                path=str(self.path),
-                hint="rename the file",
-            )
-        return plain
+        for name in names:
+            if name.endswith((".safetensors", INDEX_SUFFIX)):
+                check_name(self.path, name)
+        return sorted(name.encode(errors="backslashreplace").decode() for name in names)
 
     def _weight_map(self, indexes: list[str], shards: list[str], small: dict[str, bytes]) -> dict[str, str] | None:
         """The index, which is also put among the small files; None if there is none and need not be."""
@@ -324,7 +318,7 @@ class CheckpointReader:
                 )
             return None
         index_path = self.path / indexes[0]
-        raw = small[indexes[0]] = self._read_small(indexes[0], MAX_INDEX_BYTES, code="index")
+        raw = small[indexes[0]] = read_small(index_path, MAX_INDEX_BYTES, code="index")
         weight_map = parse_json_object(raw, code="index", path=str(index_path)).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(
@@ -370,17 +364,3 @@ class CheckpointReader:
                     hint="two checkpoints are mixed in one folder; export again into an empty one",
                 )
             self.tensors[tensor] = TensorInfo(tensor, info.dtype, info.shape, name, info.start, info.num_bytes)
-
-    def _read_small(self, name: str, limit: int, *, code: str) -> bytes:
-        file = open_file(self.path, name)
-        try:
-            if file.num_bytes > limit:
-                raise InputError(
-                    f"{file.where}: expected at most {limit} bytes, found {file.num_bytes}",
-                    code=f"{code}.too_large",
-                    path=file.where,
-                    hint="this is not the file its name says",
-                )
-            return file.read(0, file.num_bytes)
-        finally:
-            file.close()

@@ -12,7 +12,7 @@ from modelopt_convert import __version__
 from modelopt_convert.checkpoint.content import CONTENT
 from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.header import TensorSpec
-from modelopt_convert.checkpoint.location import Location, read_small
+from modelopt_convert.checkpoint.location import Location, is_there, read_small
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
 from modelopt_convert.report.words import PROOFS, QUANTIZED_HERE
@@ -69,21 +69,12 @@ def read_record(folder: Location) -> dict[str, Any] | None:
     """mopt.json of a checkpoint that mopt built, or None where there is none.
 
     Raises:
-        InputError: ``record.json``, ``record.duplicate_key`` or ``record.content``: it is there and cannot be used.
+        InputError: With a ``record.*`` or ``input.*`` code: it is there and cannot be used.
     """
     path = folder / RECORD
-    if not path.is_file():
+    if not is_there(path):
         return None
-    try:
-        raw = read_small(path, MAX_INDEX_BYTES)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}",
-            code="record.unreadable",
-            path=str(path),
-            hint="make it readable, or give --base to prove the checkpoint again",
-        ) from error
-    record = parse_json_object(raw, code="record", path=str(path))
+    record = parse_json_object(read_small(path, MAX_INDEX_BYTES, code="record"), code="record", path=str(path))
     digests = record.get("digests")
     known = digests if isinstance(digests, dict) and digests.get("algorithm") == _ALGORITHM else {}
     if record.get("schema") != _SCHEMA or not all(_names(known.get(key)) for key in ("tensors", "files")):
@@ -104,19 +95,19 @@ def _names(found: object) -> bool:
 def part_digest(folder: Location) -> str:
     """What identifies one transformer among several: its record."""
     path = folder / RECORD
-    return digest_of(read_small(path, MAX_INDEX_BYTES)) if path.is_file() else ""
+    return digest_of(read_small(path, MAX_INDEX_BYTES, code="record")) if is_there(path) else ""
 
 
 def read_pipeline(checkpoint: Location) -> dict[str, Any]:
     """The record above several transformers, or of a whole pipeline; empty where there is none.
 
     Raises:
-        InputError: ``record.json`` or ``record.duplicate_key``.
+        InputError: With a ``record.*`` or ``input.*`` code: it is there and cannot be used.
     """
     path = checkpoint / RECORD
-    if not path.is_file() or (checkpoint / "config.json").is_file():
+    if not is_there(path) or (checkpoint / "config.json").is_file():
         return {}
-    return parse_json_object(read_small(path, MAX_INDEX_BYTES), code="record", path=str(path))
+    return parse_json_object(read_small(path, MAX_INDEX_BYTES, code="record"), code="record", path=str(path))
 
 
 def parts_of(record: Mapping[str, Any]) -> dict[str, str]:

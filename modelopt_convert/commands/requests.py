@@ -10,10 +10,12 @@ import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from modelopt_convert.checkpoint.companions import places_read
 from modelopt_convert.checkpoint.location import Location, is_far, is_file, parse_location
 from modelopt_convert.engines import sglang
 from modelopt_convert.engines.limits import DEFAULT, EngineName
@@ -364,6 +366,14 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
         """The file that the preset is read from, if one of that name is there."""
         path = Path(self.preset or "")
         return path if is_file(path) else None
+
+    def on_disk(self) -> list[Path]:
+        """The pipeline, too, of which a base is a part and all else is copied."""
+        found = super().on_disk()
+        if self.pipeline_output and self.base is not None:
+            with suppress(InputError, OSError):  # the command itself says what is wrong with the base
+                found += places_read(parse_location(str(self.base)))
+        return found
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
+from modelopt_convert.checkpoint.location import read_small
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.patterns import check_pattern, stars
@@ -15,6 +16,7 @@ from modelopt_convert.run.errors import InputError
 
 # A license belongs to one model's weights. A preset that extends another has its architecture, maybe not its license.
 _NOT_INHERITED = ("license", "license_name", "license_link")
+_MAX_BYTES = 1 << 20
 _HERE = Path(__file__).resolve().parent
 # In the wheel the TOML files lie inside the package; in a checkout, beside it. No other place is searched.
 _FOLDERS = (_HERE / "toml", _HERE.parent.parent / "presets")
@@ -235,10 +237,12 @@ def _is_path(name: str) -> bool:
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
+        # Wherever a link leads: the user named it.
+        return read_small(path.resolve(), _MAX_BYTES, code="preset").decode()
+    except (InputError, OSError, RuntimeError, ValueError) as error:  # also a loop of links, no UTF-8, a NUL
         known = ", ".join(preset_names())
-        why = f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+        said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
+        why = f"cannot be read: {said or 'it is not UTF-8'}"
         raise InputError(
             f"preset {name!r}: {why if _is_path(name) else 'is not one that comes with mopt'}",
             code="preset.unknown",

@@ -120,6 +120,13 @@ class StagingDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the stage unless it was published or kept; an OSError becomes an input's error, or the storage's."""
+        if isinstance(error, FileExistsError) and error.filename is not None and self._is_mine(self.path):
+            place = Path(error.filename)
+            if place.is_relative_to(self.path) and place.relative_to(self.path).as_posix() not in self._written:
+                try:
+                    self._refuse_taken(place, error)
+                finally:
+                    self._unlock()
         if not self._done and (kept := self._discard()) is not None and isinstance(error, MoptError):
             error.hint = f"{error.hint}; {kept}"
         self._unlock()
@@ -204,8 +211,9 @@ class StagingDir:
             method, old = self._swap(replaces)
             self._done = True
             self._sync_after_swap(old)
+            warned = (*self._late(), *self._remove_old(old))
             foreign = self._standing.foreign if old is not None and self._standing is not None else ()
-            self.published = Published(method, self._durable, (*self._beside.warnings, *self._remove_old(old)), foreign)
+            self.published = Published(method, self._durable, (*self._beside.warnings, *warned), foreign)
             return self.published
 
     def _make_stage(self) -> None:
@@ -280,13 +288,23 @@ class StagingDir:
         """
         if not self._is_mine(self.path):
             self._refuse_other_stage("")
+        if odd := self._odd(self.path):
+            self._keep_stage(f"somebody else changed its stage meanwhile: {in_words(odd)}", None)
+
+    def _odd(self, place: Path) -> list[str]:
+        """What the finished checkpoint holds at a place, or lacks, that is not as mopt wrote it."""
         folders = {folder.relative_to(self.path).as_posix() for folder in self._folders}
-        tree = look(self.path)
-        now = {name: _state(self.path / name) for name, one in tree.items() if one.kind != stat.S_IFDIR}
+        tree = look(place)
+        now = {name: _state(place / name) for name, one in tree.items() if one.kind != stat.S_IFDIR}
         odd = {name for name in now.keys() | self._written.keys() if now.get(name) != self._written.get(name)}
-        odd |= (tree.keys() - now.keys()) ^ folders
-        if odd:
-            self._keep_stage(f"somebody else changed its stage meanwhile: {in_words(sorted(odd))}", None)
+        return sorted(odd | ((tree.keys() - now.keys()) ^ folders))
+
+    def _late(self) -> tuple[str, ...]:
+        """What came between the last look and the swap, in words; nothing could have kept it out."""
+        with contextlib.suppress(OSError):
+            if odd := self._odd(self.output):
+                return (f"somebody else changed {self.output} in the instant of the swap: {in_words(odd)}",)
+        return ()
 
     def _is_mine(self, place: Path) -> bool:
         """Whether a name is that of the folder that this run made."""
@@ -308,15 +326,7 @@ class StagingDir:
 
     def _keep_stage(self, why: str, error: Exception | None) -> NoReturn:
         """Give the stage a name that the user can see: a refused swap is no reason to throw checked work away."""
-        kept = self._beside.kept_name()
-        try:
-            fsops.rename(self.path, kept)
-            fsops.sync_dir(self.output.parent)
-            self._beside.unmark(self._number)
-        except OSError:
-            if not kept.exists():  # nothing can be renamed here, so say where it is
-                kept = self.path
-        self._done = True
+        kept = self._set_aside()
         target = self.output.parent / f"{self.output.name}.new"
         raise StorageError(
             f"{self.output}: the finished checkpoint could not take its place: {why}",
@@ -326,6 +336,30 @@ class StagingDir:
             f"mv {shlex.quote(str(kept))} {shlex.quote(str(target))}",
             kept_at=str(kept),
         ) from error
+
+    def _refuse_taken(self, place: Path, error: Exception) -> NoReturn:
+        """Say who failed where mopt would write a file and found one: the disk is well, and the file somebody's."""
+        name, kept = in_words([str(place.relative_to(self.path))]), self._set_aside()
+        raise StorageError(
+            f"{self.output}: somebody else put {name} into the stage, where mopt was about to write it",
+            code="storage.stage_changed",
+            path=str(self.output),
+            hint=f"what was found is kept in {kept}{_SWEPT if kept == self.path else ''}; nothing was published",
+            kept_at=str(kept),
+        ) from error
+
+    def _set_aside(self) -> Path:
+        """Give the stage a name that the user can see, and say which."""
+        self._done = True
+        kept = self._beside.kept_name()
+        try:
+            fsops.rename(self.path, kept)
+            fsops.sync_dir(self.output.parent)
+            self._beside.unmark(self._number)
+        except OSError:
+            if not kept.exists():  # nothing can be renamed here
+                kept = self.path
+        return kept
 
     def _sync_after_swap(self, old: Path | None) -> None:
         try:

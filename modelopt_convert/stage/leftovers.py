@@ -4,10 +4,12 @@ A stage is ``.OUT.mopt-stage-ID``, an old tree between two renames ``.OUT.mopt-o
 ``.OUT.mopt-mark-ID``. A folder of such a name without the marker is somebody else's, unless it is empty.
 """
 
+import ctypes
 import json
 import os
 import re
 import stat
+import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ Kind = Literal["stage", "old", "mark"]
 _SCHEMA = "mopt.stage/1"
 _HEAD = f'{{"schema": "{_SCHEMA}"'.encode()
 _MAX_BYTES = 1 << 28
+_AT_FDCWD, _NO_FOLLOW, _BIRTH = -100, 0x100, 0x800  # of statx(2)
+_STATX, _STATX_BYTES = struct.Struct("=I76xqI"), 256  # stx_mask and stx_btime
 # What a stage holds while it is written, by whichever executor.
 _FILE = rf"{re.escape(MODEL_INDEX)}|config\.json|mopt\.json|README\.md|[^/]+\.safetensors(\.index\.json)?"
 _STAGED = re.compile(rf"(transformer(_2)?/)?({_FILE})|transformer(_2)?|attempts(/[0-9a-f]{{16}})?", re.DOTALL)
@@ -30,26 +34,32 @@ class Marker:
     """What mopt noted of a run before it wrote anything.
 
     Attributes:
-        replaces: Device and inode of the OUT that was to be replaced, if one was.
+        replaces: Which folder the OUT was that was to be replaced, if one was.
         tree: What that OUT held; None if the power went before that was on disk.
         copies: Paths of files that come from the base's pipeline, and may have any name.
         number: The ID of the run, as in the marker's own name: a copy of the marker says nothing of other folders.
+        stage: Which folder the stage is; None if the power went before that was on disk.
     """
 
     replaces: tuple[int, int] | None = None
     tree: Tree | None = None
     copies: frozenset[str] = frozenset()
     number: str = ""
+    stage: tuple[int, int] | None = None
 
     def to_bytes(self) -> bytes:
         """As it is written to disk."""
         tree = {name: [one.kind, one.num_bytes, one.changed_ns] for name, one in (self.tree or {}).items()}
-        told = {"schema": _SCHEMA, "id": self.number, "replaces": self.replaces, "tree": tree}
+        told = {"schema": _SCHEMA, "id": self.number, "stage": self.stage, "replaces": self.replaces, "tree": tree}
         return json.dumps(told | {"copies": sorted(self.copies)}).encode()
 
     def is_whole(self, old: Path) -> bool:
         """Whether nothing was removed of an old tree since it was OUT."""
-        return look(old).keys() >= (self.tree or {}).keys()
+        return self.is_of(old) and look(old).keys() >= (self.tree or {}).keys()
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether a folder is the very one that the run made or replaced: anybody can give another its name."""
+        return self.stage is None or identity_of(folder) in (self.stage, self.replaces)
 
     def strangers(self, folder: Path, *, replaced: bool) -> list[str]:
         """What somebody put into a folder that is to be removed.
@@ -60,7 +70,7 @@ class Marker:
         """
         held = self.tree or {}
         copied = {*self.copies, *folders_of(self.copies)}
-        old = self.tree is not None and (replaced or inode_of(folder) == self.replaces)
+        old = self.tree is not None and (replaced or identity_of(folder) == self.replaces)
         return [
             name
             for name, entry in sorted(look(folder).items())
@@ -69,10 +79,11 @@ class Marker:
 
 
 def marker_of(standing: Standing | None, output: Path, copies: Iterable[str], number: str) -> Marker:
-    """The marker of a run that replaces this, or nothing, and copies files to these paths."""
+    """The marker of a run whose stage is made, that replaces this, or nothing, and copies files to these paths."""
+    stage = identity_of(beside(output, "stage", number))
     if standing is None:
-        return Marker(None, {}, frozenset(copies), number)
-    return Marker(inode_of(output), standing.tree, frozenset(copies), number)
+        return Marker(None, {}, frozenset(copies), number, stage)
+    return Marker(identity_of(output), standing.tree, frozenset(copies), number, stage)
 
 
 def left_beside(output: Path, kind: Kind) -> Mapping[str, Path]:
@@ -109,16 +120,24 @@ def read_marker(path: Path) -> Marker | None:
     return found if found is not None and path.name.endswith(f"-{found.number}") else None
 
 
-def inode_of(path: Path) -> tuple[int, int]:
-    """What a folder is, whatever its path."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
+def identity_of(folder: Path) -> tuple[int, int]:
+    """Which folder it is, whatever its path: its inode, and when that was made, since inodes are used again.
+
+    Not its device: what lies beside OUT lies on OUT's, and that may have another number after a restart.
+    """
+    told = ctypes.create_string_buffer(_STATX_BYTES)
+    statx = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)  # glibc 2.28 and newer
+    born = 0
+    if statx is not None and statx(_AT_FDCWD, os.fsencode(folder), _NO_FOLLOW, _BIRTH, told) == 0:
+        mask, seconds, nanoseconds = _STATX.unpack_from(told)
+        born = seconds * 10**9 + nanoseconds if mask & _BIRTH else 0  # not every file system notes it
+    return folder.lstat().st_ino, born
 
 
 def _parsed(told: Any) -> Marker | None:
     """The marker that whole JSON says; None where mopt would not have said so."""
-    replaces, tree, copies, number = (told.get(key) for key in ("replaces", "tree", "copies", "id"))
-    if replaces is not None and not _are_numbers(replaces, 2):
+    stage, replaces, tree, copies, number = (told.get(key) for key in ("stage", "replaces", "tree", "copies", "id"))
+    if not _are_numbers(stage, 2) or (replaces is not None and not _are_numbers(replaces, 2)):
         return None
     if not isinstance(tree, dict) or not all(_are_numbers(words, 3) for words in tree.values()):
         return None
@@ -126,7 +145,7 @@ def _parsed(told: Any) -> Marker | None:
         return None
     entries = {name: Entry(*words) for name, words in tree.items()}
     known = (replaces[0], replaces[1]) if replaces is not None else None
-    return Marker(known, entries, frozenset(copies), number)
+    return Marker(known, entries, frozenset(copies), number, (stage[0], stage[1]))
 
 
 def _are_numbers(found: object, count: int) -> bool:

@@ -86,7 +86,7 @@ class Sweep:
             self.unmark(number)
 
     def remove(self, tree: Path, marker: Marker, *, replaced: bool) -> str | None:
-        """Remove a tree that mopt made or replaced; keep the tree and say so if somebody put a file into it.
+        """Remove a tree that mopt made or replaced; keep and name another, and one into which somebody put a file.
 
         Another run may be removing the same tree: what vanishes meanwhile is no failure.
         """
@@ -94,10 +94,12 @@ class Sweep:
             if not os.path.lexists(tree):
                 break
             try:
+                what = "the old checkpoint" if replaced else "what a run left"
+                if not marker.is_of(tree):
+                    return f"{tree} is left alone: it has the name of {what}, and is another folder"
                 if strangers := marker.strangers(tree, replaced=replaced):
                     kept = self.kept_name()
                     fsops.rename(tree, kept)
-                    what = "the old checkpoint" if replaced else "what a run left"
                     return f"{what} was kept in {kept}: it holds what came after it: {in_words(strangers)}"
                 fsops.remove_tree(tree)
             except FileNotFoundError:

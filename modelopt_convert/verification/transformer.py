@@ -1,6 +1,6 @@
 """Verify one opened transformer: all levels, one verdict; or the backends alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from modelopt_convert.verification.levels.layout import layout_level
 from modelopt_convert.verification.levels.record import Scanned, scan
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject, find_subject
+
+_ALL_BYTES = "every byte is as mopt.json says"
 
 
 def prewarm_kernels(
@@ -153,7 +155,7 @@ def verify_opened(
             "kernel_worst_column": metrics.COLUMN_LIMIT,
         },
     )
-    verdict, statement = _verdict(found, record)
+    verdict, statement = _verdict(found, record, scanned.edited)
     is_refuted = verdict == "fail" and found.proof != NEAR_WORDS
     proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
@@ -215,7 +217,7 @@ def run_kernels(
     return found
 
 
-def _verdict(found: VerifyReport, record: dict[str, Any] | None) -> tuple[Verdict, str]:
+def _verdict(found: VerifyReport, record: dict[str, Any] | None, edited: Sequence[str]) -> tuple[Verdict, str]:
     failed = [level for level in found.levels if level.status == "fail"]
     if any(level.level != "L3" for level in failed):
         return "fail", failed[0].failures[0]
@@ -229,7 +231,8 @@ def _verdict(found: VerifyReport, record: dict[str, Any] | None) -> tuple[Verdic
         return "backend broken", f"{broken.name} {broken.reason}"
     where = "cpu only" if found.device is None or found.device.capability is None else f"on {found.device.name}"
     if found.proof == UNCHANGED_WORDS and record is not None:
-        return "pass", f"every byte is as mopt.json says, {where}; {claim(record)}"
+        what = f"every weight is as mopt.json says, {' and '.join(edited)} is not" if edited else _ALL_BYTES
+        return "pass", f"{what}, {where}; {claim(record)}"
     if found.proof == NO_BASE_WORDS:
         return "inconclusive", "there is neither a base nor a record to prove it by"
     return "pass", f"{found.proof}, {where}"

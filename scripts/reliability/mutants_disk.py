@@ -329,14 +329,16 @@ DISK = (
     _shard("not too many bytes", "        if came > num_bytes:\n            break\n", ""),
     _shard("not too few bytes", "        if came != planned:\n", "        if came > planned:\n"),
     _shard("digests", "        digest.update(chunk)\n", ""),
-    _staging("what is in the stage is mopt's", "        if odd:\n", "        if False:\n", _OTHER),
+    _staging(
+        "what is in the stage is mopt's", "        if odd := self._odd(self.path):\n", "        if False:\n", _OTHER
+    ),
     _staging(
         "files of the stage are as they were written",
         "now.get(name) != self._written.get(name)}",
         "name not in now}",
         _OTHER,
     ),
-    _staging("folders of the stage", "odd |= (tree.keys() - now.keys()) ^ folders", "pass", _OTHER),
+    _staging("folders of the stage", "sorted(odd | ((tree.keys() - now.keys()) ^ folders))", "sorted(odd)", _OTHER),
     _staging(
         "the stage is the one that was made",
         "        if not self._is_mine(self.path):\n",
@@ -364,6 +366,18 @@ DISK = (
         "            if not mine:\n",
         "            if False:\n",
         _OTHER,
+    ),
+    _staging(
+        "what comes in the instant of the swap is named",
+        "            if odd := self._odd(self.output):\n",
+        "            if odd := list[str]():\n",
+        "stage/test_directory_planted.py::test_a_file_that_comes_in_the_instant_of_the_swap_is_named",
+    ),
+    _staging(
+        "a name that is taken in the stage is no failure of the disk",
+        "if place.is_relative_to(self.path) and",
+        "if False and",
+        "stage/test_directory_planted.py::test_a_name_that_somebody_took_in_the_stage_is_said_to_be",
     ),
     _staging(
         "what somebody put into a stage is kept when the run fails",

@@ -147,11 +147,42 @@ HUB = (
         "",
         ("commands/push/test_hostile_hub.py::test_xet_is_for_a_hub_that_is_trusted",),
     ),
-    Mutant(
-        "checkpoint/hub/client.py",
+    _client(
         "the token goes to the endpoint alone",
-        'if "authorization" in request.headers and asked != origin:',
+        'if is_ours and "authorization" in request.headers and not is_endpoint(request.url):',
         "if False:",
-        ("commands/push/test_hostile_hub.py::test_the_token_goes_to_the_endpoint_alone",),
+        f"{_PUSH}test_the_token_goes_to_the_endpoint_alone",
+        f"{_HOSTILE}test_no_redirect_takes_the_token_elsewhere",
+    ),
+    _client(
+        "whoever reads is guarded, too",
+        "    guard_token()\n    return build_hf_headers(",
+        "    return build_hf_headers(",
+        f"{_HOSTILE}test_no_redirect_takes_the_token_elsewhere",
+    ),
+    _client(
+        "whoever publishes is guarded, too",
+        "    guard_token()\n    return HfApi(",
+        "    return HfApi(",
+        f"{_PUSH}test_the_client_is_guarded",
+    ),
+    _client(
+        "an origin has a scheme",
+        "(asked.scheme, asked.host, asked.port) == (endpoint.scheme, endpoint.host, endpoint.port)",
+        "(asked.host, asked.port) == (endpoint.host, endpoint.port)",
+        f"{_HOSTILE}test_no_redirect_takes_the_token_elsewhere",
+        f"{_HOSTILE}test_the_token_stays_with_scheme_host_and_port",
+    ),
+    _client(
+        "an origin has a port",
+        "(asked.scheme, asked.host, asked.port) == (endpoint.scheme, endpoint.host, endpoint.port)",
+        "(asked.scheme, asked.host) == (endpoint.scheme, endpoint.host)",
+        f"{_HOSTILE}test_no_redirect_takes_the_token_elsewhere",
+    ),
+    _client(
+        "requests of others pass",
+        'is_ours and "authorization"',
+        '"authorization"',
+        f"{_HOSTILE}test_the_token_stays_with_scheme_host_and_port",
     ),
 )

@@ -63,6 +63,13 @@ IDENTITY = (
     _of("checkpoint/record", "a record without it says nothing", "if recorded is None or", "if", _NEUTRAL),
     _of("checkpoint/record", "a base of which rows were read is no other", "or found is None or", "or", _VERIFY),
     _of("verification/transformer", "verify tells", "scanned.warnings += other_base(", "str(other_base)  # (", _VERIFY),
+    _of(
+        "verification/levels/record",
+        "an edited card is not as recorded",
+        "found.edited += [name] * is_editable",
+        "pass",
+        "verification/test_verify.py::test_an_edited_card_is_a_warning",
+    ),
     _of("commands/rewrite/command", "rewrites tell", "+= compare_bases(reader, against)", "+= []", _REWRITE),
     _of(
         "commands/rewrite/command",

@@ -188,6 +188,28 @@ OWNED = (
     ),
     _of(
         "sweep",
+        "another folder of a marked name is not removed",
+        "if not marker.is_of(tree):",
+        "if False:",
+        f"{_PLANTED}test_another_folder_of_a_marked_name_is_left_alone",
+        f"{_PLANTED}test_another_folder_in_place_of_the_old_tree_is_left_alone",
+    ),
+    _of(
+        "leftovers",
+        "another folder of a marked name is not put back",
+        "return self.is_of(old) and look(old)",
+        "return look(old)",
+        f"{_PLANTED}test_another_folder_of_a_marked_name_is_left_alone",
+    ),
+    _of(
+        "leftovers",
+        "an inode is used again",
+        "return folder.lstat().st_ino, born",
+        "return folder.lstat().st_ino, 0",
+        f"{_PLANTED}test_a_folder_is_known_by_its_birth",
+    ),
+    _of(
+        "sweep",
         "no sweep without a marker",
         "        if marker is None:\n            return\n",
         "        marker = marker or Marker()\n",
@@ -246,7 +268,7 @@ OWNED = (
     _of(
         "leftovers",
         "an exchanged tree is known",
-        "(replaced or inode_of(folder) == self.replaces)",
+        "(replaced or identity_of(folder) == self.replaces)",
         "replaced",
         f"{_PLANTED}test_an_exchanged_tree_is_known_by_its_inode",
     ),

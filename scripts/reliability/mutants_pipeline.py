@@ -3,6 +3,7 @@
 from mutants_disk import Mutant
 
 _BUILD = "commands/build/test_pipeline_output.py"
+_ALL = f"{_BUILD}::"
 _PUSH = "commands/push/test_pipeline.py"
 _POWER = "stage/test_powerloss.py::test_a_power_cut_at_any_step"
 
@@ -62,6 +63,29 @@ PIPELINE = (
     _companions("a pointer of git-lfs", "if head.startswith(_LFS_POINTER):", "if False:"),
     _companions("shards that an index lists", 'if f"{folder}/{one}" not in weights):', "if False):"),
     _companions("a model without weights", "if is_model and not weights:", "if False:"),
+    Mutant(
+        "commands/build/command.py",
+        "all of the pipeline is an input",
+        "inputs += tuple(places_read(self._base))",
+        "pass",
+        (f"{_ALL}test_all_of_the_pipeline_is_an_input",),
+    ),
+    Mutant(
+        "commands/requests.py",
+        "to reports, too",
+        "found += places_read(parse_location(str(self.base)))",
+        "pass",
+        (f"{_ALL}test_all_of_the_pipeline_is_an_input",),
+    ),
+    Mutant(
+        "checkpoint/companions.py",
+        "what is linked there is an input",
+        "return [root, *(root / name for name in names(root) if (root / name).is_symlink())]",
+        "return [root]",
+        (f"{_ALL}test_all_of_the_pipeline_is_an_input",),
+    ),
+    _companions("names of copies are text", "        check_name(folder, name)\n", ""),
+    _companions("names of licenses are text", "            check_name(root, name)\n", ""),
     _companions("half a component", "if _is_half(one)]", "if False]"),
     Mutant(
         "inspection/component.py",

@@ -154,6 +154,19 @@ PROOF = (
         "if True else",
         "proof/test_refusals.py::test_a_merged_lora_is_refused_and_never_called_proven",
     ),
+    _record(
+        "what is no file is no missing record",
+        "    if not is_there(path):\n        return None",
+        "    if not path.is_file():\n        return None",
+    ),
+    _record("so above transformers", "if not is_there(path) or", "if not path.is_file() or"),
+    Mutant(
+        "checkpoint/location.py",
+        "small files are small",
+        "if file.num_bytes > limit:",
+        "if False:",
+        ("verification/test_record.py::test_what_is_no_file_is_no_missing_record",),
+    ),
     _record("a record has its schema", 'record.get("schema") != _SCHEMA or not all(', "not all("),
     _record("the names of weight files", ', "shards": sorted(shards)}', "}", _NAMES),
     _record(

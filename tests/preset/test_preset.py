@@ -1,6 +1,7 @@
 """Presets: the ones that come with mopt, what is refused, and which one is chosen."""
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -245,7 +246,10 @@ def test_a_preset_by_path(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_path_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin1.toml").write_bytes(b"name = '\xe9'")
     (tmp_path / "folder.toml").mkdir()
-    for name in ("absent.toml", "latin1.toml", "folder.toml"):
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "endless.toml").symlink_to("/dev/zero")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    for name in ("absent.toml", "latin1.toml", "folder.toml", "pipe.toml", "endless.toml", "loop.toml"):
         error = refusal(load_preset, str(tmp_path / name))
         assert error.code == "preset.unknown"
         assert error.path == str(tmp_path / name)

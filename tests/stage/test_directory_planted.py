@@ -5,14 +5,16 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_driver import files_of, fill, held_by, lay
 from stage_support import LEFT, MARK, NUMBER, SET_ASIDE, lay_left, litter, prepare, publish
 
 from modelopt_convert.run.errors import ExitCode, StorageError
+from modelopt_convert.stage import directory, leftovers
 from modelopt_convert.stage.directory import StagingDir
-from modelopt_convert.stage.leftovers import Marker
+from modelopt_convert.stage.leftovers import Marker, identity_of
 from modelopt_convert.stage.ownership import look
 
 OLD, NEW, ANOTHER = files_of("old"), files_of("new"), files_of("another")
@@ -94,7 +96,7 @@ def test_a_marker_alone_is_swept(out: Path, place: Path, data: bytes | None, pre
     """Also one whose writing was cut short, by a kill or by a power cut that left zeros."""
     if present:
         lay(out, "old")
-    (place / MARK).write_bytes(Marker(None, {}, number=NUMBER).to_bytes() if data is None else data)
+    (place / MARK).write_bytes(Marker(None, {}, number=NUMBER, stage=(0, 0)).to_bytes() if data is None else data)
     assert publish(out).warnings == ()
     assert (held_by(out), litter(out)) == (NEW, [])
 
@@ -130,6 +132,8 @@ _NONE = (
     '"replaces": null, "tree": {}, "copies": null',
     '"replaces": null, "tree": {}, "id": 5',
     '"replaces": null, "tree": {}, "id": null',
+    '"replaces": null, "tree": {}, "stage": null',
+    '"replaces": null, "tree": {}, "stage": ["a", 1]',
 )
 
 
@@ -137,10 +141,92 @@ _NONE = (
 @pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
 def test_a_marker_of_wrong_types_is_none(out: Path, place: Path, name: str, words: str) -> None:
     lay(out, "old"), lay_left(place / name, "another")
-    (place / MARK).write_text(f'{{"schema": "mopt.stage/1", "id": "{NUMBER}", "copies": [], {words}}}')
+    (place / MARK).write_text(f'{{"schema": "mopt.stage/1", "id": "{NUMBER}", "copies": [], "stage": [1, 2], {words}}}')
     [warning] = publish(out).warnings
     assert name in warning and litter(out) == sorted([MARK, name])
     assert held_by(place / name) == files_of("another")
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["OUT stands", "OUT is absent"])
+@pytest.mark.parametrize("name", [SET_ASIDE, LEFT])
+@pytest.mark.parametrize("again", [False, True], ids=["another", "of the same inode"])
+def test_another_folder_of_a_marked_name_is_left_alone(
+    out: Path, place: Path, name: str, present: bool, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it holds nothing but what mopt would write there; a file system gives inodes again."""
+    if present:
+        lay(out, "old")
+    lay_left(place / name, "another")
+    (place / name).rename(place.parent / "moved")
+    lay(place / name, "another")
+    if again:
+        (inode, born), marked = identity_of(place.parent / "moved"), place / name
+        real = leftovers.identity_of
+        monkeypatch.setattr(leftovers, "identity_of", lambda one: (inode, born + 1) if one == marked else real(one))
+    [warning] = publish(out).warnings
+    assert f"{name} is left alone" in warning
+    assert (held_by(out), litter(out), held_by(place / name)) == (NEW, sorted([MARK, name]), ANOTHER)
+
+
+def test_a_folder_is_known_by_its_birth(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    before = identity_of(tmp_path / "one")
+    (tmp_path / "one" / "file").touch()
+    (tmp_path / "one").chmod(0o700)
+    assert identity_of((tmp_path / "one").rename(tmp_path / "two")) == before
+    assert abs(before[1] / 1e9 - time.time()) < 60
+
+
+def test_another_folder_in_place_of_the_old_tree_is_left_alone(
+    out: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came right after the exchange, under the name that the old tree has then."""
+    lay(out, "old")
+    real = directory.swap
+
+    def swapped(*given: Any, **more: Any) -> Any:
+        method, old = real(*given, **more)
+        old.rename(place.parent / "moved")
+        lay(old, "old")
+        return method, old
+
+    monkeypatch.setattr(directory, "swap", swapped)
+    [warning] = publish(out).warnings
+    assert "is left alone" in warning and held_by(out) == NEW
+    [left] = [name for name in litter(out) if "stage" in name]
+    assert held_by(place.parent / "moved") == held_by(place / left) == OLD
+
+
+def test_a_file_that_comes_in_the_instant_of_the_swap_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = directory.swap
+
+    def swapped(stage: Path, *given: Any, **more: Any) -> Any:
+        (stage / "notes.md").write_bytes(b"mine")
+        return real(stage, *given, **more)
+
+    monkeypatch.setattr(directory, "swap", swapped)
+    [warning] = publish(out).warnings
+    assert "notes.md" in warning and held_by(out) == NEW | {"notes.md": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "transformer"])
+@pytest.mark.parametrize("plant", [a_file, a_fifo, a_link_to_nowhere, Path.mkdir])
+def test_a_name_that_somebody_took_in_the_stage_is_said_to_be(
+    out: Path, place: Path, name: str, plant: Callable[[Path], None]
+) -> None:
+    """No word of the disk; what was found is kept, though mopt gives such names."""
+    with pytest.raises(StorageError) as refused, StagingDir(out, (), overwrite=False, need_bytes=0) as stage:
+        plant(stage.path / name)
+        if name == "transformer":
+            stage.add_folder(name)
+        elif name == "config.json":
+            stage.write_file(name, b"ours")
+        else:
+            stage.shard(name, [])
+    assert refused.value.code == "storage.stage_changed" and f"put {name} into" in refused.value.message
+    [kept] = litter(out)
+    assert refused.value.kept_at == str(place / kept) and kept in str(refused.value.hint)
+    assert os.path.lexists(place / kept / name) and not out.exists()
 
 
 def test_a_marker_speaks_of_its_own_run_alone(out: Path, place: Path) -> None:
@@ -207,15 +293,16 @@ def test_an_exchanged_tree_is_known_by_its_inode(out: Path, place: Path) -> None
     lay(out, "new")
     old = lay(place / LEFT, "old")
     (old / "train_log.json").write_text("consented to")
-    status = old.stat()
-    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(old), number=NUMBER).to_bytes())
+    (place / MARK).write_bytes(Marker(identity_of(old), look(old), number=NUMBER, stage=(0, 0)).to_bytes())
     (old / "my_lora.safetensors").write_text("came later")
     [warning] = publish(out).warnings
     [kept] = litter(out)
     assert "my_lora.safetensors" in warning and "train_log.json" not in warning
     (place / kept / "my_lora.safetensors").unlink()
     (place / kept).rename(place / LEFT)
-    (place / MARK).write_bytes(Marker((status.st_dev, status.st_ino), look(place / LEFT), number=NUMBER).to_bytes())
+    (place / MARK).write_bytes(
+        Marker(identity_of(place / LEFT), look(place / LEFT), number=NUMBER, stage=(0, 0)).to_bytes()
+    )
     assert publish(out).warnings == () and litter(out) == []
 
 

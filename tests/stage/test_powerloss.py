@@ -38,7 +38,7 @@ AT_EVERY_RUN = {
     "directory._mark",
 }
 AFTER_A_REMOVAL, IN_A_DISCARD, OF_A_REPORT = "directory._remove_old", "directory._discard", "written_file.write_report"
-IN_A_SWEEP, IN_A_REFUSAL = "sweep._sweep", "directory._keep_stage"
+IN_A_SWEEP, IN_A_REFUSAL = "sweep._sweep", "directory._set_aside"
 OF_A_COPY = "file_copy.copy_file"  # of a whole pipeline
 OF_MARKERS = "sweep.sweep_markers"  # and of what was rolled back
 WITH_WHAT_WAS_LEFT = {IN_A_SWEEP, OF_MARKERS}
@@ -123,8 +123,10 @@ class Story:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", lambda _fd: None)  # of the disk that is only a thought
             without_times(patch)
-            # What is laid out is no folder that a marker names, though it may get the number of one that is gone.
-            patch.setattr(leftovers, "inode_of", lambda _path: (0, 0))
+            # What is laid out is no folder that a marker names, though it may get the number of one that is gone. Nor
+            # does a power cut put another folder in the place of one.
+            patch.setattr(leftovers, "identity_of", lambda _path: (0, 0))
+            patch.setattr(leftovers.Marker, "is_of", lambda _marker, _folder: True)
             try:
                 with StagingDir(room / "out", (), overwrite=True, need_bytes=1):
                     pass

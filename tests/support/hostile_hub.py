@@ -1,9 +1,12 @@
 """A Hub that lies: every field of its answers in turn, and what must hold of mopt whatever it says."""
 
 import copy
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +162,29 @@ class Lies:
 def inspect(*more: str) -> Outcome:
     """``mopt inspect`` of the base."""
     return run_mopt("inspect", "hf://alice/base", *more)
+
+
+@contextmanager
+def elsewhere() -> Iterator[tuple[int, list[dict[str, str]]]]:
+    """A server on the Hub's host that is not the Hub: its port, and the headers of all that it hears."""
+    heard: list[dict[str, str]] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            heard.append({name.lower(): value for name, value in self.headers.items()})
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_words: object) -> None:
+            """Not to stderr."""
+
+    for method in ("do_GET", "do_HEAD", "do_POST", "do_PUT"):
+        setattr(Elsewhere, method, Elsewhere.answer)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port, heard
+    finally:
+        server.shutdown()
+        server.server_close()

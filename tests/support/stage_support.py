@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.header import TensorSpec, parse_header
 from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.directory import Published, StagingDir
-from modelopt_convert.stage.leftovers import Marker
+from modelopt_convert.stage.leftovers import Marker, identity_of
 from modelopt_convert.stage.ownership import look
 
 NUMBER = "0badcafe"  # of another run
@@ -49,7 +49,7 @@ def lay_left(folder: Path, version: str, out: Path | None = None) -> Path:
     lay(folder, version)
     head, _, number = folder.name.rpartition(".mopt-")
     number = number.partition("-")[2]
-    marker = Marker(None, look(folder) if out is None else look(out), number=number)
+    marker = Marker(None, look(folder) if out is None else look(out), number=number, stage=identity_of(folder))
     folder.with_name(f"{head}.mopt-mark-{number}").write_bytes(marker.to_bytes())
     return folder
 

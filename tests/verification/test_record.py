@@ -2,6 +2,7 @@
 
 import copy as copies
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from producers import max_calibration
 from root import LONG
 from support import load, run_mopt
 from verify_support import SHARD, found, verify
+
+from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 
 SHAPES = {"blocks.0.ff": (64, 32), "blocks.1.ff": (48, 64)}
 WRONG = (None, True, 0, -1, 7, 1.5, 10**30, "", "x", "proven", "pass", "0" * 32, [], ["x"], {}, {"x": 1})
@@ -361,3 +364,32 @@ def test_random_bytes_of_no_format_pass(
         assert outcome.exit_code in (1, 2, 3, 6), outcome.stdout
         said = (outcome.report or {}).get("verify")
         assert said is None or said["verdict"] != "pass"
+
+
+def _linked(to: Path | str) -> Callable[[Path], object]:
+    return lambda record: (record.unlink(), record.symlink_to(to))
+
+
+NO_RECORDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a folder": (lambda record: (record.unlink(), record.mkdir()), "input.not_regular"),
+    "a pipe": (lambda record: (record.unlink(), os.mkfifo(record)), "input.not_regular"),
+    "a link to a device": (_linked("/dev/zero"), "input.symlink_escape"),
+    "a link to what never ends": (_linked("/proc/kmsg"), "input.symlink_escape"),
+    "a link to nothing": (_linked("nothing"), "input.missing"),
+    "more than any record": (lambda record: os.truncate(record, MAX_INDEX_BYTES + 1), "record.too_large"),
+}
+
+
+@pytest.mark.parametrize("what", NO_RECORDS)
+def test_what_is_no_file_is_no_missing_record(pair: tuple[Path, Path], tmp_path: Path, what: str) -> None:
+    """With a base, too, and of a pipeline; nothing waits for it, and no link leads out."""
+    spoil, code = NO_RECORDS[what]
+    folder = Path(shutil.copytree(pair[0], tmp_path / "out"))
+    spoil(folder / "mopt.json")
+    above = tmp_path / "above"
+    shutil.copytree(pair[0], above / "transformer")
+    shutil.copy(pair[0] / "mopt.json", above)
+    spoil(above / "mopt.json")
+    for where in ((folder,), (folder, "--base", pair[1]), (above,)):
+        outcome = verify(*where)
+        assert (outcome.exit_code, outcome.error_code) == (3, code), outcome.stderr

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -219,11 +220,19 @@ def test_two_transformers_need_a_checkpoint_each(families: Path, tmp_path: Path)
         assert outcome.exit_code == 3 and outcome.error_code == "pickle.missing", outcome.stderr
 
 
-def test_an_edited_card_is_a_warning(built: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [lambda card: card.write_text("# mine"), Path.mkdir, os.mkfifo, lambda _card: None])
+def test_an_edited_card_is_a_warning(make: Callable[[Path], object], built: dict[str, Path], tmp_path: Path) -> None:
+    """And no word says that it is as recorded."""
     folder = copy(built["nvfp4"], tmp_path / "carded")
-    (folder / "README.md").write_text("# mine")
+    (folder / "README.md").unlink()
+    make(folder / "README.md")
     outcome = verify(folder)
     assert outcome.exit_code == 0 and statuses(outcome)["record"] == "warn"
+    said = found(outcome)
+    assert said["proof"] == "unchanged"
+    assert said["statement"].startswith(
+        "every weight is as mopt.json says, README.md is not, cpu only; its record claims"
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"digests": {"algorithm": "md5", "tensors": {}, "files": {}}}'])

@@ -3,10 +3,12 @@
 import errno
 import importlib
 import re
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelopt_convert import __version__
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each new attempt
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 NOT_CACHED = "run once without HF_HUB_OFFLINE and with --download"
+_LIBRARY = "mopt"
+_GUARDING = threading.Lock()
 _LONGEST_PAUSE_S = 15.0
 _SHOWN_CHARS = 60
 _MAX_ANSWER_BYTES = 16 << 20
@@ -34,7 +38,8 @@ def hub_api() -> "HfApi":
     """The Hub's client, which tells the Hub that mopt calls."""
     from huggingface_hub import HfApi
 
-    return HfApi(library_name="mopt", library_version=__version__)
+    guard_token()
+    return HfApi(library_name=_LIBRARY, library_version=__version__)
 
 
 def http_library() -> Any:
@@ -55,7 +60,8 @@ def hub_headers() -> dict[str, str]:
     """Headers of a request to the Hub, with the token; only where time is bounded, since the client may ask the Hub."""
     from huggingface_hub.utils import build_hf_headers
 
-    return build_hf_headers(library_name="mopt", library_version=__version__)
+    guard_token()
+    return build_hf_headers(library_name=_LIBRARY, library_version=__version__)
 
 
 def read_whole(response: Any) -> Any:
@@ -123,43 +129,51 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return min(float(said), _LONGEST_PAUSE_S) if said.isdecimal() else None
 
 
-@contextmanager
-def token_kept(repo_id: str) -> Iterator[None]:
-    """Send the access token to the endpoint alone, whatever address an answer names; the client would follow it.
+def guard_token() -> None:
+    """Have mopt's requests take the access token to the endpoint alone: the client sends it wherever an answer says.
+
+    An origin is scheme, host and port; to the client it is the host. The hook stays for the life of the process, since
+    threads share one session, and lets requests of others pass.
+    """
+    from huggingface_hub.utils import _http, set_client_factory
+
+    with _GUARDING:
+        before = _http._GLOBAL_CLIENT_FACTORY
+        if getattr(before, "func", None) is not _guarded:
+            set_client_factory(partial(_guarded, before))  # the client makes a new session when a connection failed
+
+
+def _guarded(make: Callable[[], Any]) -> Any:
+    client = make()
+    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _check_origin]}
+    return client
+
+
+def _check_origin(request: Any) -> None:
+    """Refuse a request, also one that follows a redirect, before it takes the token elsewhere.
 
     Raises:
         InputError: ``hub.answer``.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import _http, set_client_factory
 
-    endpoint = http_library().URL(constants.ENDPOINT)
-    origin = endpoint.scheme, endpoint.host, endpoint.port
+    is_ours = request.headers.get("user-agent", "").startswith(f"{_LIBRARY}/")
+    if is_ours and "authorization" in request.headers and not is_endpoint(request.url):
+        where = first_line(Exception(str(request.url)))
+        raise InputError(
+            f"an answer names {where} for a request that has the access token, expected {constants.ENDPOINT}",
+            code="hub.answer",
+            path=where,
+            hint="nothing was sent there; give the Hub that you trust as HF_ENDPOINT, or unset HF_TOKEN",
+        )
 
-    def check(request: Any) -> None:
-        asked = request.url.scheme, request.url.host, request.url.port
-        if "authorization" in request.headers and asked != origin:
-            where = first_line(Exception(str(request.url)))
-            raise _error(
-                InputError,
-                repo_id,
-                "answer",
-                f"an answer names {where} for a request that has the access token, expected {constants.ENDPOINT}",
-                "nothing was sent there; a proxy or another HF_ENDPOINT may be what answered",
-            )
 
-    before = _http._GLOBAL_CLIENT_FACTORY
+def is_endpoint(url: Any) -> bool:
+    """Whether an address has the scheme, the host and the port of the endpoint."""
+    from huggingface_hub import constants
 
-    def guarded() -> Any:
-        client = before()
-        client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], check]}
-        return client
-
-    set_client_factory(guarded)  # the client makes a new session whenever a connection failed
-    try:
-        yield
-    finally:
-        set_client_factory(before)
+    asked, endpoint = map(http_library().URL, (url, constants.ENDPOINT))
+    return bool((asked.scheme, asked.host, asked.port) == (endpoint.scheme, endpoint.host, endpoint.port))
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
+from modelopt_convert.checkpoint.local_file import LocalFile
+from modelopt_convert.run.errors import InputError
+
 _SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
 _METADATA = Path(".cache/huggingface/download")
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -67,14 +70,17 @@ def _commit_of(folder: Path, metadata: Path, small: Mapping[str, bytes], files: 
 
 def _read_metadata(path: Path) -> tuple[str, str, float] | None:
     """Commit, etag and time of a download, or None if the file does not say them."""
-    if not path.is_file():  # a pipe that nobody writes to would never open
+    try:
+        file = LocalFile(path.parent, path.name)
+    except InputError:
         return None
     try:
-        with path.open("rb") as file:
-            commit, etag, time = file.read(_MAX_METADATA_BYTES).decode().split()
+        commit, etag, time = file.read(0, min(file.num_bytes, _MAX_METADATA_BYTES)).decode().split()
         return (commit, etag, float(time)) if _COMMIT.fullmatch(commit) else None
-    except (OSError, ValueError):
+    except (InputError, OSError, ValueError):
         return None
+    finally:
+        file.close()
 
 
 def etag_of(file: IO[bytes], num_bytes: int, *, like: str) -> str:

@@ -21,6 +21,7 @@ from modelopt_convert.checkpoint.hub.client import (
     first_line,
     http_library,
     hub_headers,
+    is_endpoint,
     read_whole,
     retry_after,
     shown,
@@ -234,13 +235,13 @@ class RangeSource:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
 
-        httpx = http_library()
         with self._asking:
             if self._found is not None:
                 return self._found
+            headers = hub_headers()
             url = hf_hub_url(self._repo_id, self._path, revision=self._commit)
             try:
-                now = get_hf_file_metadata(url, library_name="mopt", timeout=constants.HF_HUB_ETAG_TIMEOUT)
+                now = get_hf_file_metadata(url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             except HfHubHTTPError as error:
                 if error.response.status_code in BUSY:
                     pause = retry_after(error.response.headers)
@@ -254,10 +255,9 @@ class RangeSource:
                     path=self._where,
                     hint="it is not the file that was listed: run again, and clear the mirror's cache if there is one",
                 )
-            signed = not _same_server(httpx.URL(now.location), httpx.URL(constants.ENDPOINT))
+            signed = not is_endpoint(now.location)
             # Whoever keeps the bytes must not see the Hub's token.
-            headers = {} if signed else hub_headers()
-            self._found = _Link(now.location, headers, signed, now.xet_file_data is not None)
+            self._found = _Link(now.location, {} if signed else headers, signed, now.xet_file_data is not None)
             return self._found
 
     def _forget(self, link: _Link) -> None:
@@ -290,10 +290,6 @@ def _xet_session() -> Any:
     from hf_xet import XetSession
 
     return XetSession()
-
-
-def _same_server(one: Any, other: Any) -> bool:
-    return bool((one.scheme, one.netloc) == (other.scheme, other.netloc))
 
 
 def _length(said: str, begin: int, end: int, num_bytes: int) -> int | None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modelopt_convert.checkpoint.companions import folders_of, pipeline_root
+from modelopt_convert.checkpoint.companions import folders_of, pipeline_root, places_read
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, Component, resolve_components
@@ -96,6 +96,8 @@ class BuildCommand:
             inputs += tuple({resolve_checkpoint(self._checkpoint, one.name or COMPONENTS[0]) for one in components})
         if request.preset_file is not None:
             inputs += (request.preset_file,)
+        if request.pipeline_output and self._base is not None:
+            inputs += tuple(places_read(self._base))
         if request.output is not None or steps.chosen is not None:
             output = self._output(inputs)
         with ExitStack() as stack:

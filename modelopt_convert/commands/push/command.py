@@ -35,7 +35,6 @@ from modelopt_convert.checkpoint.hub.client import (
     hub_headers,
     page_of,
     read_whole,
-    token_kept,
 )
 from modelopt_convert.checkpoint.hub.range_source import Outage, RangeSource
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
@@ -101,7 +100,7 @@ class PushCommand:
             )
             _check_card(request, local)
             self._verify(progress)
-            with self._clock.timed("push"), _quiet_client(), token_kept(request.repo_id):
+            with self._clock.timed("push"), _quiet_client():
                 pushed, warned = _send(request, local, exists, progress)
             load = _load_command(pushed, local) if loads_right(known, request.engine) else None
             self._pushed = pushed.model_copy(update={"not_published": list(local.left_out), "load": load})

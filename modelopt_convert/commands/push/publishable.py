@@ -13,6 +13,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of
 from modelopt_convert.checkpoint.local_file import check_link
+from modelopt_convert.checkpoint.location import read_small
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, copied_files, read_pipeline
@@ -217,25 +218,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def _small(folder: Path, prefix: str, name: str) -> Upload:
-    path = folder / name
-    check_link(folder, path)
-    size = path.stat().st_size
-    if size > MAX_INDEX_BYTES:
-        raise InputError(
-            f"{path}: expected at most {MAX_INDEX_BYTES} bytes, found {size}",
-            code="push.too_large",
-            path=str(path),
-            hint="this is not the file its name says",
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}",
-            code="input.unreadable",
-            path=str(path),
-            hint="make it readable, then run again",
-        ) from error
+    data = read_small(folder / name, MAX_INDEX_BYTES, code="push")
     return Upload(f"{prefix}{name}", data, len(data))
 
 

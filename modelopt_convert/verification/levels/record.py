@@ -39,12 +39,14 @@ class Scanned:
     Attributes:
         failures: Tensors and files that are not those recorded, in words.
         warnings: Files that may differ.
+        edited: Of those recorded, the ones that do.
         broken: E4M3 weights that hold NaN, with the message.
         not_finite: NaN and infinity among unquantized values, by tensor; only where there are any.
     """
 
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    edited: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     not_finite: dict[str, NotFinite] = field(default_factory=dict)
 
@@ -112,7 +114,9 @@ def scan(
         # Only what the folder lists: a name of the record may be any text.
         there = name in {"config.json", *reader.skipped, *reader.indexes}
         if not there or _digest(reader.path, name) != wanted:
-            list_ = found.warnings if name in _EDITABLE else found.failures
+            is_editable = name in _EDITABLE
+            found.edited += [name] * is_editable
+            list_ = found.warnings if is_editable else found.failures
             list_.append(f"file {name} is not what was recorded")
     return found
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_hub import FEW, HEADERS, VALUES, Lies, inspect, share
+from hostile_hub import FEW, HEADERS, VALUES, Lies, elsewhere, inspect, share
+from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from support import Outcome, run_mopt
 
 from modelopt_convert.checkpoint.hub import answers, client, range_source, watch
+from modelopt_convert.run.errors import InputError
 
 INFO = r"^/api/models/alice/base(/revision/[^/]+)?$"
 TREE = r"^/api/models/alice/base/tree/"
@@ -165,6 +167,42 @@ def test_the_next_page_is_asked_of_the_same_hub(lies: Lies) -> None:
     lies.hub.fault(TREE, headers={"Link": '<http://127.0.0.1:9/elsewhere?cursor=1000>; rel="next"'}, times=1)
     lies.hold(lambda: fresh(lies))
     assert lies.hub.requests("/tree/.*cursor=1000")
+
+
+@pytest.mark.parametrize("status", [302, 307, 308])
+@pytest.mark.parametrize("to", ["http://127.0.0.1:{port}", "//127.0.0.1:{port}", "https://127.0.0.1:{hub}"])
+def test_no_redirect_takes_the_token_elsewhere(lies: Lies, to: str, status: int) -> None:
+    """To huggingface_hub 1 the same host is the same Hub, whatever port and scheme; 2 itself goes no further."""
+    with elsewhere() as (port, heard):
+        there = to.format(port=port, hub=lies.hub.url.rpartition(":")[2])
+        for more in ((), ("--download",)):
+            lies.hub.fault(RESOLVE, method="HEAD", status=status, headers={"Location": f"{there}/x"}, times=10_000)
+            outcome = lies.hold(lambda more=more: fresh(lies, *more))  # type: ignore[misc]
+            assert outcome.exit_code == 3 and heard == [], outcome.stderr
+            assert outcome.error_code == "hub.changed" or (
+                outcome.error_code == "hub.answer" and there.removeprefix("//") in outcome.message
+            )
+
+
+def test_the_token_stays_with_scheme_host_and_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx itself takes a token from http to https; requests of others in the process are none of our business."""
+    httpx = client.http_library()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.test")
+    to = ""
+
+    def answer(asked: Any) -> Any:
+        return httpx.Response(200) if asked.url.path == "/x" else httpx.Response(302, headers={"Location": to})
+
+    transport = httpx.MockTransport(answer)
+    with client._guarded(lambda: httpx.Client(transport=transport, follow_redirects=True)) as session:
+        for place in ("https://hub.test/x", "https://hub.test:443/x"):
+            to = place
+            with pytest.raises(InputError) as caught:
+                session.get("http://hub.test", headers=client.hub_headers() | {"authorization": "Bearer x"})
+            assert caught.value.code == "hub.answer"
+            assert session.get("http://hub.test", headers={"authorization": "Bearer x"}).status_code == 200
+        to = "http://hub.test:80/x"
+        assert session.get("http://hub.test", headers={**client.hub_headers(), "authorization": "x"}).status_code == 200
 
 
 def test_an_answer_without_end_is_not_kept(lies: Lies, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,13 @@ def garbage(folder: Path, metadata: Path) -> None:
     next(metadata.glob("config.json.metadata")).write_bytes(b"\xff" * 5000)
 
 
+def endless(folder: Path, metadata: Path) -> None:
+    """A link to a file that is plain to the system and never ends."""
+    path = next(metadata.glob("config.json.metadata"))
+    path.unlink()
+    path.symlink_to("/proc/kmsg")
+
+
 def a_pipe(folder: Path, metadata: Path) -> None:
     """Nobody writes to it: whoever opens it waits for ever."""
     path = next(metadata.glob("config.json.metadata"))
@@ -128,6 +135,7 @@ FAULTS = [
     no_time,
     garbage,
     a_pipe,
+    endless,
     sha256_of_other_bytes,
 ]
 

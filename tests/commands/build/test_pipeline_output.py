@@ -13,6 +13,8 @@ import torch
 from pipelines import make_pipeline
 from support import Outcome, copy, edit_json, run_mopt, tree
 
+from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
+
 OURS = {"README.md", "mopt.json"}
 BUILT = ("transformer/",)
 
@@ -234,6 +236,21 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: os.truncate(next((folder / "vae").glob("*.safetensors")), 0),
         "header.too_small",
     ),
+    "an index that lies elsewhere": (
+        lambda folder: (
+            (folder / "model_index.json").unlink(),
+            (folder / "model_index.json").symlink_to("/etc/hostname"),
+        ),
+        "input.symlink_escape",
+    ),
+    "an index of more than any has": (
+        lambda folder: os.truncate(folder / "model_index.json", MAX_CONFIG_BYTES + 1),
+        "pipeline.too_large",
+    ),
+    "shards' index of more than any has": (
+        lambda folder: os.truncate(folder / "text_encoder" / "model.safetensors.index.json", MAX_INDEX_BYTES + 1),
+        "index.too_large",
+    ),
     "no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "pipeline.json"),
     "no object": (lambda folder: (folder / "model_index.json").write_text("[]"), "pipeline.json"),
     "nothing listed": (lambda folder: (folder / "model_index.json").write_text("{}"), "pipeline.index"),
@@ -243,6 +260,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
             (folder / "vae" / "config.json").symlink_to("/etc/hostname"),
         ),
         "input.symlink_escape",
+    ),
+    **{
+        f"{name!r} for a file": (lambda folder, name=name: (folder / os.fsdecode(name)).write_text(""), "input.name")
+        for name in (b"tokenizer/\xff.txt", b"tokenizer/nested/\xff.txt", b"LICENSE\xff")
+    },
+    "a folder whose name is no text": (
+        lambda folder: (folder / "tokenizer" / "nested").rename(folder / "tokenizer" / "\udcff"),
+        "input.name",
     ),
     "a link to a folder": (lambda folder: (folder / "vae" / "more").symlink_to(".."), "pipeline.link"),
 }
@@ -257,6 +282,29 @@ def test_what_is_no_whole_pipeline_is_refused(exports: Path, pipeline: Path, tmp
     outcome = make(exports / "nvfp4", base / "transformer", tmp_path / "out")
     assert (outcome.exit_code, outcome.error_code) == (3, code), outcome.stderr
     assert tree(base) == before and not (tmp_path / "out").exists()
+
+
+OUTSIDE = ("vae", "new", "transformer/new", ".", "..")
+PLACES = ("output.is_input", "output.inside_input", "output.around_input")
+
+
+@pytest.mark.parametrize("place", [*OUTSIDE, "elsewhere"])
+@pytest.mark.parametrize("base", ["", "transformer"])
+def test_all_of_the_pipeline_is_an_input(exports: Path, pipeline: Path, tmp_path: Path, place: str, base: str) -> None:
+    """A base may be its transformer alone; a component may be a link."""
+    root = Path(shutil.copytree(pipeline, tmp_path / "around" / "base"))
+    elsewhere = (root / "vae").rename(tmp_path / "elsewhere") if place == "elsewhere" else None
+    if elsewhere is not None:
+        (root / "vae").symlink_to(elsewhere)
+    before = tree(tmp_path)
+    output = elsewhere or root / place
+    refused = make(exports / "nvfp4", root / base, output, "--overwrite", "--overwrite-foreign")
+    assert refused.exit_code == 4 and refused.error_code in PLACES, refused.stderr
+    for more in ((), ("--dry-run",)):
+        page = (elsewhere or root / "vae") / "report.json"
+        told = make(exports / "nvfp4", root / base, tmp_path / "out", "--report-json", str(page), *more)
+        assert told.exit_code == 2 and "outside every input" in told.stderr
+    assert tree(tmp_path) == before
 
 
 def test_weights_that_are_no_safetensors_are_left_out_and_named(exports: Path, pipeline: Path, tmp_path: Path) -> None:

@@ -1,19 +1,18 @@
 """mopt push to a Hub that lies or stalls: a documented exit code, one line, an end, and nothing written elsewhere."""
 
 import logging
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_hub import FEW, VALUES, Lies, put, share
+from hostile_hub import FEW, VALUES, Lies, elsewhere, put, share
 from huggingface_hub import constants
+from huggingface_hub.utils import _http, get_session, set_client_factory
 from loopback_hub import LoopbackHub
 from push_support import REPO, contents, published, push
 
-from modelopt_convert.checkpoint.hub import answers, watch
+from modelopt_convert.checkpoint.hub import answers, client, watch
 from modelopt_convert.commands.push.command import PushCommand
 
 WHO, REFS, TREE = "/whoami", "/api/models/alice/flux/refs", "/api/models/alice/flux/tree/"
@@ -112,30 +111,22 @@ def test_xet_is_for_a_hub_that_is_trusted(
 @pytest.mark.parametrize(("action", "scheme"), [("verify", "http"), ("verify", "https"), ("upload", "http")])
 def test_the_token_goes_to_the_endpoint_alone(lies: Lies, built: Path, action: str, scheme: str) -> None:
     """An LFS upload goes wherever the Hub says, as to the storage of a cloud; what has the token does not."""
-    heard: list[dict[str, str]] = []
-
-    class Elsewhere(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            heard.append({name.lower(): value for name, value in self.headers.items()})
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_words: object) -> None:
-            """Not to stderr."""
-
-    for method in ("do_GET", "do_POST", "do_PUT"):
-        setattr(Elsewhere, method, Elsewhere.answer)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    there = f"{'https' if scheme == 'https' else 'http'}://127.0.0.1:{server.server_port}/evil"
-    try:
+    with elsewhere() as (port, heard):
+        there = f"{scheme}://127.0.0.1:{port}/evil"
         lies.hub.twist(BATCH, lambda content: put(content, ("objects", 0, "actions", action), {"href": there}))
         outcome = lies.hold(lambda: push(built))
-    finally:
-        server.shutdown()
-        server.server_close()
     assert all("authorization" not in headers for headers in heard), heard
     if action == "verify":
         assert (outcome.exit_code, outcome.error_code) == (3, "hub.answer"), outcome.stderr
         assert there in outcome.message and heard == []
+
+
+def test_the_client_is_guarded() -> None:
+    """Its first request is made with nothing but the client."""
+    before = _http._GLOBAL_CLIENT_FACTORY
+    set_client_factory(_http.default_client_factory)
+    try:
+        client.hub_api()
+        assert len(get_session().event_hooks["request"]) == 2
+    finally:
+        set_client_factory(before)
