@@ -169,4 +169,4 @@ def _is_quantized(folder: Location) -> bool:
         raw = read_small(path, MAX_CONFIG_BYTES)
     except OSError:  # the reader opens the file again, and says what is wrong
         return True
-    return "quantization_config" in parse_json_object(raw, code="config", path=str(path))
+    return parse_json_object(raw, code="config", path=str(path)).get("quantization_config") is not None
