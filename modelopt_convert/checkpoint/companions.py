@@ -16,6 +16,8 @@ from modelopt_convert.run.errors import InputError
 
 MODEL_INDEX = "model_index.json"
 _LFS_POINTER = b"version https://git-lfs"
+_MOST_OF_A_POINTER = 1024  # bytes; git-lfs takes no longer file for a pointer
+_SHARD = re.compile(r"[^.]+-\d{5}-of-\d{5}\.safetensors")  # of the plain weights, which no loader finds unlisted
 # Weights of which a pipeline needs one kind; a pickle runs code when it is loaded.
 OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf", ".npz")
 
@@ -29,12 +31,14 @@ class Companions:
         folders: Of the components, by the names that model_index.json gives them.
         files: Every file in them, opened, by its path in the pipeline; also licenses beside model_index.json.
         left_out: Paths of weights in other files than safetensors.
+        unlisted: Folders that model_index.json has as null, so that no loader looks there.
     """
 
     index: bytes
     folders: tuple[str, ...]
     files: Mapping[str, OpenFile]
     left_out: tuple[str, ...]
+    unlisted: tuple[str, ...]
 
 
 def folders_of(paths: Iterable[str]) -> list[str]:
@@ -84,7 +88,7 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
         InputError: ``pipeline.index``, ``pipeline.not_listed``, ``pipeline.incomplete``, ``pipeline.link`` or
             ``input.name``; or what opening a file raises.
     """
-    listed, index = _listed(root)
+    listed, unlisted, index = _listed(root)
     for name in sorted(set(built) - set(listed)):
         raise InputError(
             f"{root / MODEL_INDEX}: expected {name} among the components, found {', '.join(listed)}",
@@ -110,23 +114,33 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
             )
         for path in copied:
             files[path] = _opened(root, path, stack)
-        _check_whole(root, name, listed[name], files)
+        _check_whole(root, name, *listed[name], files)
     for name in sorted(names(root)):
         if name.startswith("LICENSE") and is_file(root / name):
             check_name(root, name)
             files[name] = _opened(root, name, stack)
-    return Companions(index, folders, files, tuple(left_out))
+    return Companions(index, folders, files, tuple(left_out), unlisted)
 
 
-def _listed(root: Location) -> tuple[dict[str, str], bytes]:
-    """The class of each component that a pipeline has, by its folder, and the bytes of its model_index.json."""
+def _listed(root: Location) -> tuple[dict[str, tuple[str, str]], tuple[str, ...], bytes]:
+    """Library and class of each component by its folder, folders of those that are null, and model_index.json."""
     where = str(root / MODEL_INDEX)
     raw = read_small(root / MODEL_INDEX, MAX_CONFIG_BYTES, code="pipeline")
     found = parse_json_object(raw, code="pipeline", path=where)
-    listed = {name: one[1] for name, one in found.items() if not name.startswith("_") and _is_component(one)}
+    if not isinstance(found.get("_class_name"), str):
+        raise InputError(
+            f"{where}: _class_name: expected the name of a class, found {ascii(found.get('_class_name'))[:80]}",
+            code="pipeline.index",
+            path=where,
+            hint="a pipeline with code of its own is not copied; build the transformer without --pipeline-output",
+        )
+    entries = {name: value for name, value in found.items() if not name.startswith("_")}
+    listed = {name: (value[0], value[1]) for name, value in entries.items() if _is_component(value)}
+    # Only what the folder lists: a name of the index may be any text.
+    folders = {name for name in entries.keys() & set(names(root)) if (root / name).is_dir()}
     # diffusers makes them arguments of a function. So they are no paths, and forge nothing in a card.
     odd = [name for name in listed if not (name.isascii() and name.isidentifier())]
-    odd += [name for name, one in found.items() if _is_half(one)]
+    odd += [name for name, value in entries.items() if name not in listed and _is_odd(value, name in folders)]
     if odd or not listed:
         raise InputError(
             f"{where}: expected names of folders with [library, class], found {ascii(odd[0])[:80] if odd else 'none'}",
@@ -134,7 +148,7 @@ def _listed(root: Location) -> tuple[dict[str, str], bytes]:
             path=where,
             hint="this is not what diffusers writes; download the pipeline again",
         )
-    return listed, raw
+    return listed, tuple(sorted(folders - listed.keys())), raw
 
 
 def _is_component(value: Any) -> bool:
@@ -142,41 +156,56 @@ def _is_component(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
 
 
-def _is_half(value: Any) -> bool:
-    """Whether it would be [library, class], if one of the two were not null."""
-    return isinstance(value, list) and len(value) == 2 and None in value and any(isinstance(one, str) for one in value)
+def _is_odd(value: Any, has_folder: bool) -> bool:
+    """Whether what is no component is no setting either: text in a list, or anything but [null, null] for a folder."""
+    has_text = isinstance(value, list) and any(isinstance(one, str) for one in value)
+    return has_text or (has_folder and value != [None, None])
 
 
-def _check_whole(root: Location, name: str, class_name: str, files: Mapping[str, OpenFile]) -> None:
-    """Require the weights of a component: whole safetensors files, and all that an index names.
+def _check_whole(root: Location, name: str, library: str, class_name: str, files: Mapping[str, OpenFile]) -> None:
+    """Require all that a component is loaded from: whole safetensors files, those that an index names, and a config.
 
     Raises:
-        InputError: ``pipeline.incomplete``, or what a header is refused for.
+        InputError: ``pipeline.incomplete``, or what a header or a config is refused for.
     """
+    again = "download the whole pipeline"
     mine = {path: file for path, file in files.items() if path.startswith(f"{name}/")}
     weights = {path: file for path, file in mine.items() if path.endswith(".safetensors")}
     for file in weights.values():
-        head = file.read(0, min(file.num_bytes, max(PREFIX_BYTES, len(_LFS_POINTER))))
-        if head.startswith(_LFS_POINTER):
-            raise _incomplete(file.where, "a pointer of git-lfs", "run `git lfs pull` there, or download it again")
-        length = read_header_length(head[:PREFIX_BYTES], file=file.where, file_bytes=file.num_bytes)
+        head = file.read(0, min(file.num_bytes, PREFIX_BYTES))
+        length = read_header_length(head, file=file.where, file_bytes=file.num_bytes)
         parse_header(file.read(PREFIX_BYTES, length), file=file.where, file_bytes=file.num_bytes)
+    shards: set[str] = set()
     for path, file in mine.items():
         if path.endswith(INDEX_SUFFIX):
             raw = read_small(root / path, MAX_INDEX_BYTES, code="index")
             found = parse_json_object(raw, code="index", path=file.where).get("weight_map")
-            shards = {str(one) for one in found.values()} if isinstance(found, dict) else set()
             folder = path.rpartition("/")[0]
-            for shard in sorted(one for one in shards if f"{folder}/{one}" not in weights):
-                raise _incomplete(file.where, f"no {shard[:80]!r}, which it lists", "download the whole pipeline")
-    is_model = f"{name}/config.json" in mine and not re.search("Tokenizer|Processor|Scheduler|Extractor", class_name)
-    if is_model and not weights:
-        raise _incomplete(str(root / name), "a config.json alone", "download the whole pipeline")
+            named = {f"{folder}/{one}" for one in found.values()} if isinstance(found, dict) else set()
+            for shard in sorted(named - weights.keys()):
+                raise _incomplete(file.where, f"no {shard.rpartition('/')[2][:80]!r}, which it lists", again)
+            shards |= named
+    for path in sorted(weights.keys() - shards):
+        if _SHARD.fullmatch(path.rpartition("/")[2]):
+            raise _incomplete(weights[path].where, "no index that lists it", again)
+    if re.search("Tokenizer|Processor|Scheduler|Extractor", class_name):
+        return
+    config = mine.get(f"{name}/config.json")
+    if config is not None and not weights:
+        raise _incomplete(str(root / name), "a config.json alone", again)
+    if config is None and any(path.count("/") == 1 for path in weights):
+        raise _incomplete(str(root / name), "no config.json beside them", again)
+    if config is not None and library == "diffusers":
+        says = parse_json_object(
+            config.read(0, min(config.num_bytes, MAX_CONFIG_BYTES)), code="config", path=config.where
+        )
+        if not isinstance(says.get("_class_name"), str):
+            raise _incomplete(config.where, f"no _class_name, which should be {class_name[:80]!r}", again)
 
 
 def _incomplete(where: str, found: str, hint: str) -> InputError:
     return InputError(
-        f"{where}: expected the weights of a component, found {found}",
+        f"{where}: expected a whole component, found {found}",
         code="pipeline.incomplete",
         path=where,
         hint=hint,
@@ -204,10 +233,17 @@ def _files(folder: Location, prefix: str) -> Iterator[str]:
 
 
 def _opened(root: Location, path: str, stack: ExitStack) -> OpenFile:
+    """A file of the pipeline, which ``stack`` closes.
+
+    Raises:
+        InputError: ``pipeline.incomplete``: a pointer of git-lfs; or what opening a file raises.
+    """
     folder, _, name = path.rpartition("/")
     place = root
     for part in folder.split("/") if folder else []:
         place = place / part
     file = open_file(place, name)
     stack.callback(file.close)
+    if len(_LFS_POINTER) <= file.num_bytes < _MOST_OF_A_POINTER and file.read(0, len(_LFS_POINTER)) == _LFS_POINTER:
+        raise _incomplete(file.where, "a pointer of git-lfs", "run `git lfs pull` there, or download it again")
     return file

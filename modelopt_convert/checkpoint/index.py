@@ -1,6 +1,7 @@
 """The index of a checkpoint of several files: what it may name, and whether the headers say the same. No torch."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -8,6 +9,8 @@ from modelopt_convert.run.errors import InputError
 
 SHOWN_CHARS = 200
 _MAX_FILE_NAME = 255  # bytes, as Linux takes them
+# Weights of another precision, as diffusers names them: a word before the suffix, or before the number of a shard.
+_VARIANT = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.[^.]+?(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def check_index(where: str, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
@@ -48,3 +51,15 @@ def is_shard_name(name: str) -> bool:
     """Whether an index may name such a file: one that lies beside it."""
     plain = name.endswith(".safetensors") and not name.startswith(".") and not set(name) & {"/", "\\", "\0", ":"}
     return plain and len(name.encode()) <= _MAX_FILE_NAME and PurePosixPath(name).name == name
+
+
+def without_variants(shards: Sequence[str], indexes: Iterable[str]) -> list[str]:
+    """The weight files that diffusers takes unless it is asked for a variant; all, where there are only variants.
+
+    Args:
+        shards: Names of all weight files in a folder.
+        indexes: Names of the indexes there.
+    """
+    plain = {*shards, *(name.removesuffix(".index.json") for name in indexes)}
+    variants = {name for name in shards if (one := _VARIANT.fullmatch(name)) and f"{one[1]}.safetensors" in plain}
+    return [name for name in shards if name not in variants] or list(shards)

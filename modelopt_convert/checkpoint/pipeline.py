@@ -166,4 +166,4 @@ def _found(path: Location, *, what: str) -> list[Location]:
 def _is_quantized(folder: Location) -> bool:
     path = folder / "config.json"
     raw = read_small(path, MAX_CONFIG_BYTES, code="config")
-    return "quantization_config" in parse_json_object(raw, code="config", path=str(path))
+    return parse_json_object(raw, code="config", path=str(path)).get("quantization_config") is not None

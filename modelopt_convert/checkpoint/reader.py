@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
-from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name
+from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name, without_variants
 from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, identify, open_file, read_small
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
@@ -261,7 +261,7 @@ class CheckpointReader:
             raw = small["config.json"] = read_small(self.path / "config.json", MAX_CONFIG_BYTES, code="config")
             self.config = parse_json_object(raw, code="config", path=str(self.path / "config.json"))
         indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-        shards = [name for name in names if name.endswith(".safetensors")]
+        shards = without_variants([name for name in names if name.endswith(".safetensors")], indexes)
         weight_map = self._weight_map(indexes, shards, small)
         listed = sorted(set(weight_map.values())) if weight_map is not None else shards
         for shard in listed:

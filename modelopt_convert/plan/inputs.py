@@ -120,7 +120,7 @@ def one_sided_words(mine: Mapping[str, object], theirs: Mapping[str, object], wh
 
 def differing_keys(mine: Mapping[str, object], theirs: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
     """Where two configs are not of one model: the key and both values; writers leave out what they do not know."""
-    for key in ("_class_name", *sorted(mine.keys() & theirs.keys() - {"_class_name"})):
+    for key in ("_class_name", *sorted(mine.keys() & theirs.keys() - {"_class_name", _QUANTIZATION})):
         # Keys with an underscore say who wrote the file, not what the model is.
         if (key == "_class_name" or not key.startswith("_")) and mine.get(key) != theirs.get(key):
             yield key, mine.get(key), theirs.get(key)

@@ -7,6 +7,7 @@ packed weights, and then all of them. Without a base only the first is possible.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event
+from typing import Literal
 
 import torch
 
@@ -24,7 +25,7 @@ from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proof, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, load
-from modelopt_convert.proof.unquantized import first_difference, is_near_base, same_up_to_cast
+from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
 from modelopt_convert.report.words import REFUTED
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
@@ -47,6 +48,7 @@ class Proof:
         fused_differ: Fused groups whose global scales differ, with the largest ratio; runtimes rebase them.
         biases_differ: Packed modules whose bias is not the base's.
         unquantized_differ: Unquantized tensors that are not the base's by more than a cast.
+        coarser: Tensors that are written as the base has them, which are casts of the export's.
     """
 
     algorithm: Algorithm
@@ -59,6 +61,7 @@ class Proof:
     fused_differ: dict[str, float] = field(default_factory=dict)
     biases_differ: list[str] = field(default_factory=list)
     unquantized_differ: list[str] = field(default_factory=list)
+    coarser: list[str] = field(default_factory=list)
 
     def layouts(self) -> dict[str, Layout]:
         """How each module lies, of those that are known to lie somehow."""
@@ -292,16 +295,17 @@ def _check_unquantized(
     workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    def same(name: str, stopped: Event) -> bool:
+    def rounded(name: str, stopped: Event) -> Literal["export", "base"] | None:
         with torch.inference_mode():  # of each thread
-            found = same_up_to_cast(export, base, name, stopped)
+            found = rounded_side(export, base, name, stopped)
         advance(sum(one.tensors[name].num_bytes for one in (export, base)))
         return found
 
-    equal = in_order(plan.must_equal, same, workers)
-    proof.unquantized_differ = [name for name, one in zip(plan.must_equal, equal, strict=True) if not one]
-    equal = in_order(plan.may_differ, same, workers)
-    proof.biases_differ = [module_of(name) for name, one in zip(plan.may_differ, equal, strict=True) if not one]
+    sides = dict(zip(plan.must_equal, in_order(plan.must_equal, rounded, workers), strict=True))
+    proof.unquantized_differ = [name for name, side in sides.items() if side is None]
+    proof.coarser = [name for name, side in sides.items() if side == "base" and plan.steps[name].origin == "base"]
+    biases = zip(plan.may_differ, in_order(plan.may_differ, rounded, workers), strict=True)
+    proof.biases_differ = [module_of(name) for name, side in biases if side is None]
 
 
 def _refuse_other_values(export: CheckpointReader, base: CheckpointReader, proof: Proof, near: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from threading import Event
+from typing import Literal
 
 import torch
 
@@ -15,8 +16,14 @@ _COMPARED_BYTES = 1 << 20  # of either side, while it is in a core's cache
 _COMPARED_VALUES = 1 << 18
 
 
-def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str, stopped: Event) -> bool:
-    """Whether a tensor is the base's, directly or rounded to another float dtype.
+def rounded_side(
+    export: CheckpointReader, base: CheckpointReader, name: str, stopped: Event
+) -> Literal["export", "base"] | None:
+    """Which side a cast between float dtypes makes of the other, if a tensor is the base's up to a cast.
+
+    Returns:
+        ``export``, also where nothing was rounded; ``base`` if its values alone are rounded; None if the tensor is not
+        the base's.
 
     Raises:
         Stopped: The event was set meanwhile.
@@ -25,20 +32,21 @@ def same_up_to_cast(export: CheckpointReader, base: CheckpointReader, name: str,
     if source == target:
         pairs = zip(export.buffered(name, _COMPARED_BYTES), base.buffered(name, _COMPARED_BYTES), strict=True)
         if all(equal_bytes(left, right) for left, right in until(stopped, pairs)):
-            return True
+            return "export"
     if not {source, target} <= HALF_AND_FLOAT:
-        return False
-    paths = cast_paths(source, target)
+        return None
+    down, up = cast_paths(source, target), cast_paths(target, source)
     source_bytes, target_bytes = DTYPE_BITS[source] // 8, DTYPE_BITS[target] // 8
     num_elements = CHUNK_BYTES // 4
     left_chunks = base.chunks(name, num_elements * source_bytes)
     casts = zip(left_chunks, export.chunks(name, num_elements * target_bytes), strict=True)
     for left, right in until(stopped, casts):
         values, wanted = from_bytes(left, source, (-1,)), from_bytes(right, target, (-1,))
-        paths = [path for path in paths if equal_after(values, path, wanted)]
-        if not paths:
-            return False
-    return True
+        down = [path for path in down if equal_after(values, path, wanted)]
+        up = [path for path in up if equal_after(wanted, path, values)]
+        if not (down or up):
+            return None
+    return "export" if down else "base"
 
 
 def first_difference(export: CheckpointReader, base: CheckpointReader, name: str) -> str:

@@ -32,6 +32,10 @@ def _export(what: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant("proof/export.py", what, old, new, tests or (_NVFP4,))
 
 
+def _cast(what: str, old: str, new: str) -> Mutant:
+    return Mutant("proof/unquantized.py", what, old, new, ("proof/test_unquantized.py",))
+
+
 def _record(what: str, old: str, new: str, *tests: str, file: str = "checkpoint") -> Mutant:
     return Mutant(f"{file}/record.py", what, old, new, tests or ("verification/test_record.py",))
 
@@ -167,6 +171,16 @@ PROOF = (
         "if False:",
         ("verification/test_record.py::test_what_is_no_file_is_no_missing_record",),
     ),
+    _export(
+        "a base of less precision is told",
+        'side == "base" and plan',
+        "False and plan",
+        "commands/build/test_families.py::test_a_base_of_less_precision_is_the_base_all_the_same_and_told",
+    ),
+    _cast("the export is the base's cast", "if equal_after(values, path, wanted)]", "if False]"),
+    _cast("the base is the export's cast", "if equal_after(wanted, path, values)]", "if False]"),
+    _cast("values of both are compared", "if not (down or up):", "if False:"),
+    _cast("the side that is rounded", 'return "export" if down else "base"', 'return "export"'),
     _record("a record has its schema", 'record.get("schema") != _SCHEMA or not all(', "not all("),
     _record("the names of weight files", ', "shards": sorted(shards)}', "}", _NAMES),
     _record(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import entries
-from support import Outcome, Tensors, config_of, copy, edit, load, run_mopt, same_bits, tree
+from support import Outcome, Tensors, config_of, copy, edit, edit_json, load, run_mopt, same_bits, tree
 
 COMMANDS = {"nvfp4": "build-nvfp4", "fp8": "convert-fp8"}
 PRESET = "wan2.2-t2v-a14b"
@@ -74,6 +74,7 @@ def test_only_what_the_export_quantized_is_built(families: Path, tmp_path: Path)
     """As the published checkpoints: ``transformer`` quantized, ``transformer_2`` the base's own."""
     export, base = pipelines(families, tmp_path, "fp8")
     copy(base / "transformer_2", tmp_path / "half" / "transformer_2")
+    edit_json(tmp_path / "half" / "transformer_2" / "config.json", lambda one: one.update(quantization_config=None))
     copy(export / "transformer", tmp_path / "half" / "transformer")
     assert make("fp8", tmp_path / "half", base, tmp_path / "out").exit_code == 0
     assert make("fp8", export / "transformer", base, tmp_path / "alone").exit_code == 0

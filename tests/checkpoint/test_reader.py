@@ -1,5 +1,6 @@
 """Opening checkpoint folders: what is read, and what is refused with which code."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -48,6 +49,38 @@ def test_every_tensor_is_read_right(kind: str, request: pytest.FixtureRequest) -
             assert all(len(piece) == 4 for piece in pieces[:-1]) and all(0 < len(piece) <= 4 for piece in pieces)
         assert len(open_fds(folder)) == len(reader.files)
     assert open_fds(folder) == []
+
+
+VARIANTS = [SINGLE.replace(".", ".fp16.", 1), A.replace(".", ".bf16."), A.replace("-", ".non_ema-", 1)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_a_variant_beside_the_plain_weights_is_skipped(kind: str, variant: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    save_file({"other": torch.ones(1)}, folder / variant)
+    variant_index = INDEX.replace(".json", ".fp16.json")
+    (folder / variant_index).write_text(json.dumps({"weight_map": {"other": variant}}))
+    with CheckpointReader(folder) as reader:
+        assert reader.tensors.keys() == WEIGHT_MAP.keys() and variant not in reader.files
+        assert reader.skipped == tuple(sorted((variant, variant_index)))
+
+
+def test_variants_alone_are_not_chosen_among(tmp_path: Path) -> None:
+    write(tmp_path, {variant: SHARDS[A] for variant in VARIANTS[:2]})
+    error = reader_refusal(tmp_path)
+    assert error.code == "input.ambiguous" and all(variant in error.message for variant in VARIANTS[:2])
+    (tmp_path / VARIANTS[1]).unlink()
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.files == (VARIANTS[0],)
+
+
+def test_a_variant_that_the_index_names_is_read(sharded: Path) -> None:
+    named = VARIANTS[2]
+    (sharded / A).rename(sharded / named)
+    write(sharded, {}, WEIGHT_MAP | dict.fromkeys(SHARDS[A], named))
+    with CheckpointReader(sharded) as reader:
+        assert named in reader.files and reader.tensors.keys() == WEIGHT_MAP.keys()
 
 
 def test_one_file_without_its_folder(sharded: Path) -> None:

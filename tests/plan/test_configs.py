@@ -94,6 +94,13 @@ def test_keys_of_one_side_are_told_with_their_values(seed: int, pair: tuple[Path
     assert said == told and level["status"] == ("warn" if expected else "pass")
 
 
+def test_a_base_that_says_null_of_its_quantization_has_none(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = without(pair[1], tmp_path, [], {"quantization_config": None})
+    assert warned(built(pair[0], base, tmp_path / "out")) == []
+    checked = verify(tmp_path / "out", "--base", base, "--device", "cpu")
+    assert (checked.exit_code, found(checked)["proof"]) == (0, "proven"), checked.stderr
+
+
 @pytest.mark.parametrize("key", ARCHITECTURE)
 def test_another_value_of_the_architecture_is_refused_with_both(
     key: str, pair: tuple[Path, Path], tmp_path: Path
@@ -135,7 +142,7 @@ def test_every_key_is_equal_refused_told_or_of_no_model() -> None:
         for key in keys:
             both = key in mine and key in theirs
             differs = mine.get(key) != theirs.get(key) and (both or key == "_class_name")
-            assert (key in refused) is (key != "_d" and differs), (mine, theirs)
+            assert (key in refused) is (key not in ("_d", "quantization_config") and differs), (mine, theirs)
             assert (f" {key} = " in told) is (key in "abc" and (key in mine) != (key in theirs)), (mine, theirs)
             assert key not in refused or refused[key] == (mine.get(key), theirs.get(key))
         assert one_sided_words(mine, mine, "mine") == []

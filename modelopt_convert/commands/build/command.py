@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modelopt_convert.checkpoint.companions import folders_of, pipeline_root, places_read
+from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of, pipeline_root, places_read
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, Component, resolve_components
@@ -179,6 +179,9 @@ class BuildCommand:
         companions = self.steps.inputs.open_beside("pipeline", pipeline_root(self._base), folders)
         if companions.left_out:
             message = f"not copied, since they are no safetensors: {', '.join(companions.left_out)}"
+            self.steps.warned.append(("pipeline.left_out", message))
+        if companions.unlisted:
+            message = f"not copied, since {MODEL_INDEX} says null of them: {', '.join(companions.unlisted)}"
             self.steps.warned.append(("pipeline.left_out", message))
         self.steps.companions = companions
         return folders

@@ -288,6 +288,9 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     if differ := proof.unquantized_differ:
         message = f"{prefix}{differ[0]} first: {len(differ)} unquantized tensors of the export are not the base's"
         yield "export.unquantized_differ", f"{message}; the base's are written, so that two models may be mixed"
+    if coarser := proof.coarser:
+        message = f"{prefix}{coarser[0]} first: {len(coarser)} unquantized tensors of the base are the export's, cast"
+        yield "base.coarser", f"{message}; the base's are written, with less precision"
     from modelopt_convert.proof.judgement import scale_words
 
     for words in scale_words(proof.modules):

@@ -123,7 +123,6 @@ def _config_faults(reader: CheckpointReader, base: CheckpointReader) -> list[str
     return [
         f"config.json: {key}: expected {theirs!r} as in the base, found {mine!r}"
         for key, mine, theirs in differing_keys(reader.config, base.config)
-        if key != "quantization_config"
     ]
 
 

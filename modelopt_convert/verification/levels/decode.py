@@ -18,7 +18,7 @@ from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module
 from modelopt_convert.proof.judgement import Judgement, format_proof, scale_words, with_shared_scales
 from modelopt_convert.proof.tensors import casts_of, common_dtype, tensor_scale
-from modelopt_convert.proof.unquantized import first_difference, is_near_base, same_up_to_cast
+from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
 from modelopt_convert.report.verify import LevelReport, LevelStatus, ModuleVerify
 from modelopt_convert.report.words import (
     MISMATCH_WORDS,
@@ -222,9 +222,9 @@ def unlike_base(
         if info.shape != base.tensors[name].shape:
             return False, f"{name}: {list(info.shape)}, the base's is {list(base.tensors[name].shape)}"
         with torch.inference_mode():  # of each thread
-            same = same_up_to_cast(subject.reader, base, name, stopped)
+            side = rounded_side(subject.reader, base, name, stopped)
             advance(info.num_bytes)
-            if same:
+            if side is not None:
                 return None
             is_near = is_near_base(subject.reader, base, name, max_error)
             place = first_difference(subject.reader, base, name)

@@ -7,7 +7,7 @@ import sglang_runtime
 import torch
 import vllm_runtime
 from families import FAMILIES, PRESETS, WITHOUT_PRESET, allowed
-from support import build, config_of, load, same_bits
+from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.preset.patterns import PatternMatcher
@@ -174,6 +174,30 @@ def test_f32_stays_where_the_preset_says_so_and_nowhere_else(families: Path, tmp
     packed = {name.split(".")[1] for name, tensor in out.items() if tensor.dtype == torch.uint8}
     assert packed == {"3"}
     assert "blocks.4.attn1.to_q" in config_of(tmp_path / "out")["quantization_config"]["ignore"]
+
+
+def test_a_base_of_less_precision_is_the_base_all_the_same_and_told(families: Path, tmp_path: Path) -> None:
+    """A BF16 copy of the original, of which the export keeps some tensors in F32."""
+
+    def narrow(tensors: Tensors) -> None:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    original = families / "wan" / "base"
+    export, coarse = families / "wan" / "nvfp4", edit(original, tmp_path / "base", narrow)
+    preset = wan_preset(tmp_path / "wan.toml", '["**.scale_shift_table", "blocks.*.norm2.*"]')
+    outcome = build(export, coarse, tmp_path / "out", preset=str(preset))
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    told = [one["message"] for one in outcome.report["warnings"] if one["code"] == "base.coarser"]
+    out, source = load(tmp_path / "out"), load(coarse)
+    exported = load(export / "transformer")
+    wide = [name for name in source if exported[name].dtype == torch.float32]
+    assert len(told) == 1 and f"{len(wide)} unquantized tensors of the base" in told[0]
+    assert all(same_bits(out[name], source[name]) for name in wide)
+    assert outcome.report["proof"]["words"] == "proven"
+    whole = build(export, original, tmp_path / "whole", preset=str(preset))
+    assert whole.report is not None and "base.coarser" not in [one["code"] for one in whole.report["warnings"]]
+    for checkpoint, base in ((tmp_path / "whole", coarse), (tmp_path / "out", original)):
+        assert run_mopt("verify", checkpoint, "--base", base).exit_code == 0
 
 
 def test_a_keep_fp32_pattern_that_matches_nothing_is_an_error(families: Path, tmp_path: Path) -> None:

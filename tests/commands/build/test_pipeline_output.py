@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,55 @@ def test_a_dry_run_says_what_would_be_copied(exports: Path, pipeline: Path, tmp_
     assert said["vae/config.json"] == (pipeline / "vae" / "config.json").stat().st_size
 
 
+def _write(path: str, text: str, folder: Path) -> None:
+    (folder / path).write_text(text)
+
+
 def _pickled(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+
+
 def _pointer(folder: Path) -> None:
-    oid = "0" * 64
-    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 123\n"
-    next((folder / "vae").glob("*.safetensors")).write_text(text)
+    next((folder / "vae").glob("*.safetensors")).write_text(POINTER)
+
+
+def _sharded(index: str | None) -> Callable[[Path], None]:
+    """With a text encoder in two shards, and this index."""
+
+    def spoil(folder: Path) -> None:
+        encoder = folder / "text_encoder"
+        for number in (1, 2):
+            shutil.copy(encoder / "model.safetensors", encoder / f"model-0000{number}-of-00002.safetensors")
+        (encoder / "model.safetensors").unlink()
+        (encoder / "model.safetensors.index.json").unlink()
+        if index is not None:
+            (encoder / "model.safetensors.index.json").write_text(index)
+
+    return spoil
+
+
+def _config(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: change(folder / "vae" / "config.json")
+
+
+ODD: tuple[Any, ...] = (
+    ["diffusers"],
+    [1, "A"],
+    ["diffusers", 1],
+    ["a", "b", "c"],
+    [["a"], "b"],
+    [None, "A"],
+    [],
+    [1, 2],
+    [None],
+    {},
+    "AutoencoderKL",
+    True,
+    None,
+)
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -220,6 +262,38 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     },
     "half a component": (_relisted("vae", ["diffusers", None]), "pipeline.index"),
     "a pointer in place of weights": (_pointer, "pipeline.incomplete"),
+    **{
+        f"a pointer in place of {path}": (partial(_write, path, POINTER), "pipeline.incomplete")
+        for path in (
+            "tokenizer/spiece.model",
+            "tokenizer/nested/deeper/merges.txt",
+            "scheduler/scheduler_config.json",
+            "text_encoder/config.json",
+            "LICENSE.md",
+            "model_index.json",
+        )
+    },
+    **{f"{value} for a folder": (_relisted("vae", value), "pipeline.index") for value in ODD},
+    **{
+        f"{value} for no folder": (_relisted("other", value), "pipeline.index")
+        for value in ODD
+        if isinstance(value, list) and any(isinstance(one, str) for one in value)
+    },
+    "a class of the pipeline's own code": (_relisted("_class_name", ["pipeline", "MyPipe"]), "pipeline.index"),
+    "no class": (_relisted("_class_name", None), "pipeline.index"),
+    "shards without an index": (_sharded(None), "pipeline.incomplete"),
+    "shards with an index that says nothing": (_sharded("{}"), "pipeline.incomplete"),
+    "shards with an index of one": (
+        _sharded('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        "pipeline.incomplete",
+    ),
+    "weights without a config": (_config(Path.unlink), "pipeline.incomplete"),
+    "weights beside a folder called config.json": (
+        _config(lambda path: (path.unlink(), path.mkdir(), (path / "x.json").write_text("{}"))),
+        "pipeline.incomplete",
+    ),
+    "a config without a class": (_config(lambda path: path.write_text("{}")), "pipeline.incomplete"),
+    "a config that is no JSON": (_config(lambda path: path.write_text("{")), "config.json"),
     "a shard that the index lists is missing": (
         lambda folder: edit_json(
             folder / "text_encoder" / "model.safetensors.index.json",
@@ -305,6 +379,44 @@ def test_all_of_the_pipeline_is_an_input(exports: Path, pipeline: Path, tmp_path
         told = make(exports / "nvfp4", root / base, tmp_path / "out", "--report-json", str(page), *more)
         assert told.exit_code == 2 and "outside every input" in told.stderr
     assert tree(tmp_path) == before
+
+
+def test_what_real_pipelines_have_is_taken(exports: Path, pipeline: Path, tmp_path: Path) -> None:
+    """Settings of every kind, a library of its own, processors, variants; a folder that is null is named."""
+    base = Path(shutil.copytree(pipeline, tmp_path / "base"))
+    for name, value in {
+        "guider": ["my_library", "Guider"],
+        "processor": ["transformers", "Qwen2VLProcessor"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "safety_checker": [None, None],
+        "image_encoder": [None, None],
+        "scale": 1.5,
+        "name": "x",
+        "layers": [9, [18, 27], {"a": 1}, None],
+        "nothing": None,
+        "options": {"a": ["b"]},
+    }.items():
+        _relisted(name, value)(base)
+    for path in (
+        "guider/guider_config.json",
+        "processor/chat_template.json",
+        "feature_extractor/preprocessor_config.json",
+    ):
+        (base / path).parent.mkdir()
+        (base / path).write_text("{}")
+    (base / "safety_checker").mkdir()
+    (base / "assets").mkdir()
+    _sharded('{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}')(base)
+    plain = next((base / "vae").glob("*.safetensors"))
+    shutil.copy(plain, base / "vae" / "diffusion_pytorch_model.fp16-00001-of-00002.safetensors")
+    shard = next((base / "transformer").glob("*.safetensors"))
+    variant = shutil.copy(shard, shard.with_name(f"{shard.stem}.fp16.safetensors"))
+    outcome = make(exports / "nvfp4", base, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    told = [one["message"] for one in outcome.report["warnings"] if one["code"] == "pipeline.left_out"]
+    assert told == ["not copied, since model_index.json says null of them: safety_checker"]
+    assert outcome.report["inputs"]["transformer/base"]["skipped_files"] == [variant.name]
+    assert verified(tmp_path / "out").exit_code == 0
 
 
 def test_weights_that_are_no_safetensors_are_left_out_and_named(exports: Path, pipeline: Path, tmp_path: Path) -> None:
