@@ -125,6 +125,8 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
 def _listed(root: Location) -> tuple[dict[str, tuple[str, str]], tuple[str, ...], bytes]:
     """Library and class of each component by its folder, folders of those that are null, and model_index.json."""
     where = str(root / MODEL_INDEX)
+    with ExitStack() as stack:
+        _opened(root, MODEL_INDEX, stack)  # which is no pointer
     raw = read_small(root / MODEL_INDEX, MAX_CONFIG_BYTES, code="pipeline")
     found = parse_json_object(raw, code="pipeline", path=where)
     if not isinstance(found.get("_class_name"), str):

@@ -393,15 +393,11 @@ class StagingDir:
         if not self._made:
             return None
         # First: these may be the last descriptors that there are, and to remove a folder takes one.
-        mine = self._is_mine(self.path)
         self._unlock()
         kept = None
         with contextlib.suppress(OSError):  # the next run sweeps what cannot be removed now
             if self._marker is None:  # nothing is in it
                 fsops.remove_dir(self.path)
-                return None
-            if not mine:
-                self._beside.disown(self._number)
                 return None
             kept = self._beside.remove(self.path, self._marker, replaced=False)
             with contextlib.suppress(OSError):

@@ -362,12 +362,6 @@ DISK = (
         _OTHER,
     ),
     _staging(
-        "a failed run removes its own stage alone",
-        "            if not mine:\n",
-        "            if False:\n",
-        _OTHER,
-    ),
-    _staging(
         "what comes in the instant of the swap is named",
         "            if odd := self._odd(self.output):\n",
         "            if odd := list[str]():\n",

@@ -14,7 +14,7 @@ from stage_support import LEFT, MARK, NUMBER, SET_ASIDE, lay_left, litter, prepa
 from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.stage import directory, leftovers
 from modelopt_convert.stage.directory import StagingDir
-from modelopt_convert.stage.leftovers import Marker, identity_of
+from modelopt_convert.stage.leftovers import Marker, identity_of, read_marker
 from modelopt_convert.stage.ownership import look
 
 OLD, NEW, ANOTHER = files_of("old"), files_of("new"), files_of("another")
@@ -234,7 +234,8 @@ def test_a_marker_speaks_of_its_own_run_alone(out: Path, place: Path) -> None:
     mine = place / LEFT.replace(NUMBER, "aaaaaaaa")
     mine.mkdir()
     (mine / "config.json").write_bytes(b"mine")
-    shutil.copy(place / MARK, place / MARK.replace(NUMBER, "aaaaaaaa"))
+    copy = Path(shutil.copy(place / MARK, place / MARK.replace(NUMBER, "aaaaaaaa")))
+    assert read_marker(place / MARK) is not None and read_marker(copy) is None
     [warning] = publish(out).warnings
     assert mine.name in warning and (mine / "config.json").read_bytes() == b"mine"
     assert litter(out) == sorted([mine.name, MARK.replace(NUMBER, "aaaaaaaa")])
@@ -337,14 +338,15 @@ def test_another_checkpoint_in_place_of_the_one_that_may_be_replaced(
 ) -> None:
     """--overwrite was consent to replace what stood there then."""
     prepare(method, out, monkeypatch)
-    refused_as_changed(out, change)
+    assert "put another checkpoint there" in refused_as_changed(out, change)
 
 
 def test_a_checkpoint_where_there_was_none(out: Path) -> None:
     refused_as_changed(out, lambda path: lay(path, "another"))
 
 
-def refused_as_changed(out: Path, change: Callable[[Path], object]) -> None:
+def refused_as_changed(out: Path, change: Callable[[Path], object]) -> str:
+    """The message."""
     with pytest.raises(StorageError) as failed, StagingDir(out, (), overwrite=True, need_bytes=1) as stage:
         fill(stage, "new")
         change(out)
@@ -355,6 +357,7 @@ def refused_as_changed(out: Path, change: Callable[[Path], object]) -> None:
     assert error.kept_at is not None and held_by(Path(error.kept_at)) == NEW
     assert error.hint is not None and f"mv {error.kept_at} " in error.hint
     assert not [name for name in litter(out) if name.startswith(".")]
+    return error.message
 
 
 def test_an_output_that_was_removed_meanwhile_is_made_new(out: Path) -> None:

@@ -177,8 +177,9 @@ def test_a_run_that_fails_removes_its_own_stage_alone(tmp_path: Path, how: str) 
         if how == "a folder":
             (stage / "config.json").write_text("mine")
 
-    failed(tmp_path / "out", change)
+    error = failed(tmp_path / "out", change)
     assert held_by(tmp_path / "out") == before and held_by(tmp_path / "moved")
+    assert ("is left alone" in str(error.hint)) is (how != "gone")
     for _ in range(2):  # nor does the next one
         assert how == "gone" or [note.read_text() for note in tmp_path.rglob("thesis.md")] == ["mine"]
         found = [path.read_text() for path in tmp_path.glob(".out.mopt-stage-*/config.json") if not path.is_symlink()]
