@@ -1,6 +1,7 @@
 """Presets: which modules of a model stay in BF16, as TOML data. No Python is needed to add one."""
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from modelopt_convert.run.errors import InputError
 # A license belongs to one model's weights. A preset that extends another has its architecture, maybe not its license.
 _NOT_INHERITED = ("license", "license_name", "license_link")
 _MAX_BYTES = 1 << 20
+_LONGEST_CHAIN = 32  # of presets that extend one another
 _HERE = Path(__file__).resolve().parent
 # In the wheel the TOML files lie inside the package; in a checkout, beside it. No other place is searched.
 _FOLDERS = (_HERE / "toml", _HERE.parent.parent / "presets")
@@ -215,12 +217,12 @@ def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[d
     extended = fields.pop("extends", None)
     if extended is None:
         return fields, [text]
-    if not isinstance(extended, str) or extended in seen:
+    if not isinstance(extended, str) or extended in seen or len(seen) >= _LONGEST_CHAIN:
         raise InputError(
             f"{path}: extends: expected the name or path of another preset, found {extended!r}",
             code="preset.extends",
             path=path,
-            hint="a preset can extend one other, and not itself by a detour",
+            hint=f"a preset can extend one other, not itself by a detour, and a chain has at most {_LONGEST_CHAIN}",
         )
     where = Path(path).parent / extended if _is_path(extended) else _folder() / f"{extended}.toml"
     parent, texts = _with_inherited(_read(where, extended), str(where), (*seen, extended))
@@ -238,8 +240,8 @@ def _is_path(name: str) -> bool:
 def _read(path: Path, name: str) -> str:
     try:
         # Wherever a link leads: the user named it.
-        return read_small(path.resolve(), _MAX_BYTES, code="preset").decode()
-    except (InputError, OSError, RuntimeError, ValueError) as error:  # also a loop of links, no UTF-8, a NUL
+        return read_small(Path(os.path.realpath(path, strict=True)), _MAX_BYTES, code="preset").decode()
+    except (InputError, OSError, ValueError) as error:  # also not UTF-8, or a path with a NUL
         known = ", ".join(preset_names())
         said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
         why = f"cannot be read: {said or 'it is not UTF-8'}"

@@ -11,6 +11,7 @@ from crash_driver import held_by
 from figures import note
 from forks import Forks
 from root import LONG
+from stage_support import copy_of_left
 from tracing import Call, need_strace
 
 # From the creation of its first file on, a run does the same whatever it found: there each tree takes another of so
@@ -63,7 +64,7 @@ def test_struck_while_it_recovers(scenario: str, tmp_path: Path, driver_server: 
 
     def restore(tree: Path) -> None:
         shutil.rmtree(case.place)
-        shutil.copytree(tree, case.place)
+        copy_of_left(tree, case.place)
 
     trees = trees_after_a_kill(case, tmp_path)
     for number, tree in enumerate(trees):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from faults import PACKED
 from root import ROOT
+from stage_support import copy_of_left
 from support import build, config_of, edit, load, run_mopt, tree
 
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
@@ -177,7 +178,7 @@ def test_what_a_killed_run_left_on_a_cluster_is_swept(
         process.wait()
     [mark, stage] = sorted(one.name for one in room.iterdir())
     assert mark.startswith(".out.mopt-mark-") and (room / stage / "attempts").is_dir()
-    for executor, where in {"threads": shutil.copytree(room, tmp_path / "again"), "ray": room}.items():
+    for executor, where in {"threads": copy_of_left(room, tmp_path / "again"), "ray": room}.items():
         again = [sys.executable, "-m", "modelopt_convert", *map(str, words), "--executor", executor]
         done = subprocess.run([*again, "--output", where / "out"], env=cluster, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
