@@ -1,5 +1,6 @@
 """What stands beside the transformers of a pipeline: all that its model_index.json lists. No torch."""
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -65,7 +66,7 @@ def pipeline_root(base: Location) -> Location:
 
 
 def places_read(base: Location) -> list[Path]:
-    """What of a pipeline is an input on disk: all of its folder, and what lies elsewhere and is linked there.
+    """What of a pipeline is an input on disk: all of its folder, and what lies elsewhere and is linked anywhere in it.
 
     Raises:
         InputError: ``pipeline.none``.
@@ -73,7 +74,8 @@ def places_read(base: Location) -> list[Path]:
     root = pipeline_root(base)
     if not isinstance(root, Path):
         return []
-    return [root, *(root / name for name in names(root) if (root / name).is_symlink())]
+    found = (Path(folder, name) for folder, folders, files in os.walk(root) for name in (*folders, *files))
+    return [root, *filter(Path.is_symlink, found)]
 
 
 def open_companions(root: Location, built: Collection[str], stack: ExitStack) -> Companions:

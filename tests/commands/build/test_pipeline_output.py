@@ -381,6 +381,25 @@ def test_all_of_the_pipeline_is_an_input(exports: Path, pipeline: Path, tmp_path
     assert tree(tmp_path) == before
 
 
+def test_what_is_linked_anywhere_in_the_pipeline_is_an_input(exports: Path, pipeline: Path, tmp_path: Path) -> None:
+    """As a Hub's cache links every file to its blobs; a blob may be empty, and so no foreign report."""
+    root, older = Path(shutil.copytree(pipeline, tmp_path / "base")), tmp_path / "older"
+    assert make(exports / "nvfp4", root, older).exit_code == 0
+    (root / "assets").mkdir()
+    (root / "assets" / "older").symlink_to(older)
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / "0"
+    blob.write_bytes(b"")
+    before = tree(tmp_path)
+    refused = make(exports / "nvfp4", root, older, "--overwrite")
+    assert refused.exit_code == 4 and refused.error_code in PLACES, refused.stderr
+    assert tree(tmp_path) == before
+    (root / "vae" / "added.json").symlink_to(blob)
+    told = make(exports / "nvfp4", root, tmp_path / "out", "--report-json", str(blob))
+    assert told.exit_code == 2 and "outside every input" in told.stderr
+    assert blob.read_bytes() == b""
+
+
 def test_what_real_pipelines_have_is_taken(exports: Path, pipeline: Path, tmp_path: Path) -> None:
     """Settings of every kind, a library of its own, processors, variants; a folder that is null is named."""
     base = Path(shutil.copytree(pipeline, tmp_path / "base"))
