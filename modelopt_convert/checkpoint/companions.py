@@ -127,9 +127,9 @@ def open_companions(root: Location, built: Collection[str], stack: ExitStack) ->
 def _listed(root: Location) -> tuple[dict[str, tuple[str, str]], tuple[str, ...], bytes]:
     """Library and class of each component by its folder, folders of those that are null, and model_index.json."""
     where = str(root / MODEL_INDEX)
-    with ExitStack() as stack:
-        _opened(root, MODEL_INDEX, stack)  # which is no pointer
     raw = read_small(root / MODEL_INDEX, MAX_CONFIG_BYTES, code="pipeline")
+    if raw.startswith(_LFS_POINTER):
+        raise _pointer(where)
     found = parse_json_object(raw, code="pipeline", path=where)
     if not isinstance(found.get("_class_name"), str):
         raise InputError(
@@ -207,6 +207,10 @@ def _check_whole(root: Location, name: str, library: str, class_name: str, files
             raise _incomplete(config.where, f"no _class_name, which should be {class_name[:80]!r}", again)
 
 
+def _pointer(where: str) -> InputError:
+    return _incomplete(where, "a pointer of git-lfs", "run `git lfs pull` there, or download it again")
+
+
 def _incomplete(where: str, found: str, hint: str) -> InputError:
     return InputError(
         f"{where}: expected a whole component, found {found}",
@@ -249,5 +253,5 @@ def _opened(root: Location, path: str, stack: ExitStack) -> OpenFile:
     file = open_file(place, name)
     stack.callback(file.close)
     if len(_LFS_POINTER) <= file.num_bytes < _MOST_OF_A_POINTER and file.read(0, len(_LFS_POINTER)) == _LFS_POINTER:
-        raise _incomplete(file.where, "a pointer of git-lfs", "run `git lfs pull` there, or download it again")
+        raise _pointer(file.where)
     return file
