@@ -16,6 +16,8 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 # Producers that multiply by reciprocals, divide in two steps or round ties away were measured to differ from true
 # division at values within 5.4e-8 of the midpoint only: half an ulp of float32. Allowed are 2 ulp.
 TIE = 2.4e-7
+# Blocks that are looked at in float64 at a time: several copies of them are made.
+_LOOKED = 1 << 14
 # Rounding of the comparison itself.
 _ROUNDING = 1e-5
 # A search changes blocks all over a weight; where fewer blocks than this share differ, it is damage.
@@ -133,14 +135,13 @@ class BlockTally:
         same = count - len(where)
         self.codes_equal += same * BLOCK_SIZE
         self.scales_equal += same
-        if len(where):
-            at = where + places if isinstance(places, int) else places[where]
+        for some in torch.split(where, _LOOKED) if len(where) else ():
             self._look(
-                blocks[where].to(torch.float32),
-                unpack_e2m1(found[0][where]),
-                found[1][where],
-                (unpack_e2m1(expected[0][where]), expected[1][where]),
-                at,
+                blocks[some].to(torch.float32),
+                unpack_e2m1(found[0][some]),
+                found[1][some],
+                (unpack_e2m1(expected[0][some]), expected[1][some]),
+                some + places if isinstance(places, int) else places[some],
             )
 
     def _look(

@@ -41,6 +41,7 @@ from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.padding import not_padding, padding_bytes
 from modelopt_convert.proof.tensors import (
+    MANY_VALUES,
     Again,
     Quantizer,
     Tile,
@@ -123,7 +124,7 @@ class _Comparison:
 
     def tiles(self, cast: str) -> Iterator[Tile]:
         """Rows of both, the base's in the dtype given."""
-        return until(self.stopped, tiles(self.export, self.base, self.due.module, cast, "U8", self.rows))
+        return until(self.stopped, tiles(self.export, self.base, self.due.module, cast, "U8", self.rows, MANY_VALUES))
 
     @property
     def first(self) -> Layout:
@@ -232,7 +233,9 @@ class _Comparison:
         """How near all rows, and every tile of 128 rows, are to the base."""
         factor = self.global_scale(reading)
         found = TiledNearness(self.due.module.columns, ROW_TILE)
-        for tile in self.tiles(self.due.casts[0]):
+        cast = self.due.casts[0]
+        smaller = tiles(self.export, self.base, self.due.module, cast, "U8", self.rows)
+        for tile in until(self.stopped, smaller):
             codes = unpack_e2m1(_canonical(tile.stored, reading))
             scale = self.scales[reading.scales][tile.rows]
             factors = block_scales(scale, factor)

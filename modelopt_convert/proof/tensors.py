@@ -16,7 +16,8 @@ from modelopt_convert.formats.nvfp4.codes import max_magnitude
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes
 from modelopt_convert.run.errors import InputError
 
-_TILE_VALUES = 1 << 18  # half a megabyte of BF16
+_TILE_VALUES = 1 << 18  # half a megabyte of BF16: arithmetic makes several wider copies
+MANY_VALUES = 1 << 20  # where none is made: enough to outweigh the calls
 
 
 def load(reader: CheckpointReader, name: str, *, limit: int = MAX_WHOLE_BYTES) -> Tensor:
@@ -116,6 +117,7 @@ def tiles(
     cast: str,
     stored: str,
     rows: Sequence[int] | None,
+    num_values: int = _TILE_VALUES,
 ) -> Iterator[Tile]:
     """A module's weight in export and base, in tiles that stay in a core's cache; each good until the next.
 
@@ -126,9 +128,10 @@ def tiles(
         cast: The dtype that the base's rows are brought to.
         stored: The dtype of the codes.
         rows: The rows to be read; None for all.
+        num_values: How many a tile has at most, if a row has not more.
     """
     info = base.tensors[module.weight.name]
-    height = max(1, _TILE_VALUES // module.columns)
+    height = max(1, num_values // module.columns)
     row_bytes = module.columns * DTYPE_BITS[info.dtype] // 8
     if rows is None:
         pieces = zip(

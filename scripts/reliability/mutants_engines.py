@@ -20,12 +20,16 @@ ENGINES = (
     *(
         Mutant("verification/fused.py", what, old, new, ("verification/test_fused.py",))
         for what, old, new in (
-            ("rebased scales are rounded", "(one * (factor / top)).to(torch.float8_e4m3fn)", "(one * (factor / top))"),
-            ("each part by its own scale", "(one * factor).flatten() for one", "(one * factors[0]).flatten() for one"),
+            (
+                "rebased scales are rounded",
+                "(_CODES * (factor / top)).to(torch.float8_e4m3fn)",
+                "(_CODES * (factor / top))",
+            ),
+            ("each part by its own scale", "wanted = (_CODES * factor)", "wanted = (_CODES * factors[0])"),
             (
                 "the largest is taken",
-                "[one * max(factors) for one in scales]",
-                "[one * min(factors) for one in scales]",
+                "[_CODES * max(factors) for _ in factors]",
+                "[_CODES * min(factors) for _ in factors]",
             ),
         )
     ),

@@ -73,7 +73,14 @@ TASKS = (
         '_quantizing(info.dtype, "BF16", scale)',
     ),
     _compared("proof/nvfp4.py", "rows in their places", "number * height", "number"),
-    _codes("ties of float16 are looked at", "np.flatnonzero(left == 0)", "np.flatnonzero(left == 1)"),
-    _codes("beyond the largest code", "< _SURE)", "< 99)"),
-    _codes("a zero has no sign", "quotients.add_(0.0)", "quotients.add_(-0.0)"),
+    _codes("NaN is left to torch", "if amax > int(infinity)", "if False"),
+    _codes("bounds are looked for above, too", "torch.arange(-2, 3)", "torch.arange(-2, 0)"),
+    _codes("a zero has no sign", "quotients[:, 0] > 0", "quotients[:, 0] >= 0"),
+    Mutant(
+        "formats/nvfp4/compiled.py",
+        "a value that rounds to zero keeps its sign",
+        "%negative, %reached0",
+        "%negative, %reached1",
+        ("formats/test_codes.py",),
+    ),
 )
