@@ -224,7 +224,7 @@ def test_an_inconclusive_run_does_not_look_like_a_pass() -> None:
     assert colored == ["b"], "the backend that passed its self-test, and nothing else"
     assert "0 of 20 modules were compared with a base." in seen.sections["What was compared"]
     following = seen.sections["What to do next"].splitlines()
-    assert {"Give --base to prove it.", "mopt verify /data/out --base BASE"} <= set(following)
+    assert {"Give --base to prove it.", "mopt verify /data/out --base hf://o/n"} <= set(following)
 
 
 def test_a_module_that_a_level_names_is_not_green() -> None:
@@ -365,11 +365,12 @@ def test_the_verdict_is_in_the_words_of_the_report(verdict: str, proof: str, cod
 @pytest.mark.parametrize(
     ("given", "command"),
     [
+        ({"proof": "proven", "checkpoint": "hf://o/n"}, "Load it in an engine."),
         ({"proof": "proven"}, "mopt push /data/out OWNER/NAME"),
-        ({"proof": "not proven: sampled", "checkpoint": "/a b"}, "mopt verify '/a b' --base BASE"),
-        ({"proof": "unchanged"}, "mopt verify /data/out --base BASE"),
-        ({"verdict": "prewarmed", "proof": "", "checkpoint": ""}, "mopt verify CHECKPOINT --base BASE"),
-        ({"proof": "", "checkpoint": ""}, "mopt verify CHECKPOINT --base BASE"),
+        ({"proof": "not proven: sampled", "checkpoint": "/a b"}, "mopt verify '/a b' --base hf://o/n"),
+        ({"proof": "unchanged"}, "mopt verify /data/out --base hf://o/n"),
+        ({"verdict": "prewarmed", "proof": "", "checkpoint": ""}, "mopt verify CHECKPOINT --base hf://o/n"),
+        ({"proof": "", "checkpoint": ""}, "mopt verify CHECKPOINT --base hf://o/n"),
     ],
 )
 def test_there_is_a_command_to_go_on_with(given: dict[str, str], command: str) -> None:

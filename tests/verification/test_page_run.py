@@ -17,7 +17,7 @@ from modelopt_convert import __version__
 CASES = {
     "proven": (0, "pass, proven", 0, "mopt push {0} OWNER/NAME"),
     "recorded": (0, "pass, unchanged", "all", "mopt verify {0} --base BASE"),
-    "sampled": (0, "pass, not proven: sampled", 0, "mopt verify {0} --base BASE"),
+    "sampled": (0, "pass, not proven: sampled", 0, "mopt verify {0} --base {1}"),
     "no base": (6, "inconclusive, not proven: no base", "all", "mopt verify {0} --base BASE"),
     "wrong": (1, "fail, mismatch", 0, "The report names every module; build or export it again."),
 }
@@ -52,7 +52,7 @@ def test_the_page_has_the_words_of_the_text_and_of_the_json(
     assert colors.count("other") == (len(colors) if grey == "all" else grey)
     assert (colors.count("fail") > 0) == (exit_code == 1)
 
-    assert following.format(shlex.quote(str(checkpoint))) in text
+    assert following.format(shlex.quote(str(checkpoint)), base / "transformer") in text
     assert f"<code>mopt {shlex.join(command)}</code>" in text
     for fact in (__version__, before.isoformat(), str(base) if more else "none given"):
         assert fact in text

@@ -91,11 +91,10 @@ def _verdict(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         kind = "other"
     elif kind == "pass" and str(found.get("proof")).startswith("not proven"):
         kind = "warn"
-    inputs, preset = mapping(report.get("inputs")), found.get("preset")
-    bases = [_place(mapping(one)) for name, one in inputs.items() if str(name).rpartition("/")[2] == "base"]
+    preset = found.get("preset")
     facts = {
         "checkpoint": found.get("checkpoint"),
-        "base": "; ".join(bases) or ("none given" if found.get("checkpoint") else None),
+        "base": "; ".join(map(_place, _bases(report))) or ("none given" if found.get("checkpoint") else None),
         "preset": f"{visible(preset)} (by mopt.json)" if preset else None,
         "format": str(found.get("algorithm") or "").upper(),
         "native kernels ran on": f"{visible(found['native_executed'])} modules" if found.get("native_executed") else "",
@@ -106,6 +105,12 @@ def _verdict(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         f'<header class="verdict {kind}">\n<p class="soft">mopt verify</p>\n'
         f"<h1>{mark}{text(_word(found), 500)}</h1>\n{said}{pairs(facts)}\n</header>"
     )
+
+
+def _bases(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The base of each transformer, as far as there is one."""
+    inputs = mapping(report.get("inputs"))
+    return [mapping(one) for name, one in inputs.items() if str(name).rpartition("/")[2] == "base"]
 
 
 def _place(one: Mapping[str, Any]) -> str:
@@ -119,7 +124,10 @@ def _place(one: Mapping[str, Any]) -> str:
 def _next(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """What to do, and the command for it."""
     checkpoint = shlex.quote(visible(found.get("checkpoint") or "CHECKPOINT", 2000))
-    proving = f"mopt verify {checkpoint} --base BASE"
+    bases = _bases(report)
+    base = shlex.quote(visible(bases[0].get("path") or "BASE", 2000)) if len(bases) == 1 else "BASE"
+    proving = f"mopt verify {checkpoint} --base {base}"
+    is_far = str(found.get("checkpoint")).startswith("hf://")
     verdict, proof = found.get("verdict"), found.get("proof")
     error = mapping(report.get("error"))
     said, command = str(error.get("hint") or ""), ""
@@ -131,13 +139,15 @@ def _next(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         said, command = "Verify a checkpoint with these backends.", proving
     elif verdict == "pass" and not error:
         said, command = {
-            PROVEN_WORDS: ("Load it in an engine, or publish it.", f"mopt push {checkpoint} OWNER/NAME"),
+            PROVEN_WORDS: ("Load it in an engine.", "")
+            if is_far
+            else ("Load it in an engine, or publish it.", f"mopt push {checkpoint} OWNER/NAME"),
             UNCHANGED_WORDS: ("Nothing changed since the record was written. Prove it against the base.", proving),
             SAMPLED_WORDS: ("The rows that were compared fit. Compare all of them to prove it.", proving),
         }.get(str(proof), ("It is right as far as was looked. Prove it against the base.", proving))
     elif not said:
         said = str(error.get("message") or "")
-    line = f'<pre tabindex="0"><code>{text(command)}</code></pre>' if command else ""
+    line = f"<pre><code>{text(command)}</code></pre>" if command else ""
     sentence = f"{said[:1].upper()}{said[1:].rstrip('.')}." if said else ""
     return section("What to do next", f"<p>{text(sentence)}</p>\n{line}" if sentence else "")
 
@@ -180,4 +190,4 @@ def _run(report: Mapping[str, Any], found: Mapping[str, Any], command: str, date
         "CUDA": device.get("cuda"),
         "Python": versions.get("python"),
     }
-    return section("The run", f'<pre tabindex="0"><code>{text(command)}</code></pre>\n{pairs(facts, "run")}')
+    return section("The run", f"<pre><code>{text(command)}</code></pre>\n{pairs(facts, 'run')}")

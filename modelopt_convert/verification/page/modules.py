@@ -81,7 +81,8 @@ def _choice(shown: Sequence[Module], scales: Mapping[str, tuple[float, float] | 
         return legend
     names = {"s": "status", "d": "decode error", "k": "kernel error"}
     radios = "".join(
-        f'<input type="radio" name="show" id="show-{kind}"{" checked" if kind == "s" else ""}>'
+        f'<input type="radio" name="show" id="show-{kind}"{" checked" if kind == "s" else ""} '
+        f'aria-label="Color shows {names[kind]}">'
         f'<label for="show-{kind}">{names[kind]}</label>'
         for kind in ("s", *known)
     )

@@ -67,7 +67,7 @@ input{position:absolute;opacity:0}
 label{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:3px 13px;margin:0 2px 2px;
 font-size:.88rem;cursor:pointer}
 :checked+label{background:var(--ink);color:var(--card);border-color:var(--ink)}
-:focus-visible+label,summary:focus-visible,pre:focus-visible{outline:2px solid var(--r4);outline-offset:2px}
+:focus-visible+label,summary:focus-visible{outline:2px solid var(--r4);outline-offset:2px}
 .of-d,.of-k{display:none;gap:3px}
 .of-d i,.of-k i{width:26px}
 #show-d:checked~.of-d,#show-k:checked~.of-k{display:flex}
