@@ -248,8 +248,9 @@ def test_what_was_compared_is_counted() -> None:
     )
     (said,) = [one["aria-label"] for tag, one in seen.elements if tag == "svg"]
     assert said == "10 compared whole, 1 sampled rows compared, 1 fail, 1 not compared with a base"
-    widths = [float(str(one["width"]).rstrip("%")) for tag, one in seen.elements if tag == "rect"]
-    assert widths == pytest.approx([1000 / 13, 100 / 13, 100 / 13, 100 / 13], abs=0.01)
+    bars = [[float(str(one[key]).rstrip("%")) for key in ("x", "width")] for tag, one in seen.elements if tag == "rect"]
+    assert [wide for _, wide in bars] == pytest.approx([1000 / 13, 100 / 13, 100 / 13, 100 / 13], abs=0.01)
+    assert [at for at, _ in bars] == pytest.approx([0, 1000 / 13, 1100 / 13, 1200 / 13], abs=0.01)
 
 
 def test_every_module_has_a_cell_in_the_line_of_its_role_by_block() -> None:
