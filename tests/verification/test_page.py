@@ -11,7 +11,7 @@ import pytest
 
 from modelopt_convert.report.words import PROOFS
 from modelopt_convert.verification.page.document import render
-from modelopt_convert.verification.page.excerpt import natural, read_modules, visible
+from modelopt_convert.verification.page.excerpt import read_modules
 from modelopt_convert.verification.page.style import STYLE
 
 ROLES = ["attn.to_q", "attn.to_k", "attn.to_v", "ff.net.0.proj", "ff.net.2"]
@@ -397,9 +397,3 @@ def test_odd_numbers(value: object) -> None:
     probes = {"torch": {"random": {"status": "fail", "calc_diff": value}, "sweep": None}, "other": None}
     given = {name: module("fail", value, gain=value, codes=value, probes=probes) for name in ("b.0.q", "b.1.q")}  # type: ignore[arg-type]
     assert len(Page(page(found(given))).cells) == 2
-
-
-def test_natural_order_and_visible_text() -> None:
-    assert sorted(["b.10.q", "b.9.q", "b.9", "a"], key=natural) == ["a", "b.9", "b.9.q", "b.10.q"]
-    assert visible("a\tb\u2066c") == "a\\tb\\u2066c"
-    assert len(visible("x" * 10_000)) == 301

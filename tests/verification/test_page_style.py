@@ -1,9 +1,10 @@
-"""The colors of the page of verify."""
+"""The colors of the page of verify, and how it writes and sorts names."""
 
 import re
 
 import pytest
 
+from modelopt_convert.verification.page.excerpt import natural, visible
 from modelopt_convert.verification.page.style import STYLE
 
 
@@ -27,3 +28,9 @@ def test_text_stands_out_from_what_is_behind_it(scheme: int) -> None:
     for ink, paper in pairs:
         low, high = sorted(_luminance(colors[one]) for one in (ink, paper))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
+
+
+def test_natural_order_and_visible_text() -> None:
+    assert sorted(["b.10.q", "b.9.q", "b.9", "a"], key=natural) == ["a", "b.9", "b.9.q", "b.10.q"]
+    assert visible("a\tb\u2066c") == "a\\tb\\u2066c"
+    assert len(visible("x" * 10_000)) == 301
