@@ -211,7 +211,7 @@ def test_torch_is_installed_first_and_from_the_pins(place: Path) -> None:
     ended, pip = installed(place)
     assert (ended.exit_code, ended.outputs["verdict"]) == (0, "pass"), ended.log
     pins = f"-m pip install --quiet --constraint {ROOT}/constraints.txt"
-    assert pip == [f"{pins} torch", f"{pins} -- {ROOT}[report]"]
+    assert pip == [f"{pins} torch", f"{pins} -- {ROOT}"]
 
 
 def test_another_version_index_and_python(place: Path) -> None:

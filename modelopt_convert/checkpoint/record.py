@@ -137,6 +137,13 @@ def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None
     return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
 
 
+def recorded_preset(record: Mapping[str, Any] | None) -> str:
+    """The name of the preset that a record claims; empty where it claims none."""
+    preset = record.get("preset") if record is not None else None
+    name = preset.get("name") if isinstance(preset, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def other_base(record: Mapping[str, Any] | None, identity: Mapping[str, str]) -> list[str]:
     """In words, that a base is not the very one that a record names; empty where it is, or where one is not known.
 

@@ -1,7 +1,10 @@
 """``mopt verify``: open, run every level, write the page, conclude. torch is imported once refusals are past."""
 
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +55,6 @@ class VerifyCommand:
             MoptError: Something cannot be opened, or the page not be written.
         """
         if self._request.report is not None:
-            from modelopt_convert.verification.page.document import require_plotly
-
-            require_plotly()  # before the work, and not after it
             check_file_place(Path(self._request.report), self._request.on_disk())
             check_file_replaced(Path(self._request.report))
         try:
@@ -63,11 +63,11 @@ class VerifyCommand:
                 self._verify_backends(progress)
             else:
                 self._verify(checkpoint, self._request.locate("base"), progress)
-        except MoptError:  # what was found goes onto the page; that it cannot be written must not hide the verdict
+        except MoptError as error:  # what was found goes onto the page; that it cannot be written hides no verdict
             with suppress(MoptError):
-                self._write_page()
+                self._write_page(error)
             raise
-        self._write_page()
+        self._write_page(None)
 
     def report(self, error: BaseException | None = None) -> Report:
         """What was found, also after a failure."""
@@ -152,12 +152,26 @@ class VerifyCommand:
                 self._found = whole.model_copy(update={"verdict": "inconclusive", "statement": error.message})
                 raise
 
-    def _write_page(self) -> None:
+    def _write_page(self, error: MoptError | None) -> None:
         if self._request.report is None or self._found is None:
             return
         from modelopt_convert.verification.page.document import render
 
-        write_report(Path(self._request.report), render(self._found.model_dump()))
+        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        found = self.report(error).model_dump()
+        write_report(Path(self._request.report), render(found, command=_command_line(self._request), date=date))
+
+
+def _command_line(request: VerifyRequest) -> str:
+    """What was asked for, as the command line spells it, without what is as it would be anyway."""
+    words = ["mopt", request.command]
+    for one in fields(request):
+        value = getattr(request, one.name)
+        if one.name == "progress" or value == one.default:
+            continue
+        flag = [request.spelled(one.name)] if one.kw_only else []
+        words += flag if value is True else [*flag, str(value)]
+    return shlex.join(words)
 
 
 def _refuted(statement: str) -> dict[str, str]:

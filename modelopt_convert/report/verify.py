@@ -101,6 +101,7 @@ class VerifyReport(_Model):
     model_config = ConfigDict(frozen=True)
     checkpoint: str = ""
     algorithm: str = ""
+    preset: str = Field(default="", description="what mopt.json names, which is its author's claim")
     verdict: Verdict = "inconclusive"
     proof: str = ""
     statement: str = ""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_verdicts
+from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_preset, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -136,6 +136,7 @@ def verify_opened(
     found = VerifyReport(
         checkpoint=str(reader.path),
         algorithm=subject.format.algorithm,
+        preset=recorded_preset(record),
         proof=proof or decoded.proof or unchanged,
         device=describe(device),
         levels=[*levels, kernels.level],

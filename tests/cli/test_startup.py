@@ -17,7 +17,7 @@ atexit.register(lambda: print("MODULES", *sorted(sys.modules), file=sys.stderr))
 # Those of a tenth of a second and more.
 HEAVY = {
     "torch", "numpy", "safetensors", "modelopt", "diffusers", "transformers", "rich", "huggingface_hub", "httpx",
-    "requests", "yaml", "plotly",
+    "requests", "yaml",
 }  # fmt: skip
 # Typer imports pydantic for any option that it has to convert.
 NO_OPTION = HEAVY | {"pydantic"}

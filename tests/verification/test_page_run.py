@@ -1,0 +1,59 @@
+"""The page that a run of verify writes, against what the same run prints and reports."""
+
+import re
+import shlex
+from datetime import UTC, datetime
+from html import unescape
+from pathlib import Path
+
+import pytest
+from faults import swapped
+from support import edit, run_mopt
+from verify_support import PACKED, found
+
+from modelopt_convert import __version__
+
+# Exit code, verdict and proof, how many modules are grey, and what the page says to do next.
+CASES = {
+    "proven": (0, "pass, proven", 0, "mopt push {0} OWNER/NAME"),
+    "recorded": (0, "pass, unchanged", "all", "mopt verify {0} --base BASE"),
+    "sampled": (0, "pass, not proven: sampled", 0, "mopt verify {0} --base {1}"),
+    "no base": (6, "inconclusive, not proven: no base", "all", "mopt verify {0} --base BASE"),
+    "wrong": (1, "fail, mismatch", 0, "The report names every module; build or export it again."),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_has_the_words_of_the_text_and_of_the_json(
+    case: str, built_nvfp4: Path, exports: Path, base: Path, tmp_path: Path
+) -> None:
+    exit_code, words, grey, following = CASES[case]
+    page = tmp_path / "it's a page.html"
+    checkpoint = {"no base": exports / "nvfp4" / "transformer"}.get(case, built_nvfp4)
+    if case == "wrong":
+        checkpoint = edit(built_nvfp4, tmp_path / "wrong", lambda tensors: swapped(tensors, [PACKED]))
+    more = ["--base", str(base)] if case in ("proven", "sampled", "wrong") else []
+    more += ["--sample", "4"] if case == "sampled" else []
+    command = ["verify", str(checkpoint), *more, "--report", str(page)]
+    printed, before = run_mopt(*command, json_report=False), datetime.now(UTC).date()
+    outcome = run_mopt(*command)
+    text = unescape(page.read_text(encoding="utf-8"))
+
+    report = found(outcome)
+    assert (printed.exit_code, outcome.exit_code) == (exit_code, exit_code)
+    assert f"{report['verdict']}, {report['proof']}" == words
+    assert re.findall(r"<h1><span[^>]*>.</span> (.*)</h1>", text) == [words]
+    assert f"<p>{report['statement']}</p>" in text
+    assert f"verdict: {report['verdict']}: {report['statement']}\n" in printed.stdout
+    assert printed.stdout.startswith(f"{report['proof']}\n")
+
+    colors = re.findall(r'<i class="(\w+)[^"]*" title="', text)
+    assert len(colors) == len(report["modules"]) > 0
+    assert colors.count("other") == (len(colors) if grey == "all" else grey)
+    assert (colors.count("fail") > 0) == (exit_code == 1)
+
+    assert following.format(shlex.quote(str(checkpoint)), base / "transformer") in text
+    assert f"<code>mopt {shlex.join(command)}</code>" in text
+    for fact in (__version__, before.isoformat(), str(base) if more else "none given"):
+        assert fact in text
+    assert ("flux1-dev (by mopt.json)" in text) == (checkpoint == built_nvfp4)
