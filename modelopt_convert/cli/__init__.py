@@ -16,6 +16,7 @@ import typer
 
 from modelopt_convert import __version__
 from modelopt_convert.cli._console import close_streams, open_streams
+from modelopt_convert.cli._usage import Group
 from modelopt_convert.run.boundary import last_words
 from modelopt_convert.run.errors import ExitCode
 
@@ -34,6 +35,7 @@ _COMMANDS = _commands()
 _FLAGS_OFF: dict[str, object] = {"install_completion": False, "show_completion": False, "help": False}
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -54,7 +56,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(False, "--version", "-V", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Convert NVIDIA ModelOpt exports of diffusion transformers into repos that serving engines load right.
 

@@ -86,8 +86,22 @@ def _parameter(one: Field[Any], kind: Any, flag: Flag) -> Parameter:
             annotation=Annotated[typed, typer.Argument(metavar=flag.metavar, help=flag.help)],
         )
     spelled = [flag.name or f"--{one.name.replace('_', '-')}", *([flag.short] if flag.short else [])]
-    option = typer.Option(*spelled, metavar=flag.metavar, help=flag.help, min=flag.minimum, max=flag.maximum)
+    values = flag.values
+    option = typer.Option(
+        *spelled,
+        metavar=flag.metavar,
+        help=flag.help,
+        min=flag.minimum,
+        max=flag.maximum,
+        autocompletion=None if values is None else lambda incomplete: completed(values(), incomplete),
+    )
     return Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[typed, option])
+
+
+def completed(values: Sequence[str], incomplete: str) -> list[str]:
+    """The values that go on from what a shell has so far; of a list with commas, those of its last part."""
+    before, comma, begun = incomplete.rpartition(",")
+    return [f"{before}{comma}{one}" for one in values if one.startswith(begun)]
 
 
 def _list_of(kind: Any) -> Any:
