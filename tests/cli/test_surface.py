@@ -298,12 +298,18 @@ def test_people_get_text_without_escapes_and_quiet_gets_nothing(exports: Path, t
     # Of those that are written every code; of those that the base replaces, rows.
     assert f"proof: 24 modules reproduced, 100.00% of {codes} codes (max calibration)" in loud.stdout
     assert re.search(r"^proof: 16 modules reproduced, 100\.00% of \d+ sampled codes$", loud.stdout, re.M), loud.stdout
-    assert "transformer_blocks.*.ff_context.net.0.proj" in loud.stdout
+    # The answer comes first: what is known, what stands where, and a command that runs as printed; tables with -v.
+    first, second, third, *_ = loud.stdout.splitlines()
+    assert first == "proven" and second.startswith(f"wrote {tmp_path / 'out'}: ")
+    assert third == f"next: mopt verify {tmp_path / 'out'} --base {exports / 'base'}"
+    assert "transformer_blocks.*.ff_context.net.0.proj" not in loud.stdout
     assert "write diffusion_pytorch_model.safetensors" in loud.stderr
     quiet = mopt(*arguments, "--output", tmp_path / "out", "-q")
     assert quiet.returncode == 0 and quiet.stdout == "" and "write diff" not in quiet.stderr
     verbose = mopt(*arguments, "--output", tmp_path / "out", "-v")
     assert "transformer_blocks.1.attn.to_q.weight_scale: copy from export" in verbose.stderr
+    assert "transformer_blocks.*.ff_context.net.0.proj" in verbose.stdout
+    assert verbose.stdout.splitlines()[:3] == loud.stdout.splitlines()[:3]
 
 
 def test_what_a_terminal_could_act_on_is_escaped(exports: Path, tmp_path: Path) -> None:
