@@ -69,6 +69,8 @@ def _root(
       mopt unswizzle-scales CHECKPOINT OUTPUT --base BASE
       mopt push OUT ORGANIZATION/NAME
       mopt presets flux1-dev
+      mopt demo
+      mopt doctor
 
     \b
     Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;

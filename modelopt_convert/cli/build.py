@@ -49,13 +49,14 @@ def _run(request: BuildRequest, output: "Output") -> None:
     from modelopt_convert.cli.push import show_pushed
 
     def show(out: "Output", report: "Report") -> None:
-        _show(out, report, request)
+        show_build(out, report, request)
         show_pushed(out, report)
 
     run(output, request, show)
 
 
-def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
+def show_build(out: "Output", report: "Report", request: BuildRequest) -> None:
+    """The answer, then what it rests on; tables with ``-v``."""
     from modelopt_convert.cli._output import human_bytes, show_cost, show_counts, show_written
 
     planned, proof = report.status == "planned", report.proof

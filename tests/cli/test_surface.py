@@ -73,6 +73,8 @@ FLAGS = {
         "--allow-known-broken", "--dry-run", "-n", *_TELLING,
     },
     "presets": {"name", "--json"},
+    "doctor": {"path", "--json", "--no-color"},
+    "demo": {"folder", "--no-color"},
 }  # fmt: skip
 
 
