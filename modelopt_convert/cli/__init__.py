@@ -45,7 +45,8 @@ app = typer.Typer(
     },
 )
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    # The whole first line: left to itself Typer cuts it.
+    app.command(_name, short_help=(_command.__doc__ or "").partition("\n")[0])(_command)
 
 
 def _version(wanted: bool) -> None:
@@ -73,9 +74,10 @@ def _root(
       mopt doctor
 
     \b
-    Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;
-    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 129, 130 and 143 interrupted. Treat any
-    other code as failure.
+    Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset;
+    4 output refused or busy; 5 storage failed; 6 inconclusive;
+    7 a backend is broken; 70 a bug in mopt; 129, 130 and 143 interrupted.
+    Treat any other code as failure.
     """
 
 

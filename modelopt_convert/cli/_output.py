@@ -14,7 +14,7 @@ import typer
 from modelopt_convert.api import command_of
 from modelopt_convert.cli._console import drop, reader_may_leave
 from modelopt_convert.cli._options import Telling
-from modelopt_convert.cli._text import Tone, painted, table_lines
+from modelopt_convert.cli._text import Tone, painted, table_lines, wrapped
 from modelopt_convert.commands.requests import BuildRequest, PushRequest, Request, RewriteRequest, VerifyRequest
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
@@ -36,8 +36,10 @@ class Output(Telling):
 
     def line(self, text: str, tone: Tone | None = None) -> None:
         """One line of the result, for people; ``tone`` is what its first words mean."""
-        if not (self.json or self.quiet):
-            _echo(printable(text), tone, self._colors(sys.stdout))
+        if self.json or self.quiet:
+            return
+        for number, part in enumerate(wrapped(printable(text), _width())):
+            _echo(part, tone if number == 0 else None, self._colors(sys.stdout))
 
     def detail(self, text: str) -> None:
         """One line of the result for those who asked for more."""
@@ -51,9 +53,7 @@ class Output(Telling):
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         """A table of the result; the columns but the first and the last hold numbers."""
-        # A pipe has no width; do not fold what scripts may read.
-        width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
-        for text in table_lines(columns, [[printable(cell) for cell in row] for row in rows], width):
+        for text in table_lines(columns, [[printable(cell) for cell in row] for row in rows], _width()):
             self.line(text)
 
     def _colors(self, stream: TextIO | None) -> bool:
@@ -64,6 +64,11 @@ class Output(Telling):
     def check_report_path(self, *others: Path) -> None:
         """Refuse a report path that could not be written in the end, or lies in one of ``others``: inputs, OUT."""
         check_file(self.report_json, "--report-json", *others)
+
+
+def _width() -> int | None:
+    """Of the terminal; a pipe has none, and what scripts may read is not folded."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
 
 
 def _echo(text: str, tone: Tone | None, colors: bool, *, err: bool = False) -> None:

@@ -33,6 +33,13 @@ def painted(text: str, tone: Tone | None = None) -> str:
     return text if tone is None else f"{typer.style(first, fg=_COLORS[tone], bold=True)}{colon}{rest}"
 
 
+def wrapped(text: str, width: int | None) -> list[str]:
+    """A line as lines that fit, broken at spaces alone; a command is left whole, so that it can be copied."""
+    if width is None or len(text) <= width or text.startswith(("next: ", "made by: ")):
+        return [text]
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
     """A table; the columns but the first and the last hold numbers, and stand to the right.
 
@@ -59,6 +66,10 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], width: in
             first = ""
         numbers = [cell.rjust(wide) for cell, wide in zip(row[1:-1], widths[1:-1], strict=True)]
         begin = "".join(f"{cell}  " for cell in (first.ljust(widths[0]), *numbers))
-        words = [row[last]] if room is None else textwrap.wrap(row[last], room, break_long_words=False) or [""]
+        words = (
+            [row[last]]
+            if room is None
+            else textwrap.wrap(row[last], room, break_long_words=False, break_on_hyphens=False) or [""]
+        )
         lines += [f"{begin if number == 0 else ' ' * len(begin)}{part}".rstrip() for number, part in enumerate(words)]
     return lines

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from modelopt_convert.cli._text import Tone
 
 _TITLES = {
+    "works": "what works here",
     "version": "versions",
     "gpu": "GPU",
     "backend": "GEMM backends",
     "hub": "Hugging Face Hub",
     "disk": "disk",
-    "works": "what works here",
 }
 _TONES: "dict[str, Tone]" = {"ok": "good", "missing": "doubt", "broken": "bad"}
 

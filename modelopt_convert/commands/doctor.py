@@ -131,8 +131,12 @@ def _hub() -> list[Finding]:
         return [Finding("hub", "login", "ok", "there is a token; HF_HUB_OFFLINE is set, and nobody was asked whose")]
     from modelopt_convert.checkpoint.hub.client import ask_once, hub_api, hub_errors
 
-    with hub_errors("login", "run again"):
-        me = ask_once(hub_api().whoami)
+    try:
+        with hub_errors("login", "run again"):
+            me = ask_once(hub_api().whoami)
+    except MoptError as error:
+        why = error.message.removeprefix("hf://login: ")
+        return [Finding("hub", "login", "broken", f"there is a token, and the Hub did not say whose: {why}")]
     return [Finding("hub", "login", "ok", f"logged in as {me['name']}")]
 
 

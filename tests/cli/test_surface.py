@@ -120,6 +120,9 @@ def test_help_shows_examples(command: list[str]) -> None:
         outcome = run_mopt(*command, flag, json_report=False)
         assert outcome.exit_code == 0 and "Examples:" in outcome.stdout
     if not command:
+        assert (
+            "..." not in outcome.stdout.partition("Commands:")[2] and max(map(len, outcome.stdout.splitlines())) <= 80
+        )
         assert all(word in outcome.stdout for word in ("Exit codes", "build-nvfp4", "push", "presets"))
 
 

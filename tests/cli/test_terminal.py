@@ -11,7 +11,7 @@ import pytest
 from support import run_mopt
 
 from modelopt_convert.cli._output import Output, ProgressBar, steps_of
-from modelopt_convert.cli._text import painted, table_lines
+from modelopt_convert.cli._text import painted, table_lines, wrapped
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     InspectRequest,
@@ -39,6 +39,15 @@ def test_a_table_breaks_no_name_and_loses_no_word(width: int | None) -> None:
 def test_only_a_name_that_leaves_no_room_has_a_line_of_its_own() -> None:
     lines = table_lines(HEADS, ROWS, 80)
     assert [line for line in lines if line in NAMES] == [NAMES[-1]]
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_a_line_breaks_at_spaces_and_a_command_nowhere(width: int) -> None:
+    text = f"known limit: {NAMES[-1]} is one-of-a-kind, and " + "so on " * 20
+    lines = wrapped(text, width)
+    assert " ".join(lines).split() == text.split() and len(lines) > 1
+    assert all(len(line) <= width or " " not in line.strip() for line in lines)
+    assert wrapped(text, None) == [text] and wrapped(f"next: {text}", width) == [f"next: {text}"]
 
 
 @pytest.mark.parametrize(
