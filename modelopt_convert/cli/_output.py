@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -90,6 +91,7 @@ def check_file(file: Path | None, option: str, *others: Path) -> None:
             raise typer.BadParameter(printable(error.message), param_hint=option) from error
 
 
+_SHARD = re.compile(r"write .*-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _VERIFY = ("read", "decode", "self-test", "prewarm", "multiply")
 
 
@@ -161,9 +163,16 @@ class ProgressBar:
     def begin(self, what: str, total_bytes: int) -> None:
         """A phase begins."""
         if self._bar is not None:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task(printable(self._described(what)), total=total_bytes)
+            shard = _SHARD.match(what)
+            number, count = map(int, shard.groups()) if shard else (1, 1)
+            # Of shards to come all that is known here is that they are about as large: so time left is of the whole.
+            total, text = total_bytes * (count - number + 1), printable(self._described(what))
+            if number == 1:
+                for task in self._bar.task_ids:
+                    self._bar.remove_task(task)
+                self._bar.add_task(text, total=total)
+            else:
+                self._bar.update(self._bar.task_ids[-1], description=text, total=self._bar.tasks[-1].completed + total)
         elif not self._output.quiet:
             self._output.aside(f"{what}: {human_bytes(total_bytes)}")
 

@@ -114,6 +114,26 @@ def test_a_phase_is_a_step_of_the_whole(request_: BuildNvfp4Request, phases: dic
     }
 
 
+def test_time_left_is_that_of_all_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three that are equal, and a smaller last one, after which the bar is full."""
+    monkeypatch.setattr("modelopt_convert.cli._output.is_terminal", lambda _stream: True)
+    monkeypatch.setenv("TERM", "xterm")
+    bar = ProgressBar(Output(), steps_of(BuildNvfp4Request(base="b")))
+    assert bar._bar is not None
+    bar.begin("prove", 70)
+    bar.advance(70)
+    seen = []
+    for number, size in enumerate((100, 100, 40), 1):
+        bar.begin(f"write transformer/diffusion_pytorch_model-{number:05}-of-00003.safetensors", size)
+        (task,) = bar._bar.tasks
+        seen.append((task.completed, task.total))
+        bar.advance(size)
+    assert seen == [(0, 300), (100, 300), (200, 240)] and task.finished
+    assert task.description == "step 2 of 3: write transformer/00003-of-00003"
+    bar.begin("read", 240)
+    assert [(one.completed, one.total) for one in bar._bar.tasks] == [(0, 240)]
+
+
 def test_a_phase_of_no_known_step_is_told_as_it_is() -> None:
     bar = ProgressBar(Output(), steps_of(InspectRequest("a")))
     assert bar._described("write diffusion_pytorch_model-00001-of-00004.safetensors") == "write 00001-of-00004"
