@@ -9,9 +9,11 @@ def main() -> None:
     """Entry point."""
     leave_at_once()
     from modelopt_convert.run.boundary import last_words
+    from modelopt_convert.run.terminal import first_sign
 
     try:
-        from modelopt_convert.cli import main as run
+        with first_sign():
+            from modelopt_convert.cli import main as run
     except Exception as error:  # no memory, or no descriptor, is left for what is imported
         sys.exit(last_words(error, where="the system"))
     run()

@@ -103,3 +103,7 @@ def test_the_wheel_carries_the_package_and_the_presets(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(unpacked), "presets"], capture_output=True, text=True, cwd=tmp_path
     )
     assert "flux1-dev" in listed.stdout, listed.stderr
+    built = subprocess.run(
+        [sys.executable, "-c", code, str(unpacked), "demo", "new"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert built.returncode == 0 and built.stdout.startswith("proven\n"), built.stderr

@@ -16,6 +16,7 @@ import typer
 
 from modelopt_convert import __version__
 from modelopt_convert.cli._console import close_streams, open_streams
+from modelopt_convert.cli._usage import Group
 from modelopt_convert.run.boundary import last_words
 from modelopt_convert.run.errors import ExitCode
 
@@ -34,6 +35,7 @@ _COMMANDS = _commands()
 _FLAGS_OFF: dict[str, object] = {"install_completion": False, "show_completion": False, "help": False}
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,7 +45,8 @@ app = typer.Typer(
     },
 )
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    # The whole first line: left to itself Typer cuts it.
+    app.command(_name, short_help=(_command.__doc__ or "").partition("\n")[0])(_command)
 
 
 def _version(wanted: bool) -> None:
@@ -54,7 +57,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(False, "--version", "-V", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Convert NVIDIA ModelOpt exports of diffusion transformers into repos that serving engines load right.
 
@@ -67,11 +70,14 @@ def _root(
       mopt unswizzle-scales CHECKPOINT OUTPUT --base BASE
       mopt push OUT ORGANIZATION/NAME
       mopt presets flux1-dev
+      mopt demo
+      mopt doctor
 
     \b
-    Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset; 4 output refused or busy;
-    5 storage failed; 6 inconclusive; 7 a backend is broken; 70 a bug in mopt; 129, 130 and 143 interrupted. Treat any
-    other code as failure.
+    Exit codes: 0 done; 1 a check failed; 2 usage; 3 bad input or preset;
+    4 output refused or busy; 5 storage failed; 6 inconclusive;
+    7 a backend is broken; 70 a bug in mopt; 129, 130 and 143 interrupted.
+    Treat any other code as failure.
     """
 
 

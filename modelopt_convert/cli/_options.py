@@ -12,6 +12,7 @@ import typer
 
 from modelopt_convert.commands.requests import Flag, Request, flags_of
 from modelopt_convert.run.errors import UsageError
+from modelopt_convert.run.terminal import first_sign
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -29,7 +30,7 @@ class Telling:
         None
     )
     quiet: Annotated[bool, Flag("Nothing on stdout, no progress; errors on stderr.", short="-q")] = False
-    verbose: Annotated[bool, Flag("One line per tensor on stderr.", short="-v")] = False
+    verbose: Annotated[bool, Flag("Tables of all that was done; one line per tensor on stderr.", short="-v")] = False
     no_color: Annotated[bool, Flag("No colors.")] = False
 
 
@@ -52,9 +53,10 @@ def from_request(
             from modelopt_convert.run.text import printable
 
             raise typer.BadParameter(printable(error.reason), param_hint=error.flag) from error
-        from modelopt_convert.cli._output import Output
+        with first_sign():
+            from modelopt_convert.cli._output import Output
 
-        output = Output(**told)
+            output = Output(**told)
         output.check_report_path(*request.on_disk())
         work(request, output)
 
@@ -86,8 +88,22 @@ def _parameter(one: Field[Any], kind: Any, flag: Flag) -> Parameter:
             annotation=Annotated[typed, typer.Argument(metavar=flag.metavar, help=flag.help)],
         )
     spelled = [flag.name or f"--{one.name.replace('_', '-')}", *([flag.short] if flag.short else [])]
-    option = typer.Option(*spelled, metavar=flag.metavar, help=flag.help, min=flag.minimum, max=flag.maximum)
+    values = flag.values
+    option = typer.Option(
+        *spelled,
+        metavar=flag.metavar,
+        help=flag.help,
+        min=flag.minimum,
+        max=flag.maximum,
+        autocompletion=None if values is None else lambda incomplete: completed(values(), incomplete),
+    )
     return Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[typed, option])
+
+
+def completed(values: Sequence[str], incomplete: str) -> list[str]:
+    """The values that go on from what a shell has so far; of a list with commas, those of its last part."""
+    before, comma, begun = incomplete.rpartition(",")
+    return [f"{before}{comma}{one}" for one in values if one.startswith(begun)]
 
 
 def _list_of(kind: Any) -> Any:

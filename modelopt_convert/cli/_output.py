@@ -2,23 +2,28 @@
 
 import contextlib
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TextIO, TypeVar
 
 import typer
 
 from modelopt_convert.api import command_of
 from modelopt_convert.cli._console import drop, reader_may_leave
 from modelopt_convert.cli._options import Telling
-from modelopt_convert.commands.requests import Request
+from modelopt_convert.cli._text import Tone, painted, table_lines, wrapped
+from modelopt_convert.commands.requests import BuildRequest, PushRequest, Request, RewriteRequest, VerifyRequest
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
+from modelopt_convert.report.words import PROVEN_WORDS
 from modelopt_convert.run.boundary import bounded, debugging, storage_error
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
 from modelopt_convert.run.signals import Signals
+from modelopt_convert.run.terminal import is_terminal
 from modelopt_convert.run.text import printable
 from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
 
@@ -30,36 +35,45 @@ class Output(Telling):
 
     __slots__ = ()
 
-    def line(self, text: str) -> None:
-        """One line of the result, for people."""
-        if not (self.json or self.quiet):
-            typer.echo(printable(text))
+    def line(self, text: str, tone: Tone | None = None) -> None:
+        """One line of the result, for people; ``tone`` is what its first words mean."""
+        if self.json or self.quiet:
+            return
+        for number, part in enumerate(wrapped(printable(text), _width())):
+            _echo(part, tone if number == 0 else None, self._colors(sys.stdout))
+
+    def detail(self, text: str) -> None:
+        """One line of the result for those who asked for more."""
+        if self.verbose:
+            self.line(text)
 
     def aside(self, text: str) -> None:
         """One line on stderr; that nobody can read it must not change how a run ends."""
         with contextlib.suppress(OSError):
-            typer.echo(printable(text), err=True)
+            _echo(printable(text), None, self._colors(sys.stderr), err=True)
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         """A table of the result; the columns but the first and the last hold numbers."""
-        if self.json or self.quiet:
-            return
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        for text in table_lines(columns, [[printable(cell) for cell in row] for row in rows], _width()):
+            self.line(text)
 
-        table = Table(box=None, pad_edge=False)
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if 0 < number < len(columns) - 1 else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        # A pipe has no width; do not fold what scripts may read.
-        width = None if sys.stdout is not None and sys.stdout.isatty() else 160
-        Console(markup=False, highlight=False, no_color=self.no_color or None, width=width).print(table)
+    def _colors(self, stream: TextIO | None) -> bool:
+        if self.no_color or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            return False
+        return bool(os.environ.get("FORCE_COLOR")) or is_terminal(stream)
 
     def check_report_path(self, *others: Path) -> None:
         """Refuse a report path that could not be written in the end, or lies in one of ``others``: inputs, OUT."""
         check_file(self.report_json, "--report-json", *others)
+
+
+def _width() -> int | None:
+    """Of the terminal; a pipe has none, and what scripts may read is not folded."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+
+
+def _echo(text: str, tone: Tone | None, colors: bool, *, err: bool = False) -> None:
+    typer.echo(painted(text, tone) if colors else text, err=err, color=colors)
 
 
 def check_file(file: Path | None, option: str, *others: Path) -> None:
@@ -77,21 +91,61 @@ def check_file(file: Path | None, option: str, *others: Path) -> None:
             raise typer.BadParameter(printable(error.message), param_hint=option) from error
 
 
+_SHARD = re.compile(r"write .*-([0-9]{5})-of-([0-9]{5})\.safetensors")
+_VERIFY = ("read", "decode", "self-test", "prewarm", "multiply")
+
+
+def steps_of(request: Request[Any]) -> list[tuple[str, ...]]:
+    """The steps of a run from the first to the last, each as the first words of its phases."""
+    match request:
+        case BuildRequest():
+            closing = [_VERIFY] * (request.verify != "off") + [("compare", "send")] * (request.push_to is not None)
+            return [("prove", "measure"), ("write", "copy"), *closing]
+        case RewriteRequest():
+            return [("write",), _VERIFY]
+        case VerifyRequest():
+            return [("read",), ("decode",), ("self-test", "prewarm", "multiply")]
+        case PushRequest():
+            return [_VERIFY, ("compare", "send")]
+        case _:
+            return []
+
+
 class ProgressBar:
     """Progress by bytes: a bar if stderr is a terminal, else a line per phase; nothing if quiet."""
 
-    def __init__(self, output: Output) -> None:
-        """Draw nothing yet."""
-        self._output = output
-        terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._bar = None
-        if terminal and not output.quiet:
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    def __init__(self, output: Output, steps: Sequence[tuple[str, ...]] = ()) -> None:
+        """Draw nothing yet.
 
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+        Args:
+            output: How the user wants to be told.
+            steps: See ``steps_of``.
+        """
+        self._output = output
+        self._steps = steps
+        self._step = 0
+        self._bar = None
+        if is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb" and not output.quiet:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(compact=True),
+            )
             console = Console(stderr=True, markup=False, highlight=False, no_color=output.no_color or None)
-            self._bar = Progress(*columns, TransferSpeedColumn(), console=console, transient=True)
+            self._bar = Progress(*columns, console=console, transient=True, expand=True)
+            self._bar.add_task("open", total=None)
 
     def __enter__(self) -> Self:
         """Begin drawing."""
@@ -109,11 +163,26 @@ class ProgressBar:
     def begin(self, what: str, total_bytes: int) -> None:
         """A phase begins."""
         if self._bar is not None:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task(printable(what), total=total_bytes)
+            shard = _SHARD.match(what)
+            number, count = map(int, shard.groups()) if shard else (1, 1)
+            # Of shards to come all that is known here is that they are about as large: so time left is of the whole.
+            total, text = total_bytes * (count - number + 1), printable(self._described(what))
+            if number == 1:
+                for task in self._bar.task_ids:
+                    self._bar.remove_task(task)
+                self._bar.add_task(text, total=total)
+            else:
+                self._bar.update(self._bar.task_ids[-1], description=text, total=self._bar.tasks[-1].completed + total)
         elif not self._output.quiet:
             self._output.aside(f"{what}: {human_bytes(total_bytes)}")
+
+    def _described(self, what: str) -> str:
+        """A phase with the step that it belongs to; a push after a build verifies once more, and goes no step back."""
+        word = what.partition(" ")[0]
+        found = [number for number, words in enumerate(self._steps, 1) if word in words]
+        self._step = max([self._step, *found])
+        text = what.replace("diffusion_pytorch_model-", "").removesuffix(".safetensors")
+        return f"step {self._step} of {len(self._steps)}: {text}" if self._step else text
 
     def advance(self, num_bytes: int) -> None:
         """So many more bytes are done."""
@@ -131,14 +200,19 @@ class ProgressBar:
             self._output.aside(text)
 
 
-def show_written(output: Output, report: Report) -> None:
-    """What was or would be written, and the fate of every input tensor, counted."""
+def show_written(output: Output, report: Report, proof: str = "") -> None:
+    """What is known of the weights, what was or would be written, and where."""
     files = len(report.output.shards)
     verb = "would write" if report.status == "planned" else "wrote"
     size = human_bytes(report.output.bytes)
     plural = "" if files == 1 else "s"
+    if proof:
+        output.line(proof, "good" if proof == PROVEN_WORDS else "doubt")
     output.line(f"{verb} {report.output.path}: {report.output.tensors} tensors, {size} in {files} file{plural}")
-    output.line("")
+
+
+def show_counts(output: Output, report: Report) -> None:
+    """The fate of every input tensor, counted."""
     output.table(
         ["input", "tensors", "fate"],
         [[name, str(count), fate] for name, fates in report.counts.items() for fate, count in fates.items()],
@@ -177,7 +251,7 @@ def run(
         command = command_of(request)
         failure: BaseException | None = None
         try:
-            with signals.acting(), ProgressBar(output) as progress, bounded(request.reads()):
+            with signals.acting(), ProgressBar(output, steps_of(request)) as progress, bounded(request.reads()):
                 if output.report_json is not None:
                     check_file_replaced(output.report_json)
                 command.run(progress)

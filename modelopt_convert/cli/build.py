@@ -1,6 +1,7 @@
 """``mopt build-nvfp4`` and ``mopt convert-fp8``."""
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelopt_convert.cli._options import from_request
@@ -48,18 +49,58 @@ def _run(request: BuildRequest, output: "Output") -> None:
     from modelopt_convert.cli.push import show_pushed
 
     def show(out: "Output", report: "Report") -> None:
-        _show(out, report, request)
+        show_build(out, report, request)
         show_pushed(out, report)
 
     run(output, request, show)
 
 
-def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
-    from modelopt_convert.cli._output import human_bytes, show_cost, show_written
-    from modelopt_convert.commands.serving import loads_right
-    from modelopt_convert.engines.sglang import load_command
+def show_build(out: "Output", report: "Report", request: BuildRequest) -> None:
+    """The answer, then what it rests on; tables with ``-v``."""
+    from modelopt_convert.cli._output import human_bytes, show_cost, show_counts, show_written
 
-    show_written(out, report)
+    planned, proof = report.status == "planned", report.proof
+    show_written(out, report, "" if proof is None or planned else proof.words or proof.status)
+    if not planned:
+        out.line(f"next: {_next(report, request)}")
+    out.line("")
+    if out.verbose:
+        show_counts(out, report)
+        _show_rules(out, report)
+    for limit in (report.preset or {}).get("known_limits", ()):
+        out.line(f"known limit: {limit}")
+    others = ", ".join(sorted({f"{one.engine} {one.grade}" for one in report.engines if one.engine != report.engine}))
+    if others:
+        out.line(f"other engines: {others}")
+    if report.dequantized:
+        more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
+        out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
+    for name, one in report.network.items():
+        count, verb = (one.to_fetch_bytes or 0, "would fetch") if planned else (one.fetched_bytes, "fetched")
+        sizes = f"{human_bytes(count)} of {human_bytes(one.of_bytes)}"
+        out.line(f"{verb} {sizes} of the {name}, {one.repo}@{one.commit[:12]}")
+    if planned:
+        assert report.peak_working_bytes is not None and report.free_bytes is not None
+        out.line(
+            f"memory {human_bytes(report.peak_working_bytes)} beyond start-up, {human_bytes(report.free_bytes)} free"
+        )
+        return
+    if proof is not None:
+        _show_proof(out, proof)
+    if report.device is not None:
+        done = "quantized" if report.calibration == "none" else "compared"
+        out.line(f"{done} on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
+    parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
+    out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
+    show_cost(out, report)
+    if report.output.copied:
+        size = human_bytes(sum(one["bytes"] for one in report.output.copied))
+        out.line(f"copied beside the transformers: {len(report.output.copied)} files, {size}")
+
+
+def _show_rules(out: "Output", report: "Report") -> None:
+    from modelopt_convert.cli._output import human_bytes
+
     several = any(rule.component for rule in report.rules)
     out.table(
         ["pattern kept in BF16", "matched", "replaced", "bytes", "kind"],
@@ -75,42 +116,28 @@ def _show(out: "Output", report: "Report", request: BuildRequest) -> None:
         ],
     )
     out.line("")
-    for limit in (report.preset or {}).get("known_limits", ()):
-        out.line(f"known limit: {limit}")
-    others = ", ".join(sorted({f"{one.engine} {one.grade}" for one in report.engines if one.engine != report.engine}))
-    if others:
-        out.line(f"other engines: {others}")
-    if report.dequantized:
-        more = f" and {len(report.dequantized) - 3} more" if len(report.dequantized) > 3 else ""
-        out.line(f"dequantized for want of a base: {', '.join(report.dequantized[:3])}{more}")
-    planned = report.status == "planned"
-    for name, one in report.network.items():
-        count, verb = (one.to_fetch_bytes or 0, "would fetch") if planned else (one.fetched_bytes, "fetched")
-        sizes = f"{human_bytes(count)} of {human_bytes(one.of_bytes)}"
-        out.line(f"{verb} {sizes} of the {name}, {one.repo}@{one.commit[:12]}")
-    if planned:
-        assert report.peak_working_bytes is not None and report.free_bytes is not None
-        out.line(
-            f"memory {human_bytes(report.peak_working_bytes)} beyond start-up, {human_bytes(report.free_bytes)} free"
-        )
-        return
-    if report.proof is not None:
-        _show_proof(out, report.proof)
-    if report.device is not None:
-        done = "quantized" if report.calibration == "none" else "compared"
-        out.line(f"{done} on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
-    parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
-    out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))
-    show_cost(out, report)
-    folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
+
+
+def _next(report: "Report", request: BuildRequest) -> str:
+    """A command that runs as printed: SGLang's where it loads OUT and the model is known, else the proof once more."""
+    from modelopt_convert.commands.serving import loads_right
+    from modelopt_convert.engines.sglang import load_command
+
     against = any(warning["code"] == "preset.structural" for warning in report.warnings)
-    if report.output.copied:
-        size = human_bytes(sum(one["bytes"] for one in report.output.copied))
-        out.line(f"copied beside the transformers: {len(report.output.copied)} files, {size}")
+    folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
+    bases = [one for name, one in report.inputs.items() if name.rpartition("/")[2] == "base"]
+    out, place = shlex.quote(report.output.path), request.base
+    model = request.base_model or next((one.identity["repo"] for one in bases if "repo" in one.identity), None)
+    if model is None and place is not None:
+        pipelines = (one for one in (Path(place), Path(place).parent) if (one / "model_index.json").is_file())
+        model = next((shlex.quote(str(one)) for one in pipelines), None)
     if loads_right(report.engines, request.engine) and not against:
-        out.line(f"next: {report.output.load or load_command(report.output.path, 'BASE', folders)}")
-    else:
-        out.line(f"next: mopt verify {shlex.quote(report.output.path)}")
+        if report.output.load is not None:
+            return report.output.load
+        if model is not None:
+            return load_command(out, model, folders)
+    known = f" --base {shlex.quote(str(place))}" if place is not None else f" --base hf://{model}" if model else ""
+    return f"mopt verify {out}{known}"
 
 
 def _show_proof(out: "Output", proof: "ProofReport") -> None:

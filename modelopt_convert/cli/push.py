@@ -16,6 +16,7 @@ def push(request: PushRequest, output: "Output") -> None:
     \b
     Examples:
       mopt push flux1-dev-nvfp4 me/FLUX.1-dev-nvfp4
+      mopt push flux1-dev-nvfp4 me/FLUX.1-dev-nvfp4 --dry-run
       mopt push flux1-dev-nvfp4 org/FLUX.1-dev-nvfp4 --create-pr --message 'New calibration'
 
     Stopped and run again it goes on where it was. Exit codes: 0 published, or already there; 1 the checkpoint fails its
@@ -23,7 +24,12 @@ def push(request: PushRequest, output: "Output") -> None:
     """
     from modelopt_convert.cli._output import run
 
-    run(output, request, show_pushed)
+    def show(out: "Output", report: "Report") -> None:
+        show_pushed(out, report)
+        if request.dry_run:
+            out.line(f"next: {request.command_line()}")
+
+    run(output, request, show)
 
 
 def show_pushed(out: "Output", report: "Report") -> None:
@@ -34,7 +40,12 @@ def show_pushed(out: "Output", report: "Report") -> None:
     if pushed is None:
         return
     if report.status == "planned":
-        out.line(f"would push to {pushed.url}")
+        sizes = f" {len(pushed.sent)} files, {human_bytes(pushed.bytes_sent)}," if pushed.sent else ""
+        out.line(f"would push{sizes} to {pushed.url}")
+        for one, fate in (*((one, "send") for one in pushed.sent), *((one, "delete") for one in pushed.deleted)):
+            out.line(f"  {fate} {one}")
+        if pushed.same:
+            out.line(f"  {len(pushed.same)} are there, and equal")
         return
     if pushed.commit is None:
         out.line(f"already there: {pushed.url}")

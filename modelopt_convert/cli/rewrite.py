@@ -1,9 +1,11 @@
 """``mopt swap-nibbles`` and ``mopt unswizzle-scales``."""
 
+import shlex
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modelopt_convert.cli._options import from_request
-from modelopt_convert.commands.requests import SwapNibblesRequest, UnswizzleScalesRequest
+from modelopt_convert.commands.requests import RewriteRequest, SwapNibblesRequest, UnswizzleScalesRequest
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -22,7 +24,7 @@ def swap_nibbles(request: SwapNibblesRequest, output: "Output") -> None:
     """
     from modelopt_convert.cli._output import run
 
-    run(output, request, _show)
+    run(output, request, partial(_show, request=request))
 
 
 def unswizzle_scales(request: UnswizzleScalesRequest, output: "Output") -> None:
@@ -37,13 +39,22 @@ def unswizzle_scales(request: UnswizzleScalesRequest, output: "Output") -> None:
     """
     from modelopt_convert.cli._output import run
 
-    run(output, request, _show)
+    run(output, request, partial(_show, request=request))
 
 
-def _show(out: "Output", report: "Report") -> None:
-    from modelopt_convert.cli._output import show_cost, show_written
+def _show(out: "Output", report: "Report", request: RewriteRequest) -> None:
+    from modelopt_convert.cli._output import show_cost, show_counts, show_written
 
     show_written(out, report)
+    if report.status != "planned":
+        place = shlex.quote(report.output.path)
+        proves = request.base is not None
+        out.line(
+            f"next: mopt {f'verify {place} --base {shlex.quote(str(request.base))}' if proves else f'inspect {place}'}"
+        )
+    out.line("")
+    if out.verbose:
+        show_counts(out, report)
     for check in report.checks:
         out.line(f"check: {check['name']} {check['status']}")
     show_cost(out, report)

@@ -8,9 +8,11 @@ import typer
 from modelopt_convert.cli._options import SILENT, from_request
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.run.errors import ExitCode
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
+    from modelopt_convert.cli._text import Tone
     from modelopt_convert.report.report import Report
 
 _SHOWN = 10
@@ -46,15 +48,17 @@ def verify(request: VerifyRequest, output: "Output") -> None:
 
 
 def _show(out: "Output", report: "Report") -> None:
-    """What is proven, in a word; then tables of levels and backends, and what failed."""
+    """What is proven, in a word, and the verdict; then tables of levels and backends, and what failed."""
     from modelopt_convert.cli._output import show_cost
 
     found = report.verify
     if found is None:
         return
+    tone: Tone = "good" if found.verdict == "pass" else "bad" if report.exit_code == ExitCode.MISMATCH else "doubt"
     if found.proof:
-        out.line(found.proof)
-        out.line("")
+        out.line(found.proof, tone)
+    out.line(f"verdict: {found.verdict}: {found.statement}", tone)
+    out.line("")
     if found.levels:
         out.table(
             ["level", "status", "reason"],
@@ -76,7 +80,6 @@ def _show(out: "Output", report: "Report") -> None:
     if found.modules:
         out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
     show_cost(out, report)
-    out.line(f"verdict: {found.verdict}: {found.statement}")
 
 
 COMMANDS = {"verify": from_request(VerifyRequest, verify, without=SILENT)}

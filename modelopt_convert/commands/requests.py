@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -56,6 +56,7 @@ class Flag:
         minimum: The smallest number that is taken.
         maximum: The largest.
         after: The field that it follows in the help, where that is not its place among the fields.
+        values: Gives the values that a shell offers, where the field's type does not.
     """
 
     help: str
@@ -65,6 +66,14 @@ class Flag:
     minimum: float | None = None
     maximum: float | None = None
     after: str | None = None
+    values: Callable[[], Sequence[str]] | None = None
+
+
+def preset_values() -> list[str]:
+    """What ``--preset`` takes besides files."""
+    from modelopt_convert.preset.preset import preset_names
+
+    return [*preset_names(), "none"]
 
 
 def flags_of(kind: type[Any]) -> dict[str, tuple[Any, Flag]]:
@@ -298,7 +307,11 @@ class _Choosing(Request["Report"]):
     __slots__ = ()
     preset: Annotated[
         str | Path | None,
-        Flag("What stays in BF16; chosen by config.json if left out; 'none' for nothing.", metavar="NAME|FILE"),
+        Flag(
+            "What stays in BF16; chosen by config.json if left out; 'none' for nothing.",
+            metavar="NAME|FILE",
+            values=preset_values,
+        ),
     ] = None
     export: Annotated[
         Place | None, Flag("ModelOpt NVFP4 export; without it the base is quantized.", metavar="EXPORT")
@@ -505,6 +518,7 @@ class VerifyRequest(Request["VerifiedReport"]):
         Flag(
             "Which GEMMs to compare; SGLang's names are known. One that is named must run.",
             metavar="best|all|NAME[,NAME]",
+            values=lambda: ("best", "all", *NAMES),
         ),
     ] = "best"
     device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
@@ -591,7 +605,12 @@ class InspectRequest(Request["InspectReport"]):
     ] = field(kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base: proves the layout.", metavar="BASE")] = None
     all_scales: Annotated[bool, Flag("Look at the scales of every module, not of a few.", name="--all")] = False
-    engine: Annotated[str, Flag("Whose view of the checkpoint to show: sglang.", metavar="NAME")] = "sglang"
+    engine: Annotated[
+        str,
+        Flag(
+            "Whose view of the checkpoint to show: sglang.", metavar="NAME", values=lambda: ("sglang", sglang.VERSION)
+        ),
+    ] = "sglang"
     max_error: MaxError = NVFP4.max_error
     download: Download = False
 
@@ -618,6 +637,9 @@ class PushRequest(_Serving["PublishedReport"]):
     private: Annotated[bool, Flag("Create the repo as a private one; refuse a public one.")] = False
     revision: Annotated[str | None, Flag("Commit there; made from main if there is none.", metavar="BRANCH")] = None
     message: Annotated[str | None, Flag("Of the commit.", metavar="TEXT")] = None
+    dry_run: Annotated[
+        bool, Flag("Verify, compare with what is there, say what would be published; write nothing there.", short="-n")
+    ] = False
 
     def check(self) -> None:
         """Refuse what cannot be meant."""

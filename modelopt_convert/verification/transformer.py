@@ -16,7 +16,7 @@ from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm import metrics
 from modelopt_convert.verification.levels.container import container_level, look
-from modelopt_convert.verification.levels.decode import decode_level
+from modelopt_convert.verification.levels.decode import decode_level, decode_size
 from modelopt_convert.verification.levels.kernels import Kernels, agreement, choose, disagree, prewarm
 from modelopt_convert.verification.levels.layout import layout_level
 from modelopt_convert.verification.levels.record import Scanned, scan
@@ -108,12 +108,12 @@ def verify_opened(
     subject = find_subject(reader, base)
     record = read_record(reader.path) if with_record else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
-    progress.begin("read", reader.num_bytes)
     scanned = Scanned()
     if with_record:
+        progress.begin("read", reader.num_bytes)
         scanned = scan(reader, record, options.workers, progress.advance, is_compared=base is not None)
     seen = look(subject)
-    progress.begin("decode", sum(one.rows * one.columns for one in subject.modules.values()))
+    progress.begin("decode", decode_size(subject, base))
     with torch_on_one_thread():
         decoded = decode_level(
             subject,

@@ -61,7 +61,7 @@ def test_both_are_built_each_from_its_own_base(algorithm: str, families: Path, t
 
 def test_the_printed_command_names_both(families: Path, tmp_path: Path) -> None:
     export, base = pipelines(families, tmp_path, "fp8")
-    where = ("--export", export, "--base", base, "--output", tmp_path / "out")
+    where = ("--export", export, "--base", base, "--output", tmp_path / "out", "--base-model", "Wan-AI/Wan2.2")
     outcome = run_mopt("convert-fp8", "--preset", PRESET, *where, json_report=False)
     flags = [f"--transformer-path {tmp_path}/out/transformer", f"--transformer-2-path {tmp_path}/out/transformer_2"]
     line = next(line for line in outcome.stdout.splitlines() if line.startswith("next: "))

@@ -102,7 +102,8 @@ def test_one_outcome_told_in_three_ways(
     for one in told.values():
         assert "Traceback" not in one.stderr and "\x1b" not in one.stdout + one.stderr
     if exit_code is ExitCode.USAGE:
-        assert all(one.stdout == "" and "Usage: " in one.stderr for one in told.values())
+        assert all("Usage: " in one.stderr for one in told.values())
+        assert told["people"].stdout == "" and json.loads(told["json"].stdout)["error"]["code"] == "usage"
         return
     report = json.loads(told["json"].stdout)
     assert told["json"].stdout.isascii() and told["json"].stdout.count("\n") == 1

@@ -33,6 +33,9 @@ ROWS: list[tuple[str, int, set[str]]] = [
     ("unswizzle-scales --help", 0, NO_OPTION),
     ("push --help", 0, NO_OPTION),
     ("presets --help", 0, NO_OPTION),
+    ("doctor --help", 0, NO_OPTION),
+    ("demo --help", 0, NO_OPTION),
+    ("demo {base}", 4, HEAVY),
     ("no-such-command", 2, NO_OPTION),
     ("build-nvfp4 --no-such-flag", 2, NO_OPTION),
     ("build-nvfp4 --output", 2, NO_OPTION),
@@ -65,7 +68,7 @@ ROWS: list[tuple[str, int, set[str]]] = [
     # A header says all there is to say of weights that are not packed.
     ("inspect {base} --json", 0, HEAVY),
     ("inspect {fp8} --json", 0, HEAVY),
-    ("inspect {base}", 0, HEAVY - {"rich"}),
+    ("inspect {base}", 0, HEAVY),
 ]
 
 
@@ -101,7 +104,7 @@ def test_nothing_is_imported_before_it_is_needed(
 def test_packed_weights_are_looked_at_with_torch(places: dict[str, Path]) -> None:
     """So that the rows above can fail."""
     found, imported = modules("inspect", str(places["nvfp4"]))
-    assert found == 0 and {"torch", "rich", "pydantic"} <= imported
+    assert found == 0 and {"torch", "pydantic"} <= imported
 
 
 def test_no_plugin_of_pydantic_runs_in_mopt(

@@ -14,7 +14,9 @@ import torch
 from root import ROOT
 from support import Tensors, build, copy, edit, load, run_mopt, tree
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from modelopt_convert import api
 from modelopt_convert.cli import app
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
@@ -26,6 +28,7 @@ from modelopt_convert.commands.requests import (
 )
 from modelopt_convert.engines.sglang import VERSION
 from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
 from modelopt_convert.run.errors import UsageError
 
@@ -67,9 +70,11 @@ FLAGS = {
     "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
     "push": {
         "checkpoint", "repo_id", "--create-pr", "--private", "--revision", "--message", "--engine",
-        "--allow-known-broken", *_TELLING,
+        "--allow-known-broken", "--dry-run", "-n", *_TELLING,
     },
-    "presets": {"name"},
+    "presets": {"name", "--json"},
+    "doctor": {"path", "--json", "--no-color"},
+    "demo": {"folder", "--no-color"},
 }  # fmt: skip
 
 
@@ -115,13 +120,17 @@ def test_help_shows_examples(command: list[str]) -> None:
         outcome = run_mopt(*command, flag, json_report=False)
         assert outcome.exit_code == 0 and "Examples:" in outcome.stdout
     if not command:
+        assert (
+            "..." not in outcome.stdout.partition("Commands:")[2] and max(map(len, outcome.stdout.splitlines())) <= 80
+        )
         assert all(word in outcome.stdout for word in ("Exit codes", "build-nvfp4", "push", "presets"))
 
 
 def test_version() -> None:
     from modelopt_convert import __version__
 
-    assert run_mopt("--version", json_report=False).stdout == f"mopt {__version__}\n"
+    for flag in ("--version", "-V"):
+        assert run_mopt(flag, json_report=False).stdout == f"mopt {__version__}\n"
 
 
 def test_a_dry_run_imports_no_torch_and_writes_nothing(exports: Path, tmp_path: Path) -> None:
@@ -155,7 +164,9 @@ def test_a_full_size_flux1_is_planned_from_headers(tmp_path: Path) -> None:
 
 def test_presets_lists_and_prints(tmp_path: Path) -> None:
     listed = run_mopt("presets", json_report=False)
-    assert listed.exit_code == 0 and "flux1-dev" in listed.stdout and "nvfp4 validated" in listed.stdout
+    assert listed.exit_code == 0 and "flux1-dev " in listed.stdout
+    assert {len(line.split()) for line in listed.stdout.splitlines()} == {2 + len(FORMATS)}
+    assert max(map(len, listed.stdout.splitlines())) <= 80
     printed = run_mopt("presets", "flux1-dev", json_report=False)
     assert tomllib.loads(printed.stdout)["name"] == "flux1-dev"  # the recipe is a comment: the output is a preset
     assert "--model flux-dev" in printed.stdout and "--model-dtype BFloat16" in printed.stdout
@@ -166,6 +177,55 @@ def test_presets_lists_and_prints(tmp_path: Path) -> None:
     assert unknown.exit_code == 3 and "preset.unknown" in unknown.stderr and "flux1-dev" in unknown.stderr
     empty = run_mopt("presets", "", json_report=False)
     assert empty.exit_code == 2 and empty.stderr.startswith("Usage: ") and "must not be empty" in empty.stderr
+
+
+def test_presets_as_json_are_those_of_the_api() -> None:
+    listed = run_mopt("presets").report
+    assert listed is not None and listed["schema"] == "mopt.presets/1"
+    assert [one["name"] for one in listed["presets"]] == [one.preset.name for one in api.presets()]
+    (one,) = api.presets("flux1-kontext-dev")
+    printed = run_mopt("presets", "flux1-kontext-dev").report
+    assert printed is not None
+    (found,) = printed["presets"]
+    assert (found["fields"], found["sha256"]) == (one.preset.model_dump(mode="json"), one.sha256)
+    assert found["formats"] == {kind: rules.status for kind, rules in one.preset.sets().items()}
+    unknown = run_mopt("presets", "flux9")
+    assert (unknown.exit_code, unknown.error_code) == (3, "preset.unknown") and unknown.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["build-nvfp4 --no-such-flag", "verify", "inspect", "no-such-command", "--no-such"])
+def test_a_usage_error_under_json_is_one_document(words: str) -> None:
+    """What stderr says, too; without --json stdout is empty."""
+    told, people = run_mopt(*words.split()), run_mopt(*words.split(), json_report=False)
+    assert told.exit_code == people.exit_code == 2 and people.stdout == ""
+    assert told.stdout.count("\n") == 1 and told.report is not None
+    command = words.split()[0]
+    model = InspectReport if command == "inspect" else Report
+    assert model.model_validate_json(told.stdout).to_json() == told.stdout.strip()
+    assert (told.report["status"], told.report["exit_code"], told.error_code) == ("refused", 2, "usage")
+    assert f"Error: {told.report['error']['message']}" in told.stderr
+    assert "Usage: " in told.stderr and told.report["error"]["hint"].endswith("--help` says what it takes")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("mopt build-nvfp4 --preset flux1-d", ["flux1-dev"]),
+        ("mopt build-nvfp4 --preset no", ["none"]),
+        ("mopt presets ltx", ["ltx2"]),
+        ("mopt verify --backend tor", ["torch"]),
+        ("mopt verify --backend torch,tri", ["torch,triton"]),
+        ("mopt build-nvfp4 --engine vllm", ["vllm-omni"]),
+        ("mopt inspect --engine sg", ["sglang", VERSION]),
+        ("mopt verify --device cu", ["cuda"]),
+    ],
+)
+def test_values_are_completed(line: str, expected: list[str]) -> None:
+    """As bash asks for them."""
+    words = line.split(" ")
+    asked = {"_MOPT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    found = CliRunner().invoke(app, [], env=asked, prog_name="mopt")
+    assert (found.exit_code, found.stdout.split()) == (0, expected)
 
 
 def test_json_is_one_object_whatever_the_outcome(exports: Path, tmp_path: Path) -> None:
@@ -243,12 +303,18 @@ def test_people_get_text_without_escapes_and_quiet_gets_nothing(exports: Path, t
     # Of those that are written every code; of those that the base replaces, rows.
     assert f"proof: 24 modules reproduced, 100.00% of {codes} codes (max calibration)" in loud.stdout
     assert re.search(r"^proof: 16 modules reproduced, 100\.00% of \d+ sampled codes$", loud.stdout, re.M), loud.stdout
-    assert "transformer_blocks.*.ff_context.net.0.proj" in loud.stdout
+    # The answer comes first: what is known, what stands where, and a command that runs as printed; tables with -v.
+    first, second, third, *_ = loud.stdout.splitlines()
+    assert first == "proven" and second.startswith(f"wrote {tmp_path / 'out'}: ")
+    assert third == f"next: mopt verify {tmp_path / 'out'} --base {exports / 'base'}"
+    assert "transformer_blocks.*.ff_context.net.0.proj" not in loud.stdout
     assert "write diffusion_pytorch_model.safetensors" in loud.stderr
     quiet = mopt(*arguments, "--output", tmp_path / "out", "-q")
     assert quiet.returncode == 0 and quiet.stdout == "" and "write diff" not in quiet.stderr
     verbose = mopt(*arguments, "--output", tmp_path / "out", "-v")
     assert "transformer_blocks.1.attn.to_q.weight_scale: copy from export" in verbose.stderr
+    assert "transformer_blocks.*.ff_context.net.0.proj" in verbose.stdout
+    assert verbose.stdout.splitlines()[:3] == loud.stdout.splitlines()[:3]
 
 
 def test_what_a_terminal_could_act_on_is_escaped(exports: Path, tmp_path: Path) -> None:

@@ -85,10 +85,11 @@ def test_a_loss_is_told_with_its_figure_and_not_refused(families: Path, tmp_path
 def test_the_next_command_is_none_that_is_known_to_fail(
     families: Path, tmp_path: Path, family: str, more: tuple[str, ...], loads: bool
 ) -> None:
-    outcome = built(families, family, tmp_path / "out", *more, json_report=False)
+    outcome = built(families, family, tmp_path / "out", *more, "--base-model", "org/model", json_report=False)
     assert outcome.exit_code == 0, outcome.stderr
     [line] = [line for line in outcome.stdout.splitlines() if line.startswith("next: ")]
-    assert ("sglang generate" in line) == loads and (loads or line == f"next: mopt verify {tmp_path / 'out'}")
+    again = f"next: mopt verify {tmp_path / 'out'} --base {families / family / 'base'}"
+    assert line.startswith("next: sglang generate --model-path org/model ") if loads else line == again
     [others] = [line for line in outcome.stdout.splitlines() if line.startswith("other engines: ")]
     assert "diffusers fails" in others and ("sglang wrong" in others) == ("vllm-omni" in more)
 

@@ -21,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of mopt ended; ``report`` is its JSON report, or None where there is none (usage errors)."""
+    """How a run of mopt ended; ``report`` is its JSON report, or None where none was asked for."""
 
     exit_code: int
     stdout: str

@@ -109,7 +109,8 @@ class PushCommand:
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
         kind, output = Report if self._pushed is None else PublishedReport, OutputReport(path="")
-        return self.added_to(kind(command=self._request.command, output=output, pushed=self._pushed, **ending(error)))
+        ended = ending(error, "planned" if self._request.dry_run else "ok")
+        return self.added_to(kind(command=self._request.command, output=output, pushed=self._pushed, **ended))
 
     def added_to(self, report: Report) -> Report:
         """A report with what this push has to say; what it says itself of inputs and verdicts says more.
@@ -190,10 +191,11 @@ def _send(
     api = hub_api()
     repo_id = request.repo_id
     with hub_errors(repo_id, request.again):
-        if not exists:
+        if not exists and not request.dry_run:
             ask_once(partial(api.create_repo, repo_id, private=request.private or None, exist_ok=True))
-        target = _target(request)
-        there = list_files(repo_id, target.parent)
+        # Of a repo that is only planned there is no commit to build on, and nothing to compare with.
+        target = _target(request) if exists or not request.dry_run else _Target("", branch_exists=False)
+        there = list_files(repo_id, target.parent) if target.parent else {}
     known = sum(one.num_bytes for one in local.files if one.is_shard and one.path in there)
     if known:
         progress.begin("compare with what is there", known)
@@ -212,7 +214,11 @@ def _send(
         url=page_of(repo_id) + (f"/tree/{request.revision}" if request.revision else ""),
         same=list(changes.same),
         deleted=list(changes.delete),
+        sent=[one.path for one in changes.send],
+        bytes_sent=sum(one.num_bytes for one in changes.send),
     )
+    if request.dry_run:
+        return pushed, warned
     with hub_errors(repo_id, request.again):
         if not target.branch_exists:
             branch = request.revision or _MAIN
@@ -279,8 +285,6 @@ def _commit(
         "url": url,
         "pull_request": url if done.pr_url else None,
         "revision": done.pr_revision or request.revision or _MAIN,
-        "sent": [one.path for one in changes.send],
-        "bytes_sent": sum(one.num_bytes for one in changes.send),
     }
 
 

@@ -194,6 +194,26 @@ def _at(one: ModuleVerify) -> str:
     return f" ({one.first})" if one.first is not None else ""
 
 
+def decode_size(subject: Subject, base: CheckpointReader | None) -> int:
+    """What ``decode_level`` counts in all: values of modules, and bytes of what is compared beside them."""
+    values = sum(one.rows * one.columns for one in subject.modules.values())
+    beside = [] if base is None else _unpacked(subject, base)
+    return values + sum(subject.reader.tensors[name].num_bytes for name in beside)
+
+
+def _beside_scales(subject: Subject) -> set[str]:
+    """Tensors that a base may have, too."""
+    scales = {info.name for module in subject.modules.values() for info in module.scales.values()}
+    known = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)}
+    return known - scales
+
+
+def _unpacked(subject: Subject, base: CheckpointReader) -> list[str]:
+    """Tensors that both have, and that hold no codes."""
+    coded = {module.weight.name for module in subject.modules.values()}
+    return sorted((_beside_scales(subject) & base.tensors.keys()) - coded)
+
+
 def unlike_base(
     subject: Subject, base: CheckpointReader, max_error: float, workers: int, advance: Callable[[int], None]
 ) -> tuple[list[str], list[str]]:
@@ -209,12 +229,9 @@ def unlike_base(
     Returns:
         Those that are other tensors, and those that are near the base's.
     """
-    mine = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)} - {
-        info.name for module in subject.modules.values() for info in module.scales.values()
-    }
+    mine = _beside_scales(subject)
     failures = [f"{name}: the base has it, the checkpoint has not" for name in sorted(base.tensors.keys() - mine)]
     failures += [f"{name}: the checkpoint has it, the base has not" for name in sorted(mine - base.tensors.keys())]
-    coded = {module.weight.name for module in subject.modules.values()}
 
     def compared(name: str, stopped: Event) -> tuple[bool, str] | None:
         """What is wrong with a tensor, and whether it is near."""
@@ -230,7 +247,7 @@ def unlike_base(
             place = first_difference(subject.reader, base, name)
         return is_near, f"{name}: {'near' if is_near else 'not'} the base's ({place or 'other bytes'})"
 
-    answers = in_order(sorted((mine & base.tensors.keys()) - coded), compared, workers)
+    answers = in_order(_unpacked(subject, base), compared, workers)
     wrong = [answer for answer in answers if answer is not None]
     return [*failures, *(words for near, words in wrong if not near)], [words for near, words in wrong if near]
 

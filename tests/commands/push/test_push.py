@@ -15,6 +15,7 @@ from push_support import (
     published,
     push,
     shards_of,
+    touched_nothing,
     unrecorded,
 )
 from support import build, copy, run_mopt
@@ -49,6 +50,41 @@ def test_the_second_time_nothing_is_sent(any_hub: LoopbackHub, built: Path) -> N
     assert asked == []
     people = run_mopt("push", built, REPO, json_report=False)
     assert f"already there: {any_hub.url}/{REPO}" in people.stdout
+
+
+def test_a_dry_run_says_what_a_push_does_and_writes_nothing(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
+    """To a new repo, to the same checkpoint, to a changed one; then the push does just that."""
+    folder = unrecorded(built, tmp_path / "out")
+    for step in ("new", "same", "changed"):
+        if step == "changed":
+            flip_bias(folder, 2)
+        before = len(hub.log)
+        planned = push(folder, REPO, "--dry-run")
+        asked = [one for one in hub.log[before:] if one.method in ("POST", "PUT", "DELETE")]
+        assert [one for one in asked if "validate-yaml" not in one.path] == []
+        assert planned.exit_code == 0 and planned.report is not None and planned.report["status"] == "planned"
+        assert planned.report["verify"]["levels"] and planned.report["pushed"]["commit"] is None
+        done = push(folder)
+        assert done.report is not None
+        kinds = ("sent", "same", "deleted", "bytes_sent", "not_published")
+        assert {kind: planned.report["pushed"][kind] for kind in kinds} == {
+            kind: done.report["pushed"][kind] for kind in kinds
+        }
+        assert bool(planned.report["pushed"]["sent"]) is (step != "same")
+
+
+def test_a_dry_run_of_a_push_is_told_with_the_command_that_does_it(hub: LoopbackHub, built: Path) -> None:
+    told = run_mopt("push", built, REPO, "--private", "-n", json_report=False)
+    assert told.exit_code == 0 and told.stdout.endswith(f"next: mopt push {built} {REPO} --private\n")
+    assert {f"  send {path}" for path in contents(built)} <= set(told.stdout.splitlines())
+    assert REPO not in hub.store.repos
+
+
+def test_a_dry_run_refuses_what_a_push_refuses(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:
+    folder = copy_of(built, tmp_path / "out")
+    flip_bias(folder)
+    assert push(folder, REPO, "--dry-run").exit_code == 1
+    assert touched_nothing(hub)
 
 
 def test_of_a_changed_checkpoint_the_changed_shard_is_sent(hub: LoopbackHub, built: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Usage errors under ``--json``: one document on stdout, as for every other outcome."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from modelopt_convert.cli._console import reader_may_leave
+from modelopt_convert.run.errors import ExitCode
+
+_WORDS = "mopt.words"
+
+
+class Group(TyperGroup):
+    """The commands; what cannot be parsed is told on stderr by Typer, and here on stdout where ``--json`` is given."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Parse what stands before the command."""
+        words = tuple(args)  # a parser takes what it knows off the list
+        with _told(words):
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta[_WORDS] = words
+        return context
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse what stands after the command, and run it."""
+        with _told(ctx.meta[_WORDS]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told(words: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except typer.TyperException as error:
+        if "--json" in words and error.exit_code == ExitCode.USAGE:
+            _tell(words[0], " ".join(error.format_message().split()))
+        raise
+
+
+def _tell(command: str, message: str) -> None:
+    from modelopt_convert.report.inspect import InspectReport
+    from modelopt_convert.report.report import ErrorReport, OutputReport, Report
+    from modelopt_convert.run.text import printable
+
+    command = "" if command.startswith("-") else command
+    hint = f"`{f'mopt {command}'.strip()} --help` says what it takes"
+    error = ErrorReport(code="usage", message=printable(message), hint=printable(hint), path=None)
+    ended: dict[str, Any] = {"status": "refused", "exit_code": int(ExitCode.USAGE), "error": error}
+    report = (
+        InspectReport(**ended)
+        if command == "inspect"
+        else Report(command=command, output=OutputReport(path=""), **ended)
+    )
+    with reader_may_leave():
+        typer.echo(report.to_json())

@@ -1,0 +1,50 @@
+"""mopt demo: what comes with mopt is built as files of a user's are, and nothing is replaced."""
+
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from support import run_mopt, tree
+
+_LARGEST = 1_000_000
+ARCHIVE = resources.files("modelopt_convert.commands") / "demo.zip"
+
+
+def test_what_comes_with_mopt_is_small_and_says_nothing_of_who_made_it() -> None:
+    with resources.as_file(ARCHIVE) as path, zipfile.ZipFile(path) as archive:
+        assert path.stat().st_size <= _LARGEST
+        assert {name.partition("/")[0] for name in archive.namelist()} == {"base", "export"}
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+    assert texts and not [text for text in texts if b'"/' in text]  # no path of the machine that made them
+
+
+def test_the_demo_ends_with_what_to_look_at(tmp_path: Path) -> None:
+    """Proven, and each command that it names ends well."""
+    folder = tmp_path / "new"
+    told = run_mopt("demo", folder, json_report=False)
+    assert told.exit_code == 0 and told.stdout.startswith("proven\n"), told.stderr
+    assert {path.name for path in folder.iterdir()} == {"base", "export", "out"}
+    assert {"config.json", "mopt.json", "README.md"} < {path.name for path in (folder / "out").iterdir()}
+    commands = [line.partition(": mopt ")[2] for line in told.stdout.splitlines() if ": mopt " in line]
+    assert {line.split()[0] for line in commands} == {"verify", "inspect", "build-nvfp4"}
+    for line in commands:
+        words = [
+            word.replace(f"{folder}/out", f"{tmp_path}/again") if "build" in line else word for word in line.split()
+        ]
+        again = run_mopt(*words)
+        assert again.exit_code == 0, again.stderr
+    assert tree(tmp_path / "again") == tree(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("folder", "output.exists"), ("file", "output.exists"), ("gone/new", "output.no_parent")]
+)
+def test_the_demo_replaces_nothing(tmp_path: Path, name: str, code: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    before = tree(tmp_path)
+    told = run_mopt("demo", tmp_path / name, json_report=False)
+    assert told.exit_code == 4 and f"[{code}]" in told.stderr and "hint: " in told.stderr
+    assert tree(tmp_path) == before and told.stdout == ""
