@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from root import ROOT
 from support import run_mopt
 
@@ -23,6 +24,20 @@ def test_the_house_is_drawn_as_it_is() -> None:
     from make_house import render
 
     assert (ROOT / "docs" / "house.svg").read_text() == render(), "run scripts/make/make_house.py"
+
+
+def test_the_pictures_are_those_of_the_code() -> None:
+    from make_pictures import FOLDER, render
+
+    for name, text in render().items():
+        assert (FOLDER / name).read_text() == text, f"{name}: run scripts/make/make_pictures.py"
+
+
+def test_the_reference_of_the_command_line_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    from make_cli import TARGET, render
+
+    monkeypatch.setenv("COLUMNS", "40")  # the page is the same in any terminal
+    assert TARGET.read_text() == render(), "run scripts/make/make_cli.py"
 
 
 def test_every_file_that_is_named_exists() -> None:
