@@ -13,7 +13,6 @@ from modelopt_convert.cli import app
 
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "cli.md"
 HEAD = "# The command line\n\nGenerated from the commands' own help by `scripts/make/make_cli.py`; do not edit."
-TABLE = ("| flag | what it does |", "|---|---|")
 BLOCK = "\b"  # before lines that are to stay as they are
 
 
@@ -33,12 +32,9 @@ def _command(usage: str, command: Any, context: Any) -> list[str]:
     # The context's name is the whole of the usage: what lies above it must not say it again.
     pieces = " ".join([usage, *command.collect_usage_pieces(context)])
     records = [one.get_help_record(context) for one in command.get_params(context)]
-    rows = [f"| `{_cell(flag)}` | {_plain(_cell(said))} |" for flag, said in filter(None, records)]
-    return [f"## {usage}", f"```text\n{pieces}\n```", *_paragraphs(command.help), "\n".join([*TABLE, *rows])]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    # A list: in a table a bar between two values would need a backslash, which some readers show.
+    rows = [f"- `{flag}`: {_plain(said)}" for flag, said in filter(None, records)]
+    return [f"## {usage}", f"```text\n{pieces}\n```", *_paragraphs(command.help), "\n".join(rows)]
 
 
 def _plain(text: str) -> str:
