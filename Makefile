@@ -51,7 +51,7 @@ test: $(INSTALLED)
 	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(PYTEST) tests/support/test_loopback_hub.py tests/checkpoint/hub \
 		tests/commands/push $(WHICHEVER_CLIENT:%=--ignore tests/%.py)
 
-ready: $(SGLANG)/installed $(ALL_EXPORTS) $(HUB2)/installed quality
+ready: $(SGLANG)/installed $(ALL_EXPORTS) $(HUB2)/installed quality docs
 
 # What takes too long for every change: random histories of OUT, full sizes, a million tensors, damage at many places. Not
 # part of CI.

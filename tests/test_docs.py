@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from root import ROOT
 from support import run_mopt
 
@@ -66,6 +67,20 @@ def test_the_readme_says_what_ci_runs() -> None:
     commands = re.findall(r"^make .*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert len(commands) == 2
     assert "\n".join(["```", *commands, "```"]) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_the_site_has_every_page() -> None:
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [page for section in sections for entry in section.values() for page in _pages(entry)]
+    assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def _pages(entry: str | list[dict[str, str]]) -> list[str]:
+    return [entry] if isinstance(entry, str) else [page for one in entry for page in one.values()]
 
 
 def test_every_exit_code_is_documented() -> None:
