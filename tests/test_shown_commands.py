@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,14 @@ def test_a_line_runs_as_shown(
         fill(hub, exports, built_nvfp4, tmp_path / "repos")
     outcome = run_mopt(*shlex.split(line)[1:], json_report=False)
     assert outcome.exit_code == 0, f"{SHOWN[line]}: {outcome.stderr}"
+
+
+def test_a_record_is_validated_as_shown(built_nvfp4: Path, here: Path) -> None:
+    (line,) = re.findall(r"^python (-m jsonschema .*)$", (ROOT / "docs" / "reports.md").read_text(), re.MULTILINE)
+    copy_file(here / "mopt.json", built_nvfp4 / "mopt.json")
+    link(here / "docs", ROOT / "docs")
+    # Its own deprecation is told on stderr; what it finds is its exit code.
+    subprocess.run([sys.executable, *shlex.split(line)], check=True, capture_output=True)
 
 
 def test_the_readme_shows_what_is_printed(here: Path, exports: Path) -> None:
