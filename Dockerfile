@@ -16,5 +16,5 @@ COPY presets /src/presets
 RUN /opt/mopt/bin/pip install --no-cache-dir -c /src/constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 RUN /opt/mopt/bin/pip install --no-cache-dir -c /src/constraints.txt /src
 
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["/opt/mopt/bin/mopt"]
