@@ -5,6 +5,8 @@ INSTALLED := .venv/installed
 # Python compiles what is imported, which is a small part of what is installed.
 PIP := $(BIN)/pip install --quiet --no-compile
 HUB2 := .venv/hub2
+# Without torch or mopt: the pages are text, and scripts/make writes what of them is generated.
+DOCS := .venv/docs
 SGLANG := .venv/engines/sglang
 # Exports that ModelOpt makes for the tests: tests/conftest.py says what they are.
 EXPORTS := .venv/exports
@@ -12,7 +14,7 @@ ALL_EXPORTS := $(EXPORTS)/exports/done $(EXPORTS)/families/done
 # Neighbours stay on one worker, which makes their fixtures once, until the other has nothing left to do.
 PYTEST := MOPT_TEST_EXPORTS=$(CURDIR)/$(EXPORTS) $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test ready test-long quality engines mutants reliability fuzz
+.PHONY: demo test ready test-long quality docs engines mutants reliability fuzz
 
 # torch first, from the pin: a range could bring another build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -49,7 +51,7 @@ test: $(INSTALLED)
 	MOPT_TEST_HUB=2 PYTHONPATH=$(CURDIR)/$(HUB2) $(PYTEST) tests/support/test_loopback_hub.py tests/checkpoint/hub \
 		tests/commands/push $(WHICHEVER_CLIENT:%=--ignore tests/%.py)
 
-ready: $(SGLANG)/installed $(ALL_EXPORTS) $(HUB2)/installed quality
+ready: $(SGLANG)/installed $(ALL_EXPORTS) $(HUB2)/installed quality docs
 
 # What takes too long for every change: random histories of OUT, full sizes, a million tensors, damage at many places. Not
 # part of CI.
@@ -72,6 +74,15 @@ quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The pages as a site, in .venv/docs/site; mkdocs.yml makes a broken link an error.
+docs: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs build
+
+$(DOCS)/installed: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --no-deps -r constraints-docs.txt
+	touch $@
 
 # Takes away one guard of the output protocol at a time and expects a test to go red; some minutes, not part of CI.
 mutants: $(INSTALLED)

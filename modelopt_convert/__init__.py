@@ -5,7 +5,7 @@ What this module gives is the public API; docs/api.md describes it. Everything e
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from modelopt_convert.api import *  # noqa: F403 - its __all__ is what type checkers see

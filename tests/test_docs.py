@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+import yaml
 from root import ROOT
 from support import run_mopt
 
@@ -23,6 +25,20 @@ def test_the_house_is_drawn_as_it_is() -> None:
     from make_house import render
 
     assert (ROOT / "docs" / "house.svg").read_text() == render(), "run scripts/make/make_house.py"
+
+
+def test_the_pictures_are_those_of_the_code() -> None:
+    from make_pictures import FOLDER, render
+
+    for name, text in render().items():
+        assert (FOLDER / name).read_text() == text, f"{name}: run scripts/make/make_pictures.py"
+
+
+def test_the_reference_of_the_command_line_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    from make_cli import TARGET, render
+
+    monkeypatch.setenv("COLUMNS", "40")  # the page is the same in any terminal
+    assert TARGET.read_text() == render(), "run scripts/make/make_cli.py"
 
 
 def test_every_file_that_is_named_exists() -> None:
@@ -51,6 +67,20 @@ def test_the_readme_says_what_ci_runs() -> None:
     commands = re.findall(r"^make .*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert len(commands) == 2
     assert "\n".join(["```", *commands, "```"]) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_the_site_has_every_page() -> None:
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [page for section in sections for entry in section.values() for page in _pages(entry)]
+    assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def _pages(entry: str | list[dict[str, str]]) -> list[str]:
+    return [entry] if isinstance(entry, str) else [page for one in entry for page in one.values()]
 
 
 def test_every_exit_code_is_documented() -> None:

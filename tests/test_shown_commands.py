@@ -1,0 +1,157 @@
+"""Every command line of mopt that README and the pages show, run where a user would run it, on small data."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fp8_support import checkpoint_of, old_export
+from loopback_hub import LoopbackHub
+from pipelines import make_pipeline
+from root import ROOT
+from support import run_mopt
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Behind ``$`` stands a command with lines that it prints.
+SHOWN = {
+    line.split(" > ")[0].removeprefix("$ ").strip(): page.name
+    for page in PAGES
+    for block in re.findall(r"^```(?:\w+)?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if re.match(r"(\$ )?mopt [a-z]", line) and "[OPTIONS]" not in line
+}
+# What cannot be run here, or is by another test.
+ELSEWHERE = {
+    "mopt verify OUT --backend all --require native": "a GPU with native FP4",
+    "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
+    "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
+    "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
+    "mopt swap-nibbles comfy.safetensors low-first": "refused in the file's own folder",
+}
+EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")
+SWAPPED, SWIZZLED = ("swap-nibbles", "high-first"), ("unswizzle-scales", "post-processed")
+
+
+@pytest.fixture(scope="session")
+def rewritten(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export with the other order of nibbles, or of scales, as the folders ``swapped`` and ``swizzled``."""
+    folder = tmp_path_factory.mktemp("rewritten")
+    for command, name, *more in (("swap-nibbles", "swapped"), ("unswizzle-scales", "swizzled", "--reverse")):
+        outcome = run_mopt(command, exports / "nvfp4", folder / name, *more)
+        assert outcome.exit_code == 0, outcome.stderr
+    return folder
+
+
+@pytest.fixture
+def here(exports: Path, built_nvfp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder, with what every page takes for given."""
+    folder = tmp_path / "here"
+    links = {name: exports / "base" for name in BASES} | {"CHECKPOINT": built_nvfp4}
+    for name, target in links.items():
+        link(folder / name, target)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def copy_file(path: Path, source: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(source.read_bytes())
+
+
+def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) -> None:
+    """What this one line takes for given beside that."""
+    words = shlex.split(line)
+    export = exports / ("fp8" if words[1] == "convert-fp8" else "nvfp4")
+    reads = words[1] in ("verify", "push")  # else these are where a build writes
+    for name in ("OUT", "out", "flux1-dev-nvfp4") if reads else EXPORTS:
+        link(here / name, built if reads else export)
+    if words[1] in (SWAPPED[0], SWIZZLED[0]):
+        source = rewritten / ("swapped" if words[1] == SWAPPED[0] else "swizzled")
+        if "--reverse" in words:
+            source = exports / "nvfp4"
+        name = here / words[2]
+        name.unlink(missing_ok=True)  # CHECKPOINT is a right one, which is not rewritten
+        (shard,) = source.rglob("*.safetensors")
+        copy_file(name, shard) if name.suffix else link(name, source)
+    elif words[1] == "inspect" and words[2].endswith(".safetensors"):
+        (shard,) = (exports / "nvfp4").rglob("*.safetensors")
+        copy_file(here / words[2], shard)
+    if "--checkpoint" in words:
+        for folder in ("OLD_EXPORT", "old/hf"):
+            old_export(exports / "fp8", here / folder)
+        for name in ("CKPT/backbone.pt", "old/ckpt/backbone.pt"):
+            link(here / name, checkpoint_of(exports / "fp8"))
+    if "--pipeline-output" in words:
+        (here / "BASE").unlink()
+        make_pipeline(exports / "base", here / "BASE")
+
+
+def fill(hub: LoopbackHub, exports: Path, built: Path, empty: Path) -> None:
+    """The repos that the pages name: those that are read, and those that the user may write to."""
+    (shard,) = (exports / "nvfp4").rglob("*.safetensors")
+    single = empty / "single"
+    copy_file(single / "flux2-dev-nvfp4.safetensors", shard)
+    nothing = empty / "nothing"
+    nothing.mkdir()
+    for repo, folder in {
+        "me/flux1-dev-export": exports / "nvfp4",
+        "black-forest-labs/FLUX.1-dev": exports / "base",
+        "black-forest-labs/FLUX.2-dev-NVFP4": single,
+        "me/flux1-dev-nvfp4": built,
+        "ORGANIZATION/NAME": nothing,
+        "me/FLUX.1-dev-nvfp4": nothing,
+        "org/FLUX.1-dev-nvfp4": nothing,
+    }.items():
+        hub.seed(repo, folder)
+
+
+def test_the_lines_are_found() -> None:
+    assert len(SHOWN) > 40
+    assert ELSEWHERE.keys() <= SHOWN.keys()
+
+
+@pytest.mark.parametrize("line", sorted(SHOWN.keys() - ELSEWHERE.keys()))
+def test_a_line_runs_as_shown(
+    line: str, here: Path, exports: Path, built_nvfp4: Path, rewritten: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    provide(line, here, exports, built_nvfp4, rewritten)
+    if "hf://" in line or "push" in line or "--base" not in line:
+        fill(hub, exports, built_nvfp4, tmp_path / "repos")
+    outcome = run_mopt(*shlex.split(line)[1:], json_report=False)
+    assert outcome.exit_code == 0, f"{SHOWN[line]}: {outcome.stderr}"
+
+
+def test_a_record_is_validated_as_shown(built_nvfp4: Path, here: Path) -> None:
+    (line,) = re.findall(r"^python (-m jsonschema .*)$", (ROOT / "docs" / "reports.md").read_text(), re.MULTILINE)
+    copy_file(here / "mopt.json", built_nvfp4 / "mopt.json")
+    link(here / "docs", ROOT / "docs")
+    # Its own deprecation is told on stderr; what it finds is its exit code.
+    subprocess.run([sys.executable, *shlex.split(line)], check=True, capture_output=True)
+
+
+def test_the_readme_shows_what_is_printed(here: Path, exports: Path) -> None:
+    link(here / "EXPORT", exports / "nvfp4")
+    (block,) = re.findall(r"^```\n(\$ .*?)^```$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    printed: list[str] = []
+    shown = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            outcome = run_mopt(*shlex.split(line)[2:], json_report=False)
+            printed += [line, *outcome.stdout.replace(f"{here}/", "").splitlines()]
+        shown.append(line)
+    rest = iter(printed)
+    assert [line for line in shown if line not in rest] == [], "shown, and not printed in this order"
+
+
+def test_the_readme_s_python_runs(here: Path, exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link(here / "EXPORT", exports / "nvfp4")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out == f"pass {here / 'OUT'}\n"
