@@ -29,7 +29,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The one of the known words that somebody who wrote another may have meant; None if none is like it."""
     from difflib import get_close_matches  # only where something was misspelt
 
-    found = get_close_matches(word.lower().replace("_", "-"), known, n=1)
+    found = get_close_matches(word.lower().replace("_", "-"), known, n=1, cutoff=0.7)  # gpu is not cpu
     return found[0] if found else None
 
 

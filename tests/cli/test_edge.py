@@ -15,7 +15,9 @@ from loopback_hub import LoopbackHub
 from root import ROOT
 from support import Outcome, run_mopt
 
+from modelopt_convert.engines.sglang import VERSION
 from modelopt_convert.run.errors import ExitCode
+from modelopt_convert.verification.gemm.names import NAMES
 
 # A user of whom the system knows nothing; the files that are ours are that user's, and modes are heeded even for root.
 NOBODY = 'unshare --user --map-user=4242 --map-group=4242 env -u HOME "$@"'
@@ -282,3 +284,36 @@ def test_few_descriptors_and_little_memory(places: dict[str, Path], limit: str) 
     assert places["out"].exists() is (ended.returncode == 0)
     if ended.returncode:
         told(ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "words"),
+    [
+        (
+            "build-nvfp4 --base b --engine vllm_omni",
+            "--engine",
+            "'vllm_omni' is none of sglang, vllm-omni, tensorrt-llm, diffusers, comfyui; did you mean vllm-omni?",
+        ),
+        (
+            "build-nvfp4 --base b --component transfomer",
+            "--component",
+            "'transfomer' is none of transformer, transformer_2; did you mean transformer?",
+        ),
+        (
+            "verify x --backend torch,flashinfer-cutlas",
+            "--backend",
+            f"'flashinfer-cutlas' is none of best, all, {', '.join(NAMES)}; did you mean flashinfer-cutlass?",
+        ),
+        ("verify x --device gpu", "--device", "'gpu' is none of cuda, cpu"),
+        (
+            "inspect x --engine sglnag",
+            "--engine",
+            f"known is sglang ({VERSION.partition('@')[2]}); did you mean sglang?",
+        ),
+        ("inspect x --engine vllm", "--engine", f"known is sglang ({VERSION.partition('@')[2]})"),
+    ],
+)
+def test_a_misspelt_value_is_told_the_nearest(arguments: str, flag: str, words: str) -> None:
+    outcome = run_mopt(*arguments.split(), json_report=False)
+    assert outcome.exit_code == 2
+    assert outcome.stderr.splitlines()[-1] == f"Error: Invalid value for {flag}: {words}"
