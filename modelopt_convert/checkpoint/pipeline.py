@@ -143,7 +143,8 @@ def _found(path: Location, *, what: str) -> list[Location]:
     fault = fault_of_folder(path)
     if fault is not None:
         absent = fault == NO_FOLDER
-        hint = f"on the Hub it is {repo}" if (repo := hub_address(str(path))) else _WHICH
+        repo = hub_address(str(path))
+        hint = f"give a folder that exists, or {repo} if the repo on the Hub is meant" if repo is not None else _WHICH
         raise InputError(
             f"{what} {path}: {fault}",
             code="input.missing" if absent else "input.unreadable",

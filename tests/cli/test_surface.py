@@ -70,6 +70,7 @@ FLAGS = {
         "--allow-known-broken", *_TELLING,
     },
     "presets": {"name"},
+    "explain": {"code", "--json"},
 }  # fmt: skip
 
 

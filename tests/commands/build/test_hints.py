@@ -151,7 +151,7 @@ def test_a_repo_in_place_of_a_folder(flag: str, place: str, nvfp4: Path, base: P
     assert said("build-nvfp4", *arguments, *KEPT, tmp_path / "out") == (
         "input.missing",
         f"{flag[2:]} {shown}: no such folder",
-        f"on the Hub it is {FLUX}",
+        f"give a folder that exists, or {FLUX} if the repo on the Hub is meant",
     )
     gone = tmp_path / "gone"
     assert said("inspect", gone)[2] == WHICH
