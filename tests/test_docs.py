@@ -21,6 +21,12 @@ def test_support_table_is_current() -> None:
     assert (ROOT / "docs" / "support.md").read_text() == render(), "run scripts/make/make_support.py"
 
 
+def test_the_page_of_codes_is_current() -> None:
+    from make_errors import render
+
+    assert (ROOT / "docs" / "errors.md").read_text() == render(), "run scripts/make/make_errors.py"
+
+
 def test_the_house_is_drawn_as_it_is() -> None:
     from make_house import render
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modelopt_convert.checkpoint.foreign import foreign
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.formats.dtypes import DTYPE_BITS, DTYPE_RANK, num_bits, num_bytes
 from modelopt_convert.run.errors import InputError
@@ -71,7 +72,8 @@ def read_header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
     """Length of the JSON header, from the file's first 8 bytes, checked before anyone reads that many.
 
     Raises:
-        InputError: ``header.too_small``, ``header.too_large`` or ``header.truncated``.
+        InputError: ``header.too_small``, ``header.too_large`` or ``header.truncated``; ``header.foreign`` for a file of
+            another kind.
     """
     if len(prefix) < PREFIX_BYTES or file_bytes < PREFIX_BYTES:
         raise InputError(
@@ -82,14 +84,14 @@ def read_header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
         )
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES:
-        raise InputError(
+        raise foreign(prefix, file) or InputError(
             f"{file}: the header claims {length} bytes, the format allows {MAX_HEADER_BYTES}",
             code="header.too_large",
             path=file,
             hint="this is not a safetensors file",
         )
     if length > file_bytes - PREFIX_BYTES:
-        raise InputError(
+        raise foreign(prefix, file) or InputError(
             f"{file}: the header claims {length} bytes, the file holds {file_bytes - PREFIX_BYTES} after its prefix",
             code="header.truncated",
             path=file,
@@ -110,7 +112,7 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
         InputError: With the ``header.*`` code of the first rule broken.
     """
     if not raw.startswith(b"{"):
-        raise InputError(
+        raise foreign(len(raw).to_bytes(PREFIX_BYTES, "little"), file) or InputError(
             f"{file}: the header must start with '{{', found {raw[:1]!r}", code="header.json", path=file, hint=_DAMAGED
         )
     entries = parse_json_object(raw, code="header", path=file)

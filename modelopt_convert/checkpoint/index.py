@@ -9,6 +9,7 @@ from modelopt_convert.run.errors import InputError
 
 SHOWN_CHARS = 200
 _MAX_FILE_NAME = 255  # bytes, as Linux takes them
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 # Weights of another precision, as diffusers names them: a word before the suffix, or before the number of a shard.
 _VARIANT = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.[^.]+?(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -45,6 +46,13 @@ def check_index(where: str, weight_map: Mapping[str, str], tensors: Mapping[str,
 def cut(name: str) -> str:
     """A name for a message: it may have a hundred million characters."""
     return repr(name[:SHOWN_CHARS])
+
+
+def index_of(shards: Sequence[str]) -> str | None:
+    """The index that several files want which are the shards of one checkpoint by their names; None if they are not."""
+    found = {one[1] if (one := _SHARD.fullmatch(name)) else None for name in shards}
+    name = found.pop() if len(shards) > 1 else None
+    return f"{name}.safetensors.index.json" if name is not None and not found else None
 
 
 def is_shard_name(name: str) -> bool:

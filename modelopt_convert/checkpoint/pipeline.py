@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modelopt_convert.checkpoint.hub.hub_path import hub_address
 from modelopt_convert.checkpoint.location import (
     NO_FOLDER,
     Location,
@@ -15,6 +16,7 @@ from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
+_WHICH = "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME"
 COMPONENTS = ("transformer", "transformer_2")
 
 
@@ -141,9 +143,8 @@ def _found(path: Location, *, what: str) -> list[Location]:
     fault = fault_of_folder(path)
     if fault is not None:
         absent = fault == NO_FOLDER
-        hint = (
-            "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME"
-        )
+        repo = hub_address(str(path))
+        hint = f"give a folder that exists, or {repo} if the repo on the Hub is meant" if repo is not None else _WHICH
         raise InputError(
             f"{what} {path}: {fault}",
             code="input.missing" if absent else "input.unreadable",

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
-from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name, without_variants
+from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, index_of, is_shard_name, without_variants
 from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, identify, open_file, read_small
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
@@ -309,6 +309,13 @@ class CheckpointReader:
                 hint="give the folder that holds the weights; .bin and .pt files are not read",
             )
         if not indexes:
+            if (index := index_of(shards)) is not None:
+                raise InputError(
+                    f"{where}: expected {index} beside {len(shards)} shards, found none: the index is missing",
+                    code="index.missing",
+                    path=where,
+                    hint=f"fetch {index} from where the shards are from, or export again",
+                )
             if len(shards) > 1:
                 raise InputError(
                     f"{where}: expected one .safetensors file or an index, found {', '.join(shards[:10])}",

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from enum import StrEnum
 from inspect import Parameter, Signature
 from pathlib import Path
 from types import GenericAlias, NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from modelopt_convert.commands.requests import Flag, Request, flags_of
+from modelopt_convert.commands.requests import Flag, Request, choices_of, flags_of
 from modelopt_convert.run.errors import UsageError
 from modelopt_convert.run.terminal import first_sign
 
@@ -74,7 +73,9 @@ def from_request(
 
 def _parameter(one: Field[Any], kind: Any, flag: Flag) -> Parameter:
     taken = [each for each in get_args(kind) if each is not NoneType] if get_origin(kind) is UnionType else [kind]
-    typed = _list_of(kind) if get_origin(kind) is Sequence else taken[0]
+    words = choices_of(kind)
+    single = str if words else taken[0]  # the request itself says which word was meant
+    typed = GenericAlias(list, str if words else get_args(kind)[0]) if get_origin(kind) is Sequence else single
     default = Parameter.empty if one.default is MISSING else one.default
     if default in (None, ()):
         typed, default = typed | None, None
@@ -88,10 +89,10 @@ def _parameter(one: Field[Any], kind: Any, flag: Flag) -> Parameter:
             annotation=Annotated[typed, typer.Argument(metavar=flag.metavar, help=flag.help)],
         )
     spelled = [flag.name or f"--{one.name.replace('_', '-')}", *([flag.short] if flag.short else [])]
-    values = flag.values
+    values = flag.values or ((lambda: words) if words else None)
     option = typer.Option(
         *spelled,
-        metavar=flag.metavar,
+        metavar=f"<{'|'.join(words)}>" if words and flag.metavar is None else flag.metavar,
         help=flag.help,
         min=flag.minimum,
         max=flag.maximum,
@@ -104,12 +105,3 @@ def completed(values: Sequence[str], incomplete: str) -> list[str]:
     """The values that go on from what a shell has so far; of a list with commas, those of its last part."""
     before, comma, begun = incomplete.rpartition(",")
     return [f"{before}{comma}{one}" for one in values if one.startswith(begun)]
-
-
-def _list_of(kind: Any) -> Any:
-    """Typer takes no list of literals, but one of an enum."""
-    (one,) = get_args(kind)
-    if get_origin(one) is Literal:
-        words = {word: word for word in get_args(one)}
-        return GenericAlias(list, StrEnum("Choice", words))
-    return GenericAlias(list, one)

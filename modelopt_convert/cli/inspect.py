@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 
 from modelopt_convert.cli._options import SILENT, from_request
 from modelopt_convert.commands.requests import InspectRequest
+from modelopt_convert.run.text import few
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
     from modelopt_convert.report.inspect import ComponentReport, InspectReport, LintReport
-
-_SHOWN = 10
 
 
 def inspect(request: InspectRequest, output: "Output") -> None:
@@ -77,24 +76,21 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
             out.line(f"  it {words.removeprefix(engine.name).strip()}")
         if not engine.misreads:
             out.line("  nothing known contradicts that")
-    codes = Counter(fault.code for fault in component.lint)
-    for fault in _few(component):
-        where = f"{fault.module}: " if fault.module else ""
-        out.line(f"lint: {where}{fault.message} [{fault.code}]")
-    hidden = sum(max(0, count - _SHOWN) for count in codes.values())
-    if hidden:
-        out.line(f"lint: {hidden} more of the same kinds; --json lists all")
-
-
-def _few(component: "ComponentReport") -> "list[LintReport]":
-    """The first faults of each kind."""
-    seen: Counter[str] = Counter()
-    shown = []
+    kinds: dict[str, list[LintReport]] = {}
     for fault in component.lint:
-        seen[fault.code] += 1
-        if seen[fault.code] <= _SHOWN:
-            shown.append(fault)
-    return shown
+        kinds.setdefault(fault.code if fault.module else f"{fault.code} {fault.message}", []).append(fault)
+    for faults in kinds.values():
+        out.line(f"lint: {_joint(faults)} [{faults[0].code}]")
+
+
+def _joint(faults: "list[LintReport]") -> str:
+    """One kind of fault in a line: of several modules their number and the first names."""
+    first = faults[0]
+    if len(faults) == 1:
+        return f"{first.module}: {first.message}" if first.module else first.message
+    names = few([str(fault.module) for fault in faults])
+    differ = len({fault.message for fault in faults}) > 1
+    return f"{len(faults)} modules: {first.message}{', for the first' if differ else ''}: {names}"
 
 
 COMMANDS = {"inspect": from_request(InspectRequest, inspect, without=SILENT)}

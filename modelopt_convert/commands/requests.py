@@ -24,7 +24,7 @@ from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.run.text import shown
+from modelopt_convert.run.text import nearest, shown
 from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
@@ -188,11 +188,11 @@ def check_value(flag: str, kind: Any, value: Any, low: float | None = None, high
         raise UsageError(flag, f"takes a list, found {shown(value)}")
     if isinstance(value, str) and not value:  # as a path it would be the current folder
         raise UsageError(flag, "must not be empty")
-    choices = [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
+    choices = choices_of(kind)
     words = value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,)
     for word in words:
         if choices and isinstance(word, str) and word not in choices:
-            raise UsageError(flag, f"{shown(word)} is none of {', '.join(choices)}")
+            raise UsageError(flag, _none_of(word, choices))
         if isinstance(word, str | Path) and not _is_text(str(word), Path in get_args(kind) and not is_far(word)):
             raise UsageError(flag, f"{shown(word)} holds NUL, or what is not UTF-8")
     if not _takes(kind, value):
@@ -200,6 +200,17 @@ def check_value(flag: str, kind: Any, value: Any, low: float | None = None, high
     if value is not None and ((low is not None and not value >= low) or (high is not None and not value <= high)):
         limits = f"{low:g} to {'any' if high is None else f'{high:g}'}"
         raise UsageError(flag, f"{shown(value)} is not in the range {limits}")
+
+
+def choices_of(kind: Any) -> list[str]:
+    """The words that a field takes; empty if it takes others too."""
+    return [word for one in (kind, *get_args(kind)) if get_origin(one) is Literal for word in get_args(one)]
+
+
+def _none_of(word: str, known: Sequence[str]) -> str:
+    """That a word is unknown, which are known, and which may have been meant."""
+    near = nearest(word, known)
+    return f"{shown(word)} is none of {', '.join(known)}{f'; did you mean {near}?' if near not in (None, word) else ''}"
 
 
 def _is_text(text: str, is_path: bool) -> bool:
@@ -591,7 +602,7 @@ def _check_names(names: tuple[str, ...], flag: str) -> None:
         return
     unknown = [name for name in names if name not in NAMES and name not in ALIASES]
     if unknown:
-        raise UsageError(flag, f"{shown(unknown[0])} is none of best, all, {', '.join(NAMES)}")
+        raise UsageError(flag, _none_of(unknown[0], ("best", "all", *NAMES)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -618,7 +629,8 @@ class InspectRequest(Request["InspectReport"]):
         """Refuse engines that are not known."""
         name, _, version = sglang.VERSION.partition("@")
         if self.engine not in (name, sglang.VERSION):
-            self.refuse("engine", f"known is {name} ({version})")
+            near = nearest(self.engine, (name, sglang.VERSION))
+            self.refuse("engine", f"known is {name} ({version}){f'; did you mean {near}?' if near else ''}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

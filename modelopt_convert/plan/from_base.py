@@ -14,7 +14,7 @@ from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.plan.ignore import ignore_list, merged_modules
-from modelopt_convert.plan.inputs import check_preset, check_unquantized
+from modelopt_convert.plan.inputs import check_merged, check_preset, check_unquantized
 from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, siblings
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher
@@ -67,6 +67,7 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
     if preset is None:
         raise preset_required()
     check_unquantized(base)
+    check_merged(base, "base")
     check_preset(preset, base)
     quantizer: BaseFormat = entry("modelopt_convert.plan", target.algorithm)
     modules = {module.name: module for module in _linears(base, quantizer)}

@@ -5,12 +5,13 @@ both gets its fate.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.modelopt.dialect import output_config, split_keys
-from modelopt_convert.dialects.modelopt.export import check_quant_config
+from modelopt_convert.dialects.modelopt.export import check_exported, check_quant_config
 from modelopt_convert.dialects.packed import (
     Evidence,
     PackedModule,
@@ -25,6 +26,8 @@ from modelopt_convert.plan.ignore import ignore_list, merged_modules
 from modelopt_convert.plan.inputs import (
     check_base,
     check_configs,
+    check_merged,
+    check_not_exchanged,
     check_plain,
     check_preset,
     model_tensors,
@@ -42,6 +45,7 @@ from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split
 from modelopt_convert.preset.patterns import PatternMatcher, ignored
 from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.text import few
 
 
 def plan_mixed(
@@ -67,7 +71,14 @@ def plan_mixed(
         InputError: The export is not of this format, the base does not fit it, or a pattern does not fit either.
     """
     where = str(export.path / "config.json")
-    quant_config = check_quant_config(export.config, target, path=where)
+    if base is not None:
+        check_not_exchanged(export, base)
+        check_merged(base, "base")
+    check_exported(export.config, export.tensors, path=where)
+    quant_config = check_quant_config(
+        export.config, target, path=where, base="BASE" if base is None else str(base.path)
+    )
+    check_merged(export, "export")
     if base is not None:
         check_configs(export, base)
     check_preset(keeps.preset, export)
@@ -79,9 +90,8 @@ def plan_mixed(
     names = {*model_tensors(export), *(base.tensors if base else ())}
     matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules)
+    _raise_joint(target, modules, replaced, str(export.path))
     for module in modules.values():
-        if module.fault is not None and module.name not in replaced:
-            raise module.fault
         if module.fault is not None and base is None and _is_coded(module):
             raise needs_base(module.fault)
     if len(replaced) == len(modules):
@@ -142,6 +152,31 @@ def _find_modules(
             hint=f"the export failed half-way or was never calibrated; export again{target.older}",
         )
     return modules
+
+
+def _raise_joint(target: Format, modules: Mapping[str, PackedModule], replaced: Mapping[str, str], where: str) -> None:
+    """Raise the first fault of modules that stay quantized; of several of the kind, with their count and first names.
+
+    Raises:
+        InputError: The fault.
+    """
+    staying = {name: one for name, one in modules.items() if name not in replaced}
+    faults = {name: one.fault for name, one in staying.items() if one.fault is not None}
+    if not faults:
+        return
+    first = next(iter(faults.values()))
+    same = [name for name, fault in faults.items() if fault.code == first.code]
+    role = first.code.removeprefix("export.missing_")
+    if len(same) == 1 or role == first.code:
+        raise first
+    hint = first.hint
+    if role == "input_scale" and len(same) == len(staying):
+        # Of a format that has an entry in this room a base is quantized without an export.
+        alone = find_spec(f"modelopt_convert.plan.{target.algorithm}") is not None
+        without = "leave out --export, or " if alone else ""
+        hint = f"never calibrated: {without}calibrate with real prompts and export again"
+    message = f"{where}: {len(same)} of {len(staying)} modules have no {role}: {few(same)}"
+    raise InputError(message, code=first.code, path=where, hint=hint)
 
 
 def _is_coded(module: PackedModule) -> bool:

@@ -1,17 +1,20 @@
 """Require that export, base and preset are of one model, from headers and configs alone. Pure, no torch."""
 
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
-from modelopt_convert.preset.preset import Preset
+from modelopt_convert.preset.preset import Preset, refuse_other_kind
 from modelopt_convert.run.errors import InputError
 
 _QUANTIZATION = "quantization_config"
 _SHOWN_CHARS = 120  # of a key with its value
 _SHOWN_KEYS = 20
+_ADAPTER = re.compile(r"(^|\.)(base_model\.model\.|base_layer\.|lora_(A|B|up|down|magnitude_vector)\.)")
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
@@ -126,12 +129,51 @@ def differing_keys(mine: Mapping[str, object], theirs: Mapping[str, object]) -> 
             yield key, mine.get(key), theirs.get(key)
 
 
+def check_merged(source: Source, what: str) -> None:
+    """Require the names of a model, not those of a model with an adapter beside its weights.
+
+    Args:
+        source: The checkpoint.
+        what: ``export`` or ``base``.
+
+    Raises:
+        InputError: ``export.lora`` or ``base.lora``.
+    """
+    found = [name for name in source.tensors if _ADAPTER.search(name)]
+    if found:
+        raise InputError(
+            f"{source.path}: expected the weights of a model, found {len(found)} tensors of a LoRA that is not merged "
+            f"(PEFT's names, {found[0][:_SHOWN_CHARS]!r} first)",
+            code=f"{what}.lora",
+            path=str(source.path),
+            hint="merge it with pipe.fuse_lora() and pipe.unload_lora_weights(), then "
+            + ("quantize and export again" if what == "export" else "save the model with save_pretrained"),
+        )
+
+
+def check_not_exchanged(export: Source, base: Source) -> None:
+    """Require that the quantized one of two checkpoints is the export.
+
+    Raises:
+        InputError: ``export.exchanged``.
+    """
+    if export.config.get(_QUANTIZATION) is None and base.config.get(_QUANTIZATION) is not None:
+        right = shlex.join(["--export", str(base.path), "--base", str(export.path)])
+        raise InputError(
+            f"{export.path}: --export is not quantized and --base is: they look exchanged",
+            code="export.exchanged",
+            path=str(export.path),
+            hint=f"give {right}",
+        )
+
+
 def check_preset(preset: Preset | None, export: Source) -> None:
     """Require that the preset is of the export's model.
 
     Raises:
-        InputError: ``preset.wrong_model``.
+        InputError: ``preset.wrong_model`` or ``preset.not_diffusion``.
     """
+    refuse_other_kind(export.config, str(export.path / "config.json"))
     if preset is None:
         return
     for key, expected in preset.misfits(export.config):

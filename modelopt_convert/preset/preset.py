@@ -14,6 +14,7 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.patterns import check_pattern, stars
 from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.text import nearest
 
 # A license belongs to one model's weights. A preset that extends another has its architecture, maybe not its license.
 _NOT_INHERITED = ("license", "license_name", "license_link")
@@ -242,14 +243,15 @@ def _read(path: Path, name: str) -> str:
         # Wherever a link leads: the user named it.
         return read_small(Path(os.path.realpath(path, strict=True)), _MAX_BYTES, code="preset").decode()
     except (InputError, OSError, ValueError) as error:  # also not UTF-8, or a path with a NUL
-        known = ", ".join(preset_names())
+        near = None if _is_path(name) else nearest(name, preset_names())
+        known = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(preset_names())}"
         said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
         why = f"cannot be read: {said or 'it is not UTF-8'}"
         raise InputError(
             f"preset {name!r}: {why if _is_path(name) else 'is not one that comes with mopt'}",
             code="preset.unknown",
             path=str(path) if _is_path(name) else None,
-            hint=f"known are {known}; a path to a TOML of your own must have a / or end in .toml",
+            hint=f"{known}; a path to a TOML of your own must have a / or end in .toml",
         ) from error
 
 
@@ -283,8 +285,10 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
     """The preset for a config.json, when the user named none.
 
     Raises:
-        InputError: ``preset.none_fits``, or ``preset.ambiguous`` if several fit and their rules differ.
+        InputError: ``preset.none_fits``, or ``preset.ambiguous`` if several fit and their rules differ;
+            ``preset.not_diffusion`` for another kind of model.
     """
+    refuse_other_kind(config)
     loaded = [load_preset(name) for name in preset_names()]
     fitting = [one for one in loaded if one.preset.fits(config) and algorithm in one.preset.sets()]
     most = max((len(one.preset.config) for one in fitting), default=0)  # what says more of it fits better
@@ -304,6 +308,22 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
             hint=f"name one: --preset {names[0]}",
         )
     return ChosenPreset(loaded=fitting[0], also=list(names[1:]))
+
+
+def refuse_other_kind(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Refuse a model of transformers, such as a language model: its config names it in another key.
+
+    Raises:
+        InputError: ``preset.not_diffusion``.
+    """
+    named = config.get("architectures")
+    if "_class_name" not in config and isinstance(named, list) and named:
+        raise InputError(
+            f"{where}: expected a diffusion transformer of diffusers, found {str(named[0])[:80]}: not a diffusion "
+            "transformer",
+            code="preset.not_diffusion",
+            hint="mopt is for diffusion transformers; give the export of a language model to its engine as it is",
+        )
 
 
 def preset_of_class(config: Mapping[str, Any]) -> Preset | None:

@@ -1,5 +1,7 @@
 """Text of others, made fit for a terminal or for a report: file names need not be UTF-8. No torch."""
 
+from collections.abc import Iterable, Sequence
+
 # Of a line: a value of a config.json may have millions.
 _LINE_CHARS = 4000
 
@@ -15,6 +17,20 @@ def shown(value: object) -> str:
         return repr(value)[:_LINE_CHARS]
     except Exception:  # whatever a class of the caller's raises
         return f"a value of type {type(value).__name__}"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The one of the known words that somebody who wrote another may have meant; None if none is like it."""
+    from difflib import get_close_matches  # only where something was misspelt
+
+    found = get_close_matches(word.lower().replace("_", "-"), known, n=1, cutoff=0.7)  # gpu is not cpu
+    return found[0] if found else None
 
 
 def printable(text: str) -> str:

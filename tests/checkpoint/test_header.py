@@ -96,6 +96,7 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("at the limit, not there", MAX_HEADER_BYTES.to_bytes(8, "little") + b"{}", "truncated"),
     ("one byte short", (3).to_bytes(8, "little") + b"{}", "truncated"),
     ("no header", bytes(8), "json"),
+    ("another kind of file", b"version https://git-lfs.github.com/spec/v1\n", "foreign"),
     ("not UTF-8", pack(b'{"\xff":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "json"),
     ("UTF-8 of a surrogate", pack(b'{"\xed\xa0\x80":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "json"),
     ("lone surrogate", pack(b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "json"),

@@ -150,6 +150,14 @@ def _link_to_namesake(folder: Path) -> None:
     (folder / A).symlink_to(f"../{other.name}/{A}")
 
 
+def _two_files(folder: Path) -> None:
+    """Two whole files, neither of which is a shard."""
+    for name in (INDEX, *SHARDS):
+        (folder / name).unlink()
+    for name in (SINGLE, "other.safetensors"):
+        save_file(SHARDS[A], folder / name)
+
+
 def _replace_by_directory(folder: Path, file: str) -> None:
     (folder / file).unlink()
     (folder / file).mkdir()
@@ -163,7 +171,8 @@ LATER = WEIGHT_MAP | {"a.bias": B}
 
 # (what, the change to a sharded checkpoint, the code, words that the message or hint must have)
 REFUSED: list[tuple[str, Callable[[Path], object], str, tuple[str, ...]]] = [
-    ("two files", lambda f: (f / INDEX).unlink(), "input.ambiguous", (A, B, C)),
+    ("shards alone", lambda f: (f / INDEX).unlink(), "index.missing", (INDEX, "beside 3 shards", "is missing")),
+    ("two files", _two_files, "input.ambiguous", (SINGLE, "other.safetensors")),
     ("two indexes", _text("old.safetensors.index.json", "{}"), "input.ambiguous", (INDEX, "old.safetensors.index")),
     ("stray file", lambda f: save_file(SHARDS[A], f / SINGLE), "input.ambiguous", (SINGLE, INDEX)),
     ("stray file in an empty index", _text(INDEX, '{"weight_map": {}}'), "input.ambiguous", (A,)),

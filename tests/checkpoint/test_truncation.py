@@ -62,7 +62,7 @@ def test_verify_sees_a_damaged_index(damage: str, built: Path, tmp_path: Path) -
         "cut": (3, "index.json"),
         "a space": (1, "check.verify"),
         "an entry elsewhere": (3, "index.mismatch"),
-        "gone": (3, "input.ambiguous"),
+        "gone": (3, "index.missing"),
     }
     assert (outcome.exit_code, outcome.error_code) == wanted[damage], outcome.stderr
     assert damage != "a space" or f"file {INDEX} is not what was recorded" in outcome.stdout

@@ -15,10 +15,13 @@ from loopback_hub import LoopbackHub
 from root import ROOT
 from support import Outcome, run_mopt
 
+from modelopt_convert.engines.sglang import VERSION
 from modelopt_convert.run.errors import ExitCode
+from modelopt_convert.verification.gemm.names import NAMES
 
 # A user of whom the system knows nothing; the files that are ours are that user's, and modes are heeded even for root.
 NOBODY = 'unshare --user --map-user=4242 --map-group=4242 env -u HOME "$@"'
+UNREPORTED = ("explain", "presets")  # commands without a run, and so without its report
 ODD = os.fsdecode(b"o\xff\xc3 d")
 
 
@@ -47,7 +50,7 @@ def test_the_working_folder_is_gone(places: dict[str, Path], tmp_path: Path, com
     """The libraries of mathematics would end the process, with a code of theirs and a stage left."""
     gone = tmp_path / "gone"
     ended = run_outside(words_of(command, places), script=f'mkdir {gone}; cd {gone}; rmdir {gone}; "$@"')
-    if command == "presets":  # looks at nothing else
+    if command in UNREPORTED:  # they look at nothing else
         assert ended.returncode == 0, ended.stderr
         return
     assert ended.returncode == ExitCode.STORAGE
@@ -186,10 +189,10 @@ def test_names_that_are_not_utf8(places: dict[str, Path], tmp_path: Path, hub: L
         if f"{{{name}}}" in WORDS[command]:
             copied = shutil.copytree if places[name].is_dir() else shutil.copy
             places[name] = Path(copied(places[name], odd / f"{ODD}{name}{places[name].suffix}"))
-    kinds = {"people": []} if command == "presets" else {"people": [], "json": ["--json"]}
+    kinds = {"people": []} if command in UNREPORTED else {"people": [], "json": ["--json"]}
     for kind, flags in kinds.items():
         more = list(flags)
-        if command != "presets":
+        if command not in UNREPORTED:
             more += ["--report-json", str(odd / f"{kind}{ODD}.json")]
         if command == "verify":
             more += ["--report", str(odd / f"{kind}{ODD}.html")]
@@ -200,7 +203,7 @@ def test_names_that_are_not_utf8(places: dict[str, Path], tmp_path: Path, hub: L
         ended: Outcome = run_mopt(*words, *more, json_report=False)
         assert ended.exit_code == 0, ended.stderr
         assert (ended.stdout + ended.stderr).encode() and "Traceback" not in ended.stderr
-        if command == "presets":
+        if command in UNREPORTED:
             continue
         written = (odd / f"{kind}{ODD}.json").read_text(encoding="ascii")
         report = json.loads(written)
@@ -215,7 +218,7 @@ def test_names_that_are_not_utf8(places: dict[str, Path], tmp_path: Path, hub: L
             assert "o\\udcff" in page or "built" not in page
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "presets"])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in UNREPORTED])
 def test_a_refusal_of_a_name_that_is_not_utf8(tmp_path: Path, places: dict[str, Path], command: str) -> None:
     for slot in [slot for one, slot in slots() if one == command and slot != "out"]:
         ended = run_mopt(*words_of(command, places | {slot: tmp_path / "none\udcff"}), json_report=True)
@@ -249,7 +252,7 @@ def test_help_and_usage_errors_to_streams_that_cannot_be_written(command: str | 
         assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("presets", "push")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in (*UNREPORTED, "push")])
 def test_the_report_file_comes_before_what_cannot_be_printed(
     places: dict[str, Path], tmp_path: Path, command: str
 ) -> None:
@@ -282,3 +285,36 @@ def test_few_descriptors_and_little_memory(places: dict[str, Path], limit: str) 
     assert places["out"].exists() is (ended.returncode == 0)
     if ended.returncode:
         told(ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "words"),
+    [
+        (
+            "build-nvfp4 --base b --engine vllm_omni",
+            "--engine",
+            "'vllm_omni' is none of sglang, vllm-omni, tensorrt-llm, diffusers, comfyui; did you mean vllm-omni?",
+        ),
+        (
+            "build-nvfp4 --base b --component transfomer",
+            "--component",
+            "'transfomer' is none of transformer, transformer_2; did you mean transformer?",
+        ),
+        (
+            "verify x --backend torch,flashinfer-cutlas",
+            "--backend",
+            f"'flashinfer-cutlas' is none of best, all, {', '.join(NAMES)}; did you mean flashinfer-cutlass?",
+        ),
+        ("verify x --device gpu", "--device", "'gpu' is none of cuda, cpu"),
+        (
+            "inspect x --engine sglnag",
+            "--engine",
+            f"known is sglang ({VERSION.partition('@')[2]}); did you mean sglang?",
+        ),
+        ("inspect x --engine vllm", "--engine", f"known is sglang ({VERSION.partition('@')[2]})"),
+    ],
+)
+def test_a_misspelt_value_is_told_the_nearest(arguments: str, flag: str, words: str) -> None:
+    outcome = run_mopt(*arguments.split(), json_report=False)
+    assert outcome.exit_code == 2
+    assert outcome.stderr.splitlines()[-1] == f"Error: Invalid value for {flag}: {words}"

@@ -75,6 +75,7 @@ FLAGS = {
     "presets": {"name", "--json"},
     "doctor": {"path", "--json", "--no-color"},
     "demo": {"folder", "--no-color"},
+    "explain": {"code", "--json"},
 }  # fmt: skip
 
 

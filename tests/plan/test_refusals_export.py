@@ -27,7 +27,8 @@ def test_other_algorithms_are_refused_by_name(
 ) -> None:
     export = edit(nvfp4, tmp_path / "export", change_config=quantization(quant_algo=algorithm))
     names = (f"{export}/config.json", "quant_algo", "'NVFP4'", f"{algorithm!r}", why)
-    refused(export, base, tmp_path, code="export.quant_algo", names=names, hint="--format fp4")
+    hint = f"run `mopt convert-fp8 --export {export} --base {base}" if algorithm == "FP8" else "--format fp4"
+    refused(export, base, tmp_path, code="export.quant_algo", names=names, hint=hint)
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4_V2", "nvfp4", "FP4", "", None, 4, ["NVFP4"]])

@@ -16,6 +16,7 @@ MOPT = [sys.executable, "-m", "modelopt_convert"]
 WORDS = {
     "build-nvfp4": "--preset flux1-dev --export {nvfp4} --base {base} --output {out}",
     "convert-fp8": "--preset flux1-dev --export {fp8} --base {base} --output {out}",
+    "explain": "header.foreign",
     "inspect": "{base} --base {base}",
     "presets": "{preset}",
     "push": "{built} alice/it",

@@ -1,5 +1,6 @@
 """Where something lies on the Hub: what ``pathlib.Path`` is to the disk. Nothing is asked of the Hub before it must."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from modelopt_convert.checkpoint.local_file import LocalFile
 
 PREFIX = "hf://"
+# A Path has made one slash of the two in an address.
+_WRITTEN = re.compile(
+    r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/+)?([\w-][\w.-]*/[\w-][\w.-]*)"
+    r"(?:/(?:tree|blob)/([\w.-]+)(?:/(.+?))?)?/?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,15 @@ class HubPath:
     def absence(self) -> str | None:
         """That the cache alone was looked at, if the Hub may not be asked."""
         return f"the cache may hold a part only: {NOT_CACHED}" if self.repo.offline else None
+
+
+def hub_address(text: str) -> str | None:
+    """``hf://...`` for what is written as a repo's id or as its address in a browser; None for anything else."""
+    found = _WRITTEN.fullmatch(text)
+    if found is None:
+        return None
+    name, revision, path = found.groups(default="")
+    return f"{PREFIX}{name}{'@' + revision if revision not in ('', 'main') else ''}{'/' + path if path else ''}"
 
 
 def parse_hub_path(text: str, *, download: bool) -> HubPath:

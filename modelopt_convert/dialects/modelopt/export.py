@@ -1,6 +1,7 @@
 """The ``quantization_config`` of ModelOpt's diffusers exports, and which exports are not for us. Pure, no torch."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelopt_convert.formats.format import Format
@@ -23,13 +24,47 @@ UNSUPPORTED_ALGORITHMS: Mapping[str, str] = {
 }
 
 
-def check_quant_config(config: Mapping[str, Any], target: Format, *, path: str) -> Mapping[str, Any]:
+def check_exported(config: Mapping[str, Any], names: Iterable[str], *, path: str) -> None:
+    """Refuse a quantized model that was saved and not exported: its state is there, and no packed weight.
+
+    Args:
+        config: config.json.
+        names: Of the tensors.
+        path: Of config.json, for messages.
+
+    Raises:
+        InputError: ``export.saved``.
+    """
+    found = config.get("quantization_config")
+    if isinstance(found, dict):
+        # diffusers' own config of a model that it quantized with ModelOpt.
+        saved = found.get("quant_method") == "modelopt" and "quant_algo" not in found and "quant_type" in found
+        state = "quant_type without quant_algo" if saved else None
+    else:
+        # An export that failed half-way has packed weights with scales, and can have such state beside them.
+        listed = list(names)
+        packed = any(name.endswith(".weight_scale") for name in listed)
+        state = None if packed else next((name for name in listed if "_quantizer." in name), None)
+    if state is not None:
+        raise InputError(
+            f"{path}: expected what export_hf_checkpoint writes, found what save_pretrained writes ({state}): saved, "
+            "not exported",
+            code="export.saved",
+            path=path,
+            hint="call modelopt.torch.export.export_hf_checkpoint(pipe, export_dir=FOLDER) on the quantized pipeline",
+        )
+
+
+def check_quant_config(
+    config: Mapping[str, Any], target: Format, *, path: str, base: str = "BASE"
+) -> Mapping[str, Any]:
     """The ``quantization_config`` of an export.
 
     Args:
         config: config.json.
         target: Whose ``quant_algo`` it must have, to the letter: engines that look for a part of it load others wrong.
         path: Of config.json, for messages.
+        base: The base as the command line has it, for messages.
 
     Raises:
         InputError: ``export.not_quantized``, ``export.quant_method``, ``export.quant_algo`` or ``export.group_size``.
@@ -51,12 +86,18 @@ def check_quant_config(config: Mapping[str, Any], target: Format, *, path: str) 
         )
     declared = found.get("quant_algo")
     if declared != target.quant_algo:
-        why = _why_not(declared, target) if isinstance(declared, str) else "unknown"
+        other = next((one for one in FORMATS.values() if one.quant_algo == declared), None)
+        why = UNSUPPORTED_ALGORITHMS.get(declared, "unknown") if isinstance(declared, str) else "unknown"
+        hint = f"export again with ModelOpt's {target.export_flags}"
+        if other is not None:
+            why = f"it is an {declared} export, not {target.quant_algo}"
+            folder = path.removesuffix("/config.json")
+            hint = f"run `mopt {shlex.join([other.command, '--export', folder, '--base', base])}`, or {hint}"
         raise InputError(
             f"{path}: quant_algo: expected {target.quant_algo!r}, found {declared!r} ({why})",
             code="export.quant_algo",
             path=path,
-            hint=f"export again with ModelOpt's {target.export_flags}",
+            hint=hint,
         )
     for size in _group_sizes(found.get("config_groups")) if target.block_size is not None else []:
         if size != target.block_size:
@@ -75,10 +116,3 @@ def _group_sizes(groups: Any) -> list[Any]:
         return []
     weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
     return [part["group_size"] for part in weights if isinstance(part, dict) and "group_size" in part]
-
-
-def _why_not(declared: str, target: Format) -> str:
-    other = next((one for one in FORMATS.values() if one.quant_algo == declared), None)
-    if other is not None:
-        return f"it is an {declared} export, not {target.quant_algo}: mopt {other.command}"
-    return UNSUPPORTED_ALGORITHMS.get(declared, "unknown")

@@ -28,7 +28,7 @@ from support import Tensors, copy, edit, load, same_bits, tree
 from modelopt_convert.dialects.modelopt.export import UNSUPPORTED_ALGORITHMS
 from modelopt_convert.formats.table import FORMATS
 
-ALGORITHMS = OTHER_ALGORITHMS | {"NVFP4": "build-nvfp4"}
+ALGORITHMS = OTHER_ALGORITHMS | {"NVFP4": "NVFP4 export"}
 HINT = f"--keep-bf16 '{PACKED}'"
 
 
@@ -70,9 +70,15 @@ def test_an_export_that_was_never_calibrated_is_refused(exports: Path, base: Pat
     assert len(packed_modules(load(export / "transformer"))) == 40
     for more in ((), ("--checkpoint", checkpoint_of(export))):
         for beside in (base, None):
-            names = (SHARD, ".input_scale")
+            names = (str(export), " modules have no input_scale: ")
             fp8_refused(
-                export, beside, tmp_path, *more, code="export.missing_input_scale", names=names, hint="calibrate"
+                export,
+                beside,
+                tmp_path,
+                *more,
+                code="export.missing_input_scale",
+                names=names,
+                hint="never calibrated: calibrate",
             )
 
 
