@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from modelopt_convert.cli._console import reader_may_leave
 from modelopt_convert.run.errors import ExitCode
 
-_WORDS = "mopt.words"
+_WORDS = "command line"
 
 
 class Group(TyperGroup):

@@ -20,7 +20,7 @@ def demo(
     \b
     Examples:
       mopt demo
-      mopt demo /tmp/mopt-demo
+      mopt demo my-demo
 
     The folder gets base/, export/ and out/, as if `mopt build-nvfp4` had been run on files of your own. It must be new:
     nothing is ever replaced.
