@@ -4,7 +4,8 @@ python scripts/make/make_screenshots.py FOLDER PAGE.html [PAGE.html ...] [--brow
 
 Needs ``pip install playwright``, and its browser (``playwright install chromium``) or one that is named. The exit code
 is 1 where a page is wider than its window, says something on the console or asks for anything beside itself.
-``docs/report-light.png`` is the light picture, 1400 wide, with ``--height 1400``, of a checkpoint of ``make demo``.
+``docs/report-light.png`` is the light picture, 1400 wide, with ``--height 1400``, of a small FLUX.1 built from one
+of the tests' exports.
 """
 
 import argparse

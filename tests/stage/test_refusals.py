@@ -1,5 +1,6 @@
 """Where build-nvfp4 will not write, and command lines that it will not take. Nothing may change in either case."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -355,7 +356,11 @@ def test_usage_errors_exit_2_and_name_the_flag(
     outcome = run_mopt("build-nvfp4", *words, json_report=json_report)
     assert outcome.exit_code == 2
     assert named in outcome.stderr and "Traceback" not in outcome.stderr
-    assert outcome.stdout == ""
+    if json_report:
+        report = json.loads(outcome.stdout)
+        assert (report["exit_code"], report["error"]["code"]) == (2, "usage") and named in report["error"]["message"]
+    else:
+        assert outcome.stdout == ""
     assert entries(room.path) == before
 
 

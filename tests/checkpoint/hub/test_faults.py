@@ -167,7 +167,7 @@ def test_a_path_that_is_not_there_is_never_taken_for_a_repo(filled: LoopbackHub)
     filled.log.clear()
     outcome = inspect("alice/base")
     assert (outcome.exit_code, outcome.error_code) == (3, "input.missing")
-    assert "hf://ORGANIZATION/NAME" in outcome.message and not filled.log
+    assert "hf://alice/base if the repo" in outcome.message and not filled.log
 
 
 def test_a_failed_build_leaves_nothing(filled: LoopbackHub, nvfp4: Path, tmp_path: Path) -> None:
