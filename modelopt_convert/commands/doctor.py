@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "missing", "broken"]
 # What mopt is installed with, and what extras and engines bring.
-_NEEDED = ("torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich", "xxhash")
+_NEEDED = ("torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich", "xxhash", "llvmlite")
 _MORE = ("triton", "flashinfer-python", "sgl-kernel", "ray", "nvidia-modelopt", "diffusers", "sglang", "vllm-omni")
 
 
