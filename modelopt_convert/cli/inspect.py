@@ -19,6 +19,7 @@ def inspect(request: InspectRequest, output: "Output") -> None:
     Examples:
       mopt inspect flux2-dev-nvfp4.safetensors
       mopt inspect out/hf/transformer --base FLUX.1-dev --json
+      mopt inspect qwen-image-nvfp4.safetensors --engines
 
     Exits 0 whenever the source can be read: what is found is data.
     """
@@ -62,7 +63,9 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
             out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
         if layout.modules_contradicting:
             out.line(f"{layout.modules_contradicting} modules contradict what is declared or believed")
-    for engine in component.engines:
+    if component.verdicts:
+        _show_verdicts(out, component)
+    for engine in component.engines if not component.verdicts else ():
         believed = engine.believes
         read = (
             f"{believed['nibble_order']} nibble first, scales {believed['scale_layout']}, "
@@ -81,6 +84,15 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
         kinds.setdefault(fault.code if fault.module else f"{fault.code} {fault.message}", []).append(fault)
     for faults in kinds.values():
         out.line(f"lint: {_joint(faults)} [{faults[0].code}]")
+
+
+def _show_verdicts(out: "Output", component: "ComponentReport") -> None:
+    """What each engine makes of the file, and what that depends on."""
+    rows = [[f"{one.engine} {one.version}", one.verdict, one.how] for one in component.verdicts]
+    out.table(["engine", "verdict", "how"], rows)
+    for one in component.verdicts:
+        for words in [*([one.depends] if one.depends else []), *one.notes]:
+            out.line(f"  {one.engine}: {words}")
 
 
 def _joint(faults: "list[LintReport]") -> str:

@@ -35,11 +35,20 @@ class InspectCommand:
                 component = inspect_component(
                     reader, against, every_scale=request.all_scales, max_error=request.max_error
                 )
+                if request.engines:
+                    from modelopt_convert.inspection.verdicts import engine_verdicts
+
+                    found = engine_verdicts(reader, component.modules, is_file=path.is_file())
+                    component = component.model_copy(update={"verdicts": found})
             self._components[name] = component
 
     def report(self, error: BaseException | None = None) -> InspectReport:
         """What was found; the fields at the top are the first transformer's."""
         first = next(iter(self._components.values()), None) if error is None else None
-        names = ("dialect", "layout", "modules", "lint", "totals", "engine", "engines") if first is not None else ()
+        names = (
+            ("dialect", "layout", "modules", "lint", "totals", "engine", "engines", "verdicts")
+            if first is not None
+            else ()
+        )
         of_first = {name: getattr(first, name) for name in names}
         return InspectReport(components=self._components, **of_first, **ending(error))

@@ -622,6 +622,9 @@ class InspectRequest(Request["InspectReport"]):
             "Whose view of the checkpoint to show: sglang.", metavar="NAME", values=lambda: ("sglang", sglang.VERSION)
         ),
     ] = "sglang"
+    engines: Annotated[
+        bool, Flag("Say of each engine whether it reads the checkpoint right, misreads or refuses it.")
+    ] = False
     max_error: MaxError = NVFP4.max_error
     download: Download = False
 

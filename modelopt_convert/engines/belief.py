@@ -39,24 +39,39 @@ class Belief:
     decodes: bool = False
 
 
-def mistaken(belief: Belief, packed: Collection[str], linears: Collection[str]) -> list[str]:
-    """Which modules are taken for something else than they are, in words.
+TAKEN_FOR_PLAIN = "packed, taken for unquantized"
+TAKEN_FOR_PACKED = "in BF16, taken for packed"
+UNSET = "scales dropped"
+
+
+def differences(belief: Belief, packed: Collection[str], linears: Collection[str]) -> dict[str, frozenset[str]]:
+    """Modules that are taken for something else than they are, by what for; nothing empty.
 
     Args:
         belief: What the engine takes the checkpoint for.
         packed: Modules that are packed.
         linears: All Linears.
     """
+    found = {
+        TAKEN_FOR_PLAIN: frozenset(packed) - belief.modules,
+        TAKEN_FOR_PACKED: (belief.modules & frozenset(linears)) - frozenset(packed),
+        UNSET: belief.unset & frozenset(packed),
+    }
+    return {what: names for what, names in found.items() if names}
+
+
+def mistaken(belief: Belief, packed: Collection[str], linears: Collection[str]) -> list[str]:
+    """Which modules are taken for something else than they are, in words; arguments as those of ``differences``."""
     if belief.refuses:
         return [belief.refuses]
+    words = {
+        TAKEN_FOR_PLAIN: "decode {} to BF16" if belief.decodes else "take {} for unquantized",
+        TAKEN_FOR_PACKED: "take {} in BF16 for packed",
+        UNSET: "drop the scales of {}",
+    }
     found: list[str] = []
-    for names, words in (
-        (set(packed) - belief.modules, "decode {} to BF16" if belief.decodes else "take {} for unquantized"),
-        (belief.modules & set(linears) - set(packed), "take {} in BF16 for packed"),
-        (belief.unset & set(packed), "drop the scales of {}"),
-    ):
-        if names:
-            kind = "modules" if "BF16 for" in words else "packed modules"
-            count = words.replace("{}", f"{len(names)} {kind}")
-            found.append(f"{belief.engine} would {count} ({min(names)} first)")
+    for what, names in differences(belief, packed, linears).items():
+        kind = "modules" if what == TAKEN_FOR_PACKED else "packed modules"
+        count = words[what].replace("{}", f"{len(names)} {kind}")
+        found.append(f"{belief.engine} would {count} ({min(names)} first)")
     return found

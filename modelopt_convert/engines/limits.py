@@ -29,6 +29,7 @@ class Limit:
         what: How that comes; a sentence that begins with the engine.
         figure: What is off, and by how much.
         having: A key of config.json that must have a value, or none.
+        unequal: Whether it holds only where parts of a fused module have global scales of their own, as in exports.
         shown: Whether the engine's loader was run, or its code read.
     """
 
@@ -41,6 +42,7 @@ class Limit:
     shown: Literal["run", "read"]
     figure: str = ""
     having: str | None = None
+    unequal: bool = False
 
     @property
     def name(self) -> str:

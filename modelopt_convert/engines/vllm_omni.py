@@ -19,6 +19,15 @@ from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.engines.belief import Belief
+from modelopt_convert.engines.reading import (
+    HALVED,
+    Outcome,
+    Reading,
+    Shown,
+    coded,
+    counted,
+    quant_keys,
+)
 from modelopt_convert.formats.layout import CANONICAL
 from modelopt_convert.preset.patterns import ignored
 
@@ -183,3 +192,52 @@ def begins_one(texts: Sequence[str], start: str) -> bool:
     """Whether one of the texts, which are in order, begins so."""
     place = bisect_left(texts, start)
     return place < len(texts) and texts[place].startswith(start)
+
+
+# ``SUPPORTED_QUANTIZATION_METHODS`` in vllm-omni's quantization/factory.py has these; their readers were not looked at.
+_OTHERS = frozenset(
+    {"fp8", "bitsandbytes", "gguf", "mxfp8", "mxfp4", "svdquant", "inc", "auto-round", "auto_round", "int8"}
+)
+_FACTORY = "vllm_omni/quantization/factory.py"
+
+
+def read(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, is_file: bool) -> Reading:
+    """What vLLM-omni makes of a file that is not declared as ModelOpt's NVFP4 or FP8; of those, ``believe`` says it.
+
+    ``TransformerConfig.from_dict`` in ``diffusion/data.py`` builds the quantization from config.json, and nothing else
+    declares it. ``_NATIVE_SINGLE_FILE_MODELS`` in ``diffusion/registry.py`` has the models that may be one file.
+
+    Args:
+        tensors: All tensors.
+        config: config.json, empty for one file.
+        is_file: Whether it is one file.
+    """
+    if is_file:
+        how = "loads repos with a config.json; one file, of Anima alone"
+        return _reading("refuses", how, "vllm_omni/diffusion/registry.py", "read")
+    keys = quant_keys(config)
+    if keys is not None:
+        method = keys.get("quant_method", keys.get("method"))
+        name = str(method).lower().replace("_", "-")
+        if name == "compressed-tensors" or (name == "torchao" and "quant_type" in keys):
+            return _reading("reads", f"hands {name} to vLLM's own reader, which was not run here", _FACTORY, "inferred")
+        if name.startswith("modelopt"):
+            return _reading(
+                "unknown", f"builds no quantization of quant_algo {keys.get('quant_algo')}", _FACTORY, "read"
+            )
+        if method in _OTHERS or name == "torchao":
+            return _reading("unknown", "has a reader of its own for it, which was not looked at", _FACTORY, "read")
+        return _reading("refuses", f"raises ValueError: Unknown quantization method: {method!r}", _FACTORY, "read")
+    weights = coded(tensors)
+    packed = tuple(sorted(module for module, one in weights.items() if one.dtype == "U8"))
+    source = "vllm_omni/diffusion/data.py"
+    if packed:
+        how = f"finds no declaration: {HALVED}: {counted(packed)}"
+        return _reading("refuses", how, source, "inferred", {HALVED: packed})
+    return _reading("unknown", "finds no declaration and takes all for plain; not run here", source, "inferred")
+
+
+def _reading(
+    outcome: Outcome, how: str, source: str, shown: Shown, modules: Mapping[str, tuple[str, ...]] | None = None
+) -> Reading:
+    return Reading(engine=VERSION, outcome=outcome, how=how, source=source, shown=shown, modules=modules or {})

@@ -2,7 +2,7 @@
 
 import itertools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -18,6 +18,7 @@ from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.report.inspect import LintReport
 
 Modules = Mapping[str, PackedModule]
+ONE_FOR_ALL = "SGLang rounds their block scales to one, vLLM-omni misreads all but those of the largest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,13 @@ def fused_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRep
             leaf: global_scale(reader, modules[f"{parent}.{leaf}"]) for leaf in group if f"{parent}.{leaf}" in modules
         }
         if len(set(values.values())) > 1:
-            message = f"{', '.join(values)} differ in weight_scale_2; SGLang rebases them"
+            message = f"{', '.join(values)} differ in weight_scale_2; {ONE_FOR_ALL}"
             yield LintReport(code="fused.global_scale", message=message, module=parent)
+
+
+def fused_groups(config: Mapping[str, object], modules: Collection[str]) -> list[tuple[str, ...]]:
+    """The modules that SGLang holds as one, by the preset of the class."""
+    return list(siblings(_fused_leaves(config), modules))
 
 
 def config_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintReport]:

@@ -74,6 +74,29 @@ class EngineReport(_Model):
     misreads: list[str]
 
 
+class EngineVerdict(_Model):
+    """What one version of an engine makes of the file; with ``inspect --engines``.
+
+    ``right``: it takes every module for what it is. ``assumes``: it does, if the layout that it assumes is the file's,
+    which nothing proves here, or if ``depends`` holds. ``loss``: packed weights are off or not kept packed.
+    ``misreads``: other values than the file's are used. ``refuses``: it does not load. ``unknown``: not looked at.
+    ``modules`` has those that are taken for something else than they are, by what for; ``source`` and ``shown`` say
+    what each fact rests on.
+    """
+
+    engine: str
+    version: str
+    verdict: Literal["right", "assumes", "loss", "misreads", "refuses", "unknown"]
+    how: str
+    assumes: dict[str, str] = Field(default_factory=dict)
+    depends: str = ""
+    notes: list[str] = Field(default_factory=list)
+    modules: dict[str, list[str]] = Field(default_factory=dict)
+    figure: float | None = Field(default=None, description="Largest relative error that the engine adds, if measured.")
+    source: list[str] = Field(default_factory=list)
+    shown: Literal["run", "read", "inferred"] = "read"
+
+
 class ComponentReport(_Model):
     """One transformer; ``engine`` is SGLang's view of an NVFP4 checkpoint, ``engines`` are all."""
 
@@ -84,6 +107,7 @@ class ComponentReport(_Model):
     totals: TotalsReport
     engine: EngineReport | None
     engines: list[EngineReport] = Field(default_factory=list)
+    verdicts: list[EngineVerdict] = Field(default_factory=list)
 
 
 class InspectReport(_Model):
@@ -100,6 +124,7 @@ class InspectReport(_Model):
     totals: TotalsReport = Field(default_factory=TotalsReport)
     engine: EngineReport | None = None
     engines: list[EngineReport] = Field(default_factory=list)
+    verdicts: list[EngineVerdict] = Field(default_factory=list)
     warnings: list[dict[str, str]] = Field(default_factory=list)
     error: ErrorReport | None = None
 

@@ -18,7 +18,7 @@ ENGINES = (
     _engines("push/command", "push asks for consent", "self._warned += refuse_broken(", "self._warned += [] and ("),
     _engines("push/command", "push names no command", " if loads_right(known, request.engine) else None", ""),
     *(
-        Mutant("verification/fused.py", what, old, new, ("verification/test_fused.py",))
+        Mutant("proof/fused.py", what, old, new, ("proof/test_fused.py",))
         for what, old, new in (
             (
                 "rebased scales are rounded",

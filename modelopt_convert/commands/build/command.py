@@ -344,7 +344,8 @@ def _fused_warning(losses: Mapping[str, Mapping[str, float]], prefix: str) -> li
     if not losses:
         return []
     worst = {engine: max(one[engine] for one in losses.values()) for engine in next(iter(losses.values()))}
-    said = " and ".join(f"{error:.1%} in {engine}" for engine, error in worst.items())
+    how = {"sglang": "which rounds block scales again", "vllm-omni": "which misreads the parts with smaller ones"}
+    said = " and ".join(f"{error:.1%} in {engine}, {how[engine]}" for engine, error in worst.items())
     message = f"{prefix}one global scale for each of {len(losses)} fused weights costs up to {said}"
     return [("engine.fused_scales", message)]
 

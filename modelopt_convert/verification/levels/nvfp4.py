@@ -13,8 +13,8 @@ from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.proof.detector import hint_scale_order
+from modelopt_convert.proof.fused import fused_losses
 from modelopt_convert.proof.tensors import load, load_weight
-from modelopt_convert.verification.fused import fused_losses
 from modelopt_convert.verification.levels.container import StoredFormat
 from modelopt_convert.verification.subject import Subject
 

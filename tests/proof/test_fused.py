@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kit import recorded
 from support import build
 
-from modelopt_convert.verification.fused import largest_error, rebased_error
+from modelopt_convert.proof.fused import largest_error, rebased_error
 
 POWERS = st.integers(-3, 0).map(lambda power: 2.0**power)
 
