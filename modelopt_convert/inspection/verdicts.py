@@ -65,7 +65,7 @@ def engine_verdicts(
     readings: dict[EngineName, Reading | None] = {
         "sglang": sglang.read(tensors, reader.metadata, config, is_file=is_file) if "sglang" not in views else None,
         "vllm-omni": vllm_omni.read(tensors, config, is_file=is_file) if "vllm-omni" not in views else None,
-        "comfyui": comfyui.read(tensors, reader.metadata, _markers(reader), _ones(reader)),
+        "comfyui": comfyui.read(tensors, reader.metadata, markers_of(reader), legacy_ones(reader)),
         "diffusers": diffusers.read(tensors, config, is_file=is_file),
         "tensorrt-llm": None,
     }
@@ -265,7 +265,7 @@ def _globals(reader: CheckpointReader, group: Sequence[str]) -> dict[str, float]
     return {name: float32_of(reader, one) for name, one in found.items() if one is not None and is_float32(one)}
 
 
-def _markers(reader: CheckpointReader) -> dict[str, dict[str, object]]:
+def markers_of(reader: CheckpointReader) -> dict[str, dict[str, object]]:
     """What ComfyUI's marker tensors say; one that is no JSON object says nothing."""
     found = {}
     for name, one in reader.tensors.items():
@@ -274,7 +274,7 @@ def _markers(reader: CheckpointReader) -> dict[str, dict[str, object]]:
     return found
 
 
-def _ones(reader: CheckpointReader) -> list[str]:
+def legacy_ones(reader: CheckpointReader) -> list[str]:
     """The legacy input scales whose value is 1.0."""
     legacy = {name: one for name, one in reader.tensors.items() if name.endswith(".scale_input")}
     return [name for name, one in legacy.items() if is_float32(one) and float32_of(reader, one) == 1.0]

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import LOSS, compare, decoded
+from faults import swizzle
 from kit import build, key, load, main, recorded
 from root import ROOT
+from safetensors.torch import load_file, save_file
 from set_up import ENGINES, missing
 from support import edit_json
 
@@ -96,3 +98,22 @@ def test_an_engine_that_is_no_package_needs_a_checkout_of_its_release(
         else:
             with pytest.raises(SystemExit, match=f"found {version}"):
                 missing("comfyui")
+
+
+@pytest.mark.skipif(not SGLANG.exists(), reason="`make test` sets SGLang up; here it is not")
+def test_sglang_fails_on_padded_scales_and_on_fp8_that_nothing_declares(families: Path, tmp_path: Path) -> None:
+    """As ``engines/sglang.py`` says it: by shape where ComfyUI pads scales, and where q, k and v are one."""
+    sources = []
+    for form in ("nvfp4", "fp8"):
+        source = tmp_path / f"bare-{form}"
+        shutil.copytree(build(families, "qwen_image", form, tmp_path), source)
+        edit_json(source / "config.json", lambda config: config.pop("quantization_config"))
+        sources.append(source)
+    [weights] = sources[0].glob("*.safetensors")
+    tensors = load_file(weights)
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        tensors[name] = swizzle(tensors[name])
+    save_file(tensors, weights, {"format": "pt"})
+    padded, bare = load("sglang", SGLANG, sources)
+    assert padded["outcome"] == "fails" and padded["why"].startswith("AssertionError: Failed to shard/load parameter")
+    assert bare["outcome"] == "fails" and bare["why"].startswith("RuntimeError")
