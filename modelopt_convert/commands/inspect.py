@@ -36,7 +36,7 @@ class InspectCommand:
                     reader, against, every_scale=request.all_scales, max_error=request.max_error
                 )
                 if request.engines:
-                    from modelopt_convert.inspection.verdicts import engine_verdicts
+                    from modelopt_convert.inspection.every_engine import engine_verdicts
 
                     found = engine_verdicts(reader, component.modules, is_file=path.is_file())
                     component = component.model_copy(update={"verdicts": found})

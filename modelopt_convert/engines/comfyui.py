@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo, json_object
-from modelopt_convert.engines.reading import HALVED, UNSCALED, Outcome, Reading, coded, counted
+from modelopt_convert.engines.outcome import HALVED, UNSCALED, Outcome, Reading, coded, counted
 from modelopt_convert.formats.layout import Layout
 
 VERSION = "comfyui@0.33.0"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.engines.reading import FP8_DTYPES, HALVED, UNSCALED, Outcome, Reading, coded, counted, quant_keys
+from modelopt_convert.engines.outcome import FP8_DTYPES, HALVED, UNSCALED, Outcome, Reading, coded, counted, quant_keys
 from modelopt_convert.formats.layout import CANONICAL
 
 VERSION = "diffusers@0.42.1"
@@ -42,11 +42,14 @@ def read(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, is_fil
 
 def _declared(tensors: Mapping[str, TensorInfo], keys: Mapping[str, Any]) -> Reading:
     method = keys.get("quant_method")
-    if method == "torchao" and "quant_type" in keys:
-        weights = [name for name in tensors if name.endswith("_weight_qdata")]
+    weights = [name for name in tensors if name.endswith("_weight_qdata")]
+    if method == "torchao" and "quant_type" in keys and weights:
         how = f"makes {len(weights)} tensors of torchao of it, as the header says"
         source = "quantizers/torchao/torchao_quantizer.py"
         return Reading(engine=VERSION, outcome="reads", how=how, source=source, shown="run")
+    if method == "torchao" and "quant_type" in keys:
+        how = "quantizes by torchao on loading; what becomes of codes of another form was not looked at"
+        return Reading(engine=VERSION, outcome="unknown", how=how, source=_AUTO, shown="read")
     if keys.get("load_in_4bit") or keys.get("load_in_8bit") or (isinstance(method, str) and method in _OTHERS):
         how = "has a reader of its own for it, which was not looked at"
         return Reading(engine=VERSION, outcome="unknown", how=how, source=_AUTO, shown="read")

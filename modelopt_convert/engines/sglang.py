@@ -12,7 +12,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo, json_object
 from modelopt_convert.engines.belief import Belief
-from modelopt_convert.engines.reading import Outcome, Reading, coded, counted, quant_keys
+from modelopt_convert.engines.outcome import Outcome, Reading, coded, counted, quant_keys
 from modelopt_convert.formats.layout import CANONICAL, Layout
 from modelopt_convert.preset.patterns import ignored
 

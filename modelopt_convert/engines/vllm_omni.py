@@ -19,7 +19,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.engines.belief import Belief
-from modelopt_convert.engines.reading import (
+from modelopt_convert.engines.outcome import (
     HALVED,
     Outcome,
     Reading,

@@ -93,8 +93,98 @@ ENGINES = (
     *(
         Mutant("engines/belief.py", what, old, new, ("engines/test_views.py",))
         for what, old, new in (
-            ("what is cast", "belief.modules & set(linears) - set(packed)", "set()"),
-            ("scales that are dropped", "(belief.unset & set(packed), ", "(set(), "),
+            ("what is cast", "(belief.modules & frozenset(linears)) - frozenset(packed)", "frozenset()"),
+            ("scales that are dropped", "UNSET: belief.unset & frozenset(packed)", "UNSET: frozenset()"),
+        )
+    ),
+    *(
+        Mutant("inspection/every_engine.py", what, old, new, (f"inspection/test_every_engine.py::test_{test}",))
+        for what, old, new, test in (
+            (
+                "nibbles against the base",
+                "and one.nibble_order != layout.nibbles",
+                "and False",
+                "comfyui_reads_its_own_files_and_the_base_tells_swapped_ones",
+            ),
+            (
+                "what is not proven is assumed",
+                "if not _is_known(one)]",
+                "if False]",
+                "comfyui_reads_its_own_files_and_the_base_tells_swapped_ones",
+            ),
+            (
+                "a fact of unequal globals, of a file that has none",
+                "and own and not one.unequal)",
+                "and own)",
+                "globals_that_differ_are_told_of_this_file_alone",
+            ),
+            (
+                "globals of this file",
+                "len(set(_globals(reader, group).values())) > 1",
+                "True",
+                "globals_that_differ_are_told_of_this_file_alone",
+            ),
+        )
+    ),
+    *(
+        Mutant(f"engines/{name}.py", what, old, new, (f"engines/test_outcome.py::test_{test}",))
+        for name, what, old, new, test in (
+            (
+                "comfyui",
+                "a module without a marker beside others",
+                "if module not in formats:",
+                "if not formats:",
+                "comfyui_marks_say_what_codes_are",
+            ),
+            (
+                "comfyui",
+                "codes of another dtype",
+                "elif weight.dtype != _FORMATS[kind][0]:",
+                "elif False:",
+                "comfyui_marks_say_what_codes_are",
+            ),
+            (
+                "comfyui",
+                "a header hides the sentinel",
+                "        return _Marks(formats, hidden)",
+                "        pass",
+                "comfyui_obeys_the_header_and_then_not_the_legacy_sentinel",
+            ),
+            (
+                "comfyui",
+                "names that are translated lose markers",
+                "{} if translated else marks.formats",
+                "marks.formats",
+                "comfyui_translates_names_of_flux1_and_loses_markers",
+            ),
+            (
+                "diffusers",
+                "a scale for each row",
+                "elif scale.shape not in (weight.shape[:1], (1,)):",
+                "elif False:",
+                "diffusers_decodes_an_fp8_scale_for_each_row_or_one_in_a_list",
+            ),
+            (
+                "diffusers",
+                "codes that nothing declares",
+                "fails = HALVED in packed",
+                "fails = False",
+                "diffusers_refuses_nvfp4_that_is_not_declared",
+            ),
+            (
+                "sglang",
+                "FP8 that a header declares",
+                "if is_file and named:",
+                "if False:",
+                "sglang_settles_on_what_is_said",
+            ),
+            (
+                "sglang",
+                "methods that it does not have",
+                "if keys is not None and method not in _METHODS:",
+                "if False:",
+                "sglang_settles_on_what_is_said",
+            ),
         )
     ),
     *(

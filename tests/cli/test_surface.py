@@ -65,7 +65,7 @@ FLAGS = {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
         "--max-error", "--accept-near", "--report", "--workers", "--download", *_TELLING,
     },
-    "inspect": {"source", "--base", "--all", "--engine", "--max-error", "--download", *_TELLING},
+    "inspect": {"source", "--base", "--all", "--engine", "--engines", "--max-error", "--download", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
     "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
     "push": {

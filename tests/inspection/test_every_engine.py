@@ -15,8 +15,9 @@ from set_up import ENGINES
 from support import Tensors, edit, edit_json, inspected, load, run_mopt
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.cli._text import table_lines
 from modelopt_convert.inspection.component import inspect_component
-from modelopt_convert.inspection.verdicts import engine_verdicts
+from modelopt_convert.inspection.every_engine import engine_verdicts
 from modelopt_convert.report.inspect import EngineVerdict
 
 ALL = ["sglang", "vllm-omni", "comfyui", "diffusers", "tensorrt-llm"]
@@ -135,6 +136,8 @@ def test_a_table_of_80_columns_says_it(qwen: dict[str, Path], built_nvfp4: Path)
         assert f"\n{engine} {pins['version']} " in text
     assert "believes:" not in text
     assert "believes:" in run_mopt("inspect", built_nvfp4, json_report=False).stdout
+    rows = [[f"{one['engine']} {one['version']}", one["verdict"], one["how"]] for one in verdicts(built_nvfp4).values()]
+    assert max(map(len, table_lines(["engine", "verdict", "how"], rows, 80))) <= 80
     single = run_mopt("inspect", qwen["fp8"], "--engines", json_report=False).stdout
     assert "  diffusers: only if the caller passes BFLQuantizationConfig()" in single
 

@@ -11,7 +11,7 @@ from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.engines import comfyui, diffusers, sglang, vllm_omni
 from modelopt_convert.engines.belief import TAKEN_FOR_PACKED, TAKEN_FOR_PLAIN, UNSET, Belief, differences, mistaken
 from modelopt_convert.engines.limits import EngineName, Limit, declared, limits
-from modelopt_convert.engines.reading import Reading, Shown, is_quantized
+from modelopt_convert.engines.outcome import Reading, Shown, is_quantized
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.inspection.engines import beliefs, linears_of
 from modelopt_convert.inspection.lint import float32_of, fused_groups, is_float32

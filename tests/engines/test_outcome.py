@@ -9,6 +9,8 @@ from typing import Any
 import diffusers as engine
 import pytest
 import torch
+import torchao.prototype.mx_formats
+import torchao.quantization
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, TensorCoreNVFP4Layout
 from dialect_files import CLASS, EVEN, MAKERS, ODD, SHAPES, comfyui_fp8_legacy, write_file
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
@@ -22,10 +24,10 @@ from support import Tensors, load
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.engines import comfyui, diffusers, sglang, vllm_omni
-from modelopt_convert.engines.reading import HALVED, UNSCALED, Reading, is_quantized
+from modelopt_convert.engines.outcome import HALVED, UNSCALED, Reading, is_quantized
 from modelopt_convert.formats.layout import CANONICAL
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4 as ours
-from modelopt_convert.inspection.verdicts import legacy_ones, markers_of
+from modelopt_convert.inspection.every_engine import legacy_ones, markers_of
 
 SGLANG = ROOT / ".venv" / "engines" / "sglang" / "bin" / "python"
 NATIVE = {"txt_norm.weight": torch.ones(8), "img_in.weight": torch.ones(8, 8)}  # by which ComfyUI knows Qwen-Image
@@ -175,6 +177,28 @@ def test_diffusers_decodes_an_fp8_scale_for_each_row_or_one_in_a_list(qwen: dict
         else:
             with pytest.raises((IndexError, RuntimeError)):
                 linear(inputs)
+
+
+@pytest.mark.parametrize("kind", ["NVFP4WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_diffusers_reads_its_folders_of_torchao(families: Path, tmp_path: Path, kind: str) -> None:
+    base = families / "qwen_image" / "base" / "transformer"
+    how = getattr(torchao.prototype.mx_formats, kind, None) or getattr(torchao.quantization, kind)
+    made = engine.QwenImageTransformer2DModel.from_pretrained(
+        base, torch_dtype=torch.bfloat16, quantization_config=engine.TorchAoConfig(how())
+    )
+    made.save_pretrained(tmp_path / "torchao")
+    found = of_diffusers(tmp_path / "torchao")
+    assert found.outcome == "reads" and found.shown == "run"
+    held = engine.QwenImageTransformer2DModel.from_pretrained(tmp_path / "torchao", torch_dtype=torch.bfloat16)
+    pairs = list(zip(made.named_parameters(), held.named_parameters(), strict=True))
+    packed = [name for (name, one), _ in pairs if hasattr(one, "qdata")]
+    assert f"makes {len(packed)} tensors of torchao" in found.how and packed
+    for (name, before), (other, after) in pairs:
+        assert name == other and hasattr(after, "qdata") == hasattr(before, "qdata")
+        decoded = [one.dequantize() if hasattr(one, "qdata") else one for one in (before, after)]
+        assert torch.equal(*decoded)
+    declared = {"quantization_config": {"quant_method": "torchao", "quant_type": {}}}
+    assert diffusers.read({}, declared, is_file=False).outcome == "unknown"
 
 
 def test_diffusers_refuses_one_file_without_scales(tmp_path: Path) -> None:
