@@ -160,7 +160,7 @@ def read(
         return _reading("refuses", how, "runtime/layers/quantization/__init__.py")
     if belief.refuses is not None:
         return _reading("refuses", belief.refuses.removeprefix(VERSION).strip(), "runtime/utils/quantization_utils.py")
-    if method is not None and not str(method).startswith("modelopt"):
+    if method is not None and not belief.modules:
         return _reading("unknown", f"has a reader of its own for {method}, which was not looked at", _RESOLVING)
     if belief.modules:
         return _packed(tensors, belief)
@@ -191,7 +191,7 @@ def _packed(tensors: Mapping[str, TensorInfo], belief: Belief) -> Reading:
     unscaled: list[str] = []
     for module in sorted(belief.modules):
         weight, scale = tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_scale")
-        if weight is None or scale is None:
+        if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
             continue
         if scale.shape[0] > weight.shape[0] or scale.shape[1] > weight.shape[1] * 2 // _GROUP:
             padded.append(module)
@@ -220,7 +220,7 @@ def _reading(
         outcome=outcome,
         how=how,
         source=source,
-        shown="read" if outcome in ("reads", "unknown") else "run",
+        shown="run" if outcome == "refuses" or (belief is None and outcome == "misreads") else "read",
         layout=belief.layout if belief is not None else None,
         modules={what: tuple(names) for what, names in (modules or {}).items()},
     )

@@ -67,7 +67,7 @@ def test_sglang_settles_on_what_is_said(tmp_path: Path) -> None:
         compared += 1
         if "raises" in one:
             told = f"raises {one['raises']}" == found.how or found.how.startswith("refuses quant_algo")
-            assert (found.outcome == "refuses" and told) or found.outcome == "unknown", (one, found)
+            assert (found.outcome == "refuses" and told) or one["folder"] == "nunchaku", (one, found)
         elif found.layout is not None:
             # Padded scales are refused later, by shape: a test with SGLang's own loader shows it.
             assert one["config"] == "ModelOptFp4Config"
@@ -77,7 +77,7 @@ def test_sglang_settles_on_what_is_said(tmp_path: Path) -> None:
             assert (one["config"], one["activation_scheme"]) == ("Fp8Config", "dynamic") and "dynamically" in found.how
             assert one["ignored_layers"] == []  # every Linear
         else:
-            assert one["config"] in ("ModelOptFp8Config", "Fp8Config", "Mxfp4Config")
+            assert one["config"] in ("ModelOptFp8Config", "Fp8Config", "Mxfp4Config") and found.outcome == "unknown"
     assert compared >= 25
 
 

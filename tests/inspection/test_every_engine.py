@@ -206,3 +206,17 @@ def test_marker_tensors_that_are_no_json_do_no_harm(tmp_path: Path) -> None:
     path = write_file(tmp_path / "marked", tensors)
     found = verdicts(path)["comfyui"]
     assert found["verdict"] == "refuses" and "Unknown quantization format" in found["how"]
+
+
+def test_shapes_that_no_engine_has_do_no_harm(tmp_path: Path) -> None:
+    """A header may name any module, and a weight may have any shape."""
+    layers = json.dumps({"layers": {"a": {"format": "nvfp4"}, "b": {"format": "nvfp4"}, "c": 1}})
+    tensors = {
+        "a.weight": torch.zeros(8, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "b.weight": torch.zeros(8, 8, dtype=torch.uint8),
+        "b.weight_scale": torch.tensor(1.0),
+        "b.weight_scale_2": torch.ones(2),
+    }
+    found = verdicts(write_file(tmp_path / "odd", tensors, {"_quantization_metadata": layers}))
+    assert all(one["verdict"] != "right" for one in found.values())
