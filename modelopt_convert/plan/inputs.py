@@ -35,7 +35,7 @@ def check_config_unquantized(base: Source) -> None:
             f"{path}: expected an unquantized base, found a quantization_config",
             code="base.quantized",
             path=path,
-            hint="give the original model as --base, and the ModelOpt export as --export",
+            hint="give the original model as --base; what is quantized is the export or the checkpoint",
         )
 
 
