@@ -118,7 +118,7 @@ class BuildCommand:
                 steps.warned += [*plan.warnings, *refuse_broken(plan.config, request.algorithm, path, request)]
                 refuse_misread(plan, path)
             if self._export is None:
-                steps.warned += _uncalibrated()
+                steps.warned[:0] = _uncalibrated()  # the first thing to know, of what can be opened
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
                 steps.inputs.to_fetch |= to_fetch(part, plan, request)
