@@ -43,12 +43,12 @@ def demo(
     def show(out: "Output", report: "Report") -> None:
         base, target = shlex.quote(str(request.base)), shlex.quote(str(request.output))
         show_build(out, report, request)
-        out.line(f"next: mopt inspect {target} --base {base}")
         out.line("")
         out.line(
             f"{folder} holds base/ (BF16), export/ (what ModelOpt exports of it) and out/ (what mopt made of both)"
         )
         out.line("see out/README.md, the card, and out/mopt.json, the record; weights are random, and make no picture")
+        out.line(f"next: mopt inspect {target} --base {base}")
         out.line(
             f"made by: mopt build-nvfp4 --preset flux1-dev --export {shlex.quote(str(request.export))} "
             f"--base {base} --output {target}"

@@ -66,11 +66,15 @@ def _show(out: "Output", report: "Report") -> None:
     if out.verbose:
         _show_levels(out, found.levels)
     elif found.levels:
-        out.line(f"levels: {', '.join(f'{level.level} {level.status}' for level in found.levels)}")
+        ended = dict.fromkeys(
+            f"{level.level} {level.status}" for level in found.levels
+        )  # of several transformers, once
+        out.line(f"levels: {', '.join(ended)}")
         for level in found.levels:
             if level.status == "skipped":
                 out.line(f"not run: {level.level} {level.title}: {level.reason}")
-    if found.backends and (out.verbose or not found.levels):
+    ran = not found.levels or any(one.level == "L3" and one.status != "skipped" for one in found.levels)
+    if found.backends and (out.verbose or ran):
         out.table(
             ["backend", "kind", "modules", "status", "reason"],
             [[one.name, one.kind, str(one.modules), one.status, one.reason] for one in found.backends],
@@ -78,8 +82,7 @@ def _show(out: "Output", report: "Report") -> None:
         out.line("")
     if found.modules:
         out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
-    if out.verbose or not found.levels:
-        show_cost(out, report)
+    show_cost(out, report)
 
 
 def _show_levels(out: "Output", levels: "list[LevelReport]") -> None:
