@@ -154,4 +154,4 @@ def test_the_readme_s_python_runs(here: Path, exports: Path, capsys: pytest.Capt
     link(here / "EXPORT", exports / "nvfp4")
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     exec(compile(code, "README.md", "exec"), {"__name__": "example"})
-    assert capsys.readouterr().out == f"pass {here / 'OUT'}\n"
+    assert capsys.readouterr().out == f"proven {here / 'OUT'}\n"

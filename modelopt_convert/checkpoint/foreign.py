@@ -44,6 +44,7 @@ _KINDS = (
     _kind("a gzip archive", rb"\x1f\x8b\x08", _UNPACK.format("gzip")),
     _kind("an xz archive", rb"\xfd7zXZ\0", _UNPACK.format("xz")),
     _kind("a zstd archive", rb"\x28\xb5\x2f\xfd", _UNPACK.format("zstd")),
+    _kind("a text", rb"[\t\n\r\x20-\x7e]{8}", "fetch it with " + _FETCH),
 )
 
 

@@ -1,7 +1,9 @@
 """Which folders of a pipeline hold the transformers that a user means. No torch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from modelopt_convert.checkpoint.hub.hub_path import hub_address
 from modelopt_convert.checkpoint.location import (
@@ -9,15 +11,18 @@ from modelopt_convert.checkpoint.location import (
     Location,
     fault_of_folder,
     hint_if_missing,
+    is_file,
     names,
     read_small,
 )
 from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.text import few
 
 _WHICH = "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME"
 COMPONENTS = ("transformer", "transformer_2")
+_MOST_NAMES = 1000  # are looked into for a hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,13 @@ def _found(path: Location, *, what: str) -> list[Location]:
         absent = fault == NO_FOLDER
         repo = hub_address(str(path))
         hint = f"give a folder that exists, or {repo} if the repo on the Hub is meant" if repo is not None else _WHICH
+        if absent and is_file(path):
+            fault = "expected a folder, found a file"
+            hint = "give the transformer folder that its config.json lies in"
+            hint += f": {path.parent}" if _holds(path.parent) else ""
+        shown = re.sub(r"^(https?):/(?!/)", r"\1://", str(path))  # a Path has made one slash of two
         raise InputError(
-            f"{what} {path}: {fault}",
+            f"{what} {shown}: {fault}",
             code="input.missing" if absent else "input.unreadable",
             path=str(path),
             hint=hint_if_missing(path, hint) if absent else "check that the path is right and that you may read it",
@@ -155,13 +165,22 @@ def _found(path: Location, *, what: str) -> list[Location]:
         return [path]
     found = [path / name for name in COMPONENTS if (path / name / "config.json").is_file()]
     if not found:
+        hint = "give a diffusers transformer folder, or the pipeline that holds transformer/"
+        near = sorted(names(path))[:_MOST_NAMES] if isinstance(path, Path) else []
+        if inside := [str(path / name) for name in near if _holds(path / name)]:
+            hint = f"did you mean {few(inside)}?"
         raise InputError(
             f"{what} {path}: expected config.json here or in transformer/, found neither",
             code="input.missing",
             path=str(path),
-            hint=hint_if_missing(path, "give a diffusers transformer folder, or the pipeline that holds transformer/"),
+            hint=hint_if_missing(path, hint),
         )
     return found
+
+
+def _holds(folder: Location) -> bool:
+    """Whether a folder is a transformer's, or a pipeline's with one."""
+    return any(is_file(one / "config.json") for one in (folder, *(folder / name for name in COMPONENTS)))
 
 
 def _is_quantized(folder: Location) -> bool:

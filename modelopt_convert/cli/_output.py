@@ -279,6 +279,12 @@ def run(
     raise typer.Exit(report.exit_code)
 
 
+def refused(output: Output, report: Report) -> NoReturn:
+    """Tell of a refusal that came before there was a run, and exit as documented."""
+    _tell(output, report, lambda _out, _report: None, show_failed=False)
+    raise typer.Exit(report.exit_code)
+
+
 def _ended(report: Shown, failure: BaseException | None) -> Shown:
     """The report, with what stands where nobody would expect it."""
     stands = isinstance(report, Report) and report.output.published

@@ -17,7 +17,11 @@ class Group(TyperGroup):
     """The commands; what cannot be parsed is told on stderr by Typer, and here on stdout where ``--json`` is given."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Parse what stands before the command."""
+        """Parse what stands before the command; `mopt help COMMAND` and `mopt version` are understood, as elsewhere."""
+        if args[:1] == ["help"]:
+            args = [*args[1:2], "--help"]
+        elif args == ["version"]:
+            args = ["--version"]
         words = tuple(args)  # a parser takes what it knows off the list
         with _told(words):
             context = super().make_context(info_name, args, parent, **extra)

@@ -142,6 +142,7 @@ def _next(report: "Report", request: BuildRequest) -> str:
 
 def _show_proof(out: "Output", proof: "ProofReport") -> None:
     """A line for each verdict; modules that the base replaces are sampled, although all that is written is compared."""
+    is_whole = any(one.compared == "all" for one in proof.modules.values())
     groups: dict[tuple[str, str], list[ModuleReport]] = {}
     for one in proof.modules.values():
         groups.setdefault((one.verdict, "" if one.compared == "all" else "sampled "), []).append(one)
@@ -149,7 +150,8 @@ def _show_proof(out: "Output", proof: "ProofReport") -> None:
         codes, equal = sum(one.codes for one in members), sum(one.codes_equal for one in members)
         share = f", {_percent(equal, codes)} of {codes} {sampled}codes" if codes else ""
         rules = ", ".join(sorted({one.rule for one in members if one.rule}))
-        out.line(f"proof: {len(members)} modules {verdict}{share}{f' ({rules})' if rules else ''}")
+        instead = "; the base's are written instead" if sampled and is_whole else ""
+        out.line(f"proof: {len(members)} modules {verdict}{share}{f' ({rules})' if rules else ''}{instead}")
 
 
 def _percent(part: int, whole: int) -> str:

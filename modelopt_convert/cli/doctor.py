@@ -21,7 +21,7 @@ _TONES: "dict[str, Tone]" = {"ok": "good", "missing": "doubt", "broken": "bad"}
 
 
 def doctor(
-    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The folder that OUT shall be written in.")] = Path(),
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder that OUT shall be written in.")] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="No colors.")] = False,
 ) -> None:

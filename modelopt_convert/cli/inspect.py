@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from modelopt_convert.cli._options import SILENT, from_request
+from modelopt_convert.cli._options import from_request
 from modelopt_convert.commands.requests import InspectRequest
 from modelopt_convert.run.text import few
 
@@ -40,29 +40,16 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
     head = "" if name == "." else f"{name}: "
     out.line(f"{head}{component.dialect.name}, {totals.tensors} tensors, {human_bytes(totals.bytes)}")
     for evidence in component.dialect.evidence:
-        out.line(f"  because {evidence}")
-    out.table(
-        ["dtype", "tensors", "size"],
-        [[dtype, str(one["tensors"]), human_bytes(one["bytes"])] for dtype, one in totals.by_dtype.items()],
-    )
+        out.detail(f"  because {evidence}")
     if component.modules:
-        rows = Counter(
-            (one.algorithm, one.nibble_order, one.nibble_basis, one.scale_layout, one.scale_basis, one.global_scale)
-            for one in component.modules.values()
-        )
-        out.table(
-            ["modules", "algorithm", "even column in", "scales", "global scale"],
-            [
-                [str(count), algorithm, f"{nibbles} nibble ({how})", f"{scales} ({known})", convention]
-                if nibbles != "none"
-                else [str(count), algorithm, "", "", ""]
-                for (algorithm, nibbles, how, scales, known, convention), count in rows.items()
-            ],
-        )
-        if any("proven" in (one.nibble_basis, one.scale_basis) for one in component.modules.values()):
-            out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
+        _show_modules(out, component)
         if layout.modules_contradicting:
             out.line(f"{layout.modules_contradicting} modules contradict what is declared or believed")
+    kinds: dict[str, list[LintReport]] = {}
+    for fault in component.lint:
+        kinds.setdefault(fault.code if fault.module else f"{fault.code} {fault.message}", []).append(fault)
+    for faults in kinds.values():
+        out.line(f"lint: {_joint(faults)} [{faults[0].code}]")
     if component.verdicts:
         _show_verdicts(out, component)
     for engine in component.engines if not component.verdicts else ():
@@ -74,16 +61,37 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
         has_layout = believed["nibble_order"] != "none"
         out.line(f"{engine.name} believes: {read if has_layout else ''}{believed['packed_modules']} packed modules")
         for reason in engine.because:
-            out.line(f"  because {reason}")
-        for words in engine.misreads if engine != component.engine else ():  # those of that one are faults below
+            out.detail(f"  because {reason}")
+        for words in engine.misreads if engine != component.engine else ():  # those of that one are faults above
             out.line(f"  it {words.removeprefix(engine.name).strip()}")
         if not engine.misreads:
             out.line("  nothing known contradicts that")
-    kinds: dict[str, list[LintReport]] = {}
-    for fault in component.lint:
-        kinds.setdefault(fault.code if fault.module else f"{fault.code} {fault.message}", []).append(fault)
-    for faults in kinds.values():
-        out.line(f"lint: {_joint(faults)} [{faults[0].code}]")
+    if out.verbose:
+        out.table(
+            ["dtype", "tensors", "size"],
+            [[dtype, str(one["tensors"]), human_bytes(one["bytes"])] for dtype, one in totals.by_dtype.items()],
+        )
+
+
+def _show_modules(out: "Output", component: "ComponentReport") -> None:
+    """How the modules lie, a line for those that lie alike, and how that is known."""
+    rows = Counter(
+        (one.algorithm, one.nibble_order, one.nibble_basis, one.scale_layout, one.scale_basis, one.global_scale)
+        for one in component.modules.values()
+    )
+    out.table(
+        ["modules", "algorithm", "even column in", "scales", "global scale"],
+        [
+            [str(count), algorithm, f"{nibbles} nibble ({how})", f"{scales} ({known})", convention]
+            if nibbles != "none"
+            else [str(count), algorithm, "", "", ""]
+            for (algorithm, nibbles, how, scales, known, convention), count in rows.items()
+        ],
+    )
+    if any("proven" in (one.nibble_basis, one.scale_basis) for one in component.modules.values()):
+        out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
+    elif any("undetermined" in (one.nibble_order, one.scale_layout) for one in component.modules.values()):
+        out.line("  undetermined: --base BASE, the model that it was made from, tells")
 
 
 def _show_verdicts(out: "Output", component: "ComponentReport") -> None:
@@ -105,4 +113,4 @@ def _joint(faults: "list[LintReport]") -> str:
     return f"{len(faults)} modules: {first.message}{', for the first' if differ else ''}: {names}"
 
 
-COMMANDS = {"inspect": from_request(InspectRequest, inspect, without=SILENT)}
+COMMANDS = {"inspect": from_request(InspectRequest, inspect)}

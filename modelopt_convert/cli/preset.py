@@ -19,7 +19,7 @@ def presets(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME|FILE]",
+            metavar="NAME|FILE",
             help="Print this preset's TOML.",
             autocompletion=lambda incomplete: completed(preset_values(), incomplete),
         ),

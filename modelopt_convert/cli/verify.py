@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from modelopt_convert.cli._options import SILENT, from_request
+from modelopt_convert.cli._options import from_request
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import ExitCode
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
     from modelopt_convert.cli._text import Tone
     from modelopt_convert.report.report import Report
-
-_SHOWN = 10
+    from modelopt_convert.report.verify import LevelReport
 
 
 def verify(request: VerifyRequest, output: "Output") -> None:
@@ -48,8 +47,9 @@ def verify(request: VerifyRequest, output: "Output") -> None:
 
 
 def _show(out: "Output", report: "Report") -> None:
-    """What is proven, in a word, and the verdict; then tables of levels and backends, and what failed."""
+    """What is proven, in a word, the verdict, and what failed; tables and every single fault with ``-v``."""
     from modelopt_convert.cli._output import show_cost
+    from modelopt_convert.cli._text import by_kind
 
     found = report.verify
     if found is None:
@@ -58,28 +58,39 @@ def _show(out: "Output", report: "Report") -> None:
     if found.proof:
         out.line(found.proof, tone)
     out.line(f"verdict: {found.verdict}: {found.statement}", tone)
+    for level in found.levels:
+        for kind, words in (("fail", level.failures), ("warn", level.warnings)):
+            for text in words if out.verbose else by_kind(words):
+                out.line(f"{kind}: {level.level}: {text}")
     out.line("")
-    if found.levels:
-        out.table(
-            ["level", "status", "reason"],
-            [[f"{level.level} {level.title}", level.status, level.reason] for level in found.levels],
-        )
-        out.line("")
-    if found.backends:
+    if out.verbose:
+        _show_levels(out, found.levels)
+    elif found.levels:
+        ended = dict.fromkeys(
+            f"{level.level} {level.status}" for level in found.levels
+        )  # of several transformers, once
+        out.line(f"levels: {', '.join(ended)}")
+        for level in found.levels:
+            if level.status == "skipped":
+                out.line(f"not run: {level.level} {level.title}: {level.reason}")
+    ran = not found.levels or any(one.level == "L3" and one.status != "skipped" for one in found.levels)
+    if found.backends and (out.verbose or ran):
         out.table(
             ["backend", "kind", "modules", "status", "reason"],
             [[one.name, one.kind, str(one.modules), one.status, one.reason] for one in found.backends],
         )
         out.line("")
-    for level in found.levels:
-        for kind, words in (("fail", level.failures), ("warn", level.warnings)):
-            for text in words[:_SHOWN]:
-                out.line(f"{kind}: {level.level}: {text}")
-            if len(words) > _SHOWN:
-                out.line(f"{kind}: {level.level}: {len(words) - _SHOWN} more; --json lists all")
     if found.modules:
         out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
     show_cost(out, report)
 
 
-COMMANDS = {"verify": from_request(VerifyRequest, verify, without=SILENT)}
+def _show_levels(out: "Output", levels: "list[LevelReport]") -> None:
+    out.table(
+        ["level", "status", "reason"],
+        [[f"{level.level} {level.title}", level.status, level.reason] for level in levels],
+    )
+    out.line("")
+
+
+COMMANDS = {"verify": from_request(VerifyRequest, verify)}

@@ -3,9 +3,11 @@
 import zipfile
 from pathlib import Path
 
+from modelopt_convert.commands.command import ending, versions
 from modelopt_convert.commands.requests import BuildNvfp4Request
+from modelopt_convert.report.report import OutputReport, Report
 from modelopt_convert.run.boundary import storage_errors
-from modelopt_convert.run.errors import OutputRefusedError
+from modelopt_convert.run.errors import MoptError, OutputRefusedError
 
 _ARCHIVE = Path(__file__).with_name("demo.zip")  # scripts/make/make_demo.py makes it
 
@@ -42,3 +44,8 @@ def demo_request(folder: Path) -> BuildNvfp4Request:
     return BuildNvfp4Request(
         preset="flux1-dev", export=folder / "export", base=folder / "base", output=folder / "out", verify="cpu"
     )
+
+
+def refusal(error: MoptError) -> Report:
+    """The report of a demo that could not begin; one that began has the report of its build."""
+    return Report(command="demo", output=OutputReport(path=""), versions=versions(), **ending(error))

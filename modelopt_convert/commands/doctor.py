@@ -89,7 +89,9 @@ def _gpu() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        return [Finding("gpu", "cuda", "missing", "torch sees none: all but GPU kernels and --device cuda runs")]
+        return [
+            Finding("gpu", "cuda", "missing", "torch sees none: everything works but GPU kernels and --device cuda")
+        ]
     found = []
     for number in range(torch.cuda.device_count()):
         one = torch.cuda.get_device_properties(number)

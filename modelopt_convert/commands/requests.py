@@ -678,4 +678,6 @@ class PushRequest(_Serving["PublishedReport"]):
     @property
     def again(self) -> str:
         """How to try again, for hints."""
+        if self.dry_run:
+            return f"run `{self.command_line()} --dry-run`"
         return f"run `{self.command_line()}`; what was sent is not sent again"

@@ -14,6 +14,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
 from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
 from modelopt_convert.commands.requests import VerifyRequest
+from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.report.report import OutputReport, Report, VerifiedReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS
@@ -111,6 +112,7 @@ class VerifyCommand:
                     against = None
                     if base_path is not None:
                         against = inputs.open(f"{prefix}base", base_path, is_base=True)
+                check_roles(reader, against)
                 opened[prefix] = reader, against
             import torch
 

@@ -13,7 +13,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, joint
 
 Roles = Mapping[str, TensorInfo]
 """The tensors of one module by role, such as ``weight_scale``."""
@@ -110,20 +110,20 @@ class Found:
 
     Attributes:
         modules: By name. Unquantized tensors are in none of them.
-        refused: What no module that is kept can excuse (AWQ, SVDQuant, a mixture of formats).
+        refused: What no module that is kept can excuse (AWQ, SVDQuant, a mixture of formats), by tensor or module.
     """
 
     modules: dict[str, PackedModule]
-    refused: tuple[InputError, ...]
+    refused: Mapping[str, InputError]
 
     def or_raise(self) -> dict[str, PackedModule]:
         """The modules.
 
         Raises:
-            InputError: The first thing that is refused: ``export.transformed``, ``export.mixed`` or ``export.weight``.
+            InputError: What is refused: ``export.transformed``, ``export.mixed`` or ``export.weight``.
         """
         if self.refused:
-            raise self.refused[0]
+            raise joint(self.refused)
         return self.modules
 
 
@@ -137,15 +137,15 @@ def find_packed(tensors: Mapping[str, TensorInfo], target: Format, evidence: Evi
         path: The checkpoint's folder, for messages.
     """
     packing, modules = module_format(target), dict[str, PackedModule]()
-    refused = list(_transformed(tensors, path))
+    refused = dict(_transformed(tensors, path))
     grouped = _group(tensors)
     for name in packing.names(grouped, evidence, path):
         try:
             modules[name] = packing.module(name, grouped[name], evidence, path)
         except InputError as error:
-            refused.append(error)
+            refused[name] = error
     packing.check_together(modules, evidence, path)
-    return Found(modules, tuple(refused))
+    return Found(modules, refused)
 
 
 def format_of(tensors: Mapping[str, TensorInfo]) -> Format:
@@ -195,12 +195,16 @@ def _group(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]
     return modules
 
 
-def _transformed(tensors: Mapping[str, TensorInfo], path: str) -> Iterator[InputError]:
+def _transformed(tensors: Mapping[str, TensorInfo], path: str) -> Iterator[tuple[str, InputError]]:
     for name, info in tensors.items():
         if transform := _TRANSFORM_ROLES.get(name.rpartition(".")[2]):
-            yield InputError(
-                f"{path}/{info.file}: tensor {name!r}: expected a plain export, found {transform}",
-                code="export.transformed",
-                path=f"{path}/{info.file}",
-                hint="export again with ModelOpt's --quant-algo max; the other weights of this export are changed too",
+            yield (
+                name,
+                InputError(
+                    f"{path}/{info.file}: tensor {name!r}: expected a plain export, found {transform}",
+                    code="export.transformed",
+                    path=f"{path}/{info.file}",
+                    hint="export again with ModelOpt's --quant-algo max; the other weights of this export are changed "
+                    "too",
+                ),
             )

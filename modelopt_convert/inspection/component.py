@@ -23,7 +23,7 @@ from modelopt_convert.formats.layout import BASES, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.inspection.engines import engine_reports
-from modelopt_convert.inspection.lint import config_faults, fused_faults
+from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults
 from modelopt_convert.report.inspect import (
     ComponentReport,
     DialectReport,
@@ -86,6 +86,8 @@ def inspect_component(
     reader: CheckpointReader, base: CheckpointReader | None, *, every_scale: bool, max_error: float
 ) -> ComponentReport:
     """What one opened transformer is; ``Subject`` says what each argument means."""
+    roles = role_faults(reader, base)
+    base = None if roles else base  # what is said of the layout would be about another thing
     headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
     subject = Subject(reader, base, every_scale, max_error, dialect.layout(headers))
@@ -101,6 +103,7 @@ def inspect_component(
         layout=layout,
         modules=modules,
         lint=[
+            *roles,
             *(fault for each in seen for fault in each.faults),
             *(LintReport(code="engine.misread", message=words, module=None) for words in misreads),
             *_known(reader.config, modules, dialect.name),

@@ -11,11 +11,13 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, declares_dynamic_inputs
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.keeps import siblings
 from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.report.inspect import LintReport
+from modelopt_convert.run.errors import InputError
 
 Modules = Mapping[str, PackedModule]
 ONE_FOR_ALL = "SGLang rounds their block scales to one, vLLM-omni misreads all but those of the largest"
@@ -32,6 +34,16 @@ class OddScales:
     negative: int
     zero: int
     first: str = ""
+
+
+def role_faults(reader: CheckpointReader, base: CheckpointReader | None) -> list[LintReport]:
+    """What builds refuse of a checkpoint and its base before all else: an unmerged LoRA, exchanged inputs."""
+    try:
+        check_roles(reader, base)
+    except InputError as error:
+        without = "; nothing was compared with the base" if base is not None else ""
+        return [LintReport(code=error.code, message=f"{error.message}; {error.hint}{without}", module=None)]
+    return []
 
 
 def float32_of(reader: CheckpointReader, info: TensorInfo) -> float:

@@ -19,7 +19,7 @@ from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_group
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import Preset
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, joint
 
 
 class BaseFormat(Protocol):
@@ -73,9 +73,9 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
     modules = {module.name: module for module in _linears(base, quantizer)}
     matcher = PatternMatcher(sorted({module_of(name) for name in base.tensors}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules)
-    for module in modules.values():
-        if module.fault is not None and module.name not in replaced:
-            raise module.fault
+    faults = {name: one.fault for name, one in modules.items() if one.fault is not None and name not in replaced}
+    if faults:
+        raise joint(faults)
     if len(replaced) == len(modules):
         raise InputError(
             f"{base.path}: all {len(modules)} Linears would be kept in BF16, nothing would be quantized",

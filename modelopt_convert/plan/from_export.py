@@ -44,7 +44,7 @@ from modelopt_convert.plan.keeps import (
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, ignored
 from modelopt_convert.preset.preset import preset_of_class
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, joint
 from modelopt_convert.run.text import few
 
 
@@ -91,9 +91,9 @@ def plan_mixed(
     matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules)
     _raise_joint(target, modules, replaced, str(export.path))
-    for module in modules.values():
-        if module.fault is not None and base is None and _is_coded(module):
-            raise needs_base(module.fault)
+    faults = {name: one.fault for name, one in modules.items() if one.fault is not None and _is_coded(one)}
+    if base is None and faults:
+        raise needs_base(joint(faults))
     if len(replaced) == len(modules):
         raise InputError(
             f"{export.path}: all {len(modules)} packed modules would be kept in BF16, nothing would be quantized",
@@ -155,7 +155,7 @@ def _find_modules(
 
 
 def _raise_joint(target: Format, modules: Mapping[str, PackedModule], replaced: Mapping[str, str], where: str) -> None:
-    """Raise the first fault of modules that stay quantized; of several of the kind, with their count and first names.
+    """Raise the faults of modules that stay quantized: the first, and of each kind the count and the first names.
 
     Raises:
         InputError: The fault.
@@ -167,8 +167,8 @@ def _raise_joint(target: Format, modules: Mapping[str, PackedModule], replaced: 
     first = next(iter(faults.values()))
     same = [name for name, fault in faults.items() if fault.code == first.code]
     role = first.code.removeprefix("export.missing_")
-    if len(same) == 1 or role == first.code:
-        raise first
+    if len(same) == 1 or len(same) < len(faults) or role == first.code:
+        raise joint(faults)
     hint = first.hint
     if role == "input_scale" and len(same) == len(staying):
         # Of a format that has an entry in this room a base is quantized without an export.

@@ -2,14 +2,14 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
 from modelopt_convert.preset.preset import Preset, refuse_other_kind
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, joint
 
 _QUANTIZATION = "quantization_config"
 _SHOWN_CHARS = 120  # of a key with its value
@@ -35,7 +35,7 @@ def check_config_unquantized(base: Source) -> None:
             f"{path}: expected an unquantized base, found a quantization_config",
             code="base.quantized",
             path=path,
-            hint="give the original model as --base, and the ModelOpt export as --export",
+            hint="give the original model as --base; what is quantized is the export or the checkpoint",
         )
 
 
@@ -46,23 +46,27 @@ def check_unquantized(base: Source) -> None:
         InputError: ``base.quantized`` or ``base.dtype``.
     """
     check_config_unquantized(base)
+    faults: dict[str, InputError] = {}
     for name, info in base.tensors.items():
         where = f"{base.path}/{info.file}"
         if name.rpartition(".")[2] in SCALE_ROLES or is_quantizer_state(name) or is_layout_marker(name):
-            raise InputError(
+            faults[name] = InputError(
                 f"{where}: tensor {name!r}: expected an unquantized base, found a quantizer's tensor",
                 code="base.quantized",
                 path=where,
                 hint="give the original model as --base, and a ModelOpt export as --export",
             )
+            continue
         is_weight = name.endswith(".weight")
         if info.dtype not in (HALF_AND_FLOAT if is_weight else HALF_AND_FLOAT | _INTEGER_DTYPES):
-            raise InputError(
+            faults[name] = InputError(
                 f"{where}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="base.dtype",
                 path=where,
                 hint="give an unquantized base",
             )
+    if faults:
+        raise joint(faults)
 
 
 def check_configs(export: Source, base: Source) -> None:
@@ -167,6 +171,26 @@ def check_not_exchanged(export: Source, base: Source) -> None:
         )
 
 
+def check_roles(source: Source, base: Source | None) -> None:
+    """Require of a checkpoint that is not built, but looked at or rewritten, that it and its base are what they seem.
+
+    Raises:
+        InputError: ``export.exchanged``, ``base.quantized``, ``base.lora`` or ``export.lora``.
+    """
+    if base is not None:
+        plain = HALF_AND_FLOAT | _INTEGER_DTYPES
+        if base.config.get(_QUANTIZATION) is not None and all(one.dtype in plain for one in source.tensors.values()):
+            raise InputError(
+                f"{source.path}: the checkpoint is not quantized and --base is: they look exchanged",
+                code="export.exchanged",
+                path=str(source.path),
+                hint=f"give {shlex.join([str(base.path), '--base', str(source.path)])}",
+            )
+        check_config_unquantized(base)
+        check_merged(base, "base")
+    check_merged(source, "export")
+
+
 def check_preset(preset: Preset | None, export: Source) -> None:
     """Require that the preset is of the export's model.
 
@@ -206,43 +230,56 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
             path=str(base.path),
             hint="the names follow another convention; give the base in the export's own (diffusers) naming",
         )
-    _raise_first(_base_faults(logical, export, base))
+    faults = dict(_base_faults(logical, export, base))
     for name, info in base.tensors.items():
         if name not in logical:
-            raise InputError(
+            faults[name] = InputError(
                 f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
                 code="export.missing_tensor",
                 path=str(export.path),
                 hint="the export is incomplete, or was made from another base",
             )
+    if faults:
+        raise joint(faults)
 
 
-def _base_faults(logical: Mapping[str, tuple[int, ...]], export: Source, base: Source) -> Iterator[InputError]:
+def _base_faults(
+    logical: Mapping[str, tuple[int, ...]], export: Source, base: Source
+) -> Iterator[tuple[str, InputError]]:
     for name, shape in logical.items():
         info = base.tensors.get(name)
         if info is None:
-            yield InputError(
-                f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor",
-                code="base.missing_tensor",
-                path=str(base.path),
-                hint="give the base that the export was made from, whole",
+            yield (
+                name,
+                InputError(
+                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor",
+                    code="base.missing_tensor",
+                    path=str(base.path),
+                    hint="give the base that the export was made from, whole",
+                ),
             )
         elif info.shape != shape:
-            yield InputError(
-                f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
-                f"found {list(info.shape)}",
-                code="base.shape",
-                path=f"{base.path}/{info.file}",
-                hint="give the base that the export was made from",
+            yield (
+                name,
+                InputError(
+                    f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
+                    f"found {list(info.shape)}",
+                    code="base.shape",
+                    path=f"{base.path}/{info.file}",
+                    hint="give the base that the export was made from",
+                ),
             )
         elif info.dtype not in HALF_AND_FLOAT and not (
             info.dtype in _INTEGER_DTYPES and info.dtype == export.tensors[name].dtype
         ):
-            yield InputError(
-                f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
-                code="base.dtype",
-                path=f"{base.path}/{info.file}",
-                hint="give an unquantized base",
+            yield (
+                name,
+                InputError(
+                    f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                    code="base.dtype",
+                    path=f"{base.path}/{info.file}",
+                    hint="give an unquantized base",
+                ),
             )
 
 
@@ -252,22 +289,16 @@ def check_plain(export: Source, modules: Mapping[str, PackedModule]) -> None:
     Raises:
         InputError: ``export.dtype``.
     """
+    faults: dict[str, InputError] = {}
     for name in model_tensors(export):
         info = export.tensors[name]
         if module_of(name) not in modules and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
-            raise InputError(
+            faults[name] = InputError(
                 f"{export.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="export.dtype",
                 path=f"{export.path}/{info.file}",
                 hint="this export is not plain FP8; give the --base, or export again",
             )
 
-
-def _raise_first(faults: Iterable[InputError]) -> None:
-    found = list(faults)
-    if not found:
-        return
-    first = found[0]
-    same = sum(fault.code == first.code for fault in found)
-    more = f" ({same} tensors in all)" if same > 1 else ""
-    raise InputError(first.message + more, code=first.code, path=first.path, hint=first.hint)
+    if faults:
+        raise joint(faults)

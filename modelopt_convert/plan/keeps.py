@@ -10,7 +10,7 @@ from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
 from modelopt_convert.preset.patterns import PatternMatcher, check_pattern
 from modelopt_convert.preset.preset import Preset
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, joint
 
 
 def apply_patterns(
@@ -54,12 +54,13 @@ def fused_groups(
         InputError: ``preset.fused_group``: a group would be part packed, part BF16; runtimes refuse such a mix.
     """
     groups: list[tuple[str, ...]] = []
+    faults: dict[str, InputError] = {}
     linears = {module_of(name) for name in export.tensors if name.endswith(".weight")}
     for members in siblings(preset.fused if preset else [], linears):
         packed = tuple(member for member in members if member in modules and member not in replaced)
         if packed and len(packed) < len(members):
             rest = ", ".join(member for member in members if member not in packed)
-            raise InputError(
+            faults[members[0].rpartition(".")[0]] = InputError(
                 f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
                 code="preset.fused_group",
                 path=str(export.path),
@@ -67,6 +68,8 @@ def fused_groups(
             )
         if packed:
             groups.append(packed)
+    if faults:
+        raise joint(faults)
     # A group within a larger one says nothing of its own.
     return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
 

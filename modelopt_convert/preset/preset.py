@@ -243,15 +243,17 @@ def _read(path: Path, name: str) -> str:
         # Wherever a link leads: the user named it.
         return read_small(Path(os.path.realpath(path, strict=True)), _MAX_BYTES, code="preset").decode()
     except (InputError, OSError, ValueError) as error:  # also not UTF-8, or a path with a NUL
-        near = None if _is_path(name) else nearest(name, preset_names())
-        known = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(preset_names())}"
+        known = preset_names()
+        begun = [one for one in known if name and one.startswith(name.lower())]
+        near = None if _is_path(name) else nearest(name, known) or " or ".join(begun)
+        told = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(known)}"
         said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
         why = f"cannot be read: {said or 'it is not UTF-8'}"
         raise InputError(
             f"preset {name!r}: {why if _is_path(name) else 'is not one that comes with mopt'}",
             code="preset.unknown",
             path=str(path) if _is_path(name) else None,
-            hint=f"{known}; a path to a TOML of your own must have a / or end in .toml",
+            hint=f"{told}; a path to a TOML of your own must have a / or end in .toml",
         ) from error
 
 

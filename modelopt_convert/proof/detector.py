@@ -181,6 +181,27 @@ def count_equal(base_rows: Sequence[Tensor], codes: Tensor, scale: Tensor, facto
     return best
 
 
+def worst_row(rows: Sequence[int], base: Tensor, codes: Tensor, scale: Tensor, factor: Tensor) -> str:
+    """The row of those looked at that has most codes unlike the base's, in words; of several the one farthest off.
+
+    Args:
+        rows: The R row indices.
+        base: [R, K].
+        codes: uint8 [R, K].
+        scale: float8_e4m3fn [R, K/16].
+        factor: float32 [], the global scale.
+    """
+    wanted = base.to(torch.float64)
+    difference = ((decode_e2m1(codes) * block_scales(scale, factor)).to(torch.float64) - wanted).norm(dim=1)
+    errors = torch.where(difference == 0, 0.0, difference / wanted.norm(dim=1)).nan_to_num(nan=float("inf"))
+    unlike = (quantize_codes(base, scale, factor) != codes).sum(dim=1)
+    worst = max(range(len(rows)), key=lambda row: (int(unlike[row]), float(errors[row])))
+    return (
+        f"row {rows[worst]}: {int(unlike[worst])} of {codes.shape[1]} codes differ, relative error "
+        f"{float(errors[worst]):.3f}, the worst of {len(rows)} rows looked at"
+    )
+
+
 def _decide(tried: Sequence[_Tried], accepted: Sequence[_Tried], axis: str, exact: bool, same: bool) -> str:
     """The answer to one question: the value that all accepted readings share, if every other value is ruled out."""
     if same:

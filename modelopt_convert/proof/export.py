@@ -27,7 +27,7 @@ from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proo
 from modelopt_convert.proof.tensors import casts_of, common_dtype, load
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
 from modelopt_convert.report.words import REFUTED
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, joint
 from modelopt_convert.run.workers import in_order
 
 _SHOWN = 10
@@ -235,21 +235,24 @@ def _check_scales(
             with torch.inference_mode():  # of each thread
                 return rules.scale(export, base, module, calibration)
         except InputError as error:
-            if module.name not in plan.replaced or error.code in rules.never_excused:
-                raise
-            if module.name in plan.dequantized:
-                raise needs_base(error) from error
             return error
         finally:
             advance(num_bytes(scale_readings(module)))
 
     found: dict[str, float] = {}
+    refused: dict[str, InputError] = {}
     modules = list(plan.modules.values())
     for module, scale in zip(modules, in_order(modules, checked, workers), strict=True):
-        if isinstance(scale, InputError):
-            proof.unproven[module.name] = scale.message
-        else:
+        if not isinstance(scale, InputError):
             found[module.name] = scale
+        elif module.name not in plan.replaced or scale.code in rules.never_excused:
+            refused[module.name] = scale
+        elif module.name in plan.dequantized:
+            refused[module.name] = needs_base(scale)
+        else:
+            proof.unproven[module.name] = scale.message
+    if refused:
+        raise joint(refused)
     return found
 
 
@@ -277,14 +280,17 @@ def _check_biases(export: CheckpointReader, plan: BuildPlan) -> None:
     Raises:
         InputError: ``export.not_finite``.
     """
+    faults: dict[str, InputError] = {}
     for info in (plan.modules[name].bias for name in plan.packed):
         if info is not None and not bool(load(export, info.name).isfinite().all()):
-            raise InputError(
+            faults[info.name] = InputError(
                 f"{export.path / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
                 code="export.not_finite",
                 path=str(export.path / info.file),
                 hint="the export is damaged; export again",
             )
+    if faults:
+        raise joint(faults)
 
 
 def _check_unquantized(

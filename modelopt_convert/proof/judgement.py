@@ -4,8 +4,8 @@ A verdict is about exactly the bytes that were compared, and says how many. What
 sampled rows choose what is tried first, and prove nothing.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -19,6 +19,7 @@ from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.closeness import Closeness
 from modelopt_convert.proof.due import Due
 from modelopt_convert.report.words import PROVEN
+from modelopt_convert.run.text import few
 
 if TYPE_CHECKING:
     from modelopt_convert.proof.blocks import BlockTally
@@ -214,18 +215,25 @@ def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> 
     return judged
 
 
-def scale_words(modules: Mapping[str, Judgement]) -> list[str]:
+def scale_words(modules: Mapping[str, Judgement], groups: Iterable[Sequence[str]]) -> list[str]:
     """What is to be known of scales that are not those of max calibration, though every code is the base's.
 
     Args:
         modules: By name, after ``with_shared_scales``.
+        groups: The members of each fused weight, which max calibration gives one scale.
     """
     words = []
     if factors := {name: one.factor for name, one in modules.items() if one.passed and one.factor != 1.0}:
-        words.append(
+        told = (
             f"{len(factors)} modules have a tensor scale that is not max calibration's ({next(iter(factors))} first), "
-            f"{min(factors.values()):.9g} to {max(factors.values()):.9g} times as large"
+            f"{min(factors.values()):.9g} to {max(factors.values()):.9g} times what their own largest value gives"
         )
+        if parted := _parted(modules, factors, groups):
+            told += (
+                f"; {few(parted)} no longer {'has' if len(parted) == 1 else 'have'} the scale of the fused group, so "
+                "that the factor is not over the group's"
+            )
+        words.append(told)
     idle = {name: one.counts.scales_idle for name, one in modules.items() if one.passed and one.counts.scales_idle}
     if idle:
         words.append(
@@ -233,3 +241,13 @@ def scale_words(modules: Mapping[str, Judgement]) -> list[str]:
             "zeros that are not max calibration's, and have no effect"
         )
     return words
+
+
+def _parted(modules: Mapping[str, Judgement], odd: Collection[str], groups: Iterable[Sequence[str]]) -> list[str]:
+    """Of the odd modules those that share their scale with no other member of their fused group."""
+    found: dict[str, None] = {}
+    for group in groups:
+        scales = Counter(modules[name].scale for name in group if name in modules)
+        if len(scales) > 1:
+            found |= {name: None for name in group if name in odd and scales[modules[name].scale] == 1}
+    return list(found)

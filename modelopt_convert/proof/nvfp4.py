@@ -36,7 +36,7 @@ from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, first_place
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
-from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows
+from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows, worst_row
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.padding import not_padding, padding_bytes
@@ -376,7 +376,12 @@ class _Nvfp4Proof:
         elif found.closeness.within(due.max_error) or found.codes_equal >= _REPRODUCED * found.codes:
             verdict = "near"
         counts = Counts(found.codes, found.codes_equal)
-        return Judgement(verdict, False, counts, amax, due.scale, found.closeness, found.best)
+        best, first = found.best, None
+        if verdict != "reproduced":
+            scale = readings[best.scales][torch.tensor(rows)]
+            under = 1.0 / factor if best.global_scale == "divide" else factor
+            first = worst_row(rows, casts[0], unpack_e2m1(_canonical(packed, best)), scale, under)
+        return Judgement(verdict, False, counts, amax, due.scale, found.closeness, best, first=first)
 
     def compare(
         self,

@@ -1,7 +1,10 @@
 """The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
+
+from modelopt_convert.run.text import few
 
 
 class ExitCode(IntEnum):
@@ -169,3 +172,22 @@ class Interrupted(BaseException):
         """Remember which signal, for the exit code 128 + signum."""
         super().__init__(signum)
         self.signum = signum
+
+
+def joint(faults: Mapping[str, InputError]) -> InputError:
+    """One refusal for many: the first fault, how many have one of its kind, and their first names.
+
+    Args:
+        faults: By the module or tensor that has the fault, at least one. Faults of a kind have one code.
+
+    Returns:
+        The first fault as it is, if it is the only one.
+    """
+    first = next(iter(faults.values()))
+    kinds: dict[str, list[str]] = {}
+    for name, fault in faults.items():
+        kinds.setdefault(fault.code, []).append(name)
+    same = kinds.pop(first.code)
+    told = [f"{len(same)} have this fault: {few(same)}"] if len(same) > 1 else []
+    told += [f"{code} besides, {len(names)}: {few(names)}" for code, names in kinds.items()]
+    return InputError("; ".join([first.message, *told]), code=first.code, path=first.path, hint=first.hint)

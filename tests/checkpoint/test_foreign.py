@@ -70,6 +70,7 @@ KINDS: dict[str, tuple[bytes, str, str]] = {
     "json": (json.dumps({"error": "Repository not found"}).encode(), "a JSON text", f"fetch it with {FETCH}"),
     "gzip": (gzip.compress(WEIGHTS, mtime=0), "a gzip archive", unpack("gzip")),
     "xz": (lzma.compress(WEIGHTS), "an xz archive", unpack("xz")),
+    "text": (b"root:x:0:0:root:/root:/bin/bash\n", "a text", f"fetch it with {FETCH}"),
     "zstd": (b"\x28\xb5\x2f\xfd\x24\x10" + bytes(30), "a zstd archive", unpack("zstd")),
 }
 

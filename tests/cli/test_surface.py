@@ -63,9 +63,11 @@ FLAGS = {
     },
     "verify": {
         "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
-        "--max-error", "--accept-near", "--report", "--workers", "--download", *_TELLING,
+        "--max-error", "--accept-near", "--report", "--workers", "--download", "--verbose", "-v", *_TELLING,
     },
-    "inspect": {"source", "--base", "--all", "--engine", "--engines", "--max-error", "--download", *_TELLING},
+    "inspect": {
+        "source", "--base", "--all", "--engine", "--engines", "--max-error", "--download", "--verbose", "-v", *_TELLING,
+    },
     "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
     "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
     "push": {
@@ -74,7 +76,7 @@ FLAGS = {
     },
     "presets": {"name", "--json"},
     "doctor": {"path", "--json", "--no-color"},
-    "demo": {"folder", "--no-color"},
+    "demo": {"folder", "--json", "--quiet", "-q", "--no-color"},
     "explain": {"code", "--json"},
 }  # fmt: skip
 
@@ -132,6 +134,22 @@ def test_version() -> None:
 
     for flag in ("--version", "-V"):
         assert run_mopt(flag, json_report=False).stdout == f"mopt {__version__}\n"
+
+
+def test_help_and_version_are_found_where_other_tools_have_them() -> None:
+    assert run_mopt("version", json_report=False).stdout == run_mopt("--version", json_report=False).stdout
+    assert run_mopt("help", json_report=False).stdout == run_mopt("--help", json_report=False).stdout
+    for command in FLAGS:
+        told = run_mopt("help", command, json_report=False)
+        assert (told.exit_code, told.stdout) == (0, run_mopt(command, "--help", json_report=False).stdout)
+    assert run_mopt("help", "nothing", json_report=False).exit_code == 2
+
+
+def test_inspect_tells_its_reasons_on_demand(exports: Path) -> None:
+    told, more = (run_mopt("inspect", exports / "nvfp4", *flags, json_report=False).stdout for flags in ((), ("-v",)))
+    assert told.splitlines()[0] == more.splitlines()[0] and "because" not in told and "F8_E4M3" not in told
+    assert "  because config.json: quant_method modelopt" in more and "F8_E4M3" in more
+    assert "  undetermined: --base BASE, the model that it was made from, tells\n" in told
 
 
 def test_a_dry_run_imports_no_torch_and_writes_nothing(exports: Path, tmp_path: Path) -> None:
@@ -303,7 +321,11 @@ def test_people_get_text_without_escapes_and_quiet_gets_nothing(exports: Path, t
     codes = 2 * sum(tensor.numel() for tensor in load(tmp_path / "out").values() if tensor.dtype == torch.uint8)
     # Of those that are written every code; of those that the base replaces, rows.
     assert f"proof: 24 modules reproduced, 100.00% of {codes} codes (max calibration)" in loud.stdout
-    assert re.search(r"^proof: 16 modules reproduced, 100\.00% of \d+ sampled codes$", loud.stdout, re.M), loud.stdout
+    assert re.search(
+        r"^proof: 16 modules reproduced, 100\.00% of \d+ sampled codes; the base's are written instead$",
+        loud.stdout,
+        re.M,
+    ), loud.stdout
     # The answer comes first: what is known, what stands where, and a command that runs as printed; tables with -v.
     first, second, third, *_ = loud.stdout.splitlines()
     assert first == "proven" and second.startswith(f"wrote {tmp_path / 'out'}: ")

@@ -11,7 +11,7 @@ import pytest
 from support import run_mopt
 
 from modelopt_convert.cli._output import Output, ProgressBar, steps_of
-from modelopt_convert.cli._text import painted, table_lines, wrapped
+from modelopt_convert.cli._text import by_kind, painted, table_lines, wrapped
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     InspectRequest,
@@ -154,3 +154,15 @@ def test_something_is_on_the_screen_before_anything_is_imported(
             said += more
     assert done.returncode == 3 and said.startswith(b"mopt: starting\r\x1b[2K") is shown
     assert shown or (b"no such folder" in said and b"starting" not in said)
+
+
+def test_faults_are_told_by_kind() -> None:
+    shapes = [f"a.{number}.weight: expected [160, {number}] in the base, found U8 [160, 80]" for number in range(5)]
+    assert by_kind(["alone", *shapes, "b: another", "a line: alone"]) == [
+        "alone",
+        "5 places: expected [160, 0] in the base, found U8 [160, 80], for the first: "
+        "a.0.weight, a.1.weight, a.2.weight and 2 more",
+        "b: another",
+        "a line: alone",
+    ]
+    assert by_kind(["x: same", "y: same"]) == ["2 places: same: x, y"] and by_kind([]) == []

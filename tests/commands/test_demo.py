@@ -1,5 +1,6 @@
 """mopt demo: what comes with mopt is built as files of a user's are, and nothing is replaced."""
 
+import json
 import zipfile
 from importlib import resources
 from pathlib import Path
@@ -48,3 +49,16 @@ def test_the_demo_replaces_nothing(tmp_path: Path, name: str, code: str) -> None
     told = run_mopt("demo", tmp_path / name, json_report=False)
     assert told.exit_code == 4 and f"[{code}]" in told.stderr and "hint: " in told.stderr
     assert tree(tmp_path) == before and told.stdout == ""
+
+
+def test_the_demo_is_told_as_builds_are(tmp_path: Path) -> None:
+    """One report with ``--json``, also of a refusal; nothing with ``-q``."""
+    told = run_mopt("demo", tmp_path / "new", "--json", json_report=False)
+    report = json.loads(told.stdout)
+    assert (report["command"], report["status"], report["proof"]["words"]) == ("build-nvfp4", "ok", "proven")
+    again = run_mopt("demo", tmp_path / "new", "--json", json_report=False)
+    report = json.loads(again.stdout)
+    assert (report["command"], report["exit_code"], report["error"]["code"]) == ("demo", 4, "output.exists")
+    assert again.exit_code == 4 and "[output.exists]" in again.stderr
+    quiet = run_mopt("demo", tmp_path / "other", "-q", json_report=False)
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")

@@ -384,10 +384,30 @@ def test_factors_and_idle_scales_are_told_of_what_passes() -> None:
         "near": made_up("near", factor=9.0, counts=Counts(16, 16, scales_idle=7)),
         "idle": made_up("nearest", counts=Counts(16, 16, scales_idle=3)),
     }
-    factors, idle = scale_words(other)
-    assert factors.startswith("2 modules") and "(ulp first), 1.00000012 to 2 times as large" in factors
+    factors, idle = scale_words(other, [])
+    assert (
+        factors.startswith("2 modules")
+        and "(ulp first), 1.00000012 to 2 times what their own largest value gives" in factors
+    )
+    assert "fused group" not in factors
     assert idle.startswith("3 idle scales in 1 modules (idle first)")
-    assert scale_words({"plain": made_up()}) == []
+    assert scale_words({"plain": made_up()}, []) == []
+
+
+def test_a_member_that_lost_the_scale_of_its_fused_group_is_named() -> None:
+    """Its factor is over its own largest value then: a figure that says nothing of the group."""
+
+    def one(scale: float, factor: float) -> Judgement:
+        return dataclasses.replace(made_up("nearest", factor=factor), scale=scale)
+
+    modules = {"q": one(2.0, 1.7), "k": one(1.0, 1.0), "v": one(1.0, 1.0), "alone": one(3.0, 1.5)}
+    told = "; q no longer has the scale of the fused group, so that the factor is not over the group's"
+    (words,) = scale_words(modules, [("q", "k", "v")])
+    assert words.endswith(told) and words.startswith("2 modules")
+    # All three moved together are still a group, and what is in no group has none to lose.
+    modules |= {"k": one(2.0, 1.7), "v": one(2.0, 1.7)}
+    assert "fused" not in scale_words(modules, [("q", "k", "v")])[0]
+    assert "fused" not in scale_words(modules, [])[0]
 
 
 def test_a_scale_under_which_all_codes_are_zero_proves_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults import swapped
 from safetensors.torch import save_file
-from support import config_of, copy, edit, edit_json, load, run_mopt
+from support import config_of, copy, edit, edit_json, load, packed_in, run_mopt
 from verify_support import PACKED, SHARD, found, statuses, verify
 
 from modelopt_convert.verification.gemm.names import NAMES
@@ -118,6 +118,27 @@ def test_people_read_first_what_is_proven(algorithm: str, built: dict[str, Path]
     resave(folder, tensors)
     told = run_mopt("verify", folder, "--base", base, json_report=False)
     assert told.exit_code == 1 and told.stdout.startswith("mismatch\n"), told.stdout
+
+
+def test_details_are_told_on_demand(built: dict[str, Path], base: Path, nvfp4: Path, tmp_path: Path) -> None:
+    """The answer is the same; what was not run is told either way; each fault by itself with ``-v`` alone."""
+    told, more = (
+        run_mopt("verify", built["nvfp4"], "--base", base, *flags, json_report=False).stdout for flags in ((), ("-v",))
+    )
+    assert told.splitlines()[:2] == more.splitlines()[:2] and len(more) > len(told)
+    assert "levels: record pass, L0 pass, L1 pass, L2 pass, L3 skipped\n" in told
+    assert "not run: L3 kernel parity: " in told and "\nL3 kernel parity" not in told and "\nL3 kernel parity" in more
+    tensors = load(folder := copy(built["nvfp4"], tmp_path / "changed"))
+    names = packed_in(tensors)
+    for name in names:
+        tensors[f"{name}.weight"].view(torch.uint8)[0, 0] ^= 1
+    resave(folder, tensors)
+    told, more = (
+        run_mopt("verify", folder, "--base", base, *flags, json_report=False).stdout for flags in ((), ("-v",))
+    )
+    assert len(names) > 3
+    assert [line for line in told.splitlines() if line.startswith("fail: L2: ") and str(len(names)) in line]
+    assert all(name in more for name in names) and not all(name in told for name in names)
 
 
 def test_the_digest_of_decoded_rows_is_of_their_values(built: dict[str, Path]) -> None:

@@ -246,6 +246,7 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
 
     page = page_of(repo_id)
     later = again or f"{_AGAIN}; {_OFFLINE}"
+    no_way = f"check the network and HF_ENDPOINT; {later}"
     again = again or _AGAIN
     login = "`hf auth whoami` says who you are, `hf auth login` or HF_TOKEN changes it"
     if isinstance(error, hub.GatedRepoError):
@@ -283,8 +284,8 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         hint = "a proxy or another HF_ENDPOINT may be what answered"
         return _error(InputError, repo_id, "answer", f"an answer names no address: {first_line(error)}", hint)
     if isinstance(error, http_library().TimeoutException):
-        return _error(RemoteError, repo_id, "unreachable", "no answer in time", later)
-    return _error(RemoteError, repo_id, "unreachable", first_line(error), later)
+        return _error(RemoteError, repo_id, "unreachable", "no answer in time", no_way)
+    return _error(RemoteError, repo_id, "unreachable", first_line(error), no_way)
 
 
 def _bad_token(error: Exception) -> bool:

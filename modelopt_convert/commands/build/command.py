@@ -81,10 +81,8 @@ class BuildCommand:
             MoptError: One of its kinds; nothing was published unless a StorageError says so.
         """
         request, steps = self._request, self.steps
-        if self._export is None:
-            if request.preset == "none":
-                raise preset_required()
-            steps.warned += _uncalibrated()
+        if self._export is None and request.preset == "none":
+            raise preset_required()
         if request.preset not in (None, "none"):
             steps.chosen = ChosenPreset(loaded=load_preset(str(request.preset)), also=[])
             self._take_base(steps.chosen)
@@ -119,6 +117,8 @@ class BuildCommand:
                 path = str(part.model.path)
                 steps.warned += [*plan.warnings, *refuse_broken(plan.config, request.algorithm, path, request)]
                 refuse_misread(plan, path)
+            if self._export is None:
+                steps.warned[:0] = _uncalibrated()  # the first thing to know, of what can be opened
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
                 steps.inputs.to_fetch |= to_fetch(part, plan, request)

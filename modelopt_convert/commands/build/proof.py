@@ -293,7 +293,7 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
         yield "base.coarser", f"{message}; the base's are written, with less precision"
     from modelopt_convert.proof.judgement import scale_words
 
-    for words in scale_words(proof.modules):
+    for words in scale_words(proof.modules, (group.split(", ") for group in proof.fused_differ)):
         yield "proof.scale_factor", f"{prefix}{words}"
     if near:
         yield (

@@ -52,6 +52,7 @@ from modelopt_convert.commands.rewrite.proof import (
 )
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
+from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.report.inspect import ModuleLayout
 from modelopt_convert.report.report import ProofReport, Report
@@ -112,6 +113,7 @@ class RewriteCommand:
                 stage = stack.enter_context(StagingDir(output, inputs, **request.consent, need_bytes=0, copies=()))
             with self._clock.timed("open"):
                 against = self._inputs.open("base", base_path, is_base=True) if base_path is not None else None
+            check_roles(reader, against)
             if against is not None:
                 self._warned += compare_configs(reader, against)
             with self._clock.timed("inspect"):

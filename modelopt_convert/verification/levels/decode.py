@@ -14,6 +14,8 @@ from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import to_bytes
+from modelopt_convert.plan.keeps import siblings
+from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module
 from modelopt_convert.proof.judgement import Judgement, format_proof, scale_words, with_shared_scales
@@ -99,7 +101,8 @@ def decode_level(
     told, near = told + unlike, near + like
     if not judgements and not told:
         told = ["no module was compared"]
-    odd = scale_words(judgements)
+    preset = preset_of_class(subject.reader.config)
+    odd = scale_words(judgements, siblings(preset.fused if preset else [], judgements))
     status = "warn" if near or odd else "pass"
     level = LevelReport(level="L2", title="decode", status=status, failures=told, warnings=[*near, *odd])
     if near and not options.accept_near:

@@ -1,6 +1,7 @@
 """Hints that once led astray, word for word: what, where, found, wanted, and the next command."""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from support import Tensors, copy, edit, load, packed_in, run_mopt
 
 from modelopt_convert.checkpoint.hub.hub_path import hub_address
+from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.plan.inputs import check_merged
 from modelopt_convert.preset.preset import preset_names
 from modelopt_convert.run.errors import InputError
@@ -147,10 +149,9 @@ def test_a_repo_written_otherwise(written: str, address: str | None) -> None:
 def test_a_repo_in_place_of_a_folder(flag: str, place: str, nvfp4: Path, base: Path, tmp_path: Path) -> None:
     given: dict[str, str | Path] = {"--export": nvfp4, "--base": base} | {flag: place}
     arguments = [word for pair in given.items() for word in pair]
-    shown = place.replace("//", "/")
     assert said("build-nvfp4", *arguments, *KEPT, tmp_path / "out") == (
         "input.missing",
-        f"{flag[2:]} {shown}: no such folder",
+        f"{flag[2:]} {place}: no such folder",
         f"give a folder that exists, or {FLUX} if the repo on the Hub is meant",
     )
     gone = tmp_path / "gone"
@@ -228,6 +229,135 @@ def test_a_lora_that_is_not_merged(role: str, nvfp4: Path, base: Path, tmp_path:
     )
     end = {"export": "quantize and export again", "base": "save the model with save_pretrained"}
     assert hint == f"merge it with pipe.fuse_lora() and pipe.unload_lora_weights(), then {end[what]}"
+
+
+def test_verify_inspect_and_rewrites_name_an_unmerged_lora_too(
+    nvfp4: Path, base: Path, built_nvfp4: Path, tmp_path: Path
+) -> None:
+    name = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = torch.ones(4, 4)
+
+    adapted = {"base": edit(base / "transformer", tmp_path / "base", change)}
+    adapted["export"] = edit(nvfp4 / "transformer", tmp_path / "export", change)
+    for what, checkpoint, against in (("base", built_nvfp4, adapted["base"]), ("export", adapted["export"], base)):
+        words = f"{adapted[what]}: expected the weights of a model, found 1 tensors of a LoRA that is not merged"
+        for command in (
+            ("verify", checkpoint, "--base", against),
+            ("swap-nibbles", checkpoint, tmp_path / "out", "--base", against),
+        ):
+            code, message, _ = said(*command)
+            assert code == f"{what}.lora" and message.startswith(words)
+        looked = run_mopt("inspect", checkpoint, "--base", against)
+        assert looked.exit_code == 0 and looked.report is not None
+        (fault,) = (one for one in looked.report["lint"] if one["code"] == f"{what}.lora")
+        assert fault["message"].startswith(words) and fault["message"].endswith("nothing was compared with the base")
+
+
+def test_verify_inspect_and_rewrites_name_exchanged_inputs_too(
+    base: Path, built_nvfp4: Path, nvfp4: Path, tmp_path: Path
+) -> None:
+    words = f"{base}/transformer: the checkpoint is not quantized and --base is: they look exchanged"
+    hint = f"give {built_nvfp4} --base {base}/transformer"
+    for command in (("verify", base), ("swap-nibbles", base, tmp_path / "out")):
+        assert said(*command, "--base", built_nvfp4) == ("export.exchanged", words, hint)
+        assert said(command[0], nvfp4, *command[2:], "--base", built_nvfp4)[0] == "base.quantized"
+    looked = run_mopt("inspect", base, "--base", built_nvfp4)
+    assert looked.exit_code == 0 and looked.report is not None
+    told = {one["code"]: one["message"] for one in looked.report["lint"]}
+    assert told == {"export.exchanged": f"{words}; {hint}; nothing was compared with the base"}
+
+
+def test_a_folder_that_holds_folders_names_those_that_can_be_meant(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    for name, source in (("one", nvfp4), ("two", nvfp4 / "transformer")):
+        copy(source, tmp_path / "all" / name)
+    (tmp_path / "all" / "logs").mkdir()
+    code, _, hint = said("build-nvfp4", "--export", tmp_path / "all", "--base", base, *KEPT, tmp_path / "out")
+    assert (code, hint) == ("input.missing", f"did you mean {tmp_path}/all/one, {tmp_path}/all/two?")
+
+
+def test_a_file_in_place_of_a_folder(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    (file,) = (nvfp4 / "transformer").glob("*.safetensors")
+    assert said("build-nvfp4", "--export", file, "--base", base, *KEPT, tmp_path / "out") == (
+        "input.missing",
+        f"export {file}: expected a folder, found a file",
+        f"give the transformer folder that its config.json lies in: {file.parent}",
+    )
+
+
+def test_what_is_the_beginning_of_several_presets_names_them(base: Path, tmp_path: Path) -> None:
+    hint = said("build-nvfp4", "--preset", "wan2.2", "--base", base, "--output", tmp_path / "out")[2]
+    assert hint.startswith("did you mean wan2.2-i2v-a14b or wan2.2-t2v-a14b or wan2.2-ti2v-5b? ")
+
+
+def test_a_refusal_to_open_anything_says_nothing_of_what_would_be_quantized(tmp_path: Path) -> None:
+    outcome = run_mopt(
+        "build-nvfp4", "--preset", "flux1-dev", "--base", tmp_path / "gone", "--output", tmp_path / "out"
+    )
+    assert outcome.error_code == "input.missing" and outcome.report is not None and outcome.report["warnings"] == []
+
+
+def cut_first_rows(tensors: Tensors, names: list[str]) -> None:
+    for name in names:
+        tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"][1:].clone()
+
+
+def test_of_one_fault_in_many_modules_the_count_and_the_first_names_are_told(
+    nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """In headers, in values, and of two kinds at once: one line each time, with every module counted."""
+    packed = [name for name in packed_in(load(nvfp4 / "transformer")) if ".attn." in name]
+
+    def cut(tensors: Tensors) -> None:
+        cut_first_rows(tensors, packed[:5])
+        del tensors[f"{packed[5]}.weight_scale_2"]
+
+    def spoil(tensors: Tensors) -> None:
+        for name in packed[:4]:
+            tensors[f"{name}.weight_scale_2"].fill_(float("nan"))
+
+    export = edit(nvfp4, tmp_path / "cut", cut)
+    code, message, _ = said("build-nvfp4", "--export", export, "--base", base, "--output", tmp_path / "out")
+    assert code == "export.shape" and ".weight_scale'" in message, message
+    head, _, listed = message.partition("; 5 have this fault: ")
+    named, _, other = listed.partition(" and 2 more; ")
+    assert set(named.split(", ")) < set(packed[:5]) and named.split(", ")[0] in head
+    assert other == f"export.missing_weight_scale_2 besides, 1: {packed[5]}"
+    export = edit(nvfp4, tmp_path / "spoilt", spoil)
+    code, message, _ = said("build-nvfp4", "--export", export, "--base", base, "--output", tmp_path / "out")
+    assert code == "export.unusable_scale" and "; 4 have this fault: " in message and message.endswith(" and 1 more")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fault_in_a_sampled_row_of_a_module_that_is_replaced_has_its_row(
+    seed: int, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """The base replaces the module, so that no more than rows is looked at; a figure alone would not say where."""
+    module = "transformer_blocks.1.ff.net.2"
+    weight = load(base / "transformer")[f"{module}.weight"]
+    rows = sample_rows(len(weight), SAMPLED_ROWS)
+    row = random.Random(seed).choice(rows)
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{module}.weight"][row, :4] ^= 0x01  # the next code
+
+    export = edit(nvfp4, tmp_path / "export", change)
+    code, message, _ = said(
+        "build-nvfp4",
+        "--preset",
+        "flux1-dev",
+        "--export",
+        export,
+        "--base",
+        base,
+        "--output",
+        tmp_path / "out",
+        exit_code=1,
+    )
+    assert code == "check.proof" and f"{module} (row {row}: 4 of {weight.shape[1]} codes differ, " in message
+    assert " rows looked at; " in message
 
 
 @pytest.mark.parametrize("name", ["base_model.model.a.weight", "a.base_layer.weight", "a.lora_down.weight"])
