@@ -42,7 +42,14 @@ class KeepRules(_Strict):
 
 
 # A table for each format that there is: a new format needs no line here.
-_Sets = create_model("_Sets", __base__=_Strict, **{algorithm: (KeepRules | None, None) for algorithm in FORMATS})  # type: ignore[call-overload]
+_Sets = create_model(
+    "_Sets",
+    __base__=_Strict,
+    **{
+        algorithm: (KeepRules | None, Field(default=None, description=f"the keep sets of {algorithm}"))
+        for algorithm in FORMATS
+    },
+)  # type: ignore[call-overload]
 
 
 class Preset(_Sets):
