@@ -46,7 +46,7 @@ def test_the_table_has_every_function_with_its_command_and_what_it_returns() -> 
 
 
 def test_the_reference_says_something_of_every_keyword_field_and_error() -> None:
-    reference = TEXT.partition("\n## Reference\n")[2]
+    reference = TEXT.partition("\n## Functions\n")[2]
     sections = {
         head: body for head, body in re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", reference, re.MULTILINE | re.DOTALL)
     }

@@ -68,12 +68,14 @@ def _table_of_errors() -> Iterator[str]:
 
 
 def _reference() -> Iterator[str]:
-    yield "## Reference"
+    yield "## Functions"
     for name, one in _functions().items():
         yield from ("", f"### {name}", "", "```py", *_signature(name, one), "```", "", *_described(one))
+    yield from ("", "## Classes")
     for kind in (MoptError, *MoptError.__subclasses__(), Progress):
         yield from ("", f"### {kind.__name__}", "", *_described(kind))
         yield from (_method(name, one) for name, one in vars(kind).items() if _is_public_function(name, one))
+    yield from ("", "## Models", "", "Reports, presets, and what they are made of.")
     for model in _models():
         yield from ("", f"### {model.__name__}", "", *_described(model), *_fields(model))
 

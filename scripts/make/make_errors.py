@@ -11,9 +11,14 @@ from modelopt_convert.run.codes import explanations
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "errors.md"
 HEAD = """# Codes of errors, warnings and faults
 
-Generated from `modelopt_convert/run/codes.toml` by `scripts/make/make_errors.py`; do not edit. mopt prints a code in
-brackets behind each error, warning and fault, and `mopt explain CODE` shows its entry. A message may change between
-releases, a code may not. [exit-codes.md](exit-codes.md) says what the process ends with.
+<!-- Generated from `modelopt_convert/run/codes.toml` by `scripts/make/make_errors.py`; do not edit. -->
+
+mopt prints a code in brackets behind each error, warning and fault. `mopt explain CODE` shows the entry of a code. A
+message may change between releases, a code may not. [exit-codes.md](exit-codes.md) says what the process ends with.
+
+In these texts the *export* is what ModelOpt wrote, the *base* is the original model, OUT is the folder that `--output`
+names, and an *engine* is a program that serves the model, such as SGLang. A *fault* is something that `mopt inspect`
+found: the checkpoint can be read, and something in it is wrong or unusual.
 """
 
 
