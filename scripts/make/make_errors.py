@@ -3,6 +3,7 @@
 python scripts/make/make_errors.py
 """
 
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -26,9 +27,14 @@ def render() -> str:
     """The page's text."""
     parts = [HEAD]
     for prefix, entries in groupby(explanations().values(), lambda one: one.code.partition(".")[0]):
-        rows = [f"| `{one.code}` | {one.means} | {one.todo} |" for one in entries]
-        parts.append("\n".join([f"## {prefix}", "", "| code | what it means | what to do |", "|---|---|---|", *rows]))
+        # A heading for each code, so that a link can lead to it.
+        parts.append(f"## {prefix}")
+        parts += [f"### {one.code}\n\n{_plain(one.means)}\n\nTo do: {_plain(one.todo)}" for one in entries]
     return "\n".join(parts[:1]) + "\n" + "\n\n".join(parts[1:]) + "\n"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", text.replace("*", r"\*").replace("__", r"\_\_"))
 
 
 if __name__ == "__main__":

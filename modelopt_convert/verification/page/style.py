@@ -54,7 +54,7 @@ i{display:inline-block;font-style:normal;width:13px;height:13px;border-radius:3p
 i.pass{--b:var(--fill-pass)}i.part{--b:var(--fill-part)}i.warn{--b:var(--fill-warn)}i.fail{--b:var(--fill-fail)}
 i{background:var(--b)}
 .map{display:grid;gap:3px}
-.map p{display:grid;grid-template-columns:minmax(120px,190px) 1fr;gap:4px 12px;margin:0;align-items:start}
+.map p{display:grid;grid-template-columns:fit-content(45%) 1fr;gap:4px 12px;margin:0;align-items:start}
 .map p>:first-child{font:.82rem/22px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 overflow-wrap:anywhere}
 .map span+span{display:flex;flex-wrap:wrap;gap:2px}
