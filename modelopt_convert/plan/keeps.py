@@ -100,7 +100,7 @@ def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) ->
                 f"keep_fp32 pattern {pattern!r} matches no tensor of the model",
                 code="preset.no_match",
                 path=str(source.path),
-                hint="keep_fp32 patterns are matched against whole tensor names",
+                hint="correct the pattern: keep_fp32 is matched against whole tensor names",
             )
         found.update(names)
     return frozenset(found)

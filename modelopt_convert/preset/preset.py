@@ -221,7 +221,9 @@ def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[d
         fields = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="mend the file") from error
+        raise InputError(
+            f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="correct the file"
+        ) from error
     extended = fields.pop("extends", None)
     if extended is None:
         return fields, [text]
@@ -230,7 +232,7 @@ def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[d
             f"{path}: extends: expected the name or path of another preset, found {extended!r}",
             code="preset.extends",
             path=path,
-            hint=f"a preset can extend one other, not itself by a detour, and a chain has at most {_LONGEST_CHAIN}",
+            hint=f"a preset can extend one other preset, and never itself; a chain has at most {_LONGEST_CHAIN}",
         )
     where = Path(path).parent / extended if _is_path(extended) else _folder() / f"{extended}.toml"
     parent, texts = _with_inherited(_read(where, extended), str(where), (*seen, extended))

@@ -176,7 +176,7 @@ def refuse_unproven(opened: Opened, report: ProofReport) -> None:
     else:
         failing = {name: one for name, one in report.modules.items() if one.verdict == "near"}
         what, hint = (
-            "are near the base, and not quantized from it as it is",
+            "are near the base, and not what quantizing it gives",
             "a merged LoRA shows in the modules it was trained for, GPTQ and QAT in all; give the base that was "
             "quantized, or --accept-near to build what is not proven. Nothing was published",
         )
@@ -298,7 +298,7 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     if near:
         yield (
             "proof.near",
-            f"not proven: {len(near)} modules are near the base but not quantized from it as it is ({near[0]} first); "
+            f"not proven: {len(near)} modules are near the base, and not what quantizing it gives ({near[0]} first); "
             "those kept in BF16 get the base's weights, so that two models may be mixed",
         )
 
