@@ -76,7 +76,7 @@ class Preset(_Sets):
         "build NVFP4 without an export",
     )
     keep_fp32: _Globs = Field(description="globs over tensor names that stay in F32 where the base holds F32")
-    config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
+    config: dict[str, bool | int | float | str] = Field(description="config.json values that identify this model")
     having: dict[str, bool] = Field(default={}, description="config.json keys that must have a value, or none")
     runtime_names: dict[str, list[str]] = Field(
         description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key; "
