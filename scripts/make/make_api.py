@@ -33,8 +33,8 @@ def render() -> str:
         "reference": _reference(),
     }.items():
         head, rest = text.split(f"<!-- {mark} -->")
-        text = head + "\n".join(found) + rest
-    return re.sub(r"\n{3,}", "\n\n", text)
+        text = head + re.sub(r"\n{3,}", "\n\n", "\n".join(found)) + rest
+    return text
 
 
 def _public() -> dict[str, Any]:
