@@ -96,7 +96,7 @@ def module_faults(reader: CheckpointReader, module: PackedModule, block_size: in
             continue
         if info is None:
             code = "input_scale.missing" if role == "input_scale" else "global_scale.missing"
-            yield LintReport(code=code, message=f"no {role}; SGLang puts 1.0", module=name)
+            yield LintReport(code=code, message=f"no {role}; SGLang takes 1.0", module=name)
         elif not is_float32(info):
             message = f"{role} is {info.dtype} {list(info.shape)}, expected F32 []"
             yield LintReport(code="scale.unusable", message=message, module=name)
@@ -126,7 +126,7 @@ def fused_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRep
             leaf: global_scale(reader, modules[f"{parent}.{leaf}"]) for leaf in group if f"{parent}.{leaf}" in modules
         }
         if len(set(values.values())) > 1:
-            message = f"{', '.join(values)} differ in weight_scale_2; SGLang rebases them"
+            message = f"{', '.join(values)} differ in weight_scale_2; SGLang brings them to one scale"
             yield LintReport(code="fused.global_scale", message=message, module=parent)
 
 

@@ -116,6 +116,6 @@ def structural_warnings(
     if against:
         yield (
             "preset.structural",
-            f"SGLang cannot load {len(against)} of the packed modules packed, as preset {preset.name} has them "
-            f"({against[0]} first): --preset {preset.name} keeps them in BF16",
+            f"SGLang cannot load {len(against)} of the packed modules in packed form ({against[0]} first): "
+            f"--preset {preset.name} keeps them in BF16",
         )

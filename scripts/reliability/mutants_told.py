@@ -126,6 +126,13 @@ TOLD = (
         f"{_SURFACE}a_usage_error_under_json_is_one_document",
     ),
     Mutant(
+        "verification/transformer.py",
+        "near is said only where nothing else failed",
+        'found.proof == NEAR_WORDS and all(one.status != "fail" for one in found.levels if one.level != "L2")',
+        "found.proof == NEAR_WORDS",
+        ("verification/test_verify.py::test_what_is_near_the_base_and_not_as_recorded_is_a_mismatch",),
+    ),
+    Mutant(
         "run/codes.py",
         "an unknown code is refused",
         "if code not in known:",

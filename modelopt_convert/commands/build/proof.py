@@ -239,8 +239,8 @@ def measure_part(
     warned = [
         (
             "build.fused_scales",
-            f"{opened.prefix}{group}: global scales differ {ratio:.3f}x, as in ModelOpt's exports; SGLang rebases them "
-            "on loading",
+            f"{opened.prefix}{group}: global scales differ {ratio:.3f}x, as in ModelOpt's exports; SGLang brings them "
+            "to one scale on loading",
         )
         for group, ratio in differ.items()
     ]
@@ -278,7 +278,7 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     if opened.base is None:
         yield "proof.none", "not proven: without --base nothing says that the weights are those of the model"
     for group, ratio in proof.fused_differ.items() if proof.is_rebased else ():
-        message = f"{prefix}{group}: global scales differ {ratio:.3f}x; SGLang rebases them on loading"
+        message = f"{prefix}{group}: global scales differ {ratio:.3f}x; SGLang brings them to one scale on loading"
         yield "export.fused_scales", message
     for words in proof.odd_inputs:
         yield "export.odd_input_scale", f"{prefix}{words}"
