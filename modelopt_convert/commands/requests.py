@@ -101,7 +101,7 @@ class Request(Generic[Result]):
         progress: Told how far the work is; None for nobody.
 
     Raises:
-        UsageError: A value is none that its field takes, or two exclude each other.
+        UsageError: A value is not one that its field takes, or two exclude each other.
     """
 
     __slots__ = ()

@@ -226,7 +226,8 @@ class Report(_Model):
     )
     clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
     dequantized: list[str] = Field(
-        default_factory=list, description="modules kept in BF16 by way of their scale, for want of a base"
+        default_factory=list,
+        description="modules kept in BF16 and dequantized with their scale, since there was no base",
     )
     checks: list[dict[str, Any]] = Field(
         default_factory=list, description="what was checked of OUT before it was published"
