@@ -172,7 +172,7 @@ def presets(name: str | Path | None = None) -> "list[modelopt_convert.LoadedPres
         name: A preset that comes with mopt, or the path of a TOML file.
 
     Raises:
-        UsageError: It can be neither.
+        UsageError: It is neither a name nor a path.
         MoptError: Such as InputError ``preset.unknown``, without a report.
     """
     check_value("NAME|FILE", str | Path | None, name)

@@ -38,11 +38,30 @@ def test_every_public_name_is_described() -> None:
 
 
 def test_the_table_has_every_function_with_its_command_and_what_it_returns() -> None:
-    rows = re.findall(r"^\| `(\w+)\(.*\)` \| `mopt ([\w-]+)` \| `(.+)` \|$", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| `mopt ([\w-]+)` \| .* \| `(.+)` \|$", TEXT, re.MULTILINE)
     public = {name: getattr(modelopt_convert, name) for name in modelopt_convert.__all__ if name != "perform"}
     functions = {name: inspect.signature(one) for name, one in public.items() if inspect.isfunction(one)}
     returned = {name: one.return_annotation.replace("modelopt_convert.", "") for name, one in functions.items()}
     assert sorted(rows) == sorted((name, name.replace("_", "-"), kind) for name, kind in returned.items())
+
+
+def test_the_reference_says_something_of_every_keyword_field_and_error() -> None:
+    reference = TEXT.partition("\n## Functions\n")[2]
+    sections = {
+        head: body for head, body in re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", reference, re.MULTILINE | re.DOTALL)
+    }
+    assert len(sections) > 45
+    for name in modelopt_convert.__all__:
+        one = getattr(modelopt_convert, name)
+        if inspect.isfunction(one):
+            listed = re.findall(r"^- `(\w+)`: \S", sections[name], re.MULTILINE)
+            assert [word for word in inspect.signature(one).parameters if word not in listed] == [], name
+        elif isinstance(one, type) and issubclass(one, Exception):
+            assert len(sections[name].split()) > 5, name
+    undescribed = [
+        line for body in sections.values() for line in re.findall(r"^- .*$", body, re.MULTILINE) if ": " not in line
+    ]
+    assert undescribed == []
 
 
 def test_every_kind_of_error_is_in_the_table() -> None:

@@ -47,6 +47,12 @@ def test_the_reference_of_the_command_line_is_current(monkeypatch: pytest.Monkey
     assert TARGET.read_text() == render(), "run scripts/make/make_cli.py"
 
 
+def test_the_reference_of_the_api_is_current() -> None:
+    from make_api import TARGET, render
+
+    assert TARGET.read_text() == render(), "run scripts/make/make_api.py"
+
+
 def test_every_file_that_is_named_exists() -> None:
     assert len(PAGES) > 15
     for page in PAGES:

@@ -88,7 +88,7 @@ def read_header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
             f"{file}: the header claims {length} bytes, the format allows {MAX_HEADER_BYTES}",
             code="header.too_large",
             path=file,
-            hint="this is not a safetensors file",
+            hint="this is not a safetensors file; download or export it again",
         )
     if length > file_bytes - PREFIX_BYTES:
         raise foreign(prefix, file) or InputError(

@@ -70,7 +70,7 @@ class LocalFile:
                 f"{path}: expected a regular file, found {stat.filemode(status.st_mode)}",
                 code="input.not_regular",
                 path=str(path),
-                hint="checkpoints are made of plain files",
+                hint="replace it by the file itself",
             )
         self.num_bytes = status.st_size
         self.state = (status.st_size, status.st_mtime_ns)

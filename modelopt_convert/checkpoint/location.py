@@ -153,7 +153,7 @@ def read_small(location: Location, limit: int, *, code: str) -> bytes:
                 f"{file.where}: expected at most {limit} bytes, found {file.num_bytes}",
                 code=f"{code}.too_large",
                 path=file.where,
-                hint="this is not the file its name says",
+                hint="no such file is so large: check that it is the right one; export or download it again",
             )
         return file.read(0, file.num_bytes)
     finally:

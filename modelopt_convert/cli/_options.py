@@ -29,9 +29,9 @@ class Telling:
         None
     )
     quiet: Annotated[bool, Flag("Nothing on stdout, no progress; errors on stderr.", short="-q")] = False
-    verbose: Annotated[
-        bool, Flag("All tables and reasons; of what is written, a line per tensor on stderr.", short="-v")
-    ] = False
+    verbose: Annotated[bool, Flag("Tables of all that was done; one line for each tensor on stderr.", short="-v")] = (
+        False
+    )
     no_color: Annotated[bool, Flag("No colors.")] = False
 
 

@@ -19,8 +19,8 @@ def push(request: PushRequest, output: "Output") -> None:
       mopt push flux1-dev-nvfp4 me/FLUX.1-dev-nvfp4 --dry-run
       mopt push flux1-dev-nvfp4 org/FLUX.1-dev-nvfp4 --create-pr --message 'New calibration'
 
-    Stopped and run again it goes on where it was. Exit codes: 0 published, or already there; 1 the checkpoint fails its
-    own check; 3 the Hub or mopt refuses; 5 the Hub or the way to it failed, try again.
+    A push that was stopped goes on where it was when it is run again. Exit codes: 0 published, or already there; 1 the
+    checkpoint fails its own check; 3 the Hub or mopt refuses; 5 the Hub or the way to it failed, try again.
     """
     from modelopt_convert.cli._output import run
 

@@ -20,7 +20,7 @@ from modelopt_convert.run.errors import CheckFailedError, InputError, first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.verification.options import VerifyOptions
 
-_HINT = "this is a bug in mopt, a disk that lies or memory that fails; nothing was published"
+_HINT = "this is a bug in mopt, or the disk or the memory of this machine is broken; nothing was published"
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ MaxError = Annotated[
 ]
 Download = Annotated[bool, Flag("Fetch files of the Hub whole, into its cache, and not only what is needed.")]
 Workers = Annotated[
-    int | None, Flag("Tensors worked on at a time; default: one a core, up to four.", minimum=1, maximum=64)
+    int | None, Flag("Tensors worked on at a time; default: one for each core, up to four.", minimum=1, maximum=64)
 ]
 
 
@@ -101,7 +101,7 @@ class Request(Generic[Result]):
         progress: Told how far the work is; None for nobody.
 
     Raises:
-        UsageError: A value is none that its field takes, or two exclude each other.
+        UsageError: A value is not one that its field takes, or two exclude each other.
     """
 
     __slots__ = ()
@@ -250,12 +250,12 @@ class _Writing(Request["Report"]):
     """How a checkpoint is written."""
 
     __slots__ = ()
-    dry_run: Annotated[bool, Flag("Open, plan, refuse, print; write nothing.", short="-n")] = False
+    dry_run: Annotated[bool, Flag("Open, plan, refuse what cannot be done, print; write nothing.", short="-n")] = False
     download: Download = False
     workers: Workers = None
     executor: Annotated[
         Literal["threads", "ray"],
-        Flag("Write shards on threads here, or as tasks of the Ray cluster that runs already."),
+        Flag("Write shards on threads here, or as tasks of a Ray cluster that runs already."),
     ] = "threads"
 
     @property
@@ -271,13 +271,13 @@ class _Replacing(Request["Report"]):
     __slots__ = ()
     max_error: MaxError = NVFP4.max_error
     accept_near: Annotated[
-        bool, Flag("Write also modules that are near the base and not the base's, and call nothing proven.")
+        bool, Flag("Write also where modules are near the base and not the base's; nothing is called proven then.")
     ] = False
     overwrite: Annotated[
         bool, Flag("Replace a checkpoint that mopt wrote; the old one stands until the new is whole.")
     ] = False
     overwrite_foreign: Annotated[
-        bool, Flag("Replace one that mopt did not write, too, with all else that OUT holds; the report names it.")
+        bool, Flag("Replace also what mopt did not write, with all that OUT holds; the report names it.")
     ] = False
 
     @property
@@ -291,10 +291,10 @@ class _Serving(Request[Result]):
     """Whom a checkpoint is for."""
 
     __slots__ = ()
-    engine: Annotated[EngineName, Flag("Whom it is for: what this engine is known not to load right is refused.")] = (
-        DEFAULT
-    )
-    allow_known_broken: Annotated[bool, Flag("Go on also with what the engine is known not to load right.")] = False
+    engine: Annotated[
+        EngineName, Flag("The engine that shall load it; what that engine is known to load wrong is refused.")
+    ] = DEFAULT
+    allow_known_broken: Annotated[bool, Flag("Go on although the engine is known not to load it right.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +307,8 @@ class _Releasing(_Serving["Report"]):
         Flag("The closing step: with the GPU if there is one, on the CPU alone, or none."),
     ] = "auto"
     push_to: Annotated[
-        str | None, Flag("Publish OUT there too, as `mopt push` does; rights come first.", metavar="REPO_ID")
+        str | None,
+        Flag("Publish OUT there too, as `mopt push` does; the right to write is checked first.", metavar="REPO_ID"),
     ] = None
 
 
@@ -334,7 +335,7 @@ class _Choosing(Request["Report"]):
     base_model: Annotated[
         str | None,
         Flag(
-            "The repo that BASE comes from, where nothing at BASE says so; card and record have it as a claim.",
+            "The repo that BASE comes from, where nothing at BASE says so; the card and the record give it as a claim.",
             metavar="REPO",
             after="base",
         ),
@@ -417,7 +418,7 @@ class BuildNvfp4Request(BuildRequest):
     command: ClassVar[str] = "build-nvfp4"
     algorithm: ClassVar[Algorithm] = "nvfp4"
     device: Annotated[
-        Device, Flag("Where the base is quantized, also to be compared with an export; the same bytes.")
+        Device, Flag("Where the base is quantized, to be written or compared; both give the same bytes.")
     ] = "cpu"
 
     def check(self) -> None:
@@ -470,7 +471,8 @@ class _Source(Request["Report"]):
     ] = field(kw_only=False)
     output: Annotated[Folder, Flag("The folder to write.", metavar="OUTPUT")] = field(kw_only=False)
     base: Annotated[
-        Place | None, Flag("The unquantized base: only what needs it is rewritten, and proven.", metavar="BASE")
+        Place | None,
+        Flag("The unquantized base: only what needs the rewrite is rewritten, and it is proven.", metavar="BASE"),
     ] = None
     force_names: Annotated[bool, Flag("Rewrite although loaders guess the old layout from the tensor names.")] = False
 
@@ -523,11 +525,11 @@ class VerifyRequest(Request["VerifiedReport"]):
         Place | None,
         Flag("A transformer folder, or the pipeline folder that holds it.", metavar="CHECKPOINT"),
     ] = field(default=None, kw_only=False)
-    base: Annotated[Place | None, Flag("The unquantized base: proves it again.", metavar="BASE")] = None
+    base: Annotated[Place | None, Flag("The unquantized base, to prove the weights again.", metavar="BASE")] = None
     backend: Annotated[
         str,
         Flag(
-            "Which GEMMs to compare; SGLang's names are known. One that is named must run.",
+            "Which GEMMs (matrix products) to compare; SGLang's names are known. One that is named must run.",
             metavar="best|all|NAME[,NAME]",
             values=lambda: ("best", "all", *NAMES),
         ),
@@ -538,7 +540,7 @@ class VerifyRequest(Request["VerifiedReport"]):
         bool, Flag("Pass also where modules are near the base and not the base's; nothing is called proven then.")
     ] = False
     require: Annotated[
-        Literal["native", "gpu"] | None, Flag("Exit 6 unless the kernel level ran so on every module.")
+        Literal["native", "gpu"] | None, Flag("Exit 6 unless kernels of this kind ran on every module.")
     ] = None
     max_error: Annotated[
         float | None, Flag("Largest relative error of a module whose codes are not reproduced.", minimum=0.0)
@@ -549,7 +551,7 @@ class VerifyRequest(Request["VerifiedReport"]):
     download: Download = False
     report: Annotated[
         Folder | None,
-        Flag("Write a page to look at, too.", metavar="FILE.html", after="report_json"),
+        Flag("Write the report as an HTML page, too.", metavar="FILE.html", after="report_json"),
     ] = None
 
     def check(self) -> None:
@@ -614,7 +616,7 @@ class InspectRequest(Request["InspectReport"]):
     source: Annotated[
         Place, Flag("A transformer folder, a pipeline folder, or one .safetensors file.", metavar="SOURCE")
     ] = field(kw_only=False)
-    base: Annotated[Place | None, Flag("The unquantized base: proves the layout.", metavar="BASE")] = None
+    base: Annotated[Place | None, Flag("The unquantized base, to prove the layout.", metavar="BASE")] = None
     all_scales: Annotated[bool, Flag("Look at the scales of every module, not of a few.", name="--all")] = False
     engine: Annotated[
         str,
@@ -651,7 +653,7 @@ class PushRequest(_Serving["PublishedReport"]):
     create_pr: Annotated[bool, Flag("Open a pull request instead of committing to main.")] = False
     private: Annotated[bool, Flag("Create the repo as a private one; refuse a public one.")] = False
     revision: Annotated[str | None, Flag("Commit there; made from main if there is none.", metavar="BRANCH")] = None
-    message: Annotated[str | None, Flag("Of the commit.", metavar="TEXT")] = None
+    message: Annotated[str | None, Flag("The commit's message.", metavar="TEXT")] = None
     dry_run: Annotated[
         bool, Flag("Verify, compare with what is there, say what would be published; write nothing there.", short="-n")
     ] = False

@@ -44,7 +44,7 @@ def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, re
                 f"{path}: {one.words}",
                 code="engine.known_broken",
                 path=path,
-                hint="--engine names another engine that it is for; --allow-known-broken goes on all the same",
+                hint="name another engine with --engine, or go on with --allow-known-broken",
             )
     return [("engine.known_broken" if one.is_broken else "engine.loss", one.words) for one in known]
 

@@ -109,7 +109,7 @@ def module_faults(reader: CheckpointReader, module: PackedModule, block_size: in
             continue
         if info is None:
             code = "input_scale.missing" if role == "input_scale" else "global_scale.missing"
-            yield LintReport(code=code, message=f"no {role}; SGLang puts 1.0", module=name)
+            yield LintReport(code=code, message=f"no {role}; SGLang takes 1.0", module=name)
         elif not is_float32(info):
             message = f"{role} is {info.dtype} {list(info.shape)}, expected F32 []"
             yield LintReport(code="scale.unusable", message=message, module=name)

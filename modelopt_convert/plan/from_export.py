@@ -149,7 +149,7 @@ def _find_modules(
             f"{export.path}: expected {target.quant_algo} modules ({target.packed_dtype} weights), found none",
             code="export.nothing_quantized",
             path=str(export.path),
-            hint=f"the export failed half-way or was never calibrated; export again{target.older}",
+            hint=f"the export failed before its end or was never calibrated; export again{target.older}",
         )
     return modules
 

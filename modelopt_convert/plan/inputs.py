@@ -237,7 +237,7 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
                 f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
                 code="export.missing_tensor",
                 path=str(export.path),
-                hint="the export is incomplete, or was made from another base",
+                hint="the export is incomplete, or was made from another base: export again, or give that base",
             )
     if faults:
         raise joint(faults)

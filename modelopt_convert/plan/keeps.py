@@ -103,7 +103,7 @@ def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) ->
                 f"keep_fp32 pattern {pattern!r} matches no tensor of the model",
                 code="preset.no_match",
                 path=str(source.path),
-                hint="keep_fp32 patterns are matched against whole tensor names",
+                hint="correct the pattern: keep_fp32 is matched against whole tensor names",
             )
         found.update(names)
     return frozenset(found)
@@ -119,6 +119,6 @@ def structural_warnings(
     if against:
         yield (
             "preset.structural",
-            f"SGLang cannot load {len(against)} of the packed modules packed, as preset {preset.name} has them "
-            f"({against[0]} first): --preset {preset.name} keeps them in BF16",
+            f"SGLang cannot load {len(against)} of the packed modules in packed form ({against[0]} first): "
+            f"--preset {preset.name} keeps them in BF16",
         )

@@ -42,7 +42,14 @@ class KeepRules(_Strict):
 
 
 # A table for each format that there is: a new format needs no line here.
-_Sets = create_model("_Sets", __base__=_Strict, **{algorithm: (KeepRules | None, None) for algorithm in FORMATS})  # type: ignore[call-overload]
+_Sets = create_model(
+    "_Sets",
+    __base__=_Strict,
+    **{
+        algorithm: (KeepRules | None, Field(default=None, description=f"the keep sets of {algorithm}"))
+        for algorithm in FORMATS
+    },
+)  # type: ignore[call-overload]
 
 
 class Preset(_Sets):
@@ -69,7 +76,7 @@ class Preset(_Sets):
         "build NVFP4 without an export",
     )
     keep_fp32: _Globs = Field(description="globs over tensor names that stay in F32 where the base holds F32")
-    config: dict[str, bool | int | float | str] = Field(description="config.json values that single this model out")
+    config: dict[str, bool | int | float | str] = Field(description="config.json values that identify this model")
     having: dict[str, bool] = Field(default={}, description="config.json keys that must have a value, or none")
     runtime_names: dict[str, list[str]] = Field(
         description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key; "
@@ -214,7 +221,9 @@ def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[d
         fields = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="mend the file") from error
+        raise InputError(
+            f"{path}: not TOML: {reason}", code="preset.toml", path=path, hint="correct the file"
+        ) from error
     extended = fields.pop("extends", None)
     if extended is None:
         return fields, [text]
@@ -223,7 +232,7 @@ def _with_inherited(text: str, path: str, seen: tuple[str, ...] = ()) -> tuple[d
             f"{path}: extends: expected the name or path of another preset, found {extended!r}",
             code="preset.extends",
             path=path,
-            hint=f"a preset can extend one other, not itself by a detour, and a chain has at most {_LONGEST_CHAIN}",
+            hint=f"a preset can extend one other preset, and never itself; a chain has at most {_LONGEST_CHAIN}",
         )
     where = Path(path).parent / extended if _is_path(extended) else _folder() / f"{extended}.toml"
     parent, texts = _with_inherited(_read(where, extended), str(where), (*seen, extended))

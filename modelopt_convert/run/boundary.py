@@ -75,7 +75,7 @@ def foreseen(error: Exception, inputs: Sequence[Path] = (), where: str = "the sy
             return InputError(
                 "something in an input is nested too deeply",
                 code="input.too_deep",
-                hint="no model's files are; do not use this checkpoint",
+                hint="no model's files are nested so deeply; do not use this checkpoint",
             )
         case MemoryError():
             return StorageError(f"memory ran out: {said}", code="storage.limits", hint=_LIMITS)

@@ -81,7 +81,7 @@ class MoptError(Exception):
 
 
 class UsageError(MoptError, ValueError):
-    """A request that cannot be meant: a value that is none, or two that exclude each other. Nothing was read.
+    """A value is not one that its option takes, or two options exclude each other. Nothing was read.
 
     Args:
         flag: The option or argument concerned, as the command line spells it.
@@ -104,13 +104,13 @@ class InputError(MoptError):
 
 
 class OutputRefusedError(MoptError):
-    """mopt will not write there: it exists, is not a checkpoint, overlaps an input, or another run holds it."""
+    """mopt does not write to OUT: it exists, is no checkpoint, overlaps an input, or another run works on it."""
 
     exit_code = ExitCode.OUTPUT
 
 
 class StorageError(MoptError):
-    """The disk said no.
+    """The disk, the file system or the limits of the system stopped the run.
 
     Args:
         published: Whether the new checkpoint is already in place.
@@ -142,19 +142,19 @@ class RemoteError(MoptError):
 
 
 class CheckFailedError(MoptError):
-    """Everything ran and the answer is no: a check failed, nothing was published."""
+    """Everything ran, and a check failed: nothing was published."""
 
     exit_code = ExitCode.MISMATCH
 
 
 class InconclusiveError(MoptError):
-    """Nothing is known to be wrong, and nothing proves it right; or what was required did not run."""
+    """Nothing is known to be wrong, and nothing proves the weights right; or what was required did not run."""
 
     exit_code = ExitCode.INCONCLUSIVE
 
 
 class BackendError(MoptError):
-    """A GEMM backend is broken, or backends disagree: the checkpoint is not what failed."""
+    """A GEMM backend or a GPU failed, or backends disagree: the checkpoint is not what failed."""
 
     exit_code = ExitCode.BACKEND
 

@@ -321,7 +321,7 @@ class StagingDir:
             f"something else has its name{where}",
             code="storage.swap_refused",
             path=str(self.output),
-            hint="look who works in that folder, then run again; nothing was removed",
+            hint="find out what else writes in that folder, then run again; nothing was removed",
         )
 
     def _keep_stage(self, why: str, error: Exception | None) -> NoReturn:

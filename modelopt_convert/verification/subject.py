@@ -66,7 +66,7 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Sub
             f"{path}: expected {' or '.join(one.quant_algo for one in FORMATS.values())} modules, found none",
             code="verify.nothing_quantized",
             path=path,
-            hint="verify looks at what build-nvfp4 and convert-fp8 write, and at ModelOpt's exports",
+            hint="give what build-nvfp4 or convert-fp8 wrote, or a ModelOpt export",
         )
     found = reader.config.get("quantization_config")
     keys = found if isinstance(found, dict) else {}

@@ -157,7 +157,9 @@ def verify_opened(
         },
     )
     verdict, statement = _verdict(found, record, scanned.edited)
-    is_refuted = verdict == "fail" and found.proof != NEAR_WORDS
+    # What is near fails L2 alone. Where another level fails too, no consent to what is near would make it pass.
+    is_near = found.proof == NEAR_WORDS and all(one.status != "fail" for one in found.levels if one.level != "L2")
+    is_refuted = verdict == "fail" and not is_near
     proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
 

@@ -6,6 +6,8 @@ from modelopt_convert.run.errors import BackendError, CheckFailedError, Inconclu
 from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.options import VerifyOptions
 
+_KERNEL = "the kernel is in question, not the checkpoint; try another --backend, or report it to the makers of this one"
+
 SEVERITY: tuple[Verdict, ...] = ("prewarmed", "pass", "inconclusive", "backend broken", "backends disagree", "fail")
 
 
@@ -59,7 +61,7 @@ def conclude(found: VerifyReport, options: VerifyOptions) -> None:
             f"{where}: {found.verdict}: {found.statement}",
             code="verify.backend",
             path=where,
-            hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
+            hint=_KERNEL,
         )
     if found.verdict == "inconclusive":
         raise InconclusiveError(
@@ -99,7 +101,7 @@ def _require_named(found: VerifyReport, options: VerifyOptions) -> None:
             raise BackendError(
                 f"{name} {broken.reason}",
                 code="verify.backend",
-                hint="the kernel is in question, not the checkpoint; try another --backend, or report it upstream",
+                hint=_KERNEL,
             )
         why = next((one.reason for one in reports), found.level("L3").reason)
         raise InconclusiveError(
@@ -129,7 +131,7 @@ def conclude_backends(found: VerifyReport, options: VerifyOptions) -> None:
         raise BackendError(
             f"{found.verdict}: {found.statement}",
             code="verify.backend",
-            hint="report it upstream; other backends can be named with --backend",
+            hint="report it to the makers of the backend; --backend names another",
         )
     if found.verdict == "inconclusive":
         raise InconclusiveError(

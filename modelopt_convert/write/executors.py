@@ -47,7 +47,7 @@ def open_executor(name: ExecutorName) -> Iterator[Executor]:
         raise InputError(
             f"--executor ray needs Ray, which cannot be imported: {error}",
             code="executor.not_installed",
-            hint="pip install 'modelopt-convert[ray]'",
+            hint="pip install ray, or leave --executor out",
         ) from error
     from modelopt_convert.write.ray_cluster import connect, on_ray
 

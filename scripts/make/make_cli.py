@@ -12,7 +12,11 @@ from typer.main import get_command
 from modelopt_convert.cli import app
 
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "cli.md"
-HEAD = "# The command line\n\nGenerated from the commands' own help by `scripts/make/make_cli.py`; do not edit."
+HEAD = (
+    "# The command line\n\n"
+    "<!-- Generated from the commands' own help by `scripts/make/make_cli.py`; do not edit. -->\n\n"
+    "What `--help` of each command says."
+)
 BLOCK = "\b"  # before lines that are to stay as they are
 
 

@@ -28,10 +28,11 @@ from mutants_pipeline import PIPELINE
 from mutants_proof import PROOF
 from mutants_rules import RULES
 from mutants_tasks import TASKS
+from mutants_told import TOLD
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE
+MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE + TOLD
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

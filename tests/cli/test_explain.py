@@ -33,8 +33,8 @@ def test_it_is_told_in_two_lines() -> None:
     outcome = run_mopt("explain", "header.foreign", json_report=False)
     assert (outcome.exit_code, outcome.stderr) == (0, "")
     assert outcome.stdout == (
-        "header.foreign: The file is called .safetensors and is of another kind.\n"
-        "to do: Run the command of the hint, such as `git lfs pull`.\n"
+        "header.foreign: The file's name ends in .safetensors, but its first bytes are those of another kind of file.\n"
+        "to do: Do what the hint says, such as `git lfs pull`.\n"
     )
 
 

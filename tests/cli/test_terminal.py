@@ -50,6 +50,19 @@ def test_a_line_breaks_at_spaces_and_a_command_nowhere(width: int) -> None:
     assert wrapped(text, None) == [text] and wrapped(f"next: {text}", width) == [f"next: {text}"]
 
 
+def test_nothing_of_a_result_moves_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name from a checkpoint or from the Hub, as a line, in a table and on stderr."""
+    evil = "evil\x1b[2J\x07\u202e\rname"
+    output = Output(no_color=True)
+    output.line(f"wrote {evil}")
+    output.table(["name", "count", "why"], [[evil, "1", evil]])
+    output.aside(evil)
+    told = capsys.readouterr()
+    for text in (told.out, told.err):
+        assert not set("\x1b\x07\u202e\r") & set(text) and "\\x1b" in text
+    assert told.out.count("\\x1b") == 3
+
+
 @pytest.mark.parametrize(
     ("text", "painting"),
     [

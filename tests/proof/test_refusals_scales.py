@@ -174,7 +174,7 @@ def test_underflow_ends_where_e4m3_rounding_ends(largest: float, explained: bool
 def test_global_scales_that_differ_inside_a_fused_group_are_reported(
     parent: str, leaves: tuple[str, ...], nvfp4: Path, base: Path, tmp_path: Path
 ) -> None:
-    """SGLang rebases them on loading, so they pass."""
+    """SGLang brings them to one scale on loading, so they pass."""
     weights = load(base / "transformer")
     exported = load(nvfp4 / "transformer")
     # Re-quantized alone, the member with the smallest weights gets a scale smaller than the group's.

@@ -586,6 +586,23 @@ def test_weights_dequantized_at_build_are_compared_too(exports: Path, base: Path
     assert found(outcome)["proof"] == "mismatch"
 
 
+@pytest.mark.parametrize("consent", [(), ("--accept-near",)])
+def test_what_is_near_the_base_and_not_as_recorded_is_a_mismatch(
+    consent: tuple[str, ...], built: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    """A slight change after the build: consent to what is near would not make it pass, and is not proposed."""
+    out = shutil.copytree(built["nvfp4"], tmp_path / "out")
+    tensors = load(out)
+    name = "norm_out.linear.weight"
+    tensors[name][0, 0] *= 1.01
+    resave(out, tensors)
+    outcome = verify(out, "--base", base, *consent)
+    levels = {one["level"]: one["status"] for one in found(outcome)["levels"]}
+    assert (levels["record"], levels["L2"]) == ("fail", "warn" if consent else "fail")
+    assert (outcome.exit_code, found(outcome)["proof"]) == (1, "mismatch")
+    assert "near the base's" in str(found(outcome)["levels"]) and "--accept-near" not in outcome.message
+
+
 @pytest.mark.parametrize("option", ["--report", "--report-json"])
 def test_a_path_that_no_file_system_takes_is_a_usage_error(option: str, built: dict[str, Path], tmp_path: Path) -> None:
     assert verify(built["nvfp4"], option, tmp_path / ("a" * 5000)).exit_code == 2

@@ -137,7 +137,7 @@ def wrong(repo_id: str, what: str, expected: str, found: object) -> InputError:
         f"hf://{repo_id}: {what}: expected {expected}, found {shown(found)}",
         code="hub.answer",
         path=f"hf://{repo_id}",
-        hint=f"it is no answer of a Hub: see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered",
+        hint=f"see {page_of(repo_id)}; a proxy, or the server that HF_ENDPOINT names, may have answered",
     )
 
 

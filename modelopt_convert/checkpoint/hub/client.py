@@ -79,7 +79,7 @@ def read_whole(response: Any) -> Any:
                 f"{url}: expected an answer of at most {_MAX_ANSWER_BYTES} bytes, found more",
                 code="hub.answer",
                 path=url,
-                hint="a proxy or another HF_ENDPOINT may be what answered",
+                hint="a proxy, or the server that HF_ENDPOINT names, may have answered",
             )
     said = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
     return type(response)(response.status_code, headers=said, content=bytes(body), request=response.request)
@@ -208,7 +208,7 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
             raise _transfer_error(error, repo_id, again or _AGAIN) from error
         if _is_of_the_client(error):
             # The client refuses a card or a file by itself, or the answer is none that the Hub gives.
-            hint = f"see {page_of(repo_id)}; a proxy or another HF_ENDPOINT may be what answered"
+            hint = f"see {page_of(repo_id)}; a proxy, or the server that HF_ENDPOINT names, may have answered"
             if isinstance(error, LookupError | AttributeError | TypeError | NameError):
                 what = f"an answer has another form than the client takes: {type(error).__name__}: {first_line(error)}"
                 raise _error(InputError, repo_id, "answer", what, hint) from error
@@ -281,7 +281,7 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
     if isinstance(error, OSError) and error.errno in _FULL:
         return _disk_full(repo_id)
     if isinstance(error, http_library().UnsupportedProtocol):
-        hint = "a proxy or another HF_ENDPOINT may be what answered"
+        hint = "a proxy, or the server that HF_ENDPOINT names, may have answered"
         return _error(InputError, repo_id, "answer", f"an answer names no address: {first_line(error)}", hint)
     if isinstance(error, http_library().TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", no_way)

@@ -170,7 +170,7 @@ class RangeSource:
         if not isinstance(error, _AgainError):
             return error
         return RemoteError(
-            f"{self._where}: bytes {begin} to {end} cannot be had: {error}",
+            f"{self._where}: bytes {begin} to {end} cannot be fetched: {error}",
             code="hub.cut",
             path=self._where,
             hint="run the same command again",

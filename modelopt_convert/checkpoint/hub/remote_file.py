@@ -204,7 +204,7 @@ def _spool() -> IO[bytes]:
         return tempfile.TemporaryFile(dir=folder)
     except (OSError, ValueError) as error:  # a file in place of a folder is a ValueError to the client
         raise StorageError(
-            f"what is fetched cannot be held: {error}",
+            f"what was fetched cannot be stored: {error}",
             code="storage.spool",
             hint="point HF_HOME at a folder that can be written",
         ) from error

@@ -176,7 +176,7 @@ def refuse_unproven(opened: Opened, report: ProofReport) -> None:
     else:
         failing = {name: one for name, one in report.modules.items() if one.verdict == "near"}
         what, hint = (
-            "are near the base, and not quantized from it as it is",
+            "are near the base, and not what quantizing it gives",
             "a merged LoRA shows in the modules it was trained for, GPTQ and QAT in all; give the base that was "
             "quantized, or --accept-near to build what is not proven. Nothing was published",
         )
@@ -239,8 +239,8 @@ def measure_part(
     warned = [
         (
             "build.fused_scales",
-            f"{opened.prefix}{group}: global scales differ {ratio:.3f}x, as in ModelOpt's exports; SGLang rebases "
-            "them, vLLM-omni misreads them",
+            f"{opened.prefix}{group}: global scales differ {ratio:.3f}x, as in ModelOpt's exports; SGLang brings them "
+            "to one scale on loading, vLLM-omni misreads them",
         )
         for group, ratio in differ.items()
     ]
@@ -278,7 +278,10 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     if opened.base is None:
         yield "proof.none", "not proven: without --base nothing says that the weights are those of the model"
     for group, ratio in proof.fused_differ.items() if proof.is_rebased else ():
-        message = f"{prefix}{group}: global scales differ {ratio:.3f}x; SGLang rebases them, vLLM-omni misreads them"
+        message = (
+            f"{prefix}{group}: global scales differ {ratio:.3f}x; SGLang brings them to one scale on loading, "
+            "vLLM-omni misreads them"
+        )
         yield "export.fused_scales", message
     for words in proof.odd_inputs:
         yield "export.odd_input_scale", f"{prefix}{words}"
@@ -298,7 +301,7 @@ def _warnings(opened: Opened, proof: "Proof", near: Sequence[str]) -> Iterator[W
     if near:
         yield (
             "proof.near",
-            f"not proven: {len(near)} modules are near the base but not quantized from it as it is ({near[0]} first); "
+            f"not proven: {len(near)} modules are near the base, and not what quantizing it gives ({near[0]} first); "
             "those kept in BF16 get the base's weights, so that two models may be mixed",
         )
 

@@ -181,7 +181,7 @@ def _check_card(request: PushRequest, local: Publishable) -> None:
                 f"{CARD}: the Hub refuses its metadata: {said}",
                 code="push.card",
                 path=CARD,
-                hint="mend the lines between --- at its top; nothing was sent",
+                hint="correct the lines between --- at its top; nothing was sent",
             ) from error
 
 

@@ -102,7 +102,7 @@ def choose(
                 f"({unclear[0]} first)",
                 code="layout.undetermined",
                 path=where,
-                hint="give the base that the checkpoint was made from; without --base it is done as told, unproven",
+                hint="give the base that the checkpoint was made from; without --base all is rewritten, unproven",
             )
         chosen = {name for name, answer in answers.items() if answer not in (wanted, "equivalent")}
     else:

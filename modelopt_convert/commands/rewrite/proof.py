@@ -163,10 +163,10 @@ def refuse_unproven_rewrite(found: Rewritten, source: str, *, accept_near: bool)
         told, what = found.wrong, "are not the base's"
         hint = "it is damaged, or of another base; give that base. Without --base it is rewritten as told, unproven"
     elif found.misdeclared:
-        told, what = found.misdeclared, "would lie otherwise than config.json can declare"
+        told, what = found.misdeclared, "would be in a layout that config.json cannot declare"
         hint = "rewrite the other order first, without --base, and then this one with it"
     elif found.near and not accept_near:
-        told, what = found.near, "are near the base, and not made of it as it is"
+        told, what = found.near, "are near the base, and not what quantizing it gives"
         hint = "give the base that was quantized, or --accept-near to write what is not proven"
     else:
         return

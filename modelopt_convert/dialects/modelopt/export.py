@@ -41,7 +41,7 @@ def check_exported(config: Mapping[str, Any], names: Iterable[str], *, path: str
         saved = found.get("quant_method") == "modelopt" and "quant_algo" not in found and "quant_type" in found
         state = "quant_type without quant_algo" if saved else None
     else:
-        # An export that failed half-way has packed weights with scales, and can have such state beside them.
+        # An export that failed before its end has packed weights with scales, and can have such state beside them.
         listed = list(names)
         packed = any(name.endswith(".weight_scale") for name in listed)
         state = None if packed else next((name for name in listed if "_quantizer." in name), None)
@@ -75,7 +75,7 @@ def check_quant_config(
             f"{path}: expected a quantization_config, found none",
             code="export.not_quantized",
             path=path,
-            hint="this is not a ModelOpt export, or one that failed half-way; export again",
+            hint="this is not a ModelOpt export, or one that failed before its end; export again",
         )
     if found.get("quant_method") != "modelopt":
         raise InputError(

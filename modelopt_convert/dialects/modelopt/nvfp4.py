@@ -77,7 +77,7 @@ class _Nvfp4Modules:
             "though config.json declares dynamic_input_scale",
             code="export.mixed_input_scale",
             path=path,
-            hint="all modules have one, or none; build again",
+            hint="all modules must have one, or none; export or build again",
         )
         found |= {module.name: replace(module, fault=fault) for module in calibrated}
 

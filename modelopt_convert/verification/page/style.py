@@ -53,10 +53,10 @@ rect.fail{fill:var(--fill-fail)}rect.other{fill:var(--fill-other)}
 i{display:inline-block;font-style:normal;width:13px;height:13px;border-radius:3px;vertical-align:-1px;--b:var(--fill-other)}
 i.pass{--b:var(--fill-pass)}i.part{--b:var(--fill-part)}i.warn{--b:var(--fill-warn)}i.fail{--b:var(--fill-fail)}
 i{background:var(--b)}
-.map{display:grid;gap:3px}
-.map p{display:grid;grid-template-columns:minmax(120px,190px) 1fr;gap:4px 12px;margin:0;align-items:start}
-.map p>:first-child{font:.82rem/22px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
-overflow-wrap:anywhere}
+.map{display:grid;grid-template-columns:fit-content(45%) 1fr;gap:3px 12px;align-items:start}
+.map p{display:contents}
+.map p>:first-child{min-width:178px;overflow-wrap:anywhere;
+font:.82rem/22px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .map span+span{display:flex;flex-wrap:wrap;gap:2px}
 .map i{width:22px;height:22px;border-radius:4px;font-size:.72rem;line-height:22px;text-align:center;color:#0c1a12;
 font-variant-numeric:tabular-nums}
@@ -91,7 +91,7 @@ ul{margin:4px 0 0;padding-left:18px}
 summary{cursor:pointer;font-weight:600}details[open] summary{margin-bottom:10px}
 @media (max-width:820px){main{padding:12px 12px 32px}section,details{padding:16px;border-radius:10px}
 .verdict{padding:18px 16px}h1{font-size:1.55rem}
-.map p{grid-template-columns:1fr;gap:0;margin-bottom:6px}
+.map{grid-template-columns:1fr}.map p{display:block;margin:0 0 6px}
 thead{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
 table,tbody{display:block}
 tr{display:flex;flex-wrap:wrap;gap:2px 14px;padding:10px 0;border-bottom:1px solid var(--line)}

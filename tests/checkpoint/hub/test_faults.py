@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "_home").mkdir(exist_ok=True)
     (tmp_path / "_home" / "assets").write_text("a file")
-    with pytest.raises(MoptError, match="cannot be held") as error:
+    with pytest.raises(MoptError, match="cannot be stored") as error:
         everything()
     assert error.value.code == "storage.spool" and str(tmp_path) in error.value.message
 

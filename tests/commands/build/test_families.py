@@ -208,7 +208,7 @@ def test_a_keep_fp32_pattern_that_matches_nothing_is_an_error(families: Path, tm
 
 
 def test_fused_scales_that_differ_are_reported_and_pass(families: Path, tmp_path: Path) -> None:
-    """ModelOpt does not unify q, k and v of Wan's attn2 (k and v only); SGLang rebases them."""
+    """ModelOpt does not unify q, k and v of Wan's attn2 (k and v only); SGLang brings them to one scale."""
     where = families / "wan"
     preset = wan_preset(tmp_path / "wan.toml", "[]")
     outcome = build(where / "nvfp4", where / "base", tmp_path / "out", preset=str(preset))

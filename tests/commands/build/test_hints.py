@@ -394,9 +394,8 @@ def test_a_fault_of_many_modules_is_one_line(nvfp4: Path, tmp_path: Path) -> Non
     report = json.loads(run_mopt("inspect", export).stdout)
     names = [fault["module"] for fault in report["lint"] if fault["code"] == "input_scale.missing"]
     assert len(names) == len(packed_in(load(nvfp4 / "transformer"))) > 3
-    line = (
-        f"lint: {len(names)} modules: no input_scale; SGLang puts 1.0: {', '.join(names[:3])} and {len(names) - 3} more"
-    )
+    first = f"{', '.join(names[:3])} and {len(names) - 3} more"
+    line = f"lint: {len(names)} modules: no input_scale; SGLang takes 1.0: {first}"
     lines = [one for one in outcome.stdout.splitlines() if one.startswith("lint: ")]
     assert f"{line} [input_scale.missing]" in lines
     codes = [one.rpartition("[")[2] for one in lines if " modules: " in one]
@@ -407,4 +406,4 @@ def test_one_fault_is_told_with_its_module(nvfp4: Path, tmp_path: Path) -> None:
     (name, *_) = packed_in(load(nvfp4 / "transformer"))
     export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors.pop(f"{name}.input_scale"))
     outcome = run_mopt("inspect", export, json_report=False)
-    assert f"lint: {name}: no input_scale; SGLang puts 1.0 [input_scale.missing]" in outcome.stdout.splitlines()
+    assert f"lint: {name}: no input_scale; SGLang takes 1.0 [input_scale.missing]" in outcome.stdout.splitlines()
