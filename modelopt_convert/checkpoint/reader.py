@@ -11,6 +11,7 @@ from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
 from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, index_of, is_shard_name, without_variants
 from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, identify, open_file, read_small
+from modelopt_convert.checkpoint.recipe import recipe_of, renamed
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -106,11 +107,15 @@ class CheckpointReader:
         Args:
             names: The new name of each tensor to keep, by its name in the files.
         """
-        kept = {new: self.tensors[old] for old, new in names.items()}
-        self.tensors = {
-            new: TensorInfo(new, info.dtype, info.shape, info.file, info.start, info.num_bytes)
-            for new, info in kept.items()
-        }
+        self.present({new: renamed(self.tensors[old], new) for old, new in names.items()})
+
+    def present(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Go on with other tensors, whose bytes come from the same files.
+
+        Args:
+            tensors: By name.
+        """
+        self.tensors = dict(tensors)
 
     def digest_content(self) -> None:
         """From now on digest what is read, so that the identity has all bytes once all were read."""
@@ -145,10 +150,24 @@ class CheckpointReader:
         """
         self._check_size(name, num_bytes, MAX_READ_BYTES)
         info = self.tensors[name]
-        found = self._files[info.file].read(info.start + begin, num_bytes)
+        found = self._read(info, begin, num_bytes)
         if self.content is not None:
             self.content.note(name, begin, found)
         return found
+
+    def read_of(self, info: TensorInfo, begin: int, num_bytes: int) -> bytes:
+        """Bytes of a tensor that comes from the files of this checkpoint, whether it is presented or not.
+
+        Args:
+            info: The tensor.
+            begin: The first byte.
+            num_bytes: How many.
+
+        Raises:
+            MoptError: What ``read_range`` raises.
+            OSError: The disk failed.
+        """
+        return self._read(info, begin, num_bytes)
 
     def read_into(self, name: str, begin: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
@@ -158,7 +177,10 @@ class CheckpointReader:
             OSError: The disk failed.
         """
         info = self.tensors[name]
-        self._files[info.file].read_into(info.start + begin, target)
+        if info.recipe is None:
+            self._files[info.file].read_into(info.start + begin, target)
+        else:
+            target[:] = self._read(info, begin, target.nbytes)
         if self.content is not None:
             self.content.note(name, begin, target)
 
@@ -200,8 +222,10 @@ class CheckpointReader:
             yield piece
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        """Descriptor and offset of a tensor's bytes; None if the bytes lie on the Hub."""
+        """Descriptor and offset of a tensor's bytes; None if the bytes lie on the Hub, or are not one stretch."""
         info = self.tensors[name]
+        if info.recipe is not None:
+            return None
         fd = self._files[info.file].fileno()
         return None if fd is None else (fd, info.start)
 
@@ -235,9 +259,17 @@ class CheckpointReader:
     def _by_file(self, readings: Iterable[Reading]) -> dict[str, list[tuple[int, int]]]:
         found: dict[str, list[tuple[int, int]]] = {}
         for name, begin, num_bytes in readings:
-            info = self.tensors[name]
-            found.setdefault(info.file, []).append((info.start + begin, info.start + begin + num_bytes))
+            for one in recipe_of(self.tensors[name]).extents(begin, num_bytes):
+                found.setdefault(one.file, []).append((one.start, one.start + one.num_bytes))
         return found
+
+    def _read(self, info: TensorInfo, begin: int, num_bytes: int) -> bytes:
+        if info.recipe is None:
+            return self._files[info.file].read(info.start + begin, num_bytes)
+        return bytes(info.recipe.read(begin, num_bytes, self._fetch))
+
+    def _fetch(self, file: str, start: int, num_bytes: int) -> bytes:
+        return self._files[file].read(start, num_bytes)
 
     def check_unchanged(self) -> None:
         """Compare the files with what they were at opening.

@@ -36,6 +36,7 @@ Result = TypeVar("Result", covariant=True)
 # The command line takes the first of several types.
 Place = str | Path  # may be hf://
 Folder = str | Path
+TargetName = Literal["comfyui", "modelopt", "bfl-diffusers", "torchao", "compressed-tensors", "bf16"]
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -67,6 +68,20 @@ class Flag:
     maximum: float | None = None
     after: str | None = None
     values: Callable[[], Sequence[str]] | None = None
+
+
+def shard_bytes(request: "Request[Any]", size: str) -> int:
+    """Bytes of a size such as 5GB.
+
+    Raises:
+        UsageError: It is no size.
+    """
+    found = _SIZE.fullmatch(size)
+    number, unit, binary = found.groups() if found else ("inf", "K", "")
+    count = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
+    if count > sys.float_info.max:
+        request.refuse("max_shard_size", f"{shown(size)} is not a size such as 5GB or 500MB")
+    return int(count)
 
 
 def preset_values() -> list[str]:
@@ -378,12 +393,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     @property
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
-        found = _SIZE.fullmatch(self.max_shard_size)
-        number, unit, binary = found.groups() if found else ("inf", "K", "")
-        size = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
-        if size > sys.float_info.max:
-            self.refuse("max_shard_size", f"{shown(self.max_shard_size)} is not a size such as 5GB or 500MB")
-        return int(size)
+        return shard_bytes(self, self.max_shard_size)
 
     @property
     def preset_file(self) -> Path | None:
@@ -511,6 +521,45 @@ class UnswizzleScalesRequest(RewriteRequest):
     def kind(self) -> Literal["unswizzle", "swizzle"]:
         """Which rewrite."""
         return "swizzle" if self.reverse else "unswizzle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest(_Replacing):
+    """Convert a checkpoint from one dialect into another, and read the result back."""
+
+    command: ClassVar[str] = "convert"
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+    source: Annotated[
+        Place,
+        Flag(
+            "A quantized transformer: its folder, its pipeline's, or one .safetensors file; it is not changed.",
+            metavar="SOURCE",
+        ),
+    ] = field(kw_only=False)
+    output: Annotated[Folder, Flag("The folder to write.", metavar="OUTPUT")] = field(kw_only=False)
+    to: Annotated[TargetName, Flag("The dialect to write.")]
+    from_: Annotated[
+        TargetName | None, Flag("The dialect of SOURCE, where names and markers do not tell.", name="--from")
+    ] = None
+    base: Annotated[Place | None, Flag("The unquantized base: SOURCE is proven against it.", metavar="BASE")] = None
+    inexact: Annotated[
+        Literal["refuse", "bf16", "rebase", "requantize"],
+        Flag("What becomes of modules that the target cannot hold exactly."),
+    ] = "refuse"
+    dry_run: Annotated[bool, Flag("Open, plan, refuse, print; write nothing.", short="-n")] = False
+    download: Download = False
+    workers: Workers = None
+    max_shard_size: Annotated[str, Flag("Largest output file, such as 5GB or 500MB.", metavar="SIZE")] = "5GB"
+
+    @property
+    def worker_count(self) -> int:
+        """Tensors that are worked on at a time."""
+        return self.workers or default_workers()
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest output file, in bytes of tensors."""
+        return shard_bytes(self, self.max_shard_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
