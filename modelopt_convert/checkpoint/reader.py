@@ -180,7 +180,7 @@ class CheckpointReader:
         if info.recipe is None:
             self._files[info.file].read_into(info.start + begin, target)
         else:
-            target[:] = self._read(info, begin, target.nbytes)
+            info.recipe.fill(begin, target, self._fetch)
         if self.content is not None:
             self.content.note(name, begin, target)
 
@@ -266,10 +266,12 @@ class CheckpointReader:
     def _read(self, info: TensorInfo, begin: int, num_bytes: int) -> bytes:
         if info.recipe is None:
             return self._files[info.file].read(info.start + begin, num_bytes)
-        return bytes(info.recipe.read(begin, num_bytes, self._fetch))
+        found = bytearray(num_bytes)
+        info.recipe.fill(begin, memoryview(found), self._fetch)
+        return bytes(found)
 
-    def _fetch(self, file: str, start: int, num_bytes: int) -> bytes:
-        return self._files[file].read(start, num_bytes)
+    def _fetch(self, file: str, start: int, target: memoryview) -> None:
+        self._files[file].read_into(start, target)
 
     def check_unchanged(self) -> None:
         """Compare the files with what they were at opening.

@@ -11,14 +11,14 @@ from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
 from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, round_up
 
-Fetch = Callable[[str, int, int], bytes]
-"""Reads a file by name: the first byte, and how many."""
+Fetch = Callable[[str, int, memoryview], None]
+"""Fills a buffer with bytes of a file: the file's name, and the first byte."""
+_PIECE_WORDS = 8192
 _NIBBLE = np.uint64(4)
 _LOW = np.uint64(0x0F0F0F0F0F0F0F0F)  # the low nibble of each byte
 
@@ -30,11 +30,11 @@ class Recipe(Protocol):
     def num_bytes(self) -> int:
         """How many there are."""
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> bytes | memoryview:
-        """Some of them."""
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on; it may be written to more than once."""
 
     def extents(self, begin: int, num_bytes: int) -> "Iterator[Extent]":
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class Extent:
     start: int
     num_bytes: int
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> bytes:
-        """Some of them."""
-        return fetch(self.file, self.start + begin, num_bytes)
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        fetch(self.file, self.start + begin, target)
 
     def extents(self, begin: int, num_bytes: int) -> "Iterator[Extent]":
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
         yield Extent(self.file, self.start + begin, num_bytes)
 
 
@@ -65,9 +65,9 @@ class Constant:
         """How many there are."""
         return len(self.data)
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> bytes:
-        """Some of them."""
-        return self.data[begin : begin + num_bytes]
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        target[:] = self.data[begin : begin + target.nbytes]
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
         """Nothing is taken of files."""
@@ -80,9 +80,9 @@ class Zeros:
 
     num_bytes: int
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> bytes:
-        """Some of it."""
-        return bytes(num_bytes)
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with zeros."""
+        target[:] = bytes(target.nbytes)
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
         """Nothing is taken of files."""
@@ -97,12 +97,12 @@ class Cut:
     start: int
     num_bytes: int
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> bytes | memoryview:
-        """Some of it."""
-        return self.of.read(self.start + begin, num_bytes, fetch)
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        self.of.fill(self.start + begin, target, fetch)
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
         return self.of.extents(self.start + begin, num_bytes)
 
 
@@ -117,13 +117,15 @@ class Joined:
         """How many bytes there are."""
         return sum(part.num_bytes for part in self.parts)
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> bytes | memoryview:
-        """Some of them."""
-        pieces = [part.read(first, count, fetch) for part, first, count in self._within(begin, num_bytes)]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        done = 0
+        for part, first, count in self._within(begin, target.nbytes):
+            part.fill(first, target[done : done + count], fetch)
+            done += count
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
         for part, first, count in self._within(begin, num_bytes):
             yield from part.extents(first, count)
 
@@ -146,16 +148,25 @@ class NibblesSwapped:
         """How many bytes there are."""
         return self.of.num_bytes
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> memoryview:
-        """Some of them."""
-        stored = self.of.read(begin, num_bytes, fetch)
-        words = np.frombuffer(stored if num_bytes % 8 == 0 else bytes(stored) + bytes(-num_bytes % 8), np.uint64)
-        swapped = (words >> _NIBBLE) & _LOW  # eight bytes at a time: twelve times as fast as one by one
-        swapped |= (words & _LOW) << _NIBBLE
-        return memoryview(swapped.view(np.uint8))[:num_bytes]
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        self.of.fill(begin, target, fetch)
+        codes = np.frombuffer(target, np.uint8)
+        whole = codes.size // 8 * 8
+        words = codes[:whole].view(np.uint64)
+        # In place, and in pieces whose temporaries the allocator keeps: fresh memory would cost more than the work.
+        for first in range(0, words.size, _PIECE_WORDS):
+            piece = words[first : first + _PIECE_WORDS]
+            high = piece >> _NIBBLE
+            high &= _LOW
+            piece &= _LOW
+            piece <<= _NIBBLE
+            piece |= high
+        rest = codes[whole:]
+        rest[:] = rest >> 4 | rest << 4
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
         return self.of.extents(begin, num_bytes)
 
 
@@ -178,19 +189,21 @@ class RowMajor:
         """How many bytes there are."""
         return self.rows * self.columns
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> memoryview:
-        """Some of them."""
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        num_bytes = target.nbytes
         first, last = self._tiles(begin, num_bytes)
         width = padded_shape(self.rows, self.columns)[1]
-        stored = _bytes(self.of.read(first * ROW_TILE * width, (last - first) * ROW_TILE * width, fetch))
+        stored = np.empty((last - first) * ROW_TILE * width, np.uint8)
+        self.of.fill(first * ROW_TILE * width, stored.data, fetch)
         tiles = stored.view(np.int32).reshape(last - first, width // COLUMN_TILE, 32, 4)  # four scales a word
         grid = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1)).view(np.uint8).reshape(-1, width)
         rows = np.ascontiguousarray(grid[:, : self.columns]).reshape(-1)
         skipped = begin - first * ROW_TILE * self.columns
-        return rows[skipped : skipped + num_bytes].data
+        target[:] = rows[skipped : skipped + num_bytes].data
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
         first, last = self._tiles(begin, num_bytes)
         width = padded_shape(self.rows, self.columns)[1]
         return self.of.extents(first * ROW_TILE * width, (last - first) * ROW_TILE * width)
@@ -218,22 +231,23 @@ class Tiled:
         """How many bytes there are, padding included."""
         return math.prod(padded_shape(self.rows, self.columns))
 
-    def read(self, begin: int, num_bytes: int, fetch: Fetch) -> memoryview:
-        """Some of them."""
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        num_bytes = target.nbytes
         width = padded_shape(self.rows, self.columns)[1]
         first, last = self._tiles(begin, num_bytes)
         start, count = self._taken(first, last)
         grid = np.zeros(((last - first) * ROW_TILE, width), np.uint8)
-        grid[: count // self.columns, : self.columns] = _bytes(self.of.read(start, count, fetch)).reshape(
-            -1, self.columns
-        )
+        taken = np.empty(count, np.uint8)
+        self.of.fill(start, taken.data, fetch)
+        grid[: count // self.columns, : self.columns] = taken.reshape(count // self.columns, self.columns)
         words = grid.view(np.int32).reshape(last - first, 4, 32, width // COLUMN_TILE)
         tiled = np.ascontiguousarray(words.transpose(0, 3, 2, 1)).view(np.uint8).reshape(-1)
         skipped = begin - first * ROW_TILE * width
-        return tiled[skipped : skipped + num_bytes].data
+        target[:] = tiled[skipped : skipped + num_bytes].data
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
-        """What ``read`` takes of files."""
+        """What ``fill`` takes of files."""
         return self.of.extents(*self._taken(*self._tiles(begin, num_bytes)))
 
     def _tiles(self, begin: int, num_bytes: int) -> tuple[int, int]:
@@ -305,7 +319,3 @@ def padded_rows(info: TensorInfo, name: str, multiple: int) -> TensorInfo:
         return renamed(info, name)
     zeros = Zeros((rows - info.shape[0]) * (info.num_bytes // info.shape[0]))
     return made(name, info.dtype, (rows, *info.shape[1:]), Joined((recipe_of(info), zeros)), info.file)
-
-
-def _bytes(raw: bytes | memoryview) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(raw, np.uint8)

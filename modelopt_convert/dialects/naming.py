@@ -30,9 +30,7 @@ def under_diffusers_names(described: Canonical, found: Found, where: str) -> Can
         native = full.removeprefix(found.prefix.rstrip(".")).removeprefix(".") if found.prefix else full
         quantized = described.modules.get(full)
         weight = roles.get("weight")
-        rows, columns = (
-            (quantized.rows, quantized.columns) if quantized is not None else _size(weight)
-        )
+        rows, columns = (quantized.rows, quantized.columns) if quantized is not None else _size(weight)
         members = found.family.members(native, rows, columns) if weight is not None and weight.shape else None
         for role, info in roles.items():
             if members is None:
@@ -81,7 +79,11 @@ def under_native_names(described: Canonical, family: Family, spelling: Naming, p
         for role, info in first.items():
             leaf = family.native_tensor(info.name, spelling) if len(members) == 1 else f"{native}.{role}"
             name = f"{prefix}{leaf}"
-            one = joined_rows(name, [roles_of[member][role] for member in members]) if _by_row(info, role) else renamed(info, name)
+            one = (
+                joined_rows(name, [roles_of[member][role] for member in members])
+                if _by_row(info, role)
+                else renamed(info, name)
+            )
             tensors[name] = halves_swapped(one, name) if family.swapped(native) and _by_row(info, role) else one
         quantized = [described.modules[member] for member in members if member in described.modules]
         if quantized:

@@ -32,16 +32,12 @@ def fused_groups(described: Canonical, family: Family, form: Form) -> dict[str, 
     """Modules that a form's naming fuses, with their members by diffusers' names; only where one is quantized."""
     if form.naming == "diffusers":
         return {}
-    natives = {
-        place[0] for name in described.modules if (place := family.native(name, form.naming)) is not None
-    }
+    natives = {place[0] for name in described.modules if (place := family.native(name, form.naming)) is not None}
     groups = {native: family.fused(native) for native in sorted(natives)}
     return {native: members for native, members in groups.items() if len(members) > 1}
 
 
-def unequal_groups(
-    described: Canonical, groups: Mapping[str, tuple[str, ...]], read: ReadBytes
-) -> list[Unequal]:
+def unequal_groups(described: Canonical, groups: Mapping[str, tuple[str, ...]], read: ReadBytes) -> list[Unequal]:
     """Groups that cannot be one module exactly."""
     by_module = grouped(described.tensors.values())
     found: list[Unequal] = []

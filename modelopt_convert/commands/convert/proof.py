@@ -59,7 +59,11 @@ def compare(
                 done.failures.append(f"tensor {name!r}: differs within bytes {begin} to {begin + count}")
                 break
     if wanted.modules != found.modules:
-        odd = sorted(name for name in wanted.modules.keys() | found.modules.keys() if wanted.modules.get(name) != found.modules.get(name))
+        odd = sorted(
+            name
+            for name in wanted.modules.keys() | found.modules.keys()
+            if wanted.modules.get(name) != found.modules.get(name)
+        )
         done.failures.append(f"module {odd[0]!r}: {wanted.modules.get(odd[0])} became {found.modules.get(odd[0])}")
     wrong = {module_of(words.split("'")[1]) for words in done.failures}
     done.modules = set(wanted.modules) - wrong
