@@ -234,6 +234,8 @@ class Tiled:
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
         num_bytes = target.nbytes
+        if not num_bytes:
+            return
         width = padded_shape(self.rows, self.columns)[1]
         first, last = self._tiles(begin, num_bytes)
         start, count = self._taken(first, last)

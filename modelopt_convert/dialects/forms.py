@@ -9,7 +9,7 @@ from modelopt_convert.dialects.modelopt.form import FORM as MODELOPT
 
 FORMS: Mapping[str, Form] = {one.name: one for one in (MODELOPT, COMFYUI)}
 # A dialect as it is recognised, by the first part of its name.
-_OF: Mapping[str, Form] = {"modelopt": MODELOPT, "comfyui": COMFYUI}
+_OF: Mapping[str, Form] = {"modelopt": MODELOPT, "comfyui": COMFYUI, "bfl": COMFYUI}
 
 
 def form_of(dialect: Dialect) -> Form | None:

@@ -40,7 +40,7 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
     Args:
         reader: The checkpoint, opened.
         wanted: The dialect, if the user named it.
-        known: The model's tensors under diffusers' names, as far as a base tells them: their shapes say what is padding.
+        known: The model's tensors under diffusers' names, as far as they are known: shapes tell padding.
 
     Raises:
         InputError: ``convert.dialect``, ``naming.*`` or ``dialect.*``.

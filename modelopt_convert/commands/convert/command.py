@@ -33,12 +33,12 @@ from modelopt_convert.commands.command import (
 )
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
 from modelopt_convert.commands.convert.proof import Compared, compare
-from modelopt_convert.dialects.source import Source, describe
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Written
 from modelopt_convert.dialects.forms import FORMS
-from modelopt_convert.dialects.modelopt.dialect import FILE_PATTERN, INDEX_NAME
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.naming import under_native_names
+from modelopt_convert.dialects.source import Source, describe
 from modelopt_convert.plan.plan import Origin, ShardPlan, Step, split_into_shards
 from modelopt_convert.report.report import Report
 from modelopt_convert.run.progress import Progress
@@ -166,7 +166,7 @@ class ConvertCommand:
             split = split_into_shards(specs, self._request.shard_bytes)
             shards = tuple(ShardPlan(one.file, one.tensors, written.metadata) for one in split)
         else:
-            (algorithm, *_) = sorted({one.algorithm for one in described.modules.values()}) or ["bf16"]
+            algorithm = min({one.algorithm for one in described.modules.values()}, default="bf16", key=str)
             shards = (ShardPlan(f"{family.name}-{algorithm}.safetensors", tuple(specs), written.metadata),)
         return ConvertPlan(steps, shards, written, described)
 

@@ -34,9 +34,11 @@ class _ModelOpt:
     def read(self, headers: Headers, read: ReadBytes, true_rows: Mapping[str, int], where: str) -> Canonical:
         target = format_of(headers.tensors)
         true_shapes = {
-            f"{name}.weight": (rows, headers.tensors[f"{name}.weight"].shape[1] * 2)
+            f"{name}.weight": (rows, info.shape[1] * 2)
             for name, rows in true_rows.items()
-            if f"{name}.weight" in headers.tensors and target.algorithm == "nvfp4"
+            if (info := headers.tensors.get(f"{name}.weight")) is not None
+            and info.dtype == "U8"
+            and len(info.shape) == 2
         }
         evidence = Evidence(true_shapes, dynamic_inputs=declares_dynamic_inputs(headers.config))
         found = find_packed(headers.tensors, target, evidence, path=where).or_raise()
