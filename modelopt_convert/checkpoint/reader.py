@@ -61,6 +61,7 @@ class CheckpointReader:
         self.indexes: tuple[str, ...] = ()
         self.content: Content | None = None
         self._files: dict[str, OpenFile] = {}
+        self._beside: dict[str, OpenFile] = {}
         self._headers = hashlib.sha256()
         try:
             small: dict[str, bytes] = {}
@@ -116,6 +117,15 @@ class CheckpointReader:
             tensors: By name.
         """
         self.tensors = dict(tensors)
+
+    def take_beside(self, place: str, other: "CheckpointReader") -> None:
+        """Let recipes take bytes of another checkpoint too, which stays open as long as this one is read.
+
+        Args:
+            place: What stands in front of the names of its files, see ``recipe.Elsewhere``.
+            other: The other checkpoint.
+        """
+        self._beside |= {f"{place}/{name}": file for name, file in other._files.items()}
 
     def digest_content(self) -> None:
         """From now on digest what is read, so that the identity has all bytes once all were read."""
@@ -232,11 +242,11 @@ class CheckpointReader:
     def prefetch(self, readings: Iterable[Reading]) -> None:
         """Say what will be read soon: what lies on the Hub is then fetched together, ahead of the reader."""
         for file, ranges in self._by_file(readings).items():
-            self._files[file].prefetch(ranges)
+            self._any(file).prefetch(ranges)
 
     def unfetched(self, readings: Iterable[Reading]) -> int:
         """Bytes that reading this would bring over the network."""
-        return sum(self._files[file].unfetched(ranges) for file, ranges in self._by_file(readings).items())
+        return sum(self._any(file).unfetched(ranges) for file, ranges in self._by_file(readings).items())
 
     def traffic(self) -> tuple[int, int]:
         """Bytes and ranges that came over the network so far."""
@@ -271,7 +281,10 @@ class CheckpointReader:
         return bytes(found)
 
     def _fetch(self, file: str, start: int, target: memoryview) -> None:
-        self._files[file].read_into(start, target)
+        self._any(file).read_into(start, target)
+
+    def _any(self, file: str) -> OpenFile:
+        return self._beside[file] if file in self._beside else self._files[file]
 
     def check_unchanged(self) -> None:
         """Compare the files with what they were at opening.
