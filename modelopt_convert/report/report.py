@@ -44,6 +44,10 @@ class InputReport(_Model):
     bytes: int
     files: list[str]
     skipped_files: list[str]
+    config_from: str | None = Field(
+        default=None,
+        description="where its config is from: config.json, --config, header, beside the file, or export",
+    )
     renamed: dict[str, str] = Field(
         default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"
     )
