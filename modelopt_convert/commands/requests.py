@@ -551,7 +551,7 @@ class ConvertRequest(_Replacing):
     """Convert a checkpoint from one dialect into another, and read the result back."""
 
     command: ClassVar[str] = "convert"
-    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base", "config")
     source: Annotated[
         Place,
         Flag(
@@ -565,6 +565,8 @@ class ConvertRequest(_Replacing):
         TargetName | None, Flag("The dialect of SOURCE, where names and markers do not tell.", name="--from")
     ] = None
     base: Annotated[Place | None, Flag("The unquantized base: SOURCE is proven against it.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
     inexact: Annotated[
         Literal["refuse", "bf16", "rebase", "requantize"],
         Flag("What becomes of modules that the target cannot hold exactly."),
@@ -573,6 +575,15 @@ class ConvertRequest(_Replacing):
     download: Download = False
     workers: Workers = None
     max_shard_size: Annotated[str, Flag("Largest output file, such as 5GB or 500MB.", metavar="SIZE")] = "5GB"
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if self.inexact == "requantize" and self.base is None:
+            self.refuse("base", "is required with --inexact requantize, which quantizes the base")
+        if is_far(self.output):
+            self.refuse("output", "is a folder on disk")
+        if self.shard_bytes <= 0:
+            self.refuse("max_shard_size", "must be more than nothing")
 
     @property
     def worker_count(self) -> int:

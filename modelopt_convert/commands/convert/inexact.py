@@ -93,15 +93,13 @@ def settle(
     now = described
     for one in found:
         packed = tuple(name for name in one.members if name in described.modules)
-        before = now
-        if choice == "bf16":
-            now, how = _unpacked(now, one.members, base, read), "bf16"
-        elif choice == "requantize" and not _same_weights(now, one, read):
-            now, how = _requantized(now, one.members, base, read, measure=measure), "requantized"
-        elif not _same_weights(now, one, read):
-            now, how = _rebased(now, one.members, read), "rebased"
-        else:
-            how = None
+        before, how = now, _how(now, one, choice, read)
+        if how == "bf16":
+            now = _unpacked(now, one.members, base, read)
+        elif how == "requantized":
+            now = _requantized(now, one.members, base, read, measure=measure)
+        elif how == "rebased":
+            now = _rebased(now, one.members, read)
         now = _one_input_scale(now, one.members, told, read)
         if how is not None:
             error, is_bound = _error(before, now, packed, how, base, read, measure=measure)
@@ -117,6 +115,15 @@ def unpack_all(described: Canonical, read: ReadBytes) -> Settled:
         bound = BF16_BOUND if _is_normal(quantized, described.of(name), read) else None
         lossy.append(Lossy(name, (name,), "bf16", "the target is not quantized", bound, bound is not None))
     return Settled(now, tuple(lossy), {})
+
+
+def _how(described: Canonical, one: Unequal, choice: Inexact, read: ReadBytes) -> How | None:
+    """What becomes of a group's weights; None where they stay as they are."""
+    if choice == "bf16":
+        return "bf16"
+    if _same_weights(described, one, read):
+        return None
+    return "requantized" if choice == "requantize" else "rebased"
 
 
 def _same_weights(described: Canonical, one: Unequal, read: ReadBytes) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, grouped
+from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes, grouped
 from modelopt_convert.families.family import Family
 from modelopt_convert.run.errors import InputError
 
@@ -32,11 +32,11 @@ class Unequal:
     rebases: bool
 
 
-def fused_groups(described: Canonical, family: Family, form: Form) -> dict[str, tuple[str, ...]]:
-    """Modules that a form's naming fuses, with their members by diffusers' names; only where one is quantized."""
-    if form.naming == "diffusers":
+def fused_groups(described: Canonical, family: Family, naming: Naming) -> dict[str, tuple[str, ...]]:
+    """Modules that a naming fuses, with their members by diffusers' names; only where one is quantized."""
+    if naming == "diffusers":
         return {}
-    natives = {place[0] for name in described.modules if (place := family.native(name, form.naming)) is not None}
+    natives = {place[0] for name in described.modules if (place := family.native(name, naming)) is not None}
     groups = {native: family.fused(native) for native in sorted(natives)}
     return {native: members for native, members in groups.items() if len(members) > 1}
 

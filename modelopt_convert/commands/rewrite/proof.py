@@ -10,7 +10,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import other_base, read_record
 from modelopt_convert.commands.build.proof import module_report, verdict_counts
 from modelopt_convert.commands.command import Warned, not_compared
-from modelopt_convert.commands.requests import RewriteRequest
+from modelopt_convert.commands.requests import ConvertRequest, RewriteRequest
 from modelopt_convert.commands.rewrite.plan import first_layout
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import FORMAT
@@ -89,7 +89,9 @@ def compare_bases(source: CheckpointReader, base: CheckpointReader) -> list[Warn
     return [("base.not_recorded", words) for words in other_base(record, base.identity())]
 
 
-def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> Rewritten:
+def prove_rewritten(
+    written: CheckpointReader, base: CheckpointReader, request: RewriteRequest | ConvertRequest
+) -> Rewritten:
     """Prove every byte of every packed module, and every other tensor; see that all scales can be used."""
     import torch
 
