@@ -30,7 +30,7 @@ from modelopt_convert.commands.command import (
     warnings_of,
 )
 from modelopt_convert.commands.convert.inexact import BASE
-from modelopt_convert.commands.convert.output import ConvertPlan, plan_output, small_files
+from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
 from modelopt_convert.commands.convert.proof import Compared, compare, no_proof, prove_source
 from modelopt_convert.commands.convert.told import convert_report
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
@@ -112,6 +112,7 @@ class ConvertCommand:
                 claim = self._claim(reader, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
                 self._kept = keep(reader, found, plan.settled, plan.changed, _own_config(reader))
+            self._warned += not_restored_warnings(plan)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return

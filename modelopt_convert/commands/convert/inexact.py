@@ -103,7 +103,8 @@ def settle(
         now = _one_input_scale(now, one.members, told, read)
         if how is not None:
             error, is_bound = _error(before, now, packed, how, base, read, measure=measure)
-            lossy.append(Lossy(one.native, packed, how, one.why, error, is_bound))
+            of_base = "; the values are the base's own" if how == "bf16" and base is not None else ""
+            lossy.append(Lossy(one.native, packed, how, f"{one.why}{of_base}", error, is_bound))
     return Settled(now, tuple(lossy), told)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.strict_json import json_bytes
-from modelopt_convert.commands.command import without_quantization
+from modelopt_convert.commands.command import Warned, without_quantization
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpack_all
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
 from modelopt_convert.commands.convert.way_back import Claim, Restored, restore
@@ -118,6 +118,20 @@ def small_files(plan: ConvertPlan) -> dict[str, bytes]:
         total = {"total_size": sum(step.output.num_bytes for step in plan.steps.values())}
         files[INDEX_NAME] = json_bytes({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
     return files
+
+
+def not_restored_warnings(plan: ConvertPlan) -> list[Warned]:
+    """What of the record of the source was not used."""
+    found = plan.restored
+    if isinstance(found, Restored):
+        if not found.not_used:
+            return []
+        words = f"{len(found.not_used)} of its entries were not used ({found.not_used[0]})"
+    elif found is not None:
+        words = f"nothing of it was used ({found})"
+    else:
+        return []
+    return [("convert.not_restored", f"the record says what the source was made from; {words}")]
 
 
 def _with_config(described: Canonical, base: CheckpointReader | None) -> Canonical:

@@ -112,20 +112,21 @@ def keep(
         again = source.form.write(_named(seen, found.family, found.spelling, found.prefix), read).tensors
     except InputError:  # what is left has no place in the source's dialect, such as BF16 alone
         again = {}
-    other = {name for name, info in settled.tensors.items() if source.described.tensors.get(name) is not info}
-    touched = {_native(name, found) for name in other if settled.tensors[name].num_bytes > _SMALL}
+    # By identity: what is kept as it was is the very same object.
+    before, after = source.described.tensors, settled.tensors
+    touched = {_native(name, found) for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
     files: dict[str, dict[str, Any]] = {}
     lost: list[str] = []
     for name, info in reader.tensors.items():
         entry: list[Any] = [info.dtype, list(info.shape)]
         made = again.get(name)
-        if not _is_same(made, info, read):
+        if name in touched:
+            lost.append(name)
+        elif not _is_same(made, info, read):
             if info.num_bytes <= _SMALL:
                 entry.append(base64.b64encode(read(info, 0, info.num_bytes)).decode())
             elif made is None or made.num_bytes != info.num_bytes or _is_moved(made, info):
                 lost.append(name)
-        if name in touched and info.num_bytes > _SMALL and name not in lost:
-            lost.append(name)
         file = files.setdefault(info.file, {"metadata": list(reader.metadata.get(info.file, {}).items())})
         file.setdefault("tensors", {})[name] = entry
     entry_of = {
@@ -218,11 +219,13 @@ def restore(
         The output; in words why not, where nothing of the claim holds.
     """
     refused: set[str] = set()
-    config, told = _config_of(claim, written, settled)
+    missing = _missing(written, claim)
+    config, told = (None, []) if missing else _config_of(claim, written, settled)
     for _ in range(3):  # each round has fewer tensors of the claim; what is left after that is not used
-        candidate, used, words = _candidate(written, claim, refused)
+        candidate, used = _candidate(written, claim, refused, extra=not missing)
+        metadata = {file: written.metadata if missing else entries for file, (entries, _) in claim.files.items()}
         try:
-            again = _described(candidate, claim, target, source.found.family, config, settled, read, where)
+            again = _described(candidate, claim, target, source.found.family, config, metadata, settled, read, where)
         except InputError as error:
             return error.message
         odd = {
@@ -230,13 +233,15 @@ def restore(
             for name in again.tensors.keys() | settled.tensors.keys()
             if not _is_same(again.tensors.get(name), settled.tensors.get(name), read)
         }
-        if any(_is_large(again.tensors.get(name)) or _is_large(settled.tensors.get(name)) for name in odd):
+        if again.modules != settled.modules or any(
+            _is_large(again.tensors.get(name)) or _is_large(settled.tensors.get(name)) for name in odd
+        ):
             return "it is of another checkpoint"
         wrong = _contradicted(again, odd, source, raw, read)
         if not wrong:
             changed = {name: read(again.tensors[name], 0, again.tensors[name].num_bytes) for name in odd}
-            shards = _shards(candidate, claim)
-            not_used = [*told, *words, *(f"{name}: the file says otherwise" for name in sorted(refused))]
+            shards = _shards(candidate, claim, metadata)
+            not_used = [*told, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
             return Restored(candidate, shards, config, tuple(used), tuple(not_used), changed)
         before = len(refused)
         refused |= {name for name in used if any(_in_module(name, one, claim, source) for one in wrong)}
@@ -289,32 +294,50 @@ def _is_same(made: TensorInfo | None, info: TensorInfo | None, read: ReadBytes) 
     return read(made, 0, made.num_bytes) == read(info, 0, info.num_bytes)
 
 
-def _candidate(written: Written, claim: Claim, refused: set[str]) -> tuple[Written, list[str], list[str]]:
-    """The output with everything of the claim that is not refused; what is used; and what cannot be, in words."""
+def _missing(written: Written, claim: Claim) -> list[str]:
+    """Tensors of the claim that neither the file at hand nor the record gives back, in words."""
+    words: list[str] = []
+    for _, claimed in claim.files.values():
+        for name, (dtype, shape, data) in claimed.items():
+            made = written.tensors.get(name)
+            if data is not None and (made is None or made.num_bytes <= _SMALL):
+                continue
+            if made is None:
+                words.append(f"{name}: nothing gives it back")
+            elif not _fits_shape(made, dtype, shape):
+                words.append(f"{name}: it was {dtype} {list(shape)}, and is {made.dtype} {list(made.shape)}")
+    return words
+
+
+def _candidate(written: Written, claim: Claim, refused: set[str], *, extra: bool) -> tuple[Written, list[str]]:
+    """The output with everything of the claim that is not refused, and the names of what is used.
+
+    Args:
+        written: The output.
+        claim: The claim.
+        refused: Tensors of the claim that are not used.
+        extra: Whether tensors are used that the output has not: only where nothing of the claim is missing.
+    """
     tensors = dict(written.tensors)
     used: list[str] = []
-    words: list[str] = []
     for file, (_, claimed) in claim.files.items():
         for name, (dtype, shape, data) in claimed.items():
             made = tensors.get(name)
-            if name in refused:
+            if name in refused or (made is None and not extra):
                 continue
-            if data is not None:
-                if made is not None and made.num_bytes > _SMALL:
-                    words.append(f"{name}: the record keeps {len(data)} bytes of it, it has {made.num_bytes}")
-                    continue
+            if data is not None and (made is None or made.num_bytes <= _SMALL):
                 tensors[name] = constant(name, dtype, shape, data, made.file if made is not None else file)
                 used.append(name)
-            elif made is None:
-                words.append(f"{name}: nothing gives it back")
-            elif (made.dtype, made.shape) != (dtype, shape):
-                same = made.num_bytes == num_bytes_of(dtype, shape)
-                info = TensorInfo(name, dtype, shape, made.file, made.start, made.num_bytes, made.recipe)
-                if same and not _is_moved(made, info):
-                    tensors[name] = info
-                else:
-                    words.append(f"{name}: it was {dtype} {list(shape)}, and is {made.dtype} {list(made.shape)}")
-    return replace(written, tensors=tensors), used, words
+            elif made is not None and _fits_shape(made, dtype, shape):
+                tensors[name] = replace(made, dtype=dtype, shape=shape)
+    return replace(written, tensors=tensors), used
+
+
+def _fits_shape(made: TensorInfo, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether the bytes of a tensor are those of another dtype and shape of the same order."""
+    if made.num_bytes != num_bytes_of(dtype, shape) or DTYPE_BITS[made.dtype] != DTYPE_BITS[dtype]:
+        return False
+    return not _is_moved(made, replace(made, shape=shape))
 
 
 def _config_of(claim: Claim, written: Written, settled: Canonical) -> tuple[str | None, list[str]]:
@@ -344,6 +367,7 @@ def _described(
     target: Form,
     family: Family,
     config: str | None,
+    metadata: Mapping[str, Mapping[str, str]],
     settled: Canonical,
     read: ReadBytes,
     where: str,
@@ -352,8 +376,9 @@ def _described(
     from modelopt_convert.checkpoint.strict_json import parse_json_object
 
     said = parse_json_object(config.encode(), code="config", path=_CONFIG) if config is not None else candidate.config
-    metadata = {file: dict(entries) for file, (entries, _) in claim.files.items()}
-    headers = Headers(candidate.tensors, metadata, dict(said or {}), ())
+    headers = Headers(
+        candidate.tensors, {file: dict(entries) for file, entries in metadata.items()}, dict(said or {}), ()
+    )
     found = Found(family, claim.spelling, claim.prefix, [])
     rows: dict[str, int] = {}
     for name, quantized in settled.modules.items():
@@ -409,11 +434,11 @@ def _in_module(name: str, module: str, claim: Claim, source: Source) -> bool:
     return module_of(name) in (module, f"{claim.prefix}{home}")
 
 
-def _shards(candidate: Written, claim: Claim) -> tuple[ShardPlan, ...]:
+def _shards(candidate: Written, claim: Claim, metadata: Mapping[str, Mapping[str, str]]) -> tuple[ShardPlan, ...]:
     """The claimed files; a tensor that none of these has goes into the last."""
     home = {name: file for file, (_, claimed) in claim.files.items() for name in claimed}
     last = list(claim.files)[-1]
     specs: dict[str, list[TensorSpec]] = {file: [] for file in claim.files}
     for info in candidate.tensors.values():
         specs[home.get(info.name, last)].append(TensorSpec(info.name, info.dtype, info.shape))
-    return tuple(ShardPlan(file, tuple(found), claim.files[file][0]) for file, found in specs.items() if found)
+    return tuple(ShardPlan(file, tuple(found), metadata[file]) for file, found in specs.items() if found)
