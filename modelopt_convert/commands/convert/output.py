@@ -9,7 +9,8 @@ from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.command import Warned, without_quantization
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpack_all
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
-from modelopt_convert.commands.convert.way_back import Claim, Restored, restore
+from modelopt_convert.commands.convert.restore import Restored, restore
+from modelopt_convert.commands.convert.way_back import Claim
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Naming, Written
 from modelopt_convert.dialects.forms import FORMS
@@ -75,6 +76,13 @@ def plan_output(
     prefix = ""
     if claim is not None:
         spelling, prefix = claim.spelling, claim.prefix
+    if spelling != "diffusers" and not family.rows:
+        raise InputError(
+            f"{where}: {target.name} has the model's own names, and mopt has no key map of {family.title}",
+            code="convert.family",
+            path=where,
+            hint="modelopt, torchao, compressed-tensors and bf16 keep diffusers' names",
+        )
     if target.name == "bf16":
         settled = unpack_all(described, reader.read_of)
     else:

@@ -2,7 +2,8 @@
 
 from modelopt_convert.commands.convert.output import ConvertPlan
 from modelopt_convert.commands.convert.proof import Compared, changed_modules
-from modelopt_convert.commands.convert.way_back import Kept, Restored
+from modelopt_convert.commands.convert.restore import Restored
+from modelopt_convert.commands.convert.way_back import Kept
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.report.convert import ChangedTensor, Comparison, ConvertedModules, ConvertReport, LossyModule
 from modelopt_convert.report.words import PROVEN_WORDS
