@@ -37,8 +37,9 @@ from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Written
 from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
-from modelopt_convert.dialects.naming import under_native_names
+from modelopt_convert.dialects.naming import under_diffusers_names, under_native_names
 from modelopt_convert.dialects.source import Source, describe
+from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import Origin, ShardPlan, Step, split_into_shards
 from modelopt_convert.report.report import Report
 from modelopt_convert.run.progress import Progress
@@ -58,7 +59,7 @@ class ConvertPlan:
         steps: By tensor.
         shards: With their tensors and metadata.
         written: The output in the target's dialect.
-        settled: The description that it stands for, under diffusers' names.
+        settled: The description that a reader of the output will find, under diffusers' names.
     """
 
     steps: Mapping[str, Step]
@@ -168,7 +169,10 @@ class ConvertCommand:
         else:
             algorithm = min({one.algorithm for one in described.modules.values()}, default="bf16", key=str)
             shards = (ShardPlan(f"{family.name}-{algorithm}.safetensors", tuple(specs), written.metadata),)
-        return ConvertPlan(steps, shards, written, described)
+        expected = written.expected(named)
+        if target.naming != "diffusers":
+            expected = under_diffusers_names(expected, Found(family, target.naming, "", []), str(reader.path))
+        return ConvertPlan(steps, shards, written, expected)
 
     def _files(self, plan: ConvertPlan) -> dict[str, bytes]:
         files = {"config.json": json_bytes(plan.written.config)} if plan.written.config is not None else {}
@@ -187,7 +191,7 @@ class ConvertCommand:
         with opened_stage(stage, need_config=plan.written.config is not None) as written:
             self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
             again = describe(written, target.name, plan.settled.tensors)
-            found = self._compared = compare(reader, plan.settled, written, again.described, plan.written)
+            found = self._compared = compare(reader, plan.settled, written, again.described)
         check = {"name": "converted", "status": "fail" if found.failures else "pass", "failures": found.failures[:10]}
         failure = f"read back, {found.failures[0]} ({len(found.failures)} in all)" if found.failures else None
         self._keep(Closed(check, failure))

@@ -1,0 +1,53 @@
+"""Checkpoints that are not quantized: read as they are, and written by decoding what is packed. Pure, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.dialects.decoded import decoded
+from modelopt_convert.dialects.dialect import Headers
+from modelopt_convert.dialects.form import SCALES, Canonical, Naming, ReadBytes, Written, grouped, wrong
+from modelopt_convert.formats.dtypes import DTYPE_BITS
+
+_QUANTIZATION = "quantization_config"
+_DECODED = "decoded, and rounded to BF16 once"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bf16:
+    name: str = "bf16"
+    naming: Naming = "diffusers"
+
+    def read(
+        self, headers: Headers, read: ReadBytes, true_shapes: Mapping[str, tuple[int, int]], where: str
+    ) -> Canonical:
+        for info in headers.tensors.values():
+            if info.name.endswith(".weight") and DTYPE_BITS[info.dtype] < 16:
+                hint = "leave --from out, or name the dialect that the file is in"
+                raise wrong(
+                    where,
+                    info,
+                    "BF16, F16 or F32, as it is said to be unquantized",
+                    code="dialect.contradiction",
+                    hint=hint,
+                )
+        config = {key: value for key, value in headers.config.items() if key != _QUANTIZATION}
+        return Canonical(headers.tensors, {}, {}, config)
+
+    def write(self, described: Canonical, read: ReadBytes) -> Written:
+        tensors = dict(described.tensors)
+        changed: dict[str, TensorInfo | None] = {}
+        for module, roles in grouped(described.tensors.values()).items():
+            if (quantized := described.modules.get(module)) is None:
+                continue
+            weight = decoded(quantized, roles)
+            tensors[weight.name] = changed[weight.name] = weight
+            for role in roles.keys() & SCALES:
+                del tensors[roles[role].name]
+                changed[roles[role].name] = None
+        config = {key: value for key, value in described.config.items() if key != "_name_or_path"}
+        why = {name: _DECODED if info is not None else "its weight is decoded" for name, info in changed.items()}
+        return Written(tensors, METADATA, config or None, changed, why, unpacked=frozenset(described.modules))
+
+
+FORM = _Bf16()
