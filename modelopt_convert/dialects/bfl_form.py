@@ -13,7 +13,7 @@ scheme     weight              scales
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.dialects.dialect import Headers
@@ -61,7 +61,9 @@ class _Bfl:
         why: dict[str, str] = {}
         for module, quantized in described.modules.items():
             scale = tensors[f"{module}.weight_scale"]
-            if quantized.algorithm == "fp8" and not scale.shape:
+            if quantized.algorithm == "fp8" and quantized.rows == 1:
+                tensors[scale.name] = replace(scale, shape=(1,))
+            elif quantized.algorithm == "fp8" and not scale.shape:
                 data = read(scale, 0, 4) * quantized.rows
                 tensors[scale.name] = changed[scale.name] = constant(
                     scale.name, "F32", (quantized.rows,), data, scale.file

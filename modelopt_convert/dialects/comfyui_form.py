@@ -97,9 +97,7 @@ class _ComfyUI:
             modules[module] = quantized
             if "weight_scale" not in roles:
                 fates[roles["weight"].name] = "read as codes without a scale, which are the values"
-            keep |= {
-                info.name: info for role, info in roles.items() if role in SCALES and info.dtype in ("BF16", "F16")
-            }
+            keep |= {info.name: info for role, info in roles.items() if _is_widened(role, info)}
         return Canonical(tensors, modules, fates, headers.config, keep=keep)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
@@ -144,6 +142,11 @@ def _unmarked(roles: Mapping[str, TensorInfo], marked: bool, where: str) -> Algo
     if lonely is not None:
         raise wrong(where, lonely, "scales of quantized weights alone", code="dialect.contradiction", hint=AGAIN)
     return None
+
+
+def _is_widened(role: str, info: TensorInfo) -> bool:
+    """Whether a tensor of a quantized module is described in more bits than it has."""
+    return (role in SCALES and info.dtype in ("BF16", "F16")) or (role == "bias" and info.dtype in _CAST)
 
 
 def _plain(info: TensorInfo, where: str) -> TensorInfo:

@@ -152,7 +152,7 @@ def _pairs(factor: bytes) -> "NDArray[np.uint32]":
         values = bf16_of(E2M1 * _scaled(E4M3, factor)[:, None]).astype(np.uint32)
     codes = np.arange(256)
     low, high = values[:, codes & 15], values[:, codes >> 4]
-    return np.bitwise_or(low, high << np.uint32(16), dtype=np.uint32).reshape(-1)
+    return np.ascontiguousarray(low | high << np.uint32(16), np.uint32).reshape(-1)
 
 
 @lru_cache(maxsize=1)

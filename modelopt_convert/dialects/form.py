@@ -57,8 +57,8 @@ class Canonical:
     input    input_scale F32 []      input_scale F32 []             none
     =======  ======================  =============================  ==============================
 
-    ``fp8_e5m2`` is as fp8, with the weight in F8_E5M2. Of a fused module ``weight_scale`` of fp8 may be [M], one scale
-    for each of its M members, until native names are split.
+    ``fp8_e5m2`` is as fp8, with the weight in F8_E5M2. The one scale of a weight of one row is []. Of a fused module
+    ``weight_scale`` of fp8 may be [M], one scale for each of its M members, until native names are split.
 
     Attributes:
         tensors: Every tensor of the model, by name.
