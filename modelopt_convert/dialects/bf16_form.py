@@ -10,7 +10,6 @@ from modelopt_convert.dialects.form import SCALES, Canonical, Naming, ReadBytes,
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 
 _QUANTIZATION = "quantization_config"
-_DECODED = "decoded, and rounded to BF16 once"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +34,19 @@ class _Bf16:
         return Canonical(headers.tensors, {}, {}, config)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
-        tensors = dict(described.tensors)
-        changed: dict[str, TensorInfo | None] = {}
+        weights: dict[str, TensorInfo] = {}
+        scales: dict[str, None] = {}
         for module, roles in grouped(described.tensors.values()).items():
-            if (quantized := described.modules.get(module)) is None:
-                continue
-            weight = decoded(quantized, roles)
-            tensors[weight.name] = changed[weight.name] = weight
-            for role in roles.keys() & SCALES:
-                del tensors[roles[role].name]
-                changed[roles[role].name] = None
+            if (quantized := described.modules.get(module)) is not None:
+                weight = decoded(quantized, roles)
+                weights[weight.name] = weight
+                scales |= dict.fromkeys(roles[role].name for role in sorted(roles.keys() & SCALES))
+        tensors = {name: info for name, info in described.tensors.items() if name not in scales} | weights
         config = {key: value for key, value in described.config.items() if key != "_name_or_path"}
-        why = {name: _DECODED if info is not None else "its weight is decoded" for name, info in changed.items()}
-        return Written(tensors, METADATA, config or None, changed, why, unpacked=frozenset(described.modules))
+        why = dict.fromkeys(weights, "decoded, and rounded to BF16 once") | dict.fromkeys(
+            scales, "its weight is decoded"
+        )
+        return Written(tensors, METADATA, config or None, scales, weights, why, unpacked=frozenset(described.modules))
 
 
 FORM = _Bf16()

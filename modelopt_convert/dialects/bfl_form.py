@@ -57,7 +57,7 @@ class _Bfl:
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "a file for BFLQuantizationConfig", ("nvfp4", "fp8"))
         tensors = dict(described.tensors)
-        changed: dict[str, TensorInfo | None] = {}
+        instead: dict[str, TensorInfo] = {}
         why: dict[str, str] = {}
         for module, quantized in described.modules.items():
             scale = tensors[f"{module}.weight_scale"]
@@ -65,7 +65,7 @@ class _Bfl:
                 tensors[scale.name] = replace(scale, shape=(1,))
             elif quantized.algorithm == "fp8" and not scale.shape:
                 data = read(scale, 0, 4) * quantized.rows
-                tensors[scale.name] = changed[scale.name] = constant(
+                tensors[scale.name] = instead[scale.name] = constant(
                     scale.name, "F32", (quantized.rows,), data, scale.file
                 )
                 why[scale.name] = "diffusers wants a scale a row: the same one for each"
@@ -75,7 +75,7 @@ class _Bfl:
                     code="convert.no_input_scale",
                     hint="--to torchao does without; or calibrate the model and export it again",
                 )
-        return Written(tensors, METADATA, None, changed, why, frozenset(changed))
+        return Written(tensors, METADATA, None, instead=instead, why=why, keep=frozenset(instead))
 
 
 FORM = _Bfl()

@@ -88,7 +88,7 @@ class _CompressedTensors:
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "compressed-tensors", _FORMATS)
         tensors: dict[str, TensorInfo] = {}
-        changed: dict[str, TensorInfo | None] = {}
+        changed: dict[str, bytes | None] = {}
         for module, roles in grouped(described.tensors.values()).items():
             if (quantized := described.modules.get(module)) is None:
                 tensors |= {info.name: info for info in roles.values()}
@@ -101,13 +101,14 @@ class _CompressedTensors:
                     one, exact = _reciprocal(info, f"{module}.{_GLOBALS[role]}", read, "")
                     one = replace(one, shape=(1,))
                     if not exact:
-                        changed[info.name] = _reciprocal(one, info.name, read, "")[0]
+                        again, _ = _reciprocal(one, info.name, read, "")
+                        changed[info.name] = read(again, 0, again.num_bytes)
                 elif quantized.algorithm == "fp8" and role in ("weight_scale", "input_scale"):
                     one = replace(info, shape=(quantized.rows, 1) if info.shape else (1,))
                 tensors[one.name] = one
         config = {**described.config, _QUANTIZATION: _declared(described)} if described.config else None
         why = dict.fromkeys(changed, _ROUNDED)
-        return Written(tensors, METADATA, config, changed, why, frozenset(changed))
+        return Written(tensors, METADATA, config, changed, why=why, keep=frozenset(changed))
 
 
 FORM = _CompressedTensors()

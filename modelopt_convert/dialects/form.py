@@ -90,25 +90,31 @@ class Written:
         tensors: Every tensor of the output, by name.
         metadata: The header's.
         config: config.json, or None where the dialect has none.
-        changed: What a reader of the output will find instead of a description's tensor, by the tensor's name: another
-            tensor, whose bytes come from the same files; or None where the dialect has no place for it. With ``why``.
-        why: The reason for each of ``changed``.
-        keep: Those of ``changed`` whose exact bytes a way back needs, and which are small enough to be kept.
+        changed: What a reader of the output will find of a description's tensor instead of its bytes, by the tensor's
+            name: other bytes of the same dtype and shape, or None where the dialect has no place for it.
+        instead: Tensors of another dtype or shape that a reader will find in the place of a description's, by name.
+        why: The reason for each of ``changed`` and ``instead``.
+        keep: Tensors of the description that the output does not give back, and that are small enough to be kept for
+            a way back.
         unpacked: Modules that a reader of the output will find unquantized.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None
-    changed: Mapping[str, TensorInfo | None] = field(default_factory=dict)
+    changed: Mapping[str, bytes | None] = field(default_factory=dict)
+    instead: Mapping[str, TensorInfo] = field(default_factory=dict)
     why: Mapping[str, str] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
     unpacked: frozenset[str] = frozenset()
 
     def expected(self, described: Canonical) -> Canonical:
         """What a reader of the output will find of the description that was written, under its names."""
-        tensors = {name: info for name, info in described.tensors.items() if name not in self.changed}
-        tensors |= {name: info for name, info in self.changed.items() if info is not None}
+        tensors = {**described.tensors, **self.instead}
+        for name, data in self.changed.items():
+            info = tensors.pop(name)
+            if data is not None:
+                tensors[name] = constant(name, info.dtype, info.shape, data, info.file)
         modules = {name: one for name, one in described.modules.items() if name not in self.unpacked}
         return replace(described, tensors=tensors, modules=modules)
 

@@ -95,7 +95,7 @@ class _TorchAO:
         check_algorithms(described, "torchao", _WORDS)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
-        changed: dict[str, TensorInfo | None] = {}
+        changed: dict[str, bytes | None] = {}
         for module, roles in grouped(described.tensors.values()).items():
             quantized = described.modules.get(module)
             for role, info in roles.items():
@@ -114,7 +114,7 @@ class _TorchAO:
         metadata["tensor_names"] = json.dumps(list(metadata))
         config = {**described.config, _QUANTIZATION: _declared(described)} if described.config else None
         why = dict.fromkeys(changed, _NO_PLACE)
-        return Written(tensors, {**METADATA, **metadata}, config, changed, why, frozenset(changed))
+        return Written(tensors, {**METADATA, **metadata}, config, changed, why=why, keep=frozenset(changed))
 
 
 FORM = _TorchAO()
