@@ -162,8 +162,8 @@ def _check_said(said: Mapping[str, Any], where: str) -> None:
     """
     groups = said.get("config_groups")
     groups = groups if isinstance(groups, dict) else {}
-    formats = {said.get("format"), *(group.get("format") for group in groups.values() if isinstance(group, dict))}
-    odd = sorted(str(one) for one in formats - {None, _MIXED, *_FORMATS.values()})
+    formats = [said.get("format"), *(group.get("format") for group in groups.values() if isinstance(group, dict))]
+    odd = sorted(str(one) for one in formats if one not in (None, _MIXED, *_FORMATS.values()))
     weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
     asymmetric = any(isinstance(one, dict) and one.get("symmetric") is False for one in weights)
     status = said.get("quantization_status", "compressed")

@@ -154,7 +154,7 @@ def _algorithm(weight: str, role: str, entry: Mapping[str, Any], where: str) -> 
     data = data if isinstance(data, dict) else {}
     block = {"NVFP4Tensor": BLOCK_SIZE, "MXTensor": E8M0_BLOCK}.get(str(kind))
     e4m3 = kind != "MXTensor" or json.dumps(data.get("elem_dtype", "")).find("float8_e4m3fn") >= 0
-    if kind not in _CLASSES or role != "weight" or (block and data.get("block_size") != block) or not e4m3:
+    if str(kind) not in _CLASSES or role != "weight" or (block and data.get("block_size") != block) or not e4m3:
         raise InputError(
             f"{where}: {weight!r}: expected a weight of {', '.join(_CLASSES)} in E4M3 with torchao's blocks, found "
             f"{str(kind)[:40]!r} of {json.dumps(data)[:80]}",
