@@ -47,8 +47,8 @@ from modelopt_convert.dialects.form import (
     grouped,
     wrong,
 )
+from modelopt_convert.dialects.resized import widened, with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale, one_values
-from modelopt_convert.dialects.shaped import widened, with_columns
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape, round_up
 from modelopt_convert.run.errors import InputError

@@ -16,11 +16,11 @@ format                    weight                      scales
 reader of the output works with is then the next F32, which is announced as changed.
 """
 
+import math
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.names import natural_key
@@ -141,17 +141,29 @@ def _reciprocal(info: TensorInfo, name: str, read: ReadBytes, where: str) -> tup
         InputError: ``dialect.shape``: it is not one float; ``convert.reciprocal``: there is none.
     """
     whole = one_scale(info, name, read, where)
-    scale = np.frombuffer(read(whole, 0, 4), np.float32)
-    with np.errstate(all="ignore"):
-        turned = np.float32(1) / scale
-        back = np.float32(1) / turned
-    if not (np.isfinite(turned[0]) and np.isfinite(scale[0]) and turned[0] and scale[0]):
+    raw = read(whole, 0, 4)
+    turned = _inverse(raw)
+    if turned is None:
         raise InputError(
-            f"tensor {info.name!r}: expected a scale that has a reciprocal, found {float(scale[0])}",
+            f"tensor {info.name!r}: expected a scale that has a reciprocal, found {struct.unpack('<f', raw)[0]}",
             code="convert.reciprocal",
             hint="the module was all zero or never calibrated; quantize again",
         )
-    return constant(name, "F32", (), turned.tobytes(), info.file), back.tobytes() == scale.tobytes()
+    return constant(name, "F32", (), turned, info.file), _inverse(turned) == raw
+
+
+def _inverse(raw: bytes) -> bytes | None:
+    """The bits of 1 / a float32, rounded as float32 division rounds; None if it is none.
+
+    A quotient in float64 is rounded twice to no other result: 53 bits are more than twice 24.
+    """
+    (value,) = struct.unpack("<f", raw)
+    if not value or not math.isfinite(value):
+        return None
+    try:
+        return struct.pack("<f", 1.0 / value)
+    except OverflowError:
+        return None
 
 
 def _check_said(said: Mapping[str, Any], where: str) -> None:

@@ -7,18 +7,19 @@ torchao 0.18.0 and ModelOpt 0.47.0 multiply. As there are few codes and few bloc
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.recipe import Extent, Fetch, Recipe, made, recipe_of
 from modelopt_convert.dialects.form import E8M0_BLOCK, Algorithm, Quantized
-from modelopt_convert.formats.floats import E2M1, E4M3, E5M2, E8M0, Floats, bf16_of
+from modelopt_convert.formats.floats import bf16_of, values_of
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PIECE = 1 << 14  # values decoded at a time
 
@@ -50,6 +51,8 @@ class Decoded:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
         first, last = self._rows(begin, target.nbytes)
         factor = _bytes(self.scale, 0, 4, fetch).tobytes() if self.scale is not None else None
         step = max(1, _PIECE // self.columns)
@@ -95,6 +98,8 @@ class Decoded:
         self, first: int, last: int, scales: "NDArray[np.uint8] | None", factor: bytes | None, fetch: Fetch
     ) -> "NDArray[Any]":
         """BF16 bits of some rows."""
+        import numpy as np
+
         count = last - first
         codes = _bytes(self.codes, first * self._code_bytes, count * self._code_bytes, fetch).reshape(count, -1)
         if self.algorithm == "nvfp4":
@@ -105,7 +110,7 @@ class Decoded:
             assert scales is not None
             of_rows = scales[: count * self._scale_bytes].reshape(count, -1).astype(np.intp) << 8
             return np.take(_blocks(), np.repeat(of_rows, E8M0_BLOCK, axis=1)[:, : self.columns] | codes)
-        table = E5M2 if self.algorithm == "fp8_e5m2" else E4M3
+        table = values_of("F8_E5M2" if self.algorithm == "fp8_e5m2" else "F8_E4M3")
         if scales is None:
             return bf16_of(table if factor is None else _scaled(table, factor))[codes]
         by_row = scales[: count * 4].copy().view(np.float32)
@@ -135,12 +140,16 @@ def decoded(quantized: Quantized, roles: Mapping[str, TensorInfo]) -> TensorInfo
 
 
 def _bytes(recipe: Recipe, begin: int, count: int, fetch: Fetch) -> "NDArray[np.uint8]":
+    import numpy as np
+
     found = np.empty(count, np.uint8)
     recipe.fill(begin, found.data, fetch)
     return found
 
 
-def _scaled(table: Floats, factor: bytes) -> Floats:
+def _scaled(table: "NDArray[np.float32]", factor: bytes) -> "NDArray[np.float32]":
+    import numpy as np
+
     with np.errstate(all="ignore"):
         return table * np.float32(struct.unpack("<f", factor)[0])
 
@@ -148,16 +157,19 @@ def _scaled(table: Floats, factor: bytes) -> Floats:
 @lru_cache(maxsize=4)
 def _pairs(factor: bytes) -> "NDArray[np.uint32]":
     """Two BF16 values by ``block scale << 8 | byte of two codes``, the low code's in the low half, uint32 [65536]."""
+    import numpy as np
+
     with np.errstate(all="ignore"):
-        values = bf16_of(E2M1 * _scaled(E4M3, factor)[:, None]).astype(np.uint32)
+        values = bf16_of(values_of("F4") * _scaled(values_of("F8_E4M3"), factor)[:, None]).astype(np.uint32)
     codes = np.arange(256)
     low, high = values[:, codes & 15], values[:, codes >> 4]
     return np.ascontiguousarray(low | high << np.uint32(16), np.uint32).reshape(-1)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _blocks() -> "NDArray[np.uint16]":
     """BF16 bits by ``E8M0 scale << 8 | E4M3 code``, uint16 [65536]."""
+    import numpy as np
+
     with np.errstate(all="ignore"):
-        found: NDArray[np.uint16] = bf16_of(E4M3 * E8M0[:, None]).reshape(-1)
-    return found
+        return bf16_of(values_of("F8_E4M3") * values_of("F8_E8M0")[:, None]).reshape(-1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.dialects.form import Canonical, ReadBytes, constant, scalar, wrong
-from modelopt_convert.dialects.shaped import widened
+from modelopt_convert.dialects.resized import widened
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 
 _AGAIN = "get the file again from its publisher"

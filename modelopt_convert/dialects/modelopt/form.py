@@ -41,8 +41,8 @@ from modelopt_convert.dialects.packed import (
     find_packed,
     is_quantizer_state,
 )
+from modelopt_convert.dialects.resized import with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
-from modelopt_convert.dialects.shaped import with_columns
 from modelopt_convert.formats.layout import declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import scale_shapes

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any, get_args
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.recipe import Extent, Fetch, Recipe, made, recipe_of, renamed
 from modelopt_convert.formats.dtypes import DTYPE_BITS
-from modelopt_convert.formats.floats import bf16_of, widened_values
+from modelopt_convert.formats.floats import Narrow
 
+_NARROW: tuple[Narrow, ...] = get_args(Narrow)
 _PIECE_BYTES = 1 << 16
 
 
@@ -36,6 +36,8 @@ class Columns:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
         done, step = 0, max(1, _PIECE_BYTES // max(self.width, self.wanted))
         both = min(self.width, self.wanted)
         while done < target.nbytes:
@@ -67,7 +69,7 @@ class Widened:
     """
 
     of: Recipe
-    dtype: str
+    dtype: Narrow
     wanted: str
 
     @property
@@ -77,6 +79,10 @@ class Widened:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
+        from modelopt_convert.formats.floats import bf16_of, widened_values
+
         done, size = 0, DTYPE_BITS[self.wanted] // 8
         while done < target.nbytes:
             first, narrow = (begin + done) // size, DTYPE_BITS[self.dtype] // 8
@@ -84,7 +90,7 @@ class Widened:
             taken = np.empty((last - first) * narrow, np.uint8)
             self.of.fill(first * narrow, taken.data, fetch)
             values = widened_values(taken, self.dtype)
-            raw = (bf16_of(values) if self.wanted == "BF16" else values).view(np.uint8)
+            raw: Any = (bf16_of(values) if self.wanted == "BF16" else values).view(np.uint8)
             skipped = begin + done - first * size
             count = min(raw.size - skipped, target.nbytes - done)
             target[done : done + count] = raw[skipped : skipped + count].data
@@ -107,6 +113,7 @@ def with_columns(info: TensorInfo, columns: int) -> TensorInfo:
 
 def widened(info: TensorInfo, dtype: str) -> TensorInfo:
     """A tensor of floats of fewer bits, in BF16 or F32."""
-    if info.dtype == dtype:
+    narrow = next((one for one in _NARROW if one == info.dtype), None)
+    if info.dtype == dtype or narrow is None:
         return renamed(info, info.name)
-    return made(info.name, dtype, info.shape, Widened(recipe_of(info), info.dtype, dtype), info.file)
+    return made(info.name, dtype, info.shape, Widened(recipe_of(info), narrow, dtype), info.file)
