@@ -42,7 +42,9 @@ def under_diffusers_names(described: Canonical, found: Found, where: str) -> Can
             if names is None or not info.name.startswith(found.prefix):
                 raise _unknown(info, found, where)
             made = [renamed(info, name) for name in names]
-            if members is not None and _by_row(info, role):
+            if role == "weight_scale" and len(names) > 1 and info.shape == (len(names),) and info.shape != (rows,):
+                made = [replace(rows_of(info, name, which, 1), shape=()) for which, name in enumerate(names)]
+            elif members is not None and _by_row(info, role):
                 made = [rows_of(one, one.name, part.first, part.rows) for one, part in zip(made, members, strict=True)]
                 made = [halves_swapped(one, one.name) for one in made] if family.swapped(native) else made
             for one in made:

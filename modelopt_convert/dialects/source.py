@@ -10,6 +10,7 @@ from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Form
 from modelopt_convert.dialects.forms import FORMS, form_of
 from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.scales import check_row_scales
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found, recognise
@@ -41,7 +42,8 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
     Args:
         reader: The checkpoint, opened.
         wanted: The dialect, if the user named it.
-        known: The model's tensors under diffusers' names, as far as they are known: shapes tell padding.
+        known: The model's tensors under diffusers' names, as far as they are known, by a base or a description: shapes
+            tell padding.
 
     Raises:
         InputError: ``convert.dialect``, ``naming.*`` or ``dialect.*``.
@@ -65,9 +67,10 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint="`mopt presets` lists them; a diffusers model with its config.json keeps its names",
         )
-    described = form.read(headers, reader.read_of, _true_rows(reader.tensors, known, found), where)
+    described = form.read(headers, reader.read_of, _true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
+    check_row_scales(described, where)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described)
 
 
@@ -79,14 +82,17 @@ def _by_class(reader: CheckpointReader) -> Found | None:
     return Found(Family(name, name, (name,), (), ()), "diffusers", "", [f"config.json: class {name}, no key map"])
 
 
-def _true_rows(tensors: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo], found: Found) -> dict[str, int]:
-    """N by the checkpoint's own module names, as far as they are known."""
-    rows: dict[str, int] = {}
+def _true_shapes(
+    tensors: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo], found: Found
+) -> dict[str, tuple[int, int]]:
+    """[N, K] by the checkpoint's own module names, as far as they are known."""
+    shapes: dict[str, tuple[int, int]] = {}
     for name in tensors:
         module = module_of(name)
         native = module.removeprefix(found.prefix)
         members = found.family.fused(native) if found.spelling != "diffusers" else (native,)
-        shapes = [known[f"{one}.weight"].shape for one in members or () if f"{one}.weight" in known]
-        if shapes and len(shapes) == len(members or ()):
-            rows[module] = sum(shape[0] for shape in shapes)
-    return rows
+        parts = [known[f"{one}.weight"] for one in members or () if f"{one}.weight" in known]
+        if parts and len(parts) == len(members or ()) and {len(part.shape) for part in parts} == {2}:
+            columns = parts[0].shape[1] * (2 if parts[0].dtype == "U8" else 1)
+            shapes[module] = (sum(part.shape[0] for part in parts), columns)
+    return shapes

@@ -111,7 +111,7 @@ class ConvertCommand:
             with self._clock.timed("plan"):
                 claim = self._claim(reader, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
-                self._kept = keep(reader, found, plan.settled, plan.changed, _own_config(reader))
+                self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader))
             self._warned += not_restored_warnings(plan)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
@@ -192,7 +192,7 @@ class ConvertCommand:
         with opened_stage(stage, need_config=plan.config is not None) as written:
             self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
             again = describe(written, self._request.to, plan.settled.tensors)
-            found = self._compared = compare(reader, plan.settled, written, again.described, plan.changed)
+            found = self._compared = compare(reader, plan.expected, written, again.described)
         check = {"name": "converted", "status": "fail" if found.failures else "pass", "failures": found.failures[:10]}
         failure = f"read back, {found.failures[0]} ({len(found.failures)} in all)" if found.failures else None
         self._keep(Closed(check, failure))

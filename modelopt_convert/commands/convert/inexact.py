@@ -14,6 +14,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.recipe import Elsewhere, made, recipe_of
 from modelopt_convert.commands.convert.plan import Inexact, Unequal
+from modelopt_convert.dialects.decoded import decoded as in_bf16
 from modelopt_convert.dialects.form import Algorithm, Canonical, Quantized, ReadBytes, constant, grouped
 from modelopt_convert.dialects.values import Mapped, Requantized, cast, decoded, float_of
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
@@ -27,7 +28,7 @@ BF16_BOUND = 2.0**-8
 _LEAST_NORMAL = 2.0**-126
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 # The smallest value but zero, in units of the factor: of code and block scale, or of code.
-_LEAST: Mapping[Algorithm, float] = {"nvfp4": 0.5 * 2.0**-9, "fp8": 2.0**-9, "mxfp8": 2.0**-9 * 2.0**-127}
+_LEAST: Mapping[Algorithm, float] = {"nvfp4": 0.5 * 2.0**-9, "fp8": 2.0**-9, "fp8_e5m2": 2.0**-16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +109,14 @@ def settle(
     return Settled(now, tuple(lossy), told)
 
 
-def unpack_all(described: Canonical, read: ReadBytes) -> Settled:
-    """Every quantized module in BF16, by its own values."""
-    now, lossy = described, []
-    for name, quantized in described.modules.items():
-        now = _unpacked(now, (name,), None, read)
-        bound = BF16_BOUND if _is_normal(quantized, described.of(name), read) else None
+def unpacked(described: Canonical, expected: Canonical, read: ReadBytes) -> list[Lossy]:
+    """Quantized modules that a target writes in BF16 by itself, by their own values."""
+    lossy: list[Lossy] = []
+    by_module = grouped(described.tensors.values())
+    for name in sorted(described.modules.keys() - expected.modules.keys()):
+        bound = BF16_BOUND if _is_normal(described.modules[name], by_module[name], read) else None
         lossy.append(Lossy(name, (name,), "bf16", "the target is not quantized", bound, bound is not None))
-    return Settled(now, tuple(lossy), {})
+    return lossy
 
 
 def _how(described: Canonical, one: Unequal, choice: Inexact, read: ReadBytes) -> How | None:
@@ -161,9 +162,7 @@ def _unpacked(
             continue
         roles = described.of(name)
         weights.append(
-            decoded(name, quantized, roles, read)
-            if dtype == "BF16"
-            else cast(decoded(name, quantized, roles, read, "F32"), dtype)
+            in_bf16(quantized, roles) if dtype == "BF16" else cast(decoded(name, quantized, roles, read, "F32"), dtype)
         )
     scales = [f"{name}.{role}" for name in packed for role in _SCALES]
     modules = {name: one for name, one in described.modules.items() if name not in packed}
@@ -198,7 +197,8 @@ def _requantized(
 ) -> Canonical:
     """All members quantized from the base, with one scale for the group; all that were not quantized, too."""
     assert base is not None  # the request requires it
-    algorithm = next(described.modules[name].algorithm for name in members if name in described.modules)
+    found = {described.modules[name].algorithm for name in members if name in described.modules}
+    algorithm: Algorithm = "nvfp4" if "nvfp4" in found else "fp8"
     tensors: list[TensorInfo] = []
     modules = dict(described.modules)
     weights = [
@@ -304,14 +304,10 @@ def _scale_of(weights: list[TensorInfo], algorithm: Algorithm, base: CheckpointR
 
 def _is_normal(quantized: Quantized, roles: Mapping[str, TensorInfo], read: ReadBytes) -> bool:
     """Whether every value but zero is a normal number in BF16."""
-    factor = 1.0
-    if quantized.algorithm == "nvfp4":
-        factor = float_of(roles["weight_scale_2"], read)
-    elif quantized.algorithm == "fp8":
-        if roles["weight_scale"].shape:
-            return False
-        factor = float_of(roles["weight_scale"], read)
-    return _LEAST[quantized.algorithm] * factor >= _LEAST_NORMAL
+    scale = roles.get("weight_scale_2" if quantized.algorithm == "nvfp4" else "weight_scale")
+    if quantized.algorithm not in _LEAST or scale is None or scale.shape:
+        return False
+    return _LEAST[quantized.algorithm] * float_of(scale, read) >= _LEAST_NORMAL
 
 
 def _error(
@@ -325,7 +321,7 @@ def _error(
     measure: bool,
 ) -> tuple[float | None, bool]:
     """The relative error of a group, and whether it is a bound."""
-    if measure:
+    if measure and all(before.modules[name].algorithm in ("nvfp4", "fp8", "mxfp8") for name in packed):
         return _measured(before, after, packed, read), False
     if how == "bf16" and base is None:
         normal = all(_is_normal(before.modules[name], before.of(name), read) for name in packed)

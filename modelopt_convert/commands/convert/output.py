@@ -7,16 +7,18 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.command import Warned, without_quantization
-from modelopt_convert.commands.convert.inexact import Lossy, settle, unpack_all
+from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
 from modelopt_convert.commands.convert.restore import Restored, restore
-from modelopt_convert.commands.convert.way_back import Claim
+from modelopt_convert.commands.convert.way_back import Claim, named
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Naming, Written
 from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
-from modelopt_convert.dialects.naming import under_native_names
+from modelopt_convert.dialects.naming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
+from modelopt_convert.families.family import Family
+from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards
 from modelopt_convert.run.errors import InputError
 
@@ -33,7 +35,8 @@ class ConvertPlan:
         settled: The description that it stands for, under diffusers' names.
         lossy: What became of modules that the target cannot hold.
         told: What else changed, in words, by tensor.
-        changed: What a reader of the output finds instead of the description's bytes, by tensor.
+        expected: What a reader of the output will find of it.
+        announced: Why a tensor of the description is not written as it is, by name, and whether it is left out.
         restored: What a record gave; in words why none of it, or None where there was none.
     """
 
@@ -44,7 +47,8 @@ class ConvertPlan:
     settled: Canonical
     lossy: tuple[Lossy, ...]
     told: Mapping[str, str]
-    changed: Mapping[str, bytes | None]
+    expected: Canonical
+    announced: Mapping[str, tuple[str, bool]]
     restored: Restored | str | None
 
 
@@ -83,28 +87,26 @@ def plan_output(
             path=where,
             hint="modelopt, torchao, compressed-tensors and bf16 keep diffusers' names",
         )
-    if target.name == "bf16":
-        settled = unpack_all(described, reader.read_of)
-    else:
-        groups = fused_groups(described, family, spelling)
-        found = unequal_groups(described, groups, reader.read_of)
-        refuse_unequal(found, request.inexact, target.name, where)
-        settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
-    named = settled.described
+    groups = fused_groups(described, family, spelling)
+    found = unequal_groups(described, groups, reader.read_of)
+    refuse_unequal(found, request.inexact, target.name, where)
+    settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
+    now = named(settled.described, family, spelling, prefix)
+    written = target.write(now, reader.read_of)
+    expected = written.expected(now)
     if spelling != "diffusers" or prefix:
-        named = under_native_names(named, family, spelling, prefix)
-    written = target.write(named, reader.read_of)
-    written = replace(written, changed=_by_diffusers(written.changed, source, spelling, prefix))
+        expected = under_diffusers_names(expected, Found(family, spelling, prefix, []), where)
+    announced = _by_diffusers(written, family, spelling, prefix)
+    lossy = (*settled.lossy, *unpacked(settled.described, expected, reader.read_of))
     shards = _shards(written, target, settled.described, source, request)
     config = json_bytes(written.config) if written.config is not None else None
-    changed: dict[str, bytes | None] = dict(written.changed)
     restored = None
     if claim is not None:
-        restored = restore(written, claim, target, source, settled.described, reader.tensors, reader.read_of, where)
+        restored = restore(written, claim, target, source, expected, reader.tensors, reader.read_of, where)
         if isinstance(restored, Restored):
             written, shards = restored.written, restored.shards
             config = restored.config.encode() if restored.config is not None else config
-            changed |= restored.changed
+            expected = replace(expected, tensors={**expected.tensors, **restored.found})
     if written.config is not None and not written.config.get("_class_name"):
         raise InputError(
             f"{where}: expected a config.json, which {target.name} needs beside the weights, found none",
@@ -114,8 +116,8 @@ def plan_output(
         )
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
-    kept = (settled.described, settled.lossy, settled.told)
-    return ConvertPlan(steps, shards, written, config, *kept, changed, restored)
+    kept = (settled.described, lossy, settled.told)
+    return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored)
 
 
 def small_files(plan: ConvertPlan) -> dict[str, bytes]:
@@ -160,14 +162,11 @@ def _shards(
     return (ShardPlan(f"{source.found.family.name}-{algorithm}.safetensors", tuple(specs), written.metadata),)
 
 
-def _by_diffusers(
-    changed: Mapping[str, bytes | None], source: Source, spelling: Naming, prefix: str
-) -> dict[str, bytes | None]:
-    """What is announced to change, by diffusers' names: every member of a fused module has its scales."""
-    if spelling == "diffusers" and not prefix:
-        return dict(changed)
-    found: dict[str, bytes | None] = {}
-    for name, data in changed.items():
-        names = source.found.family.tensor(name.removeprefix(prefix))
-        found |= dict.fromkeys(names or (name,), data)
+def _by_diffusers(written: Written, family: Family, spelling: Naming, prefix: str) -> dict[str, tuple[str, bool]]:
+    """Why tensors are not written as they are, by diffusers' names: every member of a fused module has its scales."""
+    found: dict[str, tuple[str, bool]] = {}
+    for name in written.changed.keys() | written.instead.keys():
+        told = written.why.get(name, ""), name in written.changed and written.changed[name] is None
+        names = family.tensor(name.removeprefix(prefix)) if spelling != "diffusers" or prefix else None
+        found |= dict.fromkeys(names or (name,), told)
     return found

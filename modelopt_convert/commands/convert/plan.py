@@ -24,12 +24,14 @@ class Unequal:
         members: Its members, by diffusers' names.
         why: In words.
         rebases: Whether the members have all it takes to bring their scales to one.
+        requantizes: Whether mopt quantizes to their format.
     """
 
     native: str
     members: tuple[str, ...]
     why: str
     rebases: bool
+    requantizes: bool = True
 
 
 def fused_groups(described: Canonical, family: Family, naming: Naming) -> dict[str, tuple[str, ...]]:
@@ -56,22 +58,24 @@ def _unequal(
     read: ReadBytes,
 ) -> Unequal | None:
     packed = [name for name in members if name in described.modules]
+    formats = {described.modules[name].algorithm for name in packed}
+    makes = formats <= {"nvfp4", "fp8"}
     if len(packed) < len(members):
         missing = next(name for name in members if name not in described.modules)
-        return Unequal(native, members, f"{missing} is not quantized, {packed[0]} is", False)
-    if len({described.modules[name].algorithm for name in members}) > 1:
-        return Unequal(native, members, "its members have several formats", False)
+        return Unequal(native, members, f"{missing} is not quantized, {packed[0]} is", False, makes)
+    if len(formats) > 1:
+        return Unequal(native, members, "its members have several formats", False, makes)
     differing: list[str] = []
     for role in _SHARED:
         infos = [by_module[name].get(role) for name in members]
         ranks = {len(info.shape) for info in infos if info is not None}
         if len(ranks) > 1:
-            return Unequal(native, members, f"some of its members have one {role}, some one a row", False)
+            return Unequal(native, members, f"some of its members have one {role}, some one a row", False, makes)
         if ranks <= {0} and len({_value(info, read) for info in infos}) > 1:
             differing.append(role)
     if not differing:
         return None
-    return Unequal(native, members, f"its members have several values of {' and '.join(differing)}", True)
+    return Unequal(native, members, f"its members have several values of {' and '.join(differing)}", makes, makes)
 
 
 def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: str) -> None:
@@ -80,12 +84,12 @@ def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: st
     Raises:
         InputError: ``convert.inexact``.
     """
-    told = [one for one in found if choice == "refuse" or (choice == "rebase" and not one.rebases)]
+    told = [one for one in found if not _settles(one, choice)]
     if not told:
         return
     shown = "; ".join(f"{one.native}: {one.why}" for one in told[:_SHOWN])
     many = "1 fused module" if len(told) == 1 else f"{len(told)} fused modules"
-    how = "exactly" if choice == "refuse" else "by bringing scales to one"
+    how = {"rebase": "by bringing scales to one", "requantize": "by quantizing again"}.get(choice, "exactly")
     rebase = ", --inexact rebase brings their scales to one" if all(one.rebases for one in found) else ""
     raise InputError(
         f"{where}: {many} of {target} cannot be written {how}: {shown}",
@@ -94,6 +98,10 @@ def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: st
         hint=f"--inexact bf16 writes these in BF16{rebase}, and --inexact requantize quantizes them again from "
         "--base; --dry-run tells what each costs",
     )
+
+
+def _settles(one: Unequal, choice: Inexact) -> bool:
+    return {"refuse": False, "bf16": True, "rebase": one.rebases, "requantize": one.requantizes}[choice]
 
 
 def _value(info: TensorInfo | None, read: ReadBytes) -> bytes | None:

@@ -40,7 +40,7 @@ class Restored:
         config: The text of config.json; None where the output's own is written.
         used: Tensors whose bytes are the record's.
         not_used: What of the claim was not used, in words.
-        changed: What a reader of the output finds instead of the description's bytes, for these.
+        found: What a reader of the output finds of these, by diffusers' names.
     """
 
     written: Written
@@ -48,7 +48,7 @@ class Restored:
     config: str | None
     used: tuple[str, ...]
     not_used: tuple[str, ...]
-    changed: Mapping[str, bytes] = field(default_factory=dict)
+    found: Mapping[str, TensorInfo] = field(default_factory=dict)
 
 
 def restore(
@@ -97,10 +97,10 @@ def restore(
             return "it is of another checkpoint"
         wrong = _contradicted(again, odd, source, raw, read)
         if not wrong:
-            changed = {name: read(again.tensors[name], 0, again.tensors[name].num_bytes) for name in odd}
+            found = {name: again.tensors[name] for name in odd}
             shards = _shards(candidate, claim, metadata)
             not_used = [*told, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
-            return Restored(candidate, shards, config, tuple(used), tuple(not_used), changed)
+            return Restored(candidate, shards, config, tuple(used), tuple(not_used), found)
         before = len(refused)
         refused |= {name for name in used if any(_in_module(name, one, claim, source) for one in wrong)}
         if len(refused) == before:
@@ -198,12 +198,12 @@ def _described(
         candidate.tensors, {file: dict(entries) for file, entries in metadata.items()}, dict(said or {}), ()
     )
     found = Found(family, claim.spelling, claim.prefix, [])
-    rows: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, quantized in settled.modules.items():
         place = family.native(name, claim.spelling)
         home = name if place is None else f"{claim.prefix}{place[0]}"
-        rows[home] = rows.get(home, 0) + quantized.rows
-    described = target.read(headers, read, rows, where)
+        shapes[home] = shapes.get(home, (0, 0))[0] + quantized.rows, quantized.columns
+    described = target.read(headers, read, shapes, where)
     if claim.spelling == "diffusers" and not claim.prefix:
         return described
     return under_diffusers_names(described, found, where)

@@ -1,7 +1,8 @@
 """The report of a conversion, put together from what its steps returned."""
 
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.commands.convert.output import ConvertPlan
-from modelopt_convert.commands.convert.proof import Compared, changed_modules
+from modelopt_convert.commands.convert.proof import Compared
 from modelopt_convert.commands.convert.restore import Restored
 from modelopt_convert.commands.convert.way_back import Kept
 from modelopt_convert.dialects.source import Source
@@ -24,15 +25,17 @@ def convert_report(
     """
     lossy = {name: one.how for one in plan.lossy for name in one.members}
     by_how = [*lossy.values()]
-    announced = dict(plan.written.changed)
-    rounded = changed_modules(announced) - lossy.keys()
     restored = plan.restored if isinstance(plan.restored, Restored) else None
+    given_back = restored.found.keys() if restored is not None else set()
+    rest = {
+        name: one for name, one in plan.announced.items() if module_of(name) not in lossy and name not in given_back
+    }
+    rounded = {module_of(name) for name, (_, is_out) in rest.items() if not is_out and not name.endswith("input_scale")}
     done = compared or Compared()
     is_equal = compared is not None and not compared.failures
-    why = plan.written.why
-    dropped = [ChangedTensor(tensor=name, why=why.get(name, "")) for name, one in announced.items() if one is None]
-    changed = [ChangedTensor(tensor=name, why=one) for name, one in plan.told.items()]
-    changed += [ChangedTensor(tensor=name, why=why.get(name, "")) for name, one in announced.items() if one is not None]
+    dropped = [ChangedTensor(tensor=name, why=why) for name, (why, is_out) in sorted(rest.items()) if is_out]
+    changed = [ChangedTensor(tensor=name, why=why) for name, why in sorted(plan.told.items())]
+    changed += [ChangedTensor(tensor=name, why=why) for name, (why, is_out) in sorted(rest.items()) if not is_out]
     return ConvertReport.model_validate(
         {
             "from": source.dialect,

@@ -3,13 +3,13 @@
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import read_record
-from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes, constant
+from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes
 from modelopt_convert.dialects.naming import under_native_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.family import Family
@@ -59,7 +59,7 @@ def keep(
     reader: CheckpointReader,
     source: Source,
     settled: Canonical,
-    changed: Mapping[str, bytes | None],
+    expected: Canonical,
     config_text: str | None,
 ) -> Kept:
     """Write the output back in thought, and keep what is not the source then.
@@ -68,13 +68,12 @@ def keep(
         reader: The source, as it was opened.
         source: What was made out of it.
         settled: What is written.
-        changed: What a reader of the output finds instead, by tensor.
+        expected: What a reader of the output finds of that.
         config_text: Of its config.json, if it has one of its own.
     """
     read, found = reader.read_of, source.found
-    seen = _seen(settled, changed)
     try:
-        again = source.form.write(named(seen, found.family, found.spelling, found.prefix), read).tensors
+        again = source.form.write(named(expected, found.family, found.spelling, found.prefix), read).tensors
     except InputError:  # what is left has no place in the source's dialect, such as BF16 alone
         again = {}
     # By identity: what is kept as it was is the very same object.
@@ -158,16 +157,6 @@ def _claim(said: Mapping[str, Any]) -> Claim:
         raise ValueError("spelling")
     config = said.get("config")
     return Claim(str(said["from"]), spelling, str(said["prefix"]), None if config is None else str(config), files)
-
-
-def _seen(settled: Canonical, changed: Mapping[str, bytes | None]) -> Canonical:
-    """What a reader of the output finds."""
-    tensors = {name: info for name, info in settled.tensors.items() if changed.get(name, b"") is not None}
-    for name, data in changed.items():
-        if data is not None and name in tensors:
-            info = tensors[name]
-            tensors[name] = constant(name, info.dtype, info.shape, data, info.file)
-    return replace(settled, tensors=tensors)
 
 
 def named(described: Canonical, family: Family, spelling: Naming, prefix: str) -> Canonical:
