@@ -15,6 +15,7 @@ from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     BuildRequest,
     ConvertFp8Request,
+    ConvertRequest,
     InspectRequest,
     PushRequest,
     Request,
@@ -53,6 +54,7 @@ __all__ = [
     "BuildNvfp4Request",
     "CheckFailedError",
     "ConvertFp8Request",
+    "ConvertRequest",
     "InconclusiveError",
     "InputError",
     "InspectReport",
@@ -73,6 +75,7 @@ __all__ = [
     "VerifiedReport",
     "VerifyRequest",
     "build_nvfp4",
+    "convert",
     "convert_fp8",
     "inspect",
     "perform",
@@ -158,6 +161,7 @@ Raises:
 """
 build_nvfp4 = _function(BuildNvfp4Request)
 convert_fp8 = _function(ConvertFp8Request)
+convert = _function(ConvertRequest)
 swap_nibbles = _function(SwapNibblesRequest)
 unswizzle_scales = _function(UnswizzleScalesRequest)
 verify = _function(VerifyRequest)
@@ -203,6 +207,10 @@ def command_of(request: Request[Any]) -> "Command[Any]":
             from modelopt_convert.commands.rewrite.command import RewriteCommand
 
             return RewriteCommand(request)
+        case ConvertRequest():
+            from modelopt_convert.commands.convert.command import ConvertCommand
+
+            return ConvertCommand(request)
         case VerifyRequest():
             from modelopt_convert.commands.verify import VerifyCommand
 

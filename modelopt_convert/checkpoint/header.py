@@ -8,12 +8,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelopt_convert.checkpoint.foreign import foreign
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.formats.dtypes import DTYPE_BITS, DTYPE_RANK, num_bits, num_bytes
 from modelopt_convert.run.errors import InputError
+
+if TYPE_CHECKING:
+    from modelopt_convert.checkpoint.recipe import Recipe
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit
@@ -41,15 +44,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a file's header says of a tensor.
+    """What a file's header says of a tensor, or what a tensor is made of.
 
     Attributes:
         name: Full tensor name.
         dtype: safetensors dtype name.
         shape: Logical shape.
-        file: Name of the file inside the checkpoint folder.
+        file: Name of the file inside the checkpoint folder; of several, the one that messages name.
         start: Offset of the data from the beginning of the file, in bytes.
         num_bytes: Size of the data in bytes.
+        recipe: How the data comes from files, where it is not one stretch of one; then ``start`` means nothing.
     """
 
     name: str
@@ -58,6 +62,7 @@ class TensorInfo:
     file: str
     start: int
     num_bytes: int
+    recipe: "Recipe | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
     out.line(f"{head}{component.dialect.name}, {totals.tensors} tensors, {human_bytes(totals.bytes)}")
     for evidence in component.dialect.evidence:
         out.detail(f"  because {evidence}")
+    if component.config_from not in (None, "config.json"):
+        out.line(f"  config from: {component.config_from}")
     if component.modules:
         _show_modules(out, component)
         if layout.modules_contradicting:

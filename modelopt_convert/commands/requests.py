@@ -36,6 +36,7 @@ Result = TypeVar("Result", covariant=True)
 # The command line takes the first of several types.
 Place = str | Path  # may be hf://
 Folder = str | Path
+TargetName = Literal["comfyui", "modelopt", "bfl-diffusers", "torchao", "compressed-tensors", "bf16"]
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -69,6 +70,20 @@ class Flag:
     values: Callable[[], Sequence[str]] | None = None
 
 
+def shard_bytes(request: "Request[Any]", size: str) -> int:
+    """Bytes of a size such as 5GB.
+
+    Raises:
+        UsageError: It is no size.
+    """
+    found = _SIZE.fullmatch(size)
+    number, unit, binary = found.groups() if found else ("inf", "K", "")
+    count = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
+    if count > sys.float_info.max:
+        request.refuse("max_shard_size", f"{shown(size)} is not a size such as 5GB or 500MB")
+    return int(count)
+
+
 def preset_values() -> list[str]:
     """What ``--preset`` takes besides files."""
     from modelopt_convert.preset.preset import preset_names
@@ -88,6 +103,24 @@ MaxError = Annotated[
 Download = Annotated[bool, Flag("Fetch files of the Hub whole, into its cache, and not only what is needed.")]
 Workers = Annotated[
     int | None, Flag("Tensors worked on at a time; default: one for each core, up to four.", minimum=1, maximum=64)
+]
+
+
+Variant = Annotated[
+    str | None,
+    Flag(
+        "Of weights in several precisions, these, such as fp16: of BASE where there is one, else of what is read.",
+        metavar="NAME",
+        after="base",
+    ),
+]
+Config = Annotated[
+    Place | None,
+    Flag(
+        "The transformer's config for what has none: a config.json, or a folder with one, also hf://.",
+        metavar="PATH",
+        after="variant",
+    ),
 ]
 
 
@@ -326,18 +359,21 @@ class _Choosing(Request["Report"]):
         ),
     ] = None
     export: Annotated[
-        Place | None, Flag("ModelOpt NVFP4 export; without it the base is quantized.", metavar="EXPORT")
+        Place | None,
+        Flag("ModelOpt NVFP4 export, or one .safetensors file; without it the base is quantized.", metavar="EXPORT"),
     ] = None
     base: Annotated[
         Place | None,
-        Flag("The unquantized base: transformer or pipeline; default the preset's on the Hub.", metavar="BASE"),
+        Flag("The unquantized base: transformer, pipeline or file; default the preset's on the Hub.", metavar="BASE"),
     ] = None
+    variant: Variant = None
+    config: Config = None
     base_model: Annotated[
         str | None,
         Flag(
             "The repo that BASE comes from, where nothing at BASE says so; the card and the record give it as a claim.",
             metavar="REPO",
-            after="base",
+            after="config",
         ),
     ] = None
     component: Annotated[
@@ -362,7 +398,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     """What ``build-nvfp4`` and ``convert-fp8`` have in common."""
 
     __slots__ = ()
-    inputs: ClassVar[tuple[str, ...]] = ("export", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config")
     algorithm: ClassVar[Algorithm]
 
     def check(self) -> None:
@@ -379,12 +415,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     @property
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
-        found = _SIZE.fullmatch(self.max_shard_size)
-        number, unit, binary = found.groups() if found else ("inf", "K", "")
-        size = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
-        if size > sys.float_info.max:
-            self.refuse("max_shard_size", f"{shown(self.max_shard_size)} is not a size such as 5GB or 500MB")
-        return int(size)
+        return shard_bytes(self, self.max_shard_size)
 
     @property
     def preset_file(self) -> Path | None:
@@ -436,9 +467,10 @@ class ConvertFp8Request(BuildRequest):
 
     command: ClassVar[str] = "convert-fp8"
     algorithm: ClassVar[Algorithm] = "fp8"
-    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "checkpoint")
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config", "checkpoint")
     export: Annotated[
-        Place | None, Flag("ModelOpt FP8 export: its transformer or pipeline folder.", metavar="EXPORT")
+        Place | None,
+        Flag("ModelOpt FP8 export: its transformer or pipeline folder, or one .safetensors file.", metavar="EXPORT"),
     ] = None
     base: Annotated[Place | None, Flag("The unquantized base; without it nothing is proven.", metavar="BASE")] = None
     checkpoint: Annotated[
@@ -474,6 +506,7 @@ class _Source(Request["Report"]):
         Place | None,
         Flag("The unquantized base: only what needs the rewrite is rewritten, and it is proven.", metavar="BASE"),
     ] = None
+    variant: Variant = None
     force_names: Annotated[bool, Flag("Rewrite although loaders guess the old layout from the tensor names.")] = False
 
 
@@ -516,16 +549,68 @@ class UnswizzleScalesRequest(RewriteRequest):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest(_Replacing):
+    """Convert a checkpoint from one dialect into another, and read the result back."""
+
+    command: ClassVar[str] = "convert"
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base", "config")
+    source: Annotated[
+        Place,
+        Flag(
+            "A quantized transformer: its folder, its pipeline's, or one .safetensors file; it is not changed.",
+            metavar="SOURCE",
+        ),
+    ] = field(kw_only=False)
+    output: Annotated[Folder, Flag("The folder to write.", metavar="OUTPUT")] = field(kw_only=False)
+    to: Annotated[TargetName, Flag("The dialect to write.")]
+    from_: Annotated[
+        TargetName | None, Flag("The dialect of SOURCE, where names and markers do not tell.", name="--from")
+    ] = None
+    base: Annotated[Place | None, Flag("The unquantized base: SOURCE is proven against it.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
+    inexact: Annotated[
+        Literal["refuse", "bf16", "rebase", "requantize"],
+        Flag("What becomes of modules that the target cannot hold exactly."),
+    ] = "refuse"
+    dry_run: Annotated[bool, Flag("Open, plan, refuse, print; write nothing.", short="-n")] = False
+    download: Download = False
+    workers: Workers = None
+    max_shard_size: Annotated[str, Flag("Largest output file, such as 5GB or 500MB.", metavar="SIZE")] = "5GB"
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if self.inexact == "requantize" and self.base is None:
+            self.refuse("base", "is required with --inexact requantize, which quantizes the base")
+        if is_far(self.output):
+            self.refuse("output", "is a folder on disk")
+        if self.shard_bytes <= 0:
+            self.refuse("max_shard_size", "must be more than nothing")
+
+    @property
+    def worker_count(self) -> int:
+        """Tensors that are worked on at a time."""
+        return self.workers or default_workers()
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest output file, in bytes of tensors."""
+        return shard_bytes(self, self.max_shard_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyRequest(Request["VerifiedReport"]):
     """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own."""
 
     command: ClassVar[str] = "verify"
-    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config")
     checkpoint: Annotated[
         Place | None,
-        Flag("A transformer folder, or the pipeline folder that holds it.", metavar="CHECKPOINT"),
+        Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="CHECKPOINT"),
     ] = field(default=None, kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base, to prove the weights again.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
     backend: Annotated[
         str,
         Flag(
@@ -612,11 +697,13 @@ class InspectRequest(Request["InspectReport"]):
     """Say what a checkpoint is, how it is laid out and how that is known, and what is wrong with it."""
 
     command: ClassVar[str] = "inspect"
-    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base", "config")
     source: Annotated[
         Place, Flag("A transformer folder, a pipeline folder, or one .safetensors file.", metavar="SOURCE")
     ] = field(kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base, to prove the layout.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
     all_scales: Annotated[bool, Flag("Look at the scales of every module, not of a few.", name="--all")] = False
     engine: Annotated[
         str,

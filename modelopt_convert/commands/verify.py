@@ -12,7 +12,16 @@ from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
-from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
+from modelopt_convert.commands.command import (
+    Clock,
+    Inputs,
+    Warned,
+    ending,
+    not_compared,
+    peak_rss_bytes,
+    versions,
+    warnings_of,
+)
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.report.report import OutputReport, Report, VerifiedReport
@@ -42,7 +51,8 @@ class VerifyCommand:
             workers=request.worker_count,
         )
         self._clock = Clock()
-        self._inputs = Inputs()
+        self._inputs = Inputs(request.locate("config"), request.variant, variant_of_base=request.base is not None)
+        self._warned: list[Warned] = []
         self._found: VerifyReport | None = None
         self._peak: int | None = None
 
@@ -81,6 +91,7 @@ class VerifyCommand:
             verify=self._found,
             peak_rss_bytes=self._peak,
             timings_s=self._clock.seconds,
+            warnings=warnings_of([*self._inputs.left_aside(), *self._warned]),
             versions=versions(),
             **ending(error),
         )
@@ -112,6 +123,7 @@ class VerifyCommand:
                     against = None
                     if base_path is not None:
                         against = inputs.open(f"{prefix}base", base_path, is_base=True)
+                        self._warned += not_compared(reader, against)
                 check_roles(reader, against)
                 opened[prefix] = reader, against
             import torch

@@ -108,6 +108,9 @@ class ComponentReport(_Model):
     lint: list[LintReport] = Field(description="faults that were found")
     totals: TotalsReport = Field(description="sizes")
     engine: EngineReport | None = Field(description="SGLang's view of an NVFP4 checkpoint")
+    config_from: str | None = Field(
+        default=None, description="where its config is from: config.json, --config, header, or beside the file"
+    )
     engines: list[EngineReport] = Field(default_factory=list, description="the views of all engines")
     verdicts: list[EngineVerdict] = Field(
         default_factory=list, description="what each engine makes of the file, with --engines"

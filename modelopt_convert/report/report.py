@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
+from modelopt_convert.report.convert import ConvertReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.run.text import unicode_text
 
@@ -44,6 +45,10 @@ class InputReport(_Model):
     bytes: int = Field(description="of all its tensors")
     files: list[str] = Field(description="its weight files")
     skipped_files: list[str] = Field(description="files beside them that were not read")
+    config_from: str | None = Field(
+        default=None,
+        description="where its config is from: config.json, --config, header, beside the file, or export",
+    )
     renamed: dict[str, str] = Field(
         default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"
     )
@@ -232,6 +237,7 @@ class Report(_Model):
     checks: list[dict[str, Any]] = Field(
         default_factory=list, description="what was checked of OUT before it was published"
     )
+    convert: ConvertReport | None = Field(default=None, description="what `mopt convert` did")
     verify: VerifyReport | None = Field(
         default=None, description="what `mopt verify`, or the closing step of a build, found"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.plan.prediction import step_readings
 from modelopt_convert.proof.due import due_readings
@@ -42,7 +43,7 @@ def part_of(reader: CheckpointReader, origin: Origin, task: ShardTask) -> Source
     names = dict.fromkeys(name for name, _, _ in (*steps, *compared))
     tensors = tuple(reader.tensors[name] for name in names)
     files: dict[str, tuple[int, int]] = {}
-    for name in sorted({info.file for info in tensors}):
+    for name in sorted({one.file for info in tensors for one in recipe_of(info).extents(0, info.num_bytes)}):
         file = reader.opened(name)
         assert isinstance(file, LocalFile)
         files[name] = file.state

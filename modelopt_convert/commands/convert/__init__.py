@@ -1,0 +1,1 @@
+"""``mopt convert``: any dialect that mopt reads into any that it writes."""

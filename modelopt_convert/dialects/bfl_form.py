@@ -1,0 +1,101 @@
+"""Black Forest Labs' ``nvfp4`` and ``fp8r`` files as diffusers reads them, both ways. Pure, no torch.
+
+Source: diffusers 0.42.1, ``quantizers/bfl`` (``BFLQuantizationConfig``, by ``from_single_file`` alone). Names are those
+of the model's own repository. Not the layout of the files that Black Forest Labs publish for ComfyUI.
+
+=========  ==================  ========================================================================
+scheme     weight              scales
+=========  ==================  ========================================================================
+``nvfp4``  U8 [N, K/2], low    weight_scale F8_E4M3 [N, K/16] row-major; weight_scale_2, input_scale
+           nibble first        F32 [], both required
+``fp8r``   F8_E4M3 [N, K]      weight_scale F32 [N]; an input_scale is not looked at
+=========  ==================  ========================================================================
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.dialects.dialect import Headers
+from modelopt_convert.dialects.form import (
+    SCALES,
+    Canonical,
+    Naming,
+    Quantized,
+    ReadBytes,
+    Written,
+    check_algorithms,
+    check_roles,
+    constant,
+    grouped,
+    wrong,
+)
+from modelopt_convert.dialects.scales import fp8_scale, one_scale
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.run.errors import InputError
+
+_AGAIN = "name the dialect that the file is in with --from, or get it again from its publisher"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bfl:
+    name: str = "bfl-diffusers"
+    naming: Naming = "original"
+
+    def read(
+        self, headers: Headers, read: ReadBytes, true_shapes: Mapping[str, tuple[int, int]], where: str
+    ) -> Canonical:
+        tensors = dict(headers.tensors)
+        modules: dict[str, Quantized] = {}
+        for module, roles in grouped(headers.tensors.values()).items():
+            if roles.keys() & SCALES:
+                check_roles(module, roles, where)
+                found, modules[module] = _module(module, roles, read, where)
+                tensors |= {info.name: info for info in found}
+        return Canonical(tensors, modules, {}, headers.config)
+
+    def write(self, described: Canonical, read: ReadBytes) -> Written:
+        check_algorithms(described, "a file for BFLQuantizationConfig", ("nvfp4", "fp8"))
+        tensors = dict(described.tensors)
+        instead: dict[str, TensorInfo] = {}
+        why: dict[str, str] = {}
+        for module, quantized in described.modules.items():
+            scale = tensors[f"{module}.weight_scale"]
+            if quantized.algorithm == "fp8" and quantized.rows == 1:
+                tensors[scale.name] = replace(scale, shape=(1,))
+            elif quantized.algorithm == "fp8" and not scale.shape:
+                data = read(scale, 0, 4) * quantized.rows
+                tensors[scale.name] = instead[scale.name] = constant(
+                    scale.name, "F32", (quantized.rows,), data, scale.file
+                )
+                why[scale.name] = "diffusers wants a scale a row: the same one for each"
+            if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in tensors:
+                raise InputError(
+                    f"module {module!r}: expected an input_scale, which diffusers requires of NVFP4, found none",
+                    code="convert.no_input_scale",
+                    hint="--to torchao does without; or calibrate the model and export it again",
+                )
+        return Written(tensors, METADATA, None, instead=instead, why=why, keep=frozenset(instead))
+
+
+FORM = _Bfl()
+
+
+def _module(
+    module: str, roles: Mapping[str, TensorInfo], read: ReadBytes, where: str
+) -> tuple[list[TensorInfo], Quantized]:
+    weight, scale = roles.get("weight"), roles.get("weight_scale")
+    packed = "weight_scale_2" in roles
+    dtype = "U8" if packed else "F8_E4M3"
+    if weight is None or scale is None or weight.dtype != dtype or len(weight.shape) != 2:
+        info = weight or next(iter(roles.values()))
+        raise wrong(where, info, f"{dtype} of two dimensions beside its scales", code="dialect.shape", hint=_AGAIN)
+    rows, columns = weight.shape
+    found = [one_scale(roles[role], roles[role].name, read, where) for role in ("input_scale",) if role in roles]
+    if not packed:
+        return [*found, fp8_scale(scale, scale.name, rows, read, where)], Quantized("fp8", rows, columns)
+    expected = (rows, columns * 2 // BLOCK_SIZE)
+    if scale.dtype != "F8_E4M3" or scale.shape != expected or columns * 2 % BLOCK_SIZE:
+        raise wrong(where, scale, f"F8_E4M3 {list(expected)}", code="dialect.shape", hint=_AGAIN)
+    found.append(one_scale(roles["weight_scale_2"], roles["weight_scale_2"].name, read, where))
+    return found, Quantized("nvfp4", rows, columns * 2)

@@ -1,0 +1,74 @@
+"""Scales as a description has them, whatever shape and dtype a dialect gives them. Pure, no torch."""
+
+import math
+import struct
+from dataclasses import replace
+
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.dialects.form import Canonical, ReadBytes, constant, scalar, wrong
+from modelopt_convert.dialects.resized import widened
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+
+_AGAIN = "get the file again from its publisher"
+_MEMBERS = range(2, 5)  # of a fused module
+
+
+def one_scale(info: TensorInfo, name: str, read: ReadBytes, where: str) -> TensorInfo:
+    """The scale of a whole tensor, F32 [].
+
+    Args:
+        info: As it is stored, of one element.
+        name: The name that it gets.
+        read: Reads it.
+        where: The checkpoint, for messages.
+
+    Raises:
+        InputError: ``dialect.shape``: it is not one float.
+    """
+    if info.dtype not in HALF_AND_FLOAT or math.prod(info.shape) != 1 or len(info.shape) > 1:
+        raise wrong(where, info, "one scale, F32 []", code="dialect.shape", hint=_AGAIN)
+    return scalar(info, name, read)
+
+
+def fp8_scale(info: TensorInfo, name: str, rows: int, read: ReadBytes, where: str) -> TensorInfo:
+    """The scale of an FP8 weight: F32 [], or [N] one a row, or [M] one for each member of a fused module.
+
+    Args:
+        info: As it is stored: [], [1], [1, 1], [N], [N, 1] or [M], in F32, BF16 or F16.
+        name: The name that it gets.
+        rows: N.
+        read: Reads it.
+        where: The checkpoint, for messages.
+
+    Raises:
+        InputError: ``dialect.shape``.
+    """
+    shape = info.shape[:1] if len(info.shape) == 2 and info.shape[1] == 1 else info.shape
+    if info.dtype not in HALF_AND_FLOAT or len(shape) > 1:
+        raise wrong(where, info, "one scale or one a row, in F32, BF16 or F16", code="dialect.shape", hint=_AGAIN)
+    if math.prod(shape) == 1:
+        return scalar(info, name, read)
+    if shape != (rows,) and shape[0] not in _MEMBERS:
+        raise wrong(where, info, f"one scale, or {rows}, one a row", code="dialect.shape", hint=_AGAIN)
+    return replace(widened(info, "F32"), name=name, shape=shape)
+
+
+def one_values(name: str, weight: TensorInfo) -> TensorInfo:
+    """The scale of codes that are the values themselves: 1."""
+    return constant(name, "F32", (), struct.pack("<f", 1.0), weight.file)
+
+
+def check_row_scales(described: Canonical, where: str) -> None:
+    """Refuse FP8 weights with several scales that are neither one a row nor one a member of a fused module.
+
+    Args:
+        described: Under diffusers' names.
+        where: The checkpoint, for messages.
+
+    Raises:
+        InputError: ``dialect.shape``.
+    """
+    for module, one in described.modules.items():
+        scale = described.tensors[f"{module}.weight_scale"]
+        if one.algorithm.startswith("fp8") and scale.shape not in ((), (one.rows,)):
+            raise wrong(where, scale, f"one scale, or {one.rows}, one a row", code="dialect.shape", hint=_AGAIN)
