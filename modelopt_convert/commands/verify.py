@@ -122,7 +122,11 @@ class VerifyCommand:
                     against = None
                     if base_path is not None:
                         against = inputs.open(f"{prefix}base", base_path, is_base=True)
-                        self._warned += not_compared(reader, against)
+                        self._warned += inputs.present(f"{prefix}base")
+                    known = against.tensors if against is not None else {}
+                    self._warned += inputs.present(f"{prefix}checkpoint", known)
+                    self._warned += not_compared(reader, against) if against is not None else []
+                    inputs.lend_config(f"{prefix}checkpoint", against)
                 opened[prefix] = reader, against
             import torch
 

@@ -64,13 +64,13 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint="mopt presets lists the models",
         )
-    described = form.read(headers, reader.read_of, _true_rows(reader.tensors, known, found), where)
+    described = form.read(headers, reader.read_of, true_rows(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described)
 
 
-def _true_rows(tensors: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo], found: Found) -> dict[str, int]:
+def true_rows(tensors: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo], found: Found) -> dict[str, int]:
     """N by the checkpoint's own module names, as far as they are known."""
     rows: dict[str, int] = {}
     for name in tensors:

@@ -46,7 +46,8 @@ class InputReport(_Model):
     skipped_files: list[str]
     config_from: str | None = Field(
         default=None,
-        description="where its config is from: config.json, --config, header, beside the file, or export",
+        description="where its config is from: config.json, --config, header, beside the file, export, base, "
+        "or family, which says the class and no more",
     )
     renamed: dict[str, str] = Field(
         default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"

@@ -111,7 +111,7 @@ def verify_opened(
     scanned = Scanned()
     if with_record:
         progress.begin("read", reader.num_bytes)
-        scanned = scan(reader, record, options.workers, progress.advance, is_compared=base is not None)
+        scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
     seen = look(subject)
     progress.begin("decode", decode_size(subject, base))
     with torch_on_one_thread():

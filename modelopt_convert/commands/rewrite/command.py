@@ -50,6 +50,7 @@ from modelopt_convert.commands.rewrite.proof import (
     refuse_unproven_rewrite,
     rewritten_report,
 )
+from modelopt_convert.dialects.presented import present_under_names_of
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.plan import Origin
@@ -112,6 +113,7 @@ class RewriteCommand:
             with self._clock.timed("open"):
                 against = self._inputs.open("base", base_path, is_base=True) if base_path is not None else None
             if against is not None:
+                present_under_names_of(against, reader)
                 self._warned += compare_configs(reader, against)
             with self._clock.timed("inspect"):
                 modules = self._look(reader, against)
