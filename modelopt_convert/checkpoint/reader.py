@@ -96,7 +96,7 @@ class CheckpointReader:
                 small = self._open_folder(need_config and config is None)
                 if config is not None and self.config_from is None:
                     self.config, self.config_from = dict(config), GIVEN
-            self.stored = self.tensors
+            self.stored, self._own_config = self.tensors, self.config
             self._origin = identify(self.path, small, self._files)
         except BaseException:
             self._release()
@@ -143,8 +143,13 @@ class CheckpointReader:
     def as_stored(self) -> "CheckpointReader":
         """The same opened files by their own headers, whatever is presented. What opened them closes them."""
         found = copy(self)
-        found.tensors, found.content = self.stored, None
+        found.tensors, found.config, found.content = self.stored, self._own_config, None
         return found
+
+    @property
+    def is_presented(self) -> bool:
+        """Whether other tensors are presented than the headers have."""
+        return self.tensors is not self.stored
 
     def digest_content(self) -> None:
         """From now on digest what is read, so that the identity has all bytes once all were read."""

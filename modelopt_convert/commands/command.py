@@ -181,7 +181,8 @@ class Inputs:
         reader.config = dict(found.config)
         if found.other_class is not None:
             reader.config_from = None
-        return [("input.read_as", f"{name} {reader.path}: {found.words()}")]
+        where = reader.path / reader.files[0] if len(reader.files) == 1 else reader.path
+        return [("input.read_as", f"{name} {where}: {found.words()}")]
 
     def lend_config(self, name: str, base: CheckpointReader | None) -> None:
         """Complete the config of an input that is presented and has none: from its base, or by its family's class."""
@@ -311,7 +312,8 @@ def not_compared(made: CheckpointReader, base: CheckpointReader) -> list[Warned]
     lacking = [str(one.path) for one in (made, base) if one.config_from is None]
     if not lacking:
         return []
-    return [("config.not_compared", f"{' and '.join(lacking)} has no config: the two configs are not compared")]
+    words = f"no config at {' and '.join(lacking)}: the two configs are not compared"
+    return [("config.not_compared", words)]
 
 
 def left_aside_words(folder: str, names: Sequence[str]) -> str:

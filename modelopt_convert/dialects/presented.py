@@ -16,7 +16,6 @@ from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.dialects.dialect import Dialect, Headers
 from modelopt_convert.dialects.form import Canonical
 from modelopt_convert.dialects.forms import form_of
-from modelopt_convert.dialects.modelopt.dialect import output_config
 from modelopt_convert.dialects.naming import under_diffusers_names, under_native_names
 from modelopt_convert.dialects.others import FP8_UNLABELLED
 from modelopt_convert.dialects.packed import SCALE_SHAPES, is_quantizer_state
@@ -246,10 +245,10 @@ def _declared(described: Canonical, target: Format, quantized: Iterable[str]) ->
         if name.endswith(".weight") and len(info.shape) == 2 and module_of(name) not in packed
     ]
     calibrated = any(f"{name}.input_scale" in described.tensors for name in packed)
-    keys: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": target.quant_algo}
-    keys |= {} if calibrated else {"dynamic_input_scale": True}
-    found: dict[str, Any] = output_config({}, keys, sorted(linears, key=natural_key), target)[_QUANTIZATION]
-    return found
+    # Nothing of the layout is said: what is presented lies as every reader takes for granted.
+    dynamic = {} if calibrated else {"dynamic_input_scale": True}
+    keys = {"quant_method": "modelopt", "quant_algo": target.quant_algo}
+    return {**keys, **dynamic, "ignore": sorted(linears, key=natural_key)}
 
 
 def _architecture(config: Mapping[str, Any], found: Found | None) -> tuple[dict[str, Any], str | None]:
