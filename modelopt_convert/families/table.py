@@ -64,14 +64,11 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Found | None:
 
 def left_out(name: str, found: Found) -> str | None:
     """What a tensor is that lies beside the transformer; None for one of the transformer, and for an unknown one."""
-    inside = name.startswith(found.prefix)
-    if inside:
+    if name.startswith(found.prefix):
         bare = name.removeprefix(found.prefix)
         for start, what in found.family.beside.items():
             if bare.startswith(start):
                 return what
-    if inside and found.prefix:
-        return None
     return next((what for start, what in LEFT_OUT.items() if name.startswith(start)), None)
 
 
