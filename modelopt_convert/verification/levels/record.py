@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from modelopt_convert.checkpoint.companions import folders_of
+from modelopt_convert.checkpoint.config import OWN
 from modelopt_convert.checkpoint.digests import headers_digest
 from modelopt_convert.checkpoint.location import Location, OpenFile, names, open_file
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
@@ -103,7 +104,8 @@ def scan(
     found.failures += [f"tensor {name!r} is recorded and gone" for name in digests if name not in reader.tensors]
     if record is not None:
         found.failures += _header_faults(reader, record) + _name_faults(reader, record)
-        due = {"config.json", *reader.indexes}
+        # What mopt made of one file has no config.json.
+        due = {*(["config.json"] if reader.config_from == OWN else []), *reader.indexes}
         found.failures += [f"file {name} is not recorded" for name in sorted(due - record["digests"]["files"].keys())]
     known = {RECORD, *(record["digests"]["files"] if record is not None else ())}
     failures, warnings = unlisted(reader.path, set(reader.skipped) - known)
