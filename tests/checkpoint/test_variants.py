@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import build, copy, inspected, load, run_mopt, tree
+from support import build, edit, inspected, load, run_mopt, tree
 
 from modelopt_convert import UsageError, inspect
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -148,10 +148,8 @@ def test_the_variant_is_the_bases_where_there_is_one(
     nvfp4: Path, base: Path, built_nvfp4: Path, tmp_path: Path
 ) -> None:
     """Other weights lie under the plain name: whoever took them would prove nothing."""
-    folder = copy(base, tmp_path / "base") / "transformer"
-    folder = folder if folder.is_dir() else tmp_path / "base"
-    (shard,) = folder.glob("*.safetensors")
-    shard.rename(folder / _add_variant(PLAIN, "bf16"))
+    folder = edit(base, tmp_path / "base")
+    (folder / PLAIN).rename(folder / _add_variant(PLAIN, "bf16"))
     other = {name: torch.zeros_like(tensor) for name, tensor in load(base / "transformer").items()}
     save_file(other, folder / PLAIN)
     assert build(nvfp4, tmp_path / "base", tmp_path / "wrong").exit_code == 1
@@ -168,7 +166,7 @@ def test_the_variant_is_the_bases_where_there_is_one(
 
 
 def test_a_variant_of_one_file_is_refused(base: Path) -> None:
-    (file,) = (base / "transformer").glob("*.safetensors")
+    file = next((base / "transformer").glob("*.safetensors"))
     outcome = run_mopt("inspect", file, "--variant", "fp16")
     assert outcome.exit_code == 3 and outcome.error_code == "input.variant"
     with pytest.raises(UsageError):

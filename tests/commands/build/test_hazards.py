@@ -319,11 +319,17 @@ def test_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -
     refused(export, base, tmp_path, code="export.not_quantized", names=(str(export / "config.json"),), hint="again")
 
 
-@pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model-00002-of-00003.safetensors"])
-def test_an_export_cut_short_is_refused(missing: str, exports: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "code"),
+    [
+        ("config.json", "input.no_config"),
+        ("diffusion_pytorch_model-00002-of-00003.safetensors", "input.missing"),
+    ],
+)
+def test_an_export_cut_short_is_refused(missing: str, code: str, exports: Path, base: Path, tmp_path: Path) -> None:
     export = copy(exports / "nvfp4_sharded", tmp_path / "export")
     (export / missing).unlink()
-    refused(export, base, tmp_path, code="input.missing", names=(str(export), missing))
+    refused(export, base, tmp_path, code=code, names=(str(export), missing))
 
 
 def test_the_bias_of_a_replaced_module_is_the_bases_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:
