@@ -58,13 +58,13 @@ FLAGS = {
         *_WRITING, *_TELLING,
     },
     "convert-fp8": {
-        "--preset", "--export", "--base", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--pipeline-output",
+        "--preset", "--export", "--base", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size",
+        "--component", "--pipeline-output",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },
     "verify": {
-        "checkpoint", "--base", *_CHOOSING, "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
-        "--max-error", "--accept-near", "--report", "--workers", "--download", *_TELLING,
+        "checkpoint", "--base", *_CHOOSING, "--backend", "--device", "--sample", "--require", "--self-test",
+        "--prewarm", "--max-error", "--accept-near", "--report", "--workers", "--download", *_TELLING,
     },
     "inspect": {"source", "--base", *_CHOOSING, "--all", "--engine", "--max-error", "--download", *_TELLING},
     "swap-nibbles": {"source", "output", "--base", "--variant", "--force-names", *_WRITING, *_TELLING},
