@@ -28,7 +28,6 @@ ELSEWHERE = {
     "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
     "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
     "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
-    "mopt swap-nibbles comfy.safetensors low-first": "refused in the file's own folder",
 }
 EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")
 SWAPPED, SWIZZLED = ("swap-nibbles", "high-first"), ("unswizzle-scales", "post-processed")

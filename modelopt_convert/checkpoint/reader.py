@@ -46,6 +46,7 @@ class CheckpointReader:
 
     Attributes:
         path: The folder, also for a single file.
+        is_alone: Whether one file was opened, and nothing is known of its folder.
         tensors: Every tensor by name, as it is presented.
         stored: Every tensor by name, as the headers have it.
         metadata: Header metadata by file.
@@ -76,8 +77,8 @@ class CheckpointReader:
         Raises:
             InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
         """
-        single = path.is_file()
-        self.path = path.parent if single else path
+        self.is_alone = path.is_file()
+        self.path = path.parent if self.is_alone else path
         self.tensors: dict[str, TensorInfo] = {}
         self.config: dict[str, Any] = {}
         self.config_from: str | None = None
@@ -90,7 +91,7 @@ class CheckpointReader:
         self._files: dict[str, OpenFile] = {}
         self._headers = hashlib.sha256()
         try:
-            if single:
+            if self.is_alone:
                 small = self._open_one(path, config)
             else:
                 small = self._open_folder(need_config and config is None)

@@ -106,7 +106,8 @@ def verify_opened(
         proof: How the proof of a build ended, in words; None where the bytes and the record say it.
     """
     subject = find_subject(reader, base)
-    record = read_record(reader.path) if with_record else None
+    # A record is about all that a folder holds; one file is looked at alone.
+    record = read_record(reader.path) if with_record and not reader.is_alone else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
     if with_record:
