@@ -1,4 +1,4 @@
-"""Checkpoints in the models' own names and in ComfyUI's dialect, wherever a checkpoint is taken: what they stand for."""
+"""Checkpoints in the models' own names and in ComfyUI's dialect, wherever one is taken: what they stand for."""
 
 import json
 from collections.abc import Callable
