@@ -115,7 +115,10 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     form, where = form_of(dialect), str(reader.path)
     found = recognise({name: info.shape for name, info in reader.tensors.items()})
     is_native = found is not None and (found.spelling != "diffusers" or bool(found.prefix))
-    is_foreign = form is not None and form.name not in _OWN_LAYOUT
+    said = reader.config.get(_QUANTIZATION)
+    # With ModelOpt's config beside diffusers' names builds find out the layout by the base.
+    is_modelopt = not is_native and isinstance(said, dict) and said.get("quant_method") == "modelopt"
+    is_foreign = form is not None and form.name not in _OWN_LAYOUT and not is_modelopt
     if not is_native and not is_foreign:
         return None
     if not is_foreign and found is not None and _moves_codes(reader.tensors, found) and form is None:

@@ -120,7 +120,7 @@ def _take_config(opened: Opened, paths: Mapping[str, Location | None]) -> Iterat
             continue
         path, presented = paths[role] or reader.path, opened.presented.get(role)
         other = opened.base if role == "export" else opened.export
-        if other is None or other.config_from is None:
+        if other is None or other.config_from is None or (role == "export" and presented is None):
             raise no_config(role, path, presented.other_class if presented is not None else None)
         quantization = {key: value for key, value in reader.config.items() if key == "quantization_config"}
         reader.config = without_quantization(other.config) | quantization
