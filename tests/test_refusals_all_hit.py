@@ -23,6 +23,8 @@ JSON_KINDS = ("json", "duplicate_key", "too_large")
 # One test each, not a table.
 ALONE = {
     "input.changed": "checkpoint/test_reader_hostile.py::test_a_file_cut_while_open_is_an_error_and_not_a_crash",
+    "input.no_config": "commands/test_one_file.py::test_what_has_no_config_is_told_of_the_flag",
+    "input.variant": "checkpoint/test_variants.py::test_each_of_several_precisions_can_be_chosen",
     "config.ignore": "preset/test_patterns.py::test_a_long_ignore_list_is_looked_up_and_one_of_too_many_globs_refused",
     "pickle.missing": "checkpoint/test_torch_archive.py::test_a_missing_file_is_refused",
     "pickle.content": "checkpoint/test_torch_archive.py::test_a_checkpoint_without_amax_is_refused",

@@ -31,7 +31,6 @@ ELSEWHERE = {
     "mopt convert comfy.safetensors OUT --to modelopt --base BASE": "tests/commands/convert has it",
     "mopt convert comfy.safetensors OUT --to modelopt": "likewise",
     "mopt convert EXPORT OUT --to comfyui --base BASE": "refused for FLUX.1, which these lines stand for",
-    "mopt swap-nibbles comfy.safetensors low-first": "refused in the file's own folder",
 }
 EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")
 SWAPPED, SWIZZLED = ("swap-nibbles", "high-first"), ("unswizzle-scales", "post-processed")

@@ -12,7 +12,8 @@ MAX_CONFIG_BYTES = 16_000_000
 _CLASS = "_class_name"
 _COMPONENTS = ("transformer", "transformer_2")
 # What `config_from` of a report says.
-OWN, GIVEN, HEADER, BESIDE, EXPORT = "config.json", "--config", "header", "beside the file", "export"
+OWN, GIVEN, HEADER, BESIDE = "config.json", "--config", "header", "beside the file"
+EXPORT, BASE, FAMILY = "export", "base", "family"
 
 
 def parse_config(raw: bytes, path: str) -> dict[str, Any]:
@@ -93,10 +94,18 @@ def read_config(place: Location) -> dict[str, Any]:
     return parse_config(read_small(file, MAX_CONFIG_BYTES, code="config"), str(file))
 
 
-def no_config(what: str, place: Location) -> InputError:
-    """That an input has no config, and what to do."""
+def no_config(what: str, place: Location, other_class: str | None = None) -> InputError:
+    """That an input has no config of a transformer, and what to do.
+
+    Args:
+        what: The input, for the message.
+        place: Where it lies.
+        other_class: The class that its config.json names, where that is none of diffusers' for this model.
+    """
+    found = "found none, nor a config in the file's header"
     return InputError(
-        f"{what} {place}: expected a config.json, found none, nor a config in the file's header",
+        f"{what} {place}: expected the config.json of a diffusers transformer, "
+        + (f"found that of {other_class[:80]}" if other_class is not None else found),
         code="input.no_config",
         path=str(place),
         hint="give --config PATH: the config.json of the transformer, its folder, or hf://ORGANIZATION/NAME",

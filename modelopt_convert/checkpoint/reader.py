@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,7 @@ from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
 from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name
 from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, identify, open_file, read_small
-from modelopt_convert.checkpoint.recipe import recipe_of, renamed
+from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.checkpoint.variants import choose_weights, is_index
 from modelopt_convert.run.errors import InputError
@@ -45,7 +46,9 @@ class CheckpointReader:
 
     Attributes:
         path: The folder, also for a single file.
-        tensors: Every tensor by name.
+        is_alone: Whether one file was opened, and nothing is known of its folder.
+        tensors: Every tensor by name, as it is presented.
+        stored: Every tensor by name, as the headers have it.
         metadata: Header metadata by file.
         config: config.json as an object, or what stands in for it; empty where there is none.
         config_from: Where the config is from, one of the words of ``checkpoint.config``; None where there is none.
@@ -74,8 +77,8 @@ class CheckpointReader:
         Raises:
             InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
         """
-        single = path.is_file()
-        self.path = path.parent if single else path
+        self.is_alone = path.is_file()
+        self.path = path.parent if self.is_alone else path
         self.tensors: dict[str, TensorInfo] = {}
         self.config: dict[str, Any] = {}
         self.config_from: str | None = None
@@ -89,12 +92,13 @@ class CheckpointReader:
         self._beside: dict[str, OpenFile] = {}
         self._headers = hashlib.sha256()
         try:
-            if single:
+            if self.is_alone:
                 small = self._open_one(path, config)
             else:
                 small = self._open_folder(need_config and config is None)
                 if config is not None and self.config_from is None:
                     self.config, self.config_from = dict(config), GIVEN
+            self.stored, self._own_config = self.tensors, self.config
             self._origin = identify(self.path, small, self._files)
         except BaseException:
             self._release()
@@ -128,14 +132,6 @@ class CheckpointReader:
         """One of the opened safetensors files, by its name."""
         return self._files[name]
 
-    def select(self, names: Mapping[str, str]) -> None:
-        """Go on with some of the tensors, under other names.
-
-        Args:
-            names: The new name of each tensor to keep, by its name in the files.
-        """
-        self.present({new: renamed(self.tensors[old], new) for old, new in names.items()})
-
     def present(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Go on with other tensors, whose bytes come from the same files.
 
@@ -143,6 +139,19 @@ class CheckpointReader:
             tensors: By name.
         """
         self.tensors = dict(tensors)
+        if self.content is not None:
+            self.digest_content()
+
+    def as_stored(self) -> "CheckpointReader":
+        """The same opened files by their own headers, whatever is presented. What opened them closes them."""
+        found = copy(self)
+        found.tensors, found.config, found.content = self.stored, self._own_config, None
+        return found
+
+    @property
+    def is_presented(self) -> bool:
+        """Whether other tensors are presented than the headers have."""
+        return self.tensors is not self.stored
 
     def take_beside(self, place: str, other: "CheckpointReader") -> None:
         """Let recipes take bytes of another checkpoint too, which stays open as long as this one is read.

@@ -11,10 +11,11 @@ from typing import Any, Protocol, Self, TypeVar
 
 from modelopt_convert import __version__
 from modelopt_convert.checkpoint.companions import Companions, open_companions
-from modelopt_convert.checkpoint.config import read_config
-from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.checkpoint.config import BASE, FAMILY, read_config
+from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.presented import Presented, stands_for
 from modelopt_convert.formats.finite import NotFinite, not_finite_words
 from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
@@ -89,6 +90,7 @@ class Inputs:
 
     Attributes:
         readers: As they are opened.
+        presented: What those stand for that are in another naming or dialect than builds and proofs read.
         to_fetch: Bytes that are still to be fetched of those on the Hub, as far as it is known.
     """
 
@@ -107,7 +109,7 @@ class Inputs:
         self._variant = variant
         self._variant_of_base = variant_of_base
         self.readers: dict[str, CheckpointReader] = {}
-        self.renamed: dict[str, dict[str, str]] = {}
+        self.presented: dict[str, Presented] = {}
         self.to_fetch: dict[str, int] = {}
         self._found: dict[str, InputReport] = {}
         self._traffic: dict[str, tuple[int, int]] = {}
@@ -157,6 +159,42 @@ class Inputs:
         )
         return reader
 
+    def present(self, name: str, known: Mapping[str, TensorInfo] | None = None) -> list[Warned]:
+        """Go on with what an opened checkpoint stands for, if its names or its dialect are others than ours.
+
+        Args:
+            name: Of the input.
+            known: The model's tensors under diffusers' names, as far as another input tells them.
+
+        Returns:
+            What was recognised, in words; nothing where the checkpoint is read as it lies.
+
+        Raises:
+            InputError: ``naming.*``, ``family.*`` or ``dialect.*``.
+        """
+        reader = self.readers[name]
+        found = stands_for(reader, known or {})
+        if found is None:
+            return []
+        self.presented[name] = found
+        reader.present(found.tensors)
+        reader.config = dict(found.config)
+        if found.other_class is not None:
+            reader.config_from = None
+        where = reader.path / reader.files[0] if len(reader.files) == 1 else reader.path
+        return [("input.read_as", f"{name} {where}: {found.words()}")]
+
+    def lend_config(self, name: str, base: CheckpointReader | None) -> None:
+        """Complete the config of an input that is presented and has none: from its base, or by its family's class."""
+        reader, found = self.readers[name], self.presented.get(name)
+        if found is None or found.found is None or reader.config_from is not None:
+            return
+        if base is not None and base.config_from is not None:
+            reader.config, reader.config_from = without_quantization(base.config) | reader.config, BASE
+        else:
+            reader.config = {"_class_name": found.found.family.class_names[0], **reader.config}
+            reader.config_from = FAMILY
+
     def open_beside(self, name: str, root: Location, built: Collection[str]) -> Companions:
         """Open what stands beside the transformers of a pipeline. The report's ``network`` calls it ``name``.
 
@@ -193,8 +231,9 @@ class Inputs:
         found: dict[str, InputReport] = {}
         for name, one in self._found.items():
             reader = self.readers[name]
+            presented = self.presented.get(name)
             known = {
-                "renamed": self.renamed.get(name, {}),
+                "renamed": presented.renamed() if presented is not None else {},
                 "identity": reader.identity(),
                 "config_from": reader.config_from,
             }
@@ -270,10 +309,11 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def not_compared(made: CheckpointReader, base: CheckpointReader) -> list[Warned]:
     """That the configs of a checkpoint and its base are not compared, since one of the two is not there."""
-    lacking = [str(one.path) for one in (made, base) if not one.config]
+    lacking = [str(one.path) for one in (made, base) if one.config_from is None]
     if not lacking:
         return []
-    return [("config.not_compared", f"{' and '.join(lacking)} has no config: the two configs are not compared")]
+    words = f"no config at {' and '.join(lacking)}: the two configs are not compared"
+    return [("config.not_compared", words)]
 
 
 def left_aside_words(folder: str, names: Sequence[str]) -> str:

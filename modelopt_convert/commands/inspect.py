@@ -7,6 +7,7 @@ from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Warned, ending, left_aside_words, warnings_of, without_quantization
 from modelopt_convert.commands.requests import InspectRequest
+from modelopt_convert.dialects.presented import present_under_names_of
 from modelopt_convert.report.inspect import ComponentReport, InspectReport
 from modelopt_convert.run.progress import Progress
 
@@ -44,6 +45,7 @@ class InspectCommand:
                     against = stack.enter_context(
                         CheckpointReader(base_path, need_config=False, variant=request.variant, config=of_base)
                     )
+                    present_under_names_of(against, reader)
                 for one in (reader, against):
                     if one is not None and one.left_aside:
                         self._warned.append(("input.left_aside", left_aside_words(str(one.path), one.left_aside)))

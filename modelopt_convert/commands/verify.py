@@ -123,8 +123,14 @@ class VerifyCommand:
                     against = None
                     if base_path is not None:
                         against = inputs.open(f"{prefix}base", base_path, is_base=True)
-                        self._warned += not_compared(reader, against)
                 check_roles(reader, against)
+                with self._clock.timed("open"):
+                    if against is not None:
+                        self._warned += inputs.present(f"{prefix}base")
+                    known = against.tensors if against is not None else {}
+                    self._warned += inputs.present(f"{prefix}checkpoint", known)
+                    self._warned += not_compared(reader, against) if against is not None else []
+                    inputs.lend_config(f"{prefix}checkpoint", against)
                 opened[prefix] = reader, against
             import torch
 

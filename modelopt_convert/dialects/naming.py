@@ -32,14 +32,14 @@ def under_diffusers_names(described: Canonical, found: Found, where: str) -> Can
         native, quantized = full.removeprefix(found.prefix), described.modules.get(full)
         weight = roles.get("weight")
         rows, columns = (quantized.rows, quantized.columns) if quantized is not None else _size(weight)
-        members = family.members(native, rows, columns) if rows else None
+        members = family.members(native, rows, columns) if rows and found.spelling != "diffusers" else None
         for role, info in roles.items():
             what = left_out(info.name, found)
             if what is not None:
                 fates[info.name] = f"left out: {what}"
                 continue
-            names = family.tensor(info.name.removeprefix(found.prefix))
-            if names is None or not info.name.startswith(found.prefix):
+            names = _diffusers(info.name, found)
+            if not names:
                 raise _unknown(info, found, where)
             made = [renamed(info, name) for name in names]
             if role == "weight_scale" and len(names) > 1 and info.shape == (len(names),) and info.shape != (rows,):
@@ -52,7 +52,9 @@ def under_diffusers_names(described: Canonical, found: Found, where: str) -> Can
                     raise _twice(one, info, where)
                 tensors[one.name] = one
             fates.setdefault(info.name, f"read as {', '.join(names)}")
-        if quantized is not None and members is not None:
+        if quantized is not None and found.spelling == "diffusers":
+            modules[native] = quantized
+        elif quantized is not None and members is not None:
             modules |= {one.module: Quantized(quantized.algorithm, one.rows, columns) for one in members}
     return replace(described, tensors=tensors, modules=modules, fates=fates)
 
@@ -102,6 +104,14 @@ def under_native_names(described: Canonical, family: Family, spelling: Naming, p
         rows = quantized.rows + (modules[full].rows if full in modules else 0)
         modules[full] = replace(quantized, rows=rows)
     return replace(described, tensors=tensors, modules=modules)
+
+
+def _diffusers(name: str, found: Found) -> tuple[str, ...]:
+    """The names that diffusers has for a tensor; none for one that the family does not have."""
+    if not name.startswith(found.prefix):
+        return ()
+    bare = name.removeprefix(found.prefix)
+    return (bare,) if found.spelling == "diffusers" else found.family.tensor(bare) or ()
 
 
 def _by_row(info: TensorInfo, role: str) -> bool:

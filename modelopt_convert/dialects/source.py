@@ -67,7 +67,7 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint="`mopt presets` lists them; a diffusers model with its config.json keeps its names",
         )
-    described = form.read(headers, reader.read_of, _true_shapes(reader.tensors, known, found), where)
+    described = form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
     check_row_scales(described, where)
@@ -82,7 +82,7 @@ def _by_class(reader: CheckpointReader) -> Found | None:
     return Found(Family(name, name, (name,), (), ()), "diffusers", "", [f"config.json: class {name}, no key map"])
 
 
-def _true_shapes(
+def true_shapes(
     tensors: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo], found: Found
 ) -> dict[str, tuple[int, int]]:
     """[N, K] by the checkpoint's own module names, as far as they are known."""

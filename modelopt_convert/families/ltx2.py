@@ -6,14 +6,9 @@ checkpoint for ComfyUI, with ``model.diffusion_model.`` beside the VAE and the r
 ``scripts/convert_ltx2_to_diffusers.py``.
 """
 
-from collections.abc import Iterable
-
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.rows import Row, module, parameter, same, within
-from modelopt_convert.run.errors import InputError
 
-CLASS_NAME = "X0Model"
-_PREFIXES = ("velocity_model.", "model.diffusion_model.")
 _CONNECTORS = "connectors are a component of their own"
 _ATTENTION = (
     *same("to_q", "to_k", "to_v", "to_out.0", "to_gate_logits"),
@@ -67,46 +62,3 @@ LTX2 = Family(
     ),
     beside={"video_embeddings_connector.": _CONNECTORS, "audio_embeddings_connector.": _CONNECTORS},
 )
-
-
-def diffusers_name(name: str) -> str | None:
-    """The diffusers name of a tensor or module of an X0Model, or None if it is not part of the transformer.
-
-    What the table does not have keeps its name: the base will not have it, and says so.
-    """
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-    bare = name.removeprefix(prefix or "")
-    if prefix is None or bare.startswith(tuple(LTX2.beside)):
-        return None
-    (new,) = LTX2.tensor(bare) or LTX2.fused(bare) or (bare,)
-    return new
-
-
-def diffusers_names(names: Iterable[str], *, path: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Sort an X0Model's tensors.
-
-    Returns:
-        The diffusers name of each tensor of the transformer, and the fate of each other one.
-
-    Raises:
-        InputError: ``export.naming``: two tensors would get one name.
-    """
-    renamed: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for name in names:
-        new = diffusers_name(name)
-        if new is None:
-            connector = any(f"{prefix}{part}" in name for prefix in _PREFIXES for part in LTX2.beside)
-            left_out[name] = f"left out: {_CONNECTORS if connector else 'not part of the transformer'}"
-        elif new in taken:
-            raise InputError(
-                f"{path}: tensors {taken[new]!r} and {name!r} are both {new!r} in diffusers' naming",
-                code="export.naming",
-                path=path,
-                hint="two exports are mixed in one file; export again",
-            )
-        else:
-            taken[new] = name
-            renamed[name] = new
-    return renamed, left_out

@@ -228,7 +228,7 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
             f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one)",
             code="base.naming",
             path=str(base.path),
-            hint="the names follow another convention; give the base in the export's own (diffusers) naming",
+            hint="the names are neither diffusers' nor those of a whole model that mopt knows; give the base whole",
         )
     faults = dict(_base_faults(logical, export, base))
     for name, info in base.tensors.items():

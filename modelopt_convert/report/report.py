@@ -47,7 +47,8 @@ class InputReport(_Model):
     skipped_files: list[str] = Field(description="files beside them that were not read")
     config_from: str | None = Field(
         default=None,
-        description="where its config is from: config.json, --config, header, beside the file, or export",
+        description="where its config is from: config.json, --config, header, beside the file, export, base, "
+        "or family, which says the class and no more",
     )
     renamed: dict[str, str] = Field(
         default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"

@@ -106,12 +106,13 @@ def verify_opened(
         proof: How the proof of a build ended, in words; None where the bytes and the record say it.
     """
     subject = find_subject(reader, base)
-    record = read_record(reader.path) if with_record else None
+    # A record is about all that a folder holds; one file is looked at alone.
+    record = read_record(reader.path) if with_record and not reader.is_alone else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
     if with_record:
         progress.begin("read", reader.num_bytes)
-        scanned = scan(reader, record, options.workers, progress.advance, is_compared=base is not None)
+        scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
     seen = look(subject)
     progress.begin("decode", decode_size(subject, base))
     with torch_on_one_thread():

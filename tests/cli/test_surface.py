@@ -48,10 +48,11 @@ _WRITING = {
     "--max-error",
     "--accept-near",
 }
+_CHOOSING = {"--variant", "--config"}
 _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
-        "--preset", "--export", "--base", "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--preset", "--export", "--base", *_CHOOSING, "--output", "--keep-bf16", "--max-shard-size", "--component",
         "--pipeline-output",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
@@ -61,19 +62,21 @@ FLAGS = {
         *(_WRITING - {"--executor"}), *_TELLING,
     },
     "convert-fp8": {
-        "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--pipeline-output",
+        "--preset", "--export", "--base", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size",
+        "--component", "--pipeline-output",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },
     "verify": {
-        "checkpoint", "--base", "--backend", "--device", "--sample", "--require", "--self-test", "--prewarm",
-        "--max-error", "--accept-near", "--report", "--workers", "--download", "--verbose", "-v", *_TELLING,
+        "checkpoint", "--base", *_CHOOSING, "--backend", "--device", "--sample", "--require", "--self-test",
+        "--prewarm", "--max-error", "--accept-near", "--report", "--workers", "--download", "--verbose", "-v",
+        *_TELLING,
     },
     "inspect": {
-        "source", "--base", "--all", "--engine", "--engines", "--max-error", "--download", "--verbose", "-v", *_TELLING,
+        "source", "--base", *_CHOOSING, "--all", "--engine", "--engines", "--max-error", "--download", "--verbose", "-v",
+        *_TELLING,
     },
-    "swap-nibbles": {"source", "output", "--base", "--force-names", *_WRITING, *_TELLING},
-    "unswizzle-scales": {"source", "output", "--base", "--reverse", "--force-names", *_WRITING, *_TELLING},
+    "swap-nibbles": {"source", "output", "--base", "--variant", "--force-names", *_WRITING, *_TELLING},
+    "unswizzle-scales": {"source", "output", "--base", "--variant", "--reverse", "--force-names", *_WRITING, *_TELLING},
     "push": {
         "checkpoint", "repo_id", "--create-pr", "--private", "--revision", "--message", "--engine",
         "--allow-known-broken", "--dry-run", "-n", *_TELLING,

@@ -147,8 +147,8 @@ def test_no_codes_are_left_without_their_scale(run: Run, ltx2: Path) -> None:
 def test_without_a_base_there_is_no_config(merged: bool, ltx2: Path, tmp_path: Path) -> None:
     """The export's own config.json has no architecture."""
     export = x0_export(ltx2 / "fp8", tmp_path / "export", merged=merged)
-    names = (str(export / "config.json"), "X0Model")
-    fp8_refused(export, None, tmp_path, code="export.no_config", names=names, hint="--base", preset="ltx2")
+    names = (str(export), "X0Model")
+    fp8_refused(export, None, tmp_path, code="input.no_config", names=names, hint="--config", preset="ltx2")
 
 
 def test_an_old_x0_export_takes_its_scales_from_its_own_checkpoint(ltx2: Path, tmp_path: Path) -> None:
@@ -192,17 +192,17 @@ def rewritten(export: Path, change: Callable[[Tensors], object]) -> Path:
         (lambda tensors: tensors.pop(f"{PACKED}.weight_scale"), "export.missing_weight_scale", "attn1.to_q"),
         (
             lambda tensors: tensors.update({"velocity_model.new_gate.weight": torch.ones(4, 4)}),
-            "base.missing_tensor",
+            "naming.unknown",
             "new_gate.weight",
         ),
         (
             lambda tensors: tensors.update({"model.diffusion_model.patchify_proj.weight": torch.ones(4, 4)}),
-            "export.naming",
+            "naming.unknown",
             "patchify_proj.weight",
         ),
         (
             lambda tensors: tensors.update({"velocity_model.proj_in.weight": torch.ones(4, 4)}),
-            "export.naming",
+            "naming.unknown",
             "proj_in.weight",
         ),
     ],
@@ -259,20 +259,27 @@ def x0_config(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "code"),
     [
-        (x0_config(), "export.not_quantized"),
         (x0_config(quantization_config={"quant_algo": "NVFP4"}), "export.quant_method"),
     ],
 )
-def test_an_x0_export_without_a_plain_fp8_config_is_refused(
-    config: dict[str, Any], code: str, ltx2: Path, tmp_path: Path
-) -> None:
+def test_an_x0_export_of_another_tool_is_refused(config: dict[str, Any], code: str, ltx2: Path, tmp_path: Path) -> None:
     export = x0_export(ltx2 / "fp8", tmp_path / "export")
     (export / "config.json").write_text(json.dumps(config))
     fp8_refused(export, ltx2 / "base", tmp_path, code=code, names=("config.json",), preset="ltx2")
 
 
-def test_another_class_under_these_names_is_not_renamed(ltx2: Path, tmp_path: Path) -> None:
-    """The map is LTX-2's alone."""
+def test_diffusers_names_under_its_prefix_are_read(ltx2: Path, tmp_path: Path) -> None:
     renamed = {f"velocity_model.{name}": tensor for name, tensor in load(ltx2 / "fp8" / "transformer").items()}
     export = write_transformer(tmp_path / "export", renamed, config_of(ltx2 / "fp8" / "transformer"))
-    fp8_refused(export, ltx2 / "base", tmp_path, code="base.naming", names=("velocity_model.",), preset="ltx2")
+    outcome = convert(export, ltx2 / "base", tmp_path / "out", "--allow-known-broken", preset="ltx2")
+    assert outcome.exit_code == 0, outcome.stderr
+
+
+def test_a_whole_file_without_a_word_on_its_format_is_fp8(ltx2: Path, tmp_path: Path) -> None:
+    """E4M3 weights with one scale each have one meaning, whoever wrote them."""
+    export = x0_export(ltx2 / "fp8", tmp_path / "export", merged=True)
+    outcome = convert(
+        export / "model.safetensors", ltx2 / "base", tmp_path / "out", "--allow-known-broken", preset="ltx2"
+    )
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert outcome.report["proof"]["status"] == "pass"

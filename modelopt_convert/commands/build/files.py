@@ -94,9 +94,9 @@ def rules_of(opened: Opened, plan: BuildPlan) -> list[RuleReport]:
 def fates_of(opened: Opened, plan: BuildPlan) -> dict[str, dict[str, str]]:
     """The fate of every tensor of every input, under its own name."""
     ledger = {role: dict(fates) for role, fates in plan.ledger.items()}
-    if "export" in ledger:
-        renamed = {opened.original.get(name, name): fate for name, fate in ledger["export"].items()}
-        ledger["export"] = renamed | opened.left_out
+    for role, presented in opened.presented.items():
+        if role in ledger:
+            ledger[role] = presented.own_fates(ledger[role])
     if opened.amax_names:
         ledger["checkpoint"] = {key: _amax_fate(scale, plan) for key, scale in opened.amax_names.items()}
     return ledger

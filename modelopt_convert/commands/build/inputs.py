@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelopt_convert.checkpoint.config import EXPORT, no_config
+from modelopt_convert.checkpoint.config import BASE, EXPORT, no_config
 from modelopt_convert.checkpoint.location import Location, fault_of_folder
-from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Clock, Inputs, Warned, without_quantization
 from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.dialects.calibration import Amax
-from modelopt_convert.families import ltx2
+from modelopt_convert.dialects.presented import Presented
 from modelopt_convert.plan.plan import BuildPlan, Origin
 from modelopt_convert.plan.prediction import proof_readings, step_readings, whole_readings
-from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.run.errors import InputError
 
 
@@ -32,8 +30,7 @@ class Opened:
             whole pipeline; else empty.
         export: The opened export, or None where the base itself is quantized.
         base: The opened base, or None.
-        original: For an export in another naming: the export's own name of each tensor, by the new one.
-        left_out: Tensors of the export that are not part of the transformer, with their fate.
+        presented: What an input stands for, by role, where its names or its dialect are others than ours.
         calibration: Amax values of a ``--checkpoint``, by module and role.
         amax_names: Their names in the file, by those of the scales they make.
     """
@@ -42,8 +39,7 @@ class Opened:
     prefix: str
     export: CheckpointReader | None
     base: CheckpointReader | None
-    original: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    presented: dict[str, Presented] = field(default_factory=dict)
     calibration: dict[str, dict[str, Amax]] = field(default_factory=dict)
     amax_names: dict[str, str] = field(default_factory=dict)
 
@@ -97,11 +93,17 @@ def _open(
         if path is not None
     }
     opened = Opened(component, prefix, readers.get("export"), readers.get("base"))
-    warned = [*_take_config(opened, paths)]
+    warned: list[Warned] = []
+    for role in ("base", "export"):  # the base's shapes tell what is padding
+        if role in readers:
+            known = opened.base.tensors if opened.base is not None and role == "export" else {}
+            warned += inputs.present(f"{prefix}{role}", known)
+            if (presented := inputs.presented.get(f"{prefix}{role}")) is not None:
+                opened.presented[role] = presented
+    warned += _take_config(opened, paths)
     name_of: Callable[[str], str | None] = str
-    if opened.export is not None and opened.export.config.get("_class_name") == ltx2.CLASS_NAME:
-        warned += _name_as_diffusers(opened, opened.export, inputs)
-        name_of = ltx2.diffusers_name
+    if "export" in opened.presented:
+        name_of = opened.presented["export"].module_name
     if checkpoint is not None:
         from modelopt_convert.dialects.modelopt.amax_file import read_amax, resolve_checkpoint
 
@@ -111,41 +113,21 @@ def _open(
 
 
 def _take_config(opened: Opened, paths: Mapping[str, Location | None]) -> Iterator[Warned]:
-    """Require a config of each input; a base that has none goes by the export's."""
+    """Require a config of each input; one of two that has none goes by the other's."""
+    has_config = {role: reader.config_from is not None for role, reader in opened.readers.items()}
     for role, reader in opened.readers.items():
-        path = paths[role] or reader.path
-        if reader.config:
+        if has_config[role]:
             continue
-        if reader is not opened.base or opened.export is None:
-            raise no_config(role, path)
-        config = opened.export.config
-        if config.get("_class_name") == ltx2.CLASS_NAME:  # says nothing of the transformer
-            raise no_config(role, path)
-        reader.config, reader.config_from = without_quantization(config), EXPORT
-        yield "base.no_config", f"base {path} has no config: the export's is taken, so the two are not compared"
-
-
-def _name_as_diffusers(opened: Opened, export: CheckpointReader, inputs: Inputs) -> list[Warned]:
-    """Go on with an X0Model under diffusers' names, and with the config of the base: it has none of its own."""
-    base = opened.base
-    where = str(export.path / "config.json")
-    if base is None:
-        raise InputError(
-            f"{where}: expected the config of a diffusers transformer, found that of an X0Model",
-            code="export.no_config",
-            path=where,
-            hint="give --base: the transformer of the diffusers pipeline, whose config.json is taken",
-        )
-    names, opened.left_out = ltx2.diffusers_names(export.tensors, path=str(export.path))
-    export.select(names)
-    opened.original = {new: old for old, new in names.items()}
-    inputs.renamed[f"{opened.prefix}export"] = dict(sorted(names.items()))
-    quantization = export.config.get("quantization_config")
-    if isinstance(quantization, dict):
-        quantization = quantization | {"ignore": _ignored(quantization.get("ignore"), names, where)}
-    export.config = {**base.config, "quantization_config": quantization}
-    message = f"an X0Model: {len(names)} tensors go by diffusers' names now, {len(opened.left_out)} are left out"
-    return [("export.renamed", message)]
+        path, presented = paths[role] or reader.path, opened.presented.get(role)
+        other = opened.base if role == "export" else opened.export
+        if other is None or other.config_from is None or (role == "export" and presented is None):
+            raise no_config(role, path, presented.other_class if presented is not None else None)
+        quantization = {key: value for key, value in reader.config.items() if key == "quantization_config"}
+        reader.config = without_quantization(other.config) | quantization
+        reader.config_from = EXPORT if role == "base" else BASE
+        whose = "export's" if role == "base" else "base's"
+        message = f"{role} {path} has no config: the {whose} is taken, so the two are not compared"
+        yield f"{role}.no_config", message
 
 
 def base_repo(parts: Sequence[Opened]) -> str | None:
@@ -190,9 +172,3 @@ def to_fetch(opened: Opened, plan: BuildPlan, request: BuildRequest) -> dict[str
             ]
             found[f"{opened.prefix}{role}"] = reader.unfetched(everything if request.download else needed)
     return found
-
-
-def _ignored(entries: object, names: Mapping[str, str], where: str) -> list[str]:
-    """The modules that an export's ``ignore`` covers under its own names, under the new ones."""
-    modules = {module_of(old): module_of(new) for old, new in names.items()}
-    return sorted(modules[old] for old in ignored(entries, modules, path=where))

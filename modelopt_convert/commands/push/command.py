@@ -102,7 +102,8 @@ class PushCommand:
             self._verify(progress)
             with self._clock.timed("push"), _quiet_client():
                 pushed, warned = _send(request, local, exists, progress)
-            load = _load_command(pushed, local) if loads_right(known, request.engine) else None
+            is_served = all(one.config for one in local.readers) and loads_right(known, request.engine)
+            load = _load_command(pushed, local) if is_served else None
             self._pushed = pushed.model_copy(update={"not_published": list(local.left_out), "load": load})
             self._warned += warned
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of
 from modelopt_convert.checkpoint.local_file import check_link
-from modelopt_convert.checkpoint.location import read_small
+from modelopt_convert.checkpoint.location import is_there, read_small
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, copied_files, read_pipeline
@@ -146,7 +146,8 @@ def publishable(checkpoint: Path, token: Callable[[], str | None], stack: ExitSt
     for name, _, _ in transformers:
         folder = checkpoint if name == "." else checkpoint / name
         prefix = "" if name == "." else f"{name}/"
-        reader = stack.enter_context(CheckpointReader(folder))
+        # What mopt converts for ComfyUI is one file, and has no config.json.
+        reader = stack.enter_context(CheckpointReader(folder, need_config=not is_there(folder / RECORD)))
         readers.append(reader)
         known = _OF_ANY_FOLDER | _OF_A_TRANSFORMER | set(reader.indexes)
         names = _sorted_out(folder, prefix, known, left_out, known=reader.files)

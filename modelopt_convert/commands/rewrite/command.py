@@ -50,6 +50,7 @@ from modelopt_convert.commands.rewrite.proof import (
     refuse_unproven_rewrite,
     rewritten_report,
 )
+from modelopt_convert.dialects.presented import present_under_names_of
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import check_roles
@@ -114,6 +115,7 @@ class RewriteCommand:
                 against = self._inputs.open("base", base_path, is_base=True) if base_path is not None else None
             check_roles(reader, against)
             if against is not None:
+                present_under_names_of(against, reader)
                 self._warned += compare_configs(reader, against)
             with self._clock.timed("inspect"):
                 modules = self._look(reader, against)

@@ -147,8 +147,11 @@ def test_a_download_that_is_not_whole_and_unchanged_says_nothing(downloaded: Pat
     assert origin(folder) == {"origin": "folder"}
 
 
-def test_a_single_file_has_nothing_small_to_check(downloaded: Path) -> None:
-    assert origin(next((downloaded / "transformer").glob("*.safetensors"))) == {"origin": "folder"}
+def test_a_single_file_is_known_by_the_config_beside_it(downloaded: Path) -> None:
+    file = next((downloaded / "transformer").glob("*.safetensors"))
+    assert origin(file)["checked"] == "config.json"
+    (downloaded / "transformer" / "config.json").unlink()
+    assert origin(file) == {"origin": "folder"}
 
 
 def test_a_local_folder_is_one(base: Path) -> None:

@@ -194,11 +194,22 @@ def test_a_stray_index_is_refused(variant: str, content: str, exports: Path, bas
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
-def test_a_stray_shard_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
-    for variant, stray in (("nvfp4", "model.safetensors"), ("nvfp4_sharded", "a.safetensors")):
-        export = copy(exports / variant, tmp_path / variant)
-        (export / stray).write_bytes(next(export.glob("*.safetensors")).read_bytes())
-        refused(export, base, tmp_path, code="input.ambiguous", names=(str(export), stray))
+def test_a_stray_file_without_an_index_is_refused(exports: Path, base: Path, tmp_path: Path) -> None:
+    export = copy(exports / "nvfp4", tmp_path / "export")
+    (export / "model.safetensors").write_bytes(next(export.glob("*.safetensors")).read_bytes())
+    refused(export, base, tmp_path, code="input.ambiguous", names=(str(export), "model.safetensors"))
+
+
+def test_a_stray_shard_beside_an_index_is_left_aside_and_said(exports: Path, base: Path, tmp_path: Path) -> None:
+    export = copy(exports / "nvfp4_sharded", tmp_path / "export")
+    (export / "a.safetensors").write_bytes(next(export.glob("*.safetensors")).read_bytes())
+    outcome = build(export, base, tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert outcome.report["inputs"]["export"]["skipped_files"] == ["a.safetensors"]
+    assert [one["code"] for one in outcome.report["warnings"]].count("input.left_aside") == 1
+    assert "1 file of weights left aside" in outcome.stderr and "a.safetensors" in outcome.stderr
+    assert build(exports / "nvfp4_sharded", base, tmp_path / "plain").exit_code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
 
 
 def test_there_is_no_quantization_metadata(nvfp4: Path, base: Path, tmp_path: Path) -> None:
@@ -308,11 +319,17 @@ def test_a_failed_export_is_refused(exports: Path, base: Path, tmp_path: Path) -
     refused(export, base, tmp_path, code="export.not_quantized", names=(str(export / "config.json"),), hint="again")
 
 
-@pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model-00002-of-00003.safetensors"])
-def test_an_export_cut_short_is_refused(missing: str, exports: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "code"),
+    [
+        ("config.json", "input.no_config"),
+        ("diffusion_pytorch_model-00002-of-00003.safetensors", "input.missing"),
+    ],
+)
+def test_an_export_cut_short_is_refused(missing: str, code: str, exports: Path, base: Path, tmp_path: Path) -> None:
     export = copy(exports / "nvfp4_sharded", tmp_path / "export")
     (export / missing).unlink()
-    refused(export, base, tmp_path, code="input.missing", names=(str(export), missing))
+    refused(export, base, tmp_path, code=code, names=(str(export), missing))
 
 
 def test_the_bias_of_a_replaced_module_is_the_bases_too(nvfp4: Path, base: Path, tmp_path: Path) -> None:

@@ -256,3 +256,13 @@ def test_people_are_told_where_and_how_to_load_it(hub: LoopbackHub, built: Path,
     assert published(hub) == contents(built)
     quiet = run_mopt("push", folder, "alice/two", "-q", json_report=False)
     assert quiet.stdout == "" and "send" not in quiet.stderr
+
+
+def test_a_checkpoint_converted_for_comfyui_is_published(hub: LoopbackHub, families: Path, tmp_path: Path) -> None:
+    """One file and its record; nothing is said of an engine that loads a folder with a config.json."""
+    outcome = run_mopt("convert", families / "wan" / "nvfp4", tmp_path / "out", "--to", "comfyui")
+    assert outcome.exit_code == 0, outcome.stderr
+    pushed = push(tmp_path / "out")
+    assert pushed.exit_code == 0 and pushed.report is not None, pushed.stderr
+    assert published(hub) == contents(tmp_path / "out")
+    assert pushed.report["pushed"]["load"] is None
