@@ -2,10 +2,11 @@
 
     python scripts/bench/bench.py [--quick] [--dir FOLDER] [--output FILE.md]
 
-Makes FLUX.1-shaped checkpoints of about 4 GB (--quick: 200 MB) in FOLDER: the base in BF16, an NVFP4 export of it, and
-the same with its scales in the 128x4 order. Each command is timed in a process of its own with the files in the page
-cache, a sync included, and so is ``cp -r`` of the same bytes; what the same command takes for a FLUX.1 of 1 MB is
-measured too and taken off. Peak memory is VmHWM of the process, less that of the small run.
+Makes FLUX.1-shaped checkpoints of about 4 GB (--quick: 200 MB) in FOLDER: the base in BF16, an NVFP4 export of it, the
+same with its scales in the 128x4 order, and the same with one global scale for all, so that any names can fuse it.
+Each command is timed in a process of its own with the files in the page cache, a sync included, and so is ``cp -r`` of the
+same bytes; what the same command takes for a FLUX.1 of 1 MB is measured too and taken off. Peak memory is VmHWM of the
+process, less that of the small run.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Case:
 
 def cases(folder: Path) -> list[Case]:
     """Commands, from the heaviest use to the lightest."""
-    base, export, swizzled = (str(folder / name) for name in ("base", "export", "swizzled"))
+    base, export, swizzled, equal = (str(folder / name) for name in KINDS)
     build = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", "OUT", "--verify", "cpu"]
     return [
         Case("build-nvfp4 from an export", [*build, "--export", export], "OUT", 0.8),
@@ -50,6 +51,7 @@ def cases(folder: Path) -> list[Case]:
         Case("build-nvfp4 of the base itself", build, base, None),
         Case("swap-nibbles", ["swap-nibbles", export, "OUT"], export, 0.8),
         Case("unswizzle-scales", ["unswizzle-scales", swizzled, "OUT"], swizzled, 0.8),
+        Case("convert to ComfyUI's file, read back", ["convert", equal, "OUT", "--to", "comfyui"], equal, 0.8),
     ]
 
 
@@ -69,7 +71,7 @@ SIZES: dict[str, dict[str, object]] = {
 }
 
 
-KINDS = ("base", "export", "swizzled")
+KINDS = ("base", "export", "swizzled", "equal")
 
 
 def make(folder: Path, size: str, kinds: Collection[str] = KINDS) -> None:
@@ -110,6 +112,22 @@ def make(folder: Path, size: str, kinds: Collection[str] = KINDS) -> None:
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         save_file(own, folder / where / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         (folder / where / "config.json").write_text(json.dumps(config | extra))
+    if "equal" in kinds:
+        shutil.copytree(folder / "export", folder / "equal")
+        _give_one_scale(folder / "equal" / "diffusion_pytorch_model.safetensors")
+
+
+def _give_one_scale(path: Path) -> None:
+    """Overwrite every global scale with the first: the weights mean something else then, and lie the same."""
+    from modelopt_convert.checkpoint.reader import CheckpointReader
+
+    with CheckpointReader(path) as reader:
+        scales = [info for name, info in reader.tensors.items() if name.endswith(".weight_scale_2")]
+        first = reader.read(scales[0].name)
+    with path.open("r+b") as file:
+        for info in scales:
+            file.seek(info.start)
+            file.write(first)
 
 
 def _mopt(case: Case, out: Path) -> Measured:
