@@ -20,6 +20,13 @@ def without_markers(tensors: Tensors) -> Tensors:
     return {name: one for name, one in tensors.items() if not name.endswith(".comfy_quant")}
 
 
+def plain_config(export: Path, folder: Path) -> None:
+    """The model's config.json, without what it says of quantization."""
+    config = json.loads((export / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def header_only(tensors: Tensors, said: Mapping[str, str]) -> Spelled:
     return without_markers(tensors), said
 
@@ -86,9 +93,7 @@ def test_every_spelling_becomes_the_export_again(
     (tmp_path / "in").mkdir()
     save_file({name: one.contiguous() for name, one in tensors.items()}, tmp_path / "in/in.safetensors", dict(said))
     export = families / "wan" / kind / "transformer"
-    config = json.loads((export / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    plain_config(export, tmp_path / "in")
     outcome = run_mopt("convert", tmp_path / "in/in.safetensors", tmp_path / "out", "--to", "bf16")
     assert outcome.exit_code == 0, outcome.message
     wanted = tmp_path / "wanted"
@@ -113,7 +118,7 @@ def test_nvfp4_without_any_marker(
     (file,) = (tmp_path / "comfyui").glob("*.safetensors")
     (tmp_path / "in").mkdir()
     save_file(without_markers(load_file(file)), tmp_path / "in/in.safetensors")
-    (tmp_path / "in/config.json").write_text((export / "transformer/config.json").read_text())
+    plain_config(export / "transformer", tmp_path / "in")
     outcome = run_mopt("convert", tmp_path / "in/in.safetensors", tmp_path / "back", "--to", "modelopt", *more)
     assert outcome.error_code == code
     if code is None:
