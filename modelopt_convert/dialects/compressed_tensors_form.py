@@ -109,7 +109,7 @@ class _CompressedTensors:
                 elif quantized.algorithm == "fp8" and role in ("weight_scale", "input_scale"):
                     one = replace(info, shape=(quantized.rows, 1) if info.shape else (1,))
                 tensors[one.name] = one
-        config = {**described.config, _QUANTIZATION: _declared(described)}
+        config = {**described.config, _QUANTIZATION: _declared(described)} if described.config else None
         why = dict.fromkeys(changed, _ROUNDED)
         return Written(tensors, METADATA, config, changed, why=why, keep=frozenset(changed))
 

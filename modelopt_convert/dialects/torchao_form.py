@@ -119,7 +119,7 @@ class _TorchAO:
                 changed[roles["input_scale"].name] = None
             metadata[f"{module}.weight"] = json.dumps(_entry(quantized, roles, list(parts)))
         metadata["tensor_names"] = json.dumps(list(metadata))
-        config = {**described.config, _QUANTIZATION: _declared(described)}
+        config = {**described.config, _QUANTIZATION: _declared(described)} if described.config else None
         why = dict.fromkeys(changed, _NO_PLACE)
         return Written(tensors, {**METADATA, **metadata}, config, changed, why=why, keep=frozenset(changed))
 

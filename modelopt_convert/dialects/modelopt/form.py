@@ -130,9 +130,10 @@ class _ModelOpt:
         if said.get("quant_method") == "modelopt" and said.get("quant_algo") == algorithm:
             keys = split_keys(said)[0] | keys
         ignore = kept_linears(described)
-        if target is not None:
+        config: dict[str, Any] | None = None
+        if described.config and target is not None:
             config = output_config(described.config, keys, ignore, target)
-        else:
+        elif described.config:
             config = {**described.config, _QUANTIZATION: {**keys, "ignore": ignore}}
         return Written(described.tensors, METADATA, config)
 
