@@ -28,6 +28,7 @@ from modelopt_convert.checkpoint.recipe import renamed
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     E8M0_BLOCK,
+    SCALES,
     Algorithm,
     Canonical,
     Naming,
@@ -70,14 +71,16 @@ class _CompressedTensors:
         keep: dict[str, TensorInfo] = {}
         for module, roles in grouped(headers.tensors.values()).items():
             ours = dict(roles)
+            _check_both(roles, where)
             if "weight_packed" in roles:
                 ours["weight"] = renamed(ours.pop("weight_packed"), f"{module}.weight")
+                fates[roles["weight_packed"].name] = f"read as {module}.weight"
             for theirs, role in _RECIPROCALS.items():
                 if theirs in roles:
                     ours[role], exact = _reciprocal(ours.pop(theirs), f"{module}.{role}", read, where)
                     fates[roles[theirs].name] = f"read as {module}.{role}, its reciprocal"
                     keep |= {} if exact else {roles[theirs].name: roles[theirs]}
-            if "weight_scale" in ours or "weight_packed" in roles:
+            if ours.keys() & SCALES or "weight_packed" in roles:
                 check_roles(module, ours, where)
                 found, modules[module] = _module(module, ours, "weight_packed" in roles, read, where)
                 ours |= found
@@ -188,6 +191,18 @@ def _check_said(said: Mapping[str, Any], where: str) -> None:
             path=f"{where}/config.json",
             hint="mopt does not convert this format",
         )
+
+
+def _check_both(roles: Mapping[str, TensorInfo], where: str) -> None:
+    """Refuse a module that has a tensor in its packed form, and another that would be read as the same.
+
+    Raises:
+        InputError: ``dialect.contradiction``.
+    """
+    packed = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
+    for theirs, ours in packed.items():
+        if ours in roles and (theirs in roles or ours == "weight_scale_2"):
+            raise wrong(where, roles[ours], f"{theirs} alone", code="dialect.contradiction", hint=_AGAIN)
 
 
 def _module(

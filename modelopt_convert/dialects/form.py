@@ -89,7 +89,7 @@ class Written:
     Attributes:
         tensors: Every tensor of the output, by name.
         metadata: The header's.
-        config: config.json, or None where the dialect has none.
+        config: config.json; None where the dialect has none, or the model's is not known.
         changed: What a reader of the output will find of a description's tensor instead of its bytes, by the tensor's
             name: other bytes of the same dtype and shape, or None where the dialect has no place for it.
         instead: Tensors of another dtype or shape that a reader will find in the place of a description's, by name.

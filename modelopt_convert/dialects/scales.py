@@ -5,9 +5,9 @@ import struct
 from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.dialects.form import Canonical, ReadBytes, constant, scalar, wrong
+from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, constant, scalar, wrong
 from modelopt_convert.dialects.resized import widened
-from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 
 _AGAIN = "get the file again from its publisher"
 _MEMBERS = range(2, 5)  # of a fused module
@@ -58,17 +58,25 @@ def one_values(name: str, weight: TensorInfo) -> TensorInfo:
     return constant(name, "F32", (), struct.pack("<f", 1.0), weight.file)
 
 
-def check_row_scales(described: Canonical, where: str) -> None:
-    """Refuse FP8 weights with several scales that are neither one a row nor one a member of a fused module.
+def check_described(described: Canonical, where: str) -> None:
+    """Refuse what no reader of a dialect can mean, whichever it is.
+
+    That is several scales of an FP8 weight that are neither one a row nor one a member of a fused module, and scales or
+    codes in a module that is not quantized.
 
     Args:
         described: Under diffusers' names.
         where: The checkpoint, for messages.
 
     Raises:
-        InputError: ``dialect.shape``.
+        InputError: ``dialect.shape`` or ``dialect.contradiction``.
     """
     for module, one in described.modules.items():
         scale = described.tensors[f"{module}.weight_scale"]
         if one.algorithm.startswith("fp8") and scale.shape not in ((), (one.rows,)):
             raise wrong(where, scale, f"one scale, or {one.rows}, one a row", code="dialect.shape", hint=_AGAIN)
+    for info in described.tensors.values():
+        module, _, role = info.name.rpartition(".")
+        if module not in described.modules and (role in SCALES or (role == "weight" and DTYPE_BITS[info.dtype] < 16)):
+            expected = "it in a quantized module alone, and its module is not quantized"
+            raise wrong(where, info, expected, code="dialect.contradiction", hint=_AGAIN)

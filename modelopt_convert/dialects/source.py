@@ -1,7 +1,7 @@
 """Describe a checkpoint, whatever dialect and naming it is in, under diffusers' names. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
@@ -10,7 +10,7 @@ from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Form
 from modelopt_convert.dialects.forms import FORMS, form_of
 from modelopt_convert.dialects.naming import under_diffusers_names
-from modelopt_convert.dialects.scales import check_row_scales
+from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found, recognise
@@ -70,7 +70,10 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
     described = form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
-    check_row_scales(described, where)
+    check_described(described, where)
+    # By the checkpoint's own names: what a form renamed has its fate from the form.
+    fates = {name: described.fates.get(name, f"read as {name}") for name in reader.tensors}
+    described = replace(described, fates=fates)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described)
 
 

@@ -36,6 +36,7 @@ from modelopt_convert.dialects.form import (
     ReadBytes,
     Written,
     check_algorithms,
+    check_roles,
     grouped,
     kept_linears,
     wrong,
@@ -75,6 +76,7 @@ class _TorchAO:
         tensors = dict(headers.tensors)
         modules: dict[str, Quantized] = {}
         fates: dict[str, str] = {}
+        by_module = grouped(headers.tensors.values())
         for weight, entry in _entries(headers, where).items():
             module, role = module_of(weight), weight.rpartition(".")[2]
             algorithm = _algorithm(weight, role, entry, where)
@@ -83,6 +85,11 @@ class _TorchAO:
                 if (info := tensors.pop(f"{prefix}{part}", None)) is not None:
                     parts[ours], fates[info.name] = info, f"read as {module}.{ours}"
             found, modules[module] = _module(module, algorithm, parts, entry, read, where)
+            others = {role: info for role, info in by_module.get(module, {}).items() if not role.startswith("_weight_")}
+            both = next((info for role, info in sorted(others.items()) if role in SCALES | {"weight"}), None)
+            if both is not None:
+                raise wrong(where, both, "the parts of this weight alone", code="dialect.contradiction", hint=_AGAIN)
+            check_roles(module, others, where)
             tensors |= {info.name: info for info in found}
         odd = next((info for info in tensors.values() if "._weight_" in info.name), None)
         if odd is not None:

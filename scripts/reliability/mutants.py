@@ -22,6 +22,7 @@ from mutants_disk import DISK, Mutant
 from mutants_edge import EDGE
 from mutants_engines import ENGINES
 from mutants_families import FAMILIES
+from mutants_forms import FORMS
 from mutants_hub import HUB
 from mutants_identity import IDENTITY
 from mutants_owned import OWNED
@@ -33,7 +34,7 @@ from mutants_told import TOLD
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE + TOLD + FAMILIES
+MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE + TOLD + FAMILIES + FORMS
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

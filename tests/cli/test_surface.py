@@ -72,8 +72,8 @@ FLAGS = {
         *_TELLING,
     },
     "inspect": {
-        "source", "--base", *_CHOOSING, "--all", "--engine", "--engines", "--max-error", "--download", "--verbose", "-v",
-        *_TELLING,
+        "source", "--base", *_CHOOSING, "--all", "--engine", "--engines", "--max-error", "--download", "--verbose",
+        "-v", *_TELLING,
     },
     "swap-nibbles": {"source", "output", "--base", "--variant", "--force-names", *_WRITING, *_TELLING},
     "unswizzle-scales": {"source", "output", "--base", "--variant", "--reverse", "--force-names", *_WRITING, *_TELLING},

@@ -14,7 +14,7 @@ from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Quantized
 from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.naming import under_diffusers_names
-from modelopt_convert.dialects.scales import check_row_scales
+from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.families.flux2 import FLUX2
 from modelopt_convert.families.table import Found
 from modelopt_convert.run.errors import InputError
@@ -27,7 +27,9 @@ Tensors = dict[str, torch.Tensor]
 def read(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> tuple[Canonical, Files]:
     files = Files()
     infos: dict[str, TensorInfo] = {name: files.put(name, tensor) for name, tensor in tensors.items()}
-    return FORM.read(Headers(infos, {"f": dict(metadata or {})}, {}, ()), files.read, {}, "IN"), files
+    found = FORM.read(Headers(infos, {"f": dict(metadata or {})}, {}, ()), files.read, {}, "IN")
+    assert not infos.keys() - found.tensors.keys() - found.fates.keys()
+    return found, files
 
 
 def marker(entry: Any) -> torch.Tensor:
@@ -103,13 +105,13 @@ def test_one_scale_for_each_member_of_a_fused_module() -> None:
     scale = torch.tensor([0.1, 0.2, 0.3])
     described, files = read({f"{name}.weight": weight(), f"{name}.weight_scale": scale})
     found = under_diffusers_names(described, Found(FLUX2, "comfyui", "", []), "IN")
-    check_row_scales(found, "IN")
+    check_described(found, "IN")
     for which, member in enumerate(("to_q", "to_k", "to_v")):
         info = found.tensors[f"transformer_blocks.0.attn.{member}.weight_scale"]
         assert info.shape == () and files.tensor(info) == scale[which]
     alone, _ = read({"a.weight": weight(), "a.weight_scale": scale})
     with pytest.raises(InputError) as caught:
-        check_row_scales(alone, "IN")
+        check_described(alone, "IN")
     assert caught.value.code == "dialect.shape"
 
 

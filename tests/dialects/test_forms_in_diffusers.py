@@ -78,6 +78,31 @@ def test_torchao(outputs: Mapping[str, Path], decoded: Any) -> None:
     assert torch.equal(run(model), run(decoded))
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_torchao_in_several_files(kind: str, families: Path, decoded: Any, tmp_path: Path) -> None:
+    """diffusers takes the names of tensors from the last file's header, and reads parts of weights from several."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+    from torchao.quantization import Float8Tensor
+
+    export = families / "flux2" / kind
+    for target, more in (("torchao", ("--max-shard-size", "300KB")), ("bf16", ())):
+        outcome = run_mopt("convert", export, tmp_path / target, "--to", target, *more)
+        assert outcome.exit_code == 0, outcome.message
+    assert len(list((tmp_path / "torchao").glob("*.safetensors"))) > 3
+    model = diffusers.Flux2Transformer2DModel.from_pretrained(tmp_path / "torchao", torch_dtype=torch.bfloat16)
+    plain = diffusers.Flux2Transformer2DModel.from_pretrained(tmp_path / "bf16", torch_dtype=torch.bfloat16)
+    wanted, packed = plain.state_dict(), 0
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter.data, NVFP4Tensor | Float8Tensor):
+            packed += 1
+            assert torch.equal(parameter.data.dequantize(), wanted[name]), name
+            parameter.act_quant_kwargs = None
+        else:
+            assert torch.equal(parameter, wanted[name]), name
+    assert packed == 28
+    assert torch.equal(run(model), run(plain))
+
+
 def test_black_forest_labs_for_diffusers(outputs: Mapping[str, Path], decoded: Any) -> None:
     (file,) = outputs["bfl-diffusers"].glob("*.safetensors")
     model = diffusers.Flux2Transformer2DModel.from_single_file(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from modelopt_convert.dialects.form import Written
 from modelopt_convert.dialects.forms import FORMS
+from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.formats.nvfp4.codes import swap_nibbles_
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
 from modelopt_convert.formats.nvfp4.shapes import round_up
@@ -139,6 +140,12 @@ REFUSED: list[tuple[str, Module, Change, str]] = [
     ("compressed-tensors", NVFP4, config(format="pack-quantized"), "dialect.format"),
     ("compressed-tensors", NVFP4, config(quantization_status="frozen"), "dialect.format"),
     ("compressed-tensors", NVFP4, config(config_groups={"g": {"weights": {"symmetric": False}}}), "dialect.format"),
+    ("compressed-tensors", NVFP4, tensor("x.weight", U8), "dialect.contradiction"),
+    ("compressed-tensors", NVFP4, tensor("x.weight_scale_2", ONE), "dialect.contradiction"),
+    ("compressed-tensors", NVFP4, tensor("x.input_scale", ONE), "dialect.contradiction"),
+    ("torchao", NVFP4, tensor("x.weight", U8), "dialect.contradiction"),
+    ("torchao", FP8, tensor("x.input_scale", ONE), "dialect.contradiction"),
+    ("torchao", FP8, tensor("x.weight_zero_point", ZERO_POINT), "dialect.role"),
     ("torchao", NVFP4, no_names, "dialect.unmarked"),
     ("torchao", NVFP4, tensor("y._weight_qdata", U8), "dialect.unmarked"),
     ("torchao", NVFP4, tensor("x._weight_scale", torch.ones(32, 16).to(E4M3)), "dialect.shape"),
@@ -166,6 +173,17 @@ def test_what_is_not_of_the_dialect_is_refused_in_one_line(
         read_back(form, change(files, whole), files, {})
     assert caught.value.code == code
     assert "\n" not in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize("odd", ["y.input_scale", "y.weight"])
+def test_scales_or_codes_of_a_module_that_is_not_quantized(odd: str) -> None:
+    files = Files()
+    described = description({"x": Module("fp8", 4, 16)}, files, 0)
+    check_described(described, "IN")
+    info = files.put(odd, torch.ones(4, 16, dtype=torch.uint8))
+    with pytest.raises(InputError) as caught:
+        check_described(replace(described, tensors={**described.tensors, odd: info}), "IN")
+    assert caught.value.code == "dialect.contradiction" and odd in caught.value.message
 
 
 def test_every_dialect_that_is_recognised_is_read_or_refused() -> None:
