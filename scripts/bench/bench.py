@@ -4,9 +4,9 @@
 
 Makes FLUX.1-shaped checkpoints of about 4 GB (--quick: 200 MB) in FOLDER: the base in BF16, an NVFP4 export of it, the
 same with its scales in the 128x4 order, and the same with one global scale for all, so that any names can fuse it.
-Each command is timed in a process of its own with the files in the page cache, a sync included, and so is ``cp -r`` of
-the same bytes; what the same command takes for a FLUX.1 of 1 MB is measured too and taken off. Peak memory is VmHWM of the
-process, less that of the small run.
+Each command is timed in a process of its own with the files in the page cache, a sync included, and so is ``cp -r``
+of the same bytes; what the same command takes for a FLUX.1 of 1 MB is measured too and taken off. Peak memory is VmHWM
+of the process, less that of the small run.
 """
 
 import argparse
