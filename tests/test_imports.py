@@ -13,7 +13,7 @@ from root import ROOT
 from modelopt_convert.formats.table import FORMATS
 
 # Help, usage errors, dry runs and refusals come from these, and a library of a tenth of a second would be waited for.
-LIGHT = ("run", "report", "checkpoint", "preset", "engines", "dialects", "plan", "stage", "api", "cli")
+LIGHT = ("run", "report", "checkpoint", "preset", "engines", "families", "dialects", "plan", "stage", "api", "cli")
 HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "flashinfer", "modelopt", "diffusers", "transformers"}
 PUBLIC = {
     "build_nvfp4", "convert_fp8", "swap_nibbles", "unswizzle_scales", "verify", "inspect", "push", "presets",

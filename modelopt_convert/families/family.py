@@ -12,6 +12,8 @@ Spelling = Literal["diffusers", "comfyui", "original"]
 SPELLINGS: tuple[Spelling, ...] = ("diffusers", "comfyui", "original")
 # A number as names have it. Another spelling of it would not come back.
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,8})")
+# Roles with dots in them: ModelOpt's calibration state, bitsandbytes' companions. Other dots are an unknown module's.
+_DOTTED = ("input_quantizer.", "weight_quantizer.", "output_quantizer.", "weight.")
 
 
 class Member(NamedTuple):
@@ -46,6 +48,7 @@ class Family:
         class_names: diffusers' classes with these names.
         rows: The table.
         marks: Modules by diffusers' names that all of the family's checkpoints have, and together no other family's.
+        spellings: Whose names there are; without ``original`` the model's own repository has diffusers' names.
         original_norm: What the model's own repository calls the tensor of a norm.
         beside: Names, by their start, of what lies beside the transformer under its prefix: and what it is.
         blocks: The number of blocks, where a row is another in the last one; ``recognise`` finds it.
@@ -56,6 +59,7 @@ class Family:
     class_names: tuple[str, ...]
     rows: tuple[Row, ...]
     marks: tuple[str, ...]
+    spellings: tuple[Spelling, ...] = SPELLINGS
     original_norm: Literal["weight", "scale"] = "weight"
     beside: Mapping[str, str] = field(default_factory=dict)
     blocks: int | None = None
@@ -208,11 +212,13 @@ class Family:
 
 
 def _cuts(tensor: str) -> Iterator[tuple[str, str]]:
-    """A tensor's name as module and role, from the longest module to the shortest: roles may have dots in them."""
+    """What may be module and role in a tensor's name, from the longest module to the shortest."""
     yield tensor, ""
     at = tensor.rfind(".")
     while at > 0:
-        yield tensor[:at], tensor[at + 1 :]
+        role = tensor[at + 1 :]
+        if "." not in role or role.startswith(_DOTTED):
+            yield tensor[:at], role
         at = tensor.rfind(".", 0, at)
 
 

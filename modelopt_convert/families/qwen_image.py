@@ -37,4 +37,5 @@ QWEN_IMAGE = Family(
         "transformer_blocks.0.attn.add_q_proj",
         "proj_out",
     ),
+    spellings=("diffusers", "comfyui"),
 )

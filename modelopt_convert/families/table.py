@@ -5,13 +5,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.families.family import SPELLINGS, Family, Spelling
+from modelopt_convert.families.family import Family, Spelling
 from modelopt_convert.families.flux1 import CHROMA, FLUX1
 from modelopt_convert.families.flux2 import FLUX2
+from modelopt_convert.families.hunyuan_video import HUNYUAN_VIDEO
+from modelopt_convert.families.ltx2 import LTX2
 from modelopt_convert.families.qwen_image import QWEN_IMAGE
+from modelopt_convert.families.sd3 import SD3
 from modelopt_convert.families.wan import WAN
+from modelopt_convert.families.z_image import Z_IMAGE
 
-FAMILIES = (FLUX1, FLUX2, CHROMA, WAN, QWEN_IMAGE)
+FAMILIES = (FLUX1, FLUX2, CHROMA, WAN, QWEN_IMAGE, LTX2, Z_IMAGE, HUNYUAN_VIDEO, SD3)
 COMFYUI_PREFIX = "model.diffusion_model."
 # What checkpoints put in front of the transformer's names.
 PREFIXES = ("", COMFYUI_PREFIX, "velocity_model.", "diffusion_model.", "transformer.")
@@ -59,15 +63,12 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Found | None:
 
 
 def left_out(name: str, found: Found) -> str | None:
-    """What a tensor is that lies in the checkpoint beside the transformer; None for one of it, and for an unknown one."""
-    inside = name.startswith(found.prefix)
-    if inside:
+    """What a tensor is that lies beside the transformer; None for one of the transformer, and for an unknown one."""
+    if name.startswith(found.prefix):
         bare = name.removeprefix(found.prefix)
         for start, what in found.family.beside.items():
             if bare.startswith(start):
                 return what
-    if inside and found.prefix:
-        return None
     return next((what for start, what in LEFT_OUT.items() if name.startswith(start)), None)
 
 
@@ -75,7 +76,7 @@ def _under(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Found
     names = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
     modules = {module_of(name) for name in names}
     for family in FAMILIES:
-        fitting = [spelling for spelling in SPELLINGS if modules.issuperset(_marks(family, spelling))]
+        fitting = [spelling for spelling in family.spellings if modules.issuperset(_marks(family, spelling))]
         if fitting:
             spelling = _spelling(family, fitting, names, prefix)
             evidence = [*_evidence(family, spelling, names, prefix), *_sizes(family, spelling, shapes, modules, prefix)]
@@ -122,7 +123,7 @@ def _sizes(
 ) -> list[str]:
     first = f"{prefix}{_marks(family, spelling)[0]}.weight"
     shown = [f"{first!r} is {list(shapes[first])}"] if first in shapes else []
-    blocks = [f"{count} {stack}" for stack, count in sorted(_stacks(family, spelling, modules).items())]
+    blocks = [f"{count} in {stack!r}" for stack, count in sorted(_stacks(family, spelling, modules).items())]
     return [*shown, f"blocks: {', '.join(blocks)}"]
 
 

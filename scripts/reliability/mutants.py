@@ -21,6 +21,7 @@ from pathlib import Path
 from mutants_disk import DISK, Mutant
 from mutants_edge import EDGE
 from mutants_engines import ENGINES
+from mutants_families import FAMILIES
 from mutants_hub import HUB
 from mutants_identity import IDENTITY
 from mutants_owned import OWNED
@@ -31,7 +32,7 @@ from mutants_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "docs" / "reliability-mutants.md"
-MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE
+MUTANTS = DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE + FAMILIES
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
 

@@ -9,8 +9,8 @@ from root import ROOT
 PACKAGE = ROOT / "modelopt_convert"
 # From below to above: a room imports rooms before it, and its own.
 ROOMS = (
-    "run", "formats", "report", "checkpoint", "preset", "engines", "dialects", "plan", "proof", "stage", "write",
-    "inspection", "verification", "commands", "api", "cli",
+    "run", "formats", "report", "checkpoint", "preset", "engines", "families", "dialects", "plan", "proof", "stage",
+    "write", "inspection", "verification", "commands", "api", "cli",
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Clock, Inputs, Warned
 from modelopt_convert.commands.requests import BuildRequest
-from modelopt_convert.dialects import ltx2
 from modelopt_convert.dialects.calibration import Amax
+from modelopt_convert.families import ltx2
 from modelopt_convert.plan.plan import BuildPlan, Origin
 from modelopt_convert.plan.prediction import proof_readings, step_readings, whole_readings
 from modelopt_convert.preset.patterns import ignored

@@ -10,14 +10,14 @@ What has its test elsewhere:
 - scales of a checkpoint replace the export's:
   ``dialects/modelopt/test_amax_file.py::test_a_checkpoint_of_another_run_is_refused_with_both_values``
 - cast to FP8 without a clamp: ``commands/build/test_fp8_oracle.py::test_what_is_clipped_is_counted_and_measured``
-- codes without a scale: ``dialects/test_ltx2.py::test_no_codes_are_left_without_their_scale``
+- codes without a scale: ``families/test_ltx2.py::test_no_codes_are_left_without_their_scale``
 - one of several checkpoints picked: ``checkpoint/test_torch_archive.py::test_a_folder_with_none_or_several_is_refused``
 - torch.load may execute what it reads: ``checkpoint/test_torch_archive.py::test_a_reduce_is_refused_and_never_runs``
 - a whole .pt in memory:
   ``commands/build/test_fp8_memory.py::test_memory_does_not_grow_with_the_model_or_the_checkpoint``
 - `ignore` has one of two spellings:
   ``commands/build/test_fp8_families.py::test_ignore_is_complete_on_disk_and_at_runtime``
-- LTX-2 has no preset: ``dialects/test_ltx2.py::test_the_preset_is_chosen_by_the_bases_class``
+- LTX-2 has no preset: ``families/test_ltx2.py::test_the_preset_is_chosen_by_the_bases_class``
 """
 
 import ast
