@@ -31,6 +31,7 @@ from modelopt_convert.dialects.form import (
     wrong,
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
+from modelopt_convert.dialects.transformed import check_carried
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.run.errors import InputError
 
@@ -56,6 +57,7 @@ class _Bfl:
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "a file for BFLQuantizationConfig", ("nvfp4", "fp8"))
+        check_carried(described, "a file for BFLQuantizationConfig")
         tensors = dict(described.tensors)
         instead: dict[str, TensorInfo] = {}
         why: dict[str, str] = {}

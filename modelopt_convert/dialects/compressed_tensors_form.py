@@ -42,6 +42,7 @@ from modelopt_convert.dialects.form import (
     wrong,
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
+from modelopt_convert.dialects.transformed import check_carried
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.run.errors import InputError
 
@@ -87,6 +88,7 @@ class _CompressedTensors:
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "compressed-tensors", _FORMATS)
+        check_carried(described, "compressed-tensors")
         tensors: dict[str, TensorInfo] = {}
         changed: dict[str, bytes | None] = {}
         for module, roles in grouped(described.tensors.values()).items():
