@@ -55,7 +55,7 @@ class _Bf16:
         why = dict.fromkeys(weights, "decoded, and rounded to BF16 once") | dict.fromkeys(
             scales, "its weight is decoded"
         )
-        return Written(tensors, METADATA, config or None, scales, weights, why, unpacked=frozenset(described.modules))
+        return Written(tensors, METADATA, config, scales, weights, why, unpacked=frozenset(described.modules))
 
 
 FORM = _Bf16()

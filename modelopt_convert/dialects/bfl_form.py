@@ -10,10 +10,12 @@ scheme     weight              scales
            nibble first        F32 [], both required
 ``fp8r``   F8_E4M3 [N, K]      weight_scale F32 [N]; an input_scale is not looked at
 =========  ==================  ========================================================================
+
+A weight with one scale has that scale for each of its rows, and is read as one with one scale again.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.dialects.dialect import Headers
@@ -63,14 +65,12 @@ class _Bfl:
         why: dict[str, str] = {}
         for module, quantized in described.modules.items():
             scale = tensors[f"{module}.weight_scale"]
-            if quantized.algorithm == "fp8" and quantized.rows == 1:
-                tensors[scale.name] = replace(scale, shape=(1,))
-            elif quantized.algorithm == "fp8" and not scale.shape:
-                data = read(scale, 0, 4) * quantized.rows
-                tensors[scale.name] = instead[scale.name] = constant(
-                    scale.name, "F32", (quantized.rows,), data, scale.file
-                )
-                why[scale.name] = "diffusers wants a scale a row: the same one for each"
+            if quantized.algorithm == "fp8" and (one := _only(scale, read)) is not None:
+                rows = (quantized.rows,)
+                tensors[scale.name] = constant(scale.name, "F32", rows, one * quantized.rows, scale.file)
+                if scale.shape:
+                    instead[scale.name] = constant(scale.name, "F32", (), one, scale.file)
+                    why[scale.name] = "all rows have the same scale, which is read as one"
             if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in tensors:
                 raise InputError(
                     f"module {module!r}: expected an input_scale, which diffusers requires of NVFP4, found none",
@@ -95,9 +95,18 @@ def _module(
     rows, columns = weight.shape
     found = [one_scale(roles[role], roles[role].name, read, where) for role in ("input_scale",) if role in roles]
     if not packed:
-        return [*found, fp8_scale(scale, scale.name, rows, read, where)], Quantized("fp8", rows, columns)
+        by_row = fp8_scale(scale, scale.name, rows, read, where)
+        one = _only(by_row, read)
+        found.append(by_row if one is None else constant(scale.name, "F32", (), one, scale.file))
+        return found, Quantized("fp8", rows, columns)
     expected = (rows, columns * 2 // BLOCK_SIZE)
     if scale.dtype != "F8_E4M3" or scale.shape != expected or columns * 2 % BLOCK_SIZE:
         raise wrong(where, scale, f"F8_E4M3 {list(expected)}", code="dialect.shape", hint=_AGAIN)
     found.append(one_scale(roles["weight_scale_2"], roles["weight_scale_2"].name, read, where))
     return found, Quantized("nvfp4", rows, columns * 2)
+
+
+def _only(scale: TensorInfo, read: ReadBytes) -> bytes | None:
+    """The F32 that all elements of a scale are; None if they are several."""
+    data = read(scale, 0, scale.num_bytes)
+    return data[:4] if data == data[:4] * (len(data) // 4) else None

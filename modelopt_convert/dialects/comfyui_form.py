@@ -82,6 +82,7 @@ class _ComfyUI:
         rest = [info for name, info in headers.tensors.items() if name not in fates]
         for module, spelled in grouped(rest).items():
             roles = modern(spelled, where)
+            fates |= {info.name: f"read as {module}.{role}" for role, info in roles.items() if role not in spelled}
             said = said_of(module, roles, layers.get(module), read, where)
             marker = roles.pop(MARKER, None)
             if marker is not None:

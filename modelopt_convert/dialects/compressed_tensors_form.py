@@ -73,6 +73,7 @@ class _CompressedTensors:
             ours = dict(roles)
             if "weight_packed" in roles:
                 ours["weight"] = renamed(ours.pop("weight_packed"), f"{module}.weight")
+                fates[roles["weight_packed"].name] = f"read as {module}.weight"
             for theirs, role in _RECIPROCALS.items():
                 if theirs in roles:
                     ours[role], exact = _reciprocal(ours.pop(theirs), f"{module}.{role}", read, where)
@@ -108,7 +109,7 @@ class _CompressedTensors:
                 elif quantized.algorithm == "fp8" and role in ("weight_scale", "input_scale"):
                     one = replace(info, shape=(quantized.rows, 1) if info.shape else (1,))
                 tensors[one.name] = one
-        config = {**described.config, _QUANTIZATION: _declared(described)} if described.config else None
+        config = {**described.config, _QUANTIZATION: _declared(described)}
         why = dict.fromkeys(changed, _ROUNDED)
         return Written(tensors, METADATA, config, changed, why=why, keep=frozenset(changed))
 

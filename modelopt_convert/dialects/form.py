@@ -92,7 +92,7 @@ class Written:
     Attributes:
         tensors: Every tensor of the output, by name.
         metadata: The header's.
-        config: config.json, or None where the dialect has none.
+        config: config.json, or None where the dialect has none; without the model's own keys if they are unknown.
         changed: What a reader of the output will find of a description's tensor instead of its bytes, by the tensor's
             name: other bytes of the same dtype and shape, or None where the dialect has no place for it.
         instead: Tensors of another dtype or shape that a reader will find in the place of a description's, by name.

@@ -1,7 +1,7 @@
 """Describe a checkpoint, whatever dialect and naming it is in, under diffusers' names. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
@@ -70,6 +70,9 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
     check_row_scales(described, where)
+    # By the checkpoint's own names: what a form renamed has its fate from the form.
+    fates = {name: described.fates.get(name, f"read as {name}") for name in reader.tensors}
+    described = replace(described, fates=fates)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described)
 
 

@@ -114,7 +114,7 @@ class _TorchAO:
                 changed[roles["input_scale"].name] = None
             metadata[f"{module}.weight"] = json.dumps(_entry(quantized, roles, list(parts)))
         metadata["tensor_names"] = json.dumps(list(metadata))
-        config = {**described.config, _QUANTIZATION: _declared(described)} if described.config else None
+        config = {**described.config, _QUANTIZATION: _declared(described)}
         why = dict.fromkeys(changed, _NO_PLACE)
         return Written(tensors, {**METADATA, **metadata}, config, changed, why=why, keep=frozenset(changed))
 

@@ -187,6 +187,17 @@ def test_modelopt_refuses_a_mixture() -> None:
     assert caught.value.code == "convert.no_place"
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_modelopt_has_input_scales_in_all_modules_or_in_none(kind: Algorithm) -> None:
+    files, form = Files(), FORMS["modelopt"]
+    modules = {"x": Module(kind, 4, 16), "y": Module(kind, 4, 16, calibrated=False)}
+    with pytest.raises(InputError) as caught:
+        form.write(description(modules, files, 0), files.read)
+    assert caught.value.code == "convert.no_input_scale" and "'y'" in caught.value.message
+    without = form.write(description({"y": modules["y"]}, files, 0, config={}), files.read)
+    assert without.config is not None and without.config["quantization_config"]["dynamic_input_scale"] is True
+
+
 def test_modelopt_keeps_what_its_own_exports_said() -> None:
     files = Files()
     said = {

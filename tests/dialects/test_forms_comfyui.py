@@ -27,7 +27,9 @@ Tensors = dict[str, torch.Tensor]
 def read(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> tuple[Canonical, Files]:
     files = Files()
     infos: dict[str, TensorInfo] = {name: files.put(name, tensor) for name, tensor in tensors.items()}
-    return FORM.read(Headers(infos, {"f": dict(metadata or {})}, {}, ()), files.read, {}, "IN"), files
+    found = FORM.read(Headers(infos, {"f": dict(metadata or {})}, {}, ()), files.read, {}, "IN")
+    assert not infos.keys() - found.tensors.keys() - found.fates.keys()
+    return found, files
 
 
 def marker(entry: Any) -> torch.Tensor:

@@ -125,7 +125,10 @@ def read_back(
     form: Form, written: Written, files: Files, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[Canonical, Files]:
     headers, stored = written_out(written, files)
-    return form.read(headers, stored.read, shapes, "OUT"), stored
+    found = form.read(headers, stored.read, shapes, "OUT")
+    lost = headers.tensors.keys() - found.tensors.keys() - found.fates.keys()
+    assert not lost and found.fates.keys() | found.keep.keys() <= headers.tensors.keys()
+    return found, stored
 
 
 def same(left: Canonical, files: Files, right: Canonical, others: Files) -> None:

@@ -126,7 +126,15 @@ class _ModelOpt:
                 hint="--to bf16 takes every format, --to comfyui those that ComfyUI reads",
             )
         (algorithm,) = algorithms
-        calibrated = any(f"{name}.input_scale" in described.tensors for name in described.modules)
+        calibrated = [name for name in described.modules if f"{name}.input_scale" in described.tensors]
+        if 0 < len(calibrated) < len(described.modules):
+            missing = next(name for name in described.modules if name not in calibrated)
+            raise InputError(
+                f"{len(calibrated)} of {len(described.modules)} modules have an input_scale: expected one in each or "
+                f"in none, as in ModelOpt's checkpoints, found none in {missing!r}",
+                code="convert.no_input_scale",
+                hint="--to comfyui, torchao and bf16 take modules with and without; or calibrate and export again",
+            )
         target = next((one for one in FORMATS.values() if one.quant_algo == algorithm), None)
         keys: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm}
         if target is not None and not calibrated:
@@ -135,10 +143,9 @@ class _ModelOpt:
         if said.get("quant_method") == "modelopt" and said.get("quant_algo") == algorithm:
             keys = split_keys(said)[0] | keys
         ignore = kept_linears(described)
-        config: dict[str, Any] | None = None
-        if described.config and target is not None:
+        if target is not None:
             config = output_config(described.config, keys, ignore, target)
-        elif described.config:
+        else:
             config = {**described.config, _QUANTIZATION: {**keys, "ignore": ignore}}
         return Written(described.tensors, METADATA, config)
 
