@@ -33,7 +33,9 @@ class Variant:
     calibrate: bool = True
     compress: bool = False
     checkpoint: bool = False  # whether ModelOpt's own checkpoint is saved too, before the export changes the model
-    transforms: bool = False  # AWQ or SVDQuant: the config's own algorithm is run, and what ModelOpt multiplies by saved
+    transforms: bool = (
+        False  # AWQ or SVDQuant: the config's own algorithm is run, and what ModelOpt multiplies by saved
+    )
     noise: float = 0.0  # the weights are multiplied by 1 + noise * N(0, 1) first, as further training would change them
 
 
