@@ -8,7 +8,7 @@ from modelopt_convert.dialects.decoded import decoded
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import SCALES, Canonical, Naming, ReadBytes, Written, grouped, wrong
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES
-from modelopt_convert.dialects.transformed import folded, is_transformed
+from modelopt_convert.dialects.awq import folded, is_transformed
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 
 _QUANTIZATION = "quantization_config"

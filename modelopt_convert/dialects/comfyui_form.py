@@ -50,7 +50,7 @@ from modelopt_convert.dialects.form import (
 )
 from modelopt_convert.dialects.resized import widened, with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale, one_values
-from modelopt_convert.dialects.transformed import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
+from modelopt_convert.dialects.awq import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape, round_up
 from modelopt_convert.run.errors import InputError

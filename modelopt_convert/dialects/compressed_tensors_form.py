@@ -42,7 +42,7 @@ from modelopt_convert.dialects.form import (
     wrong,
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
-from modelopt_convert.dialects.transformed import check_carried
+from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.run.errors import InputError
 

@@ -58,7 +58,7 @@ class Canonical:
     =======  ======================  =============================  ==============================
 
     Beside an nvfp4 weight, or one that is not packed, AWQ and SVDQuant have tensors of their own: see
-    ``dialects/transformed.py``.
+    ``dialects/awq.py``.
 
     ``fp8_e5m2`` is as fp8, with the weight in F8_E5M2. The one scale of a weight of one row is []. Of a fused module
     ``weight_scale`` of fp8 may be [M], one scale for each of its M members, until native names are split.

@@ -202,5 +202,5 @@ def _transformed(tensors: Mapping[str, TensorInfo], path: str) -> Iterator[Input
                 f"{path}/{info.file}: tensor {name!r}: expected a plain export, found {transform}",
                 code="export.transformed",
                 path=f"{path}/{info.file}",
-                hint="mopt convert SOURCE OUT --to bf16 undoes it; or export again with ModelOpt's --quant-algo max",
+                hint="`mopt convert` undoes that with --to bf16; or export again with ModelOpt's --quant-algo max",
             )

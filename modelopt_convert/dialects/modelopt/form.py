@@ -43,7 +43,7 @@ from modelopt_convert.dialects.packed import (
 )
 from modelopt_convert.dialects.resized import with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
-from modelopt_convert.dialects.transformed import (
+from modelopt_convert.dialects.awq import (
     check_carried,
     check_not_lost,
     check_transforms,

@@ -29,6 +29,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.recipe import Extent, Fetch, Recipe, made, recipe_of
 from modelopt_convert.dialects.form import Canonical, Quantized, wrong
+from modelopt_convert.dialects.modelopt.export import TRANSFORMED
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.formats.floats import bf16_of, values_of, widened_values
@@ -43,7 +44,6 @@ PRE_QUANT_SCALE = "pre_quant_scale"
 LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
 _PIECE = 1 << 14  # values made at a time
 _AGAIN = "the export is cut or mixed up; export again"
-_SAID = ("NVFP4_AWQ", "NVFP4_SVD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Folded:
         rows: N.
         columns: K.
         stored: The weight as it is stored.
-        factor: ``pre_quant_scale``.
+        factor: ``pre_quant_scale``, or nothing.
         low_rank: ``svdquant_lora_a`` and ``svdquant_lora_b``, or nothing.
         dtype: BF16, rounded once, or F32.
     """
@@ -101,7 +101,7 @@ class Folded:
     rows: int
     columns: int
     stored: Packed | Part
-    factor: Part
+    factor: Part | None
     low_rank: tuple[Part, Part] | None
     dtype: Literal["BF16", "F32"]
 
@@ -115,7 +115,7 @@ class Folded:
         import numpy as np
 
         step, width = self._step, self._row_bytes
-        factor = self.factor.values(0, self.columns, fetch)
+        factor = self.factor.values(0, self.columns, fetch) if self.factor is not None else None
         down = None
         if self.low_rank is not None:
             rank = self._rank
@@ -134,7 +134,8 @@ class Folded:
         step, width = self._step, self._row_bytes
         first = begin // width // step * step
         last = min(-(-(begin + num_bytes) // width // step) * step, self.rows)
-        yield from self.factor.of.extents(0, self.factor.of.num_bytes)
+        if self.factor is not None:
+            yield from self.factor.of.extents(0, self.factor.of.num_bytes)
         if self.low_rank is not None:
             down, up = self.low_rank
             yield from down.of.extents(0, down.of.num_bytes)
@@ -178,7 +179,7 @@ class Folded:
             rank = self._rank
             up = self.low_rank[1].values(first * rank, count * rank, fetch).reshape(count, rank)
             found = found + (up.astype(np.float64) @ down).astype(np.float32)
-        whole: NDArray[np.float32] = found * factor
+        whole: NDArray[np.float32] = found if factor is None else found * factor
         return whole
 
 
@@ -200,7 +201,7 @@ def without_transforms(roles: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]
 def folded(
     roles: Mapping[str, TensorInfo], quantized: Quantized | None, dtype: Literal["BF16", "F32"] = "BF16"
 ) -> TensorInfo:
-    """The weight that a module's transformed one stands for.
+    """The weight that a module's stored one stands for; without a factor it is only decoded.
 
     Args:
         roles: Its tensors, as ``check_transforms`` allows them.
@@ -214,7 +215,8 @@ def folded(
         stored = Packed(recipe_of(weight), recipe_of(roles["weight_scale"]), recipe_of(roles["weight_scale_2"]))
     parts = [Part(recipe_of(roles[role]), roles[role].dtype) for role in LOW_RANK if role in roles]
     low_rank = (parts[0], parts[1]) if parts else None
-    factor = Part(recipe_of(roles[PRE_QUANT_SCALE]), roles[PRE_QUANT_SCALE].dtype)
+    scale = roles.get(PRE_QUANT_SCALE)
+    factor = Part(recipe_of(scale), scale.dtype) if scale is not None else None
     recipe = Folded(rows, columns, stored, factor, low_rank, dtype)
     return made(weight.name, dtype, (rows, columns), recipe, weight.file)
 
@@ -266,7 +268,7 @@ def check_not_lost(said: Mapping[str, Any], tensors: Mapping[str, TensorInfo], w
         InputError: ``dialect.transform_lost``.
     """
     algorithm = said.get("quant_algo")
-    if algorithm in _SAID and not any(_role(name) in TRANSFORM_ROLES for name in tensors):
+    if algorithm in TRANSFORMED and not any(_role(name) in TRANSFORM_ROLES for name in tensors):
         raise InputError(
             f"{where}: quant_algo is {algorithm}, expected {PRE_QUANT_SCALE} tensors, found none: ModelOpt 0.42 to "
             "0.45 left them out, and without them the weights mean nothing",

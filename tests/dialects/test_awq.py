@@ -18,7 +18,7 @@ from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.dialects.form import Canonical
 from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.source import describe
-from modelopt_convert.dialects.transformed import folded, transformed_modules
+from modelopt_convert.dialects.awq import folded, transformed_modules
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
 from modelopt_convert.run.errors import InputError
 
