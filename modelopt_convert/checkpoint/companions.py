@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelopt_convert.checkpoint.config import MAX_CONFIG_BYTES
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, parse_header, read_header_length
 from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, is_file, names, open_file, read_small
 from modelopt_convert.checkpoint.pipeline import COMPONENTS
-from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_CONFIG_BYTES, MAX_INDEX_BYTES
+from modelopt_convert.checkpoint.reader import INDEX_SUFFIX, MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 

@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modelopt_convert.checkpoint.config import CONFIG, MAX_CONFIG_BYTES, parse_config
 from modelopt_convert.checkpoint.hub.hub_path import hub_address
 from modelopt_convert.checkpoint.location import (
     NO_FOLDER,
     Location,
     fault_of_folder,
     hint_if_missing,
+    is_file,
     names,
     read_small,
 )
-from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES
-from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.checkpoint.variants import is_index
 from modelopt_convert.run.errors import InputError
 
 _WHICH = "give the transformer itself, or the pipeline that holds transformer/; on the Hub, hf://ORGANIZATION/NAME"
@@ -36,10 +37,12 @@ class Component:
 
 
 def resolve_component(path: Location, *, what: str) -> Location:
-    """The one transformer folder that a user means: ``path``, called ``what`` in messages, or its ``transformer/``.
+    """The one transformer that a user means: ``path``, called ``what`` in messages, or its ``transformer/``.
+
+    A transformer is a folder with a config.json, a folder with weights alone, or one file.
 
     Raises:
-        InputError: Not a folder, nothing in it to load, or two transformers to choose from.
+        InputError: Not there, nothing in it to load, or two transformers to choose from.
     """
     found = _found(path, what=what)
     if len(found) == 1:
@@ -94,12 +97,12 @@ def transformers_of(source: Location, base: Location | None) -> list[tuple[str, 
         InputError: ``input.missing`` or ``input.ambiguous``.
     """
     try:
-        alone = source.is_file() or (source / "config.json").is_file()
+        alone = source.is_file() or (source / CONFIG).is_file()
     except OSError:  # a name that no file system takes
         return [(".", resolve_component(source, what="source"), None)]
     if alone:
         return [(".", source, resolve_component(base, what="base") if base else None)]
-    found = [name for name in COMPONENTS if (source / name / "config.json").is_file()]
+    found = [name for name in COMPONENTS if (source / name / CONFIG).is_file()]
     if not found:
         path = (
             source
@@ -109,7 +112,7 @@ def transformers_of(source: Location, base: Location | None) -> list[tuple[str, 
         return [(".", path, resolve_component(base, what="base") if base else None)]
     pairs: list[tuple[str, Location, Location | None]] = []
     for name in found:
-        beside = base / name if base and (base / name / "config.json").is_file() else None
+        beside = base / name if base and (base / name / CONFIG).is_file() else None
         if base and beside is None and len(found) == 1:
             beside = resolve_component(base, what="base")
         if base and beside is None:
@@ -140,6 +143,8 @@ def _base_of(base: Location, name: str | None, *, several: bool) -> Location:
 
 def _found(path: Location, *, what: str) -> list[Location]:
     """``path`` itself if it is a transformer, or those in it; at least one."""
+    if is_file(path):
+        return [path]
     fault = fault_of_folder(path)
     if fault is not None:
         absent = fault == NO_FOLDER
@@ -151,9 +156,11 @@ def _found(path: Location, *, what: str) -> list[Location]:
             path=str(path),
             hint=hint_if_missing(path, hint) if absent else "check that the path is right and that you may read it",
         )
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return [path]
-    found = [path / name for name in COMPONENTS if (path / name / "config.json").is_file()]
+    found = [path / name for name in COMPONENTS if (path / name / CONFIG).is_file()]
+    if not found and any(name.endswith(".safetensors") or is_index(name) for name in names(path)):
+        return [path]  # whoever needs a config says that there is none
     if not found:
         raise InputError(
             f"{what} {path}: expected config.json here or in transformer/, found neither",
@@ -165,6 +172,6 @@ def _found(path: Location, *, what: str) -> list[Location]:
 
 
 def _is_quantized(folder: Location) -> bool:
-    path = folder / "config.json"
+    path = folder / CONFIG
     raw = read_small(path, MAX_CONFIG_BYTES, code="config")
-    return parse_json_object(raw, code="config", path=str(path)).get("quantization_config") is not None
+    return parse_config(raw, str(path)).get("quantization_config") is not None

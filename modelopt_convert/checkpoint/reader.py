@@ -7,17 +7,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from modelopt_convert.checkpoint.config import (
+    BESIDE,
+    CONFIG,
+    GIVEN,
+    HEADER,
+    MAX_CONFIG_BYTES,
+    OWN,
+    config_beside,
+    config_in_header,
+    parse_config,
+)
 from modelopt_convert.checkpoint.content import CONTENT, Content
 from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, parse_header, read_header_length
-from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, index_of, is_shard_name, without_variants
+from modelopt_convert.checkpoint.index import SHOWN_CHARS, check_index, cut, is_shard_name
 from modelopt_convert.checkpoint.location import Location, OpenFile, check_name, identify, open_file, read_small
 from modelopt_convert.checkpoint.recipe import recipe_of, renamed
 from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.checkpoint.variants import choose_weights, is_index
 from modelopt_convert.run.errors import InputError
 
 CHUNK_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000
-MAX_CONFIG_BYTES = 16_000_000
 # How many bytes of a tensor may be in memory at a time. A tensor that is read whole is looked at in several copies;
 # the block scales of a weight of 4e9 elements have as many bytes as the first limit. No row, and no weight that is
 # multiplied, is larger than the second.
@@ -36,18 +47,29 @@ class CheckpointReader:
         path: The folder, also for a single file.
         tensors: Every tensor by name.
         metadata: Header metadata by file.
-        config: config.json as an object; empty for a single file.
-        indexes: Names of the index files, at most one.
+        config: config.json as an object, or what stands in for it; empty where there is none.
+        config_from: Where the config is from, one of the words of ``checkpoint.config``; None where there is none.
+        indexes: The name of the index that is followed, at most one.
         skipped: Names in the folder that are neither read nor copied.
+        left_aside: Those among them that are weights or an index: of a variant, or not named by the index.
         content: Digests what is read, once ``digest_content`` was called.
     """
 
-    def __init__(self, path: Location, *, need_config: bool = True) -> None:
+    def __init__(
+        self,
+        path: Location,
+        *,
+        need_config: bool = True,
+        variant: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Open a folder, or one .safetensors file: headers, index and config are cross-checked, no tensor is read.
 
         Args:
             path: The folder or file.
-            need_config: Whether a folder without config.json is an error.
+            need_config: Whether a folder without config.json is an error, if no ``config`` is given.
+            variant: The variant of the weights that is read; None for the plain ones, or the only variant.
+            config: Stands in for a config.json: of a folder that has none, or of a file whatever lies beside it.
 
         Raises:
             InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
@@ -56,18 +78,23 @@ class CheckpointReader:
         self.path = path.parent if single else path
         self.tensors: dict[str, TensorInfo] = {}
         self.config: dict[str, Any] = {}
+        self.config_from: str | None = None
         self.metadata: dict[str, dict[str, str]] = {}
         self.skipped: tuple[str, ...] = ()
+        self.left_aside: tuple[str, ...] = ()
         self.indexes: tuple[str, ...] = ()
         self.content: Content | None = None
+        self._variant = variant
         self._files: dict[str, OpenFile] = {}
+        self._beside: dict[str, OpenFile] = {}
         self._headers = hashlib.sha256()
         try:
-            small: dict[str, bytes] = {}
             if single:
-                self._open_shard(path.name)
+                small = self._open_one(path, config)
             else:
-                small = self._open_folder(need_config)
+                small = self._open_folder(need_config and config is None)
+                if config is not None and self.config_from is None:
+                    self.config, self.config_from = dict(config), GIVEN
             self._origin = identify(self.path, small, self._files)
         except BaseException:
             self._release()
@@ -116,6 +143,15 @@ class CheckpointReader:
             tensors: By name.
         """
         self.tensors = dict(tensors)
+
+    def take_beside(self, place: str, other: "CheckpointReader") -> None:
+        """Let recipes take bytes of another checkpoint too, which stays open as long as this one is read.
+
+        Args:
+            place: What stands in front of the names of its files, see ``recipe.Elsewhere``.
+            other: The other checkpoint.
+        """
+        self._beside |= {f"{place}/{name}": file for name, file in other._files.items()}
 
     def digest_content(self) -> None:
         """From now on digest what is read, so that the identity has all bytes once all were read."""
@@ -232,11 +268,11 @@ class CheckpointReader:
     def prefetch(self, readings: Iterable[Reading]) -> None:
         """Say what will be read soon: what lies on the Hub is then fetched together, ahead of the reader."""
         for file, ranges in self._by_file(readings).items():
-            self._files[file].prefetch(ranges)
+            self._any(file).prefetch(ranges)
 
     def unfetched(self, readings: Iterable[Reading]) -> int:
         """Bytes that reading this would bring over the network."""
-        return sum(self._files[file].unfetched(ranges) for file, ranges in self._by_file(readings).items())
+        return sum(self._any(file).unfetched(ranges) for file, ranges in self._by_file(readings).items())
 
     def traffic(self) -> tuple[int, int]:
         """Bytes and ranges that came over the network so far."""
@@ -271,7 +307,10 @@ class CheckpointReader:
         return bytes(found)
 
     def _fetch(self, file: str, start: int, target: memoryview) -> None:
-        self._files[file].read_into(start, target)
+        self._any(file).read_into(start, target)
+
+    def _any(self, file: str) -> OpenFile:
+        return self._beside[file] if file in self._beside else self._files[file]
 
     def check_unchanged(self) -> None:
         """Compare the files with what they were at opening.
@@ -287,24 +326,47 @@ class CheckpointReader:
             file.close()
         self._files.clear()
 
+    def _open_one(self, path: Location, given: Mapping[str, Any] | None) -> dict[str, bytes]:
+        """Open one file; its config is the given one, else the header's, else the one beside the file."""
+        if self._variant is not None:
+            raise InputError(
+                f"{path}: expected a folder with the variant {self._variant}, found one file",
+                code="input.variant",
+                path=str(path),
+                hint="leave --variant out, or give the folder",
+            )
+        self._open_shard(path.name)
+        if given is not None:
+            self.config, self.config_from = dict(given), GIVEN
+        elif (held := config_in_header(self.metadata[path.name], str(path))) is not None:
+            self.config, self.config_from = held, HEADER
+        elif (beside := config_beside(self.path)) is not None:
+            raw, self.config = beside
+            self.config_from = BESIDE
+            return {CONFIG: raw}
+        return {}
+
     def _open_folder(self, need_config: bool) -> dict[str, bytes]:
         """Open what a folder holds; the bytes of config and index."""
         names = self._list()
         small: dict[str, bytes] = {}
-        if need_config or "config.json" in names:
-            raw = small["config.json"] = read_small(self.path / "config.json", MAX_CONFIG_BYTES, code="config")
-            self.config = parse_json_object(raw, code="config", path=str(self.path / "config.json"))
-        indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-        shards = without_variants([name for name in names if name.endswith(".safetensors")], indexes)
-        weight_map = self._weight_map(indexes, shards, small)
-        listed = sorted(set(weight_map.values())) if weight_map is not None else shards
-        for shard in listed:
-            self._open_shard(shard)
-        if weight_map is not None:
-            check_index(str(self.path / indexes[0]), weight_map, self.tensors)
-        self.indexes = tuple(indexes)
-        used = {"config.json", *indexes, *listed}
+        if need_config or CONFIG in names:
+            raw = small[CONFIG] = read_small(self.path / CONFIG, MAX_CONFIG_BYTES, code="config")
+            self.config, self.config_from = parse_config(raw, str(self.path / CONFIG)), OWN
+        indexes = [name for name in names if is_index(name)]
+        files = [name for name in names if name.endswith(".safetensors")]
+        chosen = choose_weights(str(self.path), files, indexes, self._variant)
+        if chosen.listing is not None:
+            weight_map = self._weight_map(chosen.listing, small)
+            for shard in sorted(set(weight_map.values())):
+                self._open_shard(shard)
+            check_index(str(self.path / chosen.listing), weight_map, self.tensors)
+            self.indexes = (chosen.listing,)
+        elif chosen.file is not None:
+            self._open_shard(chosen.file)
+        used = {CONFIG, *self.indexes, *self._files}
         self.skipped = tuple(name for name in names if name not in used)
+        self.left_aside = tuple(name for name in (*files, *indexes) if name not in used)
         return small
 
     def _list(self) -> list[str]:
@@ -321,47 +383,17 @@ class CheckpointReader:
                 hint="give a folder that exists and can be read",
             ) from error
         for name in names:
-            if name.endswith((".safetensors", INDEX_SUFFIX)):
+            if name.endswith(".safetensors") or is_index(name):
                 check_name(self.path, name)
         return sorted(name.encode(errors="backslashreplace").decode() for name in names)
 
-    def _weight_map(self, indexes: list[str], shards: list[str], small: dict[str, bytes]) -> dict[str, str] | None:
-        """The index, which is also put among the small files; None if there is none and need not be."""
-        where = str(self.path)
-        if len(indexes) > 1:
-            raise InputError(
-                f"{where}: expected one index, found {', '.join(indexes)}",
-                code="input.ambiguous",
-                path=where,
-                hint="move the one that does not belong to this checkpoint out of the folder",
-            )
-        if not shards:
-            raise InputError(
-                f"{where}: expected a .safetensors file, found none",
-                code="input.missing",
-                path=where,
-                hint="give the folder that holds the weights; .bin and .pt files are not read",
-            )
-        if not indexes:
-            if (index := index_of(shards)) is not None:
-                raise InputError(
-                    f"{where}: expected {index} beside {len(shards)} shards, found none: the index is missing",
-                    code="index.missing",
-                    path=where,
-                    hint=f"fetch {index} from where the shards are from, or export again",
-                )
-            if len(shards) > 1:
-                raise InputError(
-                    f"{where}: expected one .safetensors file or an index, found {', '.join(shards[:10])}",
-                    code="input.ambiguous",
-                    path=where,
-                    hint="move the files that do not belong to this checkpoint out of the folder",
-                )
-            return None
-        index_path = self.path / indexes[0]
-        raw = small[indexes[0]] = read_small(index_path, MAX_INDEX_BYTES, code="index")
+    def _weight_map(self, index: str, small: dict[str, bytes]) -> dict[str, str]:
+        """What an index says, whose bytes are also put among the small files."""
+        index_path = self.path / index
+        raw = small[index] = read_small(index_path, MAX_INDEX_BYTES, code="index")
         weight_map = parse_json_object(raw, code="index", path=str(index_path)).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        named = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not isinstance(weight_map, dict) or not named or not all(isinstance(file, str) for file in named):
             raise InputError(
                 f"{index_path}: weight_map must map tensor names to file names",
                 code="index.weight_map",
@@ -376,14 +408,6 @@ class CheckpointReader:
                     path=str(index_path),
                     hint="an index may only name files beside it; do not use this checkpoint",
                 )
-        stray = sorted(set(shards) - set(weight_map.values()))
-        if stray:
-            raise InputError(
-                f"{where}: {indexes[0]} does not name {', '.join(stray[:10])}",
-                code="input.ambiguous",
-                path=where,
-                hint="two checkpoints in one folder; move the files that the index does not name elsewhere",
-            )
         return weight_map
 
     def _open_shard(self, name: str) -> None:

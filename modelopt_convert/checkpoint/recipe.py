@@ -138,6 +138,28 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Bytes of another checkpoint, whose files the reader knows under a name in front; see ``reader.take_beside``."""
+
+    of: Recipe
+    place: str
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes there are."""
+        return self.of.num_bytes
+
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        self.of.fill(begin, target, lambda file, start, part: fetch(f"{self.place}/{file}", start, part))
+
+    def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
+        """What ``fill`` takes of files."""
+        for one in self.of.extents(begin, num_bytes):
+            yield Extent(f"{self.place}/{one.file}", one.start, one.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class NibblesSwapped:
     """Packed codes with the two of each byte exchanged."""
 

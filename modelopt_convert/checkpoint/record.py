@@ -101,13 +101,17 @@ def part_digest(folder: Location) -> str:
 def read_pipeline(checkpoint: Location) -> dict[str, Any]:
     """The record above several transformers, or of a whole pipeline; empty where there is none.
 
+    The record of one transformer names its shards: a rewritten file has no config.json beside it.
+
     Raises:
         InputError: With a ``record.*`` or ``input.*`` code: it is there and cannot be used.
     """
     path = checkpoint / RECORD
     if not is_there(path) or (checkpoint / "config.json").is_file():
         return {}
-    return parse_json_object(read_small(path, MAX_INDEX_BYTES, code="record"), code="record", path=str(path))
+    record = parse_json_object(read_small(path, MAX_INDEX_BYTES, code="record"), code="record", path=str(path))
+    digests = record.get("digests")
+    return {} if isinstance(digests, dict) and digests.get("shards") else record
 
 
 def parts_of(record: Mapping[str, Any]) -> dict[str, str]:

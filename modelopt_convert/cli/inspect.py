@@ -40,6 +40,8 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
     out.line(f"{head}{component.dialect.name}, {totals.tensors} tensors, {human_bytes(totals.bytes)}")
     for evidence in component.dialect.evidence:
         out.line(f"  because {evidence}")
+    if component.config_from not in (None, "config.json"):
+        out.line(f"  config from: {component.config_from}")
     out.table(
         ["dtype", "tensors", "size"],
         [[dtype, str(one["tensors"]), human_bytes(one["bytes"])] for dtype, one in totals.by_dtype.items()],

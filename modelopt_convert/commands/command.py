@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from modelopt_convert import __version__
 from modelopt_convert.checkpoint.companions import Companions, open_companions
+from modelopt_convert.checkpoint.config import read_config
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -29,6 +30,7 @@ from modelopt_convert.run.errors import (
     StorageError,
 )
 from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.text import few
 from modelopt_convert.stage.directory import Published
 from modelopt_convert.stage.ownership import in_words
 from modelopt_convert.write.task import StreamPlan
@@ -90,8 +92,20 @@ class Inputs:
         to_fetch: Bytes that are still to be fetched of those on the Hub, as far as it is known.
     """
 
-    def __init__(self) -> None:
-        """Nothing is open yet."""
+    def __init__(
+        self, config: Location | None = None, variant: str | None = None, *, variant_of_base: bool = False
+    ) -> None:
+        """Nothing is open yet.
+
+        Args:
+            config: ``--config``: stands in where an input has no config.json.
+            variant: ``--variant``: which weights of a folder are read.
+            variant_of_base: Whether the variant is one of bases, and of nothing else.
+        """
+        self._config = config
+        self._given: dict[str, Any] | None = None
+        self._variant = variant
+        self._variant_of_base = variant_of_base
         self.readers: dict[str, CheckpointReader] = {}
         self.renamed: dict[str, dict[str, str]] = {}
         self.to_fetch: dict[str, int] = {}
@@ -125,7 +139,11 @@ class Inputs:
         Raises:
             InputError: It cannot be opened.
         """
-        reader = self._stack.enter_context(CheckpointReader(path))
+        if self._config is not None and self._given is None:
+            self._given = read_config(self._config)
+        given = without_quantization(self._given) if self._given is not None and is_base else self._given
+        variant = self._variant if is_base or not self._variant_of_base else None
+        reader = self._stack.enter_context(CheckpointReader(path, need_config=False, variant=variant, config=given))
         if is_base:
             reader.digest_content()
         self.readers[name] = reader
@@ -150,6 +168,14 @@ class Inputs:
         self.to_fetch[name] = sum(one.unfetched([(0, one.num_bytes)]) for one in found.files.values())
         return found
 
+    def left_aside(self) -> list[Warned]:
+        """What of each folder's weights was not read."""
+        return [
+            ("input.left_aside", left_aside_words(str(reader.path), reader.left_aside))
+            for reader in self.readers.values()
+            if reader.left_aside
+        ]
+
     def check_unchanged(self) -> None:
         """Compare all files with what they were at opening.
 
@@ -166,7 +192,12 @@ class Inputs:
         """Every input as it was opened, with what is known of its identity by now."""
         found: dict[str, InputReport] = {}
         for name, one in self._found.items():
-            known = {"renamed": self.renamed.get(name, {}), "identity": self.readers[name].identity()}
+            reader = self.readers[name]
+            known = {
+                "renamed": self.renamed.get(name, {}),
+                "identity": reader.identity(),
+                "config_from": reader.config_from,
+            }
             found[name] = one.model_copy(update=known)
         return found
 
@@ -230,6 +261,25 @@ def not_finite_warnings(written: Mapping[str, NotFinite], prefix: str = "") -> l
     """
     found = {f"{prefix}{name}": one for name, one in written.items()}
     return [("tensor.not_finite", not_finite_words(found))] if found else []
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for a base: one that serves an export, too, declares what only the export has."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def not_compared(made: CheckpointReader, base: CheckpointReader) -> list[Warned]:
+    """That the configs of a checkpoint and its base are not compared, since one of the two is not there."""
+    lacking = [str(one.path) for one in (made, base) if not one.config]
+    if not lacking:
+        return []
+    return [("config.not_compared", f"{' and '.join(lacking)} has no config: the two configs are not compared")]
+
+
+def left_aside_words(folder: str, names: Sequence[str]) -> str:
+    """That weights of a folder are not read."""
+    count = f"{len(names)} file{'' if len(names) == 1 else 's'} of weights"
+    return f"{folder}: {count} left aside, of a variant or not named by the index: {few(names)}"
 
 
 def published_warnings(published: Published | None) -> list[Warned]:

@@ -2,9 +2,10 @@
 
 from contextlib import ExitStack
 
+from modelopt_convert.checkpoint.config import read_config
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.command import ending
+from modelopt_convert.commands.command import Warned, ending, left_aside_words, warnings_of, without_quantization
 from modelopt_convert.commands.requests import InspectRequest
 from modelopt_convert.report.inspect import ComponentReport, InspectReport
 from modelopt_convert.run.progress import Progress
@@ -17,6 +18,7 @@ class InspectCommand:
         """Do nothing yet."""
         self._request = request
         self._components: dict[str, ComponentReport] = {}
+        self._warned: list[Warned] = []
 
     def run(self, progress: Progress) -> None:
         """Look at every transformer.
@@ -28,18 +30,33 @@ class InspectCommand:
 
         request, source = self._request, self._request.locate("source")
         assert source is not None  # the request requires it
+        place = request.locate("config")
+        config = read_config(place) if place is not None else None
+        of_base = without_quantization(config) if config is not None else None
         for name, path, base_path in transformers_of(source, request.locate("base")):
             with ExitStack() as stack:
-                reader = stack.enter_context(CheckpointReader(path, need_config=False))
-                against = stack.enter_context(CheckpointReader(base_path)) if base_path else None
+                of_source = request.variant if base_path is None else None
+                reader = stack.enter_context(
+                    CheckpointReader(path, need_config=False, variant=of_source, config=config)
+                )
+                against = None
+                if base_path is not None:
+                    against = stack.enter_context(
+                        CheckpointReader(base_path, need_config=False, variant=request.variant, config=of_base)
+                    )
+                for one in (reader, against):
+                    if one is not None and one.left_aside:
+                        self._warned.append(("input.left_aside", left_aside_words(str(one.path), one.left_aside)))
                 component = inspect_component(
                     reader, against, every_scale=request.all_scales, max_error=request.max_error
                 )
-            self._components[name] = component
+            self._components[name] = component.model_copy(update={"config_from": reader.config_from})
 
     def report(self, error: BaseException | None = None) -> InspectReport:
         """What was found; the fields at the top are the first transformer's."""
         first = next(iter(self._components.values()), None) if error is None else None
         names = ("dialect", "layout", "modules", "lint", "totals", "engine", "engines") if first is not None else ()
         of_first = {name: getattr(first, name) for name in names}
-        return InspectReport(components=self._components, **of_first, **ending(error))
+        return InspectReport(
+            components=self._components, warnings=warnings_of(self._warned), **of_first, **ending(error)
+        )

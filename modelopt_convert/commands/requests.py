@@ -106,6 +106,24 @@ Workers = Annotated[
 ]
 
 
+Variant = Annotated[
+    str | None,
+    Flag(
+        "Of weights in several precisions, these, such as fp16: of BASE where there is one, else of what is read.",
+        metavar="NAME",
+        after="base",
+    ),
+]
+Config = Annotated[
+    Place | None,
+    Flag(
+        "The transformer's config for what has none: a config.json, or a folder with one, also hf://.",
+        metavar="PATH",
+        after="variant",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request(Generic[Result]):
     """What every request has.
@@ -340,18 +358,21 @@ class _Choosing(Request["Report"]):
         ),
     ] = None
     export: Annotated[
-        Place | None, Flag("ModelOpt NVFP4 export; without it the base is quantized.", metavar="EXPORT")
+        Place | None,
+        Flag("ModelOpt NVFP4 export, or one .safetensors file; without it the base is quantized.", metavar="EXPORT"),
     ] = None
     base: Annotated[
         Place | None,
-        Flag("The unquantized base: transformer or pipeline; default the preset's on the Hub.", metavar="BASE"),
+        Flag("The unquantized base: transformer, pipeline or file; default the preset's on the Hub.", metavar="BASE"),
     ] = None
+    variant: Variant = None
+    config: Config = None
     base_model: Annotated[
         str | None,
         Flag(
             "The repo that BASE comes from, where nothing at BASE says so; card and record have it as a claim.",
             metavar="REPO",
-            after="base",
+            after="config",
         ),
     ] = None
     component: Annotated[
@@ -376,7 +397,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     """What ``build-nvfp4`` and ``convert-fp8`` have in common."""
 
     __slots__ = ()
-    inputs: ClassVar[tuple[str, ...]] = ("export", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config")
     algorithm: ClassVar[Algorithm]
 
     def check(self) -> None:
@@ -445,9 +466,10 @@ class ConvertFp8Request(BuildRequest):
 
     command: ClassVar[str] = "convert-fp8"
     algorithm: ClassVar[Algorithm] = "fp8"
-    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "checkpoint")
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config", "checkpoint")
     export: Annotated[
-        Place | None, Flag("ModelOpt FP8 export: its transformer or pipeline folder.", metavar="EXPORT")
+        Place | None,
+        Flag("ModelOpt FP8 export: its transformer or pipeline folder, or one .safetensors file.", metavar="EXPORT"),
     ] = None
     base: Annotated[Place | None, Flag("The unquantized base; without it nothing is proven.", metavar="BASE")] = None
     checkpoint: Annotated[
@@ -482,6 +504,7 @@ class _Source(Request["Report"]):
     base: Annotated[
         Place | None, Flag("The unquantized base: only what needs it is rewritten, and proven.", metavar="BASE")
     ] = None
+    variant: Variant = None
     force_names: Annotated[bool, Flag("Rewrite although loaders guess the old layout from the tensor names.")] = False
 
 
@@ -528,7 +551,7 @@ class ConvertRequest(_Replacing):
     """Convert a checkpoint from one dialect into another, and read the result back."""
 
     command: ClassVar[str] = "convert"
-    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base", "config")
     source: Annotated[
         Place,
         Flag(
@@ -542,6 +565,8 @@ class ConvertRequest(_Replacing):
         TargetName | None, Flag("The dialect of SOURCE, where names and markers do not tell.", name="--from")
     ] = None
     base: Annotated[Place | None, Flag("The unquantized base: SOURCE is proven against it.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
     inexact: Annotated[
         Literal["refuse", "bf16", "rebase", "requantize"],
         Flag("What becomes of modules that the target cannot hold exactly."),
@@ -550,6 +575,15 @@ class ConvertRequest(_Replacing):
     download: Download = False
     workers: Workers = None
     max_shard_size: Annotated[str, Flag("Largest output file, such as 5GB or 500MB.", metavar="SIZE")] = "5GB"
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        if self.inexact == "requantize" and self.base is None:
+            self.refuse("base", "is required with --inexact requantize, which quantizes the base")
+        if is_far(self.output):
+            self.refuse("output", "is a folder on disk")
+        if self.shard_bytes <= 0:
+            self.refuse("max_shard_size", "must be more than nothing")
 
     @property
     def worker_count(self) -> int:
@@ -567,12 +601,14 @@ class VerifyRequest(Request["VerifiedReport"]):
     """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own."""
 
     command: ClassVar[str] = "verify"
-    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config")
     checkpoint: Annotated[
         Place | None,
-        Flag("A transformer folder, or the pipeline folder that holds it.", metavar="CHECKPOINT"),
+        Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="CHECKPOINT"),
     ] = field(default=None, kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base: proves it again.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
     backend: Annotated[
         str,
         Flag(
@@ -659,11 +695,13 @@ class InspectRequest(Request["InspectReport"]):
     """Say what a checkpoint is, how it is laid out and how that is known, and what is wrong with it."""
 
     command: ClassVar[str] = "inspect"
-    inputs: ClassVar[tuple[str, ...]] = ("source", "base")
+    inputs: ClassVar[tuple[str, ...]] = ("source", "base", "config")
     source: Annotated[
         Place, Flag("A transformer folder, a pipeline folder, or one .safetensors file.", metavar="SOURCE")
     ] = field(kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base: proves the layout.", metavar="BASE")] = None
+    variant: Variant = None
+    config: Config = None
     all_scales: Annotated[bool, Flag("Look at the scales of every module, not of a few.", name="--all")] = False
     engine: Annotated[
         str,

@@ -12,7 +12,16 @@ from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
-from modelopt_convert.commands.command import Clock, Inputs, ending, peak_rss_bytes, versions
+from modelopt_convert.commands.command import (
+    Clock,
+    Inputs,
+    Warned,
+    ending,
+    not_compared,
+    peak_rss_bytes,
+    versions,
+    warnings_of,
+)
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.report.report import OutputReport, Report, VerifiedReport
 from modelopt_convert.report.verify import VerifyReport
@@ -41,7 +50,8 @@ class VerifyCommand:
             workers=request.worker_count,
         )
         self._clock = Clock()
-        self._inputs = Inputs()
+        self._inputs = Inputs(request.locate("config"), request.variant, variant_of_base=request.base is not None)
+        self._warned: list[Warned] = []
         self._found: VerifyReport | None = None
         self._peak: int | None = None
 
@@ -80,6 +90,7 @@ class VerifyCommand:
             verify=self._found,
             peak_rss_bytes=self._peak,
             timings_s=self._clock.seconds,
+            warnings=warnings_of([*self._inputs.left_aside(), *self._warned]),
             versions=versions(),
             **ending(error),
         )
@@ -111,6 +122,7 @@ class VerifyCommand:
                     against = None
                     if base_path is not None:
                         against = inputs.open(f"{prefix}base", base_path, is_base=True)
+                        self._warned += not_compared(reader, against)
                 opened[prefix] = reader, against
             import torch
 

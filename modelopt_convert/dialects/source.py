@@ -12,6 +12,7 @@ from modelopt_convert.dialects.forms import FORMS, form_of
 from modelopt_convert.dialects.naming import under_diffusers_names
 from modelopt_convert.dialects.scales import check_row_scales
 from modelopt_convert.dialects.table import detect_dialect
+from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found, recognise
 from modelopt_convert.run.errors import InputError
 
@@ -58,13 +59,13 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint=f"--from names one of {', '.join(FORMS)}, if it is one of them",
         )
-    found = recognise({name: info.shape for name, info in reader.tensors.items()})
+    found = recognise({name: info.shape for name, info in reader.tensors.items()}) or _by_class(reader)
     if found is None:
         raise InputError(
             f"{where}: the names and shapes of its tensors are those of no model that mopt knows",
             code="naming.unknown_model",
             path=where,
-            hint="mopt presets lists the models",
+            hint="`mopt presets` lists them; a diffusers model with its config.json keeps its names",
         )
     described = form.read(headers, reader.read_of, _true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
@@ -74,6 +75,14 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
     fates = {name: described.fates.get(name, f"read as {name}") for name in reader.tensors}
     described = replace(described, fates=fates)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described)
+
+
+def _by_class(reader: CheckpointReader) -> Found | None:
+    """A model of diffusers that no key map is known of: its config.json says the class, and its names stay."""
+    name = reader.config.get("_class_name")
+    if not isinstance(name, str) or not name:
+        return None
+    return Found(Family(name, name, (name,), (), ()), "diffusers", "", [f"config.json: class {name}, no key map"])
 
 
 def _true_shapes(

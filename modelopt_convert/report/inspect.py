@@ -83,6 +83,9 @@ class ComponentReport(_Model):
     lint: list[LintReport]
     totals: TotalsReport
     engine: EngineReport | None
+    config_from: str | None = Field(
+        default=None, description="where its config is from: config.json, --config, header, or beside the file"
+    )
     engines: list[EngineReport] = Field(default_factory=list)
 
 

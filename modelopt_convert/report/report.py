@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
+from modelopt_convert.report.convert import ConvertReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.run.text import unicode_text
 
@@ -44,6 +45,10 @@ class InputReport(_Model):
     bytes: int
     files: list[str]
     skipped_files: list[str]
+    config_from: str | None = Field(
+        default=None,
+        description="where its config is from: config.json, --config, header, beside the file, or export",
+    )
     renamed: dict[str, str] = Field(
         default_factory=dict, description="output name of each tensor, by the input's own, where another naming was met"
     )
@@ -219,6 +224,7 @@ class Report(_Model):
         default_factory=list, description="modules kept in BF16 by way of their scale, for want of a base"
     )
     checks: list[dict[str, Any]] = Field(default_factory=list)
+    convert: ConvertReport | None = None
     verify: VerifyReport | None = None
     pushed: PushedReport | None = None
     free_bytes: int | None = None

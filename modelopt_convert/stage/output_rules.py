@@ -16,6 +16,7 @@ from modelopt_convert.stage.ownership import Standing, in_words, standing_at
 
 MANIFEST_NAMES = ("config.json", "model_index.json", "mopt.json")
 _STAGE_SUFFIX = ".mopt-stage-00000000"
+_MAX_LINKS = 40  # more are not followed by Linux
 _MAX_NAME_BYTES = 255  # the longest file name on every Linux file system in use
 
 
@@ -144,6 +145,8 @@ def _chain(path: Path) -> list[tuple[int, int]]:
 def refuse_overlap(output: Path, source: Path) -> None:
     """Refuse a place that is an existing input, lies in one, or holds one.
 
+    An input may be one file: then the file is protected, and OUT may be a new folder beside the file.
+
     Raises:
         OutputRefusedError: ``output.is_input``, ``output.inside_input`` or ``output.around_input``.
     """
@@ -152,8 +155,20 @@ def refuse_overlap(output: Path, source: Path) -> None:
         raise _refuse(output, f"is the input {source}", "is_input", "give another --output; inputs are never changed")
     if source_chain[0] in out_chain or _lies_in(output, source):
         raise _refuse(output, f"lies inside the input {source}", "inside_input", "give an --output outside it")
-    if output.exists() and (out_chain[0] in source_chain or _lies_in(source, output)):
+    if output.exists() and (out_chain[0] in {*source_chain, *_around_links(source)} or _lies_in(source, output)):
         raise _refuse(output, f"holds the input {source}", "around_input", "give an --output beside it")
+
+
+def _around_links(source: Path) -> set[tuple[int, int]]:
+    """Inodes of the folders above each link by which a file is named: without the link its name leads nowhere."""
+    found: set[tuple[int, int]] = set()
+    place = source.absolute()
+    for _ in range(_MAX_LINKS):
+        if place.is_dir() or not place.is_symlink():
+            return found
+        found.update(_chain(place.parent))
+        place = place.parent / place.readlink()
+    return found
 
 
 def _lies_in(inner: Path, outer: Path) -> bool:

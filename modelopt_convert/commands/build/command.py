@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of, pipeline_root, places_read
+from modelopt_convert.checkpoint.config import locate_config
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
 from modelopt_convert.checkpoint.location import Location, local_path, parse_location
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, Component, resolve_components
@@ -23,6 +24,7 @@ from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, verify_stage
 from modelopt_convert.commands.command import (
+    Inputs,
     Warned,
     foreign_warnings,
     not_finite_warnings,
@@ -67,7 +69,12 @@ class BuildCommand:
         self._export = request.locate("export")
         self._base = request.locate("base")
         self._checkpoint = request.locate("checkpoint") if isinstance(request, ConvertFp8Request) else None
-        self.steps = Steps(output=str(Path(request.output)) if request.output is not None else "")
+        self._config = request.locate("config")
+        has_base = self._base is not None or isinstance(request, BuildNvfp4Request)
+        self.steps = Steps(
+            inputs=Inputs(self._config, request.variant, variant_of_base=has_base),
+            output=str(Path(request.output)) if request.output is not None else "",
+        )
         self._foreign: tuple[str, ...] = ()
 
     def report(self, error: BaseException | None = None) -> Report:
@@ -94,6 +101,8 @@ class BuildCommand:
         inputs = tuple(path for path in map(local_path, (self._export, self._base, *found)) if path is not None)
         if self._checkpoint is not None:
             inputs += tuple({resolve_checkpoint(self._checkpoint, one.name or COMPONENTS[0]) for one in components})
+        if self._config is not None:
+            inputs += tuple(filter(None, [local_path(locate_config(self._config))]))
         if request.preset_file is not None:
             inputs += (request.preset_file,)
         if request.pipeline_output and self._base is not None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modelopt_convert.checkpoint.config import EXPORT, no_config
 from modelopt_convert.checkpoint.location import Location, fault_of_folder
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import Component
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.commands.command import Clock, Inputs, Warned
+from modelopt_convert.commands.command import Clock, Inputs, Warned, without_quantization
 from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.dialects.calibration import Amax
 from modelopt_convert.families import ltx2
@@ -95,10 +96,11 @@ def _open(
         for role, path in paths.items()
         if path is not None
     }
-    opened, warned = Opened(component, prefix, readers.get("export"), readers.get("base")), list[Warned]()
+    opened = Opened(component, prefix, readers.get("export"), readers.get("base"))
+    warned = [*_take_config(opened, paths)]
     name_of: Callable[[str], str | None] = str
     if opened.export is not None and opened.export.config.get("_class_name") == ltx2.CLASS_NAME:
-        warned = _name_as_diffusers(opened, opened.export, inputs)
+        warned += _name_as_diffusers(opened, opened.export, inputs)
         name_of = ltx2.diffusers_name
     if checkpoint is not None:
         from modelopt_convert.dialects.modelopt.amax_file import read_amax, resolve_checkpoint
@@ -106,6 +108,21 @@ def _open(
         path = resolve_checkpoint(checkpoint, component.name or "transformer")
         opened.calibration, opened.amax_names = read_amax(path, name_of)
     return opened, warned
+
+
+def _take_config(opened: Opened, paths: Mapping[str, Location | None]) -> Iterator[Warned]:
+    """Require a config of each input; a base that has none goes by the export's."""
+    for role, reader in opened.readers.items():
+        path = paths[role] or reader.path
+        if reader.config:
+            continue
+        if reader is not opened.base or opened.export is None:
+            raise no_config(role, path)
+        config = opened.export.config
+        if config.get("_class_name") == ltx2.CLASS_NAME:  # says nothing of the transformer
+            raise no_config(role, path)
+        reader.config, reader.config_from = without_quantization(config), EXPORT
+        yield "base.no_config", f"base {path} has no config: the export's is taken, so the two are not compared"
 
 
 def _name_as_diffusers(opened: Opened, export: CheckpointReader, inputs: Inputs) -> list[Warned]:

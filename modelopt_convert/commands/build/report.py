@@ -128,7 +128,7 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         device=steps.device,
         peak_gpu_bytes=steps.peak_gpu_bytes,
         timings_s=steps.clock.seconds,
-        warnings=warnings_of(steps.warned),
+        warnings=warnings_of([*steps.inputs.left_aside(), *steps.warned]),
         versions=versions(),
         **ending(error, "planned" if steps.is_planned else "ok"),
     )

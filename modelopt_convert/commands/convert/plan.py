@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, grouped
+from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes, grouped
 from modelopt_convert.families.family import Family
 from modelopt_convert.run.errors import InputError
 
+Inexact = Literal["refuse", "bf16", "rebase", "requantize"]
 _SHOWN = 3
-_SHARED = ("weight_scale_2", "input_scale")
-"""Scales that a fused module has one of; of FP8 also ``weight_scale``, unless there is one a row."""
+_SHARED = ("weight_scale", "weight_scale_2", "input_scale")
+"""Scales that a fused module has one of; ``weight_scale`` where it is one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +23,22 @@ class Unequal:
         native: The fused module, in the target's naming.
         members: Its members, by diffusers' names.
         why: In words.
+        rebases: Whether the members have all it takes to bring their scales to one.
+        requantizes: Whether mopt quantizes to their format.
     """
 
     native: str
     members: tuple[str, ...]
     why: str
+    rebases: bool
+    requantizes: bool = True
 
 
-def fused_groups(described: Canonical, family: Family, form: Form) -> dict[str, tuple[str, ...]]:
-    """Modules that a form's naming fuses, with their members by diffusers' names; only where one is quantized."""
-    if form.naming == "diffusers":
+def fused_groups(described: Canonical, family: Family, naming: Naming) -> dict[str, tuple[str, ...]]:
+    """Modules that a naming fuses, with their members by diffusers' names; only where one is quantized."""
+    if naming == "diffusers":
         return {}
-    natives = {place[0] for name in described.modules if (place := family.native(name, form.naming)) is not None}
+    natives = {place[0] for name in described.modules if (place := family.native(name, naming)) is not None}
     groups = {native: family.fused(native) for native in sorted(natives)}
     return {native: members for native, members in groups.items() if len(members) > 1}
 
@@ -40,41 +46,62 @@ def fused_groups(described: Canonical, family: Family, form: Form) -> dict[str, 
 def unequal_groups(described: Canonical, groups: Mapping[str, tuple[str, ...]], read: ReadBytes) -> list[Unequal]:
     """Groups that cannot be one module exactly."""
     by_module = grouped(described.tensors.values())
-    found: list[Unequal] = []
-    for native, members in groups.items():
-        packed = [name for name in members if name in described.modules]
-        if len(packed) < len(members):
-            missing = next(name for name in members if name not in described.modules)
-            found.append(Unequal(native, members, f"{missing} is not quantized, {packed[0]} is"))
-            continue
-        if len({described.modules[name].algorithm for name in members}) > 1:
-            found.append(Unequal(native, members, "its members have several formats"))
-            continue
-        for role in ("weight_scale", *_SHARED):
-            infos = [by_module[name].get(role) for name in members]
-            values = {_value(info, read) for info in infos if info is None or not info.shape}
-            if len(values) > 1:
-                found.append(Unequal(native, members, f"its members have several values of {role}"))
-                break
-    return found
+    found = (_unequal(described, native, members, by_module, read) for native, members in groups.items())
+    return [one for one in found if one is not None]
 
 
-def refuse_unequal(found: list[Unequal], target: str, where: str) -> None:
-    """Refuse what is not exact.
+def _unequal(
+    described: Canonical,
+    native: str,
+    members: tuple[str, ...],
+    by_module: Mapping[str, Mapping[str, TensorInfo]],
+    read: ReadBytes,
+) -> Unequal | None:
+    packed = [name for name in members if name in described.modules]
+    formats = {described.modules[name].algorithm for name in packed}
+    makes = formats <= {"nvfp4", "fp8"}
+    if len(packed) < len(members):
+        missing = next(name for name in members if name not in described.modules)
+        return Unequal(native, members, f"{missing} is not quantized, {packed[0]} is", False, makes)
+    if len(formats) > 1:
+        return Unequal(native, members, "its members have several formats", False, makes)
+    differing: list[str] = []
+    for role in _SHARED:
+        infos = [by_module[name].get(role) for name in members]
+        ranks = {len(info.shape) for info in infos if info is not None}
+        if len(ranks) > 1:
+            return Unequal(native, members, f"some of its members have one {role}, some one a row", False, makes)
+        if ranks <= {0} and len({_value(info, read) for info in infos}) > 1:
+            differing.append(role)
+    if not differing:
+        return None
+    return Unequal(native, members, f"its members have several values of {' and '.join(differing)}", makes, makes)
+
+
+def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: str) -> None:
+    """Refuse what is not exact, unless the choice says what becomes of it.
 
     Raises:
         InputError: ``convert.inexact``.
     """
-    if not found:
+    told = [one for one in found if not _settles(one, choice)]
+    if not told:
         return
-    shown = "; ".join(f"{one.native}: {one.why}" for one in found[:_SHOWN])
+    shown = "; ".join(f"{one.native}: {one.why}" for one in told[:_SHOWN])
+    many = "1 fused module" if len(told) == 1 else f"{len(told)} fused modules"
+    how = {"rebase": "by bringing scales to one", "requantize": "by quantizing again"}.get(choice, "exactly")
+    rebase = ", --inexact rebase brings their scales to one" if all(one.rebases for one in found) else ""
     raise InputError(
-        f"{where}: {len(found)} fused modules of {target} cannot be written exactly: {shown}",
+        f"{where}: {many} of {target} cannot be written {how}: {shown}",
         code="convert.inexact",
         path=where,
-        hint="--inexact bf16 writes these in BF16, --inexact rebase brings their scales to one, and --inexact "
-        "requantize quantizes them again from --base; --dry-run tells what each costs",
+        hint=f"--inexact bf16 writes these in BF16{rebase}, and --inexact requantize quantizes them again from "
+        "--base; --dry-run tells what each costs",
     )
+
+
+def _settles(one: Unequal, choice: Inexact) -> bool:
+    return {"refuse": False, "bf16": True, "rebase": one.rebases, "requantize": one.requantizes}[choice]
 
 
 def _value(info: TensorInfo | None, read: ReadBytes) -> bytes | None:

@@ -1,10 +1,14 @@
-"""Compare what was written with what was read: both described again, tensor by tensor, bit by bit. No torch."""
+"""Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
 from dataclasses import dataclass, field
 
-from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
+from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical
+from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.report.report import ProofReport
+from modelopt_convert.run.errors import CheckFailedError
 
 _SHOWN = 10
 
@@ -15,14 +19,14 @@ class Compared:
 
     Attributes:
         tensors: Tensors compared.
+        equal: Those among them that are equal.
         num_bytes: Their bytes.
-        modules: Quantized modules among them, all of whose tensors were compared.
         failures: What differs, in words.
     """
 
     tensors: int = 0
+    equal: int = 0
     num_bytes: int = 0
-    modules: set[str] = field(default_factory=set)
     failures: list[str] = field(default_factory=list)
 
 
@@ -31,7 +35,7 @@ def compare(source: CheckpointReader, wanted: Canonical, output: CheckpointReade
 
     Args:
         source: The opened source.
-        wanted: Its description, as it was to be written and as a reader of the output was announced to find it.
+        wanted: What a reader of the output was announced to find.
         output: What was written, opened.
         found: Its description, by the reader of its own dialect.
     """
@@ -41,16 +45,13 @@ def compare(source: CheckpointReader, wanted: Canonical, output: CheckpointReade
         if left is None or right is None:
             done.failures.append(f"tensor {name!r}: {'not written' if right is None else 'invented'}")
             continue
-        if (left.dtype, left.shape) != (right.dtype, right.shape):
-            done.failures.append(f"tensor {name!r}: {left.dtype} {left.shape} became {right.dtype} {right.shape}")
-            continue
         done.tensors += 1
-        done.num_bytes += left.num_bytes
-        for begin in range(0, left.num_bytes, CHUNK_BYTES):
-            count = min(CHUNK_BYTES, left.num_bytes - begin)
-            if source.read_of(left, begin, count) != output.read_of(right, begin, count):
-                done.failures.append(f"tensor {name!r}: differs within bytes {begin} to {begin + count}")
-                break
+        done.num_bytes += right.num_bytes
+        fault = _difference(source, left, output, right)
+        if fault is None:
+            done.equal += 1
+        else:
+            done.failures.append(f"tensor {name!r}: {fault}")
     if wanted.modules != found.modules:
         odd = sorted(
             name
@@ -58,6 +59,86 @@ def compare(source: CheckpointReader, wanted: Canonical, output: CheckpointReade
             if wanted.modules.get(name) != found.modules.get(name)
         )
         done.failures.append(f"module {odd[0]!r}: {wanted.modules.get(odd[0])} became {found.modules.get(odd[0])}")
-    wrong = {module_of(words.split("'")[1]) for words in done.failures}
-    done.modules = set(wanted.modules) - wrong
+    if not done.tensors and not done.failures:
+        done.failures.append("nothing was written that could be compared")
     return done
+
+
+def _difference(source: CheckpointReader, left: TensorInfo, output: CheckpointReader, right: TensorInfo) -> str | None:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return f"{left.dtype} {list(left.shape)} became {right.dtype} {list(right.shape)}"
+    for begin in range(0, left.num_bytes, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, left.num_bytes - begin)
+        if source.read_of(left, begin, count) != output.read_of(right, begin, count):
+            return f"differs within bytes {begin} to {begin + count}"
+    return None
+
+
+def no_proof(described: Canonical) -> str | None:
+    """Why a description cannot be proven against a base; None if it can."""
+    algorithms = {one.algorithm for one in described.modules.values()}
+    if not algorithms:
+        return "not proven: nothing is quantized"
+    if len(algorithms) > 1:
+        return f"not proven: several formats ({', '.join(sorted(algorithms))})"
+    if not algorithms <= FORMATS.keys():
+        return f"not proven: there is no proof of {min(algorithms)}"
+    by_row = [name for name in described.modules if _has_rows(described.tensors.get(f"{name}.weight_scale"))]
+    if by_row and algorithms == {"fp8"}:
+        return f"not proven: there is no proof of one scale a row ({by_row[0]} first)"
+    return None
+
+
+def _has_rows(info: TensorInfo | None) -> bool:
+    return info is not None and bool(info.shape)
+
+
+def prove_source(
+    reader: CheckpointReader, described: Canonical, base: CheckpointReader, request: ConvertRequest
+) -> ProofReport:
+    """Prove every byte of every quantized module of SOURCE, and every other tensor, against the base.
+
+    Args:
+        reader: The source; it presents what it did before once this returns.
+        described: Its description.
+        base: The base.
+        request: What is asked for.
+
+    Raises:
+        CheckFailedError: ``check.proof``.
+    """
+    from modelopt_convert.commands.rewrite.proof import prove_rewritten
+    from modelopt_convert.proof.judgement import format_proof
+
+    tensors, config = reader.tensors, reader.config
+    (algorithm,) = {one.algorithm for one in described.modules.values()}
+    target = FORMATS[algorithm]  # one of them, or no proof would be asked for
+    keys: dict[str, object] = {"quant_method": "modelopt", "quant_algo": target.quant_algo}
+    if not any(name.endswith(".input_scale") for name in described.tensors):
+        keys |= {"dynamic_input_scale": True}
+    try:
+        reader.present(described.tensors)
+        reader.config = {**described.config, "quantization_config": {**keys, **target.declared}}
+        found = prove_rewritten(reader, base, request)
+    finally:
+        reader.present(tensors)
+        reader.config = config
+    report = found.report.model_copy(update={"method": format_proof(target.algorithm).method})
+    where = str(reader.path)
+    if found.wrong:
+        told, what = found.wrong, "are not the base's"
+        hint = "it is damaged, or of another base; give that base. Without --base it is converted unproven"
+    elif found.misdeclared:
+        told, what = found.misdeclared, "lie otherwise than the dialect has it"
+        hint = "`mopt inspect SOURCE --base BASE` says how; swap-nibbles or unswizzle-scales puts a ModelOpt file right"
+    elif found.near and not request.accept_near:
+        told, what = found.near, "are near the base, and not made of it as it is"
+        hint = "give the base that was quantized, or --accept-near to write what is not proven"
+    else:
+        return report
+    raise CheckFailedError(
+        f"{where}: {len(told)} modules and tensors {what}: {'; '.join(told[:_SHOWN])}",
+        code="check.proof",
+        path=where,
+        hint=f"{hint}. Nothing was published",
+    )

@@ -72,7 +72,7 @@ class RewriteCommand:
         self._request = request
         self._kind: Kind = request.kind
         self._clock = Clock()
-        self._inputs = Inputs()
+        self._inputs = Inputs(variant=request.variant, variant_of_base=request.base is not None)
         self._output = str(Path(request.output))
         self._plan: RewritePlan | None = None
         self._warned: list[Warned] = []
@@ -96,8 +96,7 @@ class RewriteCommand:
         base_path = resolve_component(base, what="base") if base else None
         output = canonical_output(Path(request.output))
         self._output = str(output)
-        folder = source_path.parent if source_path.is_file() else source_path
-        named = (source if source.is_dir() else folder, folder, base, base_path)
+        named = (source, source_path, base, base_path)
         inputs = [path for path in map(local_path, named) if path is not None]
         standing = check_output_allowed(output, inputs, **request.consent)
         with ExitStack() as stack:
@@ -164,7 +163,7 @@ class RewriteCommand:
             peak_rss_bytes=self._peak,
             throughput_bytes_per_s=throughput(self._clock, [plan]) if plan and self._peak is not None else None,
             timings_s=self._clock.seconds,
-            warnings=warnings_of(self._warned),
+            warnings=warnings_of([*self._inputs.left_aside(), *self._warned]),
             versions=versions(),
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import other_base, read_record
 from modelopt_convert.commands.build.proof import module_report, verdict_counts
-from modelopt_convert.commands.command import Warned
-from modelopt_convert.commands.requests import RewriteRequest
+from modelopt_convert.commands.command import Warned, not_compared
+from modelopt_convert.commands.requests import ConvertRequest, RewriteRequest
 from modelopt_convert.commands.rewrite.plan import first_layout
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import FORMAT
@@ -64,13 +64,13 @@ def proven_layouts(source: CheckpointReader, base: CheckpointReader, request: Re
 
 
 def compare_configs(source: CheckpointReader, base: CheckpointReader) -> list[Warned]:
-    """Compare config.json with that of the base, where the source has one: keys that only one has are told.
+    """Compare config.json with that of the base, where both have one: keys that only one has are told.
 
     Raises:
         InputError: ``base.config``.
     """
-    if not source.config:
-        return []
+    if lacking := not_compared(source, base):
+        return lacking
     check_same_config(source, base, "source")
     return [("config.one_sided", words) for words in one_sided_words(source.config, base.config, "the source")]
 
@@ -89,7 +89,9 @@ def compare_bases(source: CheckpointReader, base: CheckpointReader) -> list[Warn
     return [("base.not_recorded", words) for words in other_base(record, base.identity())]
 
 
-def prove_rewritten(written: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> Rewritten:
+def prove_rewritten(
+    written: CheckpointReader, base: CheckpointReader, request: RewriteRequest | ConvertRequest
+) -> Rewritten:
     """Prove every byte of every packed module, and every other tensor; see that all scales can be used."""
     import torch
 

@@ -14,7 +14,8 @@ import torch
 from pipelines import make_pipeline
 from support import Outcome, copy, edit_json, run_mopt, tree
 
-from modelopt_convert.checkpoint.reader import MAX_CONFIG_BYTES, MAX_INDEX_BYTES
+from modelopt_convert.checkpoint.config import MAX_CONFIG_BYTES
+from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 
 OURS = {"README.md", "mopt.json"}
 BUILT = ("transformer/",)

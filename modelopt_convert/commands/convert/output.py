@@ -1,0 +1,172 @@
+"""What a conversion will write: tensors, files and config, from headers and small tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from modelopt_convert.checkpoint.header import TensorSpec
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.strict_json import json_bytes
+from modelopt_convert.commands.command import Warned, without_quantization
+from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
+from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
+from modelopt_convert.commands.convert.restore import Restored, restore
+from modelopt_convert.commands.convert.way_back import Claim, named
+from modelopt_convert.commands.requests import ConvertRequest
+from modelopt_convert.dialects.form import Canonical, Form, Naming, Written
+from modelopt_convert.dialects.forms import FORMS
+from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
+from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.source import Source
+from modelopt_convert.families.family import Family
+from modelopt_convert.families.table import Found
+from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards
+from modelopt_convert.run.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertPlan:
+    """What will be written.
+
+    Attributes:
+        steps: By tensor.
+        shards: With their tensors and metadata.
+        written: The output in the target's dialect.
+        config: The bytes of config.json; None where the dialect has none.
+        settled: The description that it stands for, under diffusers' names.
+        lossy: What became of modules that the target cannot hold.
+        told: What else changed, in words, by tensor.
+        expected: What a reader of the output will find of it.
+        announced: Why a tensor of the description is not written as it is, by name, and whether it is left out.
+        restored: What a record gave; in words why none of it, or None where there was none.
+    """
+
+    steps: Mapping[str, Step]
+    shards: tuple[ShardPlan, ...]
+    written: Written
+    config: bytes | None
+    settled: Canonical
+    lossy: tuple[Lossy, ...]
+    told: Mapping[str, str]
+    expected: Canonical
+    announced: Mapping[str, tuple[str, bool]]
+    restored: Restored | str | None
+
+
+def plan_output(
+    reader: CheckpointReader,
+    source: Source,
+    base: CheckpointReader | None,
+    claim: Claim | None,
+    request: ConvertRequest,
+    *,
+    measure: bool,
+) -> ConvertPlan:
+    """Plan the output.
+
+    Args:
+        reader: The source; the base's files are beside it.
+        source: What was made out of it.
+        base: The base, if one is given.
+        claim: What a record says of a checkpoint in this dialect, which the source was made from.
+        request: What is asked for.
+        measure: Whether weights may be read for scales and errors.
+
+    Raises:
+        InputError: ``convert.inexact``, ``convert.config``, ``convert.no_place``, ``naming.*`` or ``base.*``.
+    """
+    target, family, where = FORMS[request.to], source.found.family, str(reader.path)
+    described = _with_config(source.described, base)
+    spelling: Naming = target.naming
+    prefix = ""
+    if claim is not None:
+        spelling, prefix = claim.spelling, claim.prefix
+    if spelling != "diffusers" and not family.rows:
+        raise InputError(
+            f"{where}: {target.name} has the model's own names, and mopt has no key map of {family.title}",
+            code="convert.family",
+            path=where,
+            hint="modelopt, torchao, compressed-tensors and bf16 keep diffusers' names",
+        )
+    groups = fused_groups(described, family, spelling)
+    found = unequal_groups(described, groups, reader.read_of)
+    refuse_unequal(found, request.inexact, target.name, where)
+    settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
+    now = named(settled.described, family, spelling, prefix)
+    written = target.write(now, reader.read_of)
+    expected = written.expected(now)
+    if spelling != "diffusers" or prefix:
+        expected = under_diffusers_names(expected, Found(family, spelling, prefix, []), where)
+    announced = _by_diffusers(written, family, spelling, prefix)
+    lossy = (*settled.lossy, *unpacked(settled.described, expected, reader.read_of))
+    shards = _shards(written, target, settled.described, source, request)
+    config = json_bytes(written.config) if written.config is not None else None
+    restored = None
+    if claim is not None:
+        restored = restore(written, claim, target, source, expected, reader.tensors, reader.read_of, where)
+        if isinstance(restored, Restored):
+            written, shards = restored.written, restored.shards
+            config = restored.config.encode() if restored.config is not None else config
+            expected = replace(expected, tensors={**expected.tensors, **restored.found})
+    if written.config is not None and not written.config.get("_class_name"):
+        raise InputError(
+            f"{where}: expected a config.json, which {target.name} needs beside the weights, found none",
+            code="convert.config",
+            path=where,
+            hint="--config names one, or a folder that has one; --base gives its own",
+        )
+    specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
+    steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
+    kept = (settled.described, lossy, settled.told)
+    return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored)
+
+
+def small_files(plan: ConvertPlan) -> dict[str, bytes]:
+    """The files beside the weights, but for the record: the index, if any, last."""
+    files = {"config.json": plan.config} if plan.config is not None else {}
+    if len(plan.shards) > 1:
+        weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.tensors}
+        total = {"total_size": sum(step.output.num_bytes for step in plan.steps.values())}
+        files[INDEX_NAME] = json_bytes({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+    return files
+
+
+def not_restored_warnings(plan: ConvertPlan) -> list[Warned]:
+    """What of the record of the source was not used."""
+    found = plan.restored
+    if isinstance(found, Restored):
+        if not found.not_used:
+            return []
+        words = f"{len(found.not_used)} of its entries were not used ({found.not_used[0]})"
+    elif found is not None:
+        words = f"nothing of it was used ({found})"
+    else:
+        return []
+    return [("convert.not_restored", f"the record says what the source was made from; {words}")]
+
+
+def _with_config(described: Canonical, base: CheckpointReader | None) -> Canonical:
+    """A description with the base's config, where the source has none."""
+    if described.config or base is None:
+        return described
+    return replace(described, config=without_quantization(base.config))
+
+
+def _shards(
+    written: Written, target: Form, settled: Canonical, source: Source, request: ConvertRequest
+) -> tuple[ShardPlan, ...]:
+    specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
+    if target.naming == "diffusers":
+        split = split_into_shards(specs, request.shard_bytes)
+        return tuple(ShardPlan(one.file, one.tensors, written.metadata) for one in split)
+    algorithm = min({str(one.algorithm) for one in settled.modules.values()}, default="bf16")
+    return (ShardPlan(f"{source.found.family.name}-{algorithm}.safetensors", tuple(specs), written.metadata),)
+
+
+def _by_diffusers(written: Written, family: Family, spelling: Naming, prefix: str) -> dict[str, tuple[str, bool]]:
+    """Why tensors are not written as they are, by diffusers' names: every member of a fused module has its scales."""
+    found: dict[str, tuple[str, bool]] = {}
+    for name in written.changed.keys() | written.instead.keys():
+        told = written.why.get(name, ""), name in written.changed and written.changed[name] is None
+        names = family.tensor(name.removeprefix(prefix)) if spelling != "diffusers" or prefix else None
+        found |= dict.fromkeys(names or (name,), told)
+    return found

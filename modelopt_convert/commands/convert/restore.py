@@ -1,0 +1,262 @@
+"""The way back: an output gets the tensors, files and config that it had before, as far as a record can be trusted.
+
+A record is a claim. A tensor of it is used only if writing it in the dialect of the file at hand gives that file's very
+bytes: so ``1/g`` of a kept ``g`` has to be the stored reciprocal. What the file says nothing of, such as quantizer
+state or a scale that its dialect has no place for, has to fit in dtype and shape, and is told.
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.commands.convert.way_back import SMALL, Claim, is_moved, is_same, named, native_name
+from modelopt_convert.dialects.dialect import Headers
+from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, Written, constant
+from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.source import Source
+from modelopt_convert.families.family import Family
+from modelopt_convert.families.table import Found
+from modelopt_convert.formats.dtypes import DTYPE_BITS
+from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
+from modelopt_convert.formats.layout import declared_layout
+from modelopt_convert.plan.plan import ShardPlan
+from modelopt_convert.run.errors import InputError
+
+_CONFIG = "config.json"
+_QUANTIZATION = "quantization_config"
+_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """An output as it was before, as far as the claim holds.
+
+    Attributes:
+        written: The output.
+        shards: Its files.
+        config: The text of config.json; None where the output's own is written.
+        used: Tensors whose bytes are the record's.
+        not_used: What of the claim was not used, in words.
+        found: What a reader of the output finds of these, by diffusers' names.
+    """
+
+    written: Written
+    shards: tuple[ShardPlan, ...]
+    config: str | None
+    used: tuple[str, ...]
+    not_used: tuple[str, ...]
+    found: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+
+def restore(
+    written: Written,
+    claim: Claim,
+    target: Form,
+    source: Source,
+    settled: Canonical,
+    raw: Mapping[str, TensorInfo],
+    read: ReadBytes,
+    where: str,
+) -> Restored | str:
+    """Give an output the tensors, files and config that a claim says it had, as far as it holds.
+
+    Args:
+        written: The output.
+        claim: The claim, whose dialect is the target's.
+        target: Its form.
+        source: What the file at hand is.
+        settled: What is written, under diffusers' names.
+        raw: Tensors of the file at hand.
+        read: Reads them.
+        where: The file at hand, for messages.
+
+    Returns:
+        The output; in words why not, where nothing of the claim holds.
+    """
+    refused: set[str] = set()
+    missing = _missing(written, claim)
+    config, told = (None, []) if missing else _config_of(claim, written, settled)
+    for _ in range(3):  # each round has fewer tensors of the claim; what is left after that is not used
+        candidate, used = _candidate(written, claim, refused, extra=not missing)
+        metadata = {file: written.metadata if missing else entries for file, (entries, _) in claim.files.items()}
+        try:
+            again = _described(candidate, claim, target, source.found.family, config, metadata, settled, read, where)
+        except InputError as error:
+            return error.message
+        odd = {
+            name
+            for name in again.tensors.keys() | settled.tensors.keys()
+            if not is_same(again.tensors.get(name), settled.tensors.get(name), read)
+        }
+        if again.modules != settled.modules or any(
+            _is_large(again.tensors.get(name)) or _is_large(settled.tensors.get(name)) for name in odd
+        ):
+            return "it is of another checkpoint"
+        wrong = _contradicted(again, odd, source, raw, read)
+        if not wrong:
+            found = {name: again.tensors[name] for name in odd}
+            shards = _shards(candidate, claim, metadata)
+            not_used = [*told, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
+            return Restored(candidate, shards, config, tuple(used), tuple(not_used), found)
+        before = len(refused)
+        refused |= {name for name in used if any(_in_module(name, one, claim, source) for one in wrong)}
+        if len(refused) == before:
+            break
+    return "the file says otherwise"
+
+
+def _is_large(info: TensorInfo | None) -> bool:
+    return info is not None and info.num_bytes > SMALL
+
+
+def _missing(written: Written, claim: Claim) -> list[str]:
+    """Tensors of the claim that neither the file at hand nor the record gives back, in words."""
+    words: list[str] = []
+    for _, claimed in claim.files.values():
+        for name, (dtype, shape, data) in claimed.items():
+            made = written.tensors.get(name)
+            if data is not None and (made is None or made.num_bytes <= SMALL):
+                continue
+            if made is None:
+                words.append(f"{name}: nothing gives it back")
+            elif not _fits_shape(made, dtype, shape):
+                words.append(f"{name}: it was {dtype} {list(shape)}, and is {made.dtype} {list(made.shape)}")
+    return words
+
+
+def _candidate(written: Written, claim: Claim, refused: set[str], *, extra: bool) -> tuple[Written, list[str]]:
+    """The output with everything of the claim that is not refused, and the names of what is used.
+
+    Args:
+        written: The output.
+        claim: The claim.
+        refused: Tensors of the claim that are not used.
+        extra: Whether tensors are used that the output has not: only where nothing of the claim is missing.
+    """
+    tensors = dict(written.tensors)
+    used: list[str] = []
+    for file, (_, claimed) in claim.files.items():
+        for name, (dtype, shape, data) in claimed.items():
+            made = tensors.get(name)
+            if name in refused or (made is None and not extra):
+                continue
+            if data is not None and (made is None or made.num_bytes <= SMALL):
+                tensors[name] = constant(name, dtype, shape, data, made.file if made is not None else file)
+                used.append(name)
+            elif made is not None and _fits_shape(made, dtype, shape):
+                tensors[name] = replace(made, dtype=dtype, shape=shape)
+    return replace(written, tensors=tensors), used
+
+
+def _fits_shape(made: TensorInfo, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether the bytes of a tensor are those of another dtype and shape of the same order."""
+    if made.num_bytes != num_bytes_of(dtype, shape) or DTYPE_BITS[made.dtype] != DTYPE_BITS[dtype]:
+        return False
+    return not is_moved(made, replace(made, shape=shape))
+
+
+def _config_of(claim: Claim, written: Written, settled: Canonical) -> tuple[str | None, list[str]]:
+    """The claimed text of config.json, if it says nothing that the file at hand contradicts."""
+    if claim.config is None:
+        return None, []
+    from modelopt_convert.checkpoint.strict_json import parse_json_object
+
+    try:
+        said = parse_json_object(claim.config.encode(), code="config", path=_CONFIG)
+    except (InputError, UnicodeEncodeError) as error:
+        return None, [f"{_CONFIG}: {error}"]
+    left_out = ("_name_or_path", _QUANTIZATION)
+    known = {key: value for key, value in settled.config.items() if key not in left_out}
+    if known and known != {key: value for key, value in said.items() if key not in left_out}:
+        return None, [f"{_CONFIG}: the record has another than SOURCE"]
+    mine = (written.config or {}).get(_QUANTIZATION) or {}
+    claimed = said.get(_QUANTIZATION) or {}
+    if not isinstance(claimed, dict) or declared_layout(claimed) != declared_layout(mine):
+        return None, [f"{_CONFIG}: the record declares another layout"]
+    return claim.config, []
+
+
+def _described(
+    candidate: Written,
+    claim: Claim,
+    target: Form,
+    family: Family,
+    config: str | None,
+    metadata: Mapping[str, Mapping[str, str]],
+    settled: Canonical,
+    read: ReadBytes,
+    where: str,
+) -> Canonical:
+    """The output as its reader will describe it, under diffusers' names."""
+    from modelopt_convert.checkpoint.strict_json import parse_json_object
+
+    said = parse_json_object(config.encode(), code="config", path=_CONFIG) if config is not None else candidate.config
+    headers = Headers(
+        candidate.tensors, {file: dict(entries) for file, entries in metadata.items()}, dict(said or {}), ()
+    )
+    found = Found(family, claim.spelling, claim.prefix, [])
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, quantized in settled.modules.items():
+        place = family.native(name, claim.spelling)
+        home = name if place is None else f"{claim.prefix}{place[0]}"
+        shapes[home] = shapes.get(home, (0, 0))[0] + quantized.rows, quantized.columns
+    described = target.read(headers, read, shapes, where)
+    if claim.spelling == "diffusers" and not claim.prefix:
+        return described
+    return under_diffusers_names(described, found, where)
+
+
+def _contradicted(
+    again: Canonical, odd: set[str], source: Source, raw: Mapping[str, TensorInfo], read: ReadBytes
+) -> set[str]:
+    """Modules whose claimed tensors, written in the dialect of the file at hand, are not what the file has."""
+    found = source.found
+    wrong = {module_of(name) for name in odd if not _fits(again.tensors.get(name), read)}
+    if wrong:
+        return wrong
+    forward = source.form.write(named(again, found.family, found.spelling, found.prefix), read).tensors
+    homes = {module_of(native_name(name, found)): module_of(name) for name in odd}
+    for name in forward.keys() | raw.keys():
+        home = homes.get(module_of(name))
+        if home is not None and not _same_value(forward.get(name), raw.get(name), read):
+            wrong.add(home)
+    return wrong
+
+
+def _fits(info: TensorInfo | None, read: ReadBytes) -> bool:
+    """Whether a claimed tensor can be one: a scale of one number is positive and finite."""
+    if info is None:
+        return False
+    if info.name.rpartition(".")[2] in _SCALES and info.dtype == "F32" and not info.shape:
+        value = float(struct.unpack("<f", read(info, 0, 4))[0])
+        return math.isfinite(value) and value > 0
+    return True
+
+
+def _same_value(made: TensorInfo | None, info: TensorInfo | None, read: ReadBytes) -> bool:
+    """Whether small tensors have the same bytes; a shape of [] or [1] is the same value."""
+    if made is None or info is None:
+        return made is info
+    if _is_large(made) or _is_large(info):
+        return made.num_bytes == info.num_bytes
+    return read(made, 0, made.num_bytes) == read(info, 0, info.num_bytes)
+
+
+def _in_module(name: str, module: str, claim: Claim, source: Source) -> bool:
+    """Whether a claimed tensor is of a module by diffusers' names."""
+    place = source.found.family.native(module, claim.spelling)
+    home = module if place is None or claim.spelling == "diffusers" else place[0]
+    return module_of(name) in (module, f"{claim.prefix}{home}")
+
+
+def _shards(candidate: Written, claim: Claim, metadata: Mapping[str, Mapping[str, str]]) -> tuple[ShardPlan, ...]:
+    """The claimed files; a tensor that none of these has goes into the last."""
+    home = {name: file for file, (_, claimed) in claim.files.items() for name in claimed}
+    last = list(claim.files)[-1]
+    specs: dict[str, list[TensorSpec]] = {file: [] for file in claim.files}
+    for info in candidate.tensors.values():
+        specs[home.get(info.name, last)].append(TensorSpec(info.name, info.dtype, info.shape))
+    return tuple(ShardPlan(file, tuple(found), metadata[file]) for file, found in specs.items() if found)

@@ -1,0 +1,74 @@
+"""The report of a conversion, put together from what its steps returned."""
+
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.commands.convert.output import ConvertPlan
+from modelopt_convert.commands.convert.proof import Compared
+from modelopt_convert.commands.convert.restore import Restored
+from modelopt_convert.commands.convert.way_back import Kept
+from modelopt_convert.dialects.source import Source
+from modelopt_convert.report.convert import ChangedTensor, Comparison, ConvertedModules, ConvertReport, LossyModule
+from modelopt_convert.report.words import PROVEN_WORDS
+
+
+def convert_report(
+    source: Source, to: str, plan: ConvertPlan, kept: Kept, compared: Compared | None, words: str
+) -> ConvertReport:
+    """What a conversion did, or would do.
+
+    Args:
+        source: What was converted.
+        to: The target.
+        plan: What was written.
+        kept: What the record keeps of the source.
+        compared: What the comparison found; None where nothing was written.
+        words: What is known of the source against a base.
+    """
+    lossy = {name: one.how for one in plan.lossy for name in one.members}
+    by_how = [*lossy.values()]
+    restored = plan.restored if isinstance(plan.restored, Restored) else None
+    given_back = restored.found.keys() if restored is not None else set()
+    rest = {
+        name: one for name, one in plan.announced.items() if module_of(name) not in lossy and name not in given_back
+    }
+    rounded = {module_of(name) for name, (_, is_out) in rest.items() if not is_out and not name.endswith("input_scale")}
+    done = compared or Compared()
+    is_equal = compared is not None and not compared.failures
+    dropped = [ChangedTensor(tensor=name, why=why) for name, (why, is_out) in sorted(rest.items()) if is_out]
+    changed = [ChangedTensor(tensor=name, why=why) for name, why in sorted(plan.told.items())]
+    changed += [ChangedTensor(tensor=name, why=why) for name, (why, is_out) in sorted(rest.items()) if not is_out]
+    return ConvertReport.model_validate(
+        {
+            "from": source.dialect,
+            "to": to,
+            "family": source.found.family.name,
+            "naming": source.found.spelling,
+            "prefix": source.found.prefix,
+            "evidence": list(source.evidence),
+            "modules": ConvertedModules(
+                exact=len(source.described.modules) - len(lossy) - len(rounded),
+                rounded_global=len(rounded),
+                bf16=by_how.count("bf16"),
+                rebased=by_how.count("rebased"),
+                requantized=by_how.count("requantized"),
+            ),
+            "lossy": [
+                LossyModule(
+                    module=one.module,
+                    members=list(one.members),
+                    how=one.how,
+                    why=one.why,
+                    rel_error=one.rel_error,
+                    at_most=one.is_bound,
+                )
+                for one in plan.lossy
+            ],
+            "dropped": dropped,
+            "changed": changed,
+            "proof": Comparison(compared=done.tensors, equal=done.equal, bytes=done.num_bytes),
+            "restored": list(restored.used) if restored is not None else [],
+            "restorable": not kept.lost,
+            "not_restorable": list(kept.lost),
+            "proven": words == PROVEN_WORDS and is_equal,
+            "words": words,
+        }
+    )

@@ -1,0 +1,267 @@
+"""Recipes that change values: quantized weights decoded, scales brought to another factor, a base quantized. No torch.
+
+torch is imported when bytes are first wanted. Every recipe works on whole blocks of a weight, whose blocks of codes and
+scales lie in the same order where both are row-major; so any range of bytes takes what lies under it, and no more.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.recipe import Extent, Fetch, Recipe, made, recipe_of
+from modelopt_convert.dialects.form import Quantized, ReadBytes
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from modelopt_convert.formats.decoding import Plain
+
+_PIECE = 1 << 15  # bytes of codes, or of values of a base: what is made of them stays in a core's cache
+_MX_BLOCK = 32
+_PLAIN = {"BF16": 2, "F32": 4}
+_SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Bytes replaced by a table.
+
+    Attributes:
+        of: The bytes.
+        table: What each of the 256 becomes.
+    """
+
+    of: Recipe
+    table: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes there are."""
+        return self.of.num_bytes
+
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
+        self.of.fill(begin, target, fetch)
+        codes, table = np.frombuffer(target, np.uint8), np.frombuffer(self.table, np.uint8)
+        for first in range(0, codes.size, _PIECE):
+            piece = codes[first : first + _PIECE]
+            piece[:] = table[piece]
+
+    def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
+        """What ``fill`` takes of files."""
+        return self.of.extents(begin, num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The values of a quantized weight [N, K] in the canonical layout: the formula is in ``formats/decoding.py``.
+
+    Attributes:
+        codes: Its bytes.
+        scales: Block scales of NVFP4 and MXFP8; FP8's scales F32, one a row; None for FP8 with one scale.
+        factor: The global scale of NVFP4, or the one scale of FP8: a float32; else 1.
+        quantized: Format and size.
+        dtype: Of the values.
+    """
+
+    codes: Recipe
+    scales: Recipe | None
+    factor: float
+    quantized: Quantized
+    dtype: "Plain"
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes there are."""
+        return self.quantized.rows * self.quantized.columns * _PLAIN[self.dtype]
+
+    @property
+    def _width(self) -> int:
+        """Bytes of values of a byte of codes."""
+        return _PLAIN[self.dtype] * (2 if self.quantized.algorithm == "nvfp4" else 1)
+
+    @property
+    def _unit(self) -> int:
+        """Bytes of codes under one scale."""
+        if self.quantized.algorithm == "nvfp4":
+            return BLOCK_SIZE // 2
+        return _MX_BLOCK if self.quantized.algorithm == "mxfp8" else self.quantized.columns
+
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        width = self._width
+        first, last = begin // width, -(-(begin + target.nbytes) // width)
+        for start in range(first, last, _PIECE):
+            end = min(start + _PIECE, last)
+            values = self._values(start, end, fetch)
+            skipped = max(0, begin - start * width)
+            kept = memoryview(values)[skipped : begin + target.nbytes - start * width]
+            place = start * width + skipped - begin
+            target[place : place + kept.nbytes] = kept
+
+    def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
+        """What ``fill`` takes of files."""
+        first, last = begin // self._width, -(-(begin + num_bytes) // self._width)
+        yield from self.codes.extents(first, last - first)
+        if self.scales is not None:
+            start, count = self._scales(first, last)
+            yield from self.scales.extents(start, count)
+
+    def _scales(self, first: int, last: int) -> tuple[int, int]:
+        """The bytes of scales of some bytes of codes."""
+        size = 4 if self.quantized.algorithm == "fp8" else 1
+        start = first // self._unit
+        return start * size, (-(-last // self._unit) - start) * size
+
+    def _values(self, first: int, last: int, fetch: Fetch) -> memoryview:
+        import numpy as np
+
+        from modelopt_convert.formats import decoding
+
+        codes = np.empty(last - first, np.uint8)
+        self.codes.fill(first, codes.data, fetch)
+        if self.scales is None:
+            return decoding.fp8_table(self.factor, self.dtype)[codes].view(np.uint8).data
+        start, count = self._scales(first, last)
+        scales = bytearray(count)
+        self.scales.fill(start, memoryview(scales), fetch)
+        if self.quantized.algorithm == "fp8":
+            tables = [decoding.fp8_table(scale, self.dtype) for (scale,) in struct.iter_unpack("<f", scales)]
+            rows = np.arange(first, last) // self._unit - first // self._unit
+            found = np.stack(tables)[rows, codes]
+            return found.view(np.uint8).data
+        table = (
+            decoding.nvfp4_table(self.factor, self.dtype)
+            if self.quantized.algorithm == "nvfp4"
+            else decoding.mxfp8_table(self.dtype)
+        )
+        index = np.repeat(np.frombuffer(scales, np.uint8).astype(np.uint16) << 8, self._unit)
+        skipped = first % self._unit
+        index = index[skipped : skipped + codes.size]
+        index |= codes
+        return table[index].view(np.uint8).data
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Values of one dtype in another, rounded to nearest even."""
+
+    of: Recipe
+    dtype: str
+    to: str
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes there are."""
+        return self.of.num_bytes // _SIZES[self.dtype] * _SIZES[self.to]
+
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        from modelopt_convert.formats.tensor_bytes import cast_chunk
+
+        size, width = _SIZES[self.dtype], _SIZES[self.to]
+        first, last = begin // width, -(-(begin + target.nbytes) // width)
+        values = bytearray((last - first) * size)
+        self.of.fill(first * size, memoryview(values), fetch)
+        skipped = begin - first * width
+        target[:] = cast_chunk(memoryview(values), self.dtype, self.to)[skipped : skipped + target.nbytes]
+
+    def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
+        """What ``fill`` takes of files."""
+        size, width = _SIZES[self.dtype], _SIZES[self.to]
+        first, last = begin // width, -(-(begin + num_bytes) // width)
+        return self.of.extents(first * size, (last - first) * size)
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """Codes or block scales that max calibration gives to a weight under a known scale.
+
+    Attributes:
+        of: The weight [N, K], K a multiple of 16.
+        dtype: Of the weight.
+        part: What of it: codes of NVFP4, block scales of NVFP4, or codes of FP8.
+        factor: The global scale of NVFP4, the one scale of FP8: a float32.
+    """
+
+    of: Recipe
+    dtype: str
+    part: Literal["codes", "scales", "fp8"]
+    factor: float
+
+    @property
+    def _values(self) -> tuple[int, int]:
+        """How many values make how many bytes."""
+        return {"codes": (BLOCK_SIZE, BLOCK_SIZE // 2), "scales": (BLOCK_SIZE, 1), "fp8": (1, 1)}[self.part]
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes there are."""
+        values, width = self._values
+        return self.of.num_bytes // _SIZES[self.dtype] // values * width
+
+    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
+        """Fill ``target`` with the bytes from ``begin`` on."""
+        from modelopt_convert.formats.decoding import quantized_blocks, quantized_values
+
+        values, width = self._values
+        size = values * _SIZES[self.dtype]
+        first, last = begin // width, -(-(begin + target.nbytes) // width)
+        step = max(1, 8 * _PIECE // size)
+        for start in range(first, last, step):
+            end = min(start + step, last)
+            raw = memoryview(bytearray((end - start) * size))
+            self.of.fill(start * size, raw, fetch)
+            if self.part == "fp8":
+                quantized = quantized_values(raw, self.dtype, self.factor)
+            else:
+                quantized = quantized_blocks(raw, self.dtype, self.factor)[self.part == "scales"]
+            skipped = max(0, begin - start * width)
+            kept = quantized[skipped : begin + target.nbytes - start * width]
+            place = start * width + skipped - begin
+            target[place : place + kept.nbytes] = kept
+
+    def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
+        """What ``fill`` takes of files."""
+        values, width = self._values
+        size = values * _SIZES[self.dtype]
+        first, last = begin // width, -(-(begin + num_bytes) // width)
+        return self.of.extents(first * size, (last - first) * size)
+
+
+def decoded(
+    name: str, quantized: Quantized, roles: Mapping[str, TensorInfo], read: ReadBytes, dtype: "Plain" = "BF16"
+) -> TensorInfo:
+    """The weight of a quantized module as values.
+
+    Args:
+        name: The module.
+        quantized: Its format and size.
+        roles: Its tensors in the canonical layout, by role.
+        read: Reads its scale.
+        dtype: Of the values.
+    """
+    weight, scale, factor, by_block = roles["weight"], roles["weight_scale"], 1.0, True
+    if quantized.algorithm == "nvfp4":
+        factor = float_of(roles["weight_scale_2"], read)
+    elif quantized.algorithm == "fp8" and not scale.shape:
+        factor, by_block = float_of(scale, read), False
+    scales = recipe_of(scale) if by_block else None
+    shape = (quantized.rows, quantized.columns)
+    values = Decoded(recipe_of(weight), scales, factor, quantized, dtype)
+    return made(f"{name}.weight", dtype, shape, values, weight.file)
+
+
+def cast(info: TensorInfo, to: str) -> TensorInfo:
+    """A tensor of floats in another dtype; the same one if it has that dtype."""
+    if info.dtype == to:
+        return info
+    return made(info.name, to, info.shape, Cast(recipe_of(info), info.dtype, to), info.file)
+
+
+def float_of(info: TensorInfo, read: ReadBytes) -> float:
+    """The value of a scale F32 []."""
+    return float(struct.unpack("<f", read(info, 0, 4))[0])
