@@ -28,6 +28,9 @@ ELSEWHERE = {
     "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
     "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
     "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
+    "mopt convert comfy.safetensors OUT --to modelopt --base BASE": "tests/commands/convert has it",
+    "mopt convert comfy.safetensors OUT --to modelopt": "likewise",
+    "mopt convert EXPORT OUT --to comfyui --base BASE": "refused for FLUX.1, which these lines stand for",
     "mopt swap-nibbles comfy.safetensors low-first": "refused in the file's own folder",
 }
 EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")

@@ -4,7 +4,7 @@
 description says where it is.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -115,6 +115,9 @@ class Record(_Open):
     base_claimed: str | None = Field(default=None, description="of builds with `--base-model`: what the author says")
     sources: dict[str, SourceRecord] = Field(default_factory=dict, description="of a transformer: its inputs by role")
     rules: list[RuleRecord] = Field(default_factory=list, description="of the transformer of a build")
+    converted: dict[str, Any] | None = Field(
+        default=None, description="of `convert`: names, files, header metadata, config and small tensors of the source"
+    )
     counts: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="of a transformer: for each input, how many tensors met each fate"
     )

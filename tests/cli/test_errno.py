@@ -14,7 +14,7 @@ from support import copy, tree
 from tracing import CHANGING, OPENING, READING, calls_under, mopt_forks, need_strace, strike
 
 ERRORS = ["EIO", "EACCES", "ESTALE", "ENOMEM", "EMFILE", "ENAMETOOLONG", "ELOOP", "ENOSPC"]
-COMMANDS = ["build-nvfp4", "convert-fp8", "inspect", "swap-nibbles", "verify"]
+COMMANDS = ["build-nvfp4", "convert", "convert-fp8", "inspect", "swap-nibbles", "verify"]
 POINTS = 12 if LONG else 1
 ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 

@@ -56,6 +56,10 @@ FLAGS = {
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
     },
+    "convert": {
+        "source", "output", "--to", "--from", "--base", "--variant", "--config", "--inexact", "--max-shard-size",
+        *(_WRITING - {"--executor"}), *_TELLING,
+    },
     "convert-fp8": {
         "--preset", "--export", "--base", "--checkpoint", "--output", "--keep-bf16", "--max-shard-size", "--component",
         "--pipeline-output",

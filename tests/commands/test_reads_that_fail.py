@@ -14,7 +14,7 @@ from commands import WORDS, words_of
 from root import LONG
 from support import Outcome, run_mopt
 
-COMMANDS = ["build-nvfp4", "convert-fp8", "swap-nibbles", "verify", "inspect"]
+COMMANDS = ["build-nvfp4", "convert", "convert-fp8", "swap-nibbles", "verify", "inspect"]
 POINTS = 20 if LONG else 1
 
 

@@ -15,6 +15,7 @@ MOPT = [sys.executable, "-m", "modelopt_convert"]
 # A command that has no row here fails every test over all commands.
 WORDS = {
     "build-nvfp4": "--preset flux1-dev --export {nvfp4} --base {base} --output {out}",
+    "convert": "{nvfp4} {out} --to comfyui --inexact bf16 --base {base}",
     "convert-fp8": "--preset flux1-dev --export {fp8} --base {base} --output {out}",
     "explain": "header.foreign",
     "inspect": "{base} --base {base}",

@@ -21,7 +21,7 @@ from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
-from modelopt_convert.formats.layout import declared_layout
+from modelopt_convert.formats.layout import CANONICAL, declared_layout
 from modelopt_convert.plan.plan import ShardPlan
 from modelopt_convert.run.errors import InputError
 
@@ -174,7 +174,7 @@ def _config_of(claim: Claim, written: Written, settled: Canonical) -> tuple[str 
         return None, [f"{_CONFIG}: the record has another than SOURCE"]
     mine = (written.config or {}).get(_QUANTIZATION) or {}
     claimed = said.get(_QUANTIZATION) or {}
-    if not isinstance(claimed, dict) or declared_layout(claimed) != declared_layout(mine):
+    if not isinstance(claimed, dict) or declared_layout(claimed).over(CANONICAL) != declared_layout(mine).over(CANONICAL):
         return None, [f"{_CONFIG}: the record declares another layout"]
     return claim.config, []
 
