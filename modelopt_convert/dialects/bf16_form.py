@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.dialects.awq import folded, is_transformed
 from modelopt_convert.dialects.decoded import decoded
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import SCALES, Canonical, Naming, ReadBytes, Written, grouped, wrong
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES
-from modelopt_convert.dialects.awq import folded, is_transformed
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 
 _QUANTIZATION = "quantization_config"

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     SCALES,
@@ -33,7 +34,6 @@ from modelopt_convert.dialects.form import (
     wrong,
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
-from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.run.errors import InputError
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.recipe import NibblesSwapped, RowMajor, Tiled, made, padded_rows, recipe_of, rows_of
+from modelopt_convert.dialects.awq import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
 from modelopt_convert.dialects.comfyui_markers import (
     AGAIN,
     FORMATS,
@@ -50,7 +51,6 @@ from modelopt_convert.dialects.form import (
 )
 from modelopt_convert.dialects.resized import widened, with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale, one_values
-from modelopt_convert.dialects.awq import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape, round_up
 from modelopt_convert.run.errors import InputError

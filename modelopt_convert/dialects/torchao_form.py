@@ -25,6 +25,7 @@ from typing import Any
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo, json_object
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.recipe import RowMajor, made, recipe_of, renamed
+from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     E8M0_BLOCK,
@@ -41,7 +42,6 @@ from modelopt_convert.dialects.form import (
     wrong,
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
-from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
 from modelopt_convert.run.errors import InputError

@@ -19,6 +19,13 @@ from typing import Any
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.recipe import NibblesSwapped, RowMajor, made, recipe_of, rows_of
+from modelopt_convert.dialects.awq import (
+    check_carried,
+    check_not_lost,
+    check_transforms,
+    is_transformed,
+    without_transforms,
+)
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     E8M0_BLOCK,
@@ -43,13 +50,6 @@ from modelopt_convert.dialects.packed import (
 )
 from modelopt_convert.dialects.resized import with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
-from modelopt_convert.dialects.awq import (
-    check_carried,
-    check_not_lost,
-    check_transforms,
-    is_transformed,
-    without_transforms,
-)
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
