@@ -88,6 +88,12 @@ def exports(make_exports: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def transformed_exports(make_exports: Callable[..., Path]) -> Path:
+    """FLUX.1: ``base``, ``nvfp4_awq`` and ``nvfp4_svd``. Never write there."""
+    return make_exports("transformed", "nvfp4_awq", "nvfp4_svd")
+
+
+@pytest.fixture(scope="session")
 def families(make_exports: Callable[..., Path]) -> Path:
     """A folder with ``<family>/base``, ``/nvfp4`` and ``/fp8`` for all families. Never write there."""
     return make_exports("families", "--family", "all", "nvfp4", "fp8")

@@ -580,8 +580,6 @@ class ConvertRequest(_Replacing):
 
     def check(self) -> None:
         """Refuse what cannot be meant together."""
-        if self.inexact == "requantize" and self.base is None:
-            self.refuse("base", "is required with --inexact requantize, which quantizes the base")
         if is_far(self.output):
             self.refuse("output", "is a folder on disk")
         if self.shard_bytes <= 0:

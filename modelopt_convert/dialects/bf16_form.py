@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.dialects.awq import folded, is_transformed
 from modelopt_convert.dialects.decoded import decoded
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import SCALES, Canonical, Naming, ReadBytes, Written, grouped, wrong
+from modelopt_convert.dialects.packed import TRANSFORM_ROLES
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 
 _QUANTIZATION = "quantization_config"
@@ -37,10 +39,17 @@ class _Bf16:
         weights: dict[str, TensorInfo] = {}
         scales: dict[str, None] = {}
         for module, roles in grouped(described.tensors.values()).items():
-            if (quantized := described.modules.get(module)) is not None:
+            quantized = described.modules.get(module)
+            if is_transformed(roles):
+                weight = folded(roles, quantized)
+            elif quantized is not None:
                 weight = decoded(quantized, roles)
-                weights[weight.name] = weight
-                scales |= dict.fromkeys(roles[role].name for role in sorted(roles.keys() & SCALES))
+            else:
+                continue
+            weights[weight.name] = weight
+            scales |= dict.fromkeys(
+                roles[role].name for role in sorted(roles.keys() & (SCALES | TRANSFORM_ROLES.keys()))
+            )
         tensors = {name: info for name, info in described.tensors.items() if name not in scales} | weights
         config = {key: value for key, value in described.config.items() if key != "_name_or_path"}
         why = dict.fromkeys(weights, "decoded, and rounded to BF16 once") | dict.fromkeys(

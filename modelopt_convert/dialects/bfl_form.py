@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     SCALES,
@@ -58,6 +59,7 @@ class _Bfl:
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "a file for BFLQuantizationConfig", ("nvfp4", "fp8"))
+        check_carried(described, "a file for BFLQuantizationConfig")
         tensors = dict(described.tensors)
         instead: dict[str, TensorInfo] = {}
         why: dict[str, str] = {}

@@ -7,7 +7,8 @@ Sources: ComfyUI 0.29.0, ``comfy/ops.py`` and ``comfy/quant_ops.py``; comfy-kitc
 format      weight                                   scales
 ==========  =======================================  ====================================================
 ``nvfp4``   U8 [N to 16, K/2], high nibble first     weight_scale F8_E4M3 in the 128x4 order, padded;
-                                                     weight_scale_2, input_scale F32 []
+                                                     weight_scale_2, input_scale F32 [];
+                                                     pre_quant_scale [K], by which inputs are multiplied
 ``mxfp8``   F8_E4M3 [N to 32, K to 32]               weight_scale U8 in the 128x4 order, padded
 ``float8``  F8_E4M3 or F8_E5M2 [N, K]                weight_scale, input_scale F32 []; a scale a row
                                                      [N, 1]; none at all: the codes are the values
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.recipe import NibblesSwapped, RowMajor, Tiled, made, padded_rows, recipe_of, rows_of
+from modelopt_convert.dialects.awq import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
 from modelopt_convert.dialects.comfyui_markers import (
     AGAIN,
     FORMATS,
@@ -88,6 +90,7 @@ class _ComfyUI:
                 keep |= {marker.name: marker} if said.more else {}
             algorithm = said.algorithm or _unmarked(roles, marked or bool(layers), where)
             if algorithm is None:
+                _no_factor(roles, where)
                 for info in roles.values():
                     plain = _plain(info, where)
                     keep |= {info.name: info} if plain.dtype != info.dtype else {}
@@ -103,6 +106,7 @@ class _ComfyUI:
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "a ComfyUI file", _WORDS)
+        check_carried(described, "a ComfyUI file", (PRE_QUANT_SCALE,))
         tensors: dict[str, TensorInfo] = {}
         layers: dict[str, dict[str, str]] = {}
         for module, roles in grouped(described.tensors.values()).items():
@@ -167,7 +171,8 @@ def _module(
     true_shape: tuple[int, int] | None,
     where: str,
 ) -> tuple[list[TensorInfo], Quantized]:
-    check_roles(module, roles, where)
+    plain = {role: info for role, info in roles.items() if role != PRE_QUANT_SCALE} if said == "nvfp4" else roles
+    check_roles(module, plain, where)
     weight = roles.get("weight")
     if weight is None or weight.dtype != _DTYPES[said] or len(weight.shape) != 2 or 0 in weight.shape:
         info = weight or next(iter(roles.values()))
@@ -189,12 +194,21 @@ def _module(
     if said == "nvfp4":
         if "weight_scale_2" not in roles:
             raise wrong(where, weight, "a weight_scale_2 beside it", code="dialect.shape", hint=AGAIN)
+        check_transforms(roles, quantized.rows, quantized.columns, where, low_rank=False)
+        rest |= {role: info for role, info in roles.items() if role == PRE_QUANT_SCALE}
         rest["weight_scale_2"] = one_scale(roles["weight_scale_2"], f"{module}.weight_scale_2", read, where)
     if "input_scale" in roles and said != "mxfp8":
         rest["input_scale"] = one_scale(roles["input_scale"], f"{module}.input_scale", read, where)
     elif "input_scale" in roles:
         raise wrong(where, roles["input_scale"], "no input_scale beside MXFP8", code="dialect.shape", hint=AGAIN)
     return list(rest.values()), quantized
+
+
+def _no_factor(roles: Mapping[str, TensorInfo], where: str) -> None:
+    if is_transformed(roles):
+        odd = next(info for role, info in roles.items() if is_transformed({role: info}))
+        expected = "it beside a packed weight alone: engines do not look at it elsewhere"
+        raise wrong(where, odd, expected, code="dialect.role", hint=AGAIN)
 
 
 def _no_second(roles: Mapping[str, TensorInfo], where: str) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.checkpoint.recipe import renamed
+from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     E8M0_BLOCK,
@@ -90,6 +91,7 @@ class _CompressedTensors:
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "compressed-tensors", _FORMATS)
+        check_carried(described, "compressed-tensors")
         tensors: dict[str, TensorInfo] = {}
         changed: dict[str, bytes | None] = {}
         for module, roles in grouped(described.tensors.values()).items():

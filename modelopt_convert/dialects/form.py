@@ -24,7 +24,7 @@ E8M0_BLOCK = 32
 SCALES = frozenset({"weight_scale", "weight_scale_2", "input_scale"})
 _CONVERTED_ROLES = frozenset({"weight", "bias"}) | SCALES
 _NO_FORMAT = "mopt does not convert this format"
-ROW_ROLES = frozenset({"weight", "weight_scale", "bias"})
+ROW_ROLES = frozenset({"weight", "weight_scale", "bias", "svdquant_lora_b"})
 """Tensors of a module that have a row for each output feature; ``weight_scale`` only where it is not one scale."""
 
 
@@ -56,6 +56,9 @@ class Canonical:
              weight_scale_2 F32 []                                  up
     input    input_scale F32 []      input_scale F32 []             none
     =======  ======================  =============================  ==============================
+
+    Beside an nvfp4 weight, or one that is not packed, AWQ and SVDQuant have tensors of their own: see
+    ``dialects/awq.py``.
 
     ``fp8_e5m2`` is as fp8, with the weight in F8_E5M2. The one scale of a weight of one row is []. Of a fused module
     ``weight_scale`` of fp8 may be [M], one scale for each of its M members, until native names are split.

@@ -23,7 +23,7 @@ SCALE_SHAPES: tuple[tuple[int, ...], ...] = ((), (1,))  # of a scale per tensor:
 SCALE_ROLES = frozenset(role for one in FORMATS.values() for role in one.scales)
 
 # Tensors that AWQ and SVDQuant leave beside a packed weight: without them the weight means something else.
-_TRANSFORM_ROLES: Mapping[str, str] = {
+TRANSFORM_ROLES: Mapping[str, str] = {
     "pre_quant_scale": "AWQ or SVDQuant",
     "_pre_quant_scale": "AWQ or SVDQuant",
     "svdquant_lora_a": "SVDQuant",
@@ -197,14 +197,13 @@ def _group(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]
 
 def _transformed(tensors: Mapping[str, TensorInfo], path: str) -> Iterator[tuple[str, InputError]]:
     for name, info in tensors.items():
-        if transform := _TRANSFORM_ROLES.get(name.rpartition(".")[2]):
+        if transform := TRANSFORM_ROLES.get(name.rpartition(".")[2]):
             yield (
                 name,
                 InputError(
                     f"{path}/{info.file}: tensor {name!r}: expected a plain export, found {transform}",
                     code="export.transformed",
                     path=f"{path}/{info.file}",
-                    hint="export again with ModelOpt's --quant-algo max; the other weights of this export are changed "
-                    "too",
+                    hint="`mopt convert` undoes that with --to bf16; or export again with ModelOpt's --quant-algo max",
                 ),
             )

@@ -25,6 +25,7 @@ from typing import Any
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo, json_object
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.recipe import RowMajor, made, recipe_of, renamed
+from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     E8M0_BLOCK,
@@ -100,6 +101,7 @@ class _TorchAO:
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "torchao", _WORDS)
+        check_carried(described, "torchao")
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         changed: dict[str, bytes | None] = {}

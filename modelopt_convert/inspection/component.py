@@ -23,7 +23,7 @@ from modelopt_convert.formats.layout import BASES, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.inspection.engines import engine_reports
-from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults
+from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults, transformed_faults
 from modelopt_convert.report.inspect import (
     ComponentReport,
     DialectReport,
@@ -106,6 +106,7 @@ def inspect_component(
             *roles,
             *(fault for each in seen for fault in each.faults),
             *(LintReport(code="engine.misread", message=words, module=None) for words in misreads),
+            *transformed_faults(reader),
             *_known(reader.config, modules, dialect.name),
             *fused_faults(reader, packed),
             *config_faults(reader, packed),

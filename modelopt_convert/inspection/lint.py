@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.packed import PackedModule, declares_dynamic_inputs
+from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule, declares_dynamic_inputs
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.inputs import check_roles
@@ -61,6 +61,22 @@ def global_scale(reader: CheckpointReader, module: PackedModule) -> float | None
     """``weight_scale_2``, if it is there and of the right kind."""
     info = module.scales.get("weight_scale_2")
     return float32_of(reader, info) if info is not None and is_float32(info) else None
+
+
+def transformed_faults(reader: CheckpointReader) -> Iterator[LintReport]:
+    """Tensors of AWQ and SVDQuant, whatever the config says: the weights beside them are not the base's."""
+    found: dict[str, list[str]] = {}
+    for name in reader.tensors:
+        if (role := name.rpartition(".")[2]) in TRANSFORM_ROLES:
+            found.setdefault(role, []).append(module_of(name))
+    for role, modules in found.items():
+        many = "1 module has" if len(modules) == 1 else f"{len(modules)} modules have"
+        yield LintReport(
+            code="export.transformed",
+            message=f"{many} {role} ({TRANSFORM_ROLES[role]}): the stored weights are not the base's, and readers that "
+            "leave it out compute something else; `mopt convert` with --to bf16 multiplies them out",
+            module=modules[0],
+        )
 
 
 def odd_input_faults(reader: CheckpointReader, modules: Modules, role: str) -> Iterator[LintReport]:

@@ -33,6 +33,9 @@ class Variant:
     calibrate: bool = True
     compress: bool = False
     checkpoint: bool = False  # whether ModelOpt's own checkpoint is saved too, before the export changes the model
+    transforms: bool = (
+        False  # AWQ or SVDQuant: the config's own algorithm is run, and what ModelOpt multiplies by saved
+    )
     noise: float = 0.0  # the weights are multiplied by 1 + noise * N(0, 1) first, as further training would change them
 
 
@@ -50,6 +53,14 @@ VARIANTS = {
     "fp8_compressed": Variant("FP8_DEFAULT_CFG", compress=True),
     "fp8_trained": Variant("FP8_DEFAULT_CFG", noise=0.02, checkpoint=True),
 }
+TRANSFORMED = {
+    "nvfp4_awq": Variant("NVFP4_AWQ_LITE_CFG", transforms=True),
+    "nvfp4_svd": Variant("NVFP4_SVDQUANT_DEFAULT_CFG", transforms=True),
+}
+_LOW_RANK = 8
+
+
+_HELP = f"all of {', '.join(VARIANTS)}; or some of them and {', '.join(TRANSFORMED)}"
 
 
 def main() -> None:
@@ -57,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "variants", nargs="*", choices=[[], "all", *VARIANTS], metavar="variant", help=f"all, or {', '.join(VARIANTS)}"
+        "variants", nargs="*", choices=[[], "all", *VARIANTS, *TRANSFORMED], metavar="variant", help=_HELP
     )
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="flux1")
     arguments = parser.parse_intermixed_args()
@@ -79,7 +90,7 @@ def make_family(family: Family, variants: Iterable[str], path: Path) -> None:
     """Make ``path/base`` and ``path/<variant>``."""
     make_base(family, path / "base")
     for name in variants:
-        make_export(family, path / "base", VARIANTS[name], path / name)
+        make_export(family, path / "base", (VARIANTS | TRANSFORMED)[name], path / name)
 
 
 def make_base(family: Family, path: Path) -> None:
@@ -120,8 +131,11 @@ def make_export(family: Family, base: Path, variant: Variant, path: Path) -> Non
             parameter.data = parameter.data * (1 + variant.noise * torch.randn_like(parameter))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _convolutions_on_cpu():
         warnings.simplefilter("ignore")
-        mtq.quantize(model, _quant_config(getattr(mtq, variant.config), family.attention), run)
-        mtq.disable_quantizer(model, family.leaves_alone)
+        with _fake_quantization_on_cpu() if variant.transforms else contextlib.nullcontext():
+            mtq.quantize(model, _quant_config(getattr(mtq, variant.config), family.attention, variant.transforms), run)
+            mtq.disable_quantizer(model, family.leaves_alone)
+            if variant.transforms:
+                _save_multiplied(model, path)
         if variant.compress:
             mtq.compress(model)
         if variant.checkpoint:
@@ -141,7 +155,42 @@ def _convolutions_on_cpu() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(_QuantConv3d, "_should_use_implicit_gemm", return_value=False, create=True)
 
 
-def _quant_config(library: dict[str, Any], with_attention: bool) -> dict[str, Any]:
+def _fake_quantization_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """What AWQ and SVDQuant try factors with: ModelOpt's quantizer, and its decoder, for its CUDA kernel of both."""
+    from modelopt.torch.quantization import tensor_quant
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    def both(inputs: Any, block_size: int, amax: Any, *_: Any) -> Any:
+        largest = amax.float() / (6 * 448) if amax is not None else None
+        packed, scales, scale = NVFP4QTensor.quantize(inputs, block_size, None, largest)
+        return packed.dequantize(dtype=inputs.dtype, scale=scales, double_scale=scale, block_sizes={-1: block_size})
+
+    return mock.patch.object(tensor_quant, "dynamic_block_quantize_op", both)
+
+
+def _save_multiplied(model: Any, path: Path) -> None:
+    """Save what each Linear multiplies its inputs by, by ModelOpt's own forward pass with inputs left unquantized."""
+    import torch
+    from modelopt.torch.quantization.nn import TensorQuantizer
+    from safetensors.torch import save_file
+
+    found = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "input_quantizer", None)
+        if isinstance(quantizer, TensorQuantizer) and isinstance(module, torch.nn.Linear):
+            was = quantizer._if_quant
+            quantizer.disable_quant()
+            one = torch.eye(module.weight.shape[1], dtype=module.weight.dtype)
+            with torch.no_grad():
+                bias = module.bias if module.bias is not None else 0
+                found[f"{name}.weight"] = (module(one) - bias).T.contiguous()
+            if was:
+                quantizer.enable_quant()
+    path.mkdir(parents=True)
+    save_file(found, path / "multiplied.safetensors")
+
+
+def _quant_config(library: dict[str, Any], with_attention: bool, transforms: bool) -> dict[str, Any]:
     """As ModelOpt's diffusers example has it: all Linears, and for some FP8 attention that is switched off later.
 
     A quantizer that was calibrated and then disabled leaves its amax in the export.
@@ -154,7 +203,12 @@ def _quant_config(library: dict[str, Any], with_attention: bool) -> dict[str, An
         for name in ("*[qkv]_bmm_quantizer", "*bmm2_output_quantizer")
         if with_attention
     ]
-    return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *linear, *attention], "algorithm": "max"}
+    algorithm: Any = library["algorithm"] if transforms else "max"
+    if algorithm == "awq_lite":
+        algorithm = {"method": algorithm, "alpha_step": 0.5}  # three exponents are tried, not eleven
+    elif transforms:
+        algorithm = {**algorithm, "lowrank": _LOW_RANK}
+    return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *linear, *attention], "algorithm": algorithm}
 
 
 def _calibration(family: Family, dtype: Any) -> Callable[[Any], None]:

@@ -118,7 +118,7 @@ ZERO_POINT = torch.zeros(8, 4, dtype=torch.uint8)
 E5M2_BLOCKS = {"_type": "MXTensor", "_data": {"block_size": 32, "elem_dtype": "float8_e5m2"}}
 REFUSED: list[tuple[str, Module, Change, str]] = [
     ("modelopt", NVFP4, tensor("x.weight_scale", None), "export.missing_weight_scale"),
-    ("modelopt", NVFP4, tensor("x.pre_quant_scale", ONE), "export.transformed"),
+    ("modelopt", NVFP4, tensor("x.pre_quant_scale", ONE), "dialect.shape"),
     ("modelopt", NVFP4, tensor("x.weight_zero_point", ZERO_POINT), "dialect.role"),
     ("modelopt", FP8, tensor("x.weight_scale", None), "dialect.shape"),
     ("modelopt", FP8, tensor("x.weight", torch.ones(8, 64).bfloat16()), "dialect.shape"),

@@ -236,3 +236,20 @@ def test_a_base_without_the_module_is_lint_and_the_rest_is_proven(nvfp4: Path, b
     report = inspected(nvfp4, "--base", poorer)
     assert lint_of(report) == {("base.no_counterpart", ALONE)}
     assert report["layout"]["modules_proven"] == 39 and report["modules"][ALONE]["basis"] != "proven"
+
+
+@pytest.mark.parametrize("role", ["pre_quant_scale", "svdquant_lora_a"])
+def test_what_awq_and_svdquant_leave_is_named_whatever_the_config_says(nvfp4: Path, tmp_path: Path, role: str) -> None:
+    export = edit(nvfp4, tmp_path / "export", lambda tensors: tensors.update({f"{ALONE}.{role}": torch.ones(160)}))
+    report = inspected(export)
+    assert config_of(export)["quantization_config"]["quant_algo"] == "NVFP4"
+    assert lint_of(report) == {("export.transformed", ALONE)}
+    (message,) = (fault["message"] for fault in report["lint"])
+    assert role in message and "SVDQuant" in message and "mopt convert" in message
+
+
+@pytest.mark.parametrize(("variant", "roles"), [("nvfp4_awq", 1), ("nvfp4_svd", 3)])
+def test_exports_of_awq_and_svdquant_are_named(transformed_exports: Path, variant: str, roles: int) -> None:
+    report = inspected(transformed_exports / variant)
+    assert [fault["code"] for fault in report["lint"]].count("export.transformed") == roles
+    assert all(fault["message"].startswith("50 modules have") for fault in report["lint"][-roles:])

@@ -29,6 +29,7 @@ from modelopt_convert.commands.command import (
     versions,
     warnings_of,
 )
+from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
 from modelopt_convert.commands.convert.proof import Compared, compare, no_proof, prove_source
@@ -36,6 +37,7 @@ from modelopt_convert.commands.convert.told import convert_report
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import compare_bases, compare_configs, rewritten_report
+from modelopt_convert.dialects.awq import transformed_modules
 from modelopt_convert.dialects.source import Source, describe
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.report.report import ProofReport, Report
@@ -167,6 +169,9 @@ class ConvertCommand:
         )
 
     def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader) -> None:
+        if transformed_modules(source.described):
+            self._words = prove_near(reader, source.described, base, self._request.max_error)
+            return
         why = no_proof(source.described)
         if why is not None:
             self._words = why

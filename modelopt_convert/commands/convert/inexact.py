@@ -104,8 +104,8 @@ def settle(
         now = _one_input_scale(now, one.members, told, read)
         if how is not None:
             error, is_bound = _error(before, now, packed, how, base, read, measure=measure)
-            of_base = "; the values are the base's own" if how == "bf16" and base is not None else ""
-            lossy.append(Lossy(one.native, packed, how, f"{one.why}{of_base}", error, is_bound))
+            own = "; the values are the base's own" if how == "bf16" and base is not None else ""
+            lossy.append(Lossy(one.native, packed, how, f"{one.why}{own}", error, is_bound))
     return Settled(now, tuple(lossy), told)
 
 
@@ -158,7 +158,7 @@ def _unpacked(
     for name in packed:
         quantized = described.modules[name]
         if base is not None:
-            weights.append(cast(_of_base(base, name, quantized), dtype))
+            weights.append(cast(of_base(base, name, (quantized.rows, quantized.columns)), dtype))
             continue
         roles = described.of(name)
         weights.append(
@@ -196,15 +196,13 @@ def _requantized(
     measure: bool,
 ) -> Canonical:
     """All members quantized from the base, with one scale for the group; all that were not quantized, too."""
-    assert base is not None  # the request requires it
+    assert base is not None  # or the group was refused
     found = {described.modules[name].algorithm for name in members if name in described.modules}
     algorithm: Algorithm = "nvfp4" if "nvfp4" in found else "fp8"
     tensors: list[TensorInfo] = []
     modules = dict(described.modules)
-    weights = [
-        _of_base(base, name, modules.get(name) or _size_of(described.tensors[f"{name}.weight"], algorithm))
-        for name in members
-    ]
+    sizes = [modules.get(name) or _size_of(described.tensors[f"{name}.weight"], algorithm) for name in members]
+    weights = [of_base(base, name, (one.rows, one.columns)) for name, one in zip(members, sizes, strict=True)]
     factor = _scale_of(weights, algorithm, base, read) if measure else 1.0
     for name, weight in zip(members, weights, strict=True):
         rows, columns = weight.shape
@@ -247,13 +245,13 @@ def _one_input_scale(
     return _replaced(described, tensors, described.modules)
 
 
-def _of_base(base: CheckpointReader, name: str, quantized: Quantized) -> TensorInfo:
+def of_base(base: CheckpointReader, name: str, shape: tuple[int, ...]) -> TensorInfo:
     """The base's weight of a module, as the source's reader finds it beside.
 
     Raises:
         InputError: ``base.no_counterpart``.
     """
-    info, shape = base.tensors.get(f"{name}.weight"), (quantized.rows, quantized.columns)
+    info = base.tensors.get(f"{name}.weight")
     if info is None or info.shape != shape or info.dtype not in HALF_AND_FLOAT:
         what = "none" if info is None else f"{info.dtype} {list(info.shape)}"
         raise InputError(

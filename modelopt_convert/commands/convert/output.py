@@ -7,6 +7,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.command import Warned, without_quantization
+from modelopt_convert.commands.convert.awq import settle_transformed
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
 from modelopt_convert.commands.convert.restore import Restored, restore
@@ -87,9 +88,13 @@ def plan_output(
             path=where,
             hint="modelopt, torchao, compressed-tensors and bf16 keep diffusers' names",
         )
+    first = settle_transformed(
+        described, target.name, family, spelling, request.inexact, base, reader.read_of, where, measure=measure
+    )
+    described = first.described
     groups = fused_groups(described, family, spelling)
     found = unequal_groups(described, groups, reader.read_of)
-    refuse_unequal(found, request.inexact, target.name, where)
+    refuse_unequal(found, request.inexact, target.name, where, has_base=base is not None)
     settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
     now = named(settled.described, family, spelling, prefix)
     written = target.write(now, reader.read_of)
@@ -97,7 +102,7 @@ def plan_output(
     if spelling != "diffusers" or prefix:
         expected = under_diffusers_names(expected, Found(family, spelling, prefix, []), where)
     announced = _by_diffusers(written, family, spelling, prefix)
-    lossy = (*settled.lossy, *unpacked(settled.described, expected, reader.read_of))
+    lossy = (*first.lossy, *settled.lossy, *unpacked(settled.described, expected, reader.read_of))
     shards = _shards(written, target, settled.described, source, request)
     config = json_bytes(written.config) if written.config is not None else None
     restored = None
@@ -116,7 +121,7 @@ def plan_output(
         )
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
-    kept = (settled.described, lossy, settled.told)
+    kept = (settled.described, lossy, {**first.told, **settled.told})
     return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored)
 
 

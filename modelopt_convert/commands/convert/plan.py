@@ -78,18 +78,20 @@ def _unequal(
     return Unequal(native, members, f"its members have several values of {' and '.join(differing)}", makes, makes)
 
 
-def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: str) -> None:
+def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: str, *, has_base: bool) -> None:
     """Refuse what is not exact, unless the choice says what becomes of it.
 
     Raises:
         InputError: ``convert.inexact``.
     """
-    told = [one for one in found if not _settles(one, choice)]
+    has_none = choice == "requantize" and not has_base
+    told = [one for one in found if has_none or not _settles(one, choice)]
     if not told:
         return
     shown = "; ".join(f"{one.native}: {one.why}" for one in told[:_SHOWN])
     many = "1 fused module" if len(told) == 1 else f"{len(told)} fused modules"
     how = {"rebase": "by bringing scales to one", "requantize": "by quantizing again"}.get(choice, "exactly")
+    how += ", as there is no --base" if has_none else ""
     rebase = ", --inexact rebase brings their scales to one" if all(one.rebases for one in found) else ""
     raise InputError(
         f"{where}: {many} of {target} cannot be written {how}: {shown}",

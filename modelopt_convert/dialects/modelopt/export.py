@@ -10,6 +10,7 @@ from modelopt_convert.run.errors import InputError
 
 _AWQ = "AWQ changes the weights of modules that claim to be BF16 and moves a factor into pre_quant_scale"
 _SVD = "SVDQuant splits each weight into a low-rank part and a scaled rest"
+TRANSFORMED = ("NVFP4_AWQ", "NVFP4_SVD")
 UNSUPPORTED_ALGORITHMS: Mapping[str, str] = {
     "NVFP4_AWQ": _AWQ,
     "W4A16_AWQ": _AWQ,
@@ -89,6 +90,8 @@ def check_quant_config(
         other = next((one for one in FORMATS.values() if one.quant_algo == declared), None)
         why = UNSUPPORTED_ALGORITHMS.get(declared, "unknown") if isinstance(declared, str) else "unknown"
         hint = f"export again with ModelOpt's {target.export_flags}"
+        if declared in TRANSFORMED:
+            hint = f"`mopt convert` undoes that with --to bf16; or {hint}"
         if other is not None:
             why = f"it is an {declared} export, not {target.quant_algo}"
             folder = path.removesuffix("/config.json")

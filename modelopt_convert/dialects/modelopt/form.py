@@ -19,6 +19,13 @@ from typing import Any
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
 from modelopt_convert.checkpoint.recipe import NibblesSwapped, RowMajor, made, recipe_of, rows_of
+from modelopt_convert.dialects.awq import (
+    check_carried,
+    check_not_lost,
+    check_transforms,
+    is_transformed,
+    without_transforms,
+)
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import (
     E8M0_BLOCK,
@@ -43,6 +50,7 @@ from modelopt_convert.dialects.packed import (
 )
 from modelopt_convert.dialects.resized import with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import scale_shapes
@@ -67,11 +75,12 @@ class _ModelOpt:
         keep = {name: headers.tensors[name] for name in fates}
         modules: dict[str, Quantized] = {}
         by_module = grouped(tensors.values())
+        check_not_lost(headers.quantization(), tensors, where)
         packed = {
             info.name: info
             for roles in by_module.values()
             if "weight" in roles and roles["weight"].dtype == "U8"
-            for info in roles.values()
+            for info in without_transforms(roles).values()
         }
         evidence = Evidence(
             {f"{name}.weight": shape for name, shape in true_shapes.items()},
@@ -81,7 +90,8 @@ class _ModelOpt:
         for module in find_packed(packed, FORMATS["nvfp4"], evidence, path=where).or_raise().values():
             if module.fault is not None:
                 raise module.fault
-            check_roles(module.name, by_module[module.name], where)
+            check_roles(module.name, without_transforms(by_module[module.name]), where)
+            check_transforms(by_module[module.name], module.rows, module.columns, where)
             tensors |= {
                 info.name: info
                 for info in _nvfp4(module, layout.nibbles == "high", layout.scales == "128x4", read, where)
@@ -92,6 +102,8 @@ class _ModelOpt:
                 check_roles(name, roles, where)
                 found, modules[name] = _eight_bits(name, roles, read, where)
                 tensors |= {info.name: info for info in found}
+            elif name not in modules and is_transformed(roles):
+                check_transforms(roles, *_plain_size(roles, where), where)
         for name in modules:
             keep |= {
                 info.name: info
@@ -103,6 +115,7 @@ class _ModelOpt:
         return Canonical(tensors, modules, fates, config, said if isinstance(said, dict) else {}, keep)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
+        check_carried(described, "a ModelOpt checkpoint that engines read")
         algorithms = {_quant_algo(name, one, described.tensors) for name, one in described.modules.items()}
         if len(algorithms) != 1 or None in algorithms:
             found = sorted({one.algorithm for one in described.modules.values()})
@@ -166,6 +179,14 @@ def _nvfp4(module: PackedModule, high: bool, tiled: bool, read: ReadBytes, where
 
 
 _DECLARE = "mopt unswizzle-scales brings them into row-major order, with --base to prove it"
+
+
+def _plain_size(roles: Mapping[str, TensorInfo], where: str) -> tuple[int, int]:
+    weight = roles.get("weight")
+    if weight is None or weight.dtype not in HALF_AND_FLOAT or len(weight.shape) != 2:
+        info = weight or next(iter(roles.values()))
+        raise wrong(where, info, "a weight [N, K] in BF16, F16 or F32", code="dialect.shape", hint=_AGAIN)
+    return weight.shape[0], weight.shape[1]
 
 
 def _eight_bits(
