@@ -15,7 +15,7 @@ from modelopt_convert.dialects.form import Quantized, ReadBytes
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from modelopt_convert.formats.decoding import Plain
+    from modelopt_convert.formats.arithmetic import Plain
 
 _PIECE = 1 << 15  # bytes of codes, or of values of a base: what is made of them stays in a core's cache
 _MX_BLOCK = 32
@@ -57,7 +57,7 @@ class Mapped:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The values of a quantized weight [N, K] in the canonical layout: the formula is in ``formats/decoding.py``.
+    """The values of a quantized weight [N, K] in the canonical layout: the formula is in ``formats/arithmetic.py``.
 
     Attributes:
         codes: Its bytes.
@@ -119,24 +119,24 @@ class Decoded:
     def _values(self, first: int, last: int, fetch: Fetch) -> memoryview:
         import numpy as np
 
-        from modelopt_convert.formats import decoding
+        from modelopt_convert.formats import arithmetic
 
         codes = np.empty(last - first, np.uint8)
         self.codes.fill(first, codes.data, fetch)
         if self.scales is None:
-            return decoding.fp8_table(self.factor, self.dtype)[codes].view(np.uint8).data
+            return arithmetic.fp8_table(self.factor, self.dtype)[codes].view(np.uint8).data
         start, count = self._scales(first, last)
         scales = bytearray(count)
         self.scales.fill(start, memoryview(scales), fetch)
         if self.quantized.algorithm == "fp8":
-            tables = [decoding.fp8_table(scale, self.dtype) for (scale,) in struct.iter_unpack("<f", scales)]
+            tables = [arithmetic.fp8_table(scale, self.dtype) for (scale,) in struct.iter_unpack("<f", scales)]
             rows = np.arange(first, last) // self._unit - first // self._unit
             found = np.stack(tables)[rows, codes]
             return found.view(np.uint8).data
         table = (
-            decoding.nvfp4_table(self.factor, self.dtype)
+            arithmetic.nvfp4_table(self.factor, self.dtype)
             if self.quantized.algorithm == "nvfp4"
-            else decoding.mxfp8_table(self.dtype)
+            else arithmetic.mxfp8_table(self.dtype)
         )
         index = np.repeat(np.frombuffer(scales, np.uint8).astype(np.uint16) << 8, self._unit)
         skipped = first % self._unit
@@ -205,7 +205,7 @@ class Requantized:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
-        from modelopt_convert.formats.decoding import quantized_blocks, quantized_values
+        from modelopt_convert.formats.arithmetic import quantized_blocks, quantized_values
 
         values, width = self._values
         size = values * _SIZES[self.dtype]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from modelopt_convert.checkpoint.recipe import Elsewhere, Extent, Recipe
 from modelopt_convert.dialects.form import Quantized
 from modelopt_convert.dialects.values import Cast, Decoded, Mapped, Requantized
-from modelopt_convert.formats.decoding import rebased_bytes
+from modelopt_convert.formats.arithmetic import rebased_bytes
 from modelopt_convert.formats.fp8.codes import dequantize_fp8, quantize_fp8
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4, quantize_nvfp4
 from modelopt_convert.formats.tensor_bytes import to_bytes

@@ -24,7 +24,7 @@ JSON_KINDS = {"parse_json_object": ("json", "duplicate_key", "too_large"), "read
 # Put together where they are raised.
 MADE = {
     *(f"export.missing_{role}" for role in ("weight_scale", "weight_scale_2", "input_scale")),
-    *(f"check.{name}" for name in ("structure", "verify")),
+    *(f"check.{name}" for name in ("structure", "converted", "verify")),
     *(f"{role}.lora" for role in ("export", "base")),
     *(f"engine.{grade}" for grade in ("fails", "wrong", "loss")),
     *(f"{role}.missing" for role in ("weight_scale", "input_scale")),

@@ -171,7 +171,7 @@ def _unpacked(
 
 def _rebased(described: Canonical, members: tuple[str, ...], read: ReadBytes) -> Canonical:
     """Scales of the group brought to the largest; NVFP4's block scales, or FP8's codes, are rounded to E4M3 again."""
-    from modelopt_convert.formats.decoding import rebased_bytes
+    from modelopt_convert.formats.arithmetic import rebased_bytes
 
     is_nvfp4 = described.modules[members[0]].algorithm == "nvfp4"
     factor, moved = ("weight_scale_2", "weight_scale") if is_nvfp4 else ("weight_scale", "weight")
@@ -273,7 +273,7 @@ def _scale_of(weights: list[TensorInfo], algorithm: Algorithm, base: CheckpointR
     Raises:
         InputError: ``base.not_finite``: or all are zero, which has no scale.
     """
-    from modelopt_convert.formats.decoding import fp8_scale_of, nvfp4_scale_of
+    from modelopt_convert.formats.arithmetic import fp8_scale_of, nvfp4_scale_of
     from modelopt_convert.formats.nvfp4.codes import max_magnitude
     from modelopt_convert.formats.tensor_bytes import from_bytes
 
@@ -349,7 +349,7 @@ def _from_scales(before: Canonical, packed: tuple[str, ...], read: ReadBytes) ->
 
 def _measured(before: Canonical, after: Canonical, packed: tuple[str, ...], read: ReadBytes) -> float:
     """By all values of the group."""
-    from modelopt_convert.formats.decoding import squared_error
+    from modelopt_convert.formats.arithmetic import squared_error
 
     error = size = 0.0
     for name in packed:

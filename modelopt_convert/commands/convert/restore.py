@@ -174,7 +174,9 @@ def _config_of(claim: Claim, written: Written, settled: Canonical) -> tuple[str 
         return None, [f"{_CONFIG}: the record has another than SOURCE"]
     mine = (written.config or {}).get(_QUANTIZATION) or {}
     claimed = said.get(_QUANTIZATION) or {}
-    if not isinstance(claimed, dict) or declared_layout(claimed).over(CANONICAL) != declared_layout(mine).over(CANONICAL):
+    if not isinstance(claimed, dict) or declared_layout(claimed).over(CANONICAL) != declared_layout(mine).over(
+        CANONICAL
+    ):
         return None, [f"{_CONFIG}: the record declares another layout"]
     return claim.config, []
 
