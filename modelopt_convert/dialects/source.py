@@ -16,7 +16,6 @@ from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found, recognise
 from modelopt_convert.run.errors import InputError
 
-
 _HINTS = {
     "nunchaku": "nunchaku alone reads its tiles, and smoothing and low-rank part are in them; get the model in another form"
 }
