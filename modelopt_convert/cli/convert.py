@@ -61,7 +61,7 @@ def _modules(told: "ConvertReport") -> str:
         "with the scale of the tensor rounded": one.rounded_global,
         "in BF16": one.bf16,
         "with scales brought to one": one.rebased,
-        "quantized again from the base": one.requantized,
+        "quantized again": one.requantized,
     }
     found = [f"{count} {words}" for words, count in counts.items() if count]
     return f"{', '.join(found)} of {sum(counts.values())} quantized modules" if found else "no quantized module"

@@ -16,6 +16,10 @@ from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found, recognise
 from modelopt_convert.run.errors import InputError
 
+_HINTS = {
+    "nunchaku": "nunchaku alone reads its tiles, smoothing and low-rank parts; get the model in another form"
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -57,7 +61,7 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             f"{where}: expected a dialect that mopt converts, found {dialect.name} ({'; '.join(evidence)})",
             code="convert.dialect",
             path=where,
-            hint=f"--from names one of {', '.join(FORMS)}, if it is one of them",
+            hint=_HINTS.get(dialect.name, f"--from names one of {', '.join(FORMS)}, if it is one of them"),
         )
     found = recognise({name: info.shape for name, info in reader.tensors.items()}) or _by_class(reader)
     if found is None:

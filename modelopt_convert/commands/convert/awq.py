@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.recipe import made, recipe_of
-from modelopt_convert.commands.convert.inexact import BF16_BOUND, Lossy, Settled, of_base
+from modelopt_convert.commands.convert.inexact import Lossy, Settled, of_base
 from modelopt_convert.commands.convert.plan import Inexact, Unequal, fused_groups, unequal_groups
 from modelopt_convert.dialects.awq import LOW_RANK, PRE_QUANT_SCALE, folded, transformed_modules
 from modelopt_convert.dialects.form import Canonical, Naming, Quantized, ReadBytes, constant, grouped
@@ -81,7 +81,7 @@ def settle_transformed(
     if not packed:
         return Settled(now, (), told)
     if target == "bf16" or choice == "bf16":
-        return _multiplied_out(now, packed, roles, base if target != "bf16" else None, told)
+        return _multiplied_out(now, packed, roles, base if target != "bf16" else None, told, read, measure=measure)
     if choice != "requantize":
         raise _refused(packed, roles, target, where)
     sets = _sets(packed, roles, groups, read)
@@ -180,6 +180,9 @@ def _multiplied_out(
     roles: _Roles,
     base: CheckpointReader | None,
     told: dict[str, str],
+    read: ReadBytes,
+    *,
+    measure: bool,
 ) -> Settled:
     tensors, lossy = dict(now.tensors), []
     why = "multiplied out and rounded to BF16 once" if base is None else "the values are the base's own"
@@ -192,8 +195,9 @@ def _multiplied_out(
         )
         tensors = _without(tensors, name, [*TRANSFORM_ROLES, "weight_scale", "weight_scale_2", "input_scale"])
         tensors[weight.name] = weight
-        error = BF16_BOUND if base is None else None
-        lossy.append(Lossy(name, (name,), "bf16", why, error, error is not None))
+        before = folded(roles[name], quantized, "F32")
+        error = _apart(cast(weight, "F32"), before, None, read) if measure else None
+        lossy.append(Lossy(name, (name,), "bf16", why, error))
     modules = {name: one for name, one in now.modules.items() if name not in packed}
     return Settled(replace(now, tensors=tensors, modules=modules), tuple(lossy), told)
 
@@ -270,7 +274,7 @@ def _factor(weights: Iterable[TensorInfo], read: ReadBytes, where: str) -> float
     """The scale of max calibration of several weights together."""
     import numpy as np
 
-    from modelopt_convert.formats.decoding import nvfp4_scale_of
+    from modelopt_convert.formats.arithmetic import nvfp4_scale_of
 
     largest = 0.0
     for info in weights:
