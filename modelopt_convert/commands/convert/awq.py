@@ -274,7 +274,7 @@ def _factor(weights: Iterable[TensorInfo], read: ReadBytes, where: str) -> float
     """The scale of max calibration of several weights together."""
     import numpy as np
 
-    from modelopt_convert.formats.decoding import nvfp4_scale_of
+    from modelopt_convert.formats.arithmetic import nvfp4_scale_of
 
     largest = 0.0
     for info in weights:
@@ -304,7 +304,7 @@ def _apart(found: TensorInfo, wanted: TensorInfo, factor: "NDArray[np.float32] |
         if factor is not None:
             left, right = (one.reshape(-1, columns) / factor for one in (left, right))
         error, size = error + float(np.square(left - right).sum()), size + float(np.square(right).sum())
-    return math.sqrt(error / size) if size else (0.0 if not error else math.inf)
+    return math.sqrt(error / size) if size else (math.inf if error else 0.0)
 
 
 def _floats(info: TensorInfo, begin: int, count: int, read: ReadBytes) -> "NDArray[np.float32]":
