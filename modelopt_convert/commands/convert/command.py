@@ -3,7 +3,7 @@
 Everything is moved by recipes: what is written is a copy of tensors that the source's reader presents.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,9 @@ class ConvertCommand:
             raw = reader.tensors
             reader.present(plan.written.tensors)
             readers: dict[Origin, CheckpointReader] = {"export": reader}
-            with self._clock.timed("stream"), torch_on_one_thread():
+            # A conversion that only reorders does without torch, which takes longer to import than much of the rest.
+            computes = bool(plan.lossy or transformed_modules(found.described))
+            with self._clock.timed("stream"), torch_on_one_thread() if computes else nullcontext():
                 done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
             reader.present(raw)
             self._warned += not_finite_warnings(done.not_finite)
@@ -197,7 +199,9 @@ class ConvertCommand:
         with opened_stage(stage, need_config=plan.config is not None) as written:
             self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
             again = describe(written, self._request.to, plan.settled.tensors)
-            found = self._compared = compare(reader, plan.expected, written, again.described)
+            found = self._compared = compare(
+                reader, plan.expected, written, again.described, self._request.worker_count
+            )
         check = {"name": "converted", "status": "fail" if found.failures else "pass", "failures": found.failures[:10]}
         failure = f"read back, {found.failures[0]} ({len(found.failures)} in all)" if found.failures else None
         self._keep(Closed(check, failure))
