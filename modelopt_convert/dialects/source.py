@@ -16,9 +16,7 @@ from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found, recognise
 from modelopt_convert.run.errors import InputError
 
-_HINTS = {
-    "nunchaku": "nunchaku alone reads its tiles, smoothing and low-rank parts; get the model in another form"
-}
+_HINTS = {"nunchaku": "nunchaku alone reads its tiles, smoothing and low-rank parts; get the model in another form"}
 
 
 @dataclass(frozen=True, slots=True)
