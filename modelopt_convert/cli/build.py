@@ -71,7 +71,7 @@ def show_build(out: "Output", report: "Report", request: BuildRequest) -> None:
     if out.verbose:
         show_counts(out, report)
         _show_rules(out, report)
-    for limit in (report.preset or {}).get("known_limits", ()):
+    for limit in (report.preset or {}).get("known_limits", ()) if request.to == "modelopt" else ():
         out.line(f"known limit: {limit}")
     others = ", ".join(sorted({f"{one.engine} {one.grade}" for one in report.engines if one.engine != report.engine}))
     if others:
@@ -138,6 +138,8 @@ def _next(report: "Report", request: BuildRequest) -> str:
     if request.to == "comfyui":
         files = " ".join(shlex.quote(str(Path(report.output.path) / one["file"])) for one in report.output.shards)
         return f"cp {files} ComfyUI/models/diffusion_models/"
+    if request.to == "bf16":
+        return f"mopt inspect {shlex.quote(report.output.path)}"
     if request.to == "modelopt" and loads_right(report.engines, request.engine) and not against:
         if report.output.load is not None:
             return report.output.load

@@ -147,7 +147,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         how += [f"**{proof.words.capitalize()}**: {why}."]
     else:
         how += ["Before publishing, every code and scale that is packed here was compared with the", f"base: {proven}."]
-    facts = limits(plan.config, target.algorithm) if made.to == "modelopt" else []
+    facts = limits(plan.config, target.algorithm)
     body = [
         f"# {title}, {target.quant_algo}",
         "",
@@ -171,9 +171,10 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         "",
         *_errors_section(plan, proof),
     ]
-    known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
-    known += [one.words for one in facts]
-    body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
+    if made.to == "modelopt":  # what is known of engines is known of this dialect
+        known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
+        known += [one.words for one in facts]
+        body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
 
 

@@ -109,9 +109,8 @@ def _planned(part: Opened, plan: BuildPlan, request: BuildRequest) -> Canonical:
     sharing = {name: number for number, group in enumerate(plan.shared) for name in group}
     numbers = {name: sharing.get(name, len(plan.shared) + place) for place, name in enumerate(plan.packed)}
     tensors = {name: _info(name, step, part, numbers) for name, step in plan.steps.items()}
-    modules = {
-        name: Quantized(request.algorithm, plan.modules[name].rows, plan.modules[name].columns) for name in plan.packed
-    }
+    algorithm: Literal["nvfp4", "fp8"] = "fp8" if request.algorithm == "fp8" else "nvfp4"
+    modules = {name: Quantized(algorithm, plan.modules[name].rows, plan.modules[name].columns) for name in plan.packed}
     return Canonical(tensors, modules, {}, plan.config)
 
 
