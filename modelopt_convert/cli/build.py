@@ -55,19 +55,23 @@ def _run(request: BuildRequest, output: "Output") -> None:
     run(output, request, show)
 
 
-def show_build(out: "Output", report: "Report", request: BuildRequest) -> None:
+def show_build(out: "Output", report: "Report", request: BuildRequest, *, with_next: bool = True) -> None:
     """The answer, then what it rests on; tables with ``-v``."""
     from modelopt_convert.cli._output import human_bytes, show_cost, show_counts, show_written
 
     planned, proof = report.status == "planned", report.proof
     show_written(out, report, "" if proof is None or planned else proof.words or proof.status)
-    if not planned:
+    if not planned and with_next:
         out.line(f"next: {_next(report, request)}")
+    if report.convert is not None:
+        from modelopt_convert.cli.convert import show_converted
+
+        show_converted(out, report.convert)
     out.line("")
     if out.verbose:
         show_counts(out, report)
         _show_rules(out, report)
-    for limit in (report.preset or {}).get("known_limits", ()):
+    for limit in (report.preset or {}).get("known_limits", ()) if request.to == "modelopt" else ():
         out.line(f"known limit: {limit}")
     others = ", ".join(sorted({f"{one.engine} {one.grade}" for one in report.engines if one.engine != report.engine}))
     if others:
@@ -131,7 +135,12 @@ def _next(report: "Report", request: BuildRequest) -> str:
     if model is None and place is not None:
         pipelines = (one for one in (Path(place), Path(place).parent) if (one / "model_index.json").is_file())
         model = next((shlex.quote(str(one)) for one in pipelines), None)
-    if loads_right(report.engines, request.engine) and not against:
+    if request.to == "comfyui":
+        files = " ".join(shlex.quote(str(Path(report.output.path) / one["file"])) for one in report.output.shards)
+        return f"cp {files} ComfyUI/models/diffusion_models/"
+    if request.to == "bf16":
+        return f"mopt inspect {shlex.quote(report.output.path)}"
+    if request.to == "modelopt" and loads_right(report.engines, request.engine) and not against:
         if report.output.load is not None:
             return report.output.load
         if model is not None:

@@ -37,9 +37,7 @@ def _show(out: "Output", report: "Report", request: ConvertRequest) -> None:
     told = report.convert
     assert told is not None  # a run that ended well has a plan
     show_written(out, report, told.words)
-    out.line(f"{told.from_} to {told.to}: {_modules(told)}")
-    for words in _lost(told, verbose=out.verbose):
-        out.line(words)
+    show_converted(out, told)
     if report.status != "planned":
         out.line(f"next: {_next(report, request)}")
     out.line("")
@@ -52,6 +50,13 @@ def _show(out: "Output", report: "Report", request: ConvertRequest) -> None:
     if told.proof.compared:
         out.line(f"read back: {told.proof.equal} of {told.proof.compared} tensors equal")
     show_cost(out, report)
+
+
+def show_converted(out: "Output", told: "ConvertReport") -> None:
+    """What became of the modules, and what is not as it was."""
+    out.line(f"{told.from_} to {told.to}: {_modules(told)}")
+    for words in _lost(told, verbose=out.verbose):
+        out.line(words)
 
 
 def _modules(told: "ConvertReport") -> str:

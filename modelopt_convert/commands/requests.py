@@ -383,6 +383,12 @@ class _Choosing(Request["Report"]):
     pipeline_output: Annotated[
         bool, Flag("Write a whole pipeline, with the base's other components, for an engine's --model-path.")
     ] = False
+    to: Annotated[TargetName, Flag("The dialect to write: the checkpoint is built, proven, and converted.")] = (
+        "modelopt"
+    )
+    inexact: Annotated[
+        Literal["refuse", "bf16"], Flag("What becomes of modules that the target of --to cannot hold exactly.")
+    ] = "refuse"
     keep_bf16: Annotated[
         Sequence[str], Flag("Keep these modules in BF16 too; may be given several times.", metavar="PATTERN")
     ] = ()
@@ -411,6 +417,11 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
             self.refuse("base_model", "is a repo on the Hub: ORGANIZATION/NAME")
         if self.shard_bytes <= 0:
             self.refuse("max_shard_size", "must be more than nothing")
+        if self.to != "modelopt" and (self.pipeline_output or self.push_to is not None):
+            other = "--pipeline-output" if self.pipeline_output else "--push-to"
+            self.refuse("to", f"{self.to} is for the transformer alone, on disk; leave {other} out")
+        if self.to == "modelopt" and self.inexact != "refuse":
+            self.refuse("inexact", "is for --to another dialect")
 
     @property
     def shard_bytes(self) -> int:

@@ -178,6 +178,21 @@ class StagingDir:
             fsops.close(fd)
         self._written[name] = _state(self.path / name)
 
+    def remove_folder(self, name: str) -> None:
+        """Take a folder out of the stage again, with the finished files in it.
+
+        Raises:
+            StorageError: ``storage.swap_refused``: the stage holds what mopt did not write; nothing was removed.
+        """
+        with self._named_errors():
+            self._check_stage()
+            mine = [one for one in self._written if one.startswith(f"{name}/")]
+            for one in mine:
+                fsops.remove_file(self.path / one)
+                del self._written[one]
+            fsops.remove_dir(self.path / name)
+            self._folders.remove(self.path / name)
+
     def publish(self) -> Published:
         """Sync the stage, swap it with OUT, sync the parent, remove the old tree.
 

@@ -53,7 +53,7 @@ _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", *_CHOOSING, "--output", "--keep-bf16", "--max-shard-size", "--component",
-        "--pipeline-output",
+        "--pipeline-output", "--to", "--inexact",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
     },
@@ -63,7 +63,7 @@ FLAGS = {
     },
     "convert-fp8": {
         "--preset", "--export", "--base", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size",
-        "--component", "--pipeline-output",
+        "--component", "--pipeline-output", "--to", "--inexact",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },
     "verify": {

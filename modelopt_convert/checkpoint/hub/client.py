@@ -95,13 +95,13 @@ def ask(call: Callable[[], _T]) -> _T:
     return watch.watched(lambda: _retried(call), watch.ANSWER_S)
 
 
-def ask_once(call: Callable[[], _T]) -> _T:
-    """What ``call`` returns in ``ANSWER_S`` seconds.
+def ask_once(call: Callable[[], _T], seconds: float | None = None) -> _T:
+    """What ``call`` returns in so many seconds; None for ``ANSWER_S``.
 
     Raises:
         StalledError: It takes longer.
     """
-    return watch.watched(call, watch.ANSWER_S)
+    return watch.watched(call, watch.ANSWER_S if seconds is None else seconds)
 
 
 def _retried(call: Callable[[], _T]) -> _T:

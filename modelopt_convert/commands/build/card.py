@@ -6,6 +6,7 @@ from typing import Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
+from modelopt_convert.commands.requests import TargetName
 from modelopt_convert.engines.limits import DEFAULT, Limit, limits
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command, pipeline_command
 from modelopt_convert.formats.format import Algorithm
@@ -16,6 +17,14 @@ from modelopt_convert.report.report import ProofReport
 from modelopt_convert.report.words import NEAR_WORDS, QUANTIZED_HERE, SAMPLED_WORDS
 
 _NOT_CALIBRATED = "**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."
+_FOR = "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights."
+_LOADED: dict[TargetName, str] = {
+    "comfyui": "For ComfyUI: copy the `.safetensors` file into its folder `models/diffusion_models`.",
+    "bfl-diffusers": "In the form of Black Forest Labs' NVFP4 repositories: for engines that load these.",
+    "torchao": "With diffusers and torchao: `from_pretrained` of the model's class takes this folder.",
+    "compressed-tensors": "For engines that load compressed-tensors.",
+    "bf16": "In BF16, with the values that the quantized weights decode to: `from_pretrained` takes this folder.",
+}
 _WHY = {
     NEAR_WORDS: "weights, or tensors beside them, are near the base's and not made from them as they are",
     SAMPLED_WORDS: "a sample of the rows was compared with the base, and the others were not",
@@ -33,6 +42,7 @@ class Made:
         base_repo: The base's repo, as it was observed; None where nothing tells it.
         base_claimed: The base's repo, as the user says it is.
         beside: Folders of the base that are copied beside the transformers; None where these are alone.
+        to: The dialect that is published.
     """
 
     command: str
@@ -41,6 +51,7 @@ class Made:
     base_repo: str | None
     base_claimed: str | None
     beside: tuple[str, ...] | None = None
+    to: TargetName = "modelopt"
 
     @property
     def base(self) -> str | None:
@@ -64,7 +75,8 @@ def _head(algorithm: Algorithm, made: Made) -> list[str]:
         head += [f"base_model: {made.base}", "base_model_relation: quantized"]
     if made.model is not None:
         head += [*_license(made.model), f"pipeline_tag: {made.model.pipeline_tag}"]
-    return [*head, "library_name: diffusers", "tags:", f"- {algorithm}", "- modelopt", "- mopt", "- sglang", "---", ""]
+    tags = ["modelopt", "mopt", "sglang"] if made.to == "modelopt" else ["modelopt", "mopt", made.to]
+    return [*head, "library_name: diffusers", "tags:", f"- {algorithm}", *(f"- {tag}" for tag in tags), "---", ""]
 
 
 def _license(preset: Preset) -> list[str]:
@@ -85,6 +97,8 @@ def _preset_line(chosen: ChosenPreset | None) -> list[str]:
 
 def _load_section(made: Made, components: Sequence[str], facts: Sequence[Limit]) -> list[str]:
     """How it is loaded; no command that is known to fail."""
+    if made.to != "modelopt":
+        return ["## Load", "", _LOADED[made.to], ""]
     if broken := [one for one in facts if one.engine == DEFAULT and one.is_broken]:
         return ["## Load", "", f"Not in {broken[0].name}: see known limits.", ""]
     if made.beside is not None:
@@ -142,8 +156,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         f"VAE and scheduler {'come from' if made.beside is None else 'stand beside it, copied from'} the base model.",
         "",
         *_load_section(made, [], facts),
-        "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights.",
-        "",
+        *([_FOR, ""] if made.to == "modelopt" else []),
         "## How it was made",
         "",
         *how,
@@ -153,14 +166,15 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         "|---|---|---|---|",
         *(f"| `{rule.pattern}` | {rule.matched} | {rule.replaced} | {rule.kind} |" for rule in plan.rules),
         "",
-        target.stored,
+        *([target.stored] if made.to == "modelopt" else []),
         "`mopt.json` lists the digest of every tensor.",
         "",
         *_errors_section(plan, proof),
     ]
-    known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
-    known += [one.words for one in facts]
-    body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
+    if made.to == "modelopt":  # what is known of engines is known of this dialect
+        known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
+        known += [one.words for one in facts]
+        body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
 
 
@@ -173,6 +187,25 @@ def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
         "the difference over that of the base):",
     ]
     return ["## Error by kind of module", "", *words, "", *table, ""]
+
+
+def converted_card(card: str, to: TargetName, in_bf16: Sequence[tuple[str, str]]) -> str:
+    """The card of a checkpoint that was built and then converted.
+
+    Args:
+        card: Of the checkpoint that was built.
+        to: The dialect that is published.
+        in_bf16: What the target has in BF16, although the build quantized it, and why.
+    """
+    body = [
+        "## Converted",
+        "",
+        f"The checkpoint described above was converted to {to}, and read back: every byte is what its reader gives.",
+        "",
+    ]
+    if in_bf16:
+        body += [f"{len(in_bf16)} modules are in BF16 here:", "", *(f"- `{name}`: {why}" for name, why in in_bf16), ""]
+    return "\n".join([card, *body])
 
 
 def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:

@@ -22,6 +22,7 @@ from modelopt_convert.commands.build.proof import Proven, conclude_part, measure
 from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
 from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
+from modelopt_convert.commands.build.to import STAGED, Fits, convert_staged, refuse_inexact, room_needed
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, verify_stage
 from modelopt_convert.commands.command import (
     Inputs,
@@ -76,6 +77,8 @@ class BuildCommand:
             output=str(Path(request.output)) if request.output is not None else "",
         )
         self._foreign: tuple[str, ...] = ()
+        # The folder of the stage that the checkpoint is built in: the stage itself, unless it is converted from there.
+        self._staged = "" if request.to == "modelopt" else f"{STAGED}/"
 
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
@@ -124,8 +127,11 @@ class BuildCommand:
                     plan = self._plan(part)
                 steps.plans.append(plan)
                 path = str(part.model.path)
-                steps.warned += [*plan.warnings, *refuse_broken(plan.config, request.algorithm, path, request)]
+                steps.warned += plan.warnings
+                if request.to == "modelopt":  # what is known of engines is known of this dialect
+                    steps.warned += refuse_broken(plan.config, request.algorithm, path, request)
                 refuse_misread(plan, path)
+            fits = self._fits()
             if self._export is None:
                 steps.warned[:0] = _uncalibrated()  # the first thing to know, of what can be opened
             steps.free_bytes = shutil.disk_usage(output.parent).free
@@ -140,9 +146,23 @@ class BuildCommand:
             gpu = self._open_gpu()
             calibration: Literal["none"] | None = "none" if self._export is None else None
             beside = steps.companions.folders if steps.companions is not None else None
-            made = Made(request.command, steps.chosen, calibration, base_repo(steps.parts), request.base_model, beside)
+            made = Made(
+                request.command,
+                steps.chosen,
+                calibration,
+                base_repo(steps.parts),
+                request.base_model,
+                beside,
+                request.to,
+            )
             need = build_bytes(steps.parts, steps.plans, made, steps.companions)
             # Before the proof: that another run holds OUT, or that the disk is full, is said before any tensor is read.
+            if fits is not None:
+                need = room_needed(need, steps.plans[0], fits)
+                progress.announce(
+                    f"the checkpoint is built beside {output.name} first and then converted to {request.to}: "
+                    f"up to {need / 1e9:.1f} GB of disk"
+                )
             copies = steps.companions.files if steps.companions is not None else ()
             with StagingDir(output, inputs, **request.consent, need_bytes=need, copies=copies) as stage:
                 with torch_on_one_thread():
@@ -150,6 +170,8 @@ class BuildCommand:
                 self._write(stage, made, executor, progress, gpu)
                 steps.inputs.check_unchanged()
                 self._close(stage, progress)
+                if request.to != "modelopt":
+                    self._convert(stage, executor, progress)
                 with steps.clock.timed("publish"):
                     try:
                         stage.publish()
@@ -205,6 +227,29 @@ class BuildCommand:
             target, part.export, part.base, keeps, max_shard_size=request.shard_bytes, calibration=part.calibration
         )
 
+    def _fits(self) -> Fits | None:
+        """Whether another target can hold what was planned, and what that costs."""
+        request, steps = self._request, self.steps
+        if request.to == "modelopt":
+            return None
+        if len(steps.parts) > 1:
+            request.refuse("to", f"{request.to} takes one transformer; --component says which")
+        fits = refuse_inexact(steps.parts[0], steps.plans[0], request)
+        steps.warned += fits.warned
+        return fits
+
+    def _convert(self, stage: StagingDir, executor: Executor, progress: Progress) -> None:
+        """Write the target's files, read them back, and take out of the stage what they were made from."""
+        steps = self.steps
+        with_proof = (steps.parts[0], steps.proofs[0].report)
+        done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
+        steps.converted = done
+        steps.warned += done.warned
+        for closed in done.closed:
+            self._keep(closed)
+        steps.inputs.check_unchanged()  # the base may have been read once more
+        stage.remove_folder(STAGED)
+
     def _uncalibrated_line(self) -> str:
         """What is said first where the base itself is quantized."""
         fetched = self.steps.inputs.to_fetch
@@ -246,14 +291,15 @@ class BuildCommand:
         for number, part in enumerate(steps.parts):
             proven = steps.proofs[number]
             with steps.clock.timed("stream"), torch_on_one_thread():
-                if part.prefix:
-                    stage.add_folder(part.prefix.rstrip("/"))
+                place = f"{self._staged}{part.prefix}"
+                if place:
+                    stage.add_folder(place.rstrip("/"))
                 done = stream(
                     stage,
                     steps.plans[number],
                     part.readers,
                     progress,
-                    part.prefix,
+                    place,
                     workers=self._request.worker_count,
                     executor=executor,
                     due=proven.due,
@@ -272,7 +318,7 @@ class BuildCommand:
             files = small_files(part, steps.plans[number], made, proven.report, done.digests)
             records[part.prefix.rstrip("/")] = files[RECORD]
             for name, data in files.items():
-                stage.write_file(f"{part.prefix}{name}", data)
+                stage.write_file(f"{place}{name}", data)
         if gpu is not None:
             steps.peak_gpu_bytes = gpu.peak_bytes()
         copied = self._copy(stage, progress)
@@ -298,12 +344,12 @@ class BuildCommand:
 
     def _close(self, stage: StagingDir, progress: Progress) -> None:
         """Check what was written, and refuse to publish what is wrong."""
-        request, steps = self._request, self.steps
+        request, steps, folder = self._request, self.steps, stage.path / self._staged
         with steps.clock.timed("check"):
             for part, plan in zip(steps.parts, steps.plans, strict=True):
-                self._keep(structure_checked(check_structure(stage.path / part.prefix, plan)))
+                self._keep(structure_checked(check_structure(folder / part.prefix, plan)))
             for part, found in zip(steps.parts, steps.proofs, strict=True):
-                losses = self._fused_losses(stage.path / part.prefix, found)
+                losses = self._fused_losses(folder / part.prefix, found)
                 steps.fused_losses |= {f"{part.prefix}{group}": one for group, one in losses.items()}
                 steps.warned += _fused_warning(losses, part.prefix)
         if request.verify == "off":
@@ -318,7 +364,7 @@ class BuildCommand:
             workers=request.worker_count,
         )
         with steps.clock.timed("verify"):
-            closed = verify_stage(stage.path, parts, options, steps.output, progress)
+            closed = verify_stage(folder, parts, options, steps.output, progress)
         steps.verify = closed.verify
         self._keep(closed)
 

@@ -8,6 +8,7 @@ from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import counted, fates_of, rules_of
 from modelopt_convert.commands.build.inputs import Opened, base_repo
 from modelopt_convert.commands.build.proof import Proven, verdict_counts
+from modelopt_convert.commands.build.to import Converted
 from modelopt_convert.commands.command import (
     Clock,
     Inputs,
@@ -57,6 +58,7 @@ class Steps:
         fused_losses: What engines lose of fused weights, by group and engine.
         checks: Of the closing step.
         verify: By the levels of verify.
+        converted: What became of it in another dialect.
         published: How the checkpoint came into place.
         peak_rss_bytes: Of this process, at the end of the work.
         pushed: What stands on the Hub.
@@ -79,6 +81,7 @@ class Steps:
     fused_losses: dict[str, Mapping[str, float]] = field(default_factory=dict)
     checks: list[dict[str, object]] = field(default_factory=list)
     verify: VerifyReport | None = None
+    converted: Converted | None = None
     published: Published | None = None
     peak_rss_bytes: int | None = None
     pushed: PushedReport | None = None
@@ -97,7 +100,10 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         error: What ended the run, or None.
     """
     both = list(zip(steps.parts, steps.plans, strict=False))  # a plan may be refused after others were made
+    done = steps.converted
     specs = {f"{part.prefix}{shard.file}": shard.tensors for part, plan in both for shard in plan.shards}
+    if done is not None:
+        specs = {shard.file: shard.tensors for shard in done.plan.shards}
     ledger = {f"{part.prefix}{role}": fates for part, plan in both for role, fates in fates_of(part, plan).items()}
     beside = steps.companions.files if steps.companions is not None else {}
     copied = {path: file.num_bytes for path, file in beside.items()}
@@ -110,11 +116,14 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
             update={"load": _pipeline_command(request, steps)}
         ),
         engine=request.engine,
-        engines=known_limits([part.model.config for part in steps.parts], request.algorithm),
+        engines=known_limits(
+            [part.model.config for part in steps.parts if request.to == "modelopt"], request.algorithm
+        ),
         rules=[rule for part, plan in both for rule in rules_of(part, plan)],
         counts={role: counted(fates) for role, fates in ledger.items()},
         ledger=ledger,
         proof=_proof(steps),
+        convert=done.report if done is not None else None,
         calibration=None if calibrated else "none",
         clipped=steps.clipped,
         dequantized=[f"{part.prefix}{name}" for part, plan in both for name in plan.dequantized],

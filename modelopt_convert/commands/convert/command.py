@@ -14,7 +14,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
-from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, written_faults
+from modelopt_convert.commands.closing import refuse_failed
 from modelopt_convert.commands.command import (
     Clock,
     Inputs,
@@ -32,14 +32,14 @@ from modelopt_convert.commands.command import (
 from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
-from modelopt_convert.commands.convert.proof import Compared, compare, no_proof, prove_source
+from modelopt_convert.commands.convert.proof import Compared, no_proof, prove_source
 from modelopt_convert.commands.convert.told import convert_report
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
+from modelopt_convert.commands.convert.written import read_back, stream_converted
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import compare_bases, compare_configs, rewritten_report
 from modelopt_convert.dialects.awq import transformed_modules
 from modelopt_convert.dialects.source import Source, describe
-from modelopt_convert.plan.plan import Origin
 from modelopt_convert.report.report import ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
 from modelopt_convert.run.errors import InputError
@@ -49,7 +49,6 @@ from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
 from modelopt_convert.write.executors import open_executor
-from modelopt_convert.write.stream import stream
 
 _MAX_CONFIG = 1 << 24
 
@@ -119,14 +118,10 @@ class ConvertCommand:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
             stage.check_space(self._disk_bytes(plan))
-            raw = reader.tensors
-            reader.present(plan.written.tensors)
-            readers: dict[Origin, CheckpointReader] = {"export": reader}
             # A conversion that only reorders does without torch, which takes longer to import than much of the rest.
             computes = bool(plan.lossy or transformed_modules(found.described))
             with self._clock.timed("stream"), torch_on_one_thread() if computes else nullcontext():
-                done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
-            reader.present(raw)
+                done = stream_converted(stage, reader, plan, progress, request.worker_count, executor)
             self._warned += not_finite_warnings(done.not_finite)
             for name, data in small_files(plan).items():
                 stage.write_file(name, data)
@@ -196,19 +191,10 @@ class ConvertCommand:
         Raises:
             CheckFailedError: ``check.structure`` or ``check.converted``.
         """
-        with opened_stage(stage, need_config=plan.config is not None) as written:
-            self._keep(structure_checked(written_faults(written, plan.steps, plan.shards)))
-            again = describe(written, self._request.to, plan.settled.tensors)
-            found = self._compared = compare(
-                reader, plan.expected, written, again.described, self._request.worker_count
-            )
-        check = {"name": "converted", "status": "fail" if found.failures else "pass", "failures": found.failures[:10]}
-        failure = f"read back, {found.failures[0]} ({len(found.failures)} in all)" if found.failures else None
-        self._keep(Closed(check, failure))
-
-    def _keep(self, closed: Closed) -> None:
-        self._checks.append(closed.check)
-        refuse_failed(closed)
+        self._compared, found = read_back(stage, reader, plan, self._request.to, self._request.worker_count)
+        for closed in found:
+            self._checks.append(closed.check)
+            refuse_failed(closed)
 
     def _record(self, plan: ConvertPlan, digests: dict[str, str], proof: ProofReport | None) -> bytes:
         assert self._source is not None and self._kept is not None  # a plan is made of them

@@ -9,7 +9,7 @@ from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.command import Warned, without_quantization
 from modelopt_convert.commands.convert.awq import settle_transformed
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
-from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, unequal_groups
+from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, refuse_without_map, unequal_groups
 from modelopt_convert.commands.convert.restore import Restored, restore
 from modelopt_convert.commands.convert.way_back import Claim, named
 from modelopt_convert.commands.requests import ConvertRequest
@@ -81,13 +81,7 @@ def plan_output(
     prefix = ""
     if claim is not None:
         spelling, prefix = claim.spelling, claim.prefix
-    if spelling != "diffusers" and not family.rows:
-        raise InputError(
-            f"{where}: {target.name} has the model's own names, and mopt has no key map of {family.title}",
-            code="convert.family",
-            path=where,
-            hint="modelopt, torchao, compressed-tensors and bf16 keep diffusers' names",
-        )
+    refuse_without_map(family, target, spelling, where)
     first = settle_transformed(
         described, target.name, family, spelling, request.inexact, base, reader.read_of, where, measure=measure
     )

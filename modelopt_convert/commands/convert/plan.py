@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes, grouped
+from modelopt_convert.dialects.form import Canonical, Form, Naming, ReadBytes, grouped
 from modelopt_convert.families.family import Family
 from modelopt_convert.run.errors import InputError
 
@@ -32,6 +32,21 @@ class Unequal:
     why: str
     rebases: bool
     requantizes: bool = True
+
+
+def refuse_without_map(family: Family, target: Form, naming: Naming, where: str) -> None:
+    """Refuse to write a model's own names where these are not known.
+
+    Raises:
+        InputError: ``convert.family``.
+    """
+    if naming != "diffusers" and not family.rows:
+        raise InputError(
+            f"{where}: {target.name} has the model's own names, and mopt has no key map of {family.title}",
+            code="convert.family",
+            path=where,
+            hint="modelopt, torchao, compressed-tensors and bf16 keep diffusers' names",
+        )
 
 
 def fused_groups(described: Canonical, family: Family, naming: Naming) -> dict[str, tuple[str, ...]]:
