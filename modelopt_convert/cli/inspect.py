@@ -58,7 +58,7 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
         believed = engine.believes
         read = (
             f"{believed['nibble_order']} nibble first, scales {believed['scale_layout']}, "
-            f"groups of {believed['group_size']}, "
+            f"groups of {believed['group_size'] or 'a size that the file does not say'}, "
         )
         has_layout = believed["nibble_order"] != "none"
         out.line(f"{engine.name} believes: {read if has_layout else ''}{believed['packed_modules']} packed modules")
@@ -86,7 +86,7 @@ def _show_modules(out: "Output", component: "ComponentReport") -> None:
         [
             [str(count), algorithm, f"{nibbles} nibble ({how})", f"{scales} ({known})", convention]
             if nibbles != "none"
-            else [str(count), algorithm, "", "", ""]
+            else [str(count), algorithm, "", _scale_words(scales, known), ""]
             for (algorithm, nibbles, how, scales, known, convention), count in rows.items()
         ],
     )
@@ -94,6 +94,13 @@ def _show_modules(out: "Output", component: "ComponentReport") -> None:
         out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
     elif any("undetermined" in (one.nibble_order, one.scale_layout) for one in component.modules.values()):
         out.line("  undetermined: --base BASE, the model that it was made from, tells")
+
+
+def _scale_words(scales: str, known: str) -> str:
+    """The order of block scales of weights that are not packed; nothing where the format has no such scales."""
+    if scales == "none":
+        return ""
+    return scales if known == "none" else f"{scales} ({known})"
 
 
 def _show_verdicts(out: "Output", component: "ComponentReport") -> None:

@@ -233,6 +233,8 @@ REFUSED: list[tuple[str, Callable[[], Tensors], dict[str, str], str]] = [
     ("padding unknown", changed(weight=torch.zeros(16, 32, dtype=torch.uint8)), {}, "dialect.padded"),
     ("svdquant", changed(svdquant_lora_a=torch.ones(4, 64)), {}, "dialect.role"),
     ("awq", changed(pre_quant_scale=torch.ones(63)), {}, "dialect.shape"),
+    ("a factor for other columns", changed(pre_quant_scale=torch.ones(65)), {}, "dialect.shape"),
+    ("awq of FP8", fp8(pre_quant_scale=torch.ones(64)), {}, "dialect.role"),
     ("both spellings", fp8(scale_weight=ONE), {}, "dialect.contradiction"),
     ("hidden sentinel", lambda: {"a.weight": weight(), "a.scale_weight": ONE}, layers(), "dialect.contradiction"),
     ("a second scale", fp8(weight_scale_2=ONE), {}, "dialect.shape"),
