@@ -282,7 +282,9 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         return _disk_full(repo_id)
     if isinstance(error, http_library().UnsupportedProtocol):
         hint = "a proxy, or the server that HF_ENDPOINT names, may have answered"
-        return _error(InputError, repo_id, "answer", f"an answer names no address: {first_line(error)}", hint)
+        return _error(
+            InputError, repo_id, "answer", f"an answer leads to what is no address: {first_line(error)}", hint
+        )
     if isinstance(error, http_library().TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", no_way)
     return _error(RemoteError, repo_id, "unreachable", first_line(error), no_way)

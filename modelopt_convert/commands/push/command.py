@@ -204,8 +204,10 @@ def _send(
     warned = [
         (
             "push.card_kept",
-            f"{card} was edited on the Hub and stays; `hf upload {repo_id} {Path(request.checkpoint) / card} {card}` "
-            "replaces it",
+            runnable(
+                f"{card} was edited on the Hub and stays; "
+                f"`hf upload {repo_id} {Path(request.checkpoint) / card} {card}` replaces it"
+            ),
         )
         for card in changes.kept_cards
     ]
@@ -220,7 +222,7 @@ def _send(
     )
     if request.dry_run:
         return pushed, warned
-    with hub_errors(repo_id, request.again):
+    with hub_errors(repo_id, request.resumed):
         if not target.branch_exists:
             branch = request.revision or _MAIN
             ask_once(partial(api.create_branch, repo_id, branch=branch, revision=target.parent, exist_ok=True))
@@ -293,7 +295,7 @@ def _commit(
 def _maybe_made(request: PushRequest) -> Iterator[None]:
     """Whoever sends a commit and cannot read the answer does not know whether it was made."""
     try:
-        with hub_errors(request.repo_id, request.again):
+        with hub_errors(request.repo_id, request.resumed):
             yield
     except MoptError as error:
         if error.code in _UNKNOWN:
