@@ -336,7 +336,7 @@ def _tell_error(output: Output, report: Report | InspectReport) -> None:
 
 
 def _written(output: Output, report: Shown) -> tuple[Shown, str | None]:
-    """The report, written where it is asked for; where that failed with another exit code, and the line that says so."""
+    """The report, written where it is asked for; where that failed, with another exit code, and in words."""
     if output.report_json is None:
         return report, None
     try:

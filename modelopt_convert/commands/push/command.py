@@ -51,6 +51,7 @@ from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.report.report import EngineLimitReport, OutputReport, PublishedReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError, MoptError
 from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.text import runnable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
