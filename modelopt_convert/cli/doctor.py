@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._text import Tone
+    from modelopt_convert.commands.doctor import Finding
 
 _TITLES = {
     "version": "versions",
@@ -44,7 +45,8 @@ def doctor(
         from modelopt_convert.run.errors import ExitCode, Interrupted
         from modelopt_convert.run.signals import Signals
 
-    output, findings, ended = Output(json=as_json, no_color=no_color), [], None
+    output, ended = Output(json=as_json, no_color=no_color), None
+    findings: list[Finding] = []
     with Signals() as signals, reader_may_leave():
         try:
             with signals.acting():

@@ -17,7 +17,7 @@ from modelopt_convert import __version__
 from modelopt_convert.commands.command import ending
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import MoptError, first_line
-from modelopt_convert.run.text import unicode_text
+from modelopt_convert.run.text import runnable, unicode_text
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Status = Literal["ok", "missing", "broken"]
 # What mopt is installed with, and what extras and engines bring.
 _NEEDED = ("torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich", "xxhash", "llvmlite")
+_NO_TOKEN = "no token: public repos can be read; `hf auth login` makes one"
 _ANSWER_S = 5.0  # of the Hub
 _LEAST_FREE = 100_000_000  # bytes: less than the smallest model takes
 _MORE = ("triton", "flashinfer-python", "sgl-kernel", "ray", "nvidia-modelopt", "diffusers", "sglang", "vllm-omni")
@@ -158,7 +159,7 @@ def _hub() -> list[Finding]:
     from huggingface_hub import constants, get_token
 
     if get_token() is None:
-        return [Finding("hub", "login", "missing", "no token: public repos can be read; `hf auth login` makes one")]
+        return [Finding("hub", "login", "missing", runnable(_NO_TOKEN))]
     if constants.HF_HUB_OFFLINE:
         return [Finding("hub", "login", "ok", "there is a token; HF_HUB_OFFLINE is set, and nobody was asked whose")]
     from modelopt_convert.checkpoint.hub.client import ask_once, hub_api, hub_errors
