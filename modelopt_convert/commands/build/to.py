@@ -182,7 +182,7 @@ def convert_staged(
                 reader.take_beside(BASE, part.base)
             plan = plan_output(reader, source, part.base, None, asked, measure=True)
             config = (stage.path / STAGED / "config.json").read_text()
-            kept = keep(reader, source, plan.settled, plan.expected, config)
+            kept = keep(reader, source, plan.settled, plan.expected, config, request.to)
         card = (stage.path / STAGED / "README.md").read_text()
         in_bf16 = [(one.module, one.why) for one in plan.lossy]
         files = {"README.md": converted_card(card, request.to, in_bf16).encode()}

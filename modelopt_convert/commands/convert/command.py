@@ -115,9 +115,9 @@ class ConvertCommand:
                     with self._clock.timed("prove"), torch_on_one_thread():
                         self._prove(reader, found, against)
             with self._clock.timed("plan"):
-                claim = self._claim(reader, source_path.name if source_path.is_file() else None)
+                claim = self._claim(reader, found, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
-                self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader))
+                self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
             self._warned += not_restored_warnings(plan)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
@@ -181,13 +181,25 @@ class ConvertCommand:
         found = self._proof = prove_source(reader, source.described, base, self._request)
         self._words = found.words
 
-    def _claim(self, reader: CheckpointReader, single: str | None) -> Claim | None:
-        """What a record says of a checkpoint in the target's dialect that SOURCE was made from."""
+    def _claim(self, reader: CheckpointReader, source: Source, single: str | None) -> Claim | None:
+        """What a record says of a checkpoint in the target's dialect that SOURCE was made from.
+
+        Raises:
+            InputError: ``convert.dialect``: it says that SOURCE is in another dialect than it was taken for.
+        """
         try:
             claim = read_claim(reader, single)
         except InputError as error:
             self._warned.append((error.code, error.message))
             return None
+        if claim is not None and claim.to not in (None, source.form.name) and self._request.from_ is None:
+            # Two dialects may have the same names, dtypes and shapes, and another order of nibbles.
+            raise InputError(
+                f"{reader.path}: expected {claim.to}, as mopt.json says, found what is read as {source.form.name}",
+                code="convert.dialect",
+                path=str(reader.path),
+                hint=f"--from {claim.to} reads it as that; for weights that mopt did not write, name theirs",
+            )
         return claim if claim is not None and claim.dialect == self._request.to else None
 
     def _close(self, stage: Path, reader: CheckpointReader, plan: ConvertPlan) -> None:

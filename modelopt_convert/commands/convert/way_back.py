@@ -42,6 +42,7 @@ class Claim:
 
     Attributes:
         dialect: Of that checkpoint, by its ``--to`` name.
+        to: The dialect of the file at hand; None if the record does not say it.
         spelling: Of its names.
         prefix: In front of each.
         config: The text of its config.json, if it had one.
@@ -49,6 +50,7 @@ class Claim:
     """
 
     dialect: str
+    to: str | None
     spelling: Naming
     prefix: str
     config: str | None
@@ -61,6 +63,7 @@ def keep(
     settled: Canonical,
     expected: Canonical,
     config_text: str | None,
+    to: str,
 ) -> Kept:
     """Write the output back in thought, and keep what is not the source then.
 
@@ -70,6 +73,7 @@ def keep(
         settled: What is written.
         expected: What a reader of the output finds of that.
         config_text: Of its config.json, if it has one of its own.
+        to: The target's name.
     """
     read, found = reader.read_of, source.found
     try:
@@ -97,6 +101,7 @@ def keep(
         file.setdefault("tensors", {})[name] = entry
     entry_of = {
         "from": source.form.name,
+        "to": to,
         "spelling": found.spelling,
         "prefix": found.prefix,
         "files": files,
@@ -155,8 +160,9 @@ def _claim(said: Mapping[str, Any]) -> Claim:
     spelling = said["spelling"]
     if spelling not in ("diffusers", "comfyui", "original"):
         raise ValueError("spelling")
-    config = said.get("config")
-    return Claim(str(said["from"]), spelling, str(said["prefix"]), None if config is None else str(config), files)
+    to, config = said.get("to"), said.get("config")
+    told = None if to is None else str(to)
+    return Claim(str(said["from"]), told, spelling, str(said["prefix"]), None if config is None else str(config), files)
 
 
 def named(described: Canonical, family: Family, spelling: Naming, prefix: str) -> Canonical:

@@ -43,6 +43,19 @@ def test_there_and_back_are_the_very_files(
         assert (tmp_path / "back" / name).read_bytes() == (source / "transformer" / name).read_bytes(), name
 
 
+def test_a_file_without_a_marker_is_not_taken_for_another_dialect(families: Path, tmp_path: Path) -> None:
+    """Names, dtypes and shapes are those of Black Forest Labs' files for ComfyUI, and the nibbles lie the other way."""
+    source = families / "flux2" / "nvfp4"
+    assert run_mopt("convert", source, tmp_path / "there", "--to", "bfl-diffusers").exit_code == 0
+    refused = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt")
+    assert refused.exit_code == 3 and "[convert.dialect]" in refused.stderr, refused.stderr
+    assert "--from bfl-diffusers" in refused.stderr and not (tmp_path / "back").exists()
+    told = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt", "--from", "bfl-diffusers")
+    assert told.exit_code == 0, told.stderr
+    for file in (source / "transformer").iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_a_comfyui_file_under_a_prefix_with_a_scale_in_bf16_comes_back(families: Path, tmp_path: Path) -> None:
     assert run_mopt("convert", families / "qwen_image" / "fp8", tmp_path / "first", "--to", "comfyui").exit_code == 0
     (file,) = (tmp_path / "first").glob("*.safetensors")
