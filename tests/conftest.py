@@ -19,6 +19,8 @@ from hub_support import start_afresh
 from loopback_hub import LoopbackHub
 from root import LONG, ROOT
 
+# Hints name `hf` as it is called where it is on PATH, as in an environment that was activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of torch that wait for each other would take a third of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

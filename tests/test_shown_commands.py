@@ -28,9 +28,6 @@ ELSEWHERE = {
     "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
     "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
     "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
-    "mopt convert comfy.safetensors OUT --to modelopt --base BASE": "tests/commands/convert has it",
-    "mopt convert comfy.safetensors OUT --to modelopt": "likewise",
-    "mopt convert EXPORT OUT --to comfyui --base BASE": "refused for FLUX.1, which these lines stand for",
 }
 EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")
 SWAPPED, SWIZZLED = ("swap-nibbles", "high-first"), ("unswizzle-scales", "post-processed")
@@ -44,6 +41,16 @@ def rewritten(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         outcome = run_mopt(command, exports / "nvfp4", folder / name, *more)
         assert outcome.exit_code == 0, outcome.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def converted(families: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for ComfyUI, of a model whose modules it does not join."""
+    folder = tmp_path_factory.mktemp("converted") / "out"
+    outcome = run_mopt("convert", families / "qwen_image" / "nvfp4", folder, "--to", "comfyui")
+    assert outcome.exit_code == 0, outcome.stderr
+    (file,) = folder.glob("*.safetensors")
+    return file
 
 
 @pytest.fixture
@@ -82,6 +89,8 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
         name.unlink(missing_ok=True)  # CHECKPOINT is a right one, which is not rewritten
         (shard,) = source.rglob("*.safetensors")
         copy_file(name, shard) if name.suffix else link(name, source)
+    elif words[1] == "inspect" and words[2] == "OUT":
+        link(here / "OUT", built)
     elif words[1] == "inspect" and words[2].endswith(".safetensors"):
         (shard,) = (exports / "nvfp4").rglob("*.safetensors")
         copy_file(here / words[2], shard)
@@ -93,6 +102,14 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     if "--pipeline-output" in words:
         (here / "BASE").unlink()
         make_pipeline(exports / "base", here / "BASE")
+
+
+def provide_another_model(here: Path, comfy: Path, families: Path) -> None:
+    """What a conversion takes for given; FLUX.1's modules are joined in ComfyUI, which is refused."""
+    (here / "BASE").unlink()
+    for name, target in {"BASE": "base", "EXPORT": "nvfp4"}.items():
+        link(here / name, families / "qwen_image" / target)
+    copy_file(here / "comfy.safetensors", comfy)
 
 
 def fill(hub: LoopbackHub, exports: Path, built: Path, empty: Path) -> None:
@@ -121,9 +138,19 @@ def test_the_lines_are_found() -> None:
 
 @pytest.mark.parametrize("line", sorted(SHOWN.keys() - ELSEWHERE.keys()))
 def test_a_line_runs_as_shown(
-    line: str, here: Path, exports: Path, built_nvfp4: Path, rewritten: Path, hub: LoopbackHub, tmp_path: Path
+    line: str,
+    here: Path,
+    exports: Path,
+    built_nvfp4: Path,
+    rewritten: Path,
+    hub: LoopbackHub,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    provide(line, here, exports, built_nvfp4, rewritten)
+    if shlex.split(line)[1] == "convert":
+        provide_another_model(here, request.getfixturevalue("converted"), request.getfixturevalue("families"))
+    else:
+        provide(line, here, exports, built_nvfp4, rewritten)
     if "hf://" in line or "push" in line or "--base" not in line:
         fill(hub, exports, built_nvfp4, tmp_path / "repos")
     outcome = run_mopt(*shlex.split(line)[1:], json_report=False)

@@ -7,6 +7,7 @@ from modelopt_convert.run.errors import InputError
 
 _FETCH = "`hf download ORGANIZATION/NAME --local-dir FOLDER`"
 _READS = "mopt reads safetensors alone: give the original model's, fetched with " + _FETCH
+_TEXTS = ("a JSON text", "a text")
 _UNPACK = "unpack it: `{} -dc FILE > OTHER.safetensors`"
 
 
@@ -33,8 +34,10 @@ _KINDS = (
         rb"\x80([\x04\x05]\x95|[\x02-\x05]..(?!\0{4}))",
         _READS,
     ),
+    _kind("an image (PNG)", rb"\x89PNG\r\n\x1a\n", _READS),
+    _kind("an image (JPEG)", rb"\xff\xd8\xff[\xdb\xe0-\xef]", _READS),
     _kind("an HDF5 file (.h5)", rb"\x89HDF\r\n\x1a\n", _READS),
-    _kind("a page of the web, not the file behind it", rb"\s{0,4}<(!do|htm|hea|\?xm)", "fetch it with " + _FETCH),
+    _kind("a web page, not the file behind it", rb"\s{0,4}<(!do|htm|hea|\?xm)", "fetch it with " + _FETCH),
     _kind(
         "an answer of the Hub, not the file",
         rb"(Access t|Entry no|Reposito|Invalid |Not Foun|Unauthor)",
@@ -60,6 +63,10 @@ def foreign(prefix: bytes, file: str) -> InputError | None:
     found = next((one for one in _KINDS if one.magic.match(prefix)), None)
     if found is None:
         return None
+    is_other = found.name in _TEXTS and not file.endswith(".safetensors")
     return InputError(
-        f"{file}: expected a safetensors file, found {found.name}", code="header.foreign", path=file, hint=found.hint
+        f"{file}: expected a safetensors file, found {found.name}",
+        code="header.foreign",
+        path=file,
+        hint="give the folder of the checkpoint, or its .safetensors file" if is_other else found.hint,
     )

@@ -61,7 +61,9 @@ class LocalFile:
                 f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}",
                 code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
                 path=str(path),
-                hint="the checkpoint is incomplete or not readable; download or export it again",
+                hint="check that you may read it, then run again"
+                if isinstance(error, PermissionError)
+                else "the checkpoint is incomplete or not readable; download or export it again",
             ) from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):

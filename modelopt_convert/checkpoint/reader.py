@@ -214,6 +214,13 @@ class CheckpointReader:
         """
         return self._read(info, begin, num_bytes)
 
+    def read_of_into(self, info: TensorInfo, begin: int, target: memoryview) -> None:
+        """Fill ``target`` with what ``read_of`` gives: many pieces can share a buffer."""
+        if info.recipe is None:
+            self._files[info.file].read_into(info.start + begin, target)
+        else:
+            info.recipe.fill(begin, target, self._fetch)
+
     def read_into(self, name: str, begin: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes of a tensor from its byte ``begin``.
 
@@ -221,11 +228,7 @@ class CheckpointReader:
             MoptError: ``input.changed`` or a ``hub.*`` code: the bytes cannot be had.
             OSError: The disk failed.
         """
-        info = self.tensors[name]
-        if info.recipe is None:
-            self._files[info.file].read_into(info.start + begin, target)
-        else:
-            info.recipe.fill(begin, target, self._fetch)
+        self.read_of_into(self.tensors[name], begin, target)
         if self.content is not None:
             self.content.note(name, begin, target)
 

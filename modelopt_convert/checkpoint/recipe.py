@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
-import numpy as np
-
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
 from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, round_up
@@ -19,8 +17,7 @@ from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_
 Fetch = Callable[[str, int, memoryview], None]
 """Fills a buffer with bytes of a file: the file's name, and the first byte."""
 _PIECE_WORDS = 8192
-_NIBBLE = np.uint64(4)
-_LOW = np.uint64(0x0F0F0F0F0F0F0F0F)  # the low nibble of each byte
+_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 
 
 class Recipe(Protocol):
@@ -172,6 +169,9 @@ class NibblesSwapped:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
+        low, nibble = np.uint64(_LOW_NIBBLES), np.uint64(4)
         self.of.fill(begin, target, fetch)
         codes = np.frombuffer(target, np.uint8)
         whole = codes.size // 8 * 8
@@ -179,10 +179,10 @@ class NibblesSwapped:
         # In place, and in pieces whose temporaries the allocator keeps: fresh memory would cost more than the work.
         for first in range(0, words.size, _PIECE_WORDS):
             piece = words[first : first + _PIECE_WORDS]
-            high = piece >> _NIBBLE
-            high &= _LOW
-            piece &= _LOW
-            piece <<= _NIBBLE
+            high = piece >> nibble
+            high &= low
+            piece &= low
+            piece <<= nibble
             piece |= high
         rest = codes[whole:]
         rest[:] = rest >> 4 | rest << 4
@@ -213,6 +213,8 @@ class RowMajor:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
         num_bytes = target.nbytes
         first, last = self._tiles(begin, num_bytes)
         width = padded_shape(self.rows, self.columns)[1]
@@ -255,6 +257,8 @@ class Tiled:
 
     def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
         """Fill ``target`` with the bytes from ``begin`` on."""
+        import numpy as np
+
         num_bytes = target.nbytes
         if not num_bytes:
             return

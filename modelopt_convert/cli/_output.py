@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Timer
 from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO, TypeVar
 
@@ -25,7 +26,7 @@ from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, Mo
 from modelopt_convert.run.signals import Signals
 from modelopt_convert.run.terminal import is_terminal
 from modelopt_convert.run.text import printable
-from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
+from modelopt_convert.stage.written_file import check_file_place, check_file_writable, write_report
 
 Shown = TypeVar("Shown", Report, InspectReport)
 
@@ -91,6 +92,7 @@ def check_file(file: Path | None, option: str, *others: Path) -> None:
             raise typer.BadParameter(printable(error.message), param_hint=option) from error
 
 
+_PATIENCE_S = 2.0
 _SHARD = re.compile(r"write .*-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _VERIFY = ("read", "decode", "self-test", "prewarm", "multiply")
 
@@ -114,13 +116,15 @@ def steps_of(request: Request[Any]) -> list[tuple[str, ...]]:
 class ProgressBar:
     """Progress by bytes: a bar if stderr is a terminal, else a line per phase; nothing if quiet."""
 
-    def __init__(self, output: Output, steps: Sequence[tuple[str, ...]] = ()) -> None:
+    def __init__(self, output: Output, steps: Sequence[tuple[str, ...]] = (), *, is_far: bool = False) -> None:
         """Draw nothing yet.
 
         Args:
             output: How the user wants to be told.
             steps: See ``steps_of``.
+            is_far: Whether the Hub is asked first: where it is slow that is told, since nothing else is meanwhile.
         """
+        self._waiting = Timer(_PATIENCE_S, self._tell_waiting) if is_far and not output.quiet else None
         self._output = output
         self._steps = steps
         self._step = 0
@@ -149,6 +153,9 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         """Begin drawing."""
+        if self._waiting is not None:
+            self._waiting.daemon = True
+            self._waiting.start()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -157,11 +164,13 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Clear the bar."""
+        self._answered()
         if self._bar is not None:
             self._bar.stop()
 
     def begin(self, what: str, total_bytes: int) -> None:
         """A phase begins."""
+        self._answered()
         if self._bar is not None:
             shard = _SHARD.match(what)
             number, count = map(int, shard.groups()) if shard else (1, 1)
@@ -183,6 +192,16 @@ class ProgressBar:
         self._step = max([self._step, *found])
         text = what.replace("diffusion_pytorch_model-", "").removesuffix(".safetensors")
         return f"step {self._step} of {len(self._steps)}: {text}" if self._step else text
+
+    def _answered(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _tell_waiting(self) -> None:
+        if self._bar is None:
+            self._output.aside("waiting for the Hub ...")
+        else:
+            self._bar.update(self._bar.task_ids[-1], description="waiting for the Hub")
 
     def advance(self, num_bytes: int) -> None:
         """So many more bytes are done."""
@@ -251,9 +270,11 @@ def run(
         command = command_of(request)
         failure: BaseException | None = None
         try:
-            with signals.acting(), ProgressBar(output, steps_of(request)) as progress, bounded(request.reads()):
+            is_far = any(not isinstance(request.locate(name), Path | None) for name in request.inputs)
+            bar = ProgressBar(output, steps_of(request), is_far=is_far)
+            with signals.acting(), bar as progress, bounded(request.reads()):
                 if output.report_json is not None:
-                    check_file_replaced(output.report_json)
+                    check_file_writable(output.report_json)
                 command.run(progress)
         except (Exception, Interrupted) as error:
             foreseen = isinstance(error, MoptError | Interrupted) and not isinstance(error, InternalError)
@@ -261,7 +282,7 @@ def run(
                 raise
             failure = error
         report = _ended(command.report(failure), failure)
-        report = _written(output, report)
+        report, unwritten = _written(output, report)
         try:
             with signals.acting():
                 _tell(output, report, show, show_failed)
@@ -269,13 +290,15 @@ def run(
             failed = storage_error(error, "the result could not be printed")
             output.aside(f"error: {failed.message} [{failed.code}]")
             if report.exit_code == ExitCode.OK:
-                report = _written(output, report.model_copy(update={"exit_code": int(ExitCode.STORAGE)}))
+                report, unwritten = _written(output, report.model_copy(update={"exit_code": int(ExitCode.STORAGE)}))
         except Interrupted as error:
             drop(sys.stdout)
             if failure is None:
                 report = _ended(command.report(error), error)
-                report = _written(output, report)
+                report, unwritten = _written(output, report)
                 _tell_error(output, report)
+        if unwritten is not None:  # last, so that a run that ends with an error does not look like a success
+            output.aside(unwritten)
     raise typer.Exit(report.exit_code)
 
 
@@ -312,17 +335,17 @@ def _tell_error(output: Output, report: Report | InspectReport) -> None:
             output.aside(f"hint: {report.error.hint}")
 
 
-def _written(output: Output, report: Shown) -> Shown:
-    """The report, written where it is asked for; with another exit code where that could not be done."""
+def _written(output: Output, report: Shown) -> tuple[Shown, str | None]:
+    """The report, written where it is asked for; where that failed, with another exit code, and in words."""
     if output.report_json is None:
-        return report
+        return report, None
     try:
         if isinstance(report, Report) and report.output.path:  # OUT may have been named after the preset only now
             output.check_report_path(Path(report.output.path))
         write_report(output.report_json, f"{report.to_json()}\n")
     except (MoptError, typer.BadParameter) as error:
         code = error.code if isinstance(error, MoptError) else "report.place"
-        if report.error is None or report.error.code != code:  # else that is told already
-            output.aside(f"error: {output.report_json}: the report could not be written: {error} [{code}]")
-        return report.model_copy(update={"exit_code": report.exit_code or int(ExitCode.STORAGE)})
-    return report
+        is_told = report.error is not None and report.error.code == code
+        words = None if is_told else f"error: {output.report_json}: the report could not be written: {error} [{code}]"
+        return report.model_copy(update={"exit_code": report.exit_code or int(ExitCode.STORAGE)}), words
+    return report, None

@@ -1,13 +1,10 @@
 """How text looks on a terminal: tables that fit, and colors that mean something. Pure."""
 
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
 import typer
-
-from modelopt_convert.run.text import few
 
 Tone = Literal["good", "doubt", "bad", "next"]
 _COLORS: dict[Tone, str] = {"good": "green", "doubt": "yellow", "bad": "red", "next": "cyan"}
@@ -22,8 +19,6 @@ _TONES: dict[str, Tone] = {
     "next": "next",
 }
 _LEAST = 20
-# What differs between faults of one kind: shapes, what stands in parentheses, numbers.
-_PARTICULAR = re.compile(r"\[[^\]]*\]|\(.*\)|[0-9][0-9.e+-]*")
 
 
 def painted(text: str, tone: Tone | None = None) -> str:
@@ -77,26 +72,4 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], width: in
             else textwrap.wrap(row[last], room, break_long_words=False, break_on_hyphens=False) or [""]
         )
         lines += [f"{begin if number == 0 else ' ' * len(begin)}{part}".rstrip() for number, part in enumerate(words)]
-    return lines
-
-
-def by_kind(faults: Sequence[str]) -> list[str]:
-    """Faults of the form ``PLACE: WORDS``, one line for each kind, with the count and the first places.
-
-    Args:
-        faults: Each in a line; the order of the kinds is that of their first ones.
-    """
-    kinds: dict[tuple[bool, str], list[tuple[str, str]]] = {}
-    for fault in faults:
-        place, colon, words = fault.partition(": ")
-        kind = bool(colon), _PARTICULAR.sub("#", words if colon else fault)
-        kinds.setdefault(kind, []).append((place, words if colon else fault))
-    lines = []
-    for members in kinds.values():
-        place, words = members[0]
-        if len(members) == 1:
-            lines.append(words if words == place else f"{place}: {words}")
-            continue
-        differ = ", for the first" if len({one for _, one in members}) > 1 else ""
-        lines.append(f"{len(members)} places: {words}{differ}: {few([one for one, _ in members])}")
     return lines

@@ -1,6 +1,6 @@
 """Usage errors under ``--json``: one document on stdout, as for every other outcome."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,27 +20,27 @@ class Group(TyperGroup):
         """Parse what stands before the command; `mopt help COMMAND` and `mopt version` are understood, as elsewhere."""
         if args[:1] == ["help"]:
             args = [*args[1:2], "--help"]
-        elif args == ["version"]:
-            args = ["--version"]
+        elif args[:1] == ["version"]:
+            args = ["--version", *args[1:]]
         words = tuple(args)  # a parser takes what it knows off the list
-        with _told(words):
+        with _told(self.commands, words):
             context = super().make_context(info_name, args, parent, **extra)
         context.meta[_WORDS] = words
         return context
 
     def invoke(self, ctx: Any) -> Any:
         """Parse what stands after the command, and run it."""
-        with _told(ctx.meta[_WORDS]):
+        with _told(self.commands, ctx.meta[_WORDS]):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _told(words: Sequence[str]) -> Iterator[None]:
+def _told(known: Container[str], words: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except typer.TyperException as error:
         if "--json" in words and error.exit_code == ExitCode.USAGE:
-            _tell(words[0], " ".join(error.format_message().split()))
+            _tell(words[0] if words[0] in known else "", " ".join(error.format_message().split()))
         raise
 
 
@@ -49,7 +49,6 @@ def _tell(command: str, message: str) -> None:
     from modelopt_convert.report.report import ErrorReport, OutputReport, Report
     from modelopt_convert.run.text import printable
 
-    command = "" if command.startswith("-") else command
     hint = f"`{f'mopt {command}'.strip()} --help` says what it takes"
     error = ErrorReport(code="usage", message=printable(message), hint=printable(hint), path=None)
     ended: dict[str, Any] = {"status": "refused", "exit_code": int(ExitCode.USAGE), "error": error}

@@ -55,13 +55,13 @@ def _run(request: BuildRequest, output: "Output") -> None:
     run(output, request, show)
 
 
-def show_build(out: "Output", report: "Report", request: BuildRequest) -> None:
+def show_build(out: "Output", report: "Report", request: BuildRequest, *, with_next: bool = True) -> None:
     """The answer, then what it rests on; tables with ``-v``."""
     from modelopt_convert.cli._output import human_bytes, show_cost, show_counts, show_written
 
     planned, proof = report.status == "planned", report.proof
     show_written(out, report, "" if proof is None or planned else proof.words or proof.status)
-    if not planned:
+    if not planned and with_next:
         out.line(f"next: {_next(report, request)}")
     if report.convert is not None:
         from modelopt_convert.cli.convert import show_converted

@@ -21,7 +21,7 @@ def convert(request: ConvertRequest, output: "Output") -> None:
 
     \b
     Examples:
-      mopt convert comfy.safetensors OUT --to modelopt
+      mopt convert comfy.safetensors OUT --to modelopt --base BASE
       mopt convert EXPORT OUT --to comfyui --base BASE
 
     What the target cannot hold exactly is refused, unless --inexact says how.

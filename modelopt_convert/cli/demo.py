@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
+    from modelopt_convert.commands.requests import BuildNvfp4Request
     from modelopt_convert.report.report import Report
 
 
@@ -31,18 +32,15 @@ def demo(
     """
     from modelopt_convert.cli._output import Output, refused, run
     from modelopt_convert.cli.build import show_build
-    from modelopt_convert.commands.demo import demo_request, refusal
-    from modelopt_convert.run.errors import MoptError
+    from modelopt_convert.commands.demo import demo_files, refusal
+    from modelopt_convert.run.errors import Interrupted, MoptError
+    from modelopt_convert.run.signals import Signals
 
     output = Output(json=as_json, quiet=quiet, no_color=no_color)
-    try:
-        request = demo_request(folder)
-    except MoptError as error:
-        refused(output, refusal(error))
 
-    def show(out: "Output", report: "Report") -> None:
+    def show(out: "Output", report: "Report", request: "BuildNvfp4Request") -> None:
         base, target = shlex.quote(str(request.base)), shlex.quote(str(request.output))
-        show_build(out, report, request)
+        show_build(out, report, request, with_next=False)
         out.line("")
         out.line(
             f"{folder} holds base/ (BF16), export/ (what ModelOpt exports of it) and out/ (what mopt made of both)"
@@ -54,7 +52,14 @@ def demo(
             f"--base {base} --output {target}"
         )
 
-    run(output, request, show)
+    with Signals() as signals:  # a signal is noted while files are made and removed, and acts in between
+        try:
+            with demo_files(folder) as request:
+                with signals.acting():
+                    pass
+                run(output, request, lambda out, report: show(out, report, request))
+        except (MoptError, Interrupted) as error:
+            refused(output, refusal(error))
 
 
 COMMANDS = {"demo": demo}

@@ -1,10 +1,14 @@
 """``mopt explain``."""
 
+import shutil
+import sys
 from typing import Annotated
 
 import typer
 
 from modelopt_convert.run.errors import UsageError
+
+_VERDICTS = ("pass", "fail", "inconclusive", "backend broken", "backends disagree")
 
 
 def explain(
@@ -19,20 +23,28 @@ def explain(
       mopt explain export.missing_input_scale --json
     """
     from modelopt_convert.cli._console import reader_may_leave
+    from modelopt_convert.cli._text import wrapped
+    from modelopt_convert.report.words import PROOFS
     from modelopt_convert.run import codes
+    from modelopt_convert.run.terminal import is_terminal
     from modelopt_convert.run.text import printable
 
     try:
         found = codes.explain(code)
     except UsageError as error:
-        raise typer.BadParameter(printable(error.reason), param_hint=error.flag) from error
+        reason = error.reason
+        if code.lower() in (*PROOFS, *_VERDICTS):
+            reason = f"{code!r} is a verdict, and no code; docs/proven.md says what each verdict means"
+        raise typer.BadParameter(printable(reason), param_hint=error.flag) from error
     with reader_may_leave():
         if json:
             from json import dumps
 
             typer.echo(dumps({"code": found.code, "means": found.means, "to_do": found.todo}))
         else:
-            typer.echo(f"{found.code}: {found.means}\nto do: {found.todo}")
+            width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+            for text in (f"{found.code}: {found.means}", f"to do: {found.todo}"):
+                typer.echo("\n".join(wrapped(text, width)))
 
 
 COMMANDS = {"explain": explain}

@@ -25,15 +25,14 @@ def inspect(request: InspectRequest, output: "Output") -> None:
     """
     from modelopt_convert.cli._output import run
 
-    run(output, request, _show)
+    def show(out: "Output", report: "InspectReport") -> None:
+        for name, component in report.components.items():
+            _show_component(out, name, component, has_base=request.base is not None)
+
+    run(output, request, show)
 
 
-def _show(out: "Output", report: "InspectReport") -> None:
-    for name, component in report.components.items():
-        _show_component(out, name, component)
-
-
-def _show_component(out: "Output", name: str, component: "ComponentReport") -> None:
+def _show_component(out: "Output", name: str, component: "ComponentReport", *, has_base: bool) -> None:
     from modelopt_convert.cli._output import human_bytes
 
     totals, layout = component.totals, component.layout
@@ -44,7 +43,7 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
     if component.config_from not in (None, "config.json"):
         out.line(f"  config from: {component.config_from}")
     if component.modules:
-        _show_modules(out, component)
+        _show_modules(out, component, has_base=has_base)
         if layout.modules_contradicting:
             out.line(f"{layout.modules_contradicting} modules contradict what is declared or believed")
     kinds: dict[str, list[LintReport]] = {}
@@ -58,7 +57,7 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
         believed = engine.believes
         read = (
             f"{believed['nibble_order']} nibble first, scales {believed['scale_layout']}, "
-            f"groups of {believed['group_size']}, "
+            f"{_groups(believed['group_size'])}, "
         )
         has_layout = believed["nibble_order"] != "none"
         out.line(f"{engine.name} believes: {read if has_layout else ''}{believed['packed_modules']} packed modules")
@@ -75,7 +74,11 @@ def _show_component(out: "Output", name: str, component: "ComponentReport") -> N
         )
 
 
-def _show_modules(out: "Output", component: "ComponentReport") -> None:
+def _groups(size: int | None) -> str:
+    return "groups of no size that it knows" if size is None else f"groups of {size}"
+
+
+def _show_modules(out: "Output", component: "ComponentReport", *, has_base: bool) -> None:
     """How the modules lie, a line for those that lie alike, and how that is known."""
     rows = Counter(
         (one.algorithm, one.nibble_order, one.nibble_basis, one.scale_layout, one.scale_basis, one.global_scale)
@@ -86,14 +89,26 @@ def _show_modules(out: "Output", component: "ComponentReport") -> None:
         [
             [str(count), algorithm, f"{nibbles} nibble ({how})", f"{scales} ({known})", convention]
             if nibbles != "none"
-            else [str(count), algorithm, "", "", ""]
+            else [str(count), algorithm, "", _scale_words(scales, known), ""]
             for (algorithm, nibbles, how, scales, known, convention), count in rows.items()
         ],
     )
     if any("proven" in (one.nibble_basis, one.scale_basis) for one in component.modules.values()):
         out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
     elif any("undetermined" in (one.nibble_order, one.scale_layout) for one in component.modules.values()):
-        out.line("  undetermined: --base BASE, the model that it was made from, tells")
+        why = (
+            "read in no layout that mopt knows do the codes fit the base"
+            if has_base
+            else "--base BASE, the model that it was made from, tells"
+        )
+        out.line(f"  undetermined: {why}")
+
+
+def _scale_words(scales: str, known: str) -> str:
+    """The order of block scales of weights that are not packed; nothing where the format has no such scales."""
+    if scales == "none":
+        return ""
+    return scales if known == "none" else f"{scales} ({known})"
 
 
 def _show_verdicts(out: "Output", component: "ComponentReport") -> None:

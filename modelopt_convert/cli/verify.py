@@ -9,6 +9,7 @@ from modelopt_convert.cli._options import from_request
 from modelopt_convert.commands.requests import VerifyRequest
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import ExitCode
+from modelopt_convert.run.text import by_kind
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -49,7 +50,6 @@ def verify(request: VerifyRequest, output: "Output") -> None:
 def _show(out: "Output", report: "Report") -> None:
     """What is proven, in a word, the verdict, and what failed; tables and every single fault with ``-v``."""
     from modelopt_convert.cli._output import show_cost
-    from modelopt_convert.cli._text import by_kind
 
     found = report.verify
     if found is None:

@@ -31,7 +31,7 @@ from modelopt_convert.run.errors import (
     StorageError,
 )
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.run.text import few
+from modelopt_convert.run.text import few, runnable
 from modelopt_convert.stage.directory import Published
 from modelopt_convert.stage.ownership import in_words
 from modelopt_convert.write.task import StreamPlan
@@ -364,5 +364,5 @@ def ending(error: BaseException | None, status: Status = "ok") -> dict[str, Any]
     elif isinstance(error, Interrupted):
         status, code, message, hint = "interrupted", "interrupted", f"stopped by signal {error.signum}", ""
         exit_code = ExitCode(128 + error.signum)
-    told = ErrorReport(code=code, message=message, hint=hint or None, path=path)
+    told = ErrorReport(code=code, message=message, hint=runnable(hint) or None, path=path)
     return {"status": status, "exit_code": int(exit_code), "error": told}

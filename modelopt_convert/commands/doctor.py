@@ -6,7 +6,7 @@ torch is imported inside functions, and a library that is broken is a finding.
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelopt_convert import __version__
+from modelopt_convert.commands.command import ending
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import MoptError, first_line
-from modelopt_convert.run.text import unicode_text
+from modelopt_convert.run.text import runnable, unicode_text
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 Status = Literal["ok", "missing", "broken"]
 # What mopt is installed with, and what extras and engines bring.
 _NEEDED = ("torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich", "xxhash", "llvmlite")
+_NO_TOKEN = "no token: public repos can be read; `hf auth login` makes one"
+_ANSWER_S = 5.0  # of the Hub
+_LEAST_FREE = 100_000_000  # bytes: less than the smallest model takes
 _MORE = ("triton", "flashinfer-python", "sgl-kernel", "ray", "nvidia-modelopt", "diffusers", "sglang", "vllm-omni")
 
 
@@ -46,29 +50,44 @@ class Finding:
     found: str
 
 
-def examine(place: Path) -> list[Finding]:
-    """Look at everything.
+def examine(place: Path) -> Iterator[Finding]:
+    """Look at everything, and give each finding as soon as it is known.
 
     Args:
         place: The folder whose disk is looked at; it need not exist.
     """
-    found = [*_versions(), *_asked("gpu", "torch", _gpu), *_asked("backend", "GEMM", _backends)]
-    found += [*_asked("hub", "login", _hub), *_asked("disk", str(place), lambda: _disk(place))]
-    return [*found, *_works(found)]
+    looks: tuple[tuple[str, str, Callable[[], Iterable[Finding]]], ...] = (
+        ("version", "mopt", _versions),
+        ("disk", str(place), lambda: _disk(place)),
+        ("gpu", "torch", _gpu),
+        ("backend", "GEMM", _backends),
+        ("hub", "cache", _cache),
+        ("hub", "login", _hub),
+    )
+    found: list[Finding] = []
+    for part, name, look in looks:
+        for one in _asked(part, name, look):
+            found.append(one)
+            yield one
+    yield from _works(found)
 
 
-def as_data(findings: list[Finding]) -> dict[str, Any]:
-    """The findings as one object."""
+def as_data(findings: Sequence[Finding], error: BaseException | None = None) -> dict[str, Any]:
+    """The findings as one object, with what stopped the search for more."""
+    ended = ending(error)
+    told = ended["error"]
     return {
         "schema": "mopt.doctor/1",
+        **ended,
+        "error": None if told is None else told.model_dump(),
         "findings": [{key: unicode_text(value) for key, value in asdict(one).items()} for one in findings],
     }
 
 
-def _asked(part: str, name: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+def _asked(part: str, name: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """What a look finds; whatever a library raises, on import or later, is a finding."""
     try:
-        return look()
+        return list(look())
     except MoptError as error:
         return [Finding(part, name, "broken", error.message)]
     except Exception as error:
@@ -123,19 +142,31 @@ def _backend(one: "Backend", algorithm: str, device: "torch.device") -> list[Fin
     return [Finding("backend", name, "ok" if why is None else "missing", why or f"runs on {device.type}")]
 
 
+def _cache() -> list[Finding]:
+    """Whether what is fetched can be stored: HF_HOME, or what stands in for it."""
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HOME)
+    there = next(one for one in (place, *place.absolute().parents) if os.path.lexists(one))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written" if there.is_dir() else "is no folder"
+        return [Finding("hub", "cache", "broken", f"{there} {what}; set HF_HOME to a folder that can be written")]
+    return [Finding("hub", "cache", "ok", str(place))]
+
+
 def _hub() -> list[Finding]:
     """Whether there is a token, and whose it is: never the token."""
     from huggingface_hub import constants, get_token
 
     if get_token() is None:
-        return [Finding("hub", "login", "missing", "no token: public repos can be read; `hf auth login` makes one")]
+        return [Finding("hub", "login", "missing", runnable(_NO_TOKEN))]
     if constants.HF_HUB_OFFLINE:
         return [Finding("hub", "login", "ok", "there is a token; HF_HUB_OFFLINE is set, and nobody was asked whose")]
     from modelopt_convert.checkpoint.hub.client import ask_once, hub_api, hub_errors
 
     try:
         with hub_errors("login", "run again"):
-            me = ask_once(hub_api().whoami)
+            me = ask_once(hub_api().whoami, _ANSWER_S)
     except MoptError as error:
         why = error.message.removeprefix("hf://login: ")
         return [Finding("hub", "login", "broken", f"there is a token, and the Hub did not say whose: {why}")]
@@ -148,6 +179,8 @@ def _disk(place: Path) -> list[Finding]:
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
         return [Finding("disk", str(place), "broken", f"{there} cannot be written, {_bytes(free)} free")]
+    if free < _LEAST_FREE:
+        return [Finding("disk", str(place), "broken", f"the disk is full: {_bytes(free)} free")]
     return [Finding("disk", str(place), "ok", f"{_bytes(free)} free")]
 
 

@@ -24,7 +24,7 @@ from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.run.text import nearest, shown
+from modelopt_convert.run.text import nearest, runnable, shown
 from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
@@ -242,7 +242,7 @@ def choices_of(kind: Any) -> list[str]:
 
 def _none_of(word: str, known: Sequence[str]) -> str:
     """That a word is unknown, which are known, and which may have been meant."""
-    near = nearest(word, known)
+    near = next((one for one in known if len(word) > 1 and one.startswith(word.lower())), None) or nearest(word, known)
     return f"{shown(word)} is none of {', '.join(known)}{f'; did you mean {near}?' if near not in (None, word) else ''}"
 
 
@@ -730,7 +730,8 @@ class InspectRequest(Request["InspectReport"]):
         """Refuse engines that are not known."""
         name, _, version = sglang.VERSION.partition("@")
         if self.engine not in (name, sglang.VERSION):
-            near = nearest(self.engine, (name, sglang.VERSION))
+            begun = len(self.engine) > 1 and name.startswith(self.engine.lower())
+            near = name if begun else nearest(self.engine, (name, sglang.VERSION))
             self.refuse("engine", f"known is {name} ({version}){f'; did you mean {near}?' if near else ''}")
 
 
@@ -759,7 +760,9 @@ class PushRequest(_Serving["PublishedReport"]):
         if self.create_pr and self.revision is not None:
             self.refuse("create_pr", "a pull request goes to main; leave one of the two out")
         if is_far(self.checkpoint):
-            self.refuse("checkpoint", "is a folder on disk; `hf download REPO_ID --local-dir FOLDER` makes one")
+            self.refuse(
+                "checkpoint", runnable("is a folder on disk; `hf download REPO_ID --local-dir FOLDER` makes one")
+            )
         if self.message is not None and not self.message.strip():
             self.refuse("message", "must not be empty")
 
@@ -776,6 +779,9 @@ class PushRequest(_Serving["PublishedReport"]):
     @property
     def again(self) -> str:
         """How to try again, for hints."""
-        if self.dry_run:
-            return f"run `{self.command_line()} --dry-run`"
-        return f"run `{self.command_line()}`; what was sent is not sent again"
+        return f"run `{self.command_line()}{' --dry-run' if self.dry_run else ''}`"
+
+    @property
+    def resumed(self) -> str:
+        """How to try again once something may have been sent."""
+        return f"{self.again}; what was sent is not sent again"

@@ -29,7 +29,7 @@ from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS
 from modelopt_convert.run.errors import CheckFailedError, InconclusiveError, MoptError
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.stage.written_file import check_file_place, check_file_replaced, write_report
+from modelopt_convert.stage.written_file import check_file_place, check_file_writable, write_report
 from modelopt_convert.verification.options import VerifyOptions
 
 
@@ -67,7 +67,7 @@ class VerifyCommand:
         """
         if self._request.report is not None:
             check_file_place(Path(self._request.report), self._request.on_disk())
-            check_file_replaced(Path(self._request.report))
+            check_file_writable(Path(self._request.report))
         try:
             checkpoint = self._request.locate("checkpoint")
             if checkpoint is None:
@@ -165,8 +165,12 @@ class VerifyCommand:
                 self._found = whole.model_copy(update=_refuted(gone.message))
                 raise gone
             try:
-                for verified in sorted(found.values(), key=lambda one: SEVERITY.index(one.verdict), reverse=True):
-                    (conclude_backends if options.prewarm else conclude)(verified, options)
+                for prefix in sorted(found, key=lambda one: SEVERITY.index(found[one].verdict), reverse=True):
+                    against = opened[prefix][1]
+                    if options.prewarm:
+                        conclude_backends(found[prefix], options)
+                    else:
+                        conclude(found[prefix], options, str(against.path) if against is not None else None)
             except InconclusiveError as error:
                 # What was required did not run; the proof's words are about the weights, and stand.
                 self._found = whole.model_copy(update={"verdict": "inconclusive", "statement": error.message})

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.recipe import halves_swapped, joined_rows, renamed, rows_of
-from modelopt_convert.dialects.form import ROW_ROLES, Canonical, Naming, Quantized, grouped
-from modelopt_convert.families.family import Family
+from modelopt_convert.dialects.form import ROW_ROLES, Canonical, Naming, Quantized, grouped, wrong
+from modelopt_convert.families.family import Family, Member
 from modelopt_convert.families.table import Found, left_out
 from modelopt_convert.run.errors import InputError
+
+_AGAIN = "get the file again from its publisher"
 
 
 def under_diffusers_names(described: Canonical, found: Found, where: str) -> Canonical:
@@ -32,7 +34,7 @@ def under_diffusers_names(described: Canonical, found: Found, where: str) -> Can
         native, quantized = full.removeprefix(found.prefix), described.modules.get(full)
         weight = roles.get("weight")
         rows, columns = (quantized.rows, quantized.columns) if quantized is not None else _size(weight)
-        members = family.members(native, rows, columns) if rows and found.spelling != "diffusers" else None
+        members = _members(family, native, rows, columns, where) if rows and found.spelling != "diffusers" else None
         for role, info in roles.items():
             what = left_out(info.name, found)
             if what is not None:
@@ -45,6 +47,8 @@ def under_diffusers_names(described: Canonical, found: Found, where: str) -> Can
             if role == "weight_scale" and len(names) > 1 and info.shape == (len(names),) and info.shape != (rows,):
                 made = [replace(rows_of(info, name, which, 1), shape=()) for which, name in enumerate(names)]
             elif members is not None and _by_row(info, role):
+                if info.shape[0] != rows:
+                    raise wrong(where, info, f"{rows} rows, as the weight has", code="dialect.shape", hint=_AGAIN)
                 made = [rows_of(one, one.name, part.first, part.rows) for one, part in zip(made, members, strict=True)]
                 made = [halves_swapped(one, one.name) for one in made] if family.swapped(native) else made
             for one in made:
@@ -104,6 +108,13 @@ def under_native_names(described: Canonical, family: Family, spelling: Naming, p
         rows = quantized.rows + (modules[full].rows if full in modules else 0)
         modules[full] = replace(quantized, rows=rows)
     return replace(described, tensors=tensors, modules=modules)
+
+
+def _members(family: Family, native: str, rows: int, columns: int, where: str) -> tuple[Member, ...] | None:
+    try:
+        return family.members(native, rows, columns)
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", code=error.code, path=where, hint=error.hint) from error
 
 
 def _diffusers(name: str, found: Found) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from modelopt_convert.dialects.forms import form_of
 from modelopt_convert.dialects.naming import under_diffusers_names, under_native_names
 from modelopt_convert.dialects.others import FP8_UNLABELLED
 from modelopt_convert.dialects.packed import SCALE_SHAPES, is_quantizer_state
-from modelopt_convert.dialects.source import true_shapes
+from modelopt_convert.dialects.source import architecture, true_shapes
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.families.table import Found, left_out, recognise
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
@@ -29,7 +29,6 @@ from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.run.errors import InputError
 
 _QUANTIZATION = "quantization_config"
-_CLASS = "_class_name"
 _OWN_LAYOUT = ("modelopt", "bf16")  # forms whose tensors lie as builds and proofs read them anyway
 
 
@@ -118,7 +117,9 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     said = reader.config.get(_QUANTIZATION)
     # With ModelOpt's config beside diffusers' names builds find out the layout by the base.
     is_modelopt = not is_native and isinstance(said, dict) and said.get("quant_method") == "modelopt"
-    is_foreign = form is not None and form.name not in _OWN_LAYOUT and not is_modelopt
+    # Weights that nothing in the file labels, beside a config that says something: that is for builds to judge.
+    is_said = dialect is FP8_UNLABELLED and bool(said)
+    is_foreign = form is not None and form.name not in _OWN_LAYOUT and not is_modelopt and not is_said
     if not is_native and not is_foreign:
         return None
     if not is_foreign and found is not None and _moves_codes(reader.tensors, found) and form is None:
@@ -138,7 +139,7 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     quantization = _quantization_of(described, where) if is_read else _said(headers, dialect, found, where)
     made_of = _made_of(reader.tensors, described.tensors.values())
     rest = {name: described.fates.get(name, "read") for name in reader.tensors if name not in made_of}
-    config, other_class = _architecture(reader.config, found)
+    config, other_class = architecture(reader.config, found)
     told = (*evidence, *(found.evidence if found is not None else ()))
     whole = {**config, _QUANTIZATION: quantization} if quantization is not None else config
     return Presented(dialect.name, found, told, described.tensors, whole, other_class, made_of, rest)
@@ -252,15 +253,6 @@ def _declared(described: Canonical, target: Format, quantized: Iterable[str]) ->
     dynamic = {} if calibrated else {"dynamic_input_scale": True}
     keys = {"quant_method": "modelopt", "quant_algo": target.quant_algo}
     return {**keys, **dynamic, "ignore": sorted(linears, key=natural_key)}
-
-
-def _architecture(config: Mapping[str, Any], found: Found | None) -> tuple[dict[str, Any], str | None]:
-    """A config without what it says of quantization, if it is of diffusers' class; else nothing, and its class."""
-    rest = {key: value for key, value in config.items() if key != _QUANTIZATION}
-    said = rest.get(_CLASS)
-    if found is None or said in found.family.class_names:
-        return rest, None
-    return {}, said if isinstance(said, str) else None
 
 
 def _made_of(own: Mapping[str, TensorInfo], presented: Iterable[TensorInfo]) -> dict[str, tuple[str, ...]]:

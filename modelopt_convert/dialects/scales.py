@@ -2,10 +2,12 @@
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, constant, scalar, wrong
+from modelopt_convert.dialects.awq import check_transforms, is_transformed
+from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, constant, grouped, scalar, wrong
 from modelopt_convert.dialects.resized import widened
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 
@@ -61,15 +63,15 @@ def one_values(name: str, weight: TensorInfo) -> TensorInfo:
 def check_described(described: Canonical, where: str) -> None:
     """Refuse what no reader of a dialect can mean, whichever it is.
 
-    That is several scales of an FP8 weight that are neither one a row nor one a member of a fused module, and scales or
-    codes in a module that is not quantized.
+    That is several scales of an FP8 weight that are neither one a row nor one a member of a fused module, scales or
+    codes in a module that is not quantized, and tensors of AWQ and SVDQuant that do not fit their weight.
 
     Args:
         described: Under diffusers' names.
         where: The checkpoint, for messages.
 
     Raises:
-        InputError: ``dialect.shape`` or ``dialect.contradiction``.
+        InputError: ``dialect.shape``, ``dialect.role`` or ``dialect.contradiction``.
     """
     for module, one in described.modules.items():
         scale = described.tensors[f"{module}.weight_scale"]
@@ -80,3 +82,17 @@ def check_described(described: Canonical, where: str) -> None:
         if module not in described.modules and (role in SCALES or (role == "weight" and DTYPE_BITS[info.dtype] < 16)):
             expected = "it in a quantized module alone, and its module is not quantized"
             raise wrong(where, info, expected, code="dialect.contradiction", hint=_AGAIN)
+    for module, roles in grouped(described.tensors.values()).items():
+        if is_transformed(roles):
+            check_transforms(roles, *_size(described, module, roles, where), where)
+
+
+def _size(described: Canonical, module: str, roles: Mapping[str, TensorInfo], where: str) -> tuple[int, int]:
+    """[N, K] of a weight that AWQ or SVDQuant has something beside."""
+    quantized, weight = described.modules.get(module), roles.get("weight")
+    if quantized is not None:
+        return quantized.rows, quantized.columns
+    if weight is None or weight.dtype not in HALF_AND_FLOAT or len(weight.shape) != 2:
+        info = weight or next(iter(roles.values()))
+        raise wrong(where, info, "a weight [N, K] in BF16, F16 or F32", code="dialect.shape", hint=_AGAIN)
+    return weight.shape

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
@@ -13,10 +14,10 @@ from modelopt_convert.dialects.naming import under_diffusers_names
 from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.table import Found, recognise
+from modelopt_convert.families.table import FAMILIES, Found, candidates
 from modelopt_convert.run.errors import InputError
 
-_HINTS = {"nunchaku": "nunchaku alone reads its tiles, smoothing and low-rank parts; get the model in another form"}
+_HINTS = {"nunchaku": "smoothing and a low-rank part are in its tiles, which nunchaku alone reads; get another form"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Source:
         form: Of the dialect.
         found: Family, naming and prefix of the names.
         described: Under diffusers' names.
+        other_class: The class that config.json names, where that is not one of diffusers' for this family.
     """
 
     dialect: str
@@ -36,6 +38,7 @@ class Source:
     form: Form
     found: Found
     described: Canonical
+    other_class: str | None = None
 
 
 def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, TensorInfo]) -> Source:
@@ -61,13 +64,23 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint=_HINTS.get(dialect.name, f"--from names one of {', '.join(FORMS)}, if it is one of them"),
         )
-    found = recognise({name: info.shape for name, info in reader.tensors.items()}) or _by_class(reader)
+    several = candidates({name: info.shape for name, info in reader.tensors.items()})
+    if len(several) > 1:
+        first, second = (f"{one.family.title} under {one.prefix!r}" for one in several[:2])
+        raise InputError(
+            f"{where}: expected one transformer, found {first} and {second}",
+            code="naming.several",
+            path=where,
+            hint="take them apart first: a conversion is of one transformer",
+        )
+    found = several[0] if several else _by_class(reader)
     if found is None:
         raise InputError(
-            f"{where}: the names and shapes of its tensors are those of no model that mopt knows",
+            f"{where}: the names and shapes of its {len(reader.tensors)} tensors are those of no whole model that mopt "
+            f"knows ({next(iter(reader.tensors), 'no tensor')!r} for one)",
             code="naming.unknown_model",
             path=where,
-            hint="`mopt presets` lists them; a diffusers model with its config.json keeps its names",
+            hint="give the model whole, with any LoRA merged; a diffusers model of another class keeps its names",
         )
     described = form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
@@ -75,14 +88,25 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
     check_described(described, where)
     # By the checkpoint's own names: what a form renamed has its fate from the form.
     fates = {name: described.fates.get(name, f"read as {name}") for name in reader.tensors}
-    described = replace(described, fates=fates)
-    return Source(dialect.name, (*evidence, *found.evidence), form, found, described)
+    config, other_class = architecture(described.config, found)
+    described = replace(described, fates=fates, config=config)
+    return Source(dialect.name, (*evidence, *found.evidence), form, found, described, other_class)
+
+
+def architecture(config: Mapping[str, Any], found: Found | None) -> tuple[dict[str, Any], str | None]:
+    """A config without what it says of quantization, if it is of diffusers' class; else nothing, and its class."""
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    said = rest.get("_class_name")
+    if found is None or said in found.family.class_names:
+        return rest, None
+    return {}, said if isinstance(said, str) else None
 
 
 def _by_class(reader: CheckpointReader) -> Found | None:
     """A model of diffusers that no key map is known of: its config.json says the class, and its names stay."""
     name = reader.config.get("_class_name")
-    if not isinstance(name, str) or not name:
+    # Of a class whose names are known, names that are not recognised are those of something else, or of a part.
+    if not isinstance(name, str) or not name or any(name in one.class_names for one in FAMILIES):
         return None
     return Found(Family(name, name, (name,), (), ()), "diffusers", "", [f"config.json: class {name}, no key map"])
 

@@ -1,25 +1,20 @@
-"""Recipes that change values: quantized weights decoded, scales brought to another factor, a base quantized. No torch.
+"""Recipes that change values: scales brought to another factor, values cast, a base quantized. No torch.
 
 torch is imported when bytes are first wanted. Every recipe works on whole blocks of a weight, whose blocks of codes and
 scales lie in the same order where both are row-major; so any range of bytes takes what lies under it, and no more.
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.recipe import Extent, Fetch, Recipe, made, recipe_of
-from modelopt_convert.dialects.form import Quantized, ReadBytes
+from modelopt_convert.dialects.form import ReadBytes
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 
-if TYPE_CHECKING:
-    from modelopt_convert.formats.arithmetic import Plain
-
 _PIECE = 1 << 15  # bytes of codes, or of values of a base: what is made of them stays in a core's cache
-_MX_BLOCK = 32
-_PLAIN = {"BF16": 2, "F32": 4}
 _SIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -53,96 +48,6 @@ class Mapped:
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
         """What ``fill`` takes of files."""
         return self.of.extents(begin, num_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """The values of a quantized weight [N, K] in the canonical layout: the formula is in ``formats/arithmetic.py``.
-
-    Attributes:
-        codes: Its bytes.
-        scales: Block scales of NVFP4 and MXFP8; FP8's scales F32, one a row; None for FP8 with one scale.
-        factor: The global scale of NVFP4, or the one scale of FP8: a float32; else 1.
-        quantized: Format and size.
-        dtype: Of the values.
-    """
-
-    codes: Recipe
-    scales: Recipe | None
-    factor: float
-    quantized: Quantized
-    dtype: "Plain"
-
-    @property
-    def num_bytes(self) -> int:
-        """How many bytes there are."""
-        return self.quantized.rows * self.quantized.columns * _PLAIN[self.dtype]
-
-    @property
-    def _width(self) -> int:
-        """Bytes of values of a byte of codes."""
-        return _PLAIN[self.dtype] * (2 if self.quantized.algorithm == "nvfp4" else 1)
-
-    @property
-    def _unit(self) -> int:
-        """Bytes of codes under one scale."""
-        if self.quantized.algorithm == "nvfp4":
-            return BLOCK_SIZE // 2
-        return _MX_BLOCK if self.quantized.algorithm == "mxfp8" else self.quantized.columns
-
-    def fill(self, begin: int, target: memoryview, fetch: Fetch) -> None:
-        """Fill ``target`` with the bytes from ``begin`` on."""
-        width = self._width
-        first, last = begin // width, -(-(begin + target.nbytes) // width)
-        for start in range(first, last, _PIECE):
-            end = min(start + _PIECE, last)
-            values = self._values(start, end, fetch)
-            skipped = max(0, begin - start * width)
-            kept = memoryview(values)[skipped : begin + target.nbytes - start * width]
-            place = start * width + skipped - begin
-            target[place : place + kept.nbytes] = kept
-
-    def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
-        """What ``fill`` takes of files."""
-        first, last = begin // self._width, -(-(begin + num_bytes) // self._width)
-        yield from self.codes.extents(first, last - first)
-        if self.scales is not None:
-            start, count = self._scales(first, last)
-            yield from self.scales.extents(start, count)
-
-    def _scales(self, first: int, last: int) -> tuple[int, int]:
-        """The bytes of scales of some bytes of codes."""
-        size = 4 if self.quantized.algorithm == "fp8" else 1
-        start = first // self._unit
-        return start * size, (-(-last // self._unit) - start) * size
-
-    def _values(self, first: int, last: int, fetch: Fetch) -> memoryview:
-        import numpy as np
-
-        from modelopt_convert.formats import arithmetic
-
-        codes = np.empty(last - first, np.uint8)
-        self.codes.fill(first, codes.data, fetch)
-        if self.scales is None:
-            return arithmetic.fp8_table(self.factor, self.dtype)[codes].view(np.uint8).data
-        start, count = self._scales(first, last)
-        scales = bytearray(count)
-        self.scales.fill(start, memoryview(scales), fetch)
-        if self.quantized.algorithm == "fp8":
-            tables = [arithmetic.fp8_table(scale, self.dtype) for (scale,) in struct.iter_unpack("<f", scales)]
-            rows = np.arange(first, last) // self._unit - first // self._unit
-            found = np.stack(tables)[rows, codes]
-            return found.view(np.uint8).data
-        table = (
-            arithmetic.nvfp4_table(self.factor, self.dtype)
-            if self.quantized.algorithm == "nvfp4"
-            else arithmetic.mxfp8_table(self.dtype)
-        )
-        index = np.repeat(np.frombuffer(scales, np.uint8).astype(np.uint16) << 8, self._unit)
-        skipped = first % self._unit
-        index = index[skipped : skipped + codes.size]
-        index |= codes
-        return table[index].view(np.uint8).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,29 +135,6 @@ class Requantized:
         size = values * _SIZES[self.dtype]
         first, last = begin // width, -(-(begin + num_bytes) // width)
         return self.of.extents(first * size, (last - first) * size)
-
-
-def decoded(
-    name: str, quantized: Quantized, roles: Mapping[str, TensorInfo], read: ReadBytes, dtype: "Plain" = "BF16"
-) -> TensorInfo:
-    """The weight of a quantized module as values.
-
-    Args:
-        name: The module.
-        quantized: Its format and size.
-        roles: Its tensors in the canonical layout, by role.
-        read: Reads its scale.
-        dtype: Of the values.
-    """
-    weight, scale, factor, by_block = roles["weight"], roles["weight_scale"], 1.0, True
-    if quantized.algorithm == "nvfp4":
-        factor = float_of(roles["weight_scale_2"], read)
-    elif quantized.algorithm == "fp8" and not scale.shape:
-        factor, by_block = float_of(scale, read), False
-    scales = recipe_of(scale) if by_block else None
-    shape = (quantized.rows, quantized.columns)
-    values = Decoded(recipe_of(weight), scales, factor, quantized, dtype)
-    return made(f"{name}.weight", dtype, shape, values, weight.file)
 
 
 def cast(info: TensorInfo, to: str) -> TensorInfo:

@@ -9,7 +9,7 @@ checkpoint for ComfyUI, with ``model.diffusion_model.`` beside the VAE and the r
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.rows import Row, module, parameter, same, within
 
-_CONNECTORS = "connectors are a component of their own"
+_CONNECTORS = "the connectors, a component of their own"
 _ATTENTION = (
     *same("to_q", "to_k", "to_v", "to_out.0", "to_gate_logits"),
     module("q_norm", "norm_q"),

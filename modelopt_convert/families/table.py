@@ -58,8 +58,13 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Found | None:
     Returns:
         The family; None if no family's marks are all there, or if two transformers lie in one checkpoint.
     """
-    found = [one for prefix in PREFIXES for one in _under(prefix, shapes)]
+    found = candidates(shapes)
     return found[0] if len(found) == 1 else None
+
+
+def candidates(shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
+    """Every family and prefix whose marks are all there: of a checkpoint of two transformers both."""
+    return [one for prefix in PREFIXES for one in _under(prefix, shapes)]
 
 
 def left_out(name: str, found: Found) -> str | None:

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.comfyui import COMFYUI, COMFYUI_HEADER, COMFYUI_MXFP8
 from modelopt_convert.dialects.dialect import Headers
-from modelopt_convert.dialects.modelopt.dialect import MODELOPT, MODELOPT_FP8
+from modelopt_convert.dialects.modelopt.dialect import MODELOPT, MODELOPT_FP8, MODELOPT_OTHER
 from modelopt_convert.dialects.packed import Evidence, PackedModule, declares_dynamic_inputs, find_packed
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.engines.belief import Belief
 from modelopt_convert.engines.limits import DEFAULT, declared, limits
 from modelopt_convert.engines.sglang import believe, misread
 from modelopt_convert.formats.format import Format, entry
-from modelopt_convert.formats.layout import BASES, Layout
+from modelopt_convert.formats.layout import BASES, Basis, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.inspection.engines import engine_reports
@@ -34,6 +35,15 @@ from modelopt_convert.report.inspect import (
     TotalsReport,
 )
 
+# Of a file that nothing marks the order is not known: comfy-kitchen's and ModelOpt's have the same shape.
+_MXFP8_SCALES: Mapping[str, tuple[str, Basis]] = {
+    COMFYUI_MXFP8.name: ("128x4", "declared"),
+    COMFYUI.name: ("128x4", "declared"),
+    COMFYUI_HEADER.name: ("128x4", "declared"),
+    MODELOPT_FP8.name: ("linear", "declared"),
+    MODELOPT_OTHER.name: ("linear", "declared"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -45,6 +55,7 @@ class Subject:
         every_scale: Look at every scale of every module, not at a sample of modules.
         max_error: Largest relative error of a reading that is accepted without reproducing the codes.
         declared: How packed modules are declared to lie.
+        scales_of_mxfp8: The order of the scales of MXFP8 modules, and how that is known.
     """
 
     reader: CheckpointReader
@@ -52,6 +63,7 @@ class Subject:
     every_scale: bool
     max_error: float
     declared: Layout
+    scales_of_mxfp8: tuple[str, Basis] = ("undetermined", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,8 @@ def inspect_component(
     base = None if roles else base  # what is said of the layout would be about another thing
     headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
-    subject = Subject(reader, base, every_scale, max_error, dialect.layout(headers))
+    mxfp8 = _MXFP8_SCALES.get(dialect.name, ("undetermined", "none"))
+    subject = Subject(reader, base, every_scale, max_error, dialect.layout(headers), mxfp8)
     seen = [_see(subject, target) for target in FORMATS.values()]
     modules = {name: one for each in seen for name, one in each.modules.items()}
     packed = {name: one for each in seen for name, one in each.packed.items()}

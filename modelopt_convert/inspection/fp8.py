@@ -1,23 +1,45 @@
-"""FP8 modules: the format has one layout, so that their scales are all there is to look at."""
+"""FP8 modules, and MXFP8 ones, whose weights have the same dtype: what is to be looked at is their scales."""
 
 from collections.abc import Iterator, Mapping
 
+from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.dialects.packed import SCALE_SHAPES, PackedModule
 from modelopt_convert.formats.fp8.format import FORMAT
 from modelopt_convert.inspection.component import FormatInspection, Seen, Subject, module_layout
-from modelopt_convert.inspection.lint import is_float32, odd_input_faults, unusable
-from modelopt_convert.report.inspect import LintReport
+from modelopt_convert.inspection.lint import odd_input_faults, unusable
+from modelopt_convert.report.inspect import LintReport, ModuleLayout
+
+_E8M0 = ("U8", "F8_E8M0")
+_CONVERT = "builds take F32 []; `mopt convert` reads one scale, one a row, and one a part of a fused weight"
 
 
 class _Fp8Inspection:
     def see(self, subject: Subject, found: Mapping[str, PackedModule], coded: Mapping[str, list[int]]) -> Seen:
-        modules = {name: module_layout(FORMAT, shape, None) for name, shape in coded.items()}
-        faults = [fault for name in coded for fault in _faults(subject.reader, name)]
+        tensors = subject.reader.tensors
+        blocks = {name for name in coded if _is_e8m0(tensors.get(f"{name}.weight_scale"))}
+        modules = {
+            name: _mxfp8(subject, shape) if name in blocks else module_layout(FORMAT, shape, None)
+            for name, shape in coded.items()
+        }
+        faults = [fault for name in coded if name not in blocks for fault in _faults(subject.reader, name)]
         return Seen(modules, {}, [*faults, *odd_input_faults(subject.reader, found, FORMAT.tensor_scale)])
 
 
 ENTRY: FormatInspection = _Fp8Inspection()
+
+
+def _is_e8m0(scale: TensorInfo | None) -> bool:
+    return scale is not None and scale.dtype in _E8M0 and len(scale.shape) == 2
+
+
+def _mxfp8(subject: Subject, shape: list[int]) -> ModuleLayout:
+    """A module with a scale for 32 columns. The order of its scales shows in no shape: what marks the file tells it."""
+    plain = module_layout(FORMAT, shape, None)
+    order, basis = subject.scales_of_mxfp8
+    return plain.model_copy(
+        update={"algorithm": "MXFP8", "scale_layout": order, "scale_basis": basis, "global_scale": "none"}
+    )
 
 
 def _faults(reader: CheckpointReader, module: str) -> Iterator[LintReport]:
@@ -26,5 +48,8 @@ def _faults(reader: CheckpointReader, module: str) -> Iterator[LintReport]:
         scale = reader.tensors.get(f"{module}.{role}")
         if scale is None:
             yield LintReport(code=f"{role}.missing", message=f"FP8 without {role}", module=module)
-        elif is_float32(scale):
+        elif scale.dtype != "F32" or scale.shape not in SCALE_SHAPES:
+            message = f"{role} is {scale.dtype} {list(scale.shape)}: {_CONVERT}"
+            yield LintReport(code="scale.unusable", message=message, module=module)
+        else:
             yield from unusable(reader, scale, module, role)

@@ -11,6 +11,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule, declares_dynamic_inputs
 from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.keeps import siblings
 from modelopt_convert.preset.patterns import ignored
@@ -20,6 +21,7 @@ from modelopt_convert.report.inspect import LintReport
 from modelopt_convert.run.errors import InputError
 
 Modules = Mapping[str, PackedModule]
+_ALGORITHMS = frozenset(one.quant_algo for one in FORMATS.values())
 ONE_FOR_ALL = "SGLang rounds their block scales to one, vLLM-omni misreads all but those of the largest"
 
 
@@ -173,6 +175,10 @@ def config_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRe
         linears = [name for name, one in weights.items() if len(one.shape) == 2 and one.dtype in HALF_AND_FLOAT]
         coded = [*modules, *(name for name, one in weights.items() if one.dtype == "F8_E4M3")]
         covered = ignored(keys.get("ignore"), {*coded, *linears}, path=str(reader.path / "config.json"))
+        if keys.get("quant_algo") in _ALGORITHMS and not coded:
+            message = f"config.json says {keys['quant_algo']}, and no weight is quantized"
+            yield LintReport(code="export.nothing_quantized", message=message, module=None)
+            linears = []  # one fault, not one for each of them
         for name in coded:
             if name in covered:
                 yield LintReport(code="ignore.lists_packed", message="in `ignore`, yet packed", module=name)

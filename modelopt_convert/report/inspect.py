@@ -86,17 +86,21 @@ class EngineVerdict(_Model):
     what each fact rests on.
     """
 
-    engine: str
-    version: str
-    verdict: Literal["right", "assumes", "loss", "misreads", "refuses", "unknown"]
-    how: str
-    assumes: dict[str, str] = Field(default_factory=dict)
-    depends: str = ""
-    notes: list[str] = Field(default_factory=list)
-    modules: dict[str, list[str]] = Field(default_factory=dict)
-    figure: float | None = Field(default=None, description="Largest relative error that the engine adds, if measured.")
-    source: list[str] = Field(default_factory=list)
-    shown: Literal["run", "read", "inferred"] = "read"
+    engine: str = Field(description="its name")
+    version: str = Field(description="of the engine that the fact is about")
+    verdict: Literal["right", "assumes", "loss", "misreads", "refuses", "unknown"] = Field(description="in a word")
+    how: str = Field(description="what the engine does with the file")
+    assumes: dict[str, str] = Field(default_factory=dict, description="the layout that it takes for granted")
+    depends: str = Field(default="", description="what the verdict depends on beside the file")
+    notes: list[str] = Field(default_factory=list, description="what a user should know besides")
+    modules: dict[str, list[str]] = Field(
+        default_factory=dict, description="modules taken for something else than they are, by what for"
+    )
+    figure: float | None = Field(default=None, description="largest relative error that the engine adds, if measured")
+    source: list[str] = Field(default_factory=list, description="the engine's own files that say so")
+    shown: Literal["run", "read", "inferred"] = Field(
+        default="read", description="whether the engine's code was run or read, or the fact was inferred"
+    )
 
 
 class ComponentReport(_Model):

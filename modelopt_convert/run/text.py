@@ -1,9 +1,15 @@
 """Text of others, made fit for a terminal or for a report: file names need not be UTF-8. No torch."""
 
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 
 # Of a line: a value of a config.json may have millions.
 _LINE_CHARS = 4000
+# What differs between faults of one kind: shapes, what stands in parentheses, numbers.
+_PARTICULAR = re.compile(r"\[[^\]]*\]|\(.*\)|[0-9][0-9.e+-]*")
 
 
 def unicode_text(text: str) -> str:
@@ -17,6 +23,13 @@ def shown(value: object) -> str:
         return repr(value)[:_LINE_CHARS]
     except Exception:  # whatever a class of the caller's raises
         return f"a value of type {type(value).__name__}"
+
+
+def runnable(text: str) -> str:
+    """Text with the commands ``hf ...`` in it as they run here: an installed tool has no ``hf`` on PATH."""
+    if "`hf " not in text or shutil.which("hf") is not None:
+        return text
+    return text.replace("`hf ", f"`{shlex.quote(sys.executable)} -m huggingface_hub.cli.hf ")
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
@@ -39,3 +52,25 @@ def printable(text: str) -> str:
     kept = text[:_LINE_CHARS]
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
     return f"{shown} ... and {rest} characters more" if rest > 0 else shown
+
+
+def by_kind(faults: Sequence[str]) -> list[str]:
+    """Faults of the form ``PLACE: WORDS``, one line for each kind, with the count and the first places.
+
+    Args:
+        faults: Each in a line; the order of the kinds is that of their first ones.
+    """
+    kinds: dict[tuple[bool, str], list[tuple[str, str]]] = {}
+    for fault in faults:
+        place, colon, words = fault.partition(": ")
+        kind = bool(colon), _PARTICULAR.sub("#", words if colon else fault)
+        kinds.setdefault(kind, []).append((place, words if colon else fault))
+    lines = []
+    for members in kinds.values():
+        place, words = members[0]
+        if len(members) == 1:
+            lines.append(words if words == place else f"{place}: {words}")
+            continue
+        differ = ", for the first" if len({one for _, one in members}) > 1 else ""
+        lines.append(f"{len(members)} places: {words}{differ}: {few([one for one, _ in members])}")
+    return lines

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelopt_convert.run.boundary import storage_errors
+from modelopt_convert.run.boundary import storage_error, storage_errors
 from modelopt_convert.run.errors import OutputRefusedError
 from modelopt_convert.stage import fsops
 from modelopt_convert.stage.locks import LOCKING_FILE_SYSTEMS, file_system_of
@@ -91,6 +91,23 @@ def check_file_replaced(file: Path) -> None:
     if not ours:
         hint = "give another file, or move it away yourself"
         raise OutputRefusedError(f"{file}: {what}", code="report.foreign", path=str(file), hint=hint)
+
+
+def check_file_writable(file: Path) -> None:
+    """Refuse, before the work, a report that could not be written after it.
+
+    Raises:
+        OutputRefusedError: ``report.foreign``.
+        StorageError: Its folder takes no new file.
+    """
+    check_file_replaced(file)
+    path = canonical_output(file)
+    try:
+        beside, fd = _create_beside(path, None)
+        fsops.close(fd)
+        fsops.remove_file(beside)
+    except OSError as error:
+        raise storage_error(OSError(error.errno, error.strerror, str(file)), file) from error
 
 
 def is_same_place(one: Path, other: Path) -> bool:

@@ -1,5 +1,9 @@
 """From what was found to how the run ends: several transformers as one, and the exit code. No torch."""
 
+import re
+import shlex
+from collections.abc import Collection
+
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
 from modelopt_convert.report.words import NEAR_WORDS, PROOFS
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
@@ -7,6 +11,9 @@ from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.options import VerifyOptions
 
 _KERNEL = "the kernel is in question, not the checkpoint; try another --backend, or report it to the makers of this one"
+# What misdeclared() of levels/layout.py says of a module.
+_SWAPPED = re.compile(r"the even column is in the \w+ nibble, declared \w+")
+_ORDERED = re.compile(r"the scales are (linear|128x4), declared \w+")
 
 SEVERITY: tuple[Verdict, ...] = ("prewarmed", "pass", "inconclusive", "backend broken", "backends disagree", "fail")
 
@@ -39,8 +46,13 @@ def combine(found: dict[str, VerifyReport], checkpoint: str) -> VerifyReport:
     )
 
 
-def conclude(found: VerifyReport, options: VerifyOptions) -> None:
+def conclude(found: VerifyReport, options: VerifyOptions, base: str | None = None) -> None:
     """End with the code of the verdict.
+
+    Args:
+        found: What was found of one transformer.
+        options: What was asked for.
+        base: What it was compared with.
 
     Raises:
         CheckFailedError: ``check.verify``.
@@ -54,7 +66,7 @@ def conclude(found: VerifyReport, options: VerifyOptions) -> None:
             f"{where}: {found.statement}",
             code="check.verify",
             path=where,
-            hint=f"the report names every module; build or export it again{instead}",
+            hint=_rewrite(found, base) or f"the report names every module; build or export it again{instead}",
         )
     if found.verdict in ("backend broken", "backends disagree"):
         raise BackendError(
@@ -86,6 +98,41 @@ def conclude(found: VerifyReport, options: VerifyOptions) -> None:
             path=where,
             hint="run it where the GPU and the kernels are",
         )
+
+
+def _rewrite(found: VerifyReport, base: str | None) -> str | None:
+    """The command that mends a checkpoint of which nothing but the layout is wrong."""
+    failed = {level.level for level in found.levels if level.status == "fail"}
+    command = _remedy(found.level("L1"), found.modules) if failed == {"L1"} else None
+    if command is None or base is None:
+        return None
+    source = shlex.quote(found.checkpoint)
+    output = shlex.quote(f"{found.checkpoint.removesuffix('.safetensors')}-right")
+    against = f" --base {shlex.quote(base)}"
+    return f"the values are the base's, and lie in another order: mopt {command} {source} {output}{against}"
+
+
+def _remedy(level: LevelReport, modules: Collection[str]) -> str | None:
+    """The command that brings a checkpoint into the layout that is declared; None where a rewrite does not do it.
+
+    A rewrite is of all modules: where some of them lie as declared, it would move these out of place.
+
+    Args:
+        level: L1.
+        modules: All that were compared.
+    """
+    names, faults = [], set[str]()
+    for failure in level.failures:
+        name, _, words = failure.partition(": ")
+        names.append(name)
+        faults.add(words)
+    if len(faults) != 1 or sorted(names) != sorted(modules):
+        return None
+    words = faults.pop()
+    if _SWAPPED.fullmatch(words):
+        return "swap-nibbles"
+    found = _ORDERED.fullmatch(words)
+    return None if found is None else "unswizzle-scales" if found[1] == "128x4" else "unswizzle-scales --reverse"
 
 
 def _require_named(found: VerifyReport, options: VerifyOptions) -> None:

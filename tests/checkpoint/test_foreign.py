@@ -58,10 +58,10 @@ KINDS: dict[str, tuple[bytes, str, str]] = {
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file (.h5)", READS),
     "html": (
         b"<!DOCTYPE html>\n<html></html>",
-        "a page of the web, not the file behind it",
+        "a web page, not the file behind it",
         f"fetch it with {FETCH}",
     ),
-    "html, indented": (b"\n  <html lang='en'>", "a page of the web, not the file behind it", f"fetch it with {FETCH}"),
+    "html, indented": (b"\n  <html lang='en'>", "a web page, not the file behind it", f"fetch it with {FETCH}"),
     "gated": (
         b"Access to model x/y is restricted. You must be authenticated to access it.",
         "an answer of the Hub, not the file",

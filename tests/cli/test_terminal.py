@@ -11,7 +11,7 @@ import pytest
 from support import run_mopt
 
 from modelopt_convert.cli._output import Output, ProgressBar, steps_of
-from modelopt_convert.cli._text import by_kind, painted, table_lines, wrapped
+from modelopt_convert.cli._text import painted, table_lines, wrapped
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     InspectRequest,
@@ -19,6 +19,7 @@ from modelopt_convert.commands.requests import (
     SwapNibblesRequest,
     VerifyRequest,
 )
+from modelopt_convert.run.text import by_kind
 
 NAMES = [f"transformer_blocks.{'x' * length}.attn" for length in (3, 15, 60)]
 ROWS = [[name, "12", "1.5 MB", "kept, since the preset names it and nothing else does"] for name in NAMES]

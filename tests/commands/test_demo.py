@@ -1,12 +1,16 @@
 """mopt demo: what comes with mopt is built as files of a user's are, and nothing is replaced."""
 
+import errno
 import json
+import signal
 import zipfile
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from support import run_mopt, tree
+
+from modelopt_convert.commands.demo import demo_files
 
 _LARGEST = 1_000_000
 ARCHIVE = resources.files("modelopt_convert.commands") / "demo.zip"
@@ -29,7 +33,8 @@ def test_the_demo_ends_with_what_to_look_at(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"base", "export", "out"}
     assert {"config.json", "mopt.json", "README.md"} < {path.name for path in (folder / "out").iterdir()}
     commands = [line.partition(": mopt ")[2] for line in told.stdout.splitlines() if ": mopt " in line]
-    assert {line.split()[0] for line in commands} == {"verify", "inspect", "build-nvfp4"}
+    assert {line.split()[0] for line in commands} == {"inspect", "build-nvfp4"}
+    assert told.stdout.count("next: ") == 1
     for line in commands:
         words = [
             word.replace(f"{folder}/out", f"{tmp_path}/again") if "build" in line else word for word in line.split()
@@ -62,3 +67,41 @@ def test_the_demo_is_told_as_builds_are(tmp_path: Path) -> None:
     assert again.exit_code == 4 and "[output.exists]" in again.stderr
     quiet = run_mopt("demo", tmp_path / "other", "-q", json_report=False)
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["zipfile.ZipFile.extractall", "modelopt_convert.stage.fsops.write_all"])
+def test_a_demo_that_fails_leaves_nothing_and_can_be_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    """On a full disk, while the inputs are made and while OUT is; what somebody else put there meanwhile stays."""
+    with monkeypatch.context() as full:
+        full.setattr(where, _full)
+        told = run_mopt("demo", tmp_path / "new", json_report=False)
+    assert told.exit_code == 5 and "[storage.no_space]" in told.stderr and "hint: free some space" in told.stderr
+    assert not list(tmp_path.iterdir())
+    assert run_mopt("demo", tmp_path / "new", json_report=False).exit_code == 0
+
+
+def test_a_demo_that_fails_removes_only_what_it_made(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with pytest.raises(KeyboardInterrupt), demo_files(folder):
+        (folder / "base" / "mine").write_text("mine")
+        raise KeyboardInterrupt
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / "base" / "mine"]
+
+
+def test_a_demo_that_is_stopped_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    extract = zipfile.ZipFile.extractall
+
+    def stopped(archive: zipfile.ZipFile, folder: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        extract(archive, folder)
+
+    monkeypatch.setattr("zipfile.ZipFile.extractall", stopped)
+    told = run_mopt("demo", tmp_path / "new", json_report=False)
+    assert told.exit_code == 130 and "[interrupted]" in told.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,14 @@
 """mopt doctor: everything is a line, nothing a failure, and the token is never told."""
 
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +51,8 @@ def test_every_part_is_looked_at(tmp_path: Path) -> None:
     assert found["disk", str(tmp_path / "not" / "yet")]["found"].endswith(" GB free")
     assert found["works", "build, convert, rewrite"]["found"] == "yes"
     told = run_mopt("doctor", tmp_path, json_report=False)
-    assert told.exit_code == 0 and told.stdout.startswith("what works here:\nok: build, convert, rewrite: yes\n")
+    assert told.exit_code == 0 and told.stdout.startswith("versions:\nok: mopt: ")
+    assert "what works here:\nok: build, convert, rewrite: yes\n" in told.stdout
 
 
 @pytest.mark.usefixtures("nobody")
@@ -99,3 +108,57 @@ def test_a_hub_that_fails_is_a_line_without_the_token(hub: LoopbackHub) -> None:
         "there is a token, and the Hub did not say whose: "
     )
     assert token not in told.stdout + told.stderr
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_full_disk_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: free)
+    found = findings("here")
+    assert found["disk", "here"]["status"] == "broken" and "full" in found["works", "build, convert, rewrite"]["found"]
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_cache_that_cannot_be_used_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file" / "home"))
+    one = findings()["hub", "cache"]
+    assert one["status"] == "broken" and one["found"].startswith(f"{tmp_path / 'file'} is no folder; set HF_HOME")
+
+
+@pytest.fixture
+def silent_hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a process whose Hub takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x", "HF_ENDPOINT": endpoint}
+        yield {**{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}, **home}
+
+
+def test_a_hub_that_never_answers_is_a_line(silent_hub: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "modelopt_convert", "doctor"]
+    told = subprocess.run(command, env=silent_hub, capture_output=True, text=True, timeout=90, check=True)
+    assert "broken: login: there is a token, and the Hub did not say whose: " in told.stdout
+    assert "in 5 s" in told.stdout and "hf_x" not in told.stdout
+
+
+def test_each_line_comes_as_it_is_found_and_a_signal_ends_with_what_was_found(silent_hub: dict[str, str]) -> None:
+    """The first lines are there while the Hub is still waited for; under ``--json`` a signal gives one object, too."""
+    command = [sys.executable, "-m", "modelopt_convert", "doctor"]
+    with subprocess.Popen(command, env=silent_hub, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "versions:\n" and run.stderr is not None
+        assert run.stdout.readline().startswith("ok: mopt: ")
+        run.send_signal(signal.SIGINT)
+        rest, said = run.stdout.read(), run.stderr.read()
+    assert run.returncode == 130 and "what works here" not in rest and "stopped by signal 2 [interrupted]" in said
+    with subprocess.Popen(
+        [*command, "--json"], env=silent_hub, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        maps = Path(f"/proc/{run.pid}/maps")
+        while "torch" not in maps.read_text():  # from then on signals are handled
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        stdout, _ = run.communicate(timeout=60)
+    report = json.loads(stdout)
+    assert (run.returncode, report["exit_code"], report["status"]) == (130, 130, "interrupted")
+    assert ("version", "mopt") in {(one["part"], one["name"]) for one in report["findings"]}

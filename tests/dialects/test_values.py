@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_convert.checkpoint.recipe import Elsewhere, Extent, Recipe
-from modelopt_convert.dialects.form import Quantized
-from modelopt_convert.dialects.values import Cast, Decoded, Mapped, Requantized
+from modelopt_convert.checkpoint.recipe import Constant, Elsewhere, Extent, Recipe
+from modelopt_convert.dialects.decoded import Decoded
+from modelopt_convert.dialects.values import Cast, Mapped, Requantized
 from modelopt_convert.formats.arithmetic import rebased_bytes
 from modelopt_convert.formats.fp8.codes import dequantize_fp8, quantize_fp8
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4, quantize_nvfp4
@@ -59,9 +59,9 @@ def test_nvfp4(size: tuple[int, int, int], draw: st.DataObject) -> None:
     factor = weight.abs().amax().float() / 2688
     codes, scales = quantize_nvfp4(weight, factor)
     files = Files(c=bytes(to_bytes(codes)), s=bytes(to_bytes(scales)), w=bytes(to_bytes(weight)))
-    quantized = Quantized("nvfp4", rows, blocks * 16)
     values = dequantize_nvfp4(codes, scales, factor)
-    parts = extent(files.files["c"], "c"), extent(files.files["s"], "s"), float(factor), quantized
+    places = extent(files.files["c"], "c"), extent(files.files["s"], "s"), Constant(bytes(to_bytes(factor)))
+    parts = "nvfp4", rows, blocks * 16, *places
     check(Decoded(*parts, "F32"), values, files, draw)
     check(Decoded(*parts, "BF16"), values.bfloat16(), files, draw)
     source = extent(files.files["w"], "w")
@@ -79,9 +79,9 @@ def test_fp8_by_one_scale_and_by_row(size: tuple[int, int, int], draw: st.DataOb
     codes = quantize_fp8(weight, scale)
     by_row = torch.rand(rows, 1, generator=torch.Generator().manual_seed(seed)) + 0.1
     files = Files(c=bytes(to_bytes(codes)), s=bytes(to_bytes(by_row)), w=bytes(to_bytes(weight)))
-    quantized, source = Quantized("fp8", rows, columns), extent(files.files["c"], "c")
-    check(Decoded(source, None, float(scale), quantized, "F32"), dequantize_fp8(codes, scale), files, draw)
-    rows_of = Decoded(source, extent(files.files["s"], "s"), 1.0, quantized, "BF16")
+    source, one = extent(files.files["c"], "c"), Constant(bytes(to_bytes(scale)))
+    check(Decoded("fp8", rows, columns, source, None, one, "F32"), dequantize_fp8(codes, scale), files, draw)
+    rows_of = Decoded("fp8", rows, columns, source, extent(files.files["s"], "s"), None, "BF16")
     check(rows_of, (codes.float() * by_row).bfloat16(), files, draw)
     check(Requantized(extent(files.files["w"], "w"), "BF16", "fp8", float(scale)), codes, files, draw)
 

@@ -91,7 +91,7 @@ def test_of_a_whole_checkpoint_the_rest_is_said() -> None:
         "text_encoders.t5xxl.transformer.shared.weight": "a text encoder",
         "text_embedding_projection.aggregate_embed.weight": "the projection of a text encoder",
     }
-    inside = {"audio_embeddings_connector.learnable_registers": "connectors are a component of their own"}
+    inside = {"audio_embeddings_connector.learnable_registers": "the connectors, a component of their own"}
     for prefix in ("model.diffusion_model.", "velocity_model."):
         names = spelled("ltx2", "original", prefix)
         strangers = rest | {prefix + name: what for name, what in inside.items()}

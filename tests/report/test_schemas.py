@@ -75,6 +75,7 @@ def written(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "proven": ["unswizzle-scales", room / "swizzled", room / "proven", "--base", base],
     }
     run_mopt("unswizzle-scales", room / "source", room / "swizzled", "--reverse")
+    rewrites["converted"] = ["convert", fp8, room / "converted", "--to", "torchao"]
     for name, words in rewrites.items():
         found[name] = (room / name, run_mopt(*words).report)
     found["verified"] = (
@@ -103,7 +104,7 @@ def test_every_record_is_what_its_schema_says(written: dict[str, tuple[Path, Any
     found = {name: list(records(folder)) for name, (folder, _) in written.items()}
     assert {name: len(each) for name, each in found.items()} == {
         "build": 1, "planned": 0, "quantized here": 1, "fp8": 1, "unproven": 1, "pipeline": 3, "refused": 0,
-        "swapped": 1, "proven": 1, "verified": 0,
+        "swapped": 1, "proven": 1, "converted": 1, "verified": 0,
     }  # fmt: skip
     assert {name: fault for name, each in found.items() for one in each for fault in faults(RECORD, one)} == {}
     assert {key for each in found.values() for one in each for key in one} == SCHEMAS[RECORD]["properties"].keys()

@@ -25,7 +25,7 @@ JSON_KINDS = {"parse_json_object": ("json", "duplicate_key", "too_large"), "read
 MADE = {
     *(f"export.missing_{role}" for role in ("weight_scale", "weight_scale_2", "input_scale")),
     *(f"check.{name}" for name in ("structure", "converted", "verify")),
-    *(f"{role}.lora" for role in ("export", "base")),
+    *(f"{role}.{word}" for role in ("export", "base") for word in ("lora", "no_config")),
     *(f"engine.{grade}" for grade in ("fails", "wrong", "loss")),
     *(f"{role}.missing" for role in ("weight_scale", "input_scale")),
     "preset.toml",  # in the form of a file's name
@@ -53,7 +53,9 @@ def all_codes() -> set[str]:
     """Every code."""
     found = set(MADE)
     for module, tree in TREES.items():
-        for node in ast.walk(tree):
+        # Key maps are names of modules, which look the same; there only what is called a code is one.
+        nodes = [one.value for one in ast.walk(tree) if isinstance(one, ast.keyword) and one.arg == "code"]
+        for node in nodes if ".families." in module else ast.walk(tree):
             text = node.value if isinstance(node, ast.Constant) else None
             if isinstance(text, str) and CODE.fullmatch(text) and not OTHERS.fullmatch(text):
                 found.add(text)

@@ -367,7 +367,7 @@ def test_the_verdict_is_in_the_words_of_the_report(verdict: str, proof: str, cod
     ("given", "command"),
     [
         ({"proof": "proven", "checkpoint": "hf://o/n"}, "Load it in an engine."),
-        ({"proof": "proven"}, "mopt push /data/out OWNER/NAME"),
+        ({"proof": "proven"}, "mopt push /data/out ORGANIZATION/NAME"),
         ({"proof": "not proven: sampled", "checkpoint": "/a b"}, "mopt verify '/a b' --base hf://o/n"),
         ({"proof": "unchanged"}, "mopt verify /data/out --base hf://o/n"),
         ({"verdict": "prewarmed", "proof": "", "checkpoint": ""}, "mopt verify CHECKPOINT --base hf://o/n"),

@@ -15,7 +15,7 @@ from modelopt_convert import __version__
 
 # Exit code, verdict and proof, how many modules are grey, and what the page says to do next.
 CASES = {
-    "proven": (0, "pass, proven", 0, "mopt push {0} OWNER/NAME"),
+    "proven": (0, "pass, proven", 0, "mopt push {0} ORGANIZATION/NAME"),
     "recorded": (0, "pass, unchanged", "all", "mopt verify {0} --base BASE"),
     "sampled": (0, "pass, not proven: sampled", 0, "mopt verify {0} --base {1}"),
     "no base": (6, "inconclusive, not proven: no base", "all", "mopt verify {0} --base BASE"),

@@ -95,13 +95,13 @@ def ask(call: Callable[[], _T]) -> _T:
     return watch.watched(lambda: _retried(call), watch.ANSWER_S)
 
 
-def ask_once(call: Callable[[], _T]) -> _T:
-    """What ``call`` returns in ``ANSWER_S`` seconds.
+def ask_once(call: Callable[[], _T], seconds: float | None = None) -> _T:
+    """What ``call`` returns in so many seconds; None for ``ANSWER_S``.
 
     Raises:
         StalledError: It takes longer.
     """
-    return watch.watched(call, watch.ANSWER_S)
+    return watch.watched(call, watch.ANSWER_S if seconds is None else seconds)
 
 
 def _retried(call: Callable[[], _T]) -> _T:
@@ -202,6 +202,9 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error.__cause__, MoptError):
             raise error.__cause__ from error
+        if isinstance(error, UnicodeEncodeError) and _is_token_malformed():
+            what = "the access token is malformed: it holds what is not ASCII"
+            raise _error(InputError, repo_id, "token", what, "correct HF_TOKEN, or `hf auth login`") from error
         if isinstance(error.__cause__, OSError | httpx.HTTPError):  # the cause says why an upload failed
             raise _explained(error.__cause__, repo_id, again) from error
         if _is_xet_error(error):
@@ -215,6 +218,12 @@ def hub_errors(repo_id: str, again: str | None = None) -> Iterator[None]:
             what = f"the client gave up: {first_line(error)}"
             raise _error(InputError, repo_id, "refused", what, hint) from error
         raise
+
+
+def _is_token_malformed() -> bool:
+    from huggingface_hub import get_token
+
+    return not (get_token() or "").isascii()
 
 
 def _is_of_the_client(error: Exception) -> bool:
@@ -282,7 +291,7 @@ def _explained(error: Exception, repo_id: str, again: str | None) -> MoptError:
         return _disk_full(repo_id)
     if isinstance(error, http_library().UnsupportedProtocol):
         hint = "a proxy, or the server that HF_ENDPOINT names, may have answered"
-        return _error(InputError, repo_id, "answer", f"an answer names no address: {first_line(error)}", hint)
+        return _error(InputError, repo_id, "answer", f"an answer leads to no address: {first_line(error)}", hint)
     if isinstance(error, http_library().TimeoutException):
         return _error(RemoteError, repo_id, "unreachable", "no answer in time", no_way)
     return _error(RemoteError, repo_id, "unreachable", first_line(error), no_way)

@@ -195,7 +195,7 @@ def convert_staged(
             stage.write_file(name, data)
         stage.write_file(RECORD, _record(reader, plan, kept, files, done.digests))
         with clock.timed("check"):
-            compared, closed = read_back(stage.path, reader, plan, request.to)
+            compared, closed = read_back(stage.path, reader, plan, request.to, request.worker_count)
         told = convert_report(source, request.to, plan, kept, compared, proof.words)
     return Converted(plan, told, closed, not_finite_warnings(done.not_finite))
 

@@ -304,7 +304,7 @@ def _apart(found: TensorInfo, wanted: TensorInfo, factor: "NDArray[np.float32] |
         if factor is not None:
             left, right = (one.reshape(-1, columns) / factor for one in (left, right))
         error, size = error + float(np.square(left - right).sum()), size + float(np.square(right).sum())
-    return math.sqrt(error / size) if size else (0.0 if not error else math.inf)
+    return math.sqrt(error / size) if size else (math.inf if error else 0.0)
 
 
 def _floats(info: TensorInfo, begin: int, count: int, read: ReadBytes) -> "NDArray[np.float32]":

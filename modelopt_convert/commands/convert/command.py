@@ -3,7 +3,8 @@
 Everything is moved by recipes: what is written is a copy of tensors that the source's reader presents.
 """
 
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import compare_bases, compare_configs, rewritten_report
 from modelopt_convert.dialects.awq import transformed_modules
 from modelopt_convert.dialects.source import Source, describe
+from modelopt_convert.families.table import left_out
 from modelopt_convert.report.report import ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
 from modelopt_convert.run.errors import InputError
@@ -101,11 +103,14 @@ class ConvertCommand:
                 stage = stack.enter_context(StagingDir(output, inputs, **request.consent, need_bytes=0, copies=()))
             with self._clock.timed("open"):
                 against = self._inputs.open("base", base_path, is_base=True) if base_path is not None else None
+            if against is not None:
+                self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
                 found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
+            self._warned += _left_out(reader, found)
             if against is not None:
                 reader.take_beside(BASE, against)
-                self._warned += compare_configs(reader, against)
+                self._warned += _configs_compared(reader, found, against)
                 if stage is not None:
                     with self._clock.timed("prove"), torch_on_one_thread():
                         self._prove(reader, found, against)
@@ -118,7 +123,9 @@ class ConvertCommand:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
             stage.check_space(self._disk_bytes(plan))
-            with self._clock.timed("stream"), torch_on_one_thread():
+            # A conversion that only reorders does without torch, which takes longer to import than much of the rest.
+            computes = bool(plan.lossy or transformed_modules(found.described))
+            with self._clock.timed("stream"), torch_on_one_thread() if computes else nullcontext():
                 done = stream_converted(stage, reader, plan, progress, request.worker_count, executor)
             self._warned += not_finite_warnings(done.not_finite)
             for name, data in small_files(plan).items():
@@ -189,7 +196,7 @@ class ConvertCommand:
         Raises:
             CheckFailedError: ``check.structure`` or ``check.converted``.
         """
-        self._compared, found = read_back(stage, reader, plan, self._request.to)
+        self._compared, found = read_back(stage, reader, plan, self._request.to, self._request.worker_count)
         for closed in found:
             self._checks.append(closed.check)
             refuse_failed(closed)
@@ -213,6 +220,24 @@ class ConvertCommand:
         record = self._record(plan, dict.fromkeys(plan.steps, DIGEST), proof)
         small = map(len, small_files(plan).values())
         return disk_bytes([*shard_sizes(plan.shards), len(record) + CONTENT_BYTES, *small])
+
+
+def _configs_compared(reader: CheckpointReader, source: Source, base: CheckpointReader) -> list[Warned]:
+    if source.other_class is not None:
+        words = f"the config at {reader.path} is of {source.other_class}: the two configs are not compared"
+        return [("config.not_compared", words)]
+    return compare_configs(reader, base)
+
+
+def _left_out(reader: CheckpointReader, source: Source) -> list[Warned]:
+    """What lies in the source beside the transformer."""
+    what = Counter(out for name in reader.tensors if (out := left_out(name, source.found)) is not None)
+    if not what:
+        return []
+    counted_out = ", ".join(f"{count} of {one}" for one, count in sorted(what.items()))
+    return [
+        ("input.left_out", f"source {reader.path}: tensors that are not the transformer's are left out: {counted_out}")
+    ]
 
 
 def _own_config(reader: CheckpointReader) -> str | None:

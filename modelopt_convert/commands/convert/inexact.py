@@ -14,9 +14,9 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.recipe import Elsewhere, made, recipe_of
 from modelopt_convert.commands.convert.plan import Inexact, Unequal
-from modelopt_convert.dialects.decoded import decoded as in_bf16
+from modelopt_convert.dialects.decoded import decoded
 from modelopt_convert.dialects.form import Algorithm, Canonical, Quantized, ReadBytes, constant, grouped
-from modelopt_convert.dialects.values import Mapped, Requantized, cast, decoded, float_of
+from modelopt_convert.dialects.values import Mapped, Requantized, cast, float_of
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.run.errors import InputError
@@ -161,9 +161,7 @@ def _unpacked(
             weights.append(cast(of_base(base, name, (quantized.rows, quantized.columns)), dtype))
             continue
         roles = described.of(name)
-        weights.append(
-            in_bf16(quantized, roles) if dtype == "BF16" else cast(decoded(name, quantized, roles, read, "F32"), dtype)
-        )
+        weights.append(decoded(quantized, roles) if dtype == "BF16" else cast(decoded(quantized, roles, "F32"), dtype))
     scales = [f"{name}.{role}" for name in packed for role in _SCALES]
     modules = {name: one for name, one in described.modules.items() if name not in packed}
     return _replaced(described, weights, modules, scales)
@@ -363,4 +361,4 @@ def _measured(before: Canonical, after: Canonical, packed: tuple[str, ...], read
 
 def _values(described: Canonical, name: str, read: ReadBytes) -> TensorInfo:
     quantized, roles = described.modules.get(name), grouped(described.of(name).values())[name]
-    return decoded(name, quantized, roles, read, "F32") if quantized is not None else cast(roles["weight"], "F32")
+    return decoded(quantized, roles, "F32") if quantized is not None else cast(roles["weight"], "F32")

@@ -108,10 +108,11 @@ def plan_output(
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
     if written.config is not None and not written.config.get("_class_name"):
         raise InputError(
-            f"{where}: expected a config.json, which {target.name} needs beside the weights, found none",
+            f"{where}: expected a config.json of {family.class_names[0]}, which {target.name} needs, "
+            + (f"found one of {source.other_class}" if source.other_class else "found none"),
             code="convert.config",
             path=where,
-            hint="--config names one, or a folder that has one; --base gives its own",
+            hint="--base gives its own; where there is none, --config names one, or a folder that has one",
         )
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}

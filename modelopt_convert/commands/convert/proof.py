@@ -1,16 +1,19 @@
 """Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
 from dataclasses import dataclass, field
+from threading import Event
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
+from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.report.report import ProofReport
 from modelopt_convert.run.errors import CheckFailedError
+from modelopt_convert.run.workers import in_order, until
 
 _SHOWN = 10
+_PIECE = 1 << 20  # bytes of both sides are in a core's cache when they are compared
 
 
 @dataclass(slots=True)
@@ -30,7 +33,9 @@ class Compared:
     failures: list[str] = field(default_factory=list)
 
 
-def compare(source: CheckpointReader, wanted: Canonical, output: CheckpointReader, found: Canonical) -> Compared:
+def compare(
+    source: CheckpointReader, wanted: Canonical, output: CheckpointReader, found: Canonical, workers: int
+) -> Compared:
     """Compare two descriptions by all bytes.
 
     Args:
@@ -38,16 +43,19 @@ def compare(source: CheckpointReader, wanted: Canonical, output: CheckpointReade
         wanted: What a reader of the output was announced to find.
         output: What was written, opened.
         found: Its description, by the reader of its own dialect.
+        workers: Tensors that are compared at a time.
     """
     done = Compared()
-    for name in sorted(wanted.tensors.keys() | found.tensors.keys()):
-        left, right = wanted.tensors.get(name), found.tensors.get(name)
-        if left is None or right is None:
-            done.failures.append(f"tensor {name!r}: {'not written' if right is None else 'invented'}")
-            continue
+    for name in sorted(wanted.tensors.keys() ^ found.tensors.keys()):
+        done.failures.append(f"tensor {name!r}: {'not written' if name in wanted.tensors else 'invented'}")
+
+    def differs(name: str, stopped: Event) -> str | None:
+        return _difference(source, wanted.tensors[name], output, found.tensors[name], stopped)
+
+    both = sorted(wanted.tensors.keys() & found.tensors.keys())
+    for name, fault in zip(both, in_order(both, differs, workers), strict=True):
         done.tensors += 1
-        done.num_bytes += right.num_bytes
-        fault = _difference(source, left, output, right)
+        done.num_bytes += found.tensors[name].num_bytes
         if fault is None:
             done.equal += 1
         else:
@@ -64,12 +72,19 @@ def compare(source: CheckpointReader, wanted: Canonical, output: CheckpointReade
     return done
 
 
-def _difference(source: CheckpointReader, left: TensorInfo, output: CheckpointReader, right: TensorInfo) -> str | None:
+def _difference(
+    source: CheckpointReader, left: TensorInfo, output: CheckpointReader, right: TensorInfo, stopped: Event
+) -> str | None:
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return f"{left.dtype} {list(left.shape)} became {right.dtype} {list(right.shape)}"
-    for begin in range(0, left.num_bytes, CHUNK_BYTES):
-        count = min(CHUNK_BYTES, left.num_bytes - begin)
-        if source.read_of(left, begin, count) != output.read_of(right, begin, count):
+    ours, theirs = bytearray(), bytearray()
+    for begin in until(stopped, range(0, left.num_bytes, _PIECE)):
+        count = min(_PIECE, left.num_bytes - begin)
+        if len(ours) != count:  # else the buffers serve again
+            ours, theirs = bytearray(count), bytearray(count)
+        source.read_of_into(left, begin, memoryview(ours))
+        output.read_of_into(right, begin, memoryview(theirs))
+        if ours != theirs:
             return f"differs within bytes {begin} to {begin + count}"
     return None
 

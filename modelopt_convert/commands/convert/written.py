@@ -25,7 +25,7 @@ def stream_converted(
 
 
 def read_back(
-    folder: Path, reader: CheckpointReader, plan: ConvertPlan, to: str
+    folder: Path, reader: CheckpointReader, plan: ConvertPlan, to: str, workers: int
 ) -> tuple[Compared | None, list[Closed]]:
     """Reopen what was written, and compare all of it with the source; nothing is compared if its headers are wrong.
 
@@ -34,6 +34,7 @@ def read_back(
         reader: The source.
         plan: What was to be written.
         to: The target.
+        workers: Tensors that are compared at a time.
 
     Raises:
         CheckFailedError: ``check.structure``: no reader would take it.
@@ -43,7 +44,7 @@ def read_back(
         if closed.failure is not None:
             return None, [closed]
         again = describe(written, to, plan.settled.tensors)
-        found = compare(reader, plan.expected, written, again.described)
+        found = compare(reader, plan.expected, written, again.described, workers)
     check = {"name": "converted", "status": "fail" if found.failures else "pass", "failures": found.failures[:10]}
     failure = f"read back, {found.failures[0]} ({len(found.failures)} in all)" if found.failures else None
     return found, [closed, Closed(check, failure)]

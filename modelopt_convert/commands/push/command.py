@@ -51,6 +51,7 @@ from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.report.report import EngineLimitReport, OutputReport, PublishedReport, PushedReport, Report
 from modelopt_convert.run.errors import InconclusiveError, InputError, MoptError
 from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.text import runnable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -204,8 +205,10 @@ def _send(
     warned = [
         (
             "push.card_kept",
-            f"{card} was edited on the Hub and stays; `hf upload {repo_id} {Path(request.checkpoint) / card} {card}` "
-            "replaces it",
+            runnable(
+                f"{card} was edited on the Hub and stays; "
+                f"`hf upload {repo_id} {Path(request.checkpoint) / card} {card}` replaces it"
+            ),
         )
         for card in changes.kept_cards
     ]
@@ -220,7 +223,7 @@ def _send(
     )
     if request.dry_run:
         return pushed, warned
-    with hub_errors(repo_id, request.again):
+    with hub_errors(repo_id, request.resumed):
         if not target.branch_exists:
             branch = request.revision or _MAIN
             ask_once(partial(api.create_branch, repo_id, branch=branch, revision=target.parent, exist_ok=True))
@@ -293,7 +296,7 @@ def _commit(
 def _maybe_made(request: PushRequest) -> Iterator[None]:
     """Whoever sends a commit and cannot read the answer does not know whether it was made."""
     try:
-        with hub_errors(request.repo_id, request.again):
+        with hub_errors(request.repo_id, request.resumed):
             yield
     except MoptError as error:
         if error.code in _UNKNOWN:

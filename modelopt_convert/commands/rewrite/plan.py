@@ -113,12 +113,18 @@ def choose(
         chosen = {name for name in chosen if _can(reader, modules[name], name, kind)}
     if not chosen:
         raise CheckFailedError(
-            f"{where}: already in order: all {len(modules)} packed modules are {wanted}",
+            f"{where}: already in order: {_in_order(wanted, len(modules))}",
             code="check.already_in_order",
             path=where,
             hint="use it as it is. Nothing was written",
         )
     return frozenset(chosen)
+
+
+def _in_order(wanted: str, count: int) -> str:
+    """How all modules lie, in words."""
+    orders = {"linear": "have their scales row by row", "128x4": "have their scales in the 128x4 order"}
+    return f"all {count} packed modules {orders.get(wanted, f'have the even column in the {wanted} nibble')}"
 
 
 def against_words(modules: Mapping[str, ModuleLayout], chosen: frozenset[str], kind: Kind) -> str:

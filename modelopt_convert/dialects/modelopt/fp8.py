@@ -112,6 +112,7 @@ def _scale_fault(module: str, scales: Roles, known: Mapping[str, float], where: 
                 + (" (a scale per row)" if len(info.shape) == 1 else ""),
                 code="export.shape",
                 path=where,
-                hint="the runtime takes one scale per weight; export again with --format fp8",
+                hint="the runtime takes one scale per weight; export again with --format fp8, or see what "
+                "`mopt convert` makes of it with --to modelopt or comfyui",
             )
     return None

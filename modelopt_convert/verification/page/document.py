@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelopt_convert.report.words import PROVEN_WORDS, SAMPLED_WORDS, UNCHANGED_WORDS
+from modelopt_convert.run.text import by_kind
 from modelopt_convert.stage.written_file import PAGE_HEAD
 from modelopt_convert.verification.page.excerpt import entries, mapping, read_modules, tone, visible
 from modelopt_convert.verification.page.markup import MARKS, badge, listed, pairs, section, table, text, value_text
@@ -48,7 +49,7 @@ def render(report: Mapping[str, Any], *, command: str, date: str) -> str:
     parts = [
         _verdict(report, found),
         _next(report, found),
-        compared(modules),
+        compared(modules, _misplaced(found)),
         _levels(found),
         drawn(modules) if found.get("checkpoint") else "",
         probes(modules),
@@ -141,7 +142,7 @@ def _next(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         said, command = {
             PROVEN_WORDS: ("Load it in an engine.", "")
             if is_far
-            else ("Load it in an engine, or publish it.", f"mopt push {checkpoint} OWNER/NAME"),
+            else ("Load it in an engine, or publish it.", f"mopt push {checkpoint} ORGANIZATION/NAME"),
             UNCHANGED_WORDS: ("Nothing changed since the record was written. Prove it against the base.", proving),
             SAMPLED_WORDS: ("The rows that were compared fit. Compare all of them to prove it.", proving),
         }.get(str(proof), ("It is right as far as was looked. Prove it against the base.", proving))
@@ -152,11 +153,22 @@ def _next(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return section("What to do next", f"<p>{text(sentence)}</p>\n{line}" if sentence else "")
 
 
+def _misplaced(found: Mapping[str, Any]) -> int:
+    """How many modules fail for their layout alone: their values, read in the layout that was found, are the base's."""
+    levels = {str(one.get("level")): one for one in map(mapping, entries(found.get("levels")))}
+    wrong = {str(words).partition(": ")[0] for words in entries(mapping(levels.get("L1")).get("failures"))}
+    others = (one for name, one in levels.items() if name != "L1")
+    wrong -= {str(words).partition(": ")[0] for one in others for words in entries(one.get("failures"))}
+    modules = mapping(found.get("modules"))
+    return sum(mapping(modules.get(name)).get("status") == "pass" for name in wrong)
+
+
 def _levels(found: Mapping[str, Any]) -> str:
     rows = []
     for level in map(mapping, entries(found.get("levels"))):
         about = text(level.get("reason") or "")
-        about += listed([*entries(level.get("failures")), *entries(level.get("warnings"))])
+        faults = (*entries(level.get("failures")), *entries(level.get("warnings")))
+        about += listed(by_kind([str(one) for one in faults]))
         name = f"<b>{text(level.get('level') or '')}</b> {text(level.get('title') or '')}"
         rows.append([name, badge(level.get("status")), about])
     return section("Levels", table("levels", ["level", "status", "why"], rows))

@@ -28,8 +28,13 @@ _HEADS = ("module", "status", "shape", "decode error", "gain", "worst row", "wor
 _KEYS = ("relative_error", "gain", "worst_row", "worst_column", "sqnr_db")
 
 
-def compared(modules: Sequence[Module]) -> str:
-    """How many modules were compared, as one bar, and what was equal in them."""
+def compared(modules: Sequence[Module], misplaced: int) -> str:
+    """How many modules were compared, as one bar, and what was equal in them.
+
+    Args:
+        modules: All of them.
+        misplaced: How many fail for their layout alone.
+    """
     if not modules:
         return ""
     counts = Counter(module.tone for module in modules)
@@ -44,7 +49,8 @@ def compared(modules: Sequence[Module]) -> str:
     known = sum(module.data.get("compared") is not None for module in modules)
     whole = f"{known} of {len(modules)} modules were compared with a base"
     equal = [_equal(modules, kind, words) for kind, words in (("codes", "codes"), ("scales", "block scales"))]
-    sentence = "; ".join([whole, *filter(None, equal)])
+    layout = f"of {misplaced} modules the layout is what fails: the values are the base's, and lie in another order"
+    sentence = "; ".join([whole, *filter(None, equal), *([layout] if misplaced else [])])
     bar = f'<svg class="bar" role="img" aria-label="{text(said)}">{"".join(bars)}</svg>'
     return section("What was compared", f'<p>{text(sentence)}.</p>\n{bar}\n<ul class="key">{"".join(items)}</ul>')
 

@@ -106,4 +106,4 @@ def test_requantized_is_what_modelopt_makes_of_the_base(exports: Path, base: Pat
 
 def test_requantize_needs_a_base(exports: Path, tmp_path: Path) -> None:
     refused = run_mopt("convert", exports / "nvfp4", tmp_path / "out", "--to", "comfyui", "--inexact", "requantize")
-    assert refused.exit_code == 2 and "--base" in refused.stderr
+    assert refused.exit_code == 3 and "[convert.inexact]" in refused.stderr and "--base" in refused.stderr

@@ -1,6 +1,7 @@
 """ModelOpt to another dialect and back: the very files, by the record; and what is proven against the base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ PAIRS = [
     ("wan", "nvfp4", "compressed-tensors"),
     ("qwen_image", "fp8", "torchao"),
     ("flux1", "nvfp4", "torchao"),
+    ("z_image", "nvfp4", "torchao"),
+    ("z_image", "nvfp4", "compressed-tensors"),
+    ("hunyuan_video", "fp8", "compressed-tensors"),
 ]
 
 
@@ -92,3 +96,57 @@ def test_the_base_of_another_model_and_a_changed_code_are_no_proof(families: Pat
     )
     assert refused.exit_code == 3 and "[base.config]" in refused.stderr, refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_z_image_with_one_scale_for_q_k_and_v_comes_back(families: Path, tmp_path: Path) -> None:
+    """Its names in ComfyUI fuse the three."""
+    source = tmp_path / "source"
+    shutil.copytree(families / "z_image" / "nvfp4", source)
+    (file,) = (source / "transformer").glob("*.safetensors")
+    tensors, roles = load(source / "transformer"), ("weight_scale_2", "input_scale")
+    for name in [
+        one for one in tensors if one.endswith(tuple(f".to_{leaf}.{role}" for leaf in "kv" for role in roles))
+    ]:
+        head, leaf, role = name.rsplit(".", 2)
+        tensors[name] = tensors[f"{head}.to_q.{role}"].clone()
+        assert leaf in ("to_k", "to_v")
+    save_file(tensors, file, {"format": "pt"})
+    there = run_mopt("convert", source, tmp_path / "there", "--to", "comfyui")
+    assert there.exit_code == 0 and there.report is not None, there.stderr
+    assert there.report["convert"]["lossy"] == [] and there.report["convert"]["restorable"]
+    assert any(name.endswith("attention.qkv.weight") for name in load(tmp_path / "there"))
+    assert run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt").exit_code == 0
+    for one in (source / "transformer").iterdir():
+        assert (tmp_path / "back" / one.name).read_bytes() == one.read_bytes(), one.name
+
+
+@pytest.mark.parametrize("choice", ["bf16", "rebase", "requantize"])
+@pytest.mark.parametrize(
+    ("family", "algorithm"), [("hunyuan_video", "nvfp4"), ("hunyuan_video", "fp8"), ("z_image", "fp8")]
+)
+def test_what_names_fuse_goes_by_choice_and_the_rest_is_exact(
+    families: Path, tmp_path: Path, family: str, algorithm: str, choice: str
+) -> None:
+    source = families / family / algorithm
+    more = ("--to", "comfyui", "--base", families / family / "base")
+    assert run_mopt("convert", source, tmp_path / "no", *more).exit_code == 3 and not (tmp_path / "no").exists()
+    done = run_mopt("convert", source, tmp_path / "out", *more, "--inexact", choice)
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    told = done.report["convert"]
+    how = {"bf16": "bf16", "rebase": "rebased", "requantize": "requantized"}[choice]
+    lossy = {member for one in told["lossy"] for member in one["members"]}
+    assert told["proven"] and told["modules"][how] == len(lossy) > 0
+    assert all(0 < one["rel_error"] < 0.1 for one in told["lossy"])
+    back = run_mopt(
+        "convert", tmp_path / "out", tmp_path / "back", "--to", "modelopt", "--base", families / family / "base"
+    )
+    if choice == "bf16":
+        assert back.exit_code == 0, back.stderr
+    before, after = load(source / "transformer"), load(tmp_path / "back") if back.exit_code == 0 else {}
+    exact = [
+        name for name in before if name.endswith(".weight_scale") and name.removesuffix(".weight_scale") not in lossy
+    ]
+    assert len(exact) == told["modules"]["exact"] > 0
+    for name in exact if after else []:
+        module = name.removesuffix("_scale")
+        assert same_bits(before[name], after[name]) and same_bits(before[module], after[module]), name
