@@ -7,7 +7,7 @@ files beside it, reads these back, and takes the folder out again. All of it is 
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import cast
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
@@ -25,7 +25,7 @@ from modelopt_convert.commands.convert.told import convert_report
 from modelopt_convert.commands.convert.way_back import KEY, Kept, keep
 from modelopt_convert.commands.convert.written import read_back, stream_converted
 from modelopt_convert.commands.requests import BuildRequest, ConvertRequest
-from modelopt_convert.dialects.form import Canonical, Quantized, constant, grouped
+from modelopt_convert.dialects.form import Algorithm, Canonical, Quantized, constant, grouped
 from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.source import describe
 from modelopt_convert.families.family import Family
@@ -68,7 +68,7 @@ def refuse_inexact(part: Opened, plan: BuildPlan, request: BuildRequest) -> Fits
     if request.to == "bf16":
         weights = (plan.modules[name].rows * plan.modules[name].columns * 2 for name in plan.packed)
         return Fits(sum(weights), [])
-    described = _planned(part, plan, request)
+    described = _planned(part, plan)
     found = recognise({name: info.shape for name, info in described.tensors.items()})
     family = found.family if found is not None else Family("", str(plan.config.get("_class_name")), (), (), ())
     refuse_without_map(family, target, target.naming, where)
@@ -100,7 +100,7 @@ def room_needed(build: int, plan: BuildPlan, fits: Fits) -> int:
     return build + plan.total_bytes + fits.bf16_bytes
 
 
-def _planned(part: Opened, plan: BuildPlan, request: BuildRequest) -> Canonical:
+def _planned(part: Opened, plan: BuildPlan) -> Canonical:
     """What the build will write, as far as it is known before.
 
     Of a module that is quantized here the scale is not known, but whom the module shares the scale with is: a number
@@ -109,7 +109,7 @@ def _planned(part: Opened, plan: BuildPlan, request: BuildRequest) -> Canonical:
     sharing = {name: number for number, group in enumerate(plan.shared) for name in group}
     numbers = {name: sharing.get(name, len(plan.shared) + place) for place, name in enumerate(plan.packed)}
     tensors = {name: _info(name, step, part, numbers) for name, step in plan.steps.items()}
-    algorithm: Literal["nvfp4", "fp8"] = "fp8" if request.algorithm == "fp8" else "nvfp4"
+    algorithm = cast(Algorithm, plan.format.algorithm)  # what is built can be described
     modules = {name: Quantized(algorithm, plan.modules[name].rows, plan.modules[name].columns) for name in plan.packed}
     return Canonical(tensors, modules, {}, plan.config)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,3 +201,14 @@ main()
     # Any run to OUT sweeps it, also one without --to.
     assert made(families, "wan", NVFP4, tmp_path / "out", "--preset", "none").exit_code == 0
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_transformers_one_is_named(families: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(families / "flux1" / "base" / "transformer", base / name)
+    asked = (NVFP4, "--preset", "flux1-dev", "--base", base, "--output", tmp_path / "out", "--dry-run")
+    refused = run_mopt(*asked, "--to", "torchao")
+    assert refused.exit_code == 2 and "--component says which" in refused.stderr, refused.stderr
+    planned = run_mopt(*asked, "--to", "torchao", "--component", "transformer_2")
+    assert planned.exit_code == 0, planned.stderr
