@@ -249,7 +249,7 @@ def check_component(component: dict[str, Any]) -> None:
         assert type(layout[key]) is int and 0 <= layout[key] <= len(component["modules"])
     for one in component["modules"].values():
         check_keys("module", one)
-        assert one["algorithm"] in ("NVFP4", "FP8") and one["basis"] in BASES
+        assert one["algorithm"] in ("NVFP4", "FP8", "MXFP8") and one["basis"] in BASES
         assert len(one["shape"]) == 2 and all(type(size) is int for size in one["shape"])
         assert one["nibble_order"] in NIBBLES | {"equivalent"} and one["scale_layout"] in SCALES
         assert one["relative_error"] is None or type(one["relative_error"]) is float

@@ -23,6 +23,9 @@ from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards
 from modelopt_convert.run.errors import InputError
 
+# Of these nothing but config.json says that the weights are quantized, and how.
+_SAID_BY_CONFIG = frozenset({"modelopt", "torchao", "compressed-tensors"})
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertPlan:
@@ -106,7 +109,8 @@ def plan_output(
             written, shards = restored.written, restored.shards
             config = restored.config.encode() if restored.config is not None else config
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
-    if written.config is not None and not written.config.get("_class_name"):
+    is_lacking = config is None and target.name in _SAID_BY_CONFIG
+    if is_lacking or (written.config is not None and not written.config.get("_class_name")):
         raise InputError(
             f"{where}: expected a config.json of {family.class_names[0]}, which {target.name} needs, "
             + (f"found one of {source.other_class}" if source.other_class else "found none"),

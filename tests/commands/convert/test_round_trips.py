@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import load, run_mopt, same_bits
+from support import edit_json, load, run_mopt, same_bits
 
 PAIRS = [
     ("flux2", "nvfp4", "comfyui"),
@@ -84,6 +84,9 @@ def test_a_model_without_a_key_map_keeps_its_names(families: Path, tmp_path: Pat
             tensors[f"other.{name}"] = tensors.pop(name)
 
     odd = edit(families / "qwen_image" / "fp8", tmp_path / "odd", rename)
+    refused = run_mopt("convert", odd, tmp_path / "there", "--to", "torchao")
+    assert refused.exit_code == 3 and "[naming.unknown_model]" in refused.stderr  # of a class whose names are others
+    edit_json(odd / "config.json", lambda config: config.update(_class_name="OtherTransformer2DModel"))
     assert run_mopt("convert", odd, tmp_path / "there", "--to", "torchao").exit_code == 0
     assert run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt").exit_code == 0
     before, after = load(odd), load(tmp_path / "back")
