@@ -9,8 +9,10 @@ from typer.core import TyperGroup
 
 from modelopt_convert.cli._console import reader_may_leave
 from modelopt_convert.run.errors import ExitCode
+from modelopt_convert.run.text import nearest, shown
 
 _WORDS = "command line"
+_BESIDE = ("help", "version")
 
 
 class Group(TyperGroup):
@@ -19,6 +21,9 @@ class Group(TyperGroup):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse what stands before the command; `mopt help COMMAND` and `mopt version` are understood, as elsewhere."""
         if args[:1] == ["help"]:
+            if len(args) > 2:
+                with _told(self.commands, args):
+                    raise typer.BadParameter("takes the name of one command, and nothing else", param_hint="help")
             args = [*args[1:2], "--help"]
         elif args[:1] == ["version"]:
             args = ["--version", *args[1:]]
@@ -27,6 +32,12 @@ class Group(TyperGroup):
             context = super().make_context(info_name, args, parent, **extra)
         context.meta[_WORDS] = words
         return context
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command; for a misspelt one the words that are understood beside the commands are offered, too."""
+        if args and args[0] not in self.commands and (near := nearest(args[0], [*self.commands, *_BESIDE])) in _BESIDE:
+            ctx.fail(f"No such command {shown(args[0])}. Did you mean {near!r}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse what stands after the command, and run it."""

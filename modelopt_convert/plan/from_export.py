@@ -56,6 +56,7 @@ def plan_mixed(
     *,
     max_shard_size: int,
     calibration: Calibration | None = None,
+    output: str | None = None,
 ) -> BuildPlan:
     """Plan a transformer repo of which part is quantized and part BF16.
 
@@ -66,6 +67,7 @@ def plan_mixed(
         keeps: What stays in BF16.
         max_shard_size: Largest output file, in bytes of tensors.
         calibration: Amax values from a ``--checkpoint``, FP8 only.
+        output: OUT as the command line has it, for messages.
 
     Raises:
         InputError: The export is not of this format, the base does not fit it, or a pattern does not fit either.
@@ -76,7 +78,7 @@ def plan_mixed(
         check_merged(base, "base")
     check_exported(export.config, export.tensors, path=where)
     quant_config = check_quant_config(
-        export.config, target, path=where, base="BASE" if base is None else str(base.path)
+        export.config, target, path=where, base="BASE" if base is None else str(base.path), output=output
     )
     check_merged(export, "export")
     if base is not None:

@@ -1,5 +1,6 @@
 """The edge of the process: whatever system, streams and names do, a documented code and one line, for every command."""
 
+import errno
 import json
 import os
 import shutil
@@ -318,3 +319,48 @@ def test_a_misspelt_value_is_told_the_nearest(arguments: str, flag: str, words: 
     outcome = run_mopt(*arguments.split(), json_report=False)
     assert outcome.exit_code == 2
     assert outcome.stderr.splitlines()[-1] == f"Error: Invalid value for {flag}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("build-nvfpp", "--json"), "Did you mean 'build-nvfp4'?"),
+        (("versio", "--json"), "Did you mean 'version'?"),
+        (("version", "--json"), "No such option: --json"),
+        (("help", "build-nvfp4", "--json"), "takes the name of one command"),
+    ],
+)
+def test_what_is_no_command_is_one_object_and_the_hint_is_a_command_that_runs(
+    words: tuple[str, ...], said: str
+) -> None:
+    told = run_mopt(*words, json_report=False)
+    report = json.loads(told.stdout)
+    assert told.exit_code == report["exit_code"] == 2 and said in report["error"]["message"]
+    assert report["error"]["hint"] == "`mopt --help` says what it takes"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    exports: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a folder that takes no new file, both for the report and for the page; nothing is told of the checkpoint."""
+
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("modelopt_convert.stage.fsops.create_file", denied)
+    for option in ("--report-json", "--report"):
+        told = run_mopt("verify", exports / "nvfp4", option, tmp_path / "r", json_report=False)
+        assert told.exit_code == 5 and told.stdout == "", told.stdout
+        assert told.stderr.splitlines()[0].startswith(f"error: {tmp_path / 'r'}: Permission denied (EACCES)")
+        assert "read: " not in told.stderr
+
+
+def test_a_report_that_fails_after_the_work_is_the_last_that_is_told(
+    exports: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("modelopt_convert.stage.fsops.write_all", full)
+    told = run_mopt("inspect", exports / "nvfp4", "--report-json", tmp_path / "r.json", json_report=False)
+    assert told.exit_code == 5 and told.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'r.json'}: the report")

@@ -321,7 +321,7 @@ def test_each_part_says_what_it_is_for() -> None:
     seen = Page(page(given, command="mopt verify /data/out --base hf://o/n"))
     expected = {
         "verdict": ("fail, mismatch", "fail, cpu only", "/data/out", "hf://o/n (commit c0ffee)", "NVFP4", "0 of 40"),
-        "Levels": ("no GPU", "m19", "and 10 more"),
+        "Levels": ("no GPU", "30 places", "m0, m1, m2 and 27 more"),
         "Probes that did not pass": ("rows 1, 5, 9", "torch identity"),
         "Worst modules": ("1.25", "64\u00d732"),
         "Backends": ("self-test: zeros", "broken"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults import swapped
-from support import edit, run_mopt
+from support import edit, load, packed_in, run_mopt
 from verify_support import PACKED, found
 
 from modelopt_convert import __version__
@@ -57,3 +57,24 @@ def test_the_page_has_the_words_of_the_text_and_of_the_json(
     for fact in (__version__, before.isoformat(), str(base) if more else "none given"):
         assert fact in text
     assert ("flux1-dev (by mopt.json)" in text) == (checkpoint == built_nvfp4)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_checkpoint_in_another_order_names_the_command_that_mends_it(
+    every: bool, built_nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """The command runs, and what it writes is proven; where a part alone is in another order no rewrite is named."""
+    wrong, page = tmp_path / "wrong", tmp_path / "page.html"
+    packed = sorted(packed_in(load(built_nvfp4)))
+    edit(built_nvfp4, wrong, lambda tensors: swapped(tensors, packed if every else packed[:1]))
+    outcome = run_mopt("verify", wrong, "--base", base, "--report", page)
+    assert outcome.exit_code == 1 and outcome.report is not None
+    hint, text = outcome.report["error"]["hint"], unescape(page.read_text(encoding="utf-8"))
+    assert f"of {len(packed) if every else 1} modules the layout is what fails" in text
+    assert text.count("the even column is in the high nibble") <= 3  # one line for all of them
+    assert ("mopt swap-nibbles" in hint) == every
+    if every:
+        words = shlex.split(hint.partition("mopt ")[2])
+        again = run_mopt(*words)
+        assert again.exit_code == 0, again.stderr
+        assert run_mopt("verify", words[2], "--base", base).exit_code == 0

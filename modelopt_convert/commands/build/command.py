@@ -224,7 +224,13 @@ class BuildCommand:
         if part.export is None:
             return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes)
         return plan_mixed(
-            target, part.export, part.base, keeps, max_shard_size=request.shard_bytes, calibration=part.calibration
+            target,
+            part.export,
+            part.base,
+            keeps,
+            max_shard_size=request.shard_bytes,
+            calibration=part.calibration,
+            output=None if request.output is None else str(request.output),
         )
 
     def _fits(self) -> Fits | None:

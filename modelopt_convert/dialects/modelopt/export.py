@@ -57,7 +57,7 @@ def check_exported(config: Mapping[str, Any], names: Iterable[str], *, path: str
 
 
 def check_quant_config(
-    config: Mapping[str, Any], target: Format, *, path: str, base: str = "BASE"
+    config: Mapping[str, Any], target: Format, *, path: str, base: str = "BASE", output: str | None = None
 ) -> Mapping[str, Any]:
     """The ``quantization_config`` of an export.
 
@@ -66,6 +66,7 @@ def check_quant_config(
         target: Whose ``quant_algo`` it must have, to the letter: engines that look for a part of it load others wrong.
         path: Of config.json, for messages.
         base: The base as the command line has it, for messages.
+        output: Likewise, if it is given.
 
     Raises:
         InputError: ``export.not_quantized``, ``export.quant_method``, ``export.quant_algo`` or ``export.group_size``.
@@ -95,7 +96,8 @@ def check_quant_config(
         if other is not None:
             why = f"it is an {declared} export, not {target.quant_algo}"
             folder = path.removesuffix("/config.json")
-            hint = f"run `mopt {shlex.join([other.command, '--export', folder, '--base', base])}`, or {hint}"
+            words = [other.command, "--export", folder, "--base", base, *(["--output", output] if output else [])]
+            hint = f"run `mopt {shlex.join(words)}`, or {hint}"
         raise InputError(
             f"{path}: quant_algo: expected {target.quant_algo!r}, found {declared!r} ({why})",
             code="export.quant_algo",

@@ -159,7 +159,13 @@ def test_a_repo_in_place_of_a_folder(flag: str, place: str, nvfp4: Path, base: P
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("flux1_dev", "flux1-dev"), ("Flux1-Dev", "flux1-dev"), ("qwen-imag", "qwen-image")]
+    ("word", "meant"),
+    [
+        ("flux1_dev", "flux1-dev"),
+        ("Flux1-Dev", "flux1-dev"),
+        ("qwen-imag", "qwen-image"),
+        ("wan-t2v", "wan2.2-t2v-a14b"),
+    ],
 )
 def test_the_nearest_preset(word: str, meant: str, nvfp4: Path, base: Path, tmp_path: Path) -> None:
     arguments = ("--preset", word, "--export", nvfp4, "--base", base, "--output", tmp_path / "out")
