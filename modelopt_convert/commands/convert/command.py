@@ -118,7 +118,7 @@ class ConvertCommand:
                 claim = self._claim(reader, found, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
                 self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
-            self._warned += not_restored_warnings(plan)
+            self._warned += [*plan.warned, *not_restored_warnings(plan)]
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return

@@ -8,6 +8,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.command import Warned, without_quantization
 from modelopt_convert.commands.convert.awq import settle_transformed
+from modelopt_convert.commands.convert.engine_names import with_engine_names
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, refuse_without_map, unequal_groups
 from modelopt_convert.commands.convert.restore import Restored, restore
@@ -54,6 +55,7 @@ class ConvertPlan:
     expected: Canonical
     announced: Mapping[str, tuple[str, bool]]
     restored: Restored | str | None
+    warned: tuple[Warned, ...] = ()
 
 
 def plan_output(
@@ -95,6 +97,9 @@ def plan_output(
     settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
     now = named(settled.described, family, spelling, prefix)
     written = target.write(now, reader.read_of)
+    warned: tuple[Warned, ...] = ()
+    if target.name == "modelopt" and claim is None:
+        written, warned = with_engine_names(written, now.modules)
     expected = written.expected(now)
     if spelling != "diffusers" or prefix:
         expected = under_diffusers_names(expected, Found(family, spelling, prefix, []), where)
@@ -121,7 +126,7 @@ def plan_output(
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
     kept = (settled.described, lossy, {**first.told, **settled.told})
-    return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored)
+    return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored, warned)
 
 
 def small_files(plan: ConvertPlan) -> dict[str, bytes]:
