@@ -33,8 +33,8 @@ def explain(
         found = codes.explain(code)
     except UsageError as error:
         reason = error.reason
-        if code.lower() in (*PROOFS, *_VERDICTS):
-            reason = f"{code!r} is a verdict, and no code; docs/proven.md says what each verdict means"
+        if code and code.lower() in (*PROOFS, *_VERDICTS):
+            reason = f"{code!r} is no code of mopt's; it is a verdict: docs/proven.md says what each verdict means"
         raise typer.BadParameter(printable(reason), param_hint=error.flag) from error
     with reader_may_leave():
         if json:

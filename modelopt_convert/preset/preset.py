@@ -255,7 +255,7 @@ def _read(path: Path, name: str) -> str:
         known = preset_names()
         parts = [part for part in name.lower().replace("_", "-").split("-") if part]
         begun = [one for one in known if parts and all(part in one for part in parts)]
-        near = None if _is_path(name) else " or ".join(begun) or nearest(name, known)
+        near = None if _is_path(name) else nearest(name, known) or " or ".join(begun)
         told = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(known)}"
         said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
         why = f"cannot be read: {said or 'it is not UTF-8'}"

@@ -48,7 +48,7 @@ def test_json() -> None:
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
-        ("mismatch", "docs/proven.md says what each verdict means"),
+        ("mismatch", "it is a verdict: docs/proven.md says what each verdict means"),
         ("header.foriegn", "did you mean header.foreign?"),
         ("export.missing-input-scale", "did you mean export.missing_input_scale?"),
         ("zzz", "docs/errors.md lists all"),

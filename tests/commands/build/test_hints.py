@@ -97,10 +97,10 @@ def test_an_export_of_the_other_format(
         f"{export}/config.json: quant_algo: expected {wanted[mine]!r}, found {wanted[algorithm]!r} "
         f"(it is an {wanted[algorithm]} export, not {wanted[mine]})"
     )
-    run = f"mopt {other} --export '{export}' --base {base}/transformer"
+    run = f"mopt {other} --export '{export}' --base {base}/transformer --output {tmp_path / 'out'}"
     assert hint == f"run `{run}`, or export again with ModelOpt's {flags}"
     words = [word.strip("'") for word in run.replace("my export", "my+export").split()[1:]]
-    done = run_mopt(*[word.replace("my+export", "my export") for word in words], "--output", tmp_path / "out", "-n")
+    done = run_mopt(*[word.replace("my+export", "my export") for word in words], "-n")
     assert done.exit_code == 0, done.stderr
 
 
