@@ -134,6 +134,14 @@ def _ltx2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _z_image_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "x": [draw.random(config["in_channels"], 1, 8, 8)],
+        "t": draw.full(0.5, 1),
+        "cap_feats": [draw.random(8, config["cap_feat_dim"])],
+    }
+
+
 _FLUX_LEFT_ALONE = (
     r"proj_out|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation)"
 )
@@ -274,5 +282,20 @@ FAMILIES = {
         },
         inputs=_ltx2_inputs,
         left_alone=r".*(proj_in|time_embed|caption_projection|proj_out|transformer_blocks\.(0|1|2|6|7|8)\.)",
+    ),
+    # The filter of NVIDIA/Model-Optimizer#1205: refiners are quantized but for their norms.
+    "z_image": Family(
+        class_name="ZImageTransformer2DModel",
+        config={
+            "in_channels": 16,
+            "dim": 384,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+            "cap_feat_dim": 64,
+        },
+        inputs=_z_image_inputs,
+        left_alone=r".*(x_embedder|t_embedder|cap_embedder|adaLN_modulation|final_layer)",
     ),
 }

@@ -29,11 +29,12 @@ def with_engine_names(written: Written, packed: Collection[str]) -> tuple[Writte
     if config is None or not isinstance(said, dict):
         return written, ()
     target = next((one for one in FORMATS.values() if one.quant_algo == said.get("quant_algo")), None)
-    presets = (load_preset(name).preset for name in preset_names())
-    # The names are those of the class: presets of one class differ in what they keep.
-    preset = next((one for one in presets if one.class_name == config.get("_class_name")), None)
-    if target is None or preset is None:
+    presets = [load_preset(name).preset for name in preset_names()]
+    fitting = [one for one in presets if one.fits(config)]
+    if target is None or not fitting:
         return written, ()
+    # What says more of the model fits better; else presets of one class have the same names.
+    preset = max(fitting, key=lambda one: len(one.config))
     specs = (TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values())
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
     try:
