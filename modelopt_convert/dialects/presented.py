@@ -15,12 +15,12 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.dialects.dialect import Dialect, Headers
 from modelopt_convert.dialects.form import Canonical
-from modelopt_convert.dialects.forms import form_of
-from modelopt_convert.dialects.naming import under_diffusers_names, under_native_names
 from modelopt_convert.dialects.others import FP8_UNLABELLED
 from modelopt_convert.dialects.packed import SCALE_SHAPES, is_quantizer_state
+from modelopt_convert.dialects.renaming import under_diffusers_names, under_native_names
 from modelopt_convert.dialects.source import architecture, true_shapes
 from modelopt_convert.dialects.table import detect_dialect
+from modelopt_convert.dialects.targets import form_of
 from modelopt_convert.families.table import Found, left_out, recognise
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format

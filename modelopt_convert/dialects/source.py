@@ -9,10 +9,10 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Form
-from modelopt_convert.dialects.forms import FORMS, form_of
-from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.dialects.table import detect_dialect
+from modelopt_convert.dialects.targets import FORMS, form_of
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import FAMILIES, Found, candidates
 from modelopt_convert.run.errors import InputError

@@ -12,7 +12,7 @@ from support import Tensors, config_of, inspected, load, run_mopt, same_bits
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.form import Canonical
-from modelopt_convert.dialects.naming import under_native_names
+from modelopt_convert.dialects.renaming import under_native_names
 from modelopt_convert.families.family import Spelling
 from modelopt_convert.families.table import recognise
 

@@ -17,8 +17,8 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.dialects.awq import folded, transformed_modules
 from modelopt_convert.dialects.form import Canonical
-from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.source import describe
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
 from modelopt_convert.run.errors import InputError
 

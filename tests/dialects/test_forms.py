@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.dialects.compressed_tensors_form import largest_counts
 from modelopt_convert.dialects.form import Algorithm, Written
-from modelopt_convert.dialects.forms import FORMS
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 from modelopt_convert.run.errors import InputError
 

@@ -12,9 +12,9 @@ from described import Files, Module, description, read_back, same, written_out
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Quantized
-from modelopt_convert.dialects.forms import FORMS
-from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.scales import check_described
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.families.flux2 import FLUX2
 from modelopt_convert.families.table import Found
 from modelopt_convert.run.errors import InputError

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, grouped
-from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.scales import check_described
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.formats.dtypes import DTYPE_BITS, num_bits
 from modelopt_convert.run.errors import InputError
 

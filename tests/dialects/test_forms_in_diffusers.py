@@ -9,7 +9,7 @@ import torch
 from support import run_mopt
 from torch import Tensor
 
-from modelopt_convert.dialects.forms import FORMS
+from modelopt_convert.dialects.targets import FORMS
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -23,7 +23,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.decoded import decoded
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, grouped
-from modelopt_convert.dialects.forms import FORMS
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4
 
 E4M3 = torch.float8_e4m3fn

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelopt_convert.dialects.form import Written
-from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.scales import check_described
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.formats.nvfp4.codes import swap_nibbles_
 from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
 from modelopt_convert.formats.nvfp4.shapes import round_up
@@ -189,8 +189,8 @@ def test_scales_or_codes_of_a_module_that_is_not_quantized(odd: str) -> None:
 def test_every_dialect_that_is_recognised_is_read_or_refused() -> None:
     from dialect_files import FILES
 
-    from modelopt_convert.dialects.forms import form_of
     from modelopt_convert.dialects.table import DIALECTS
+    from modelopt_convert.dialects.targets import form_of
 
     read = {one.name for one in DIALECTS if form_of(one) is not None}
     assert FILES.keys() - read == {

@@ -26,8 +26,8 @@ from modelopt_convert.commands.convert.way_back import KEY, Kept, keep
 from modelopt_convert.commands.convert.written import read_back, stream_converted
 from modelopt_convert.commands.requests import BuildRequest, ConvertRequest
 from modelopt_convert.dialects.form import Algorithm, Canonical, Quantized, constant, grouped
-from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.source import describe
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import recognise
 from modelopt_convert.plan.plan import BuildPlan, Step

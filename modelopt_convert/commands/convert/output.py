@@ -15,10 +15,10 @@ from modelopt_convert.commands.convert.restore import Restored, restore
 from modelopt_convert.commands.convert.way_back import Claim, named
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Naming, Written
-from modelopt_convert.dialects.forms import FORMS
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
-from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
+from modelopt_convert.dialects.targets import FORMS
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards

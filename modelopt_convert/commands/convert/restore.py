@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.commands.convert.way_back import SMALL, Claim, is_moved, is_same, named, native_name
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, Written, constant
-from modelopt_convert.dialects.naming import under_diffusers_names
+from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found

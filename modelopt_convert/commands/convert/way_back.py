@@ -10,7 +10,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import read_record
 from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes
-from modelopt_convert.dialects.naming import under_native_names
+from modelopt_convert.dialects.renaming import under_native_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found

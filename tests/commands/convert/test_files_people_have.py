@@ -13,7 +13,7 @@ from support import Outcome, Tensors, config_of, load, run_mopt, same_bits
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.form import Canonical
-from modelopt_convert.dialects.naming import under_native_names
+from modelopt_convert.dialects.renaming import under_native_names
 from modelopt_convert.families.family import Spelling
 from modelopt_convert.families.table import recognise
 from modelopt_convert.families.wan import WAN
