@@ -57,7 +57,14 @@ def test_export_without_quantization_config_is_refused(found: Any, nvfp4: Path, 
     refused(export, base, tmp_path, code="export.not_quantized", names=("config.json", "quantization_config"))
 
 
-@pytest.mark.parametrize("method", ["compressed-tensors", "bitsandbytes", "MODELOPT", None])
+def test_what_declares_another_dialect_than_its_tensors_are_of_is_refused(
+    nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    export = edit(nvfp4, tmp_path / "export", change_config=quantization(quant_method="compressed-tensors"))
+    refused(export, base, tmp_path, code="dialect.contradiction", names=("weight_global_scale", "weight_scale_2"))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "MODELOPT", None])
 def test_other_quant_methods_are_refused(method: Any, nvfp4: Path, base: Path, tmp_path: Path) -> None:
     export = edit(nvfp4, tmp_path / "export", change_config=quantization(quant_method=method))
     refused(export, base, tmp_path, code="export.quant_method", names=("config.json", "quant_method", repr(method)))

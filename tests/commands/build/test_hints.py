@@ -284,15 +284,6 @@ def test_a_folder_that_holds_folders_names_those_that_can_be_meant(nvfp4: Path, 
     assert (code, hint) == ("input.missing", f"did you mean {tmp_path}/all/one, {tmp_path}/all/two?")
 
 
-def test_a_file_in_place_of_a_folder(nvfp4: Path, base: Path, tmp_path: Path) -> None:
-    (file,) = (nvfp4 / "transformer").glob("*.safetensors")
-    assert said("build-nvfp4", "--export", file, "--base", base, *KEPT, tmp_path / "out") == (
-        "input.missing",
-        f"export {file}: expected a folder, found a file",
-        f"give the transformer folder that its config.json lies in: {file.parent}",
-    )
-
-
 def test_what_is_the_beginning_of_several_presets_names_them(base: Path, tmp_path: Path) -> None:
     hint = said("build-nvfp4", "--preset", "wan2.2", "--base", base, "--output", tmp_path / "out")[2]
     assert hint.startswith("did you mean wan2.2-i2v-a14b or wan2.2-t2v-a14b or wan2.2-ti2v-5b? ")
