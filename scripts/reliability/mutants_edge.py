@@ -116,8 +116,8 @@ EDGE = (
     ),
     _cli(
         "the report before the print",
-        "        report = _written(output, report)\n        try:",
-        "        try:",
+        "        report, unwritten = _written(output, report)\n        try:",
+        "        unwritten = None\n        try:",
         _BLOCKED,
         _PRINTED,
     ),

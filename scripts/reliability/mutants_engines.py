@@ -16,7 +16,7 @@ ENGINES = (
     ),
     _engines("serving", "no command of another", 'return engine == "sglang" and not broken', "return not broken"),
     _engines("push/command", "push asks for consent", "self._warned += refuse_broken(", "self._warned += [] and ("),
-    _engines("push/command", "push names no command", " if loads_right(known, request.engine) else None", ""),
+    _engines("push/command", "push names no command", " and loads_right(known, request.engine)", ""),
     *(
         Mutant("proof/fused.py", what, old, new, ("proof/test_fused.py",))
         for what, old, new in (

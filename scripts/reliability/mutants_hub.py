@@ -104,7 +104,7 @@ HUB = (
     _client("questions that stall", "_retried(call), watch.ANSWER_S)", "_retried(call), 1e9)", _STALLS),
     _client(
         "calls that stall",
-        "watch.watched(call, watch.ANSWER_S)",
+        "watch.watched(call, watch.ANSWER_S if seconds is None else seconds)",
         "watch.watched(call, 1e9)",
         f"{_PUSH}test_a_push_that_stalls_ends",
     ),

@@ -44,7 +44,7 @@ RULES = (
         f"{_MOUNTS}::test_an_input_is_seen_through_a_bind_mount",
     ),
     _rules("parents of OUT are compared", "source_chain[0] in out_chain or", "", f"{_MOUNTS}"),
-    _rules("parents of the input are compared", "out_chain[0] in source_chain or", "", f"{_MOUNTS}"),
+    _rules("parents of the input are compared", "out_chain[0] in {*source_chain, *_around_links(source)} or", "", f"{_MOUNTS}"),
     _rules("OUT in a part of an input, mounted", " or _lies_in(output, source)", "", _MOUNTS),
     _rules("OUT around an input, mounted", " or _lies_in(source, output)", "", _MOUNTS),
     Mutant("stage/mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),
@@ -183,7 +183,7 @@ RULES = (
     Mutant(
         "commands/build/command.py",
         "check.structure",
-        "check_structure(stage.path / part.prefix, plan)",
+        "check_structure(folder / part.prefix, plan)",
         "[]",
         (f"{_CHECK}test_a_checkpoint_at_fault_is_not_published",),
     ),
