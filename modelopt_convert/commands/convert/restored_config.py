@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.commands.convert.way_back import Claim
-from modelopt_convert.dialects.form import Canonical, Form, ReadBytes
+from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, constant
 from modelopt_convert.families.family import Family
 from modelopt_convert.formats.layout import CANONICAL, declared_layout
 from modelopt_convert.run.errors import InputError
@@ -51,7 +53,7 @@ def claimed_config(
         return ClaimedConfig(None)
     try:
         said = parse_json_object(claim.config.encode(), code="config", path=_CONFIG)
-        why = _contradiction(said, known, written, target, family, read)
+        why = _contradiction(said, claim, known, written, target, family, read)
     except (InputError, UnicodeEncodeError) as error:
         why = str(error)
     if why is not None:
@@ -60,7 +62,13 @@ def claimed_config(
 
 
 def _contradiction(
-    said: Mapping[str, Any], known: Mapping[str, Any], written: Canonical, target: Form, family: Family, read: ReadBytes
+    said: Mapping[str, Any],
+    claim: Claim,
+    known: Mapping[str, Any],
+    written: Canonical,
+    target: Form,
+    family: Family,
+    read: ReadBytes,
 ) -> str | None:
     """What in a claimed config the checkpoint at hand contradicts, in words."""
     rest = {key: value for key, value in said.items() if key not in _LEFT_OUT}
@@ -70,7 +78,9 @@ def _contradiction(
         return f"the record has another {differing[0]} than SOURCE or the base"
     if said.get("_class_name") not in family.class_names:
         return f"the record has the class {str(said.get('_class_name'))[:40]!r}, and the names are of {family.title}"
-    made = target.write(replace(written, config=rest, quantization={}), read).config or {}
+    # What the record gives back counts, too: without input scales a config says that inputs are scaled as they come.
+    tensors = {**_given_back(claim, written), **written.tensors}
+    made = target.write(replace(written, tensors=tensors, config=rest, quantization={}), read).config or {}
     mine, claimed = made.get(_QUANTIZATION), said.get(_QUANTIZATION)
     if mine is None or claimed is None or claimed == mine:
         return None if claimed == mine else f"the record {'declares' if mine is None else 'lacks'} {_QUANTIZATION}"
@@ -83,6 +93,15 @@ def _contradiction(
         if not _agrees(key, claimed, mine, written):
             return f"the record's {_QUANTIZATION} has another {key} than the tensors are of"
     return None
+
+
+def _given_back(claim: Claim, written: Canonical) -> dict[str, TensorInfo]:
+    return {
+        name: constant(name, dtype, shape, data, file)
+        for file, (_, claimed) in claim.files.items()
+        for name, (dtype, shape, data) in claimed.items()
+        if data is not None and name.endswith(".input_scale") and module_of(name) in written.modules
+    }
 
 
 def _agrees(key: str, claimed: Mapping[str, Any], mine: Mapping[str, Any], written: Canonical) -> bool:
@@ -117,8 +136,4 @@ def _are_groups(found: object, written: Canonical) -> bool:
     if not group.keys() <= {"targets", "weights", "input_activations"}:
         return False
     inputs = group.get("input_activations", {**bits, "dynamic": False})
-    calibrated = any(name.endswith(".input_scale") for name in written.tensors)
-    return bool(
-        group.get("weights") == {**bits, "dynamic": False}
-        and (inputs is None or inputs == {**bits, "dynamic": not calibrated} or inputs == {**bits, "dynamic": False})
-    )
+    return bool(group.get("weights") == {**bits, "dynamic": False} and inputs in (None, {**bits, "dynamic": False}))
