@@ -34,7 +34,7 @@ from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
 from modelopt_convert.commands.convert.proof import Compared, no_proof, prove_source
-from modelopt_convert.commands.convert.told import convert_report
+from modelopt_convert.commands.convert.told import convert_report, written_proof
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
 from modelopt_convert.commands.convert.written import read_back, stream_converted
 from modelopt_convert.commands.requests import ConvertRequest
@@ -220,7 +220,7 @@ class ConvertCommand:
             "counts": {"source": counted(self._source.described.fates)},
             KEY: self._kept.entry,
         }
-        more |= {"proof": proof_record(proof)} if proof is not None else {}
+        more |= {"proof": proof_record(written_proof(proof, plan))} if proof is not None else {}
         headers = ([step.output for step in plan.steps.values()], {shard.file: shard.metadata for shard in plan.shards})
         return write_record(self._request.command, more, tensors=digests, files=small_files(plan), headers=headers)
 
