@@ -126,7 +126,8 @@ def plan_output(
     if is_lacking or (written.config is not None and not written.config.get("_class_name")):
         raise InputError(
             f"{where}: expected a config.json of {family.class_names[0]}, which {target.name} needs, "
-            + (f"found one of {source.other_class}" if source.other_class else "found none"),
+            + (f"found one of {source.other_class}" if source.other_class else "found none")
+            + _unused_config(restored),
             code="convert.config",
             path=where,
             hint="--base gives its own; where there is none, --config names one, or a folder that has one",
@@ -159,6 +160,14 @@ def not_restored_warnings(plan: ConvertPlan) -> list[Warned]:
         return []
     words = f"nothing of it was used ({found})"
     return [("convert.not_restored", f"{_RECORD}; {words}")]
+
+
+def _unused_config(restored: Restored | str | None) -> str:
+    """Why a config.json that a record has is not taken, for a message."""
+    if restored is None:
+        return ""
+    why = restored if isinstance(restored, str) else next(iter(restored.not_used), "it has none")
+    return f", and that of the record, mopt.json beside SOURCE, is not used ({why})"
 
 
 def _not_used(found: Restored) -> list[Warned]:

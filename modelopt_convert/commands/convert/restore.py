@@ -105,7 +105,9 @@ def restore(
         if not wrong:
             found = {name: again.tensors[name] for name in odd}
             shards = _shards(candidate, claim, metadata)
-            if any(name.endswith(".input_scale") for name in refused):  # the config was judged with them
+            if any(
+                name.endswith(".input_scale") for name in refused - candidate.tensors.keys()
+            ):  # the config was judged with them
                 config = ClaimedConfig(None, (*config.not_used, "config.json: it is of input scales that are not used"))
             not_used = [*config.not_used, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
             return Restored(candidate, shards, config, tuple(used), tuple(not_used), found)
