@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import edit_json, load, run_mopt, same_bits
 
-_SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))
+_SETTINGS = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 _DTYPES = ("F16", "BF16", "F32", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "U16")
 
 
@@ -87,12 +87,14 @@ def test_no_forged_record_changes_a_value_or_a_name(
     for name in wanted.keys() | found.keys():
         if "_amax" in name:  # quantizer state: no value of the model, and the report says that the record alone has it
             assert name not in found or name in claimed
-        elif name in claimed and name.endswith(".weight_scale_2"):  # 1/g is the file's: g is one of few neighbours
-            assert abs(float(found[name] / wanted[name]) - 1) < 2**-22
-        else:
-            assert name in wanted and name in found, name
-            is_told = name.endswith(".weight_scale_2") and abs(float(found[name] / wanted[name]) - 1) < 2**-22
-            assert same_bits(found[name], wanted[name]) or is_told, name
+            continue
+        assert name in wanted and name in found, name
+        # 1/g is the file's: a g that the record does not give is one of few neighbours.
+        is_reciprocal = "comfy" not in done.report["convert"]["from"] and name.endswith(
+            ("weight_scale_2", "input_scale")
+        )
+        near = is_reciprocal and abs(float(found[name] / wanted[name]) - 1) < 2**-22
+        assert near or same_bits(found[name], wanted[name]), name
     shutil.rmtree(folder)
 
 
