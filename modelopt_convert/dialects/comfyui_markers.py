@@ -148,5 +148,13 @@ def _entry(what: str, entry: Any, where: str) -> Said:
             path=where,
             hint="mopt does not convert this format",
         )
+    unknown = sorted(entry.keys() - {"format", _FULL_PRECISION})
+    if unknown:
+        raise InputError(
+            f"{where}: {what}: expected format and {_FULL_PRECISION} alone, found {str(unknown[0])[:40]!r} too",
+            code="dialect.marker",
+            path=where,
+            hint="another key may say that the weight lies otherwise; mopt does not guess what it means",
+        )
     full = ", in full precision" if entry.get(_FULL_PRECISION) is True else ""
     return Said(FORMATS[word], entry.keys() != {"format"}, f"read as a marker: {word}{full}")

@@ -104,9 +104,10 @@ def _sglang_names(config: Mapping[str, Any], *, is_file: bool) -> str:
     """What is not known of the names that SGLang's class has; of the classes that presets are for, it is."""
     if is_file:
         return "whether its class knows the names of this file was not judged"
-    return (
-        "" if preset_of_class(config) is not None else f"whether it has {config.get('_class_name')} is not known here"
-    )
+    if preset_of_class(config) is not None:
+        return ""
+    name = config.get("_class_name")
+    return "no config names its class" if name is None else f"whether it has {name} is not known here"
 
 
 def _verdict(

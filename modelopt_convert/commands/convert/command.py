@@ -33,8 +33,8 @@ from modelopt_convert.commands.command import (
 from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
-from modelopt_convert.commands.convert.proof import Compared, no_proof, prove_source
-from modelopt_convert.commands.convert.told import convert_report
+from modelopt_convert.commands.convert.proof import Compared, check_whole, no_proof, prove_source, unusable_scales
+from modelopt_convert.commands.convert.told import convert_report, written_proof
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
 from modelopt_convert.commands.convert.written import read_back, stream_converted
 from modelopt_convert.commands.requests import ConvertRequest
@@ -111,6 +111,7 @@ class ConvertCommand:
             if against is not None:
                 reader.take_beside(BASE, against)
                 self._warned += _configs_compared(reader, found, against)
+                check_whole(found.described, against, str(reader.path))
                 if stage is not None:
                     with self._clock.timed("prove"), torch_on_one_thread():
                         self._prove(reader, found, against)
@@ -119,6 +120,7 @@ class ConvertCommand:
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
                 self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
             self._warned += [*plan.warned, *not_restored_warnings(plan)]
+            self._warned += unusable_scales(found.described, reader.read_of)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
@@ -212,6 +214,9 @@ class ConvertCommand:
         for closed in found:
             self._checks.append(closed.check)
             refuse_failed(closed)
+        if self._compared is not None and (odd := sorted(self._compared.nan_scales)):
+            words = f"block scales of {len(odd)} modules hold NaN, as those of SOURCE do ({odd[0]!r} first)"
+            self._warned.append(("scale.nan", words))
 
     def _record(self, plan: ConvertPlan, digests: dict[str, str], proof: ProofReport | None) -> bytes:
         assert self._source is not None and self._kept is not None  # a plan is made of them
@@ -220,7 +225,7 @@ class ConvertCommand:
             "counts": {"source": counted(self._source.described.fates)},
             KEY: self._kept.entry,
         }
-        more |= {"proof": proof_record(proof)} if proof is not None else {}
+        more |= {"proof": proof_record(written_proof(proof, plan))} if proof is not None else {}
         headers = ([step.output for step in plan.steps.values()], {shard.file: shard.metadata for shard in plan.shards})
         return write_record(self._request.command, more, tensors=digests, files=small_files(plan), headers=headers)
 

@@ -11,7 +11,8 @@ from modelopt_convert.commands.convert.awq import settle_transformed
 from modelopt_convert.commands.convert.engine_names import with_engine_names
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, refuse_without_map, unequal_groups
-from modelopt_convert.commands.convert.restore import Restored, restore
+from modelopt_convert.commands.convert.restore import Restored, other_model, restore
+from modelopt_convert.commands.convert.restored_config import claimed_config
 from modelopt_convert.commands.convert.way_back import Claim, named
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Naming, Written
@@ -26,6 +27,9 @@ from modelopt_convert.run.errors import InputError
 
 # Of these nothing but config.json says that the weights are quantized, and how.
 _SAID_BY_CONFIG = frozenset({"modelopt", "torchao", "compressed-tensors"})
+
+
+_RECORD = "the record, mopt.json beside SOURCE, says what the source was made from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,9 @@ def plan_output(
     described = _with_config(source.described, base)
     spelling: Naming = target.naming
     prefix = ""
+    restored: Restored | str | None = None
+    if claim is not None and (restored := other_model(claim, source.found)) is not None:
+        claim = None
     if claim is not None:
         spelling, prefix = claim.spelling, claim.prefix
     refuse_without_map(family, target, spelling, where)
@@ -107,18 +114,20 @@ def plan_output(
     lossy = (*first.lossy, *settled.lossy, *unpacked(settled.described, expected, reader.read_of))
     shards = _shards(written, target, settled.described, source, request)
     config = json_bytes(written.config) if written.config is not None else None
-    restored = None
     if claim is not None:
-        restored = restore(written, claim, target, source, expected, reader.tensors, reader.read_of, where)
+        said = claimed_config(claim, described.config, now, target, family, reader.read_of)
+        restored = restore(written, claim, target, source, expected, reader.tensors, reader.read_of, where, said)
         if isinstance(restored, Restored):
             written, shards = restored.written, restored.shards
-            config = restored.config.encode() if restored.config is not None else config
+            if restored.config.text is not None:
+                config = restored.config.text.encode()
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
     is_lacking = config is None and target.name in _SAID_BY_CONFIG
     if is_lacking or (written.config is not None and not written.config.get("_class_name")):
         raise InputError(
             f"{where}: expected a config.json of {family.class_names[0]}, which {target.name} needs, "
-            + (f"found one of {source.other_class}" if source.other_class else "found none"),
+            + (f"found one of {source.other_class}" if source.other_class else "found none")
+            + _unused_config(restored),
             code="convert.config",
             path=where,
             hint="--base gives its own; where there is none, --config names one, or a folder that has one",
@@ -143,14 +152,29 @@ def not_restored_warnings(plan: ConvertPlan) -> list[Warned]:
     """What of the record of the source was not used."""
     found = plan.restored
     if isinstance(found, Restored):
-        if not found.not_used:
-            return []
-        words = f"{len(found.not_used)} of its entries were not used ({found.not_used[0]})"
-    elif found is not None:
-        words = f"nothing of it was used ({found})"
-    else:
+        if found.config.is_alone:
+            claimed = "config.json is what the record of SOURCE claims: no file here says the same; --base checks it"
+            return [("convert.config_claimed", claimed), *_not_used(found)]
+        return _not_used(found)
+    if found is None:
         return []
-    return [("convert.not_restored", f"the record says what the source was made from; {words}")]
+    words = f"nothing of it was used ({found})"
+    return [("convert.not_restored", f"{_RECORD}; {words}")]
+
+
+def _unused_config(restored: Restored | str | None) -> str:
+    """Why a config.json that a record has is not taken, for a message."""
+    if restored is None:
+        return ""
+    why = restored if isinstance(restored, str) else next(iter(restored.not_used), "it has none")
+    return f", and that of the record, mopt.json beside SOURCE, is not used ({why})"
+
+
+def _not_used(found: Restored) -> list[Warned]:
+    if not found.not_used:
+        return []
+    words = f"{len(found.not_used)} of its entries were not used ({found.not_used[0]})"
+    return [("convert.not_restored", f"{_RECORD}; {words}")]
 
 
 def _with_config(described: Canonical, base: CheckpointReader | None) -> Canonical:

@@ -1,18 +1,23 @@
 """Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
+import math
 from dataclasses import dataclass, field
 from threading import Event
 
 from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.requests import ConvertRequest
-from modelopt_convert.dialects.form import Canonical
+from modelopt_convert.dialects.awq import is_transformed
+from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.report.report import ProofReport
-from modelopt_convert.run.errors import CheckFailedError
+from modelopt_convert.run.errors import CheckFailedError, InputError
 from modelopt_convert.run.workers import in_order, until
 
 _SHOWN = 10
+_NAN = {"F8_E4M3": b"\x7f\xff", "U8": b"\xff"}  # the bytes of a block scale that is no number
 _PIECE = 1 << 20  # bytes of both sides are in a core's cache when they are compared
 
 
@@ -25,12 +30,14 @@ class Compared:
         equal: Those among them that are equal.
         num_bytes: Their bytes.
         failures: What differs, in words.
+        nan_scales: Block scales among which is a NaN.
     """
 
     tensors: int = 0
     equal: int = 0
     num_bytes: int = 0
     failures: list[str] = field(default_factory=list)
+    nan_scales: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -50,7 +57,7 @@ def compare(
         done.failures.append(f"tensor {name!r}: {'not written' if name in wanted.tensors else 'invented'}")
 
     def differs(name: str, stopped: Event) -> str | None:
-        return _difference(source, wanted.tensors[name], output, found.tensors[name], stopped)
+        return _difference(source, wanted.tensors[name], output, found.tensors[name], stopped, done.nan_scales)
 
     both = sorted(wanted.tensors.keys() & found.tensors.keys())
     for name, fault in zip(both, in_order(both, differs, workers), strict=True):
@@ -73,11 +80,18 @@ def compare(
 
 
 def _difference(
-    source: CheckpointReader, left: TensorInfo, output: CheckpointReader, right: TensorInfo, stopped: Event
+    source: CheckpointReader,
+    left: TensorInfo,
+    output: CheckpointReader,
+    right: TensorInfo,
+    stopped: Event,
+    nan_scales: list[str],
 ) -> str | None:
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return f"{left.dtype} {list(left.shape)} became {right.dtype} {list(right.shape)}"
     ours, theirs = bytearray(), bytearray()
+    nan = _NAN.get(right.dtype, b"") if right.name.endswith(".weight_scale") else b""
+    has_nan = False
     for begin in until(stopped, range(0, left.num_bytes, _PIECE)):
         count = min(_PIECE, left.num_bytes - begin)
         if len(ours) != count:  # else the buffers serve again
@@ -86,7 +100,59 @@ def _difference(
         output.read_of_into(right, begin, memoryview(theirs))
         if ours != theirs:
             return f"differs within bytes {begin} to {begin + count}"
+        has_nan = has_nan or any(one in theirs for one in nan)
+    if has_nan:
+        nan_scales.append(right.name)
     return None
+
+
+def check_whole(described: Canonical, base: CheckpointReader, where: str) -> None:
+    """Require that SOURCE and base have the same tensors, beside what quantization adds.
+
+    Args:
+        described: Of SOURCE, under diffusers' names.
+        base: The base, under the same.
+        where: SOURCE, for messages.
+
+    Raises:
+        InputError: ``export.missing_tensor`` or ``base.missing_tensor``.
+    """
+    names = {
+        name
+        for name, info in described.tensors.items()
+        if not (
+            (module_of(name) in described.modules and info.name.rpartition(".")[2] in SCALES)
+            or is_transformed({name.rpartition(".")[2]: info})
+        )
+    }
+    if missing := sorted(base.tensors.keys() - names):
+        raise InputError(
+            f"{where}: expected every tensor of the base, found {len(missing)} missing ({missing[0]!r} first)",
+            code="export.missing_tensor",
+            path=where,
+            hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
+        )
+    if extra := sorted(names - base.tensors.keys()):
+        raise InputError(
+            f"{base.path}: expected every tensor of SOURCE, found {len(extra)} missing ({extra[0]!r} first)",
+            code="base.missing_tensor",
+            path=str(base.path),
+            hint="give the base that the checkpoint was made from, whole",
+        )
+
+
+def unusable_scales(described: Canonical, read: ReadBytes) -> list[Warned]:
+    """What is told of scales of one number that are zero or negative; what is not finite is found as it is written."""
+    found = [
+        info.name
+        for info in described.tensors.values()
+        if info.dtype == "F32" and not info.shape and info.name.rpartition(".")[2] in SCALES
+        if math.isfinite(value := value_of(info, read)) and value <= 0
+    ]
+    if not found:
+        return []
+    words = f"{len(found)} scales are zero or negative ({found[0]!r} first): engines compute with them as they are"
+    return [("scale.unusable", words)]
 
 
 def no_proof(described: Canonical) -> str | None:

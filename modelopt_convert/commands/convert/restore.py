@@ -12,21 +12,19 @@ from dataclasses import dataclass, field, replace
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.commands.convert.restored_config import ClaimedConfig
 from modelopt_convert.commands.convert.way_back import SMALL, Claim, is_moved, is_same, named, native_name
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, Written, constant
 from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.table import Found
-from modelopt_convert.formats.dtypes import DTYPE_BITS
+from modelopt_convert.families.table import Found, candidates
 from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
-from modelopt_convert.formats.layout import CANONICAL, declared_layout
 from modelopt_convert.plan.plan import ShardPlan
 from modelopt_convert.run.errors import InputError
 
 _CONFIG = "config.json"
-_QUANTIZATION = "quantization_config"
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
 
@@ -37,7 +35,7 @@ class Restored:
     Attributes:
         written: The output.
         shards: Its files.
-        config: The text of config.json; None where the output's own is written.
+        config: The claimed config.json, as far as it is used.
         used: Tensors whose bytes are the record's.
         not_used: What of the claim was not used, in words.
         found: What a reader of the output finds of these, by diffusers' names.
@@ -45,7 +43,7 @@ class Restored:
 
     written: Written
     shards: tuple[ShardPlan, ...]
-    config: str | None
+    config: ClaimedConfig
     used: tuple[str, ...]
     not_used: tuple[str, ...]
     found: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -60,6 +58,7 @@ def restore(
     raw: Mapping[str, TensorInfo],
     read: ReadBytes,
     where: str,
+    config: ClaimedConfig,
 ) -> Restored | str:
     """Give an output the tensors, files and config that a claim says it had, as far as it holds.
 
@@ -72,18 +71,22 @@ def restore(
         raw: Tensors of the file at hand.
         read: Reads them.
         where: The file at hand, for messages.
+        config: What of the claimed config.json can be used.
 
     Returns:
         The output; in words why not, where nothing of the claim holds.
     """
     refused: set[str] = set()
     missing = _missing(written, claim)
-    config, told = (None, []) if missing else _config_of(claim, written, settled)
+    if missing:
+        config = ClaimedConfig(None)
     for _ in range(3):  # each round has fewer tensors of the claim; what is left after that is not used
         candidate, used = _candidate(written, claim, refused, extra=not missing)
         metadata = {file: written.metadata if missing else entries for file, (entries, _) in claim.files.items()}
         try:
-            again = _described(candidate, claim, target, source.found.family, config, metadata, settled, read, where)
+            again = _described(
+                candidate, claim, target, source.found.family, config.text, metadata, settled, read, where
+            )
         except InputError as error:
             return error.message
         odd = {
@@ -95,17 +98,39 @@ def restore(
             _is_large(again.tensors.get(name)) or _is_large(settled.tensors.get(name)) for name in odd
         ):
             return "it is of another checkpoint"
-        wrong = _contradicted(again, odd, source, raw, read)
+        try:
+            wrong = _contradicted(again, odd, source, raw, read)
+        except InputError as error:  # a tensor that the model does not have, or the dialect of SOURCE no place for
+            return error.message
         if not wrong:
             found = {name: again.tensors[name] for name in odd}
             shards = _shards(candidate, claim, metadata)
-            not_used = [*told, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
+            if any(
+                name.endswith(".input_scale") for name in refused - candidate.tensors.keys()
+            ):  # the config was judged with them
+                config = ClaimedConfig(None, (*config.not_used, "config.json: it is of input scales that are not used"))
+            not_used = [*config.not_used, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
             return Restored(candidate, shards, config, tuple(used), tuple(not_used), found)
         before = len(refused)
         refused |= {name for name in used if any(_in_module(name, one, claim, source) for one in wrong)}
         if len(refused) == before:
             break
     return "the file says otherwise"
+
+
+def other_model(claim: Claim, found: Found) -> str | None:
+    """In words, that the tensors of a claim are not of the model at hand under the names that the claim says."""
+    shapes = {name: shape for _, claimed in claim.files.values() for name, (_, shape, _) in claimed.items()}
+    several = candidates(shapes)
+    if not several and not found.family.rows and (claim.spelling, claim.prefix) == ("diffusers", ""):
+        return None
+    if len(several) != 1 or several[0].family.name != found.family.name:
+        return f"its tensors are not those of {found.family.title} whole"
+    one = several[0]
+    if (one.spelling, one.prefix) != (claim.spelling, claim.prefix):
+        said = f"{claim.spelling} under {claim.prefix[:40]!r}"
+        return f"it says names of {said}, and has those of {one.spelling} under {one.prefix!r}"
+    return None
 
 
 def _is_large(info: TensorInfo | None) -> bool:
@@ -152,33 +177,15 @@ def _candidate(written: Written, claim: Claim, refused: set[str], *, extra: bool
 
 
 def _fits_shape(made: TensorInfo, dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether the bytes of a tensor are those of another dtype and shape of the same order."""
-    if made.num_bytes != num_bytes_of(dtype, shape) or DTYPE_BITS[made.dtype] != DTYPE_BITS[dtype]:
+    """Whether the bytes of a tensor are the same values in a claimed dtype and shape.
+
+    Bytes of one width are other values in another dtype, but for E8M0, which dialects keep as U8 too.
+    """
+    dtypes = {made.dtype, dtype}
+    scales = made.name.endswith(".weight_scale") and dtypes == {"U8", "F8_E8M0"}
+    if (len(dtypes) > 1 and not scales) or made.num_bytes != num_bytes_of(dtype, shape):
         return False
     return not is_moved(made, replace(made, shape=shape))
-
-
-def _config_of(claim: Claim, written: Written, settled: Canonical) -> tuple[str | None, list[str]]:
-    """The claimed text of config.json, if it says nothing that the file at hand contradicts."""
-    if claim.config is None:
-        return None, []
-    from modelopt_convert.checkpoint.strict_json import parse_json_object
-
-    try:
-        said = parse_json_object(claim.config.encode(), code="config", path=_CONFIG)
-    except (InputError, UnicodeEncodeError) as error:
-        return None, [f"{_CONFIG}: {error}"]
-    left_out = ("_name_or_path", _QUANTIZATION)
-    known = {key: value for key, value in settled.config.items() if key not in left_out}
-    if known and known != {key: value for key, value in said.items() if key not in left_out}:
-        return None, [f"{_CONFIG}: the record has another than SOURCE"]
-    mine = (written.config or {}).get(_QUANTIZATION) or {}
-    claimed = said.get(_QUANTIZATION) or {}
-    if not isinstance(claimed, dict) or declared_layout(claimed).over(CANONICAL) != declared_layout(mine).over(
-        CANONICAL
-    ):
-        return None, [f"{_CONFIG}: the record declares another layout"]
-    return claim.config, []
 
 
 def _described(
@@ -239,9 +246,14 @@ def _fits(info: TensorInfo | None, read: ReadBytes) -> bool:
 
 
 def _same_value(made: TensorInfo | None, info: TensorInfo | None, read: ReadBytes) -> bool:
-    """Whether small tensors have the same bytes; a shape of [] or [1] is the same value."""
+    """Whether small tensors are the same values; a scale of shape [] or [1] is the same."""
     if made is None or info is None:
         return made is info
+    if made.dtype != info.dtype and {made.dtype, info.dtype} != {"U8", "F8_E8M0"}:
+        return False
+    is_scale = info.name.rpartition(".")[2] not in ("weight", "bias")
+    if made.shape != info.shape and not (is_scale and not is_moved(made, info)):
+        return False
     if _is_large(made) or _is_large(info):
         return made.num_bytes == info.num_bytes
     return read(made, 0, made.num_bytes) == read(info, 0, info.num_bytes)

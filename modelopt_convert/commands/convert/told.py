@@ -1,13 +1,15 @@
 """The report of a conversion, put together from what its steps returned."""
 
 from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.commands.build.proof import verdict_counts
 from modelopt_convert.commands.convert.output import ConvertPlan
 from modelopt_convert.commands.convert.proof import Compared
 from modelopt_convert.commands.convert.restore import Restored
 from modelopt_convert.commands.convert.way_back import Kept
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.report.convert import ChangedTensor, Comparison, ConvertedModules, ConvertReport, LossyModule
-from modelopt_convert.report.words import PROVEN_WORDS
+from modelopt_convert.report.report import ModuleReport, ProofReport
+from modelopt_convert.report.words import PROVEN, PROVEN_WORDS
 
 
 def convert_report(
@@ -23,14 +25,11 @@ def convert_report(
         compared: What the comparison found; None where nothing was written.
         words: What is known of the source against a base.
     """
-    lossy = {name: one.how for one in plan.lossy for name in one.members}
+    lossy = _lossy(plan)
     by_how = [*lossy.values()]
     restored = plan.restored if isinstance(plan.restored, Restored) else None
-    given_back = restored.found.keys() if restored is not None else set()
-    rest = {
-        name: one for name, one in plan.announced.items() if module_of(name) not in lossy and name not in given_back
-    }
-    rounded = {module_of(name) for name, (_, is_out) in rest.items() if not is_out and not name.endswith("input_scale")}
+    rest = _unequal(plan)
+    rounded = _rounded(plan)
     done = compared or Compared()
     is_equal = compared is not None and not compared.failures
     dropped = [ChangedTensor(tensor=name, why=why) for name, (why, is_out) in sorted(rest.items()) if is_out]
@@ -72,3 +71,46 @@ def convert_report(
             "words": words,
         }
     )
+
+
+def written_proof(proof: ProofReport, plan: ConvertPlan) -> ProofReport:
+    """The proof of SOURCE as it holds of what is written, where that has other scales or codes.
+
+    Args:
+        proof: Of SOURCE against the base.
+        plan: What is written.
+    """
+    lossy, rounded = _lossy(plan), _rounded(plan)
+    modules = dict(proof.modules)
+    for name, one in proof.modules.items():
+        if name in lossy:
+            modules[name] = ModuleReport(verdict=f"not proven: {lossy[name]}", reason="it was not written as it is")
+        elif name in rounded and one.verdict in PROVEN:  # its tensor scale is no longer that of max calibration
+            modules[name] = one.model_copy(update={"verdict": "nearest", "reason": "its weight_scale_2 was rounded"})
+    told = {"modules": modules, "counts": verdict_counts(modules)}
+    if any(name in modules for name in lossy):
+        told |= {"status": "not proven", "words": f"not proven: {len(lossy)} modules are not written as they are"}
+    return proof.model_copy(update=told)
+
+
+def _lossy(plan: ConvertPlan) -> dict[str, str]:
+    """What became of modules that the target cannot hold, by module."""
+    return {name: one.how for one in plan.lossy for name in one.members}
+
+
+def _unequal(plan: ConvertPlan) -> dict[str, tuple[str, bool]]:
+    """Tensors of other modules that are not written as they are: why, and whether they are left out."""
+    lossy = _lossy(plan)
+    given_back = plan.restored.found.keys() if isinstance(plan.restored, Restored) else set()
+    return {
+        name: one for name, one in plan.announced.items() if module_of(name) not in lossy and name not in given_back
+    }
+
+
+def _rounded(plan: ConvertPlan) -> set[str]:
+    """Modules of which a scale was rounded."""
+    return {
+        module_of(name)
+        for name, (_, is_out) in _unequal(plan).items()
+        if not is_out and not name.endswith("input_scale")
+    }
