@@ -17,6 +17,8 @@ from modelopt_convert.run.errors import InputError
 
 if TYPE_CHECKING:
     from modelopt_convert.checkpoint.recipe import Recipe
+else:
+    Recipe = Any  # for pydantic, which sends these to other processes; one with a recipe is never sent
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit

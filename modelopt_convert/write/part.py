@@ -7,10 +7,10 @@ from pathlib import Path
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.plan.prediction import step_readings
 from modelopt_convert.proof.due import due_readings
+from modelopt_convert.run.errors import InputError
 from modelopt_convert.write.task import ShardTask
 
 
@@ -36,14 +36,24 @@ def part_of(reader: CheckpointReader, origin: Origin, task: ShardTask) -> Source
         reader: The input, on disk.
         origin: Which input it is.
         task: Is done elsewhere.
+
+    Raises:
+        InputError: ``executor.presented``: the input is read by recipes, which stay in this process.
     """
     assert isinstance(reader.path, Path)
     steps = step_readings(task.steps, origin, reader.tensors)
     compared = due_readings(task.due, origin, reader.tensors)
     names = dict.fromkeys(name for name, _, _ in (*steps, *compared))
     tensors = tuple(reader.tensors[name] for name in names)
+    if any(info.recipe is not None for info in tensors):
+        raise InputError(
+            f"{reader.path}: --executor ray takes tensors as they lie, and this input is in another dialect or naming",
+            code="executor.presented",
+            path=str(reader.path),
+            hint="leave --executor out; or bring the input into ModelOpt's dialect first, with mopt convert",
+        )
     files: dict[str, tuple[int, int]] = {}
-    for name in sorted({one.file for info in tensors for one in recipe_of(info).extents(0, info.num_bytes)}):
+    for name in sorted({info.file for info in tensors}):
         file = reader.opened(name)
         assert isinstance(file, LocalFile)
         files[name] = file.state

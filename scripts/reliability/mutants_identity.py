@@ -42,7 +42,7 @@ IDENTITY = (
     _of("checkpoint/reader", "what fills a buffer", "self.content.note(name, begin, target)", "pass", _READ),
     _of("checkpoint/reader", "what is read by ranges", "self.content.note(name, begin, found)", "pass", _READ),
     _of("commands/command", "a base is digested", "        if is_base:", "        if False:", _BUILD),
-    _of("commands/command", "the report has it", "\"identity\": reader.identity(),\n", "\"identity\": one.identity,\n", _BUILD),
+    _of("commands/command", "the report has it", '"identity": reader.identity()', '"identity": one.identity', _BUILD),
     _of("write/attempt", "a task gives it back", "content=content)", "content={})", "write/test_attempt.py"),
     _of(
         "write/attempt",

@@ -44,7 +44,12 @@ RULES = (
         f"{_MOUNTS}::test_an_input_is_seen_through_a_bind_mount",
     ),
     _rules("parents of OUT are compared", "source_chain[0] in out_chain or", "", f"{_MOUNTS}"),
-    _rules("parents of the input are compared", "out_chain[0] in {*source_chain, *_around_links(source)} or", "", f"{_MOUNTS}"),
+    _rules(
+        "parents of the input are compared",
+        "out_chain[0] in {*source_chain, *_around_links(source)} or",
+        "",
+        f"{_MOUNTS}",
+    ),
     _rules("OUT in a part of an input, mounted", " or _lies_in(output, source)", "", _MOUNTS),
     _rules("OUT around an input, mounted", " or _lies_in(source, output)", "", _MOUNTS),
     Mutant("stage/mounts.py", "mounts below an input are part of it", ", *mounted]", "]", (_MOUNTS,)),

@@ -19,6 +19,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.location import parse_location
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.recipe import halves_swapped
 from modelopt_convert.plan.plan import Op, ShardPlan, Step
 from modelopt_convert.run.errors import InputError, MoptError, RemoteError, StorageError, UsageError
 from modelopt_convert.stage.shard_writer import ShardWriter
@@ -47,6 +48,17 @@ def source(tmp_path: Path) -> Path:
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{weight_map}}}}}')
     (folder / "config.json").write_text("{}")
     return folder
+
+
+def test_an_input_in_another_naming_is_not_sent(source: Path) -> None:
+    with CheckpointReader(source) as reader:
+        reader.present({"a.weight": halves_swapped(reader.tensors["a.weight"], "a.weight")})
+        spec = TensorSpec("a.weight", "F32", (40, 8))
+        plan = SimpleNamespace(shards=(ShardPlan(FILE, (spec,)),), steps={spec.name: Step(spec, "base", "copy")})
+        (task,) = shard_tasks(plan, {}, "")
+        with pytest.raises(InputError) as refused:
+            part_of(reader, "base", task)
+    assert refused.value.code == "executor.presented"
 
 
 @pytest.fixture
