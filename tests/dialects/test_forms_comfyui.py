@@ -218,6 +218,7 @@ REFUSED: list[tuple[str, Callable[[], Tensors], dict[str, str], str]] = [
     ("no format", changed(comfy_quant=marker({"full_precision_matrix_mult": False})), {}, "dialect.marker"),
     ("a list", changed(comfy_quant=marker(["nvfp4"])), {}, "dialect.marker"),
     ("deeply nested", changed(comfy_quant=torch.full((4000,), ord("["), dtype=torch.uint8)), {}, "dialect.marker"),
+    ("a key nobody knows", changed(comfy_quant=marker({"format": "nvfp4", "t": True})), {}, "dialect.marker"),
     ("another format", changed(comfy_quant=marker({"format": "int8_tensorwise"})), {}, "dialect.format"),
     ("another dtype", changed(comfy_quant=marker({"format": "float8_e4m3fn"})), {}, "dialect.contradiction"),
     ("not quantized", changed(weight=PLAIN), {}, "dialect.contradiction"),

@@ -104,24 +104,25 @@ def plan_output(
     settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
     now = named(settled.described, family, spelling, prefix)
     written = target.write(now, reader.read_of)
-    warned: tuple[Warned, ...] = ()
-    if target.name == "modelopt" and claim is None:
-        written, warned = with_engine_names(written, now.modules)
     expected = written.expected(now)
     if spelling != "diffusers" or prefix:
         expected = under_diffusers_names(expected, Found(family, spelling, prefix, []), where)
     announced = _by_diffusers(written, family, spelling, prefix)
     lossy = (*first.lossy, *settled.lossy, *unpacked(settled.described, expected, reader.read_of))
     shards = _shards(written, target, settled.described, source, request)
-    config = json_bytes(written.config) if written.config is not None else None
     if claim is not None:
         said = claimed_config(claim, described.config, now, target, family, reader.read_of)
         restored = restore(written, claim, target, source, expected, reader.tensors, reader.read_of, where, said)
         if isinstance(restored, Restored):
             written, shards = restored.written, restored.shards
-            if restored.config.text is not None:
-                config = restored.config.text.encode()
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
+    warned: tuple[Warned, ...] = ()
+    if isinstance(restored, Restored) and restored.config.text is not None:
+        config: bytes | None = restored.config.text.encode()
+    else:
+        if target.name == "modelopt" and spelling == "diffusers" and not prefix:
+            written, warned = with_engine_names(written, now.modules)
+        config = json_bytes(written.config) if written.config is not None else None
     is_lacking = config is None and target.name in _SAID_BY_CONFIG
     if is_lacking or (written.config is not None and not written.config.get("_class_name")):
         raise InputError(
