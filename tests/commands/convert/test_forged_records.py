@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import edit_json, load, run_mopt, same_bits
@@ -169,6 +170,24 @@ ENTRIES: dict[str, list[Any]] = {
     "transformer_blocks.0.attn.to_q.pre_quant_scale": ["F32", [128], base64.b64encode(bytes(512)).decode()],
     "transformer_blocks.0.attn.norm_q.weight": ["F16", [32]],
 }
+
+
+def test_the_bytes_of_the_file_under_another_dtype_are_not_its_value(
+    comfyui: Path, families: Path, tmp_path: Path
+) -> None:
+    name = "transformer_blocks.0.attn.norm_q.weight"
+    wanted = load(families / "flux2" / "nvfp4" / "transformer")[name]
+    raw = base64.b64encode(bytes(wanted.view(torch.uint8).tolist())).decode()
+    for entry in (["F16", [32], raw], ["BF16", [32, 1], raw]):
+        there = tmp_path / "there"
+        shutil.rmtree(there, ignore_errors=True)
+        shutil.copytree(comfyui, there)
+        edit_json(there / "mopt.json", lambda record, one=entry: tensors(record["converted"]).update({name: one}))
+        done = run_mopt("convert", there, tmp_path / "back", "--to", "modelopt", "--overwrite")
+        assert done.exit_code == 0 and done.report is not None, done.stderr
+        told = [one["message"] for one in done.report["warnings"] if one["code"] == "convert.not_restored"]
+        assert len(told) == 1 and name in told[0]
+        assert same_bits(load(tmp_path / "back")[name], wanted)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
