@@ -119,7 +119,7 @@ class _ComfyUI:
             written = _laid(quantized, roles)
             written[MARKER] = constant(f"{module}.{MARKER}", "U8", (len(marker),), marker, roles["weight"].file)
             tensors |= {info.name: info for info in written.values()}
-        # SGLang reads the tensors, ComfyUI either.
+        # SGLang reads the marker tensors; ComfyUI reads these or the header.
         said = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}
         return Written(tensors, {**METADATA, **said}, None)
 

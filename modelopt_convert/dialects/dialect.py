@@ -74,7 +74,7 @@ class Dialect:
 
     Attributes:
         name: As ``mopt inspect`` says it.
-        recognise: What gives it away, in words; nothing if this is not the dialect.
+        recognise: The evidence that a checkpoint is in it, in words; nothing if this is not the dialect.
         layout: How its packed weights are declared to lie.
     """
 

@@ -1,4 +1,4 @@
-"""Dialects of which nothing more is known here than what gives them away. Pure, no torch."""
+"""Dialects of which this module knows only how they are recognised. Pure, no torch."""
 
 from modelopt_convert.dialects.dialect import Dialect, Headers, said_of
 

@@ -39,7 +39,7 @@ class Presented:
     Attributes:
         dialect: What it is written in, as ``mopt inspect`` says it.
         found: Family, naming and prefix of its names; None where they are those of diffusers and of no known family.
-        evidence: What gave dialect and names away, in words.
+        evidence: By what dialect and names were recognised, in words.
         tensors: By diffusers' names.
         config: The config.json that goes with them; of its own it has only what says which model it is.
         other_class: The class that its config.json names, where that is not one of diffusers' for this family.
@@ -95,7 +95,7 @@ class Presented:
         out = ", ".join(f"{count} of {one}" for one, count in what.items())
         parts.append(f"{len(self.made_of)} tensors are read as {len(self.tensors)} under diffusers' names")
         parts += [f"left out are {out}"] if out else []
-        parts += [f"its config.json is that of {self.other_class}, and not used"] if self.other_class else []
+        parts += [f"its config.json is of the class {self.other_class}, and is not used"] if self.other_class else []
         return "; ".join(parts)
 
 
@@ -127,7 +127,7 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
             f"{where}: expected a dialect whose layout is known, found {dialect.name} ({'; '.join(evidence)})",
             code="dialect.unknown_layout",
             path=where,
-            hint="modules of this model are taken apart by rows; mopt convert --from says what the file is",
+            hint="modules of this model are cut by rows, so the layout counts; mopt convert --from names the dialect",
         )
     if form is not None and (is_foreign or (found is not None and _moves_codes(reader.tensors, found))):
         rows = true_shapes(reader.tensors, known, found) if found is not None else {}

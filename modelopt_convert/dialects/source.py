@@ -26,7 +26,7 @@ class Source:
 
     Attributes:
         dialect: Its name, as ``mopt inspect`` says it.
-        evidence: What gave the dialect and the names away, in words.
+        evidence: By what the dialect and the names were recognised, in words.
         form: Of the dialect.
         found: Family, naming and prefix of the names.
         described: Under diffusers' names.
@@ -71,7 +71,7 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             f"{where}: expected one transformer, found {first} and {second}",
             code="naming.several",
             path=where,
-            hint="take them apart first: a conversion is of one transformer",
+            hint="put each into a file of its own first: a conversion is of one transformer",
         )
     found = several[0] if several else _by_class(reader)
     if found is None:

@@ -26,7 +26,7 @@ _LOADED: dict[TargetName, str] = {
     "bf16": "In BF16, with the values that the quantized weights decode to: `from_pretrained` takes this folder.",
 }
 _WHY = {
-    NEAR_WORDS: "weights, or tensors beside them, are near the base's and not made from them as they are",
+    NEAR_WORDS: "some weights or other tensors are near the base's, and are not what the base itself gives",
     SAMPLED_WORDS: "a sample of the rows was compared with the base, and the others were not",
 }
 
@@ -36,11 +36,11 @@ class Made:
     """How a build was asked for, and what is known of its base.
 
     Attributes:
-        command: Of mopt.
+        command: The name of mopt's command.
         chosen: The preset, if there is one.
         calibration: ``none`` where the base itself is quantized.
-        base_repo: The base's repo, as it was observed; None where nothing tells it.
-        base_claimed: The base's repo, as the user says it is.
+        base_repo: The base's repo, as it was observed; None where nothing names it.
+        base_claimed: The base's repo, as the user names it.
         beside: Folders of the base that are copied beside the transformers; None where these are alone.
         to: The dialect that is published.
     """
@@ -184,7 +184,7 @@ def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
         return []
     words = [
         "Relative error of the decoded weights against the base, on the rows that were looked at (Frobenius norm of",
-        "the difference over that of the base):",
+        "the difference, divided by that of the base):",
     ]
     return ["## Error by kind of module", "", *words, "", *table, ""]
 
@@ -195,12 +195,12 @@ def converted_card(card: str, to: TargetName, in_bf16: Sequence[tuple[str, str]]
     Args:
         card: Of the checkpoint that was built.
         to: The dialect that is published.
-        in_bf16: What the target has in BF16, although the build quantized it, and why.
+        in_bf16: Modules that the build quantized and that are in BF16 in the target, each with the reason.
     """
     body = [
         "## Converted",
         "",
-        f"The checkpoint described above was converted to {to}, and read back: every byte is what its reader gives.",
+        f"The checkpoint described above was converted to {to}. The result was read back and compared by all bytes.",
         "",
     ]
     if in_bf16:

@@ -50,8 +50,8 @@ class Fits:
     """Whether a target can hold what a build will write.
 
     Attributes:
-        bf16_bytes: How much larger the target's files are, where fused modules are in BF16.
-        warned: What that costs, in words.
+        bf16_bytes: By how many bytes the target's files are larger, because fused modules are in BF16.
+        warned: That cost, in words.
     """
 
     bf16_bytes: int
@@ -103,8 +103,8 @@ def room_needed(build: int, plan: BuildPlan, fits: Fits) -> int:
 def _planned(part: Opened, plan: BuildPlan) -> Canonical:
     """What the build will write, as far as it is known before.
 
-    Of a module that is quantized here the scale is not known, but whom the module shares the scale with is: a number
-    stands for it.
+    The scale of a module that is quantized here is not known yet, but the modules that share it are known: a number
+    stands for the scale.
     """
     sharing = {name: number for number, group in enumerate(plan.shared) for name in group}
     numbers = {name: sharing.get(name, len(plan.shared) + place) for place, name in enumerate(plan.packed)}
@@ -156,12 +156,12 @@ def convert_staged(
 
     Args:
         stage: The stage of OUT.
-        part: The build's inputs; the values of what cannot be quantized in the target are the base's.
+        part: The build's inputs. A module that cannot be quantized in the target gets the base's values.
         proof: What the build proved of the checkpoint.
         request: What is asked for.
         executor: Writes the shards.
         progress: Told how far the work is.
-        clock: Of the run.
+        clock: Measures the steps of the run.
 
     Raises:
         InputError: As ``plan_output``.

@@ -46,8 +46,9 @@ def settle_transformed(
 ) -> Settled:
     """Undo what a target has no place for.
 
-    Weights that are not packed become the base's, or are multiplied out. Packed ones keep ``pre_quant_scale`` in
-    ComfyUI's files; else they are multiplied out for bf16, and for others as the choice says.
+    To multiply a weight out is to compute the weight that the stored tensors stand for (``dialects/awq.py``). Weights
+    that are not packed become the base's, or are multiplied out. Packed ones keep ``pre_quant_scale`` in ComfyUI's
+    files; else they are multiplied out for bf16, and become what the choice says for other targets.
 
     Args:
         described: Of the source, under diffusers' names.
@@ -92,7 +93,7 @@ def prove_near(reader: CheckpointReader, described: Canonical, base: CheckpointR
     """Compare every packed and every transformed weight with the base's; in words, how near they are.
 
     The distance is that of what is quantized, which is the base's weight divided by ``pre_quant_scale``: there the
-    limit of plain NVFP4 holds. Of the weights themselves AWQ lets columns go that inputs hardly use.
+    limit of plain NVFP4 holds. In the weights themselves AWQ accepts large errors in columns that inputs hardly use.
 
     Args:
         reader: The source.
@@ -120,7 +121,7 @@ def prove_near(reader: CheckpointReader, described: Canonical, base: CheckpointR
             f"{reader.path}: {len(far)} of {len(errors)} modules are further from the base than {limit:g}: {shown}",
             code="check.proof",
             path=str(reader.path),
-            hint="it is damaged, or of another base; give that base. Nothing was published",
+            hint="the checkpoint is damaged, or was made from another base; give that base. Nothing was published",
         )
     return (
         f"not proven: AWQ and SVDQuant are not reproduced; all {len(errors)} modules are near the base, "
@@ -284,7 +285,7 @@ def _factor(weights: Iterable[TensorInfo], read: ReadBytes, where: str) -> float
             largest = max(largest, float(np.abs(values).max())) if np.isfinite(values).all() else math.inf
     if not 0 < largest < math.inf:
         raise InputError(
-            f"{where}: tensor {info.name!r}: expected finite weights that are not all zero, found others",
+            f"{where}: tensor {info.name!r}: expected finite weights, not all zero, found NaN, infinity or zeros alone",
             code="convert.no_scale",
             path=where,
             hint="the export or the base is damaged; get it again, or take --inexact bf16",

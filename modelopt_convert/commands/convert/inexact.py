@@ -1,7 +1,7 @@
 """What becomes of modules that a target cannot hold exactly, and what that costs. No torch before a weight is read.
 
-Weights are made by recipes (``dialects/values.py``) while they are written. Scales are known before: of a group that is
-quantized again that takes the largest magnitude of the base's weights.
+Weights are made by recipes (``dialects/values.py``) while they are written. Scales are known before that: the scale of
+a group that is quantized again is made of the largest magnitude of the base's weights.
 """
 
 import math
@@ -40,7 +40,8 @@ class Lossy:
         members: Its quantized members, by diffusers' names.
         how: What became of it.
         why: In words.
-        rel_error: Frobenius norm of what changes, by that of the weight as the source decodes; None: not known yet.
+        rel_error: Frobenius norm of the change, divided by that of the weight as the source decodes; None: not known
+            yet.
         is_bound: Whether that is the most that it can be, and not measured.
     """
 
@@ -57,7 +58,7 @@ class Settled:
     """A description that a target can hold exactly.
 
     Attributes:
-        described: It.
+        described: The description.
         lossy: What became of modules that it could not hold.
         told: What else changed, in words, by tensor.
     """
@@ -84,7 +85,7 @@ def settle(
         choice: What becomes of these.
         base: The base, for ``requantize`` and the values of ``bf16``; its files are beside the source's.
         read: Reads the source, and the base beside.
-        measure: Whether weights may be read: else errors are told from scales, as a bound, or not at all.
+        measure: Whether weights may be read: else an error comes from scales, is a bound, or is not known.
 
     Raises:
         InputError: ``base.no_counterpart`` or ``base.not_finite``.
@@ -244,7 +245,7 @@ def _one_input_scale(
 
 
 def of_base(base: CheckpointReader, name: str, shape: tuple[int, ...]) -> TensorInfo:
-    """The base's weight of a module, as the source's reader finds it beside.
+    """The base's weight of a module, as the source's reader finds it beside the source's files.
 
     Raises:
         InputError: ``base.no_counterpart``.

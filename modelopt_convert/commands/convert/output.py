@@ -131,7 +131,7 @@ def plan_output(
             + _unused_config(restored),
             code="convert.config",
             path=where,
-            hint="--base gives its own; where there is none, --config names one, or a folder that has one",
+            hint="--base gives its own; without a base --config names a config.json, or a folder that has one",
         )
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}

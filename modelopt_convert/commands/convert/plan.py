@@ -17,14 +17,14 @@ _SHARED = ("weight_scale", "weight_scale_2", "input_scale")
 
 @dataclass(frozen=True, slots=True)
 class Unequal:
-    """A fused module that its members do not allow.
+    """A fused module that cannot be written exactly, because its members differ.
 
     Attributes:
         native: The fused module, in the target's naming.
         members: Its members, by diffusers' names.
         why: In words.
-        rebases: Whether the members have all it takes to bring their scales to one.
-        requantizes: Whether mopt quantizes to their format.
+        rebases: Whether mopt can bring the scales of the members to one value.
+        requantizes: Whether mopt can quantize to their format.
     """
 
     native: str

@@ -47,7 +47,7 @@ def compare(
 
     Args:
         source: The opened source.
-        wanted: What a reader of the output was announced to find.
+        wanted: What the plan announced that a reader of the output finds.
         output: What was written, opened.
         found: Its description, by the reader of its own dialect.
         workers: Tensors that are compared at a time.
@@ -142,7 +142,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
 
 
 def unusable_scales(described: Canonical, read: ReadBytes) -> list[Warned]:
-    """What is told of scales of one number that are zero or negative; what is not finite is found as it is written."""
+    """A warning of scales of one number that are zero or negative; values that are not finite are found in writing."""
     found = [
         info.name
         for info in described.tensors.values()
@@ -208,12 +208,12 @@ def prove_source(
     where = str(reader.path)
     if found.wrong:
         told, what = found.wrong, "are not the base's"
-        hint = "it is damaged, or of another base; give that base. Without --base it is converted unproven"
+        hint = "SOURCE is damaged, or of another base; give that base. Without --base it is converted unproven"
     elif found.misdeclared:
-        told, what = found.misdeclared, "lie otherwise than the dialect has it"
+        told, what = found.misdeclared, "lie in another layout than the dialect's"
         hint = "`mopt inspect SOURCE --base BASE` says how; swap-nibbles or unswizzle-scales puts a ModelOpt file right"
     elif found.near and not request.accept_near:
-        told, what = found.near, "are near the base, and not made of it as it is"
+        told, what = found.near, "are near the base, and are not what the base itself gives"
         hint = "give the base that was quantized, or --accept-near to write what is not proven"
     else:
         return report

@@ -119,7 +119,7 @@ def restore(
 
 
 def other_model(claim: Claim, found: Found) -> str | None:
-    """In words, that the tensors of a claim are not of the model at hand under the names that the claim says."""
+    """Why the tensors of a claim are not those of the model at hand, under the names that the claim says; else None."""
     shapes = {name: shape for _, claimed in claim.files.values() for name, (_, shape, _) in claimed.items()}
     several = candidates(shapes)
     if not several and not found.family.rows and (claim.spelling, claim.prefix) == ("diffusers", ""):
@@ -153,7 +153,7 @@ def _missing(written: Written, claim: Claim) -> list[str]:
 
 
 def _candidate(written: Written, claim: Claim, refused: set[str], *, extra: bool) -> tuple[Written, list[str]]:
-    """The output with everything of the claim that is not refused, and the names of what is used.
+    """The output with all parts of the claim that are not refused, and the names of the tensors that are used.
 
     Args:
         written: The output.

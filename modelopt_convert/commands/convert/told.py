@@ -84,7 +84,7 @@ def written_proof(proof: ProofReport, plan: ConvertPlan) -> ProofReport:
     modules = dict(proof.modules)
     for name, one in proof.modules.items():
         if name in lossy:
-            modules[name] = ModuleReport(verdict=f"not proven: {lossy[name]}", reason="it was not written as it is")
+            modules[name] = ModuleReport(verdict=f"not proven: {lossy[name]}", reason="it was changed in writing")
         elif name in rounded and one.verdict in PROVEN:  # its tensor scale is no longer that of max calibration
             modules[name] = one.model_copy(update={"verdict": "nearest", "reason": "its weight_scale_2 was rounded"})
     told = {"modules": modules, "counts": verdict_counts(modules)}

@@ -65,7 +65,7 @@ def keep(
     config_text: str | None,
     to: str,
 ) -> Kept:
-    """Write the output back in thought, and keep what is not the source then.
+    """Plan the conversion of the output back, without writing it, and keep what would differ from the source then.
 
     Args:
         reader: The source, as it was opened.
