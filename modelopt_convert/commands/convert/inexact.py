@@ -333,7 +333,7 @@ def _from_scales(before: Canonical, packed: tuple[str, ...], read: ReadBytes) ->
     import torch
 
     from modelopt_convert.formats.tensor_bytes import from_bytes
-    from modelopt_convert.verification.fused import rebased_error
+    from modelopt_convert.proof.fused import rebased_error
 
     counts = []
     for name in packed:
