@@ -117,9 +117,10 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     said = reader.config.get(_QUANTIZATION)
     # With ModelOpt's config beside diffusers' names builds find out the layout by the base.
     is_modelopt = not is_native and isinstance(said, dict) and said.get("quant_method") == "modelopt"
-    # Weights that nothing in the file labels, beside a config that says something: that is for builds to judge.
-    is_said = dialect is FP8_UNLABELLED and bool(said)
-    is_foreign = form is not None and form.name not in _OWN_LAYOUT and not is_modelopt and not is_said
+    # Weights that nothing in the file labels are for builds and proofs to judge, where they or a config can: an engine
+    # would not know them either.
+    is_unlabelled = dialect is FP8_UNLABELLED and (bool(said) or not is_native)
+    is_foreign = form is not None and form.name not in _OWN_LAYOUT and not is_modelopt and not is_unlabelled
     if not is_native and not is_foreign:
         return None
     if not is_foreign and found is not None and _moves_codes(reader.tensors, found) and form is None:

@@ -253,7 +253,7 @@ def _read(path: Path, name: str) -> str:
         return read_small(Path(os.path.realpath(path, strict=True)), _MAX_BYTES, code="preset").decode()
     except (InputError, OSError, ValueError) as error:  # also not UTF-8, or a path with a NUL
         known = preset_names()
-        parts = [part for part in name.lower().replace("_", "-").split("-") if part]
+        parts = [part for part in name.lower().replace("_", "-").split("-") if part.strip(".")]
         begun = [one for one in known if parts and all(part in one for part in parts)]
         near = None if _is_path(name) else nearest(name, known) or " or ".join(begun)
         told = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(known)}"

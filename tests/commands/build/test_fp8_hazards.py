@@ -332,12 +332,12 @@ def test_the_bias_of_a_replaced_module_is_the_bases_too(fp8: Path, base: Path, t
 
 def test_names_that_do_not_overlap_are_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
     def prefix(tensors: Tensors) -> None:
-        renamed = {f"velocity_model.{name}": tensor for name, tensor in tensors.items()}
+        renamed = {f"some_model.{name}": tensor for name, tensor in tensors.items()}
         tensors.clear()
         tensors.update(renamed)
 
     export = edit(fp8, tmp_path / "export", prefix)
-    fp8_refused(export, base, tmp_path, code="base.naming", names=("velocity_model.",))
+    fp8_refused(export, base, tmp_path, code="base.naming", names=("some_model.",))
     outcome = convert(export, None, tmp_path / "out")
     assert (outcome.exit_code, outcome.error_code) == (3, "preset.no_match"), outcome.stderr
 
