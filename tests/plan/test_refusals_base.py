@@ -233,7 +233,7 @@ def test_a_module_that_no_base_tensor_shares_a_name_with_is_refused(nvfp4: Path,
 
     export = edit(nvfp4, tmp_path / "export", prefix)
     names = (str(base / "transformer"), "some_model.")
-    refused(export, base, tmp_path, code="base.naming", names=names, hint="naming")
+    refused(export, base, tmp_path, code="base.naming", names=names, hint="names")
 
 
 def test_two_transformers_need_two_bases(nvfp4: Path, base: Path, tmp_path: Path) -> None:
