@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypeVar, get_args
 
 import modelopt_convert
+from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     BuildRequest,
@@ -18,13 +19,10 @@ from modelopt_convert.commands.requests import (
     ConvertRequest,
     InspectRequest,
     PushRequest,
-    Request,
     RewriteRequest,
     SwapNibblesRequest,
     UnswizzleScalesRequest,
     VerifyRequest,
-    check_value,
-    flags_of,
 )
 from modelopt_convert.run.boundary import bounded
 from modelopt_convert.run.errors import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from modelopt_convert.commands.requests import Flag, Request, choices_of, flags_of
+from modelopt_convert.commands.flags import Flag, Request, choices_of, flags_of
 from modelopt_convert.run.errors import UsageError
 from modelopt_convert.run.terminal import first_sign
 

@@ -17,7 +17,13 @@ from modelopt_convert.api import command_of
 from modelopt_convert.cli._console import drop, reader_may_leave
 from modelopt_convert.cli._options import Telling
 from modelopt_convert.cli._text import Tone, painted, table_lines, wrapped
-from modelopt_convert.commands.requests import BuildRequest, PushRequest, Request, RewriteRequest, VerifyRequest
+from modelopt_convert.commands.flags import Request
+from modelopt_convert.commands.requests import (
+    BuildRequest,
+    PushRequest,
+    RewriteRequest,
+    VerifyRequest,
+)
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
 from modelopt_convert.report.words import PROVEN_WORDS

@@ -5,7 +5,7 @@ The names are those of diffusers' ``convert_flux_transformer_checkpoint_to_diffu
 """
 
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.rows import Row, columns_and_rest, module, norm, same, thirds, within
+from modelopt_convert.families.rows import columns_and_rest, embedder, module, norm, same, thirds, within
 
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _CONTEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -41,13 +41,6 @@ _BLOCKS = (
 )
 
 
-def _embedder(native: str, name: str) -> list[Row]:
-    return [
-        module(f"{native}.in_layer", f"{name}.linear_1"),
-        module(f"{native}.out_layer", f"{name}.linear_2"),
-    ]
-
-
 FLUX1 = Family(
     "flux1",
     "FLUX.1",
@@ -55,9 +48,9 @@ FLUX1 = Family(
     (
         *_ENDS,
         *_BLOCKS,
-        *_embedder("time_in", "time_text_embed.timestep_embedder"),
-        *_embedder("vector_in", "time_text_embed.text_embedder"),
-        *_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+        *embedder("time_in", "time_text_embed.timestep_embedder"),
+        *embedder("vector_in", "time_text_embed.text_embedder"),
+        *embedder("guidance_in", "time_text_embed.guidance_embedder"),
         module("double_blocks.{}.img_mod.lin", "transformer_blocks.{}.norm1.linear"),
         module("double_blocks.{}.txt_mod.lin", "transformer_blocks.{}.norm1_context.linear"),
         module("single_blocks.{}.modulation.lin", "single_transformer_blocks.{}.norm.linear"),
@@ -81,7 +74,7 @@ CHROMA = Family(
         *_ENDS,
         *_BLOCKS,
         *same("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj"),
-        *_embedder("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}"),
+        *embedder("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}"),
         norm("distilled_guidance_layer.norms.{}", "distilled_guidance_layer.norms.{}"),
     ),
     marks=(

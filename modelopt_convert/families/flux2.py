@@ -5,7 +5,7 @@ diffusers keeps q, k, v and the MLP of a single block in one module, as the mode
 """
 
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.rows import module, norm, thirds, within
+from modelopt_convert.families.rows import embedder, module, norm, thirds, within
 
 _DOUBLE = (
     thirds("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
@@ -34,10 +34,8 @@ FLUX2 = Family(
     (
         module("img_in", "x_embedder"),
         module("txt_in", "context_embedder"),
-        module("time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_1"),
-        module("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2"),
-        module("guidance_in.in_layer", "time_guidance_embed.guidance_embedder.linear_1"),
-        module("guidance_in.out_layer", "time_guidance_embed.guidance_embedder.linear_2"),
+        *embedder("time_in", "time_guidance_embed.timestep_embedder"),
+        *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
         module("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
         module("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear"),
         module("single_stream_modulation.lin", "single_stream_modulation.linear"),

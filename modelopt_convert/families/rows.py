@@ -73,3 +73,8 @@ def within(native: str, name: str, rows: Iterable[Row], original: str | None = N
         )
         for row in rows
     ]
+
+
+def embedder(native: str, name: str) -> list[Row]:
+    """The two layers that embed a number or a vector, as Black Forest Labs and diffusers call them."""
+    return [module(f"{native}.in_layer", f"{name}.linear_1"), module(f"{native}.out_layer", f"{name}.linear_2")]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel
 
 import modelopt_convert
-from modelopt_convert.commands.requests import Request
+from modelopt_convert.commands.flags import Request
 from modelopt_convert.run.errors import MoptError
 from modelopt_convert.run.progress import Progress
 

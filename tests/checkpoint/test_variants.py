@@ -152,7 +152,8 @@ def test_the_variant_is_the_bases_where_there_is_one(
     (folder / PLAIN).rename(folder / _add_variant(PLAIN, "bf16"))
     other = {name: torch.zeros_like(tensor) for name, tensor in load(base / "transformer").items()}
     save_file(other, folder / PLAIN)
-    assert build(nvfp4, tmp_path / "base", tmp_path / "wrong").exit_code != 0
+    wrong = build(nvfp4, tmp_path / "base", tmp_path / "wrong")
+    assert (wrong.exit_code, wrong.error_code) == (3, "export.other_base"), wrong.stderr
     outcome = build(nvfp4, tmp_path / "base", tmp_path / "out", "--variant", "bf16")
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     assert outcome.report["inputs"]["base"]["files"] == [_add_variant(PLAIN, "bf16")]

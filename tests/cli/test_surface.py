@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from modelopt_convert import api
 from modelopt_convert.cli import app
+from modelopt_convert.commands.flags import Request
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     ConvertFp8Request,
     InspectRequest,
-    Request,
     SwapNibblesRequest,
     UnswizzleScalesRequest,
 )

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from support import run_mopt
 from torch import Tensor
 
 from modelopt_convert.dialects.targets import FORMS
-
-diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,20 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.requests import ConvertRequest
+from modelopt_convert.commands.rewrite.proof import Refusal, prove_rewritten, refuse_unproven
 from modelopt_convert.dialects.awq import is_transformed
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.report.report import ProofReport
-from modelopt_convert.run.errors import CheckFailedError, InputError
+from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order, until
 
-_SHOWN = 10
 _NAN = {"F8_E4M3": b"\x7f\xff", "U8": b"\xff"}  # the bytes of a block scale that is no number
+_REFUSAL = Refusal(
+    "lie in another layout than the dialect's",
+    "`mopt inspect SOURCE --base BASE` says how; swap-nibbles or unswizzle-scales puts a ModelOpt file right",
+    "it is converted unproven",
+)
 _PIECE = 1 << 20  # bytes of both sides are in a core's cache when they are compared
 
 
@@ -188,7 +193,6 @@ def prove_source(
     Raises:
         CheckFailedError: ``check.proof``.
     """
-    from modelopt_convert.commands.rewrite.proof import prove_rewritten
     from modelopt_convert.proof.judgement import format_proof
 
     tensors, config = reader.tensors, reader.config
@@ -205,21 +209,5 @@ def prove_source(
         reader.present(tensors)
         reader.config = config
     report = found.report.model_copy(update={"method": format_proof(target.algorithm).method})
-    where = str(reader.path)
-    if found.wrong:
-        told, what = found.wrong, "are not the base's"
-        hint = "SOURCE is damaged, or of another base; give that base. Without --base it is converted unproven"
-    elif found.misdeclared:
-        told, what = found.misdeclared, "lie in another layout than the dialect's"
-        hint = "`mopt inspect SOURCE --base BASE` says how; swap-nibbles or unswizzle-scales puts a ModelOpt file right"
-    elif found.near and not request.accept_near:
-        told, what = found.near, "are near the base, and are not what the base itself gives"
-        hint = "give the base that was quantized, or --accept-near to write what is not proven"
-    else:
-        return report
-    raise CheckFailedError(
-        f"{where}: {len(told)} modules and tensors {what}: {'; '.join(told[:_SHOWN])}",
-        code="check.proof",
-        path=where,
-        hint=f"{hint}. Nothing was published",
-    )
+    refuse_unproven(found, str(reader.path), _REFUSAL, accept_near=request.accept_near)
+    return report

@@ -43,11 +43,12 @@ from modelopt_convert.commands.rewrite.plan import (
     refuse_names,
 )
 from modelopt_convert.commands.rewrite.proof import (
+    REWRITE,
     compare_bases,
     compare_configs,
     prove_rewritten,
     proven_layouts,
-    refuse_unproven_rewrite,
+    refuse_unproven,
     rewritten_report,
 )
 from modelopt_convert.dialects.presented import present_under_names_of
@@ -196,7 +197,7 @@ class RewriteCommand:
         failures = [*found.wrong, *found.misdeclared]
         check = {"name": "proof", "status": "fail" if failures else "pass", "failures": failures[:10]}
         self._checks.append(check)
-        refuse_unproven_rewrite(found, source, accept_near=self._request.accept_near)
+        refuse_unproven(found, source, REWRITE, accept_near=self._request.accept_near)
 
     def _keep(self, closed: Closed) -> None:
         self._checks.append(closed.check)

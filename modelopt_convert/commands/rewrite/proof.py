@@ -150,12 +150,35 @@ def rewritten_report(
     )
 
 
-def refuse_unproven_rewrite(found: Rewritten, source: str, *, accept_near: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What is said where a proof does not pass, and differs by command.
+
+    Attributes:
+        misdeclared: What is wrong with a layout that is not the declared one.
+        remedy: What to do about that.
+        without: What happens without ``--base``.
+    """
+
+    misdeclared: str
+    remedy: str
+    without: str
+
+
+REWRITE = Refusal(
+    "would be in a layout that config.json cannot declare",
+    "rewrite the other order first, without --base, and then this one with it",
+    "it is rewritten as told, unproven",
+)
+
+
+def refuse_unproven(found: Rewritten, source: str, words: Refusal, *, accept_near: bool) -> None:
     """Refuse what ``verify`` would not pass.
 
     Args:
         found: By ``prove_rewritten``.
-        source: The checkpoint that was rewritten, for the message.
+        source: The checkpoint, for the message.
+        words: Of the command.
         accept_near: Whether what is near the base may be written.
 
     Raises:
@@ -163,10 +186,9 @@ def refuse_unproven_rewrite(found: Rewritten, source: str, *, accept_near: bool)
     """
     if found.wrong:
         told, what = found.wrong, "are not the base's"
-        hint = "it is damaged, or of another base; give that base. Without --base it is rewritten as told, unproven"
+        hint = f"it is damaged, or of another base; give that base. Without --base {words.without}"
     elif found.misdeclared:
-        told, what = found.misdeclared, "would be in a layout that config.json cannot declare"
-        hint = "rewrite the other order first, without --base, and then this one with it"
+        told, what, hint = found.misdeclared, words.misdeclared, words.remedy
     elif found.near and not accept_near:
         told, what = found.near, "are near the base, and not what quantizing it gives"
         hint = "give the base that was quantized, or --accept-near to write what is not proven"
