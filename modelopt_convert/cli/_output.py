@@ -25,7 +25,7 @@ from modelopt_convert.commands.requests import (
     VerifyRequest,
 )
 from modelopt_convert.report.inspect import InspectReport
-from modelopt_convert.report.report import Report
+from modelopt_convert.report.report import ErrorReport, Report
 from modelopt_convert.report.words import PROVEN_WORDS
 from modelopt_convert.run.boundary import bounded, debugging, storage_error
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
@@ -291,7 +291,7 @@ def run(
         report, unwritten = _written(output, report)
         try:
             with signals.acting():
-                _tell(output, report, show, show_failed)
+                _tell(output, report, show, show_failed, unwritten)
         except OSError as error:
             failed = storage_error(error, "the result could not be printed")
             output.aside(f"error: {failed.message} [{failed.code}]")
@@ -302,9 +302,9 @@ def run(
             if failure is None:
                 report = _ended(command.report(error), error)
                 report, unwritten = _written(output, report)
-                _tell_error(output, report)
+                _tell_error(output, report.error)
         if unwritten is not None:  # last, so that a run that ends with an error does not look like a success
-            output.aside(unwritten)
+            output.aside(f"error: {unwritten.message} [{unwritten.code}]")
     raise typer.Exit(report.exit_code)
 
 
@@ -323,26 +323,34 @@ def _ended(report: Shown, failure: BaseException | None) -> Shown:
     return report
 
 
-def _tell(output: Output, report: Shown, show: Callable[[Output, Shown], None], show_failed: bool) -> None:
+def _tell(
+    output: Output,
+    report: Shown,
+    show: Callable[[Output, Shown], None],
+    show_failed: bool,
+    unwritten: ErrorReport | None = None,
+) -> None:
     with reader_may_leave():
         for warning in report.warnings:
             output.aside(f"warning: {warning['message']} [{warning['code']}]")
         if report.error is None or show_failed:
             show(output, report)
-        _tell_error(output, report)
+        _tell_error(output, report.error)
         if output.json:
-            typer.echo(report.to_json())
+            failed = unwritten is not None and report.error is None
+            told = report.model_copy(update={"status": "error", "error": unwritten}) if failed else report
+            typer.echo(told.to_json())
 
 
-def _tell_error(output: Output, report: Report | InspectReport) -> None:
-    if report.error is not None:
-        output.aside(f"error: {report.error.message} [{report.error.code}]")
-        if report.error.hint:
-            output.aside(f"hint: {report.error.hint}")
+def _tell_error(output: Output, error: ErrorReport | None) -> None:
+    if error is not None:
+        output.aside(f"error: {error.message} [{error.code}]")
+        if error.hint:
+            output.aside(f"hint: {error.hint}")
 
 
-def _written(output: Output, report: Shown) -> tuple[Shown, str | None]:
-    """The report, written where it is asked for; where that failed, with another exit code, and in words."""
+def _written(output: Output, report: Shown) -> tuple[Shown, ErrorReport | None]:
+    """The report, written where it is asked for; where that failed, with another exit code, and what failed."""
     if output.report_json is None:
         return report, None
     try:
@@ -350,8 +358,10 @@ def _written(output: Output, report: Shown) -> tuple[Shown, str | None]:
             output.check_report_path(Path(report.output.path))
         write_report(output.report_json, f"{report.to_json()}\n")
     except (MoptError, typer.BadParameter) as error:
-        code = error.code if isinstance(error, MoptError) else "report.place"
+        code, hint = (error.code, error.hint) if isinstance(error, MoptError) else ("report.place", None)
+        words = f"{output.report_json}: the report could not be written: {error}"
+        told = ErrorReport(code=code, message=words, hint=hint, path=str(output.report_json))
         is_told = report.error is not None and report.error.code == code
-        words = None if is_told else f"error: {output.report_json}: the report could not be written: {error} [{code}]"
-        return report.model_copy(update={"exit_code": report.exit_code or int(ExitCode.STORAGE)}), words
+        after = report.model_copy(update={"exit_code": report.exit_code or int(ExitCode.STORAGE)})
+        return after, None if is_told else told
     return report, None

@@ -24,8 +24,11 @@ class Group(TyperGroup):
             if len(args) > 2:
                 with _told(self.commands, args):
                     raise typer.BadParameter("takes the name of one command, and nothing else", param_hint="help")
-            args = [*args[1:2], "--help"]
+            args = [*(one for one in args[1:2] if one not in _BESIDE), "--help"]
         elif args[:1] == ["version"]:
+            if any(not word.startswith("-") for word in args[1:]):
+                with _told(self.commands, args):
+                    raise typer.BadParameter("takes nothing else", param_hint="version")
             args = ["--version", *args[1:]]
         words = tuple(args)  # a parser takes what it knows off the list
         with _told(self.commands, words):

@@ -51,6 +51,7 @@ def doctor(
         try:
             with signals.acting():
                 for one in examine(path):
+                    signals.insist()  # drivers and clients may take an interruption for their own failure
                     if not findings or findings[-1].part != one.part:
                         output.line(f"{_TITLES[one.part]}:")
                     findings.append(one)

@@ -8,7 +8,7 @@ import typer
 
 from modelopt_convert.run.errors import UsageError
 
-_VERDICTS = ("pass", "fail", "inconclusive", "backend broken", "backends disagree")
+_VERDICTS = ("near", "pass", "fail", "inconclusive", "backend broken", "backends disagree")
 
 
 def explain(
@@ -24,7 +24,7 @@ def explain(
     """
     from modelopt_convert.cli._console import reader_may_leave
     from modelopt_convert.cli._text import wrapped
-    from modelopt_convert.report.words import PROOFS
+    from modelopt_convert.report.words import PROOFS, PROVEN
     from modelopt_convert.run import codes
     from modelopt_convert.run.terminal import is_terminal
     from modelopt_convert.run.text import printable
@@ -33,7 +33,7 @@ def explain(
         found = codes.explain(code)
     except UsageError as error:
         reason = error.reason
-        if code and code.lower() in (*PROOFS, *_VERDICTS):
+        if code and code.lower() in (*PROOFS, *PROVEN, *_VERDICTS):
             reason = f"{code!r} is no code of mopt's; it is a verdict: docs/proven.md says what each verdict means"
         raise typer.BadParameter(printable(reason), param_hint=error.flag) from error
     with reader_may_leave():

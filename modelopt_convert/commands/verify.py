@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,8 +74,10 @@ class VerifyCommand:
             else:
                 self._verify(checkpoint, self._request.locate("base"), progress)
         except MoptError as error:  # what was found goes onto the page; that it cannot be written hides no verdict
-            with suppress(MoptError):
+            try:
                 self._write_page(error)
+            except MoptError as unwritten:
+                self._warned.append((unwritten.code, f"the page could not be written: {unwritten.message}"))
             raise
         self._write_page(None)
 

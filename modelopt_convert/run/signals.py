@@ -93,10 +93,11 @@ class Signals:
         Raises:
             Interrupted: One came, now or before.
         """
-        self._acts = True
+        self._acts, self._raised = True, None
         try:
             self._stop()
             yield
+            self.insist()
         except Exception as error:
             # A library that was being imported may have kept the interruption to itself, and then be broken.
             if self._raised is None or (isinstance(error, MoptError) and not isinstance(error, InternalError)):
@@ -104,6 +105,15 @@ class Signals:
             raise Interrupted(self._raised) from error
         finally:
             self._acts = False
+
+    def insist(self) -> None:
+        """Interrupt again where a library kept an interruption to itself.
+
+        Raises:
+            Interrupted: One came, and whatever ran then went on.
+        """
+        if self._raised is not None:
+            raise Interrupted(self._raised)
 
     def _take(self, signum: int, _frame: FrameType | None) -> None:
         if self._came:

@@ -80,8 +80,9 @@ def check_file_replaced(file: Path) -> None:
     path = canonical_output(file)
     try:
         status = path.lstat()
-        ours = stat.S_ISREG(status.st_mode) and (status.st_size == 0 or _is_marked(_content(path)))
-        what = "is there, and is no report that mopt wrote"
+        is_file = stat.S_ISREG(status.st_mode)
+        ours = is_file and (status.st_size == 0 or _is_marked(_content(path)))
+        what = "is there, and is no report that mopt wrote" if is_file else "is no regular file"
         if ours and is_mount_point(path):
             ours, what = False, "is a mount point"
     except FileNotFoundError:
@@ -89,7 +90,7 @@ def check_file_replaced(file: Path) -> None:
     except OSError as error:
         ours, what = False, f"is there, and cannot be read: {error.strerror}"
     if not ours:
-        hint = "give another file, or move it away yourself"
+        hint = "give another file" if what == "is no regular file" else "give another file, or move it away yourself"
         raise OutputRefusedError(f"{file}: {what}", code="report.foreign", path=str(file), hint=hint)
 
 

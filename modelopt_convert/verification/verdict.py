@@ -13,6 +13,8 @@ from modelopt_convert.verification.options import VerifyOptions
 _KERNEL = "the kernel is in question, not the checkpoint; try another --backend, or report it to the makers of this one"
 # What misdeclared() of levels/layout.py says of a module.
 _SWAPPED = re.compile(r"the even column is in the \w+ nibble, declared \w+")
+_BELIEVED = re.compile(r" would read the (scales|\w+ nibble) as ")
+_UNREADABLE = re.compile(r"scales \[[\d, ]+\] cannot be read as \w+")
 _ORDERED = re.compile(r"the scales are (linear|128x4), declared \w+")
 
 SEVERITY: tuple[Verdict, ...] = ("prewarmed", "pass", "inconclusive", "backend broken", "backends disagree", "fail")
@@ -103,13 +105,26 @@ def conclude(found: VerifyReport, options: VerifyOptions, base: str | None = Non
 def _rewrite(found: VerifyReport, base: str | None) -> str | None:
     """The command that mends a checkpoint of which nothing but the layout is wrong."""
     failed = {level.level for level in found.levels if level.status == "fail"}
-    command = _remedy(found.level("L1"), found.modules) if failed == {"L1"} else None
+    proven = failed == {"L1"}
+    command = _remedy(found.level("L1"), found.modules) if proven or _follows(found, failed) else None
     if command is None or base is None:
         return None
     source = shlex.quote(found.checkpoint)
     output = shlex.quote(f"{found.checkpoint.removesuffix('.safetensors')}-right")
     against = f" --base {shlex.quote(base)}"
-    return f"the values are the base's, and lie in another order: mopt {command} {source} {output}{against}"
+    what = "the values are the base's, and lie" if proven else "the scales lie"
+    return f"{what} in another order: mopt {command} {source} {output}{against}"
+
+
+def _follows(found: VerifyReport, failed: Collection[str]) -> bool:
+    """Whether other levels than L1 fail for no other reason: engines and the decoder would read what is declared."""
+    if "L1" not in failed or not {*failed} <= {"L0", "L1", "L2"}:
+        return False
+    modules = {failure.partition(": ")[0] for failure in found.level("L1").failures}
+    return all(_BELIEVED.search(failure) for failure in found.level("L0").failures) and all(
+        _UNREADABLE.fullmatch(words) and name in modules
+        for name, _, words in (failure.partition(": ") for failure in found.level("L2").failures)
+    )
 
 
 def _remedy(level: LevelReport, modules: Collection[str]) -> str | None:

@@ -186,9 +186,15 @@ EDGE = (
     ),
     _signals(
         "a signal waits for the report",
-        "        self._acts = True\n        try:\n            self._stop()",
-        "        self._acts = True\n        try:\n            pass",
+        "        self._acts, self._raised = True, None\n        try:\n            self._stop()",
+        "        self._acts, self._raised = True, None\n        try:\n            pass",
         f"{_SIGNALS}a_signal_while_the_report_is_made_stops_the_print",
+    ),
+    _signals(
+        "an interruption that a library kept",
+        "            yield\n            self.insist()",
+        "            yield",
+        f"{_SIGNALS}a_library_that_keeps_an_interruption_and_goes_on_does_not_keep_it",
     ),
     _signals(
         "no signal changes how a run ended",

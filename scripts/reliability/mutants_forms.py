@@ -110,4 +110,25 @@ FORMS = (
         "if False:",
         (_READ,),
     ),
+    Mutant(
+        "commands/convert/restore.py",
+        "a scale of a fused module is every member's",
+        "not _is_shared(name, again, found, read)",
+        "False",
+        ("commands/convert/test_forged_records.py::test_a_scale_that_the_file_has_once_is_every_members",),
+    ),
+    Mutant(
+        "commands/convert/restore.py",
+        "a claimed scale is a number that can be one",
+        "not _fits(again.tensors.get(name), read)",
+        "False",
+        ("commands/convert/test_forged_records.py",),
+    ),
+    Mutant(
+        "commands/convert/command.py",
+        "a quantized base",
+        "check_config_unquantized(against)",
+        "pass",
+        ("commands/convert/test_files_people_have.py::test_a_quantized_base_is_called_that",),
+    ),
 )

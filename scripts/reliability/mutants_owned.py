@@ -318,8 +318,8 @@ OWNED = (
     _of(
         "written_file",
         "only plain files are replaced",
-        "ours = stat.S_ISREG(status.st_mode) and",
-        "ours =",
+        "is_file = stat.S_ISREG(status.st_mode)",
+        "is_file = True",
         f"{_FILE}test_what_is_no_plain_file_is_refused",
     ),
     _of(

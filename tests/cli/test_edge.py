@@ -17,7 +17,7 @@ from root import ROOT
 from support import Outcome, run_mopt
 
 from modelopt_convert.engines.sglang import VERSION
-from modelopt_convert.run.errors import ExitCode
+from modelopt_convert.run.errors import ExitCode, StorageError
 from modelopt_convert.verification.gemm.names import NAMES
 
 # A user of whom the system knows nothing; the files that are ours are that user's, and modes are heeded even for root.
@@ -364,3 +364,17 @@ def test_a_report_that_fails_after_the_work_is_the_last_that_is_told(
     monkeypatch.setattr("modelopt_convert.stage.fsops.write_all", full)
     told = run_mopt("inspect", exports / "nvfp4", "--report-json", tmp_path / "r.json", json_report=False)
     assert told.exit_code == 5 and told.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'r.json'}: the report")
+
+
+def test_a_report_that_fails_after_the_work_is_in_the_json_too(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("r.json: No space left on device", code="storage.failed", hint="free some space")
+
+    monkeypatch.setattr("modelopt_convert.cli._output.write_report", full)
+    outcome = run_mopt("inspect", exports / "base", "--report-json", tmp_path / "r.json")
+    assert outcome.report is not None
+    error = outcome.report["error"]["code"]
+    assert (outcome.exit_code, outcome.report["status"], error) == (5, "error", "storage.failed")
+    assert outcome.stderr.count("No space left") == 1

@@ -193,3 +193,21 @@ def test_a_library_that_keeps_an_interruption_to_itself_is_no_bug_of_mopt(number
     assert caught.value.signum == number
     with pytest.raises(AttributeError), Signals() as signals, signals.acting():
         raise AttributeError("a bug")
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_library_that_keeps_an_interruption_and_goes_on_does_not_keep_it(number: signal.Signals) -> None:
+    """As a driver that is asked for kernels, or a client that takes anything for its server's failure."""
+    done: list[str] = []
+    with pytest.raises(Interrupted) as caught, Signals() as signals, signals.acting():
+        with contextlib.suppress(Interrupted):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        done.append("went on")
+    assert caught.value.signum == number and done == ["went on"]
+    with Signals() as signals:
+        with pytest.raises(Interrupted), signals.acting(), contextlib.suppress(Interrupted):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        with signals.acting():  # told once
+            signals.insist()

@@ -7,11 +7,13 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 from faults import swapped
 from support import edit, load, packed_in, run_mopt
 from verify_support import PACKED, found
 
 from modelopt_convert import __version__
+from modelopt_convert.formats.nvfp4.scales import swizzle_128x4
 
 # Exit code, verdict and proof, how many modules are grey, and what the page says to do next.
 CASES = {
@@ -78,3 +80,24 @@ def test_a_checkpoint_in_another_order_names_the_command_that_mends_it(
         again = run_mopt(*words)
         assert again.exit_code == 0, again.stderr
         assert run_mopt("verify", words[2], "--base", base).exit_code == 0
+
+
+def test_scales_that_cannot_be_read_as_declared_name_the_command_that_mends_them(
+    nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """As ModelOpt's post-processing leaves them, with nothing that declares the order."""
+    packed = packed_in(load(nvfp4 / "transformer"))
+    scales = [f"{name}.weight_scale" for name in packed]
+    assert scales
+
+    def tile(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: swizzle_128x4(tensors[name]) for name in scales})
+
+    wrong = edit(nvfp4, tmp_path / "wrong", tile)
+    outcome = run_mopt("verify", wrong, "--base", base)
+    assert outcome.exit_code == 1 and outcome.report is not None
+    hint = outcome.report["error"]["hint"]
+    assert hint.startswith("the scales lie in another order: mopt unswizzle-scales "), hint
+    words = shlex.split(hint.partition("mopt ")[2])
+    assert run_mopt(*words).exit_code == 0
+    assert run_mopt("verify", words[2], "--base", base).exit_code == 0

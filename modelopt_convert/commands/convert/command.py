@@ -42,6 +42,7 @@ from modelopt_convert.commands.rewrite.proof import compare_bases, compare_confi
 from modelopt_convert.dialects.awq import transformed_modules
 from modelopt_convert.dialects.source import Source, describe
 from modelopt_convert.families.table import left_out
+from modelopt_convert.plan.inputs import check_config_unquantized
 from modelopt_convert.report.report import ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
 from modelopt_convert.run.errors import InputError
@@ -104,6 +105,7 @@ class ConvertCommand:
             with self._clock.timed("open"):
                 against = self._inputs.open("base", base_path, is_base=True) if base_path is not None else None
             if against is not None:
+                check_config_unquantized(against)
                 self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
                 found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})

@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.commands.convert.restored_config import ClaimedConfig
 from modelopt_convert.commands.convert.way_back import SMALL, Claim, is_moved, is_same, named, native_name
 from modelopt_convert.dialects.dialect import Headers
-from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, Written, constant
+from modelopt_convert.dialects.form import ROW_ROLES, Canonical, Form, ReadBytes, Written, constant
 from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.family import Family
@@ -224,6 +224,7 @@ def _contradicted(
     """Modules whose claimed tensors, written in the dialect of the file at hand, are not what the file has."""
     found = source.found
     wrong = {module_of(name) for name in odd if not _fits(again.tensors.get(name), read)}
+    wrong |= {module_of(name) for name in odd if not _is_shared(name, again, found, read)}
     if wrong:
         return wrong
     forward = source.form.write(named(again, found.family, found.spelling, found.prefix), read).tensors
@@ -233,6 +234,17 @@ def _contradicted(
         if home is not None and not _same_value(forward.get(name), raw.get(name), read):
             wrong.add(home)
     return wrong
+
+
+def _is_shared(name: str, again: Canonical, found: Found, read: ReadBytes) -> bool:
+    """Whether a tensor of which the file has one for a whole fused module is the same in all its members.
+
+    Written again the module would have that of its first member, and nothing would be compared with the others'.
+    """
+    place, info = found.family.native_tensor(name, found.spelling), again.tensors.get(name)
+    if place is None or info is None or (name.rpartition(".")[2] in ROW_ROLES and info.shape):
+        return True
+    return all(is_same(info, again.tensors.get(one), read) for one in found.family.tensor(place[0]) or ())
 
 
 def _fits(info: TensorInfo | None, read: ReadBytes) -> bool:

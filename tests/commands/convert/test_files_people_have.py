@@ -293,3 +293,9 @@ def test_a_module_without_input_scale_goes_to_comfyui_alone(families: Path, tmp_
     assert (refused.exit_code, refused.error_code) == (3, "convert.no_input_scale")
     convert(tmp_path / "it", tmp_path / "out", "comfyui")
     assert sum(name.endswith(".input_scale") for name in load(tmp_path / "out")) == len(modules(tensors)) - 1
+
+
+def test_a_quantized_base_is_called_that(families: Path, tmp_path: Path) -> None:
+    export = families / "wan" / "nvfp4"
+    refused = run_mopt("convert", export, tmp_path / "out", "--to", "comfyui", "--base", export)
+    assert (refused.exit_code, refused.error_code) == (3, "base.quantized"), refused.stderr

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ def test_no_forged_record_changes_a_value_or_a_name(
         near = is_reciprocal and abs(float(found[name] / wanted[name]) - 1) < 2**-22
         assert near or same_bits(found[name], wanted[name]), name
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("member", ["to_q", "to_k", "to_v"])
+@pytest.mark.parametrize("role", ["input_scale", "weight_scale_2"])
+def test_a_scale_that_the_file_has_once_is_every_members(
+    comfyui: Path, families: Path, tmp_path: Path, member: str, role: str
+) -> None:
+    """Written again the fused module has its first member's scale: the others' would be compared with nothing."""
+    name = f"transformer_blocks.0.attn.{member}.{role}"
+    forged = base64.b64encode(struct.pack("<f", 2.5e-38)).decode()
+    there = tmp_path / "there"
+    shutil.copytree(comfyui, there)
+    edit_json(there / "mopt.json", lambda record: tensors(record["converted"])[name].append(forged))
+    done = run_mopt("convert", there, tmp_path / "back", "--to", "modelopt", "--base", families / "flux2" / "base")
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    assert name not in done.report["convert"]["restored"]
+    assert "convert.not_restored" in {one["code"] for one in done.report["warnings"]}
+    assert same_bits(load(tmp_path / "back")[name], load(families / "flux2" / "nvfp4" / "transformer")[name])
 
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -216,3 +235,22 @@ def test_the_record_of_a_rounded_scale_is_what_verify_finds(families: Path, tmp_
     record = json.loads((tmp_path / "out" / "mopt.json").read_text())["proof"]
     assert rounded > 0 and record["counts"]["nearest"] == rounded
     assert run_mopt("verify", tmp_path / "out", "--base", base).exit_code == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.5])
+def test_a_claimed_scale_that_can_be_none_is_not_used(families: Path, tmp_path: Path, value: float) -> None:
+    """torchao's FP8 has no place for input scales: nothing in the file contradicts one."""
+    assert run_mopt("convert", families / "wan" / "fp8", tmp_path / "there", "--to", "torchao").exit_code == 0
+    forged = base64.b64encode(struct.pack("<f", value)).decode()
+    names: list[str] = []
+
+    def edit(record: dict[str, Any]) -> None:
+        entries = tensors(record["converted"])
+        names.append(min(name for name in entries if name.endswith(".input_scale")))
+        entries[names[0]][2] = forged
+
+    edit_json(tmp_path / "there" / "mopt.json", edit)
+    done = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt")
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    assert names[0] not in done.report["convert"]["restored"] and names[0] not in load(tmp_path / "back")
+    assert "convert.not_restored" in {one["code"] for one in done.report["warnings"]}
