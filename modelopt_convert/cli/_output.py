@@ -344,9 +344,10 @@ def _tell(
 
 def _tell_error(output: Output, error: ErrorReport | None) -> None:
     if error is not None:
-        output.aside(f"error: {error.message} [{error.code}]")
-        if error.hint:
-            output.aside(f"hint: {error.hint}")
+        for one in error.faults if len(error.faults) > 1 else [error]:
+            output.aside(f"error: {one.message} [{one.code}]")
+            if one.hint:
+                output.aside(f"hint: {one.hint}")
 
 
 def _written(output: Output, report: Shown) -> tuple[Shown, ErrorReport | None]:

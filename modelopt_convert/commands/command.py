@@ -17,7 +17,7 @@ from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.presented import Presented, stands_for
 from modelopt_convert.formats.finite import NotFinite, not_finite_words
-from modelopt_convert.report.report import ErrorReport, InputReport, NetworkReport, OutputReport, Status
+from modelopt_convert.report.report import ErrorReport, FaultReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
     BUG_HINT,
     BackendError,
@@ -29,6 +29,7 @@ from modelopt_convert.run.errors import (
     MoptError,
     RemoteError,
     StorageError,
+    kinds,
 )
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import few, runnable
@@ -352,6 +353,20 @@ def versions() -> dict[str, str]:
     return found | ({"torch": str(torch.__version__)} if torch is not None else {})
 
 
+def _faults(error: BaseException) -> list[FaultReport]:
+    """All that a failure names, kind by kind."""
+    return [
+        FaultReport(
+            code=one.code,
+            message=one.line,
+            hint=runnable(one.hint or "") or None,
+            path=one.path,
+            names=list(one.names),
+        )
+        for one in (kinds(error.parts) if isinstance(error, MoptError) else ())
+    ]
+
+
 def ending(error: BaseException | None, status: Status = "ok") -> dict[str, Any]:
     """How a run ended: ``status`` (the given one if without error), ``exit_code`` and ``error`` of its report."""
     if error is None:
@@ -364,5 +379,5 @@ def ending(error: BaseException | None, status: Status = "ok") -> dict[str, Any]
     elif isinstance(error, Interrupted):
         status, code, message, hint = "interrupted", "interrupted", f"stopped by signal {error.signum}", ""
         exit_code = ExitCode(128 + error.signum)
-    told = ErrorReport(code=code, message=message, hint=runnable(hint) or None, path=path)
+    told = ErrorReport(code=code, message=message, hint=runnable(hint) or None, path=path, faults=_faults(error))
     return {"status": status, "exit_code": int(exit_code), "error": told}

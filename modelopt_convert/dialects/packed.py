@@ -4,7 +4,7 @@ What a module of a format consists of is the format's entry, in the folder ``mod
 in every checkpoint that mopt reads today.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -43,7 +43,8 @@ class PackedModule:
             Without an export: the base's [N, K].
         scales: Those of the format's scales that are there, by role.
         bias: The bias, if the module has one.
-        fault: Why the scales cannot be used, or None; only a module about to be replaced may have one.
+        fault: Why the scales cannot be used, or None; of several reasons the joint one. Only a module about to be
+            replaced may have one.
         calibrated: Scales by role that come from a ``--checkpoint``, for those that the export lacks.
     """
 
@@ -123,7 +124,7 @@ class Found:
             InputError: What is refused: ``export.transformed``, ``export.mixed`` or ``export.weight``.
         """
         if self.refused:
-            raise joint(self.refused)
+            raise joint(list(self.refused.items()))
         return self.modules
 
 
@@ -184,6 +185,12 @@ def missing_scale(module: str, role: str, expected: str, where: str) -> InputErr
         )
         + f", or --keep-bf16 '{module}'",
     )
+
+
+def one_fault(module: str, faults: Iterable[InputError]) -> InputError | None:
+    """All that is wrong with a module's scales as one, or None."""
+    found = [(module, fault) for fault in faults]
+    return joint(found) if found else None
 
 
 def _group(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:

@@ -19,7 +19,7 @@ from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_group
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import Preset
-from modelopt_convert.run.errors import InputError, joint
+from modelopt_convert.run.errors import Faults, InputError
 
 
 class BaseFormat(Protocol):
@@ -66,16 +66,29 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
     preset = keeps.preset
     if preset is None:
         raise preset_required()
-    check_unquantized(base)
     check_merged(base, "base")
     check_preset(preset, base)
+    faults = Faults()
+    with faults.taken():
+        check_unquantized(base)
     quantizer: BaseFormat = entry("modelopt_convert.plan", target.algorithm)
     modules = {module.name: module for module in _linears(base, quantizer)}
     matcher = PatternMatcher(sorted({module_of(name) for name in base.tensors}, key=natural_key))
-    replaced, matched = apply_patterns(keeps, matcher, modules)
-    faults = {name: one.fault for name, one in modules.items() if one.fault is not None and name not in replaced}
-    if faults:
-        raise joint(faults)
+    replaced, matched = apply_patterns(keeps, matcher, modules, faults)
+    packed = {name: module for name, module in modules.items() if name not in replaced}
+    for name, module in packed.items():
+        if module.fault is not None:
+            faults.add(name, module.fault)
+    fused: tuple[tuple[str, ...], ...] = ()
+    with faults.taken():
+        fused = fused_groups(preset, modules, replaced, base)
+    fp32: frozenset[str] = frozenset()
+    with faults.taken():
+        fp32 = keep_fp32(preset, matcher, base)
+    shared: tuple[tuple[str, ...], ...] = ()
+    with faults.taken():
+        shared = _shared_groups(preset, packed)
+    faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(
             f"{base.path}: all {len(modules)} Linears would be kept in BF16, nothing would be quantized",
@@ -83,8 +96,6 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
             path=str(base.path),
             hint="use the base as it is, or keep fewer modules",
         )
-    packed = {name: module for name, module in modules.items() if name not in replaced}
-    fp32 = keep_fp32(preset, matcher, base)
     merged = merged_modules(modules, preset, base.config)
     found: dict[str, Step] = {}
     fates: dict[str, str] = {}
@@ -107,13 +118,13 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         config=output_config(base.config, quantizer.declared, ignore, target),
         modules=modules,
         replaced=replaced,
-        fused=fused_groups(preset, modules, replaced, base),
+        fused=fused,
         rules=tuple(count_rules(keeps, matched, replaced, steps)),
         ledger={"base": fates},
         dequantized=(),
         must_equal=(),
         may_differ=(),
-        shared=_shared_groups(preset, packed),
+        shared=shared,
     )
 
 

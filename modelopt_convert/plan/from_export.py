@@ -4,10 +4,12 @@ Both inputs must be the same model, every pattern must match, no fused group may
 both gets its fate.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
+from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.modelopt.dialect import output_config, split_keys
@@ -44,8 +46,7 @@ from modelopt_convert.plan.keeps import (
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, ignored
 from modelopt_convert.preset.preset import preset_of_class
-from modelopt_convert.run.errors import InputError, joint
-from modelopt_convert.run.text import few
+from modelopt_convert.run.errors import Faults, InputError, joint
 
 
 def plan_mixed(
@@ -81,21 +82,29 @@ def plan_mixed(
         export.config, target, path=where, base="BASE" if base is None else str(base.path), output=output
     )
     check_merged(export, "export")
-    if base is not None:
-        check_configs(export, base)
+    # Another model altogether would make a fault of everything that follows.
     check_preset(keeps.preset, export)
-    modules = _find_modules(target, export, base, calibration or {}, quant_config.get("ignore"))
+    faults = Faults()
     if base is not None:
-        check_base(export, base, modules)
-    else:
-        check_plain(export, modules)
+        with faults.taken():
+            check_configs(export, base)
+    modules, refused = _find_modules(target, export, base, calibration or {}, quant_config.get("ignore"), faults)
+    with faults.taken():
+        if base is not None:
+            check_base(export, base, modules, refused)
+        else:
+            check_plain(export, modules, refused)
     names = {*model_tensors(export), *(base.tensors if base else ())}
     matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
-    replaced, matched = apply_patterns(keeps, matcher, modules)
-    _raise_joint(target, modules, replaced, str(export.path))
-    faults = {name: one.fault for name, one in modules.items() if one.fault is not None and _is_coded(one)}
-    if base is None and faults:
-        raise needs_base(joint(faults))
+    replaced, matched = apply_patterns(keeps, matcher, modules, faults)
+    _add_faults(faults, target, modules, replaced, export.path, has_base=base is not None)
+    fused: tuple[tuple[str, ...], ...] = ()
+    with faults.taken():
+        fused = fused_groups(keeps.preset, modules, replaced, export, refused)
+    fp32: frozenset[str] = frozenset()
+    with faults.taken():
+        fp32 = keep_fp32(keeps.preset, matcher, base or export)
+    faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(
             f"{export.path}: all {len(modules)} packed modules would be kept in BF16, nothing would be quantized",
@@ -103,9 +112,8 @@ def plan_mixed(
             path=str(export.path),
             hint="use the base as it is, or keep fewer modules",
         )
-    fused = fused_groups(keeps.preset, modules, replaced, export)
     merged = merged_modules(modules, keeps.preset, export.config)
-    build = _Build(target, export, base, modules, replaced, keep_fp32(keeps.preset, matcher, base or export), merged)
+    build = _Build(target, export, base, modules, replaced, fp32, merged)
     build.run()
     steps = dict(sorted(build.steps.items(), key=lambda item: natural_key(item[0])))
     keys, dropped = split_keys(quant_config)
@@ -137,48 +145,67 @@ def plan_mixed(
 def needs_base(fault: InputError) -> InputError:
     """The fault of a module that is kept in BF16: without a base its scale is all that its weight can be had from."""
     hint = "give --base, which modules kept in BF16 are taken from; or export again"
-    return InputError(fault.message, code=fault.code, path=fault.path, hint=hint)
+    return joint(
+        [
+            (name, InputError(one.message, code=one.code, path=one.path, hint=hint))
+            for name, one in fault.parts or (("", fault),)
+        ]
+    )
 
 
 def _find_modules(
-    target: Format, export: Source, base: Source | None, calibration: Calibration, ignore: object
-) -> dict[str, PackedModule]:
+    target: Format, export: Source, base: Source | None, calibration: Calibration, ignore: object, faults: Faults
+) -> tuple[dict[str, PackedModule], Collection[str]]:
+    """The quantized modules, and the modules and tensors that are refused, whose faults are added."""
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base else {}
     evidence = Evidence(true_shapes, calibration, ignore)
-    modules = find_packed(export.tensors, target, evidence, path=str(export.path)).or_raise()
-    if not modules:
+    found = find_packed(export.tensors, target, evidence, path=str(export.path))
+    for name, fault in found.refused.items():
+        faults.add(name, fault)
+    if not found.modules:
+        faults.refuse()
         raise InputError(
             f"{export.path}: expected {target.quant_algo} modules ({target.packed_dtype} weights), found none",
             code="export.nothing_quantized",
             path=str(export.path),
             hint=f"the export failed before its end or was never calibrated; export again{target.older}",
         )
-    return modules
+    return found.modules, found.refused.keys()
 
 
-def _raise_joint(target: Format, modules: Mapping[str, PackedModule], replaced: Mapping[str, str], where: str) -> None:
-    """Raise the faults of modules that stay quantized: the first, and of each kind the count and the first names.
+def _add_faults(
+    faults: Faults,
+    target: Format,
+    modules: Mapping[str, PackedModule],
+    replaced: Mapping[str, str],
+    export: Location,
+    *,
+    has_base: bool,
+) -> None:
+    """Add the faults of scales: of modules that stay quantized, and of those that are dequantized for want of a base.
 
-    Raises:
-        InputError: The fault.
+    What many modules lack is said once.
     """
-    staying = {name: one for name, one in modules.items() if name not in replaced}
-    faults = {name: one.fault for name, one in staying.items() if one.fault is not None}
-    if not faults:
-        return
-    first = next(iter(faults.values()))
-    same = [name for name, fault in faults.items() if fault.code == first.code]
-    role = first.code.removeprefix("export.missing_")
-    if len(same) == 1 or len(same) < len(faults) or role == first.code:
-        raise joint(faults)
-    hint = first.hint
-    if role == "input_scale" and len(same) == len(staying):
-        # Of a format that has an entry in this room a base is quantized without an export.
-        alone = find_spec(f"modelopt_convert.plan.{target.algorithm}") is not None
-        without = "leave out --export, or " if alone else ""
-        hint = f"never calibrated: {without}calibrate with real prompts and export again"
-    message = f"{where}: {len(same)} of {len(staying)} modules have no {role}: {few(same)}"
-    raise InputError(message, code=first.code, path=where, hint=hint)
+    staying = [name for name in modules if name not in replaced]
+    found = [(name, one) for name in staying if (fault := modules[name].fault) is not None for one in fault.each()]
+    lacking = Counter(fault.code for _, fault in found)
+    for name, fault in found:
+        role, count = fault.code.removeprefix("export.missing_"), lacking[fault.code]
+        if role == fault.code or count == 1:
+            faults.add(name, fault)
+            continue
+        hint = fault.hint
+        if role == "input_scale" and count == len(staying):
+            # Of a format that has an entry in this room a base is quantized without an export.
+            alone = find_spec(f"modelopt_convert.plan.{target.algorithm}") is not None
+            without = "leave out --export, or " if alone else ""
+            hint = f"never calibrated: {without}calibrate with real prompts and export again"
+        words = f"{export}: {count} of {len(staying)} modules have no {role}"
+        faults.add(name, InputError(words, code=fault.code, path=str(export), hint=hint))
+    if not has_base:
+        for name in replaced:
+            if (at_fault := modules[name].fault) is not None and _is_coded(modules[name]):
+                faults.add(name, needs_base(at_fault))
 
 
 def _is_coded(module: PackedModule) -> bool:

@@ -2,14 +2,14 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
 from modelopt_convert.preset.preset import Preset, refuse_other_kind
-from modelopt_convert.run.errors import InputError, joint
+from modelopt_convert.run.errors import Faults, InputError
 
 _QUANTIZATION = "quantization_config"
 _SHOWN_CHARS = 120  # of a key with its value
@@ -45,28 +45,30 @@ def check_unquantized(base: Source) -> None:
     Raises:
         InputError: ``base.quantized`` or ``base.dtype``.
     """
-    check_config_unquantized(base)
-    faults: dict[str, InputError] = {}
+    faults = Faults()
+    with faults.taken(_QUANTIZATION):
+        check_config_unquantized(base)
     for name, info in base.tensors.items():
         where = f"{base.path}/{info.file}"
         if name.rpartition(".")[2] in SCALE_ROLES or is_quantizer_state(name) or is_layout_marker(name):
-            faults[name] = InputError(
+            fault = InputError(
                 f"{where}: tensor {name!r}: expected an unquantized base, found a quantizer's tensor",
                 code="base.quantized",
                 path=where,
                 hint="give the original model as --base, and a ModelOpt export as --export",
             )
+            faults.add(name, fault)
             continue
         is_weight = name.endswith(".weight")
         if info.dtype not in (HALF_AND_FLOAT if is_weight else HALF_AND_FLOAT | _INTEGER_DTYPES):
-            faults[name] = InputError(
+            fault = InputError(
                 f"{where}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="base.dtype",
                 path=where,
                 hint="give an unquantized base",
             )
-    if faults:
-        raise joint(faults)
+            faults.add(name, fault)
+    faults.refuse()
 
 
 def check_configs(export: Source, base: Source) -> None:
@@ -90,14 +92,16 @@ def check_same_config(mine: Source, base: Source, what: str) -> None:
     Raises:
         InputError: ``base.config``.
     """
-    path = str(base.path / "config.json")
+    path, faults = str(base.path / "config.json"), Faults()
     for key, left, right in differing_keys(mine.config, base.config):
-        raise InputError(
+        fault = InputError(
             f"{path}: {key}: expected {left!r} as in the {what}, found {right!r}",
             code="base.config",
             path=path,
             hint=f"give the base that the {what} was made from",
         )
+        faults.add(key, fault)
+    faults.refuse()
 
 
 def one_sided_words(mine: Mapping[str, object], theirs: Mapping[str, object], what: str) -> list[str]:
@@ -145,7 +149,7 @@ def check_merged(source: Source, what: str) -> None:
     """
     found = [name for name in source.tensors if _ADAPTER.search(name)]
     if found:
-        raise InputError(
+        fault = InputError(
             f"{source.path}: expected the weights of a model, found {len(found)} tensors of a LoRA that is not merged "
             f"(PEFT's names, {found[0][:_SHOWN_CHARS]!r} first)",
             code=f"{what}.lora",
@@ -153,6 +157,7 @@ def check_merged(source: Source, what: str) -> None:
             hint="merge it with pipe.fuse_lora() and pipe.unload_lora_weights(), then "
             + ("quantize and export again" if what == "export" else "save the model with save_pretrained"),
         )
+        raise fault.at(found)
 
 
 def check_not_exchanged(export: Source, base: Source) -> None:
@@ -200,18 +205,27 @@ def check_preset(preset: Preset | None, export: Source) -> None:
     refuse_other_kind(export.config, str(export.path / "config.json"))
     if preset is None:
         return
+    faults = Faults()
     for key, expected in preset.misfits(export.config):
-        found = export.config.get(key)
-        raise InputError(
-            f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {expected}, found {found!r}",
+        fault = InputError(
+            f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {expected}, "
+            f"found {export.config.get(key)!r}",
             code="preset.wrong_model",
             path=str(export.path / "config.json"),
             hint="leave --preset out to have it chosen, or name the model's own",
         )
+        faults.add(key, fault)
+    faults.refuse()
 
 
-def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]) -> None:
+def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule], refused: Collection[str]) -> None:
     """Require that both inputs are the same model: same tensors, same shapes, and a base in plain dtypes.
+
+    Args:
+        export: The export.
+        base: The base.
+        modules: The export's quantized modules.
+        refused: Its modules and tensors that are no module of the format, of which nothing is said here.
 
     Raises:
         InputError: ``base.naming``, ``base.missing_tensor``, ``base.shape``, ``base.dtype`` or
@@ -219,6 +233,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
     """
     # What the export's tensors were before quantization.
     logical = {name: export.tensors[name].shape for name in model_tensors(export)}
+    # A fault of the module's own, or what else is quantized, is no sign of another base.
+    odd = {name for name in (*logical, *base.tensors) if name in refused or module_of(name) in refused}
     for module in modules.values():
         for role in module.scales:
             del logical[f"{module.name}.{role}"]
@@ -230,17 +246,19 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
             path=str(base.path),
             hint="the names are neither diffusers' nor those of a whole model that mopt knows; give the base whole",
         )
-    faults = dict(_base_faults(logical, export, base))
+    faults = Faults()
+    for name, fault in _base_faults({name: logical[name] for name in logical if name not in odd}, export, base):
+        faults.add(name, fault)
     for name, info in base.tensors.items():
-        if name not in logical:
-            faults[name] = InputError(
+        if name not in logical and name not in odd:
+            fault = InputError(
                 f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
                 code="export.missing_tensor",
                 path=str(export.path),
                 hint="the export is incomplete, or was made from another base: export again, or give that base",
             )
-    if faults:
-        raise joint(faults)
+            faults.add(name, fault)
+    faults.refuse()
 
 
 def _base_faults(
@@ -283,22 +301,26 @@ def _base_faults(
             )
 
 
-def check_plain(export: Source, modules: Mapping[str, PackedModule]) -> None:
+def check_plain(export: Source, modules: Mapping[str, PackedModule], refused: Collection[str]) -> None:
     """Require, where there is no base, that whatever is not quantized is of a plain dtype.
+
+    Args:
+        export: The export.
+        modules: Its quantized modules.
+        refused: As in ``check_base``.
 
     Raises:
         InputError: ``export.dtype``.
     """
-    faults: dict[str, InputError] = {}
+    faults, known = Faults(), modules.keys() | set(refused)
     for name in model_tensors(export):
         info = export.tensors[name]
-        if module_of(name) not in modules and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
-            faults[name] = InputError(
+        if known.isdisjoint((name, module_of(name))) and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
+            fault = InputError(
                 f"{export.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="export.dtype",
                 path=f"{export.path}/{info.file}",
                 hint="this export is not plain FP8; give the --base, or export again",
             )
-
-    if faults:
-        raise joint(faults)
+            faults.add(name, fault)
+    faults.refuse()

@@ -10,19 +10,27 @@ from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
 from modelopt_convert.preset.patterns import PatternMatcher, check_pattern
 from modelopt_convert.preset.preset import Preset
-from modelopt_convert.run.errors import InputError, joint
+from modelopt_convert.run.errors import Faults, InputError
 
 
 def apply_patterns(
-    keeps: Keeps, matcher: PatternMatcher, modules: Mapping[str, PackedModule]
+    keeps: Keeps, matcher: PatternMatcher, modules: Mapping[str, PackedModule], faults: Faults
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Packed modules to replace with their first pattern, and every pattern's matches."""
+    """Packed modules to replace with their first pattern, and every pattern's matches.
+
+    Args:
+        keeps: The patterns.
+        matcher: Knows the model's modules.
+        modules: The packed ones.
+        faults: Gets ``preset.no_match`` and ``preset.pattern``.
+    """
     replaced: dict[str, str] = {}
     matched: dict[str, list[str]] = {}
     for _, pattern in keeps.patterns():
-        check_pattern(pattern)
-        matched[pattern] = matcher.find(pattern)
-        for module in matched[pattern]:
+        with faults.taken(pattern):
+            check_pattern(pattern)
+            matched[pattern] = matcher.find(pattern)
+        for module in matched.get(pattern, ()):
             if module in modules:
                 replaced.setdefault(module, pattern)
     return replaced, matched
@@ -46,30 +54,41 @@ def count_rules(
 
 
 def fused_groups(
-    preset: Preset | None, modules: Mapping[str, PackedModule], replaced: Mapping[str, str], export: Source
+    preset: Preset | None,
+    modules: Mapping[str, PackedModule],
+    replaced: Mapping[str, str],
+    export: Source,
+    refused: Collection[str] = (),
 ) -> tuple[tuple[str, ...], ...]:
     """Groups of sibling modules that stay packed together.
+
+    Args:
+        preset: Says which.
+        modules: All that are packed.
+        replaced: Those that will not be.
+        export: The export.
+        refused: Modules that are refused for faults of their own: of their groups nothing is said.
 
     Raises:
         InputError: ``preset.fused_group``: a group would be part packed, part BF16; runtimes refuse such a mix.
     """
     groups: list[tuple[str, ...]] = []
-    faults: dict[str, InputError] = {}
+    faults = Faults()
     linears = {module_of(name) for name in export.tensors if name.endswith(".weight")}
     for members in siblings(preset.fused if preset else [], linears):
         packed = tuple(member for member in members if member in modules and member not in replaced)
-        if packed and len(packed) < len(members):
+        if packed and len(packed) < len(members) and not set(members).intersection(refused):
             rest = ", ".join(member for member in members if member not in packed)
-            faults[members[0].rpartition(".")[0]] = InputError(
+            fault = InputError(
                 f"{export.path}: the fused group {', '.join(members)} would be kept in part: {rest} in BF16",
                 code="preset.fused_group",
                 path=str(export.path),
                 hint="keep the whole group or none of it: " + " ".join(f"--keep-bf16 '{one}'" for one in members),
             )
+            faults.add(members[0].rpartition(".")[0], fault)
         if packed:
             groups.append(packed)
-    if faults:
-        raise joint(faults)
+    faults.refuse()
     # A group within a larger one says nothing of its own.
     return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
 
@@ -96,16 +115,19 @@ def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) ->
         InputError: ``preset.no_match``.
     """
     found: set[str] = set()
+    faults = Faults()
     for pattern in preset.keep_fp32 if preset else []:
         names = [name for name in source.tensors if matcher.matches(pattern, name)]
         if not names:
-            raise InputError(
+            fault = InputError(
                 f"keep_fp32 pattern {pattern!r} matches no tensor of the model",
                 code="preset.no_match",
                 path=str(source.path),
                 hint="correct the pattern: keep_fp32 is matched against whole tensor names",
             )
+            faults.add(pattern, fault)
         found.update(names)
+    faults.refuse()
     return frozenset(found)
 
 

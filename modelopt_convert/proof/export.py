@@ -27,10 +27,8 @@ from modelopt_convert.proof.judgement import FormatProof, Judgement, format_proo
 from modelopt_convert.proof.tensors import casts_of, common_dtype, load
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
 from modelopt_convert.report.words import REFUTED
-from modelopt_convert.run.errors import InputError, joint
-from modelopt_convert.run.workers import in_order
-
-_SHOWN = 10
+from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.workers import all_in_order, in_order
 
 
 @dataclass(slots=True)
@@ -101,16 +99,20 @@ def prove(
     """
     rules = format_proof(plan.format.algorithm)
     proof = Proof(plan.format.algorithm, is_rebased=rules.is_rebased)
+    faults = Faults()
     with torch.inference_mode():
-        scales = _check_scales(export, base, plan, calibration, proof, workers, advance)
+        scales = _check_scales(export, base, plan, calibration, proof, workers, advance, faults)
+        _check_biases(export, plan, faults)
+        if base is not None:
+            proof.method = rules.method
+            _check_unquantized(export, base, plan, proof, workers, advance)
+            with faults.taken():
+                _refuse_other_values(export, base, proof, max_error if accept_near else None)
+        faults.refuse()
         _note_fused(plan, scales, proof)
         proof.odd_inputs = list(odd_input_scales(_inputs(export, plan), scales, plan.fused))
-        _check_biases(export, plan)
         if base is None:
             return proof
-        proof.method = rules.method
-        _check_unquantized(export, base, plan, proof, workers, advance)
-        _refuse_other_values(export, base, proof, max_error if accept_near else None)
     common = common_dtype(export)
     due = {
         name: Due(plan.format.algorithm, one, casts_of(common, base, one), scales[name], max_error)
@@ -129,15 +131,31 @@ def prove(
         with torch.inference_mode():
             return _compared(rules, export, base, one, stopped, rows)
 
-    proof.modules = dict(zip(due, in_order(list(due.values()), looked, workers), strict=True))
+    proof.modules = _judged(due, looked, workers)
     _name_causes(rules, export, proof.modules)
     due = {name: _informed(one, proof.modules[name]) for name, one in due.items()}
     # What a few rows refute is refuted as a whole, or not at all, before anything is written.
     now = {name: one for name, one in due.items() if proof.modules[name].verdict in REFUTED or not is_whole}
-    proof = concluded(proof, dict(zip(now, in_order(list(now.values()), compared, workers), strict=True)), export)
+    proof = concluded(proof, _judged(now, compared, workers), export)
     if is_whole and not any(one.verdict in REFUTED for one in proof.modules.values()):
         proof.due = {name: due[name] for name in plan.packed if name in due}
     return proof
+
+
+def _judged(due: Mapping[str, Due], judge: Callable[[Due, Event], Judgement], workers: int) -> dict[str, Judgement]:
+    """The judgement on each module.
+
+    Raises:
+        InputError: Export or base cannot be judged, with the names of all such modules.
+    """
+    found, faults = dict[str, Judgement](), Faults()
+    for name, one in zip(due, all_in_order(list(due.values()), judge, workers), strict=True):
+        if isinstance(one, InputError):
+            faults.add(name, one)
+        else:
+            found[name] = one
+    faults.refuse()
+    return found
 
 
 def concluded(proof: Proof, found: Mapping[str, Judgement], export: CheckpointReader) -> Proof:
@@ -204,16 +222,19 @@ def _informed(due: Due, look: Judgement) -> Due:
 
 
 def _name_causes(rules: FormatProof, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
-    rules.name_cause(export, modules)
+    faults = Faults()
+    with faults.taken():
+        rules.name_cause(export, modules)
     unrelated = [name for name, one in modules.items() if one.verdict == "unrelated"]
     if 2 * len(unrelated) > len(modules):
-        raise InputError(
-            f"{export.path}: {len(unrelated)} of {len(modules)} packed weights have nothing in common with the "
-            f"base ({unrelated[0]} first)",
+        fault = InputError(
+            f"{export.path}: {len(unrelated)} of {len(modules)} packed weights have nothing in common with the base",
             code="export.other_base",
             path=str(export.path),
             hint="give the base that the export was made from",
         )
+        faults.add("", fault.at(unrelated))
+    faults.refuse()
 
 
 def _check_scales(
@@ -224,35 +245,31 @@ def _check_scales(
     proof: Proof,
     workers: int,
     advance: Callable[[int], None],
+    faults: Faults,
 ) -> dict[str, float]:
     """Scales by module, after all were looked at; modules to be replaced by the base are excused."""
     rules = format_proof(plan.format.algorithm)
 
-    def checked(module: PackedModule, _stopped: Event) -> float | InputError:
+    def checked(module: PackedModule, _stopped: Event) -> float:
         try:
             if module.fault is not None:
                 raise module.fault
             with torch.inference_mode():  # of each thread
                 return rules.scale(export, base, module, calibration)
-        except InputError as error:
-            return error
         finally:
             advance(num_bytes(scale_readings(module)))
 
     found: dict[str, float] = {}
-    refused: dict[str, InputError] = {}
     modules = list(plan.modules.values())
-    for module, scale in zip(modules, in_order(modules, checked, workers), strict=True):
+    for module, scale in zip(modules, all_in_order(modules, checked, workers), strict=True):
         if not isinstance(scale, InputError):
             found[module.name] = scale
-        elif module.name not in plan.replaced or scale.code in rules.never_excused:
-            refused[module.name] = scale
+        elif module.name not in plan.replaced or any(one.code in rules.never_excused for one in scale.each()):
+            faults.add(module.name, scale)
         elif module.name in plan.dequantized:
-            refused[module.name] = needs_base(scale)
+            faults.add(module.name, needs_base(scale))
         else:
             proof.unproven[module.name] = scale.message
-    if refused:
-        raise joint(refused)
     return found
 
 
@@ -274,23 +291,17 @@ def _note_fused(plan: BuildPlan, scales: dict[str, float], proof: Proof) -> None
             proof.fused_differ[", ".join(group)] = max(values) / min(values)
 
 
-def _check_biases(export: CheckpointReader, plan: BuildPlan) -> None:
-    """Refuse a bias of a packed module that no base makes right.
-
-    Raises:
-        InputError: ``export.not_finite``.
-    """
-    faults: dict[str, InputError] = {}
+def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> None:
+    """Add biases of packed modules that no base makes right: ``export.not_finite``."""
     for info in (plan.modules[name].bias for name in plan.packed):
         if info is not None and not bool(load(export, info.name).isfinite().all()):
-            faults[info.name] = InputError(
+            fault = InputError(
                 f"{export.path / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
                 code="export.not_finite",
                 path=str(export.path / info.file),
                 hint="the export is damaged; export again",
             )
-    if faults:
-        raise joint(faults)
+            faults.add(info.name, fault)
 
 
 def _check_unquantized(
@@ -331,10 +342,11 @@ def _refuse_other_values(export: CheckpointReader, base: CheckpointReader, proof
         where = str(export.path / export.tensors[names[0]].file)
         with torch.inference_mode():
             first = f"{names[0]} {first_difference(export, base, names[0])}"
-        raise InputError(
-            f"{where}: {len(names)} unquantized tensors {how}: {', '.join(names[:_SHOWN])} ({first})",
+        fault = InputError(
+            f"{where}: {len(names)} unquantized tensors {how} ({first})",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "
             f"by AWQ or SVDQuant; give that base, or export again{more}",
         )
+        raise fault.at(names)

@@ -25,7 +25,7 @@ from modelopt_convert.proof.detector import RELATED_COSINE
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.tensors import Quantizer, Tile, finite_amax, tensor_scale, tiles
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import until
 
 _AMAX_DISAGREES = "export.amax_disagrees"
@@ -213,19 +213,21 @@ class _Fp8Proof:
     def scale(
         self, export: CheckpointReader, base: CheckpointReader | None, module: PackedModule, calibration: Calibration
     ) -> float:
-        found = dict(module.calibrated)
+        found, faults = dict(module.calibrated), Faults()
         for role in module.scales:
-            found[role] = tensor_scale(export, module, role)
-            amax = calibration.get(module.name, {}).get(role)
-            if amax is not None and not amax.agrees(found[role]):
-                info = module.scales[role]
-                raise InputError(
-                    f"{export.path / info.file}: tensor {info.name!r} is {found[role]:.9g}, the checkpoint's amax "
-                    f"{amax.value:.9g} gives {amax.scale:.9g}",
-                    code=_AMAX_DISAGREES,
-                    path=str(export.path / info.file),
-                    hint="export and checkpoint are of different runs; give the pair of one run, or no --checkpoint",
-                )
+            with faults.taken(module.name):
+                found[role] = tensor_scale(export, module, role)
+                amax = calibration.get(module.name, {}).get(role)
+                if amax is not None and not amax.agrees(found[role]):
+                    info = module.scales[role]
+                    raise InputError(
+                        f"{export.path / info.file}: tensor {info.name!r} is {found[role]:.9g}, the checkpoint's amax "
+                        f"{amax.value:.9g} gives {amax.scale:.9g}",
+                        code=_AMAX_DISAGREES,
+                        path=str(export.path / info.file),
+                        hint="export and checkpoint are of different runs; give those of one run, or no --checkpoint",
+                    )
+        faults.refuse()
         return found["weight_scale"]
 
     def scale_of(self, amax: float) -> float:

@@ -55,7 +55,7 @@ from modelopt_convert.proof.tensors import (
     unusable_scale,
 )
 from modelopt_convert.report.words import PROVEN
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import until
 
 # Half of the smallest positive E4M3 value, 2^-9: scales up to here round to zero (ties go to the even code).
@@ -334,11 +334,22 @@ class _Nvfp4Proof:
         self, export: CheckpointReader, base: CheckpointReader | None, module: PackedModule, calibration: Calibration
     ) -> float:
         assert base is not None  # the command requires it
-        global_scale = tensor_scale(export, module, "weight_scale_2")
-        tensor_scale(export, module, "input_scale")
+        faults, global_scale = Faults(), 0.0
+        with faults.taken(module.name):
+            global_scale = tensor_scale(export, module, "weight_scale_2")
+        with faults.taken(module.name):
+            tensor_scale(export, module, "input_scale")
+        with faults.taken(module.name):
+            self._check_block_scales(export, base, module, global_scale)
+        faults.refuse()
+        return global_scale
+
+    def _check_block_scales(
+        self, export: CheckpointReader, base: CheckpointReader, module: PackedModule, global_scale: float
+    ) -> None:
         raw = load(export, module.scales["weight_scale"].name).view(torch.uint8)
         if all_positive(raw):
-            return global_scale
+            return
         for wrong, what, expected in (
             ((raw & 0x7F) == 0x7F, "NaN", "finite scales"),
             (raw > 0x80, "negative", "positive scales"),
@@ -346,7 +357,7 @@ class _Nvfp4Proof:
             if count := int(wrong.count_nonzero()):
                 found = f"{count} {what} of {raw.numel()}, {first_place(wrong)}"
                 raise unusable_scale(export, module, "weight_scale", expected, found)
-        if bool(((raw & 0x7F) == 0).any()):
+        if global_scale and bool(((raw & 0x7F) == 0).any()):
             # In padding zeros are right; where they are is known for each reading. One reading must explain them all.
             counts = [
                 _unexplained_zeros(base, module, (reading.view(torch.uint8) & 0x7F) == 0, global_scale)
@@ -356,7 +367,6 @@ class _Nvfp4Proof:
             if count:
                 found = f"{count} zero that no underflow explains, {first}"
                 raise unusable_scale(export, module, "weight_scale", "non-zero scales", found)
-        return global_scale
 
     def scale_of(self, amax: float) -> float:
         return float(shared_global_scale([torch.tensor(amax, dtype=torch.float32)]))
@@ -400,28 +410,31 @@ class _Nvfp4Proof:
 
     def name_cause(self, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
         readings = {name: one.reading for name, one in modules.items() if one.reading is not None}
+        faults = Faults()
         reciprocal = [
             name
             for name, reading in readings.items()
             if modules[name].verdict in (*PROVEN, "near") and reading.global_scale == "divide"
         ]
         if reciprocal:
-            raise InputError(
-                f"{export.path}: {len(reciprocal)} of {len(modules)} modules have a reciprocal weight_scale_2 "
-                f"({reciprocal[0]} first)",
+            fault = InputError(
+                f"{export.path}: {len(reciprocal)} of {len(modules)} modules have a reciprocal weight_scale_2",
                 code="export.layout",
                 path=str(export.path),
                 hint="that is compressed-tensors' convention under ModelOpt's names; export again with ModelOpt",
             )
+            faults.add("", fault.at(reciprocal))
         unclear = [name for name in readings if modules[name].verdict == "undetermined"]
         if unclear:
-            raise InputError(
-                f"{export.path}: {len(unclear)} of {len(modules)} modules fit the base in several layouts "
-                f"({unclear[0]} first), the nearest being: {readings[unclear[0]].in_words()}",
+            fault = InputError(
+                f"{export.path}: {len(unclear)} of {len(modules)} modules fit the base in several layouts, the nearest "
+                f"of the first being {readings[unclear[0]].in_words()}",
                 code="export.layout",
                 path=str(export.path),
                 hint="what cannot be proven is not converted; export again without post-processing",
             )
+            faults.add("", fault.at(unclear))
+        faults.refuse()
 
 
 ENTRY: FormatProof = _Nvfp4Proof()

@@ -187,6 +187,16 @@ class PushedReport(_Model):
     load: str | None = Field(default=None, description="the command that loads it, if one is known to")
 
 
+class FaultReport(_Model):
+    """The faults of one kind that a run was refused for."""
+
+    code: str = Field(description="docs/errors.md lists them")
+    message: str = Field(description="what is wrong with the first, how many there are, and their first names")
+    hint: str | None = Field(description="what to do about the first")
+    path: str | None = Field(description="the file of the first, if there is one")
+    names: list[str] = Field(description="all modules, tensors, patterns or keys that have the fault")
+
+
 class ErrorReport(_Model):
     """Why a run ended without a checkpoint."""
 
@@ -194,6 +204,9 @@ class ErrorReport(_Model):
     message: str = Field(description="what is wrong, in one line")
     hint: str | None = Field(description="what to do")
     path: str | None = Field(description="the file concerned, if one is")
+    faults: list[FaultReport] = Field(
+        default=[], description="where faults have names: all that was found together, kind by kind"
+    )
 
 
 class Report(_Model):

@@ -1,10 +1,12 @@
 """The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from modelopt_convert.run.text import few
+from modelopt_convert.run.text import few, general
 
 
 class ExitCode(IntEnum):
@@ -62,10 +64,13 @@ class MoptError(Exception):
 
     Attributes:
         report: The report of the run that ended so, where there was a run: not of a UsageError, nor of ``presets``.
+        parts: Where one look found several faults, or one in a place that has a name: each with that name, which is a
+            module, a tensor, a pattern or a key. A name comes as often as it has faults.
     """
 
     exit_code: ClassVar[ExitCode]
     report: RunReport | None = None
+    parts: "tuple[tuple[str, Self], ...]" = ()
 
     def __init__(self, message: str, *, code: str, path: str | None = None, hint: str | None = None) -> None:
         """Keep the parts apart so that the terminal and the JSON report can each show them."""
@@ -74,6 +79,16 @@ class MoptError(Exception):
         self.code = code
         self.path = path
         self.hint = hint
+
+    def at(self, names: Iterable[str]) -> Self:
+        """The same failure, with the names of all places that it is about."""
+        alone = type(self)(self.message, code=self.code, path=self.path, hint=self.hint)
+        self.parts = tuple((name, alone) for name in names)
+        return self
+
+    def each(self) -> list[Self]:
+        """The faults that it is joint of, or itself alone."""
+        return [fault for _, fault in self.parts] or [self]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Come whole out of another process; Exception's own way calls the class with the message alone."""
@@ -174,20 +189,100 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-def joint(faults: Mapping[str, InputError]) -> InputError:
-    """One refusal for many: the first fault, how many have one of its kind, and their first names.
+Failure = TypeVar("Failure", bound=MoptError)
+_KINDS = 10  # in one line
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The faults of one kind: with one code, and the same words but for names and numbers.
+
+    Attributes:
+        code: Of all.
+        line: What is wrong with the first, how many have the fault, and their first names.
+        hint: What to do about the first.
+        path: The file of the first.
+        names: All places, each once, in the order in which they were found.
+    """
+
+    code: str
+    line: str
+    hint: str | None
+    path: str | None
+    names: tuple[str, ...]
+
+
+def kinds(parts: Sequence[tuple[str, MoptError]]) -> list[Kind]:
+    """The faults of one look kind by kind, in the order of their first ones."""
+    grouped: dict[tuple[str, str], dict[str, MoptError]] = {}
+    for name, fault in parts:
+        words = general(fault.message.replace(name, "") if name else fault.message)
+        grouped.setdefault((fault.code, words), {}).setdefault(name, fault)
+    found = []
+    for (code, _), members in grouped.items():
+        first, names = next(iter(members.values())), tuple(filter(None, members))
+        line = first.message
+        if len(members) > 1:
+            are_one = all(fault.message == line for fault in members.values())
+            line += f": {few(names)}" if are_one else f"; {len(members)} have this fault: {few(names)}"
+        found.append(Kind(code, line, first.hint, first.path, names))
+    return found
+
+
+def joint(parts: Sequence[tuple[str, Failure]]) -> Failure:
+    """One failure for many: the line of the first kind, and of each other kind the count and the first names.
 
     Args:
-        faults: By the module or tensor that has the fault, at least one. Faults of a kind have one code.
-
-    Returns:
-        The first fault as it is, if it is the only one.
+        parts: At least one fault, each with the name of its place. A fault that is a joint one counts as its parts.
     """
-    first = next(iter(faults.values()))
-    kinds: dict[str, list[str]] = {}
-    for name, fault in faults.items():
-        kinds.setdefault(fault.code, []).append(name)
-    same = kinds.pop(first.code)
-    told = [f"{len(same)} have this fault: {few(same)}"] if len(same) > 1 else []
-    told += [f"{code} besides, {len(names)}: {few(names)}" for code, names in kinds.items()]
-    return InputError("; ".join([first.message, *told]), code=first.code, path=first.path, hint=first.hint)
+    flat = tuple(one for name, fault in parts for one in (fault.parts or ((name, fault),)))
+    found, first = kinds(flat), parts[0][1]
+    told = [f"{one.code} besides, {len(one.names)}: {few(one.names)}" for one in found[1:_KINDS]]
+    told += [f"and {len(found) - _KINDS} kinds more"] if len(found) > _KINDS else []
+    head = found[0]
+    failure = type(first)("; ".join([head.line, *told]), code=head.code, path=head.path, hint=head.hint)
+    failure.parts = flat
+    return failure
+
+
+class Faults:
+    """What one look finds wrong. It is raised together at the end of the look, so that one run tells all."""
+
+    def __init__(self) -> None:
+        """Nothing is wrong yet."""
+        self._found: list[tuple[str, InputError]] = []
+
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self._found)
+
+    def add(self, name: str, fault: InputError) -> None:
+        """One more, or all parts of a joint one.
+
+        Args:
+            name: Of the module, tensor, pattern or key; empty for none.
+            fault: What is wrong there.
+        """
+        self._found.append((name, fault))
+
+    @contextmanager
+    def taken(self, name: str = "", prefix: str = "") -> Iterator[None]:
+        """Take what is raised inside, and go on behind.
+
+        Args:
+            name: Of the place, for a fault without one.
+            prefix: Put before the names of all parts.
+        """
+        try:
+            yield
+        except InputError as error:
+            self._found += [(f"{prefix}{one}", fault) for one, fault in error.parts or ((name, error),)]
+
+    def refuse(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            InputError: All faults in one, if there are any.
+        """
+        if self._found:
+            raise joint(self._found) from self._found[0][1]

@@ -54,6 +54,11 @@ def printable(text: str) -> str:
     return f"{shown} ... and {rest} characters more" if rest > 0 else shown
 
 
+def general(words: str) -> str:
+    """Words without what differs between faults of one kind."""
+    return _PARTICULAR.sub("#", words)
+
+
 def by_kind(faults: Sequence[str]) -> list[str]:
     """Faults of the form ``PLACE: WORDS``, one line for each kind, with the count and the first places.
 
@@ -63,7 +68,7 @@ def by_kind(faults: Sequence[str]) -> list[str]:
     kinds: dict[tuple[bool, str], list[tuple[str, str]]] = {}
     for fault in faults:
         place, colon, words = fault.partition(": ")
-        kind = bool(colon), _PARTICULAR.sub("#", words if colon else fault)
+        kind = bool(colon), general(words if colon else fault)
         kinds.setdefault(kind, []).append((place, words if colon else fault))
     lines = []
     for members in kinds.values():

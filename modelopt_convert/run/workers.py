@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
 
+from modelopt_convert.run.errors import InputError
+
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 _Piece = TypeVar("_Piece")
@@ -72,3 +74,17 @@ def in_order(jobs: Sequence[_Job], work: Callable[[_Job, Event], _Result], worke
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def all_in_order(
+    jobs: Sequence[_Job], work: Callable[[_Job, Event], _Result], workers: int
+) -> list[_Result | InputError]:
+    """As ``in_order``, but a job whose input is at fault ends no other: its refusal stands in place of a result."""
+
+    def told(job: _Job, stopped: Event) -> _Result | InputError:
+        try:
+            return work(job, stopped)
+        except InputError as error:
+            return error.with_traceback(None)  # whose frames would hold what was read
+
+    return in_order(jobs, told, workers)

@@ -12,8 +12,8 @@ from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.nvfp4.codes import shared_global_scale
 from modelopt_convert.formats.tensor_bytes import largest_of_chunk
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.run.errors import InputError
-from modelopt_convert.run.workers import in_order, until
+from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.workers import all_in_order, until
 
 if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
@@ -45,7 +45,13 @@ def measure(
     def measured(name: str, stopped: Event) -> float:
         return _largest(base, plan.modules[name], advance, stopped, gpu)
 
-    largest = dict(zip(plan.packed, in_order(plan.packed, measured, workers), strict=True))
+    largest, faults = dict[str, float](), Faults()
+    for name, found in zip(plan.packed, all_in_order(plan.packed, measured, workers), strict=True):
+        if isinstance(found, InputError):
+            faults.add(name, found)
+        else:
+            largest[name] = found
+    faults.refuse()
     groups = {module: group for group in plan.shared for module in group}
     return {name: _scale([largest[one] for one in groups.get(name, (name,))]) for name in largest}
 

@@ -70,6 +70,13 @@ def refused(
     return refusal(run, room, code=code, names=names, hint=hint, exit_code=exit_code)
 
 
+def told(error: dict[str, Any]) -> list[str]:
+    """What the terminal says of a refusal as a report has it: of several kinds of fault, each."""
+    several = error["faults"] if len(error["faults"]) > 1 else [error]
+    lines = [(f"error: {one['message']} [{one['code']}]", f"hint: {one['hint']}") for one in several]
+    return [line for pair in lines for line in pair]
+
+
 def refusal(
     run: Callable[[], Outcome],
     room: Path,
@@ -91,7 +98,7 @@ def refusal(
     assert [name for name in names if name not in error["message"]] == [], error["message"]
     assert error["hint"] and hint in error["hint"]
     assert "\n" not in error["message"] + error["hint"]
-    assert f"error: {error['message']} [{code}]" in outcome.stderr
+    assert "\n".join(told(error)) in outcome.stderr
     assert outcome.report["exit_code"] == exit_code and outcome.report["output"]["published"] is False
     assert entries(room) == before
     return outcome

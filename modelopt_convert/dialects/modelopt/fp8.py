@@ -13,7 +13,7 @@ tensor            dtype         shape     meaning
 Before ModelOpt 0.42 the weight stayed in the model's dtype, and the two amax lay in a ``.pt`` beside the export.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from modelopt_convert.dialects.packed import (
     SCALE_SHAPES,
@@ -22,6 +22,7 @@ from modelopt_convert.dialects.packed import (
     PackedModule,
     Roles,
     missing_scale,
+    one_fault,
 )
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.fp8.format import FORMAT
@@ -74,7 +75,13 @@ class _Fp8Modules:
         scales = {role: roles[role] for role in FORMAT.scales if role in roles}
         known = {role: calibrated[role].scale for role in FORMAT.scales if role in calibrated and role not in scales}
         return PackedModule(
-            name, *weight.shape, weight, scales, roles.get("bias"), _scale_fault(name, scales, known, where), known
+            name,
+            *weight.shape,
+            weight,
+            scales,
+            roles.get("bias"),
+            one_fault(name, _faults(name, scales, known, where)),
+            known,
         )
 
     def shape(self, module: PackedModule, role: str, *, is_merged: bool) -> tuple[int, ...]:
@@ -92,11 +99,11 @@ def _has_scale(roles: Roles) -> bool:
     return any(role in roles for role in (*FORMAT.scales, _SECOND_SCALE))
 
 
-def _scale_fault(module: str, scales: Roles, known: Mapping[str, float], where: str) -> InputError | None:
+def _faults(module: str, scales: Roles, known: Mapping[str, float], where: str) -> Iterator[InputError]:
     for role in FORMAT.scales:
         if role in known:
             if not 0.0 < known[role] < float("inf"):
-                return InputError(
+                yield InputError(
                     f"{where}: {module}: expected a finite positive {role} in the checkpoint, found {known[role]}",
                     code="export.unusable_scale",
                     path=where,
@@ -104,10 +111,11 @@ def _scale_fault(module: str, scales: Roles, known: Mapping[str, float], where: 
                 )
             continue
         if role not in scales:
-            return missing_scale(module, role, "F32 []", where)
+            yield missing_scale(module, role, "F32 []", where)
+            continue
         info = scales[role]
         if info.dtype != "F32" or info.shape not in SCALE_SHAPES:
-            return InputError(
+            yield InputError(
                 f"{where}: tensor {info.name!r}: expected F32 [], found {info.dtype} {list(info.shape)}"
                 + (" (a scale per row)" if len(info.shape) == 1 else ""),
                 code="export.shape",
@@ -115,4 +123,3 @@ def _scale_fault(module: str, scales: Roles, known: Mapping[str, float], where: 
                 hint="the runtime takes one scale per weight; export again with --format fp8, or see what "
                 "`mopt convert` makes of it with --to modelopt or comfyui",
             )
-    return None

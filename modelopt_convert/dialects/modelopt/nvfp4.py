@@ -15,7 +15,7 @@ Where config.json declares ``dynamic_input_scale: true``, no module has an ``inp
 activations at hand.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -26,6 +26,7 @@ from modelopt_convert.dialects.packed import (
     PackedModule,
     Roles,
     missing_scale,
+    one_fault,
 )
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import packed_shapes, scale_shapes
@@ -60,7 +61,7 @@ class _Nvfp4Modules:
         scales = {role: roles[role] for role in FORMAT.scales if role in roles}
         due = FORMAT.scales[:-1] if evidence.dynamic_inputs else FORMAT.scales
         return PackedModule(
-            name, rows, columns, weight, scales, bias, _scale_fault(name, rows, columns, scales, where, due)
+            name, rows, columns, weight, scales, bias, one_fault(name, _faults(name, rows, columns, scales, where, due))
         )
 
     def shape(self, module: PackedModule, role: str, *, is_merged: bool) -> tuple[int, ...]:
@@ -73,8 +74,8 @@ class _Nvfp4Modules:
         if not evidence.dynamic_inputs or not 0 < len(calibrated) < len(found):
             return
         fault = InputError(
-            f"{path}: {len(calibrated)} of {len(found)} modules have an input_scale ({calibrated[0].name} first), "
-            "though config.json declares dynamic_input_scale",
+            f"{path}: {len(calibrated)} of {len(found)} modules have an input_scale, though config.json declares "
+            "dynamic_input_scale",
             code="export.mixed_input_scale",
             path=path,
             hint="all modules must have one, or none; export or build again",
@@ -95,37 +96,38 @@ def _true_shape(weight: TensorInfo, bias: TensorInfo | None, base: tuple[int, ..
     return rows, columns
 
 
-def _scale_fault(
+def _faults(
     module: str, rows: int, columns: int, scales: Roles, where: str, due: tuple[str, ...]
-) -> InputError | None:
+) -> Iterator[InputError]:
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight_scale": ("F8_E4M3", (rows, columns // BLOCK_SIZE)),
         "weight_scale_2": ("F32", ()),
         "input_scale": ("F32", ()),
     }
     if columns % BLOCK_SIZE:
-        return InputError(
+        yield InputError(
             f"{where}: tensor {module + '.weight'!r}: expected K divisible by {BLOCK_SIZE}, found K = {columns}",
             code="export.shape",
             path=where,
             hint="the weight is cut or padded; export again",
         )
+        return  # no shape of the scales follows
     for role, (dtype, shape) in expected.items():
         name = f"{module}.{role}"
         if role not in scales and role not in due:
             continue
         if role not in scales:
-            return missing_scale(module, role, f"{dtype} {list(shape)}", where)
+            yield missing_scale(module, role, f"{dtype} {list(shape)}", where)
+            continue
         info = scales[role]
         known = set(SCALE_SHAPES)
         if role == "weight_scale":
             known = {one.stored for one in scale_shapes(rows, columns // BLOCK_SIZE)}
         if info.dtype != dtype or info.shape not in known:
-            return InputError(
+            yield InputError(
                 f"{where}: tensor {name!r}: expected {dtype} {list(shape)}, found {info.dtype} {list(info.shape)}"
                 + (" (blocks of 32)" if info.shape == (rows, columns // 32) else ""),
                 code="export.shape",
                 path=where,
                 hint="the export is cut or mixed up; export again",
             )
-    return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import told
 from support import Tensors, copy, edit, load, packed_in, run_mopt
 
 from modelopt_convert.checkpoint.hub.hub_path import hub_address
@@ -27,8 +28,7 @@ def said(*arguments: str | Path, exit_code: int = 3) -> tuple[str, str, str]:
     outcome = run_mopt(*arguments)
     assert outcome.exit_code == exit_code and outcome.report is not None, outcome.stderr
     error = outcome.report["error"]
-    told = [f"error: {error['message']} [{error['code']}]", f"hint: {error['hint']}"]
-    assert outcome.stderr.splitlines()[-2:] == told
+    assert outcome.stderr.splitlines()[-len(told(error)) :] == told(error)
     return error["code"], error["message"], error["hint"]
 
 
