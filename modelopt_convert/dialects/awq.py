@@ -34,7 +34,7 @@ from modelopt_convert.dialects.packed import TRANSFORM_ROLES
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
 from modelopt_convert.formats.floats import bf16_of, values_of, widened_values
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -289,14 +289,17 @@ def check_carried(described: Canonical, form: str, carried: tuple[str, ...] = ()
     Raises:
         InputError: ``convert.no_place``.
     """
+    faults = Faults()
     for name in described.tensors:
         role, module = _role(name), module_of(name)
         if role in TRANSFORM_ROLES and (role not in carried or module not in described.modules):
-            raise InputError(
+            fault = InputError(
                 f"module {module!r}: {form} has no place for {role}, without which the weight means something else",
                 code="convert.no_place",
                 hint="--to bf16 multiplies it out; --inexact requantize makes plain NVFP4 of that",
             )
+            faults.add(module, fault)
+    faults.refuse()
 
 
 def _role(name: str) -> str:

@@ -10,6 +10,7 @@ from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import SCALES, Canonical, Naming, ReadBytes, Written, grouped, wrong
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES
 from modelopt_convert.formats.dtypes import DTYPE_BITS
+from modelopt_convert.run.errors import Faults
 
 _QUANTIZATION = "quantization_config"
 
@@ -22,16 +23,13 @@ class _Bf16:
     def read(
         self, headers: Headers, read: ReadBytes, true_shapes: Mapping[str, tuple[int, int]], where: str
     ) -> Canonical:
+        faults = Faults()
         for info in headers.tensors.values():
             if info.name.endswith(".weight") and DTYPE_BITS[info.dtype] < 16:
+                expected = "BF16, F16 or F32, as it is said to be unquantized"
                 hint = "leave --from out, or name the dialect that the file is in"
-                raise wrong(
-                    where,
-                    info,
-                    "BF16, F16 or F32, as it is said to be unquantized",
-                    code="dialect.contradiction",
-                    hint=hint,
-                )
+                faults.add(info.name, wrong(where, info, expected, code="dialect.contradiction", hint=hint))
+        faults.refuse()
         config = {key: value for key, value in headers.config.items() if key != _QUANTIZATION}
         return Canonical(headers.tensors, {}, {}, config)
 

@@ -35,7 +35,7 @@ from modelopt_convert.dialects.form import (
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 _AGAIN = "name the dialect that the file is in with --from, or get it again from its publisher"
 
@@ -50,11 +50,14 @@ class _Bfl:
     ) -> Canonical:
         tensors = dict(headers.tensors)
         modules: dict[str, Quantized] = {}
+        faults = Faults()
         for module, roles in grouped(headers.tensors.values()).items():
-            if roles.keys() & SCALES:
-                check_roles(module, roles, where)
-                found, modules[module] = _module(module, roles, read, where)
-                tensors |= {info.name: info for info in found}
+            with faults.taken(module):
+                if roles.keys() & SCALES:
+                    check_roles(module, roles, where)
+                    found, modules[module] = _module(module, roles, read, where)
+                    tensors |= {info.name: info for info in found}
+        faults.refuse()
         return Canonical(tensors, modules, {}, headers.config)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
@@ -63,20 +66,23 @@ class _Bfl:
         tensors = dict(described.tensors)
         instead: dict[str, TensorInfo] = {}
         why: dict[str, str] = {}
+        faults = Faults()
         for module, quantized in described.modules.items():
-            scale = tensors[f"{module}.weight_scale"]
-            if quantized.algorithm == "fp8" and (one := _only(scale, read)) is not None:
-                rows = (quantized.rows,)
-                tensors[scale.name] = constant(scale.name, "F32", rows, one * quantized.rows, scale.file)
-                if scale.shape:
-                    instead[scale.name] = constant(scale.name, "F32", (), one, scale.file)
-                    why[scale.name] = "all rows have the same scale, which is read as one"
-            if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in tensors:
-                raise InputError(
-                    f"module {module!r}: expected an input_scale, which diffusers requires of NVFP4, found none",
-                    code="convert.no_input_scale",
-                    hint="--to torchao does without; or calibrate the model and export it again",
-                )
+            with faults.taken(module):
+                scale = tensors[f"{module}.weight_scale"]
+                if quantized.algorithm == "fp8" and (one := _only(scale, read)) is not None:
+                    rows = (quantized.rows,)
+                    tensors[scale.name] = constant(scale.name, "F32", rows, one * quantized.rows, scale.file)
+                    if scale.shape:
+                        instead[scale.name] = constant(scale.name, "F32", (), one, scale.file)
+                        why[scale.name] = "all rows have the same scale, which is read as one"
+                if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in tensors:
+                    raise InputError(
+                        f"module {module!r}: expected an input_scale, which diffusers requires of NVFP4, found none",
+                        code="convert.no_input_scale",
+                        hint="--to torchao does without; or calibrate the model and export it again",
+                    )
+        faults.refuse()
         return Written(tensors, METADATA, None, instead=instead, why=why, keep=frozenset(instead))
 
 

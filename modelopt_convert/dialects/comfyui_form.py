@@ -53,7 +53,7 @@ from modelopt_convert.dialects.resized import widened, with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale, one_values
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape, round_up
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 _WORDS = {algorithm: word for word, algorithm in FORMATS.items()}
 _PAD = {"nvfp4": 16, "mxfp8": 32}  # rows, and columns of mxfp8
@@ -80,28 +80,31 @@ class _ComfyUI:
                 words = "left out: ComfyUI drops an input scale of 1" if not is_sentinel(info.name) else None
                 fates[info.name], keep[info.name] = words or sentinel_words(info), info
         rest = [info for name, info in headers.tensors.items() if name not in fates]
+        faults = Faults()
         for module, spelled in grouped(rest).items():
-            roles = modern(spelled, where)
-            fates |= {info.name: f"read as {module}.{role}" for role, info in roles.items() if role not in spelled}
-            said = said_of(module, roles, layers.get(module), read, where)
-            marker = roles.pop(MARKER, None)
-            if marker is not None:
-                fates[marker.name] = said.words
-                keep |= {marker.name: marker} if said.more else {}
-            algorithm = said.algorithm or _unmarked(roles, marked or bool(layers), where)
-            if algorithm is None:
-                _no_factor(roles, where)
-                for info in roles.values():
-                    plain = _plain(info, where)
-                    keep |= {info.name: info} if plain.dtype != info.dtype else {}
-                    tensors[info.name] = plain
-                continue
-            found, quantized = _module(module, roles, algorithm, read, true_shapes.get(module), where)
-            tensors |= {info.name: info for info in found}
-            modules[module] = quantized
-            if "weight_scale" not in roles:
-                fates[roles["weight"].name] = "read as codes without a scale, which are the values"
-            keep |= {info.name: info for role, info in roles.items() if _is_widened(role, info)}
+            with faults.taken(module):
+                roles = modern(spelled, where)
+                fates |= {info.name: f"read as {module}.{role}" for role, info in roles.items() if role not in spelled}
+                said = said_of(module, roles, layers.get(module), read, where)
+                marker = roles.pop(MARKER, None)
+                if marker is not None:
+                    fates[marker.name] = said.words
+                    keep |= {marker.name: marker} if said.more else {}
+                algorithm = said.algorithm or _unmarked(roles, marked or bool(layers), where)
+                if algorithm is None:
+                    _no_factor(roles, where)
+                    for info in roles.values():
+                        plain = _plain(info, where)
+                        keep |= {info.name: info} if plain.dtype != info.dtype else {}
+                        tensors[info.name] = plain
+                    continue
+                found, quantized = _module(module, roles, algorithm, read, true_shapes.get(module), where)
+                tensors |= {info.name: info for info in found}
+                modules[module] = quantized
+                if "weight_scale" not in roles:
+                    fates[roles["weight"].name] = "read as codes without a scale, which are the values"
+                keep |= {info.name: info for role, info in roles.items() if _is_widened(role, info)}
+        faults.refuse()
         return Canonical(tensors, modules, fates, headers.config, keep=keep)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:

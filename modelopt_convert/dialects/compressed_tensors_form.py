@@ -45,7 +45,7 @@ from modelopt_convert.dialects.form import (
 )
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 _QUANTIZATION = "quantization_config"
 _AGAIN = "get the repo again from its publisher"
@@ -70,22 +70,25 @@ class _CompressedTensors:
         modules: dict[str, Quantized] = {}
         fates: dict[str, str] = {}
         keep: dict[str, TensorInfo] = {}
+        faults = Faults()
         for module, roles in grouped(headers.tensors.values()).items():
-            ours = dict(roles)
-            _check_both(roles, where)
-            if "weight_packed" in roles:
-                ours["weight"] = renamed(ours.pop("weight_packed"), f"{module}.weight")
-                fates[roles["weight_packed"].name] = f"read as {module}.weight"
-            for theirs, role in _RECIPROCALS.items():
-                if theirs in roles:
-                    ours[role], exact = _reciprocal(ours.pop(theirs), f"{module}.{role}", read, where)
-                    fates[roles[theirs].name] = f"read as {module}.{role}, its reciprocal"
-                    keep |= {} if exact else {roles[theirs].name: roles[theirs]}
-            if ours.keys() & SCALES or "weight_packed" in roles:
-                check_roles(module, ours, where)
-                found, modules[module] = _module(module, ours, "weight_packed" in roles, read, where)
-                ours |= found
-            tensors |= {info.name: info for info in ours.values()}
+            with faults.taken(module):
+                ours = dict(roles)
+                _check_both(roles, where)
+                if "weight_packed" in roles:
+                    ours["weight"] = renamed(ours.pop("weight_packed"), f"{module}.weight")
+                    fates[roles["weight_packed"].name] = f"read as {module}.weight"
+                for theirs, role in _RECIPROCALS.items():
+                    if theirs in roles:
+                        ours[role], exact = _reciprocal(ours.pop(theirs), f"{module}.{role}", read, where)
+                        fates[roles[theirs].name] = f"read as {module}.{role}, its reciprocal"
+                        keep |= {} if exact else {roles[theirs].name: roles[theirs]}
+                if ours.keys() & SCALES or "weight_packed" in roles:
+                    check_roles(module, ours, where)
+                    found, modules[module] = _module(module, ours, "weight_packed" in roles, read, where)
+                    ours |= found
+                tensors |= {info.name: info for info in ours.values()}
+        faults.refuse()
         config = {key: value for key, value in headers.config.items() if key != _QUANTIZATION}
         return Canonical(tensors, modules, fates, config, said, keep)
 

@@ -13,7 +13,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.checkpoint.recipe import Constant, made
 from modelopt_convert.dialects.dialect import Headers
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 Algorithm = Literal["nvfp4", "fp8", "mxfp8", "fp8_e5m2"]
 Naming = Literal["diffusers", "comfyui", "original"]
@@ -207,13 +207,16 @@ def check_algorithms(described: Canonical, form: str, allowed: Iterable[str]) ->
         InputError: ``convert.no_place``.
     """
     names = tuple(allowed)
+    faults = Faults()
     for module, one in described.modules.items():
         if one.algorithm not in names:
-            raise InputError(
+            fault = InputError(
                 f"module {module!r}: {form} holds {', '.join(names)}, found {one.algorithm}",
                 code="convert.no_place",
                 hint="--to bf16 takes every format",
             )
+            faults.add(module, fault)
+    faults.refuse()
 
 
 def check_roles(module: str, roles: Mapping[str, TensorInfo], where: str) -> None:

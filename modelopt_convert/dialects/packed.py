@@ -4,6 +4,7 @@ What a module of a format consists of is the format's entry, in the folder ``mod
 in every checkpoint that mopt reads today.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -13,7 +14,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.run.errors import InputError, joint
+from modelopt_convert.run.errors import Faults, InputError, joint
 
 Roles = Mapping[str, TensorInfo]
 """The tensors of one module by role, such as ``weight_scale``."""
@@ -191,6 +192,32 @@ def one_fault(module: str, faults: Iterable[InputError]) -> InputError | None:
     """All that is wrong with a module's scales as one, or None."""
     found = [(module, fault) for fault in faults]
     return joint(found) if found else None
+
+
+def add_faults(
+    faults: Faults,
+    modules: Mapping[str, PackedModule],
+    where: str,
+    uncalibrated: str = "never calibrated: calibrate with real prompts and export again",
+) -> None:
+    """Add all that is wrong with scales; what several modules lack is said once of all.
+
+    Args:
+        faults: Gets it.
+        modules: All that have to have scales.
+        where: The checkpoint, for messages.
+        uncalibrated: What to do where no module has an input scale.
+    """
+    found = [(name, one) for name, module in modules.items() if module.fault is not None for one in module.fault.each()]
+    lacking = Counter(fault.code for _, fault in found)
+    for name, fault in found:
+        role, count = fault.code.removeprefix("export.missing_"), lacking[fault.code]
+        if role != fault.code and count > 1:
+            hint = uncalibrated if role == "input_scale" and count == len(modules) else fault.hint
+            words = f"{where}: {count} of {len(modules)} modules have no {role}"
+            faults.add(name, InputError(words, code=fault.code, path=where, hint=hint))
+        else:
+            faults.add(name, fault)
 
 
 def _group(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:

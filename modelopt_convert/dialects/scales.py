@@ -10,6 +10,7 @@ from modelopt_convert.dialects.awq import check_transforms, is_transformed
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, constant, grouped, scalar, wrong
 from modelopt_convert.dialects.resized import widened
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
+from modelopt_convert.run.errors import Faults
 
 _AGAIN = "get the file again from its publisher"
 _MEMBERS = range(2, 5)  # of a fused module
@@ -73,18 +74,22 @@ def check_described(described: Canonical, where: str) -> None:
     Raises:
         InputError: ``dialect.shape``, ``dialect.role`` or ``dialect.contradiction``.
     """
+    faults = Faults()
     for module, one in described.modules.items():
         scale = described.tensors[f"{module}.weight_scale"]
         if one.algorithm.startswith("fp8") and scale.shape not in ((), (one.rows,)):
-            raise wrong(where, scale, f"one scale, or {one.rows}, one a row", code="dialect.shape", hint=_AGAIN)
+            expected = f"one scale, or {one.rows}, one a row"
+            faults.add(module, wrong(where, scale, expected, code="dialect.shape", hint=_AGAIN))
     for info in described.tensors.values():
         module, _, role = info.name.rpartition(".")
         if module not in described.modules and (role in SCALES or (role == "weight" and DTYPE_BITS[info.dtype] < 16)):
             expected = "it in a quantized module alone, and its module is not quantized"
-            raise wrong(where, info, expected, code="dialect.contradiction", hint=_AGAIN)
+            faults.add(module, wrong(where, info, expected, code="dialect.contradiction", hint=_AGAIN))
     for module, roles in grouped(described.tensors.values()).items():
         if is_transformed(roles):
-            check_transforms(roles, *_size(described, module, roles, where), where)
+            with faults.taken(module):
+                check_transforms(roles, *_size(described, module, roles, where), where)
+    faults.refuse()
 
 
 def _size(described: Canonical, module: str, roles: Mapping[str, TensorInfo], where: str) -> tuple[int, int]:

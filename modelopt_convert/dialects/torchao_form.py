@@ -45,7 +45,7 @@ from modelopt_convert.dialects.form import (
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 _QUANTIZATION = "quantization_config"
 _AGAIN = "get the repo again from its publisher"
@@ -78,23 +78,36 @@ class _TorchAO:
         modules: dict[str, Quantized] = {}
         fates: dict[str, str] = {}
         by_module = grouped(headers.tensors.values())
-        for weight, entry in _entries(headers, where).items():
-            module, role = module_of(weight), weight.rpartition(".")[2]
-            algorithm = _algorithm(weight, role, entry, where)
-            prefix, parts = f"{module}._weight_", dict[str, TensorInfo]()
-            for part, ours in _PARTS[algorithm].items():
-                if (info := tensors.pop(f"{prefix}{part}", None)) is not None:
-                    parts[ours], fates[info.name] = info, f"read as {module}.{ours}"
-            found, modules[module] = _module(module, algorithm, parts, entry, read, where)
-            others = {role: info for role, info in by_module.get(module, {}).items() if not role.startswith("_weight_")}
-            both = next((info for role, info in sorted(others.items()) if role in SCALES | {"weight"}), None)
-            if both is not None:
-                raise wrong(where, both, "the parts of this weight alone", code="dialect.contradiction", hint=_AGAIN)
-            check_roles(module, others, where)
-            tensors |= {info.name: info for info in found}
-        odd = next((info for info in tensors.values() if "._weight_" in info.name), None)
-        if odd is not None:
-            raise wrong(where, odd, "a part of a weight that the header names", code="dialect.unmarked", hint=_AGAIN)
+        faults = Faults()
+        entries = _entries(headers, where)
+        for weight, entry in entries.items():
+            with faults.taken(module_of(weight)):
+                module, role = module_of(weight), weight.rpartition(".")[2]
+                algorithm = _algorithm(weight, role, entry, where)
+                prefix, parts = f"{module}._weight_", dict[str, TensorInfo]()
+                for part, ours in _PARTS[algorithm].items():
+                    if (info := tensors.pop(f"{prefix}{part}", None)) is not None:
+                        parts[ours], fates[info.name] = info, f"read as {module}.{ours}"
+                found, modules[module] = _module(module, algorithm, parts, entry, read, where)
+                others = {
+                    role: info for role, info in by_module.get(module, {}).items() if not role.startswith("_weight_")
+                }
+                both = next((info for role, info in sorted(others.items()) if role in SCALES | {"weight"}), None)
+                if both is not None:
+                    raise wrong(
+                        where, both, "the parts of this weight alone", code="dialect.contradiction", hint=_AGAIN
+                    )
+                check_roles(module, others, where)
+                tensors |= {info.name: info for info in found}
+        named, at_fault = (
+            "a part of a weight that the header names",
+            {module_of(one) for one in entries} - modules.keys(),
+        )
+        for info in tensors.values():
+            module = module_of(info.name)
+            if "._weight_" in info.name and module not in at_fault:
+                faults.add(module, wrong(where, info, named, code="dialect.unmarked", hint=_AGAIN))
+        faults.refuse()
         said = headers.config.get(_QUANTIZATION)
         config = {key: value for key, value in headers.config.items() if key != _QUANTIZATION}
         return Canonical(tensors, modules, fates, config, said if isinstance(said, dict) else {})

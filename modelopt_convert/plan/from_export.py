@@ -4,12 +4,10 @@ Both inputs must be the same model, every pattern must match, no fused group may
 both gets its fate.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
-from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.modelopt.dialect import output_config, split_keys
@@ -17,6 +15,7 @@ from modelopt_convert.dialects.modelopt.export import check_exported, check_quan
 from modelopt_convert.dialects.packed import (
     Evidence,
     PackedModule,
+    add_faults,
     find_packed,
     is_layout_marker,
     is_quantizer_state,
@@ -97,7 +96,7 @@ def plan_mixed(
     names = {*model_tensors(export), *(base.tensors if base else ())}
     matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules, faults)
-    _add_faults(faults, target, modules, replaced, export.path, has_base=base is not None)
+    _add_faults(faults, target, modules, replaced, str(export.path), has_base=base is not None)
     fused: tuple[tuple[str, ...], ...] = ()
     with faults.taken():
         fused = fused_groups(keeps.preset, modules, replaced, export, refused)
@@ -178,34 +177,18 @@ def _add_faults(
     target: Format,
     modules: Mapping[str, PackedModule],
     replaced: Mapping[str, str],
-    export: Location,
+    where: str,
     *,
     has_base: bool,
 ) -> None:
-    """Add the faults of scales: of modules that stay quantized, and of those that are dequantized for want of a base.
-
-    What many modules lack is said once.
-    """
-    staying = [name for name in modules if name not in replaced]
-    found = [(name, one) for name in staying if (fault := modules[name].fault) is not None for one in fault.each()]
-    lacking = Counter(fault.code for _, fault in found)
-    for name, fault in found:
-        role, count = fault.code.removeprefix("export.missing_"), lacking[fault.code]
-        if role == fault.code or count == 1:
-            faults.add(name, fault)
-            continue
-        hint = fault.hint
-        if role == "input_scale" and count == len(staying):
-            # Of a format that has an entry in this room a base is quantized without an export.
-            alone = find_spec(f"modelopt_convert.plan.{target.algorithm}") is not None
-            without = "leave out --export, or " if alone else ""
-            hint = f"never calibrated: {without}calibrate with real prompts and export again"
-        words = f"{export}: {count} of {len(staying)} modules have no {role}"
-        faults.add(name, InputError(words, code=fault.code, path=str(export), hint=hint))
-    if not has_base:
-        for name in replaced:
-            if (at_fault := modules[name].fault) is not None and _is_coded(modules[name]):
-                faults.add(name, needs_base(at_fault))
+    """Add the faults of scales, of modules that stay quantized and of those that are dequantized for want of a base."""
+    # Of a format that has an entry in this room a base is quantized without an export.
+    without = "leave out --export, or " if find_spec(f"modelopt_convert.plan.{target.algorithm}") is not None else ""
+    hint = f"never calibrated: {without}calibrate with real prompts and export again"
+    add_faults(faults, {name: one for name, one in modules.items() if name not in replaced}, where, hint)
+    for name in () if has_base else replaced:
+        if (fault := modules[name].fault) is not None and _is_coded(modules[name]):
+            faults.add(name, needs_base(fault))
 
 
 def _is_coded(module: PackedModule) -> bool:

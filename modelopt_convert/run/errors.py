@@ -81,10 +81,8 @@ class MoptError(Exception):
         self.hint = hint
 
     def at(self, names: Iterable[str]) -> Self:
-        """The same failure, with the names of all places that it is about."""
-        alone = type(self)(self.message, code=self.code, path=self.path, hint=self.hint)
-        self.parts = tuple((name, alone) for name in names)
-        return self
+        """The same failure, with the names of all places that it is about behind its message."""
+        return joint([(name, self) for name in names])
 
     def each(self) -> list[Self]:
         """The faults that it is joint of, or itself alone."""
@@ -222,9 +220,10 @@ def kinds(parts: Sequence[tuple[str, MoptError]]) -> list[Kind]:
     for (code, _), members in grouped.items():
         first, names = next(iter(members.values())), tuple(filter(None, members))
         line = first.message
-        if len(members) > 1:
-            are_one = all(fault.message == line for fault in members.values())
-            line += f": {few(names)}" if are_one else f"; {len(members)} have this fault: {few(names)}"
+        if len({fault.message for fault in members.values()}) == 1:  # of one place, or one failure of several places
+            line += f": {few(names)}" if names and names[0] not in line else ""
+        elif len(members) > 1:
+            line += f"; {len(members)} have this fault: {few(names)}"
         found.append(Kind(code, line, first.hint, first.path, names))
     return found
 

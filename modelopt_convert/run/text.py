@@ -68,7 +68,7 @@ def by_kind(faults: Sequence[str]) -> list[str]:
     kinds: dict[tuple[bool, str], list[tuple[str, str]]] = {}
     for fault in faults:
         place, colon, words = fault.partition(": ")
-        kind = bool(colon), general(words if colon else fault)
+        kind = bool(colon), general(words.replace(place, "") if colon else fault)
         kinds.setdefault(kind, []).append((place, words if colon else fault))
     lines = []
     for members in kinds.values():

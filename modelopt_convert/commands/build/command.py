@@ -43,7 +43,7 @@ from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
 from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset
 from modelopt_convert.report.report import ClippedReport, Report
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
@@ -122,10 +122,13 @@ class BuildCommand:
                 steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
+            faults, plans = Faults(), list[BuildPlan]()
             for part in steps.parts:
-                with steps.clock.timed("plan"):
-                    plan = self._plan(part)
-                steps.plans.append(plan)
+                with steps.clock.timed("plan"), faults.taken(prefix=part.prefix):
+                    plans.append(self._plan(part))
+            faults.refuse()
+            steps.plans += plans
+            for part, plan in zip(steps.parts, plans, strict=True):
                 path = str(part.model.path)
                 steps.warned += plan.warnings
                 if request.to == "modelopt":  # what is known of engines is known of this dialect
@@ -289,7 +292,7 @@ class BuildCommand:
         steps.proofs[number] = found
         steps.warned += found.warned
         steps.clipped |= {f"{part.prefix}{name}": one for name, one in found.clipped.items()}
-        refuse_unproven(part, found.report)
+        refuse_unproven(part, found.report, accept_near=self._request.accept_near)
         steps.plans[number] = found.plan
 
     def _write(self, stage: StagingDir, made: Made, executor: Executor, progress: Progress, gpu: "Gpu | None") -> None:

@@ -26,7 +26,7 @@ from modelopt_convert.report.words import (
     REFUTED,
     SAMPLED_WORDS,
 )
-from modelopt_convert.run.errors import CheckFailedError
+from modelopt_convert.run.errors import CheckFailedError, joint
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _in_words(opened: Opened, proof: "Proof", near: Sequence[str], written: Mapp
     return PROVEN_WORDS
 
 
-def refuse_unproven(opened: Opened, report: ProofReport) -> None:
+def refuse_unproven(opened: Opened, report: ProofReport, *, accept_near: bool) -> None:
     """Refuse what failed.
 
     Raises:
@@ -166,28 +166,33 @@ def refuse_unproven(opened: Opened, report: ProofReport) -> None:
     """
     if report.status != "fail":
         return
-    failing = {name: one for name, one in report.modules.items() if one.verdict in REFUTED}
-    if failing:
-        what, hint = (
+    kinds = (
+        (
+            REFUTED,
             "are not the base's",
             "the export is damaged, was changed after quantization, or was made from another base; export again. "
             "Nothing was published",
-        )
-    else:
-        failing = {name: one for name, one in report.modules.items() if one.verdict == "near"}
-        what, hint = (
+        ),
+        (
+            () if accept_near else ("near",),
             "are near the base, and not what quantizing it gives",
             "a merged LoRA shows in the modules it was trained for, GPTQ and QAT in all; give the base that was "
             "quantized, or --accept-near to build what is not proven. Nothing was published",
-        )
-    names = list(failing)
-    raise CheckFailedError(
-        f"{opened.model.path}: {len(failing)} of {len(report.modules)} packed modules {what}: "
-        f"{', '.join(names[:10])}{_figures(failing[names[0]])}",
-        code="check.proof",
-        path=str(opened.model.path),
-        hint=hint,
+        ),
     )
+    failures = []
+    for verdicts, what, hint in kinds:
+        failing = [name for name, one in report.modules.items() if one.verdict in verdicts]
+        if failing:
+            failure = CheckFailedError(
+                f"{opened.model.path}: {len(failing)} of {len(report.modules)} packed modules {what}: "
+                f"{', '.join(failing[:10])}{_figures(report.modules[failing[0]])}",
+                code="check.proof",
+                path=str(opened.model.path),
+                hint=hint,
+            )
+            failures += [(f"{opened.prefix}{name}", failure) for name in failing]
+    raise joint(failures)
 
 
 def _figures(one: ModuleReport) -> str:

@@ -108,13 +108,14 @@ def refuse_unequal(found: list[Unequal], choice: Inexact, target: str, where: st
     how = {"rebase": "by bringing scales to one", "requantize": "by quantizing again"}.get(choice, "exactly")
     how += ", as there is no --base" if has_none else ""
     rebase = ", --inexact rebase brings their scales to one" if all(one.rebases for one in found) else ""
-    raise InputError(
+    fault = InputError(
         f"{where}: {many} of {target} cannot be written {how}: {shown}",
         code="convert.inexact",
         path=where,
         hint=f"--inexact bf16 writes these in BF16{rebase}, and --inexact requantize quantizes them again from "
         "--base; --dry-run tells what each costs",
     )
+    raise fault.at(one.native for one in told)
 
 
 def _settles(one: Unequal, choice: Inexact) -> bool:

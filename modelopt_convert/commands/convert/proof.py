@@ -14,7 +14,7 @@ from modelopt_convert.dialects.awq import is_transformed
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.report.report import ProofReport
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import in_order, until
 
 _NAN = {"F8_E4M3": b"\x7f\xff", "U8": b"\xff"}  # the bytes of a block scale that is no number
@@ -130,20 +130,24 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
             or is_transformed({name.rpartition(".")[2]: info})
         )
     }
+    faults = Faults()
     if missing := sorted(base.tensors.keys() - names):
-        raise InputError(
-            f"{where}: expected every tensor of the base, found {len(missing)} missing ({missing[0]!r} first)",
+        fault = InputError(
+            f"{where}: expected every tensor of the base, found {len(missing)} missing",
             code="export.missing_tensor",
             path=where,
             hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
         )
+        faults.add("", fault.at(missing))
     if extra := sorted(names - base.tensors.keys()):
-        raise InputError(
-            f"{base.path}: expected every tensor of SOURCE, found {len(extra)} missing ({extra[0]!r} first)",
+        fault = InputError(
+            f"{base.path}: expected every tensor of SOURCE, found {len(extra)} missing",
             code="base.missing_tensor",
             path=str(base.path),
             hint="give the base that the checkpoint was made from, whole",
         )
+        faults.add("", fault.at(extra))
+    faults.refuse()
 
 
 def unusable_scales(described: Canonical, read: ReadBytes) -> list[Warned]:

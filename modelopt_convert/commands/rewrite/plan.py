@@ -18,7 +18,7 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
 from modelopt_convert.plan.plan import ShardPlan, Step
 from modelopt_convert.report.inspect import ModuleLayout
-from modelopt_convert.run.errors import CheckFailedError, InputError
+from modelopt_convert.run.errors import CheckFailedError, Faults, InputError
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
 # The field of ``ModuleLayout`` that a kind of rewrite changes, that which says how it is known, and what it shall be.
@@ -97,20 +97,24 @@ def choose(
         told = {name for name, one in modules.items() if _is_weight(base, name, one.shape)}
         unclear = [name for name, answer in answers.items() if answer == "undetermined" or name not in told]
         if unclear:
-            raise InputError(
-                f"{where}: the base does not tell the layout of {len(unclear)} of {len(modules)} modules "
-                f"({unclear[0]} first)",
+            fault = InputError(
+                f"{where}: the base does not tell the layout of {len(unclear)} of {len(modules)} modules",
                 code="layout.undetermined",
                 path=where,
                 hint="give the base that the checkpoint was made from; without --base all is rewritten, unproven",
             )
+            raise fault.at(unclear)
         chosen = {name for name, answer in answers.items() if answer not in (wanted, "equivalent")}
     else:
         # The shape of the scales is evidence too; a guess is not.
         known = {name for name, one in modules.items() if one.scale_basis == "shape" and kind != "swap"}
         chosen = {name for name in modules if name not in known or answers[name] != wanted}
     if kind != "swap":
-        chosen = {name for name in chosen if _can(reader, modules[name], name, kind)}
+        faults, asked, chosen = Faults(), [name for name in modules if name in chosen], set()
+        for name in asked:
+            with faults.taken(name):
+                chosen |= {name} if _can(reader, modules[name], name, kind) else set()
+        faults.refuse()
     if not chosen:
         raise CheckFailedError(
             f"{where}: already in order: {_in_order(wanted, len(modules))}",

@@ -17,7 +17,7 @@ from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.plan.inputs import check_same_config, one_sided_words
 from modelopt_convert.report.report import ModuleReport, ProofReport
 from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, PROVEN_WORDS, REFUTED
-from modelopt_convert.run.errors import CheckFailedError, InputError
+from modelopt_convert.run.errors import CheckFailedError, InputError, joint
 from modelopt_convert.verification.options import VerifyOptions
 
 _SHOWN = 10
@@ -184,22 +184,20 @@ def refuse_unproven(found: Rewritten, source: str, words: Refusal, *, accept_nea
     Raises:
         CheckFailedError: ``check.proof``.
     """
-    if found.wrong:
-        told, what = found.wrong, "are not the base's"
-        hint = f"it is damaged, or of another base; give that base. Without --base {words.without}"
-    elif found.misdeclared:
-        told, what, hint = found.misdeclared, words.misdeclared, words.remedy
-    elif found.near and not accept_near:
-        told, what = found.near, "are near the base, and not what quantizing it gives"
-        hint = "give the base that was quantized, or --accept-near to write what is not proven"
-    else:
-        return
-    raise CheckFailedError(
-        f"{source}: {len(told)} modules and tensors {what}: {'; '.join(told[:_SHOWN])}",
-        code="check.proof",
-        path=source,
-        hint=f"{hint}. Nothing was published",
+    wrong = f"it is damaged, or of another base; give that base. Without --base {words.without}"
+    near = "give the base that was quantized, or --accept-near to write what is not proven"
+    kinds = (
+        (found.wrong, "are not the base's", wrong),
+        (found.misdeclared, words.misdeclared, words.remedy),
+        ([] if accept_near else found.near, "are near the base, and not what quantizing it gives", near),
     )
+    failures = []
+    for told, what, hint in kinds:
+        message = f"{source}: {len(told)} modules and tensors {what}: {'; '.join(told[:_SHOWN])}"
+        failure = CheckFailedError(message, code="check.proof", path=source, hint=f"{hint}. Nothing was published")
+        failures += [(one.partition(": ")[0], failure) for one in told]
+    if failures:
+        raise joint(failures)
 
 
 def _place(one: ModuleReport) -> str:

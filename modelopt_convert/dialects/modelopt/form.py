@@ -44,6 +44,7 @@ from modelopt_convert.dialects.modelopt.dialect import output_config, split_keys
 from modelopt_convert.dialects.packed import (
     Evidence,
     PackedModule,
+    add_faults,
     declares_dynamic_inputs,
     find_packed,
     is_quantizer_state,
@@ -55,7 +56,7 @@ from modelopt_convert.formats.layout import declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import scale_shapes
 from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 _QUANTIZATION = "quantization_config"
 _AGAIN = "the export is cut or mixed up; export again"
@@ -87,23 +88,33 @@ class _ModelOpt:
             dynamic_inputs=declares_dynamic_inputs(headers.config),
         )
         layout = declared_layout(headers.quantization())
-        for module in find_packed(packed, FORMATS["nvfp4"], evidence, path=where).or_raise().values():
-            if module.fault is not None:
-                raise module.fault
-            check_roles(module.name, without_transforms(by_module[module.name]), where)
-            check_transforms(by_module[module.name], module.rows, module.columns, where)
-            tensors |= {
-                info.name: info
-                for info in _nvfp4(module, layout.nibbles == "high", layout.scales == "128x4", read, where)
-            }
-            modules[module.name] = Quantized("nvfp4", module.rows, module.columns)
+        faults = Faults()
+        four_bits = find_packed(packed, FORMATS["nvfp4"], evidence, path=where)
+        for name, fault in four_bits.refused.items():
+            faults.add(name, fault)
+        add_faults(faults, four_bits.modules, where)
+        for module in four_bits.modules.values():
+            with faults.taken(module.name):
+                if module.fault is not None:
+                    continue
+                check_roles(module.name, without_transforms(by_module[module.name]), where)
+                check_transforms(by_module[module.name], module.rows, module.columns, where)
+                tensors |= {
+                    info.name: info
+                    for info in _nvfp4(module, layout.nibbles == "high", layout.scales == "128x4", read, where)
+                }
+                modules[module.name] = Quantized("nvfp4", module.rows, module.columns)
         for name, roles in by_module.items():
-            if name not in modules and any(role in SCALES for role in roles):
-                check_roles(name, roles, where)
-                found, modules[name] = _eight_bits(name, roles, read, where)
-                tensors |= {info.name: info for info in found}
-            elif name not in modules and is_transformed(roles):
-                check_transforms(roles, *_plain_size(roles, where), where)
+            if name in four_bits.modules or name in four_bits.refused:
+                continue
+            with faults.taken(name):
+                if any(role in SCALES for role in roles):
+                    check_roles(name, roles, where)
+                    found, modules[name] = _eight_bits(name, roles, read, where)
+                    tensors |= {info.name: info for info in found}
+                elif is_transformed(roles):
+                    check_transforms(roles, *_plain_size(roles, where), where)
+        faults.refuse()
         for name in modules:
             keep |= {
                 info.name: info
@@ -128,13 +139,13 @@ class _ModelOpt:
         (algorithm,) = algorithms
         calibrated = [name for name in described.modules if f"{name}.input_scale" in described.tensors]
         if 0 < len(calibrated) < len(described.modules):
-            missing = next(name for name in described.modules if name not in calibrated)
-            raise InputError(
+            fault = InputError(
                 f"{len(calibrated)} of {len(described.modules)} modules have an input_scale: expected one in each or "
-                f"in none, as in ModelOpt's checkpoints, found none in {missing!r}",
+                f"in none, as in ModelOpt's checkpoints, found none in {len(described.modules) - len(calibrated)}",
                 code="convert.no_input_scale",
                 hint="--to comfyui, torchao and bf16 take modules with and without; or calibrate and export again",
             )
+            raise fault.at(name for name in described.modules if name not in calibrated)
         target = next((one for one in FORMATS.values() if one.quant_algo == algorithm), None)
         keys: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm}
         if target is not None and not calibrated:

@@ -90,7 +90,12 @@ def container_level(
         failures += _config_faults(subject.reader, base)
         if subject.reader.config:
             warnings += one_sided_words(subject.reader.config, base.config, "the checkpoint")
-    failures += [module.fault.message for module in subject.modules.values() if module.fault is not None]
+    failures += [
+        f"{module.name}: {fault.message}"
+        for module in subject.modules.values()
+        if module.fault is not None
+        for fault in module.fault.each()
+    ]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
     if scanned.not_finite:
         warnings.append(not_finite_words(scanned.not_finite))
