@@ -4,7 +4,7 @@ Cheapest cause first: scales that no kernel could use, unquantized tensors that 
 packed weights, and then all of them. Without a base only the first is possible.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import Literal
@@ -102,12 +102,12 @@ def prove(
     faults = Faults()
     with torch.inference_mode():
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance, faults)
-        _check_biases(export, plan, faults)
+        broken = _check_biases(export, plan, faults)
         if base is not None:
             proof.method = rules.method
             _check_unquantized(export, base, plan, proof, workers, advance)
             with faults.taken():
-                _refuse_other_values(export, base, proof, max_error if accept_near else None)
+                _refuse_other_values(export, base, proof, max_error if accept_near else None, broken)
         faults.refuse()
         _note_fused(plan, scales, proof)
         proof.odd_inputs = list(odd_input_scales(_inputs(export, plan), scales, plan.fused))
@@ -291,8 +291,9 @@ def _note_fused(plan: BuildPlan, scales: dict[str, float], proof: Proof) -> None
             proof.fused_differ[", ".join(group)] = max(values) / min(values)
 
 
-def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> None:
-    """Add biases of packed modules that no base makes right: ``export.not_finite``."""
+def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> set[str]:
+    """Add the biases of packed modules that no base makes right, ``export.not_finite``; their names."""
+    broken = set()
     for info in (plan.modules[name].bias for name in plan.packed):
         if info is not None and not bool(load(export, info.name).isfinite().all()):
             fault = InputError(
@@ -302,6 +303,8 @@ def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> 
                 hint="the export is damaged; export again",
             )
             faults.add(info.name, fault)
+            broken.add(info.name)
+    return broken
 
 
 def _check_unquantized(
@@ -325,13 +328,17 @@ def _check_unquantized(
     proof.biases_differ = [module_of(name) for name, side in biases if side is None]
 
 
-def _refuse_other_values(export: CheckpointReader, base: CheckpointReader, proof: Proof, near: float | None) -> None:
+def _refuse_other_values(
+    export: CheckpointReader, base: CheckpointReader, proof: Proof, near: float | None, broken: Collection[str]
+) -> None:
     """Refuse unquantized tensors that differ; or, up to a limit, biases alone, since these are written as they are.
+
+    Of the biases that are ``broken`` nothing more is said.
 
     Raises:
         InputError: ``export.other_base``.
     """
-    biases = [f"{name}.bias" for name in proof.biases_differ]
+    biases = [f"{name}.bias" for name in proof.biases_differ if f"{name}.bias" not in broken]
     if near is None:
         names, how = [*proof.unquantized_differ, *biases], "differ from the base by more than a dtype cast"
         more = ", or --accept-near to build what is not proven"

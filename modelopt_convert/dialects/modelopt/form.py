@@ -141,7 +141,7 @@ class _ModelOpt:
         if 0 < len(calibrated) < len(described.modules):
             fault = InputError(
                 f"{len(calibrated)} of {len(described.modules)} modules have an input_scale: expected one in each or "
-                f"in none, as in ModelOpt's checkpoints, found none in {len(described.modules) - len(calibrated)}",
+                f"in none, as in ModelOpt's checkpoints; {len(described.modules) - len(calibrated)} have none",
                 code="convert.no_input_scale",
                 hint="--to comfyui, torchao and bf16 take modules with and without; or calibrate and export again",
             )

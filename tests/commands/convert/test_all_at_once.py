@@ -1,0 +1,134 @@
+"""A conversion, a rewrite and ``verify`` tell every module that has a fault in one run, as builds do."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from faults import told
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support import Tensors, copy, load, run_mopt
+
+from modelopt_convert.checkpoint.names import module_of
+
+# The block scales of a module in each dialect, and its codes.
+ROLES = {
+    "modelopt": ("weight_scale", "weight"),
+    "comfyui": ("weight_scale", "weight"),
+    "torchao": ("_weight_scale", "_weight_qdata"),
+    "compressed-tensors": ("weight_scale", "weight_packed"),
+    "bfl-diffusers": ("weight_scale", "weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def dialects(families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model in every dialect."""
+    room, export = tmp_path_factory.mktemp("dialects"), families / "qwen_image" / "nvfp4"
+    made = {"modelopt": export / "transformer"}
+    for dialect in ROLES:
+        if dialect != "modelopt":
+            made[dialect] = room / dialect
+            outcome = run_mopt("convert", export, made[dialect], "--to", dialect)
+            assert outcome.exit_code == 0, outcome.stderr
+    return made
+
+
+def change(folder: Path, how: Callable[[Tensors], object]) -> None:
+    """Change the tensors of a folder's one file, and leave its header's metadata."""
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load(folder)
+    how(tensors)
+    save_file(tensors, file, metadata)
+    (folder / "mopt.json").unlink(missing_ok=True)
+
+
+def quantized(folder: Path, dialect: str) -> list[str]:
+    return sorted(module_of(name) for name in load(folder) if name.endswith(f".{ROLES[dialect][0]}"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, None])
+@pytest.mark.parametrize("dialect", ROLES)
+def test_modules_that_no_dialect_allows_are_all_told(
+    dialect: str, count: int | None, dialects: dict[str, Path], tmp_path: Path
+) -> None:
+    """Scales of another shape in some modules, and codes of one dimension in others."""
+    draw = random.Random(f"{dialect} {count}")
+    source = copy(dialects[dialect], tmp_path / "source")
+    modules = quantized(source, dialect)
+    draw.shuffle(modules)
+    scales, codes = (modules, []) if count is None else (modules[:count], modules[count : 2 * count])
+
+    def plant(tensors: Tensors) -> None:
+        for role, chosen in zip(ROLES[dialect], (scales, codes), strict=True):
+            for module in chosen:
+                name = f"{module}.{role}"
+                tensors[name] = tensors[name][1:, :-1].clone() if role == ROLES[dialect][0] else tensors[name].flatten()
+
+    change(source, plant)
+    outcome = run_mopt("convert", source, tmp_path / "out", "--to", "bf16", "--from", dialect)
+    assert outcome.exit_code == 3 and outcome.report is not None, outcome.stderr
+    error = outcome.report["error"]
+    named = [{module_of(name) if name not in modules else name for name in one["names"]} for one in error["faults"]]
+    assert sorted(named, key=sorted) == sorted(filter(None, (set(scales), set(codes))), key=sorted), error
+    assert all(
+        len(one["names"]) == 1 or f"{len(one['names'])} have this fault" in one["message"] for one in error["faults"]
+    )
+    assert outcome.stderr.splitlines()[-len(told(error)) :] == told(error)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_verify_names_every_module(seed: int, families: Path, tmp_path: Path) -> None:
+    """What is missing, what has another shape, and what is not the base's: in one run, and each kind in one line."""
+    draw, family = random.Random(seed), families / "qwen_image"
+    source = copy(family / "nvfp4" / "transformer", tmp_path / "source")
+    modules = quantized(source, "modelopt")
+    draw.shuffle(modules)
+    kinds = modules[:3], modules[3:5], modules[5:9]
+
+    def plant(tensors: Tensors) -> None:
+        for module in kinds[0]:
+            del tensors[f"{module}.input_scale"]
+        for module in kinds[1]:
+            tensors[f"{module}.weight_scale"] = tensors[f"{module}.weight_scale"][1:].clone()
+        for module in kinds[2]:
+            tensors[f"{module}.weight"] ^= 1
+
+    change(source, plant)
+    request = ["verify", source, "--base", family / "base" / "transformer"]
+    outcome = run_mopt(*request)
+    assert outcome.exit_code == 1 and outcome.report is not None, outcome.stderr
+    failures = [text for level in outcome.report["verify"]["levels"] for text in level["failures"]]
+    named = {module for module in modules if any(module in text for text in failures)}
+    assert named == {module for kind in kinds for module in kind}
+    lines = [line for line in run_mopt(*request, json_report=False).stdout.splitlines() if line.startswith("fail: ")]
+    for kind in kinds:
+        assert [line for line in lines if f"{len(kind)} places" in line and any(one in line for one in kind)], lines
+    assert len(lines) < 8, lines
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_rewrite_names_every_module(seed: int, families: Path, tmp_path: Path) -> None:
+    """Modules that are not the base's: random codes are near nothing."""
+    draw, family = random.Random(seed), families / "qwen_image"
+    source = copy(family / "nvfp4" / "transformer", tmp_path / "source")
+    modules = quantized(source, "modelopt")
+    chosen = set(draw.sample(modules, 3))
+
+    def plant(tensors: Tensors) -> None:
+        for module in modules:
+            weight = tensors[f"{module}.weight"]
+            swapped = (weight << 4) | (weight >> 4)
+            tensors[f"{module}.weight"] = torch.randint_like(weight, 256) if module in chosen else swapped
+
+    change(source, plant)
+    outcome = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", family / "base" / "transformer")
+    assert outcome.exit_code in (1, 3) and outcome.report is not None, outcome.stderr
+    assert {name for one in outcome.report["error"]["faults"] for name in one["names"]} == chosen, json.dumps(
+        outcome.report["error"]
+    )
