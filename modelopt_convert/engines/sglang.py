@@ -356,5 +356,5 @@ def pipeline_command(place: str, model: str | None) -> str:
         model: The repo of the model that it is, or is made from. SGLang takes how to sample from its name, and else
             from that of the folder, which may be like another model's (registry.py, ``_get_config_info``).
     """
-    known = f" --model-id {model.rpartition('/')[2]}" if model is not None else ""
+    known = f" --model-id {shlex.quote(model.rpartition('/')[2])}" if model is not None else ""
     return f"sglang generate --model-path {shlex.quote(place)}{known} --prompt '...'"

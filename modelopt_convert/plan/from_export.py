@@ -136,7 +136,11 @@ def plan_mixed(
         warnings=(
             *_config_warnings(dropped, quant_config.get("ignore"), modules, where),
             *(("config.one_sided", words) for words in _one_sided(export, base)),
-            *(structural_warnings(known, target, matcher, packed) if keeps.preset is None and known else ()),
+            *(
+                structural_warnings(known, target, matcher, packed, export.config)
+                if keeps.preset is None and known
+                else ()
+            ),
         ),
     )
 

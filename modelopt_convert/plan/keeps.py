@@ -1,6 +1,7 @@
 """What stays in BF16: patterns, fused groups and F32 tensors, matched against a model's modules. Pure, no torch."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of, natural_key
@@ -132,9 +133,12 @@ def keep_fp32(preset: Preset | None, matcher: PatternMatcher, source: Source) ->
 
 
 def structural_warnings(
-    preset: Preset, target: Format, matcher: PatternMatcher, packed: Collection[str]
+    preset: Preset, target: Format, matcher: PatternMatcher, packed: Collection[str], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """What is packed against the structural set of its class, where the user wants no preset."""
+    """What is packed against the structural set of its class, where the user wants no preset.
+
+    A preset of another model of the class knows what the class cannot load, and is not offered.
+    """
     rules = preset.sets().get(target.algorithm)
     found = {module for pattern in (rules.structural if rules else ()) for module in matcher.find(pattern)}
     against = sorted(found.intersection(packed), key=natural_key)
@@ -142,5 +146,6 @@ def structural_warnings(
         yield (
             "preset.structural",
             f"SGLang cannot load {len(against)} of the packed modules in packed form ({against[0]} first): "
-            f"--preset {preset.name} keeps them in BF16",
+            + (f"--preset {preset.name}" if preset.fits(config) else "--keep-bf16")
+            + " keeps them in BF16",
         )

@@ -175,10 +175,13 @@ class ChosenPreset(_Strict):
     Attributes:
         loaded: The preset.
         also: Other presets that fit as well and give the same, where config.json chose the preset.
+        is_named: Whether the user named the preset, or its model by a repo of the preset. A config.json names no model:
+            siblings and fine-tunes have the same.
     """
 
     loaded: LoadedPreset
     also: list[str]
+    is_named: bool
 
     def made_for(self, repo: str | None) -> Preset | None:
         """The preset, among those that fit, that was made for a base; None if there is none, or the base is unknown.
@@ -186,7 +189,7 @@ class ChosenPreset(_Strict):
         Args:
             repo: Hub id of the base.
         """
-        return next((one.preset for one in self._fitting() if one.preset.base_repo == repo), None)
+        return next((one.preset for one in self._fitting() if repo in one.preset.repos), None)
 
     def _fitting(self) -> list[LoadedPreset]:
         return [self.loaded, *(load_preset(name) for name in self.also)]
@@ -197,8 +200,12 @@ class ChosenPreset(_Strict):
         return "validated" if status == {"validated"} else "candidate"
 
     def limits(self, algorithm: Algorithm) -> list[str]:
-        """What a user should know of this set; what engines make of the result is in engines/limits.toml."""
-        return self.loaded.preset.rules(algorithm).known_limits
+        """What a user should know of this set; what engines make of the result is in engines/limits.toml.
+
+        Of several presets that fit only what all of them say: the rest is of one model, and this may be another.
+        """
+        told = [one.preset.rules(algorithm).known_limits for one in self._fitting()]
+        return [limit for limit in told[0] if all(limit in other for other in told)]
 
 
 def parse_preset(text: str, *, path: str) -> LoadedPreset:
@@ -293,8 +300,15 @@ def load_preset(name: str) -> LoadedPreset:
     return parse_preset(_read(path, name), path=name)
 
 
-def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPreset:
+def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | None = None) -> ChosenPreset:
     """The preset for a config.json, when the user named none.
+
+    Of those that fit, the one that lists the base's repo is chosen; else the one that says most of the config.
+
+    Args:
+        config: config.json of the transformer.
+        algorithm: The format that it needs sets for.
+        repo: Hub id of the base, as far as it is known.
 
     Raises:
         InputError: ``preset.none_fits``, or ``preset.ambiguous`` if several fit and their rules differ;
@@ -303,8 +317,9 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
     refuse_other_kind(config)
     loaded = [load_preset(name) for name in preset_names()]
     fitting = [one for one in loaded if one.preset.fits(config) and algorithm in one.preset.sets()]
-    most = max((len(one.preset.config) for one in fitting), default=0)  # what says more of it fits better
-    fitting = [one for one in fitting if len(one.preset.config) == most]
+    listed = [one for one in fitting if repo in one.preset.repos]
+    said = [len(one.preset.config) + len(one.preset.having) for one in fitting]  # what says more of it fits better
+    fitting = listed or [one for one, count in zip(fitting, said, strict=True) if count == max(said)]
     names = [one.preset.name for one in fitting]
     if not fitting:
         raise InputError(
@@ -317,9 +332,10 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
         raise InputError(
             f"several presets fit {config.get('_class_name')!r}: {', '.join(names)}",
             code="preset.ambiguous",
-            hint=f"name one: --preset {names[0]}",
+            hint=f"config.json does not tell them apart: name one, such as --preset {names[0]}, or the model with "
+            "--base-model",
         )
-    return ChosenPreset(loaded=fitting[0], also=list(names[1:]))
+    return ChosenPreset(loaded=fitting[0], also=names[1:], is_named=bool(listed))
 
 
 def refuse_other_kind(config: Mapping[str, Any], where: str = "config.json") -> None:

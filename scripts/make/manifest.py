@@ -27,6 +27,9 @@ class PresetRecord(_Open):
 
     name: str
     sha256: str = Field(description="of its text and of the texts that it extends")
+    chosen_by: Literal["config.json"] | None = Field(
+        default=None, description="where neither the user nor the base's repo named the model: siblings may fit as well"
+    )
 
 
 class SourceRecord(_Open):

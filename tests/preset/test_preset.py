@@ -313,7 +313,10 @@ def test_choose_with_different_rules_lists_the_candidates(folder: Path, differen
     error = refusal(choose_preset, CONFIG, "nvfp4")
     assert error.code == "preset.ambiguous"
     assert "'XTransformer': a, b" in error.message
-    assert error.hint == "name one: --preset a"
+    assert (
+        error.hint
+        == "config.json does not tell them apart: name one, such as --preset a, or the model with --base-model"
+    )
 
 
 def test_choose_takes_the_one_that_says_most(folder: Path) -> None:

@@ -60,8 +60,12 @@ class Made:
 
     @property
     def named_by_engine(self) -> str | None:
-        """The repo by whose name an engine knows the model: the preset's, which fits; else the base's."""
-        return self.chosen.loaded.preset.base_repo if self.chosen is not None else self.base
+        """The repo by whose name an engine may know the model: the base's, else that of a preset that the user named.
+
+        SGLang takes no notice of a name that it does not know. By a sibling's it would sample as for the sibling.
+        """
+        is_named = self.base is None and self.chosen is not None and self.chosen.is_named
+        return self.chosen.loaded.preset.base_repo if is_named and self.chosen is not None else self.base
 
     @property
     def model(self) -> Preset | None:
@@ -92,7 +96,12 @@ def _title(made: Made, otherwise: str) -> str:
 
 
 def _preset_line(chosen: ChosenPreset | None) -> list[str]:
-    return [f"Built with preset `{chosen.loaded.preset.name}`."] if chosen is not None else []
+    if chosen is None:
+        return []
+    if chosen.also:
+        names = ", ".join(f"`{name}`" for name in (chosen.loaded.preset.name, *chosen.also))
+        return [f"Built with the sets that presets {names} have in common."]
+    return [f"Built with preset `{chosen.loaded.preset.name}`."]
 
 
 def _load_section(made: Made, components: Sequence[str], facts: Sequence[Limit]) -> list[str]:

@@ -94,7 +94,7 @@ class BuildCommand:
         if self._export is None and request.preset == "none":
             raise preset_required()
         if request.preset not in (None, "none"):
-            steps.chosen = ChosenPreset(loaded=load_preset(str(request.preset)), also=[])
+            steps.chosen = ChosenPreset(loaded=load_preset(str(request.preset)), also=[], is_named=True)
             self._take_base(steps.chosen)
         refuse_far(request.executor, self._export, self._base)
         components = resolve_components(self._export, self._base, request.components)
@@ -119,7 +119,8 @@ class BuildCommand:
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
             if request.preset is None:
-                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm)
+                known = request.base_model or base_repo(steps.parts)
+                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
             faults, plans = Faults(), list[BuildPlan]()
@@ -197,6 +198,10 @@ class BuildCommand:
             if chosen is None:
                 hint = "give --output"
                 raise InputError("there is no preset to name the output after", code="output.unnamed", hint=hint)
+            if chosen.also:
+                names = ", ".join([chosen.loaded.preset.name, *chosen.also])
+                message = f"presets {names} fit alike, so there is no one name for the output"
+                raise InputError(message, code="output.unnamed", hint="give --output, or the model with --base-model")
             output = f"{chosen.loaded.preset.name}-{request.algorithm}"
         path = canonical_output(Path(output))
         self.steps.output = str(path)
@@ -415,5 +420,8 @@ def _fused_warning(losses: Mapping[str, Mapping[str, float]], prefix: str) -> li
 
 
 def _chosen(chosen: ChosenPreset) -> list[Warned]:
+    if chosen.is_named:
+        return [("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by the base's repo, which it lists")]
     also = f"; {', '.join(chosen.also)} would give the same" if chosen.also else ""
-    return [("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by config.json{also}")]
+    unknown = ", which does not say whether this is just that model"
+    return [("preset.chosen", f"preset {chosen.loaded.preset.name} was chosen by config.json{unknown}{also}")]

@@ -115,9 +115,14 @@ def _amax_fate(scale: str, plan: BuildPlan) -> str:
 
 
 def _head(made: Made) -> dict[str, Any]:
-    loaded = made.chosen.loaded if made.chosen is not None else None
+    chosen = made.chosen
     return {
-        "preset": loaded and {"name": loaded.preset.name, "sha256": loaded.sha256},
+        "preset": chosen
+        and {
+            "name": chosen.loaded.preset.name,
+            "sha256": chosen.loaded.sha256,
+            **({} if chosen.is_named else {"chosen_by": "config.json"}),
+        },
         "base_repo": made.base_repo,
         **({"base_claimed": made.base_claimed} if made.base_claimed is not None else {}),
     }

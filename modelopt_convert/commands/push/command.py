@@ -356,10 +356,10 @@ def _known_base(local: Publishable) -> str | None:
 
 
 def _known_model(local: Publishable) -> str | None:
-    """The repo by whose name an engine knows the model: that of the preset, if it came with mopt; else the base's."""
+    """The repo by whose name an engine may know the model: the base's, else that of a preset that the user named."""
     preset = local.record.get("preset")
-    name = preset.get("name") if isinstance(preset, dict) else None
-    return load_preset(name).preset.base_repo if name in preset_names() else _known_base(local)
+    name = preset.get("name") if isinstance(preset, dict) and "chosen_by" not in preset else None
+    return _known_base(local) or (load_preset(name).preset.base_repo if name in preset_names() else None)
 
 
 @contextmanager
