@@ -68,7 +68,7 @@ def test_a_reciprocal_global_scale_is_refused(modules: tuple[str, ...], more: li
     """compressed-tensors divides by its global scale; under ModelOpt's name that is no mere layout."""
     right, base = small_pair(tmp_path / "made", SHAPES)
     export = relaid(right, tmp_path / "export", [reciprocal, *more], modules)
-    names = (str(export), f"{len(modules)} of 3 modules", "reciprocal weight_scale_2 (", min(modules))
+    names = (str(export), f"{len(modules)} of 3 modules", "reciprocal weight_scale_2: ", min(modules))
     refused(export, base, tmp_path, code="export.layout", names=names, preset="none")
 
 
@@ -107,7 +107,7 @@ def test_a_layout_that_cannot_be_told_is_refused(ambiguous: bool, tmp_path: Path
 
     export = edit(tmp_path / "made" / "export", tmp_path / "export", requantize)
     if ambiguous:
-        names = (str(export), "1 of 2 modules", "several layouts", "lin first")
+        names = (str(export), "1 of 2 modules", "several layouts", ": lin")
         refused(export, base, tmp_path, code="export.layout", names=names, hint="proven", preset="none")
         return
     refused(export, base, tmp_path, code="check.proof", exit_code=1, names=("1 of 2", "lin (row"), preset="none")
