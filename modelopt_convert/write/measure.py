@@ -44,7 +44,7 @@ def measure(
 
     def measured(name: str, stopped: Event) -> float:
         found = _largest(base, plan.modules[name], advance, stopped, gpu)
-        if scale_of(found) == 0.0:  # ModelOpt's exporter asserts that it is not (``get_scaling_factor``)
+        if scale_of(found) == 0.0:
             info = plan.modules[name].weight
             where = str(base.path / info.file)
             raise InputError(
