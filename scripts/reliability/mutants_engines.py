@@ -203,7 +203,7 @@ ENGINES = (
                 "Wan is divided in F32",
                 '"F32" if class_name in _DIVIDED_IN_F32 else "BF16"',
                 '"BF16"',
-                "every_family_has_modelopts_own_bytes[wan]",
+                "every_family_has_modelopts_own_bytes",
             ),
             (
                 "formats/tensor_bytes.py",

@@ -341,8 +341,11 @@ def test_verify_takes_its_word_or_proves_it_by_max_calibration(exports: Path, bu
     assert {one["rule"] for one in modules} == {BF16_RULE}
     probes = [probe["status"] for one in modules for probe in one["probes"]["reference"].values()]
     assert probes and set(probes) == {"pass"}
-    looked = run_mopt("inspect", built)
+    looked = run_mopt("inspect", built, "--engines")
     assert looked.report is not None and looked.report["lint"] == []
+    sglang, vllm_omni = looked.report["engines"]
+    assert sglang["believes"]["input_scales"] == "dynamic" and sglang["misreads"] == []
+    assert len(vllm_omni["misreads"]) == 1 and "Cannot instantiate Fp8Config" in vllm_omni["misreads"][0]
     verdicts = {one["engine"]: one["verdict"] for one in looked.report["verdicts"]}
     assert verdicts["sglang"] == "right" and verdicts["vllm-omni"] == verdicts["diffusers"] == "refuses"
 
