@@ -30,16 +30,19 @@ def build_nvfp4(request: BuildNvfp4Request, output: "Output") -> None:
 
 
 def convert_fp8(request: ConvertFp8Request, output: "Output") -> None:
-    """Convert a ModelOpt FP8 export into an FP8 transformer repo, sensitive modules in BF16.
+    """Convert a ModelOpt FP8 export, or the base alone, into an FP8 transformer repo, sensitive modules in BF16.
 
     \b
     Examples:
+      mopt convert-fp8 --preset flux1-dev
       mopt convert-fp8 --preset flux1-dev --export out/hf --base FLUX.1-dev
       mopt convert-fp8 --export old/hf --checkpoint old/ckpt/backbone.pt --base FLUX.1-dev
 
-    With --base every weight is proven before anything is written, and modules kept in BF16 are the base's. Without it
-    they are dequantized, and the result is published as not proven. Of a pipeline with two transformers each one that
-    was quantized is converted, into OUT/transformer and OUT/transformer_2. Exit codes: see mopt --help.
+    With --base every weight of an export is proven before anything is written, and modules kept in BF16 are the base's.
+    Without it they are dequantized, and the result is published as not proven. Without --export the base's own weights
+    are quantized by max calibration, inputs dynamic; without --base it is the preset's, on the Hub. Of a pipeline with
+    two transformers each one that was quantized is converted, into OUT/transformer and OUT/transformer_2. Exit codes:
+    see mopt --help.
     """
     _run(request, output)
 

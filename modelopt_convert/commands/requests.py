@@ -209,6 +209,8 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
 
     def check(self) -> None:
         """Refuse what cannot be meant together."""
+        if self.base is None and self.needs_base and self.preset in (None, "none"):
+            self.refuse("base", "is required, unless a preset is named that names the base")
         if self.preset == "none" and self.output is None:
             self.refuse("output", "is required with --preset none")
         if self.output is not None and is_far(self.output):
@@ -222,6 +224,11 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
             self.refuse("to", f"{self.to} is for the transformer alone, on disk; leave {other} out")
         if self.to == "modelopt" and self.inexact != "refuse":
             self.refuse("inexact", "is for --to another dialect")
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether nothing can be built without the base."""
+        return self.export is None
 
     @property
     def shard_bytes(self) -> int:
@@ -263,10 +270,13 @@ class BuildNvfp4Request(BuildRequest):
         Device, Flag("Where the base is quantized, to be written or compared; both give the same bytes.")
     ] = "cpu"
 
+    @property
+    def needs_base(self) -> bool:
+        """Modules that stay in BF16 are the base's: an export has them quantized."""
+        return True
+
     def check(self) -> None:
         """Refuse what cannot be meant together."""
-        if self.base is None and self.preset in (None, "none"):
-            self.refuse("base", "is required, unless a preset is named that names the base")
         if self.device == "cuda" and self.executor == "ray":
             self.refuse("device", "cuda is for --executor threads")
         BuildRequest.check(self)
@@ -274,16 +284,23 @@ class BuildNvfp4Request(BuildRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertFp8Request(BuildRequest):
-    """Convert a ModelOpt FP8 export into an FP8 transformer repo, sensitive modules in BF16."""
+    """Convert a ModelOpt FP8 export, or the base alone, into an FP8 transformer repo, sensitive modules in BF16."""
 
     command: ClassVar[str] = "convert-fp8"
     algorithm: ClassVar[Algorithm] = "fp8"
     inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config", "checkpoint")
     export: Annotated[
         Place | None,
-        Flag("ModelOpt FP8 export: its transformer or pipeline folder, or one .safetensors file.", metavar="EXPORT"),
+        Flag("ModelOpt FP8 export, or one .safetensors file; without it the base is quantized.", metavar="EXPORT"),
     ] = None
-    base: Annotated[Place | None, Flag("The unquantized base; without it nothing is proven.", metavar="BASE")] = None
+    base: Annotated[
+        Place | None,
+        Flag(
+            "The unquantized base; without it an export is not proven, and without an export it is the preset's on the "
+            "Hub.",
+            metavar="BASE",
+        ),
+    ] = None
     checkpoint: Annotated[
         Place | None,
         Flag(
@@ -297,9 +314,9 @@ class ConvertFp8Request(BuildRequest):
 
     def check(self) -> None:
         """Refuse what cannot be meant together."""
-        if self.export is None:
-            self.refuse("export", "is required: the folder of a ModelOpt FP8 export")
-        if self.pipeline_output and self.base is None:
+        if self.export is None and self.checkpoint is not None:
+            self.refuse("checkpoint", "is for --export: without one the base is quantized, by its own values")
+        if self.pipeline_output and self.base is None and not self.needs_base:
             self.refuse("pipeline_output", "needs --base, whose other components are copied")
         BuildRequest.check(self)
 

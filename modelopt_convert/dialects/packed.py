@@ -6,7 +6,7 @@ in every checkpoint that mopt reads today.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -157,12 +157,6 @@ def format_of(tensors: Mapping[str, TensorInfo]) -> Format:
     return next((one for one in FORMATS.values() if one.packed_dtype in dtypes), [*FORMATS.values()][-1])
 
 
-def declares_dynamic_inputs(config: Mapping[str, object]) -> bool:
-    """Whether a config.json says that input scales are taken from the activations."""
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("dynamic_input_scale") is True
-
-
 def is_layout_marker(name: str) -> bool:
     """Whether a tensor is ComfyUI's per-module marker, by which loaders guess the layout."""
     return name.endswith(".comfy_quant")
@@ -171,6 +165,21 @@ def is_layout_marker(name: str) -> bool:
 def is_quantizer_state(name: str) -> bool:
     """Whether a tensor is calibration state that ModelOpt leaks into exports (``q_bmm_quantizer._amax``)."""
     return "_quantizer." in name
+
+
+def check_calibrated(found: dict[str, PackedModule], evidence: Evidence, path: str) -> None:
+    """Give a fault to modules that have an input scale where others have none."""
+    calibrated = [module for module in found.values() if "input_scale" in module.scales]
+    if not evidence.dynamic_inputs or not 0 < len(calibrated) < len(found):
+        return
+    fault = InputError(
+        f"{path}: {len(calibrated)} of {len(found)} modules have an input_scale, though config.json declares "
+        "dynamic_input_scale",
+        code="export.mixed_input_scale",
+        path=path,
+        hint="all modules must have one, or none; export or build again",
+    )
+    found |= {module.name: replace(module, fault=fault) for module in calibrated}
 
 
 def missing_scale(module: str, role: str, expected: str, where: str) -> InputError:

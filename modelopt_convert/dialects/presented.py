@@ -24,7 +24,7 @@ from modelopt_convert.dialects.targets import form_of
 from modelopt_convert.families.table import Found, left_out, recognise
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, is_modelopts
 from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.run.errors import InputError
 
@@ -116,7 +116,7 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     is_native = found is not None and (found.spelling != "diffusers" or bool(found.prefix))
     said = reader.config.get(_QUANTIZATION)
     # With ModelOpt's config beside diffusers' names builds find out the layout by the base.
-    is_modelopt = not is_native and isinstance(said, dict) and said.get("quant_method") == "modelopt"
+    is_modelopt = not is_native and isinstance(said, dict) and is_modelopts(said)
     # Weights that nothing in the file labels are for builds and proofs to judge, where they or a config can: an engine
     # would not know them either.
     is_unlabelled = dialect is FP8_UNLABELLED and (bool(said) or not is_native)

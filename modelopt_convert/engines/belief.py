@@ -17,8 +17,8 @@ class Belief:
         layout: How the engine reads codes and scales.
         group_size: Columns per scale.
         modules: Modules that the engine takes for packed.
-        input_scales: ``stored``: the checkpoint's; where one is missing, whatever is declared, ``ones``: it is 1.0, or
-            ``unset``: it is what lay in memory.
+        input_scales: ``stored``: the checkpoint's; where one is missing, ``dynamic``: the inputs at hand give it; or,
+            whatever is declared, ``ones``: it is 1.0, or ``unset``: it is what lay in memory.
         because: What each belief rests on.
         refuses: Why the engine will not load the checkpoint at all, or None.
         fused: Packed modules that the engine holds as one, of which the largest global scale counts for all.
@@ -31,7 +31,7 @@ class Belief:
     layout: Layout
     group_size: int | None
     modules: frozenset[str]
-    input_scales: Literal["stored", "ones", "unset"]
+    input_scales: Literal["stored", "dynamic", "ones", "unset"]
     because: tuple[str, ...]
     refuses: str | None
     fused: tuple[tuple[str, ...], ...] = ()

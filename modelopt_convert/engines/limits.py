@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelopt_convert.formats.format import Algorithm
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
 
 EngineName = Literal["sglang", "vllm-omni", "tensorrt-llm", "diffusers", "comfyui"]
 DEFAULT: EngineName = "sglang"
@@ -30,7 +30,9 @@ class Limit:
         figure: What is off, and by how much.
         having: A key of config.json that must have a value, or none.
         unequal: Whether it holds only where parts of a fused module have global scales of their own, as in exports.
+        dynamic: Whether it holds only where no module has an input scale and config.json says so.
         shown: Whether the engine's loader was run, or its code read.
+        source: Where in the code.
     """
 
     engine: EngineName
@@ -43,11 +45,18 @@ class Limit:
     figure: str = ""
     having: str | None = None
     unequal: bool = False
+    dynamic: bool = False
+    source: str = ""
 
     @property
     def name(self) -> str:
         """Engine and version."""
         return f"{self.engine}@{self.version}"
+
+    @property
+    def nearness(self) -> int:
+        """Of several facts of one engine those that say most of the checkpoint count."""
+        return 2 if self.dynamic else int(self.class_name != "*")
 
     @property
     def is_broken(self) -> bool:
@@ -88,6 +97,7 @@ def limits(config: Mapping[str, Any], algorithm: Algorithm) -> tuple[Limit, ...]
         if one.class_name in ("*", config.get("_class_name"))
         and algorithm in one.formats
         and (one.having is None or config.get(one.having) is not None)
+        and (not one.dynamic or declares_dynamic_inputs(config))
     ]
-    of_class = {one.engine for one in found if one.class_name != "*"}
-    return tuple(one for one in found if one.class_name != "*" or one.engine not in of_class)
+    nearest = {one.engine: one.nearness for one in sorted(found, key=lambda one: one.nearness)}
+    return tuple(one for one in found if one.nearness == nearest[one.engine])

@@ -34,6 +34,19 @@ DYNAMIC_INPUTS = (
     "0.1 lose precision, those above 2688 are clipped"
 )
 
+# ``load_model_from_full_model_state_dict`` in ``runtime/loader/fsdp_load.py``; ``ModelOptFp8LinearMethod`` is static.
+ONES = (
+    f"{VERSION} takes 1.0 for every input_scale that is missing under quant_method modelopt: inputs above 448 are "
+    "clipped, those below 0.016 lose precision"
+)
+
+
+def dynamic_words(config: Mapping[str, Any]) -> str | None:
+    """What SGLang 0.5.23 makes of ``dynamic_input_scale``, where it does not scale the inputs as they come."""
+    if _is_another(config):
+        return ONES if (quant_keys(config) or {}).get("quant_method") == "modelopt" else None
+    return DYNAMIC_INPUTS
+
 
 def believe(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
@@ -94,8 +107,9 @@ _NAMELESS = frozenset({"LTX2VideoTransformer3DModel"})
 def believe_fp8(names: Mapping[str, Collection[str]], config: Mapping[str, Any], path: str) -> Belief:
     """What SGLang 0.5.23 believes of an FP8 checkpoint: of names and config.json alone.
 
-    ``ModelOptQuantConfig.is_layer_excluded`` in ``modelopt_quant.py`` decides by a module's name; every other Linear to
-    which the class hands the quantization is FP8, and what is stored for it is cast.
+    ``ModelOptQuantConfig.is_layer_excluded`` in ``modelopt_quant.py`` decides by a module's name; under the method
+    ``fp8`` ``is_layer_skipped`` in ``srt/layers/quantization/utils.py`` does, by any segments in a row. Every other
+    Linear to which the class hands the quantization is FP8, and what is stored for it is cast.
 
     Args:
         names: The Linears to which the class hands the quantization, by disk name: SGLang's names of each.
@@ -107,17 +121,24 @@ def believe_fp8(names: Mapping[str, Collection[str]], config: Mapping[str, Any],
     """
     spelled = {spelling for spellings in names.values() for spelling in spellings}
     found = config.get("quantization_config")
-    entries = found.get("ignore") if isinstance(found, dict) else None
+    keys = found if isinstance(found, dict) else {}
+    key = "ignored_layers" if keys.get("quant_method") == "fp8" else "ignore"
     nameless = config.get("_class_name") in _NAMELESS
-    left = set() if nameless else ignored(entries, spelled, path=path)
-    reason = "`ignore` fits no Linear of this class: they have no names" if nameless else "`ignore` of config.json"
+    left: set[str] = set()
+    if not nameless and key == "ignore":
+        left = ignored(keys.get(key), spelled, path=path)
+    elif not nameless:
+        layers = [f".{entry}." for entry in keys.get(key) or () if isinstance(entry, str)]
+        left = {spelling for spelling in spelled if any(layer in f".{spelling}." for layer in layers)}
+    reason = f"`{key}` fits no Linear of this class: they have no names" if nameless else f"`{key}` of config.json"
+    is_declared = keys.get("dynamic_input_scale") is True
     return Belief(
         engine=VERSION,
         quantized=True,
         layout=CANONICAL,
         group_size=None,
         modules=frozenset(name for name, spellings in names.items() if not left.intersection(spellings)),
-        input_scales="stored",
+        input_scales="stored" if not is_declared else "dynamic" if key == "ignored_layers" else "ones",
         because=(reason,),
         refuses=_refusal(config),
     )

@@ -129,11 +129,18 @@ def believe(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], path: 
         modules=packed,
         input_scales="stored" if all(f"{name}.input_scale" in tensors for name in packed) else "unset",
         because=(f"diffusion/models/{made.where}, and `ignore` of config.json",) if made else (),
-        refuses=None if made else f"{VERSION} has no class {config.get('_class_name')}",
+        refuses=_refusal(keys) if made else f"{VERSION} has no class {config.get('_class_name')}",
         fused=tuple(tuple(members) for members in taken.values() if len(members) > 1),
         unset=frozenset(name for name in packed if made and any(old in f"{name}." for old, _ in made.renamed)),
         decodes=not nvfp4,
     )
+
+
+def _refusal(keys: Mapping[str, Any]) -> str | None:
+    """``_build_single`` in ``quantization/factory.py`` hands all keys beside the method ``fp8`` to ``Fp8Config``."""
+    if keys.get("quant_method") != "fp8":
+        return None
+    return f"{VERSION} raises TypeError: Cannot instantiate Fp8Config, for quant_method fp8 with keys of ModelOpt"
 
 
 def _named(made: _Class | None, name: str) -> str:

@@ -52,8 +52,13 @@ def nvfp4_scale_of(amax: float) -> float:
 
 
 def fp8_scale_of(amax: float) -> float:
-    """FP8 scale of weights by their largest magnitude, as ModelOpt's max calibration: ``amax / 448`` in float32."""
-    return float(torch.tensor(amax, dtype=torch.float32) / E4M3_MAX)
+    """FP8 scale of weights by their largest magnitude, as ModelOpt's max calibration: ``amax / 448`` in float32.
+
+    As ``TensorQuantizer.export_amax`` of ModelOpt 0.47 has it, weights of zeros have the scale 1, and an amax is no
+    subnormal.
+    """
+    largest = max(amax, torch.finfo(torch.float32).tiny) if amax else E4M3_MAX
+    return float(torch.tensor(largest, dtype=torch.float32) / E4M3_MAX)
 
 
 def squared_error(wanted: bytes, found: bytes) -> tuple[float, float]:

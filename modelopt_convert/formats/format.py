@@ -21,6 +21,7 @@ class Format:
         words: What the format is, for the model card.
         stored: How the format's tensors lie, for the model card.
         declared: Keys of ``quantization_config`` that say how the tensors are to be read.
+        dynamic: Keys that a checkpoint without input scales has, with the method by which engines scale the inputs.
         block_size: Columns per block scale; None without block scales.
         tensor_scale: Role of the scale of the whole weight.
         scales: Roles of all scales of a calibrated module.
@@ -38,6 +39,7 @@ class Format:
     words: str
     stored: str
     declared: Mapping[str, Any]
+    dynamic: Mapping[str, Any]
     block_size: int | None
     tensor_scale: str
     scales: tuple[str, ...]

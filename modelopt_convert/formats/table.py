@@ -18,3 +18,19 @@ def _found() -> dict[Algorithm, Format]:
 
 
 FORMATS: Mapping[Algorithm, Format] = _found()
+
+
+def declares_dynamic_inputs(config: Mapping[str, object]) -> bool:
+    """Whether a config.json says that input scales are taken from the activations."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("dynamic_input_scale") is True
+
+
+def is_modelopts(keys: Mapping[str, object]) -> bool:
+    """Whether a ``quantization_config`` is of ModelOpt's dialect: by its method, or by all that says dynamic inputs."""
+    method = keys.get("quant_method")
+    return method == "modelopt" or any(
+        keys.get("quant_algo") == one.quant_algo
+        and all(key in keys and keys[key] == value for key, value in one.dynamic.items())
+        for one in FORMATS.values()
+    )

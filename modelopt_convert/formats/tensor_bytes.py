@@ -126,14 +126,24 @@ def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
     return raw
 
 
-def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[memoryview, Clipped]:
+def quantize_chunk(
+    raw: bytes | memoryview, source: str, scale: float, quotient: str | None = None
+) -> tuple[memoryview, Clipped]:
     """E4M3 codes of consecutive elements under the scale of the whole weight, and how much was clipped.
 
+    Args:
+        raw: Elements of ``source``.
+        source: safetensors dtype name.
+        scale: The weight's scale.
+        quotient: Round to BF16 first, as ModelOpt's recipe loads a weight, and divide in this dtype; None to divide in
+            ``source``.
+
     Raises:
-        ValueError: The weight holds NaN or infinity.
+        ValueError: The weight holds NaN or infinity, or rounds to infinity.
     """
     weight, divisor = from_bytes(raw, source, (-1,)), torch.tensor(scale, dtype=torch.float32)
-    if source != "BF16":
+    weight = weight if quotient is None else weight.to(torch.bfloat16)
+    if weight.dtype != torch.bfloat16:
         if not bool(weight.isfinite().all()):
             raise ValueError(_NOT_FINITE)
         return to_bytes(quantize_fp8(weight, divisor)), clipped(weight, divisor)
@@ -142,7 +152,9 @@ def quantize_chunk(raw: bytes | memoryview, source: str, scale: float) -> tuple[
     if not bool(largest.isfinite()):
         raise ValueError(_NOT_FINITE)
     # BF16 has 65,536 values: the code of each is computed once, and then looked up.
-    codes = bf16_codes(scale).index_select(0, bits.to(torch.int32).bitwise_and_(0xFFFF))
+    codes = bf16_codes(scale, TORCH_DTYPES[quotient or "BF16"]).index_select(
+        0, bits.to(torch.int32).bitwise_and_(0xFFFF)
+    )
     beyond = clipped(largest, divisor)  # nearly always nothing is beyond: count only where something is
     return to_bytes(codes), clipped(weight, divisor) if beyond.count else beyond
 

@@ -14,7 +14,7 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.comfyui import COMFYUI, COMFYUI_HEADER, COMFYUI_MXFP8
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.modelopt.dialect import MODELOPT, MODELOPT_FP8, MODELOPT_OTHER
-from modelopt_convert.dialects.packed import Evidence, PackedModule, declares_dynamic_inputs, find_packed
+from modelopt_convert.dialects.packed import Evidence, PackedModule, find_packed
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.engines.belief import Belief
 from modelopt_convert.engines.limits import DEFAULT, declared, limits
@@ -22,7 +22,7 @@ from modelopt_convert.engines.sglang import believe, misread
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.layout import BASES, Basis, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
 from modelopt_convert.inspection.engines import engine_reports
 from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults, transformed_faults
 from modelopt_convert.report.inspect import (

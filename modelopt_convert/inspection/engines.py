@@ -8,6 +8,7 @@ from modelopt_convert.engines.belief import Belief, mistaken
 from modelopt_convert.engines.limits import declared
 from modelopt_convert.engines.sglang import GUESSED, believe_fp8, misread
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.table import is_modelopts
 from modelopt_convert.plan.ignore import spellings
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import preset_of_class
@@ -28,7 +29,7 @@ def beliefs(reader: CheckpointReader) -> Iterator[Belief]:
     """
     config, path = reader.config, str(reader.path / "config.json")
     algorithm = declared(config)
-    if algorithm is None or config["quantization_config"].get("quant_method") != "modelopt":
+    if algorithm is None or not is_modelopts(config["quantization_config"]):
         return
     if algorithm not in GUESSED:
         preset, linears = preset_of_class(config), linears_of(reader)

@@ -153,7 +153,7 @@ def _by_reading(reading: Reading) -> Iterator[_Finding]:
 
 def _by_limit(one: Limit) -> _Finding:
     figure = f" ({one.figure})" if one.figure else ""
-    source = "docs/engines.json" if one.shown == "run" else "engines/limits.toml"
+    source = one.source or ("docs/engines.json" if one.shown == "run" else "engines/limits.toml")
     return _Finding(word=_GRADES[one.grade], how=f"{one.what}{figure}", source=source, shown=one.shown)
 
 

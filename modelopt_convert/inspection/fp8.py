@@ -6,8 +6,9 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import SCALE_SHAPES, PackedModule
 from modelopt_convert.formats.fp8.format import FORMAT
+from modelopt_convert.formats.table import declares_dynamic_inputs
 from modelopt_convert.inspection.component import FormatInspection, Seen, Subject, module_layout
-from modelopt_convert.inspection.lint import odd_input_faults, unusable
+from modelopt_convert.inspection.lint import input_scale_faults, odd_input_faults, unusable
 from modelopt_convert.report.inspect import LintReport, ModuleLayout
 
 _E8M0 = ("U8", "F8_E8M0")
@@ -23,6 +24,7 @@ class _Fp8Inspection:
             for name, shape in coded.items()
         }
         faults = [fault for name in coded if name not in blocks for fault in _faults(subject.reader, name)]
+        faults += input_scale_faults(subject.reader, found)
         return Seen(modules, {}, [*faults, *odd_input_faults(subject.reader, found, FORMAT.tensor_scale)])
 
 
@@ -46,6 +48,8 @@ def _faults(reader: CheckpointReader, module: str) -> Iterator[LintReport]:
     """Missing or unusable scales."""
     for role in FORMAT.scales:
         scale = reader.tensors.get(f"{module}.{role}")
+        if scale is None and role == "input_scale" and declares_dynamic_inputs(reader.config):
+            continue
         if scale is None:
             yield LintReport(code=f"{role}.missing", message=f"FP8 without {role}", module=module)
         elif scale.dtype != "F32" or scale.shape not in SCALE_SHAPES:

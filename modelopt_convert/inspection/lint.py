@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule, declares_dynamic_inputs
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, FLAT_METADATA_KEYS
+from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule
+from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, dynamic_words
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs, is_modelopts
 from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.keeps import siblings
 from modelopt_convert.preset.patterns import ignored
@@ -100,10 +100,10 @@ def input_scale_faults(reader: CheckpointReader, modules: Modules) -> Iterator[L
         return
     calibrated = [name for name, one in modules.items() if "input_scale" in one.scales]
     if 0 < len(calibrated) < len(modules):
-        message = "has an input_scale, though config.json declares dynamic_input_scale, as others need it"
-        yield from (LintReport(code="input_scale.mixed", message=message, module=name) for name in calibrated)
-    elif modules and not calibrated:
-        yield LintReport(code="input_scale.dynamic", message=DYNAMIC_INPUTS, module=None)
+        mixed = "has an input_scale, though config.json declares dynamic_input_scale, as others need it"
+        yield from (LintReport(code="input_scale.mixed", message=mixed, module=name) for name in calibrated)
+    elif modules and not calibrated and (message := dynamic_words(reader.config)) is not None:
+        yield LintReport(code="input_scale.dynamic", message=message, module=None)
 
 
 def block_scale_faults(name: str, odd: OddScales) -> Iterator[LintReport]:
@@ -170,7 +170,7 @@ def config_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRe
     """``ignore`` against tensors both ways, and a flat config where ComfyUI expects layers."""
     found = reader.config.get("quantization_config")
     keys = found if isinstance(found, dict) else {}
-    if keys.get("quant_method") == "modelopt":
+    if is_modelopts(keys):
         weights = {module_of(name): info for name, info in reader.tensors.items() if name.endswith(".weight")}
         linears = [name for name, one in weights.items() if len(one.shape) == 2 and one.dtype in HALF_AND_FLOAT]
         coded = [*modules, *(name for name, one in weights.items() if one.dtype == "F8_E4M3")]

@@ -1,10 +1,10 @@
-"""Plan ``build-nvfp4`` without an export: the base itself is quantized. Pure: opens no file, imports no torch.
+"""Plan a build without an export: the base itself is quantized. Pure: opens no file, imports no torch.
 
 What is quantized is every weight of two dimensions that the preset does not keep. Headers cannot tell an embedding from
 a Linear, so there has to be a preset, which knows the model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
@@ -13,7 +13,7 @@ from modelopt_convert.dialects.modelopt.dialect import output_config
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format, entry
-from modelopt_convert.plan.ignore import ignore_list, merged_modules
+from modelopt_convert.plan.ignore import ignore_list, ignored_layers, merged_modules, not_left
 from modelopt_convert.plan.inputs import check_merged, check_preset, check_unquantized
 from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, siblings
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
@@ -26,13 +26,17 @@ class BaseFormat(Protocol):
     """What is made of a base that is quantized here: the entry of a format in this room.
 
     Attributes:
-        declared: Keys of ``quantization_config`` beside ``ignore`` and what the format declares.
+        declared: Keys of ``quantization_config`` beside ``ignore``, ``ignored_layers`` and what the format declares.
+        shares: Whether ModelOpt's exporter gives one tensor scale to what has one input.
+        by_layers: Whether engines read ``ignored_layers`` in place of ``ignore`` where there are no input scales.
     """
 
     declared: Mapping[str, Any]
+    shares: bool
+    by_layers: bool
 
-    def steps(self, module: PackedModule, *, is_merged: bool) -> Iterator[Step]:
-        """The tensors of one module; ``is_merged`` where the runtime makes one module of several."""
+    def steps(self, module: PackedModule, class_name: object, *, is_merged: bool) -> Iterator[Step]:
+        """The tensors of one module of a class; ``is_merged`` where the runtime makes one module of several."""
 
     def fault(self, base: Source, info: TensorInfo) -> InputError | None:
         """Why a weight cannot be quantized, or None."""
@@ -87,7 +91,7 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         fp32 = keep_fp32(preset, matcher, base)
     shared: tuple[tuple[str, ...], ...] = ()
     with faults.taken():
-        shared = _shared_groups(preset, packed)
+        shared = _shared_groups(preset, packed) if quantizer.shares else ()
     faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(
@@ -102,7 +106,8 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
     for name, info in base.tensors.items():
         if name == f"{module_of(name)}.weight" and module_of(name) in packed:
             module = packed[module_of(name)]
-            found |= {step.output.name: step for step in quantizer.steps(module, is_merged=module.name in merged)}
+            made = quantizer.steps(module, base.config.get("_class_name"), is_merged=module.name in merged)
+            found |= {step.output.name: step for step in made}
             fates[name] = "quantized" + ("" if info.dtype == "BF16" else f": {info.dtype} rounded to BF16 first")
         else:
             dtype = plain_dtype(info, fp32)
@@ -111,11 +116,17 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
             fates[name] = f"used: cast {info.dtype} to {dtype}" if cast else "used"
     steps = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
     ignore = ignore_list(steps, target, packed, preset, base.config)
+    keys, warnings = dict(quantizer.declared), []
+    if quantizer.by_layers:
+        keys["ignored_layers"] = ignored_layers(ignore, packed, preset, base.config)
+        rules = preset.rules(target.algorithm)
+        loose = [name for name, pattern in replaced.items() if pattern not in rules.structural]
+        warnings = list(_taken_for_packed(not_left(loose, keys["ignored_layers"], preset, base.config)))
     return BuildPlan(
         format=target,
         steps=steps,
         shards=split_into_shards([step.output for step in steps.values()], max_shard_size),
-        config=output_config(base.config, quantizer.declared, ignore, target),
+        config=output_config(base.config, keys, ignore, target),
         modules=modules,
         replaced=replaced,
         fused=fused,
@@ -124,6 +135,7 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         dequantized=(),
         must_equal=(),
         may_differ=(),
+        warnings=tuple(warnings),
         shared=shared,
     )
 
@@ -136,6 +148,16 @@ def _linears(base: Source, quantizer: "BaseFormat") -> Iterator[PackedModule]:
         rows, columns = info.shape
         bias = base.tensors.get(f"{module_of(name)}.bias")
         yield PackedModule(module_of(name), rows, columns, info, {}, bias, quantizer.fault(base, info))
+
+
+def _taken_for_packed(modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What a user should know of modules that no entry of ``ignored_layers`` can name."""
+    if modules:
+        yield (
+            "engine.shared_name",
+            f"SGLang casts {len(modules)} modules kept in BF16 to FP8 ({min(modules)} first): it finds a module by any "
+            "part of its name, and quantized ones have that part too",
+        )
 
 
 def _shared_groups(preset: Preset, packed: Mapping[str, PackedModule]) -> tuple[tuple[str, ...], ...]:

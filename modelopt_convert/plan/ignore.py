@@ -79,6 +79,44 @@ def ignore_list(
     return sorted({*names, *whole}, key=natural_key)
 
 
+def ignored_layers(
+    ignore: Iterable[str], packed: Collection[str], preset: Preset | None, config: Mapping[str, Any]
+) -> list[str]:
+    """What SGLang's method ``fp8`` reads in place of ``ignore``: names, and no patterns.
+
+    ``_module_path_match`` of SGLang 0.5.23 (srt/layers/quantization/utils.py) takes an entry for every module whose
+    name has it as whole segments in a row. So an entry that a quantized module's name has, too, is left out.
+
+    Args:
+        ignore: By ``ignore_list``.
+        packed: The quantized modules.
+        preset: The model's.
+        config: Its config.json.
+    """
+    taken = {part for module in packed for spelling in spellings(module, preset, config) for part in _parts(spelling)}
+    names = {entry.removesuffix("*") for entry in ignore if not entry.endswith(".*")}
+    return sorted(names - taken, key=natural_key)
+
+
+def not_left(
+    modules: Iterable[str], layers: Iterable[str], preset: Preset | None, config: Mapping[str, Any]
+) -> list[str]:
+    """Modules that no entry of ``ignored_layers`` leaves unquantized, under whichever of their names."""
+    listed = set(layers)
+    return [
+        module
+        for module in modules
+        if all(listed.isdisjoint(_parts(spelling)) for spelling in spellings(module, preset, config))
+    ]
+
+
+def _parts(name: str) -> set[str]:
+    """All runs of a name's segments."""
+    segments = name.split(".")
+    ends = range(1, len(segments) + 1)
+    return {".".join(segments[start:end]) for end in ends for start in range(end)}
+
+
 def _whole_blocks(ignored: Iterable[str], taken: Sequence[str]) -> list[str]:
     """A pattern for each block of which every module is ignored; ``taken`` are the quantized ones, in order."""
     blocks = {found[1] for entry in ignored if (found := _BLOCK.match(entry))}

@@ -14,7 +14,6 @@ from modelopt_convert.run.errors import InputError
 
 # As ModelOpt 0.47's convert_hf_config.py has them, but for the inputs: these are scaled by the engine.
 _DECLARED: Mapping[str, Any] = {
-    "quant_method": "modelopt",
     "quant_algo": FORMAT.quant_algo,
     "config_groups": {
         "group_0": {
@@ -24,7 +23,7 @@ _DECLARED: Mapping[str, Any] = {
         }
     },
     "producer": {"name": "mopt", "version": __version__},
-    "dynamic_input_scale": True,
+    **FORMAT.dynamic,
 }
 _STEPS: Mapping[str, tuple[str, Op]] = {
     "weight": (FORMAT.packed_dtype, "quantize_nvfp4"),
@@ -35,8 +34,10 @@ _STEPS: Mapping[str, tuple[str, Op]] = {
 
 class _Nvfp4OfBase:
     declared = _DECLARED
+    shares = True
+    by_layers = False
 
-    def steps(self, module: PackedModule, *, is_merged: bool) -> Iterator[Step]:
+    def steps(self, module: PackedModule, class_name: object, *, is_merged: bool) -> Iterator[Step]:
         for role, (dtype, op) in _STEPS.items():
             shape = module_format(FORMAT).shape(module, role, is_merged=is_merged)
             yield Step(TensorSpec(f"{module.name}.{role}", dtype, shape), "base", op)

@@ -63,6 +63,8 @@ class Step:
             a weight and its E4M3 codes; ``quantize_nvfp4`` makes E2M1 codes of a weight, and ``block_scales`` are those
             that come with them; ``write_scale`` writes ``value``.
         value: The scale of the weight, where it does not lie beside it.
+        quotient: FP8 of a base: the weight is rounded to BF16, as it is loaded for ModelOpt, and divided in this dtype;
+            without it, in the dtype that it is stored in.
         layout: How the input lies, for ``repack`` and ``reorder_scales``.
     """
 
@@ -70,6 +72,7 @@ class Step:
     origin: Origin
     op: Op
     value: float | None = None
+    quotient: Literal["BF16", "F32"] | None = None
     layout: Layout = CANONICAL
 
     def laid(self, stored: tuple[int, ...], layout: Layout) -> "Step":
@@ -197,11 +200,11 @@ class BuildPlan:
         """The plan once the base was measured.
 
         Args:
-            scales: ``weight_scale_2`` of every packed module.
+            scales: The tensor scale of every packed module.
         """
         steps = dict(self.steps)
         for module, scale in scales.items():
-            for role in ("weight", "weight_scale_2"):
+            for role in ("weight", self.format.tensor_scale):
                 steps[f"{module}.{role}"] = replace(steps[f"{module}.{role}"], value=scale)
         return replace(self, steps=steps)
 

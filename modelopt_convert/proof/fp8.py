@@ -14,6 +14,7 @@ from torch import Tensor
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.arithmetic import fp8_scale_of
 from modelopt_convert.formats.dtypes import E4M3_MAX
 from modelopt_convert.formats.fp8.codes import Clipped, clipped, dequantize_fp8, quantize_fp8
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
@@ -231,7 +232,7 @@ class _Fp8Proof:
         return found["weight_scale"]
 
     def scale_of(self, amax: float) -> float:
-        return float(torch.tensor(amax, dtype=torch.float32) / E4M3_MAX)
+        return fp8_scale_of(amax)
 
     def look(self, export: CheckpointReader, base: CheckpointReader, due: Due) -> Judgement:
         rows = sample_rows(due.module.rows, SAMPLED_ROWS)

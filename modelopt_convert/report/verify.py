@@ -79,6 +79,9 @@ class ModuleVerify(_Model):
     status: LevelStatus = Field(default="pass", description="the worst of what was found")
     verdict: str | None = Field(default=None, description="docs/proven.md lists them; null without a base")
     compared: Literal["all", "sampled rows"] | None = Field(default=None, description="null where nothing was compared")
+    rule: str | None = Field(
+        default=None, description="how ModelOpt made the codes of the base, where all are explained"
+    )
     first: str | None = Field(default=None, description="where the first byte that differs lies")
     relative_error: float | None = Field(default=None, description="of the decoded weight against the base's")
     gain: float | None = Field(default=None, description="<decoded, base> / <base, base>; 1 is right")

@@ -9,13 +9,12 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import (
     Evidence,
     PackedModule,
-    declares_dynamic_inputs,
     find_packed,
     format_of,
 )
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.layout import CANONICAL, Layout, declared_layout
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
 from modelopt_convert.run.errors import InconclusiveError, InputError
 from modelopt_convert.verification.gemm.operands import Weight, operand_format
 

@@ -1,17 +1,15 @@
-"""Measure a base before it is quantized: the global scale of every weight, and whether it has one."""
+"""Measure a base before it is quantized: the tensor scale of every weight, and whether it has one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from threading import Event
 from typing import TYPE_CHECKING
 
-import torch
-
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
-from modelopt_convert.formats.nvfp4.codes import shared_global_scale
 from modelopt_convert.formats.tensor_bytes import largest_of_chunk
 from modelopt_convert.plan.plan import BuildPlan
+from modelopt_convert.proof.judgement import format_proof
 from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import all_in_order, until
 
@@ -24,7 +22,7 @@ _MEASURED_BYTES = 1 << 20  # stays in a core's cache; a multiple of every dtype'
 def measure(
     base: CheckpointReader, plan: BuildPlan, workers: int, advance: Callable[[int], None], gpu: "Gpu | None" = None
 ) -> dict[str, float]:
-    """Global scales by max calibration: ``amax / (6 * 448)`` of each weight, or of the group that shares one.
+    """Tensor scales by max calibration, by the largest magnitude of each weight, or of the group that shares one.
 
     Args:
         base: Read whole, in pieces.
@@ -34,7 +32,7 @@ def measure(
         gpu: Where it is done; on the CPU unless given.
 
     Returns:
-        ``weight_scale_2`` of every packed module; a float holds a float32 exactly.
+        The tensor scale of every packed module; a float holds a float32 exactly.
 
     Raises:
         InputError: ``base.not_finite`` or ``base.all_zero``.
@@ -42,8 +40,20 @@ def measure(
     """
     base.prefetch((plan.modules[name].weight.name, 0, plan.modules[name].weight.num_bytes) for name in plan.packed)
 
+    scale_of = format_proof(plan.format.algorithm).scale_of
+
     def measured(name: str, stopped: Event) -> float:
-        return _largest(base, plan.modules[name], advance, stopped, gpu)
+        found = _largest(base, plan.modules[name], advance, stopped, gpu)
+        if scale_of(found) == 0.0:
+            info = plan.modules[name].weight
+            where = str(base.path / info.file)
+            raise InputError(
+                f"{where}: tensor {info.name!r}: expected values to scale, found none above {found}",
+                code="base.all_zero",
+                path=where,
+                hint=f"the base is damaged or not trained; download it again, or --keep-bf16 '{name}'",
+            )
+        return found
 
     largest, faults = dict[str, float](), Faults()
     for name, found in zip(plan.packed, all_in_order(plan.packed, measured, workers), strict=True):
@@ -53,7 +63,7 @@ def measure(
             largest[name] = found
     faults.refuse()
     groups = {module: group for group in plan.shared for module in group}
-    return {name: _scale([largest[one] for one in groups.get(name, (name,))]) for name in largest}
+    return {name: scale_of(max(largest[one] for one in groups.get(name, (name,)))) for name in largest}
 
 
 def measured_bytes(base: CheckpointReader, plan: BuildPlan) -> int:
@@ -65,10 +75,6 @@ def differing_groups(plan: BuildPlan, scales: Mapping[str, float]) -> dict[str, 
     """Groups that the runtime may fuse whose scales differ, with the largest ratio."""
     values = {", ".join(group): [scales[name] for name in group] for group in plan.fused}
     return {group: max(found) / min(found) for group, found in values.items() if len(set(found)) > 1}
-
-
-def _scale(largest: list[float]) -> float:
-    return float(shared_global_scale([torch.tensor(largest, dtype=torch.float32)]))
 
 
 def _pieces(base: CheckpointReader, info: TensorInfo) -> Iterator[tuple[int, float]]:
@@ -98,11 +104,4 @@ def _largest(
             path=where,
             hint="the base is damaged; download it again. Nothing was written",
         ) from error
-    if _scale([found]) == 0.0:
-        raise InputError(
-            f"{where}: tensor {info.name!r}: expected values to scale, found none above {found}",
-            code="base.all_zero",
-            path=where,
-            hint=f"the base is damaged or not trained; download it again, or --keep-bf16 '{module.name}'",
-        )
     return found

@@ -99,7 +99,7 @@ def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Mad
         elif step.op == "quantize_fp8":
             scale = _scale_of(step, reader)
             for chunk in reader.buffered(source.name, _COMPUTED_BYTES):
-                codes, clipped = raw.quantize_chunk(chunk, source.dtype, scale)
+                codes, clipped = raw.quantize_chunk(chunk, source.dtype, scale, step.quotient)
                 made.note_clipped(clipped)
                 yield codes
         elif step.op == "dequantize_fp8":

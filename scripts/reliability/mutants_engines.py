@@ -38,8 +38,9 @@ ENGINES = (
         for what, old, new in (
             ("facts of the class", 'if one.class_name in ("*", config.get("_class_name"))', "if True"),
             ("facts of the format", "and algorithm in one.formats", "and True"),
-            ("a fact of the class goes first", " or one.engine not in of_class)", " or True)"),
+            ("the nearest fact goes first", "if one.nearness == nearest[one.engine])", "if True)"),
             ("facts of a key", "and (one.having is None or config.get(one.having) is not None)", "and True"),
+            ("facts without input scales", "and (not one.dynamic or declares_dynamic_inputs(config))", "and True"),
         )
     ),
     *(
@@ -86,8 +87,8 @@ ENGINES = (
     Mutant(
         "engines/sglang.py",
         "classes without names",
-        "set() if nameless else ignored(entries, spelled, path=path)",
-        "ignored(entries, spelled, path=path)",
+        'nameless = config.get("_class_name") in _NAMELESS',
+        "nameless = False",
         ("engines/test_views.py",),
     ),
     *(
@@ -192,6 +193,67 @@ ENGINES = (
         for what, old, new in (
             ("keys with a value", "if (config.get(key) is not None) != is_there:", "if False:"),
             ("names of the same parts", "any(key in one.having for key in misfits[one.name])", "False"),
+        )
+    ),
+    *(
+        Mutant(file, what, old, new, (f"commands/build/test_fp8_base.py::test_{test}",))
+        for file, what, old, new, test in (
+            (
+                "plan/fp8.py",
+                "Wan is divided in F32",
+                '"F32" if class_name in _DIVIDED_IN_F32 else "BF16"',
+                '"BF16"',
+                "every_family_has_modelopts_own_bytes",
+            ),
+            (
+                "formats/tensor_bytes.py",
+                "a base is rounded to BF16",
+                "weight if quotient is None else weight.to(torch.bfloat16)",
+                "weight",
+                "a_wider_base_is_rounded_to_bf16_first",
+            ),
+            (
+                "formats/arithmetic.py",
+                "zeros have a scale",
+                "if amax else E4M3_MAX",
+                "if True else E4M3_MAX",
+                "a_weight_of_zeros_gets_the_scale_that_modelopt_gives_it",
+            ),
+            (
+                "plan/ignore.py",
+                "no part of a quantized name",
+                "sorted(names - taken, key=natural_key)",
+                "sorted(names, key=natural_key)",
+                "config_declares_what_the_dynamic_paths_of_engines_read",
+            ),
+            (
+                "plan/ignore.py",
+                "names, and no patterns",
+                'entry.removesuffix("*") for entry',
+                "entry for entry",
+                "config_declares_what_the_dynamic_paths_of_engines_read",
+            ),
+            (
+                "plan/from_base.py",
+                "a name in common is told",
+                "    if modules:\n        yield (",
+                "    if False:\n        yield (",
+                "a_module_that_sglang_cannot_name_is_told",
+            ),
+            (
+                "dialects/packed.py",
+                "input scales in all modules or in none",
+                "if not evidence.dynamic_inputs or not 0 < len(calibrated) < len(found):",
+                "if True:",
+                "verify_finds_a_planted_fault",
+            ),
+            (
+                "formats/table.py",
+                "missing input scales are declared",
+                'found.get("dynamic_input_scale") is True',
+                "True",
+                "without_the_declaration_a_missing_input_scale_is_a_fault",
+            ),
         )
     ),
 )

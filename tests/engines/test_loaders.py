@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import LOSS, compare, decoded
+from families import PRESETS
 from faults import swizzle
 from kit import build, key, load, main, recorded
 from root import ROOT
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from set_up import ENGINES, missing
 from support import edit_json
 
+from modelopt_convert import convert_fp8
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4
 
 SGLANG = ROOT / ".venv" / "engines" / "sglang" / "bin" / "python"
@@ -30,10 +32,34 @@ def test_sglang_loads_right(families: Path, tmp_path: Path) -> None:
     forgotten = tmp_path / "forgotten-fp8"
     shutil.copytree(built[1], forgotten)
     edit_json(forgotten / "config.json", lambda config: config["quantization_config"].update({"ignore": []}))
-    *rows, planted = load("sglang", SGLANG, [*built, forgotten])
+    of_base = fp8_of_bases(families, tmp_path)
+    found = load("sglang", SGLANG, [*built, *of_base, forgotten])
+    rows, planted = found[: len(built)], found[-1]
     before = recorded()
     assert rows == [before[key(row)] for row in rows] and {row["outcome"] for row in rows} == {"right"}
     assert planted["outcome"] == "wrong" and planted["off"] > 0
+    flux1, wan, image, unlisted = found[len(built) : -1]
+    assert flux1["outcome"] == wan["outcome"] == "right"
+    # What is held packed is what is packed: no weight was decoded.
+    for one in (flux1, wan):
+        known = before["sglang", one["family"], "fp8"]
+        assert (one["takes"], one["packed"]) == (known["takes"], known["packed"])
+    assert image["outcome"] == "wrong" and "attn2.to_q" in image["first"] and round(image["figure"], 2) == 0.03
+    assert unlisted["outcome"] == "wrong" and unlisted["off"] > 0
+
+
+def fp8_of_bases(families: Path, room: Path) -> list[Path]:
+    """FP8 without input scales: right, right, wrong as ``limits.toml`` says, and wrong without `ignored_layers`."""
+    made: list[Path] = []
+    (room / "of-base").mkdir()
+    for family in ("flux1", "wan", "wan_i2v_image"):
+        base = families / family / "base"
+        made.append(room / "of-base" / f"{family}-fp8")
+        convert_fp8(preset=PRESETS[family][0], base=base, output=made[-1], allow_known_broken=True)
+    made.append(room / "of-base" / "unlisted-fp8")
+    shutil.copytree(made[1], made[-1])
+    edit_json(made[-1] / "config.json", lambda config: config["quantization_config"].update({"ignored_layers": []}))
+    return made
 
 
 def outcome(held: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[str, int]:

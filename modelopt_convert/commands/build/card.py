@@ -8,7 +8,7 @@ from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
 from modelopt_convert.commands.requests import TargetName
 from modelopt_convert.engines.limits import DEFAULT, Limit, limits
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS, load_command, pipeline_command
+from modelopt_convert.engines.sglang import dynamic_words, load_command, pipeline_command
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
@@ -181,7 +181,8 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         *_errors_section(plan, proof),
     ]
     if made.to == "modelopt":  # what is known of engines is known of this dialect
-        known = (chosen.limits(target.algorithm) if chosen else []) + ([DYNAMIC_INPUTS] if here else [])
+        lost = dynamic_words(plan.config)
+        known = (chosen.limits(target.algorithm) if chosen else []) + ([lost] if here and lost is not None else [])
         known += [one.words for one in facts]
         body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)

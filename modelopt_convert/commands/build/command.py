@@ -35,7 +35,7 @@ from modelopt_convert.commands.command import (
 from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, ConvertFp8Request
 from modelopt_convert.commands.serving import refuse_broken
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
-from modelopt_convert.engines.sglang import DYNAMIC_INPUTS
+from modelopt_convert.engines.sglang import dynamic_words
 from modelopt_convert.formats.rows import SAMPLED_ROWS
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized, preset_required
@@ -71,7 +71,7 @@ class BuildCommand:
         self._base = request.locate("base")
         self._checkpoint = request.locate("checkpoint") if isinstance(request, ConvertFp8Request) else None
         self._config = request.locate("config")
-        has_base = self._base is not None or isinstance(request, BuildNvfp4Request)
+        has_base = self._base is not None or request.needs_base
         self.steps = Steps(
             inputs=Inputs(self._config, request.variant, variant_of_base=has_base),
             output=str(Path(request.output)) if request.output is not None else "",
@@ -137,7 +137,7 @@ class BuildCommand:
                 refuse_misread(plan, path)
             fits = self._fits()
             if self._export is None:
-                steps.warned[:0] = _uncalibrated()  # the first thing to know, of what can be opened
+                steps.warned[:0] = _uncalibrated(steps.plans[0])  # the first thing to know, of what can be opened
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
                 steps.inputs.to_fetch |= to_fetch(part, plan, request)
@@ -185,9 +185,9 @@ class BuildCommand:
         steps.peak_rss_bytes = peak_rss_bytes()
 
     def _take_base(self, chosen: ChosenPreset) -> None:
-        """What NVFP4 cannot do without is, unless given, what the preset was made for."""
+        """What a build cannot do without is, unless given, what the preset was made for."""
         request, preset = self._request, chosen.loaded.preset
-        if isinstance(request, BuildNvfp4Request) and self._base is None:
+        if request.needs_base and self._base is None:
             base = f"{PREFIX}{preset.base_repo}"
             self.steps.warned.append(("base.default", f"base {base}, which preset {preset.name} names"))
             self._base = parse_location(base, download=request.fetches_whole)
@@ -401,11 +401,12 @@ class BuildCommand:
         refuse_failed(closed)
 
 
-def _uncalibrated() -> list[Warned]:
+def _uncalibrated(plan: BuildPlan) -> list[Warned]:
     """What is said, also of a dry run, where nothing is calibrated."""
+    lost = dynamic_words(plan.config)
     return [
         ("build.uncalibrated", "quantized from the base without calibration: weights by max, inputs dynamic"),
-        ("engine.dynamic_input_scale", DYNAMIC_INPUTS),
+        *([("engine.dynamic_input_scale", lost)] if lost is not None else []),
     ]
 
 

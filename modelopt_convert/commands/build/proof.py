@@ -224,6 +224,7 @@ def measure_part(
     """
     import torch
 
+    from modelopt_convert.proof.judgement import format_proof
     from modelopt_convert.write.measure import differing_groups, measure, measured_bytes
 
     base = opened.model
@@ -247,7 +248,7 @@ def measure_part(
             f"{opened.prefix}{group}: global scales differ {ratio:.3f}x, as in ModelOpt's exports; SGLang brings them "
             "to one scale on loading, vLLM-omni misreads them",
         )
-        for group, ratio in differ.items()
+        for group, ratio in (differ.items() if format_proof(plan.format.algorithm).is_rebased else ())
     ]
     return Proven(plan.with_scales(scales), report, warned)
 

@@ -7,10 +7,11 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.closing import opened_stage, written_faults
 from modelopt_convert.dialects.modelopt.export import check_quant_config
-from modelopt_convert.dialects.packed import Evidence, declares_dynamic_inputs, find_packed
+from modelopt_convert.dialects.packed import Evidence, find_packed
 from modelopt_convert.engines.sglang import GUESSED, believe, ignored_by, misread
 from modelopt_convert.formats.layout import CANONICAL
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.table import declares_dynamic_inputs
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.preset.patterns import ignored
 from modelopt_convert.run.errors import InputError

@@ -11,7 +11,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.dialects.form import Written
 from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.plan.ignore import ignore_list
+from modelopt_convert.plan.ignore import ignore_list, ignored_layers
 from modelopt_convert.plan.plan import Step
 from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.run.errors import InputError
@@ -31,15 +31,18 @@ def with_engine_names(written: Written, packed: Collection[str]) -> tuple[Writte
     target = next((one for one in FORMATS.values() if one.quant_algo == said.get("quant_algo")), None)
     presets = [load_preset(name).preset for name in preset_names()]
     fitting = [one for one in presets if one.fits(config)]
-    if target is None or not fitting:
+    if target is None:
         return written, ()
     # What says more of the model fits better; else presets of one class have the same names.
-    preset = max(fitting, key=lambda one: len(one.config))
+    preset = max(fitting, key=lambda one: len(one.config), default=None)
     specs = (TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values())
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
+    warned: tuple[Warned, ...] = ()
+    ignore = said["ignore"]
     try:
-        ignore = ignore_list(steps, target, packed, preset, config)
+        ignore = ignore_list(steps, target, packed, preset, config) if preset is not None else ignore
     except InputError as error:
         message = f"{error.message}: SGLang misreads that, so `ignore` has the names on disk alone"
-        return written, (("convert.engine_names", message),)
-    return replace(written, config={**config, "quantization_config": {**said, "ignore": ignore}}), ()
+        warned = (("convert.engine_names", message),)
+    layers = {"ignored_layers": ignored_layers(ignore, packed, preset, config)} if "activation_scheme" in said else {}
+    return replace(written, config={**config, "quantization_config": {**said, "ignore": ignore, **layers}}), warned

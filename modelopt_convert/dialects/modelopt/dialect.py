@@ -6,6 +6,7 @@ from typing import Any
 from modelopt_convert.dialects.dialect import Dialect, Headers
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.nvfp4.shapes import round_up
+from modelopt_convert.formats.table import is_modelopts
 
 FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
@@ -21,9 +22,9 @@ def _modelopt_llm(headers: Headers) -> list[str]:
 def _modelopt_says(headers: Headers, *algorithms: str) -> list[str]:
     found = headers.quantization()
     algorithm = found.get("quant_algo")
-    if found.get("quant_method") != "modelopt" or algorithm not in algorithms:
+    if not is_modelopts(found) or algorithm not in algorithms:
         return []
-    return [f"config.json: quant_method modelopt, quant_algo {algorithm}"]
+    return [f"config.json: quant_method {found['quant_method']}, quant_algo {algorithm}"]
 
 
 def _modelopt_postprocessed(headers: Headers) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelopt_convert.formats.format import Format
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, is_modelopts
 from modelopt_convert.run.errors import InputError
 
 _AWQ = "AWQ changes the weights of modules that claim to be BF16 and moves a factor into pre_quant_scale"
@@ -79,7 +79,7 @@ def check_quant_config(
             path=path,
             hint="this is not a ModelOpt export, or one that failed before its end; export again",
         )
-    if found.get("quant_method") != "modelopt":
+    if not is_modelopts(found):
         raise InputError(
             f"{path}: quant_method: expected 'modelopt', found {found.get('quant_method')!r}",
             code="export.quant_method",

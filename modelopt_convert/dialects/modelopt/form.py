@@ -45,7 +45,6 @@ from modelopt_convert.dialects.packed import (
     Evidence,
     PackedModule,
     add_faults,
-    declares_dynamic_inputs,
     find_packed,
     is_quantizer_state,
 )
@@ -55,7 +54,7 @@ from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import scale_shapes
-from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs, is_modelopts
 from modelopt_convert.run.errors import Faults, InputError
 
 _QUANTIZATION = "quantization_config"
@@ -149,9 +148,9 @@ class _ModelOpt:
         target = next((one for one in FORMATS.values() if one.quant_algo == algorithm), None)
         keys: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm}
         if target is not None and not calibrated:
-            keys["dynamic_input_scale"] = True
+            keys |= target.dynamic
         said = described.quantization
-        if said.get("quant_method") == "modelopt" and said.get("quant_algo") == algorithm:
+        if is_modelopts(said) and said.get("quant_algo") == algorithm:
             keys = split_keys(said)[0] | keys
         ignore = kept_linears(described)
         config: dict[str, Any] | None = None

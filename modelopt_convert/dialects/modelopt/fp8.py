@@ -10,6 +10,8 @@ tensor            dtype         shape     meaning
 ``input_scale``   F32           []        activation amax / 448
 ================  ============  ========  ==============================
 
+Where config.json declares ``dynamic_input_scale: true``, no module has an ``input_scale``.
+
 Before ModelOpt 0.42 the weight stayed in the model's dtype, and the two amax lay in a ``.pt`` beside the export.
 """
 
@@ -21,6 +23,7 @@ from modelopt_convert.dialects.packed import (
     ModuleFormat,
     PackedModule,
     Roles,
+    check_calibrated,
     missing_scale,
     one_fault,
 )
@@ -73,6 +76,7 @@ class _Fp8Modules:
                 hint="this module is not plain FP8; export again with one algorithm for all modules",
             )
         scales = {role: roles[role] for role in FORMAT.scales if role in roles}
+        due = FORMAT.scales[:-1] if evidence.dynamic_inputs else FORMAT.scales
         known = {role: calibrated[role].scale for role in FORMAT.scales if role in calibrated and role not in scales}
         return PackedModule(
             name,
@@ -80,7 +84,7 @@ class _Fp8Modules:
             weight,
             scales,
             roles.get("bias"),
-            one_fault(name, _faults(name, scales, known, where)),
+            one_fault(name, _faults(name, scales, known, where, due)),
             known,
         )
 
@@ -89,7 +93,7 @@ class _Fp8Modules:
         return (module.rows, module.columns) if role == "weight" else (1,)
 
     def check_together(self, found: dict[str, PackedModule], evidence: Evidence, path: str) -> None:
-        """Every module stands for itself."""
+        check_calibrated(found, evidence, path)
 
 
 ENTRY: ModuleFormat = _Fp8Modules()
@@ -99,7 +103,9 @@ def _has_scale(roles: Roles) -> bool:
     return any(role in roles for role in (*FORMAT.scales, _SECOND_SCALE))
 
 
-def _faults(module: str, scales: Roles, known: Mapping[str, float], where: str) -> Iterator[InputError]:
+def _faults(
+    module: str, scales: Roles, known: Mapping[str, float], where: str, due: tuple[str, ...]
+) -> Iterator[InputError]:
     for role in FORMAT.scales:
         if role in known:
             if not 0.0 < known[role] < float("inf"):
@@ -109,6 +115,8 @@ def _faults(module: str, scales: Roles, known: Mapping[str, float], where: str) 
                     path=where,
                     hint=f"the module was all zero or never calibrated; quantize again, or --keep-bf16 '{module}'",
                 )
+            continue
+        if role not in scales and role not in due:
             continue
         if role not in scales:
             yield missing_scale(module, role, "F32 []", where)

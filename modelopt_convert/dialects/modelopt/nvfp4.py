@@ -16,7 +16,6 @@ activations at hand.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.dialects.packed import (
@@ -25,6 +24,7 @@ from modelopt_convert.dialects.packed import (
     ModuleFormat,
     PackedModule,
     Roles,
+    check_calibrated,
     missing_scale,
     one_fault,
 )
@@ -70,17 +70,7 @@ class _Nvfp4Modules:
         return (module.rows, shapes[role]) if role in shapes else (1,) if is_merged else ()
 
     def check_together(self, found: dict[str, PackedModule], evidence: Evidence, path: str) -> None:
-        calibrated = [module for module in found.values() if "input_scale" in module.scales]
-        if not evidence.dynamic_inputs or not 0 < len(calibrated) < len(found):
-            return
-        fault = InputError(
-            f"{path}: {len(calibrated)} of {len(found)} modules have an input_scale, though config.json declares "
-            "dynamic_input_scale",
-            code="export.mixed_input_scale",
-            path=path,
-            hint="all modules must have one, or none; export or build again",
-        )
-        found |= {module.name: replace(module, fault=fault) for module in calibrated}
+        check_calibrated(found, evidence, path)
 
 
 ENTRY: ModuleFormat = _Nvfp4Modules()

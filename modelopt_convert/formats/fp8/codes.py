@@ -49,17 +49,18 @@ def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def bf16_codes(scale: float) -> Tensor:
+def bf16_codes(scale: float, quotient: torch.dtype) -> Tensor:
     """Codes that ``quantize_fp8`` gives for every BF16 value, by the value's bits.
 
     Args:
         scale: The weight's scale.
+        quotient: The dtype that values are brought to before they are divided, and that the quotient is rounded to.
 
     Returns:
         float8_e4m3fn codes as uint8 [65536].
     """
     values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    return quantize_fp8(values, torch.tensor(scale, dtype=torch.float32)).view(torch.uint8)
+    return quantize_fp8(values.to(quotient), torch.tensor(scale, dtype=torch.float32)).view(torch.uint8)
 
 
 def clipped(weight: Tensor, scale: Tensor) -> Clipped:

@@ -8,8 +8,11 @@ FORMAT = Format(
     quant_algo="FP8",
     packed_dtype="F8_E4M3",
     words="W8A8, E4M3 with one scale per tensor",
-    stored="Scales: float32, one per weight and one per input.",
+    stored="Scales: float32, one per weight, and one per input where that is calibrated.",
     declared={"quant_type": "FP8"},
+    # Under ModelOpt's method SGLang 0.5.23 takes 1.0 for a missing input scale (fsdp_load.py), and vLLM 0.30.0 the
+    # number that it sets before loading. Under this one SGLang scales inputs as they come; TensorRT-LLM asks for none.
+    dynamic={"quant_method": "fp8", "activation_scheme": "dynamic", "dynamic_input_scale": True},
     block_size=None,
     tensor_scale="weight_scale",
     scales=("weight_scale", "input_scale"),

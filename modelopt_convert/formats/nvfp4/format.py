@@ -12,6 +12,7 @@ FORMAT = Format(
     words="W4A4, blocks of 16",
     stored="Codes: the low nibble holds the even column. Scales: row-major. Both are declared in `config.json`.",
     declared={"quant_type": "NVFP4", "group_size": BLOCK_SIZE} | CANONICAL.config_keys(),
+    dynamic={"quant_method": "modelopt", "dynamic_input_scale": True},
     block_size=BLOCK_SIZE,
     tensor_scale="weight_scale_2",
     scales=("weight_scale", "weight_scale_2", "input_scale"),

@@ -278,7 +278,7 @@ def _judge(
 
 def _fill(found: ModuleVerify, one: Judgement, *, accept_near: bool) -> None:
     """Take a judgement over into the report."""
-    found.verdict, found.first = one.verdict, one.first
+    found.verdict, found.rule, found.first = one.verdict, one.rule, one.first
     found.compared = "all" if one.is_whole else "sampled rows"
     found.codes, found.codes_equal = one.counts.codes, one.counts.codes_equal
     found.scales, found.scales_equal = one.counts.scales, one.counts.scales_equal

@@ -45,13 +45,14 @@ def test_a_preset_is_all_that_is_needed(filled: LoopbackHub, base: Path, tmp_pat
     assert {name for name in filled.tree(MINE)} >= {path.name for path in (room / "flux1-dev-nvfp4").iterdir()}
 
 
+@pytest.mark.parametrize("command", ["build-nvfp4", "convert-fp8"])
 def test_what_is_quantized_from_the_hub_is_what_is_quantized_from_disk(
-    filled: LoopbackHub, base: Path, tmp_path: Path
+    filled: LoopbackHub, base: Path, tmp_path: Path, command: str
 ) -> None:
-    far = run_mopt("build-nvfp4", "--preset", "flux1-dev", "--output", tmp_path / "far", "--push-to", MINE)
+    far = run_mopt(command, "--preset", "flux1-dev", "--output", tmp_path / "far", "--push-to", MINE)
     assert far.exit_code == 0 and far.report is not None, far.stderr
     words = ("--base", base, "--base-model", BASE, "--output", tmp_path / "near")
-    near = run_mopt("build-nvfp4", "--preset", "flux1-dev", *words)
+    near = run_mopt(command, "--preset", "flux1-dev", *words)
     assert near.exit_code == 0
     one, other = tree(tmp_path / "far"), tree(tmp_path / "near")
     assert {name for name in one if one[name] != other[name]} == {"mopt.json"} and one.keys() == other.keys()

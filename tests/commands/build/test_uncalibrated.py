@@ -361,7 +361,7 @@ for name, count, n in (("small", 2, 256), ("large", 30, 2048)):
         write_transformer(room / name, tensors | {"proj.weight": weight.clone()}, {"_class_name": "Sparse"})
     else:
         arguments = ["--preset", room / "mine.toml", "--base", room / name, "--output", room / "out" / name]
-        outcome = run_mopt("build-nvfp4", *arguments, "--verify", "cpu", "--workers", "1")
+        outcome = run_mopt(sys.argv[3], *arguments, "--verify", "cpu", "--workers", "1")
         assert outcome.exit_code == 0, outcome.stdout
         found.append(peak())
         planned = outcome.report["peak_working_bytes"]
@@ -370,18 +370,21 @@ if found:
 """
 
 
-def test_memory_does_not_grow_with_the_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["build-nvfp4", "convert-fp8"])
+def test_memory_does_not_grow_with_the_base(tmp_path: Path, command: str) -> None:
     """260 MB of weights, of which a piece at a time and the block scales of one module are held."""
     preset = load_preset("flux1-dev").text.split("[nvfp4]")[0].replace("FluxTransformer2DModel", "Sparse")
-    rules = '[nvfp4]\nstatus = "candidate"\nsource = "-"\nmin_gpu = "-"\nknown_limits = []\n'
-    text = preset.replace("guidance_embeds = true", "") + rules + 'structural = ["proj"]\nquality = []\n'
+    rules = (
+        'status = "candidate"\nsource = "-"\nmin_gpu = "-"\nknown_limits = []\nstructural = ["proj"]\nquality = []\n'
+    )
+    text = preset.replace("guidance_embeds = true", "") + "".join(f"[{one}]\n{rules}" for one in ("nvfp4", "fp8"))
     (tmp_path / "mine.toml").write_text(text)
     (tmp_path / "out").mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for step in ("make", "run"):
         code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'support')!r})\n{MEMORY}"
-        command = [sys.executable, "-c", code, step, str(tmp_path)]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        line = [sys.executable, "-c", code, step, str(tmp_path), command]
+        found = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
         assert found.returncode == 0, found.stdout + found.stderr
     grown, planned = json.loads(found.stdout.splitlines()[-1])
     assert grown < planned < 100_000_000
