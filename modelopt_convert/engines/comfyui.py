@@ -7,7 +7,9 @@ same is written, there and in later files, in
   tensor, is made into marker tensors;
 - ``comfy/ops.py``, ``_load_quantized_module``: a Linear with a marker is quantized as the marker says, one without is
   cast as it lies;
-- ``comfy/model_detection.py``: the model, by the names of tensors.
+- ``comfy/model_detection.py``: the model, by the names of tensors;
+- ``comfy/quant_ops.py``, line 248, and ``comfy/ops.py``, lines 1363 to 1366: of NVFP4 ``pre_quant_scale`` is loaded,
+  and a Linear multiplies its inputs by it. That was run at 0.33.0; 0.30.0 has it, and 0.29.0 nothing of the kind.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +21,7 @@ from modelopt_convert.engines.outcome import HALVED, UNSCALED, Outcome, Reading,
 from modelopt_convert.formats.layout import Layout
 
 VERSION = "comfyui@0.33.0"
+FACTOR = ".pre_quant_scale"
 HEADER = "_quantization_metadata"
 SENTINEL = "scaled_fp8"
 LAYOUT = Layout("high", "128x4")
@@ -94,11 +97,19 @@ def read(
     if undetected is not None:
         how = f"does not know diffusers' names of {undetected}, quantized or not"
         return Reading(engine=VERSION, outcome="refuses", how=how, source=_DETECTION, shown="run")
-    translated, notes = all(name in tensors for name in _TRANSLATED), list(marks.notes)
+    translated, notes = all(name in tensors for name in _TRANSLATED), [*marks.notes]
+    notes += [words] if (words := factors(tensors)) is not None else []
     if translated and marks.formats:
         notes.append("it translates diffusers' names of FLUX.1, which loses scales and markers")
     found = _modules(tensors, _Marks({} if translated else marks.formats, tuple(notes), marks.renamed))
     return found if translated or _is_native(tensors) else replace(found, depends=_UNJUDGED)
+
+
+def factors(tensors: Collection[str]) -> str | None:
+    """What ComfyUI makes of factors of inputs; None if a file has none."""
+    count = sum(name.endswith(FACTOR) for name in tensors)
+    words = "inputs of {} modules are multiplied by pre_quant_scale from 0.30.0 on; older releases leave it out, unsaid"
+    return words.format(count) if count else None
 
 
 def _is_native(tensors: Collection[str]) -> bool:

@@ -20,6 +20,7 @@ from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.dialects.targets import FORMS
+from modelopt_convert.engines.comfyui import factors
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards
@@ -116,7 +117,8 @@ def plan_output(
         if isinstance(restored, Restored):
             written, shards = restored.written, restored.shards
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
-    warned: tuple[Warned, ...] = ()
+    words = factors(written.tensors) if target.name == "comfyui" else None
+    warned: tuple[Warned, ...] = (("convert.factors", f"ComfyUI: {words}"),) if words is not None else ()
     if isinstance(restored, Restored) and restored.config.text is not None:
         config: bytes | None = restored.config.text.encode()
     else:
