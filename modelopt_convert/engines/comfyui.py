@@ -9,7 +9,9 @@ same is written, there and in later files, in
   cast as it lies;
 - ``comfy/model_detection.py``: the model, by the names of tensors;
 - ``comfy/quant_ops.py``, line 248, and ``comfy/ops.py``, lines 1363 to 1366: of NVFP4 ``pre_quant_scale`` is loaded,
-  and a Linear multiplies its inputs by it. That was run at 0.33.0; 0.30.0 has it, and 0.29.0 nothing of the kind.
+  and a Linear multiplies its inputs by it. That was run at 0.33.0; 0.30.0 has it, and 0.29.0 nothing of the kind;
+- comfy-kitchen 0.2.31 and 0.2.40, ``tensor/fp8.py``: an FP8 product names no scale but one a tensor, and torch raises
+  where there are more (run on a CPU); ``backends/cuda``, ``dequantize_per_tensor_fp8`` asserts one scale.
 """
 
 from collections.abc import Collection, Mapping
@@ -112,6 +114,13 @@ def factors(tensors: Collection[str]) -> str | None:
     return words.format(count) if count else None
 
 
+def row_scales(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """FP8 modules with a scale for each row: ComfyUI loads them, and raises when it multiplies by them."""
+    modules = [name.removesuffix(".weight") for name, one in tensors.items() if one.dtype in ("F8_E4M3", "F8_E5M2")]
+    scales = {name: tensors.get(f"{name}.weight_scale") for name in modules}
+    return [name for name, one in scales.items() if one is not None and one.dtype == "F32" and one.num_bytes > 4]
+
+
 def _is_native(tensors: Collection[str]) -> bool:
     return any(all(f"{prefix}{name}" in tensors for name in names) for prefix in _PREFIXES for names in _NATIVE)
 
@@ -153,7 +162,7 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
     """What becomes of each module, once a model is found."""
     raised: dict[str, list[str]] = {}
     taken: dict[str, list[str]] = {}
-    formats, strange = marks.formats, set[str]()
+    formats, strange, by_row = marks.formats, set[str](), row_scales(tensors)
     for module, weight in coded(tensors).items():
         if module not in formats:
             if weight.dtype == "U8":
@@ -168,6 +177,8 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
             strange.add(kind)
         elif missing := [role for role in _FORMATS[kind][1] if not _has(tensors, module, role, marks)]:
             raised.setdefault(f"raises, for there is no {missing[0]}", []).append(module)
+        elif module in by_row:
+            raised.setdefault("raises when it multiplies, for there is a scale for each row", []).append(module)
         elif weight.dtype != _FORMATS[kind][0]:
             what = f"{weight.dtype} codes converted as numbers, for the marker says {kind}"
             taken.setdefault(what, []).append(module)

@@ -99,12 +99,9 @@ def _sizes(config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     if model == "ltxav":
         return {key: value for key, value in config.items() if key.endswith(("_dim", "_heads", "_channels"))}
     if model == "lumina2":
-        modulation: dict[str, Any] = {
-            "z_image_modulation": True,
-            "pad_tokens_multiple": 32,
-            "ffn_dim_multiplier": 8.0 / 3.0,
-        }
-        return modulation | {key: config[key] for key in ("n_heads", "n_kv_heads", "axes_dims")}
+        keys = ("n_heads", "n_kv_heads", "axes_dims")
+        sizes = {"z_image_modulation": True, "pad_tokens_multiple": 32, "ffn_dim_multiplier": 8.0 / 3.0}
+        return sizes | {key: config[key] for key in keys}
     return {}
 
 
