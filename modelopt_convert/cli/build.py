@@ -127,17 +127,13 @@ def _show_rules(out: "Output", report: "Report") -> None:
 
 def _next(report: "Report", request: BuildRequest) -> str:
     """A command that runs as printed: SGLang's where it loads OUT and the model is known, else the proof once more."""
-    from modelopt_convert.commands.serving import loads_right
+    from modelopt_convert.commands.serving import loads_right, model_of
     from modelopt_convert.engines.sglang import load_command
 
     against = any(warning["code"] == "preset.structural" for warning in report.warnings)
     folders = sorted({shard["file"].rpartition("/")[0] for shard in report.output.shards} - {""})
-    bases = [one for name, one in report.inputs.items() if name.rpartition("/")[2] == "base"]
     out, place = shlex.quote(report.output.path), request.base
-    model = request.base_model or next((one.identity["repo"] for one in bases if "repo" in one.identity), None)
-    if model is None and place is not None:
-        pipelines = (one for one in (Path(place), Path(place).parent) if (one / "model_index.json").is_file())
-        model = next((shlex.quote(str(one)) for one in pipelines), None)
+    model = request.base_model or model_of(report.inputs, place)
     if request.to == "comfyui":
         files = " ".join(shlex.quote(str(Path(report.output.path) / one["file"])) for one in report.output.shards)
         return f"cp {files} ComfyUI/models/diffusion_models/"

@@ -97,15 +97,23 @@ def _cut(lines: list[str], verbose: bool) -> list[str]:
 
 
 def _next(report: "Report", request: ConvertRequest) -> str:
-    """The next command, as it can be run."""
+    """A command that runs as printed: SGLang's where it loads OUT and the model is known, else one of mopt's."""
     place = Path(report.output.path)
     if request.to == "comfyui":
         files = " ".join(shlex.quote(str(place / one["file"])) for one in report.output.shards)
         return f"cp {files} ComfyUI/models/diffusion_models/"
-    proves = request.base is not None and request.to == "modelopt"
-    if proves:
-        return f"mopt verify {shlex.quote(str(place))} --base {shlex.quote(str(request.base))}"
-    return f"mopt inspect {shlex.quote(str(place))}"
+    out = shlex.quote(str(place))
+    if request.to != "modelopt":
+        return f"mopt inspect {out}"
+    from modelopt_convert.commands.serving import loads_right, model_of
+    from modelopt_convert.engines.limits import DEFAULT
+    from modelopt_convert.engines.sglang import load_command
+
+    against = {"preset.structural", "convert.engine_names"} & {one["code"] for one in report.warnings}
+    model = model_of(report.inputs, request.base)
+    if model is not None and report.engine == DEFAULT and loads_right(report.engines, DEFAULT) and not against:
+        return load_command(out, model, [])
+    return f"mopt verify {out}" + (f" --base {shlex.quote(str(request.base))}" if request.base is not None else "")
 
 
 COMMANDS = {"convert": from_request(ConvertRequest, convert)}

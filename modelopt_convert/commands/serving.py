@@ -1,12 +1,14 @@
 """What is known of engines and a checkpoint: refused without consent where it is of no use there, told otherwise."""
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.engines.limits import EngineName, limits
 from modelopt_convert.formats.format import Algorithm
-from modelopt_convert.report.report import EngineLimitReport
+from modelopt_convert.report.report import EngineLimitReport, InputReport
 from modelopt_convert.run.errors import InputError
 
 
@@ -63,3 +65,18 @@ def loads_right(known: Sequence[EngineLimitReport], engine: EngineName | None) -
     """Whether the command of SGLang that loads a checkpoint may be named: it is for SGLang, and not broken there."""
     broken = any(one.engine == engine and one.grade != "loss" for one in known)
     return engine == "sglang" and not broken
+
+
+def model_of(inputs: Mapping[str, InputReport], base: str | Path | None) -> str | None:
+    """The pipeline that a base is the transformer of, as a command takes it: its repo, or its folder; None if unknown.
+
+    Args:
+        inputs: What was opened, of a report.
+        base: The base, as it was given.
+    """
+    bases = [one for name, one in inputs.items() if name.rpartition("/")[2] == "base"]
+    repo = next((one.identity["repo"] for one in bases if "repo" in one.identity), None)
+    if repo is not None or base is None:
+        return repo
+    pipelines = (one for one in (Path(base), Path(base).parent) if (one / "model_index.json").is_file())
+    return next((shlex.quote(str(one)) for one in pipelines), None)

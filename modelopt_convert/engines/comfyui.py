@@ -7,7 +7,11 @@ same is written, there and in later files, in
   tensor, is made into marker tensors;
 - ``comfy/ops.py``, ``_load_quantized_module``: a Linear with a marker is quantized as the marker says, one without is
   cast as it lies;
-- ``comfy/model_detection.py``: the model, by the names of tensors.
+- ``comfy/model_detection.py``: the model, by the names of tensors;
+- ``comfy/quant_ops.py``, line 248, and ``comfy/ops.py``, lines 1363 to 1366: of NVFP4 ``pre_quant_scale`` is loaded,
+  and a Linear multiplies its inputs by it. That was run at 0.33.0; 0.30.0 has it, and 0.29.0 nothing of the kind;
+- comfy-kitchen 0.2.31 and 0.2.40, ``tensor/fp8.py``: an FP8 product names no scale but one a tensor, and torch raises
+  where there are more (run on a CPU); ``backends/cuda``, ``dequantize_per_tensor_fp8`` asserts one scale.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +23,7 @@ from modelopt_convert.engines.outcome import HALVED, UNSCALED, Outcome, Reading,
 from modelopt_convert.formats.layout import Layout
 
 VERSION = "comfyui@0.33.0"
+FACTOR = ".pre_quant_scale"
 HEADER = "_quantization_metadata"
 SENTINEL = "scaled_fp8"
 LAYOUT = Layout("high", "128x4")
@@ -94,11 +99,26 @@ def read(
     if undetected is not None:
         how = f"does not know diffusers' names of {undetected}, quantized or not"
         return Reading(engine=VERSION, outcome="refuses", how=how, source=_DETECTION, shown="run")
-    translated, notes = all(name in tensors for name in _TRANSLATED), list(marks.notes)
+    translated, notes = all(name in tensors for name in _TRANSLATED), [*marks.notes]
+    notes += [words] if (words := factors(tensors)) is not None else []
     if translated and marks.formats:
         notes.append("it translates diffusers' names of FLUX.1, which loses scales and markers")
     found = _modules(tensors, _Marks({} if translated else marks.formats, tuple(notes), marks.renamed))
     return found if translated or _is_native(tensors) else replace(found, depends=_UNJUDGED)
+
+
+def factors(tensors: Collection[str]) -> str | None:
+    """What ComfyUI makes of factors of inputs; None if a file has none."""
+    count = sum(name.endswith(FACTOR) for name in tensors)
+    words = "inputs of {} modules are multiplied by pre_quant_scale from 0.30.0 on; older releases leave it out, unsaid"
+    return words.format(count) if count else None
+
+
+def row_scales(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """FP8 modules with a scale for each row: ComfyUI loads them, and raises when it multiplies by them."""
+    modules = [name.removesuffix(".weight") for name, one in tensors.items() if one.dtype in ("F8_E4M3", "F8_E5M2")]
+    scales = {name: tensors.get(f"{name}.weight_scale") for name in modules}
+    return [name for name, one in scales.items() if one is not None and one.dtype == "F32" and one.num_bytes > 4]
 
 
 def _is_native(tensors: Collection[str]) -> bool:
@@ -142,7 +162,7 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
     """What becomes of each module, once a model is found."""
     raised: dict[str, list[str]] = {}
     taken: dict[str, list[str]] = {}
-    formats, strange = marks.formats, set[str]()
+    formats, strange, by_row = marks.formats, set[str](), row_scales(tensors)
     for module, weight in coded(tensors).items():
         if module not in formats:
             if weight.dtype == "U8":
@@ -157,6 +177,8 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
             strange.add(kind)
         elif missing := [role for role in _FORMATS[kind][1] if not _has(tensors, module, role, marks)]:
             raised.setdefault(f"raises, for there is no {missing[0]}", []).append(module)
+        elif module in by_row:
+            raised.setdefault("raises when it multiplies, for there is a scale for each row", []).append(module)
         elif weight.dtype != _FORMATS[kind][0]:
             what = f"{weight.dtype} codes converted as numbers, for the marker says {kind}"
             taken.setdefault(what, []).append(module)

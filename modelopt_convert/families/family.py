@@ -77,6 +77,11 @@ class Family:
         object.__setattr__(self, "_stacks", tuple(sorted(stacks)))
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """What stands in front of the numbers of blocks, in all spellings."""
+        return self._stacks
+
+    @property
     def needs_blocks(self) -> bool:
         """Whether ``swapped`` has to know the number of blocks."""
         return any(row.swap == "last block" for row in self.rows)

@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ Tensors = dict[str, torch.Tensor]
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
 _ROUNDING = 1e-6
+EXPORT, BASE = "export", "base"  # folders in a conversion, of the transformers that it was made from
 LOSS = 0.25  # a packed module that is off by more is not held with a loss, it is another
 
 
@@ -49,8 +50,12 @@ def compare(held: Tensors, wanted: Tensors, packed: int) -> dict[str, Any]:
         absent or was never set. ``differ``: all that are off. ``takes``: the modules that it holds packed.
     """
     errors = {name: _error(held.get(name), value) for name, value in wanted.items()}
-    off = {name: error for name, error in errors.items() if not error <= _ROUNDING}
     # What is decoded here is float32. All else is to be held as it lies.
+    off = {
+        name: error
+        for name, error in errors.items()
+        if not error <= (_ROUNDING if wanted[name].dtype == torch.float32 else 0)
+    }
     wrong = [name for name, error in off.items() if not error <= LOSS or wanted[name].dtype != torch.float32]
     worst = max(wrong or off, key=lambda name: math.inf if math.isnan(off[name]) else off[name], default=None)
     # What is held packed was decoded, to float32.
@@ -117,15 +122,38 @@ def decoded(checkpoint: Path) -> Tensors:
     return found
 
 
+def told_apart(
+    held: Tensors, quantized: Collection[str], narrow: Collection[str], checkpoint: Path
+) -> tuple[Tensors, Tensors]:
+    """What is held of a conversion and what should be, by diffusers' names.
+
+    Quantized weights are to be those of the export, all others the base's, in float64: there no rounding is let pass.
+
+    Args:
+        held: Every parameter; what is held packed is decoded to float32.
+        quantized: Which of them are quantized, or were and are in BF16 now.
+        narrow: Those that the conversion has in BF16, to which the base is rounded once.
+        checkpoint: The conversion, with what it was made from in its folders ``EXPORT`` and ``BASE``.
+    """
+    meant, wanted = decoded(checkpoint / EXPORT), decoded(checkpoint / BASE)
+    for name, one in wanted.items():
+        kept = (one.bfloat16() if name in narrow else one).double()
+        wanted[name] = meant[name].to(held[name].dtype) if name in quantized else kept
+    return {name: one if name in quantized else one.double() for name, one in held.items()}, wanted
+
+
 def packed_modules(checkpoint: Path) -> int:
     """How many modules of a checkpoint are packed."""
-    return sum(name.endswith(".weight_scale") for name, _ in stored(checkpoint))
+    return sum(name.endswith("weight_scale") for name, _ in stored(checkpoint))
 
 
 def decode_nvfp4(codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
-    """float32 [N, K] of codes [N, K/2], the low nibble first, scales [N, K/16] and a factor, one or [N, 1]."""
+    """float32 [N, K] of codes [N, K/2], the low nibble first, scales [N, K/16] and a factor, one or [N, 1].
+
+    The product of the scales is rounded first, as ModelOpt, comfy-kitchen and torchao do.
+    """
     values = torch.stack((_E2M1[(codes & 15).long()], _E2M1[(codes >> 4).long()]), -1).flatten(-2)
-    return values * scale.float().repeat_interleave(16, -1)[:, : values.shape[1]] * scale_2.float()
+    return values * (scale.float() * scale_2.float()).repeat_interleave(16, -1)[:, : values.shape[1]]
 
 
 def by_rows(factors: torch.Tensor, widths: list[int]) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
     python scripts/engines/kit.py [--engine ENGINE ...] [--family FAMILY ...] [--write]
 
-Writes docs/engines.json and docs/engines.md with ``--write``; the rows that were not run stay. Without it, it ends with
-1 if a row is another than there. The environments of the engines are made in .venv/engines, by set_up.py. ComfyUI is no
-package: MOPT_COMFYUI names a checkout, else it is not run.
+Writes docs/engines.json, docs/converted.json and docs/engines.md with ``--write``; the rows that were not run stay.
+Without it, it ends with 1 if a row is another than there. The environments of the engines are made in .venv/engines, by
+set_up.py. ComfyUI is no package: MOPT_COMFYUI names a checkout, else it is not run.
 """
 
 import argparse
@@ -22,16 +22,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts" / "make"), str(HERE)]
 
+from conversions import BUILDS, FAMILIES, LOADERS, Row, key_of, make, rows, section  # noqa: E402
 from families import PRESETS  # noqa: E402
 from set_up import ENGINES, missing, set_up  # noqa: E402
 
-from modelopt_convert import build_nvfp4, convert_fp8  # noqa: E402
 from modelopt_convert.formats.table import FORMATS  # noqa: E402
 
-Row = dict[str, Any]
 RECORD = ROOT / "docs" / "engines.json"
+CONVERTED = ROOT / "docs" / "converted.json"
 PAGE = ROOT / "docs" / "engines.md"
-BUILDS = {"nvfp4": build_nvfp4, "fp8": convert_fp8}
 KEYS = ("outcome", "compared", "packed", "off", "first", "figure", "why", "differ", "takes")
 HEAD = """# What the engines' own loaders make of a checkpoint
 
@@ -65,9 +64,9 @@ def build(exports: Path, family: str, algorithm: str, out: Path) -> Path:
     return out / f"{family}-{algorithm}"
 
 
-def load(engine: str, python: Path, checkpoints: Sequence[Path]) -> list[Row]:
+def load(engine: str, python: Path, checkpoints: Sequence[Path], loader: str = "") -> list[Row]:
     """What an engine makes of some checkpoints."""
-    command = [str(python), str(HERE / ENGINES[engine]["loader"]), *map(str, checkpoints)]
+    command = [str(python), str(HERE / (loader or ENGINES[engine]["loader"])), *map(str, checkpoints)]
     around = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=around)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"checkpoint"')]
@@ -89,11 +88,22 @@ def key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def recorded() -> dict[tuple[str, str, str], Row]:
     """The rows of docs/engines.json."""
-    rows = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else []
-    return {key(row): row for row in rows}
+    return {key(row): row for row in json.loads(RECORD.read_text(encoding="utf-8"))}
 
 
-def page(rows: Iterable[Row]) -> str:
+def converted() -> dict[tuple[str, str, str, str, str], Row]:
+    """The rows of docs/converted.json."""
+    return {key_of(row): row for row in json.loads(CONVERTED.read_text(encoding="utf-8"))}
+
+
+def load_converted(engine: str, python: Path, exports: Path, families: Sequence[str], out: Path) -> list[Row]:
+    """What an engine makes of what is converted for it."""
+    keys = [one for one in rows() if one[0] == engine and one[3] in families]
+    found = load(engine, python, [make(exports, one, out) for one in keys], LOADERS[engine])
+    return [{"engine": engine, "to": one[1], "made": one[2]} | row for one, row in zip(keys, found, strict=True)]
+
+
+def page(rows: Iterable[Row], conversions: Iterable[Row]) -> str:
     """The text of docs/engines.md."""
     by_key = {key(row): row for row in rows}
     engines = [engine for engine in ENGINES if any(key[0] == engine for key in by_key)]
@@ -115,7 +125,13 @@ def page(rows: Iterable[Row]) -> str:
         mine = [row for row in by_key.values() if row["engine"] == engine]
         right = sum(row["outcome"] == "right" for row in mine)
         counts.append(f"- {title}: {right} of {len(mine)} right")
-    return HEAD + "\n".join([*lines, "", *counts, "", "## What is not right", "", *notes, ""])
+    whole = HEAD + "\n".join([*lines, "", *counts, "", "## What is not right", "", *notes, ""])
+    return whole + section(conversions)
+
+
+def _write(file: Path, rows: Iterable[Row]) -> None:
+    """One row a line."""
+    file.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def _note(row: Row) -> str:
@@ -130,34 +146,43 @@ def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--family", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     absent = {engine: why for engine in options.engine if (why := missing(engine)) is not None}
     for engine, why in absent.items():
         print(f"{engine} is not run, its rows stay as they are: {why}")
     engines = [engine for engine in options.engine if engine not in absent]
-    rows: list[Row] = []
+    found: list[Row] = []
+    others: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         exports = Path(os.environ.get("MOPT_TEST_EXPORTS", name)) / "families"
         if not exports.exists():
-            make = [sys.executable, ROOT / "scripts" / "make" / "make_export.py", exports, "--family", "all"]
-            subprocess.run([*make, *BUILDS], check=True, stdout=subprocess.DEVNULL)
-        built = [build(exports, family, algorithm, Path(name)) for family in options.family for algorithm in BUILDS]
+            export = [sys.executable, ROOT / "scripts" / "make" / "make_export.py", exports, "--family", "all"]
+            subprocess.run([*export, *BUILDS], check=True, stdout=subprocess.DEVNULL)
+        families = [family for family in options.family if family in PRESETS]
+        built = [build(exports, family, algorithm, Path(name)) for family in families for algorithm in BUILDS]
         for engine in engines:
-            rows += load(engine, set_up(engine, ROOT / ".venv" / "engines" / engine), built)
-    before = recorded()
-    other = [row for row in rows if before.get(key(row)) != row]
+            python = set_up(engine, ROOT / ".venv" / "engines" / engine)
+            found += load(engine, python, built)
+            if engine in LOADERS:
+                others += load_converted(engine, python, exports, options.family, Path(name))
+    before, before_of = recorded(), converted()
+    other = [row for row in found if before.get(key(row)) != row]
+    other += [row for row in others if before_of.get(key_of(row)) != row]
     for row in other:
-        print(f"{' '.join(key(row))}: was {before.get(key(row))}, is {row}")
+        print(f"{' '.join(map(str, row.values()))}"[:2000])
     if options.write:
-        merged = before | {key(row): row for row in rows}
+        merged = before | {key(row): row for row in found}
         order = [(engine, family, form) for engine in ENGINES for family in PRESETS for form in BUILDS]
+        merged_of = before_of | {key_of(row): row for row in others}
         kept = [merged[one] for one in order if one in merged]
-        RECORD.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in kept) + "\n]\n", encoding="utf-8")
-        PAGE.write_text(page(kept), encoding="utf-8")
+        kept_of = [merged_of[one] for one in rows() if one in merged_of]
+        _write(RECORD, kept)
+        _write(CONVERTED, kept_of)
+        PAGE.write_text(page(kept, kept_of), encoding="utf-8")
         return 0
-    print(f"{len(rows)} rows, {len(other)} other than in docs/engines.json")
+    print(f"{len(found) + len(others)} rows, {len(other)} other than in docs")
     return 1 if other else 0
 
 

@@ -22,6 +22,7 @@ import transformers  # noqa: F401  before torchaudio's stand-in, for which it wo
 from comparison import Tensors, decoded, stored
 from safetensors.torch import save_file
 
+_TIME_WIDTH = 1024  # of Z-Image's time embedder, but for models that are narrower
 _FILE = "model.safetensors"  # by a relative path, since ComfyUI's errors have it
 
 
@@ -49,10 +50,23 @@ def load(checkpoint: Path) -> tuple[Tensors, Tensors]:
 
 
 def _loaded(tensors: Tensors, config: dict[str, Any], dtype: torch.dtype | None) -> Tensors:
-    """The parameters of the model that ComfyUI makes of one file."""
+    """The parameters of the model that ComfyUI makes of tensors."""
+    options = {} if dtype is None else {"dtype": dtype}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / _FILE, metadata={"format": "pt"})
+        return {name: one.clone() for name, one in held(_FILE, Path(folder), config, options).items()}
+
+
+def held(file: str, folder: Path, config: dict[str, Any], options: dict[str, Any]) -> Tensors:
+    """The parameters of the model that ComfyUI makes of one file, by its names."""
+    import comfy.ldm.lumina.model
+    import comfy.ldm.wan.model
     import comfy.model_detection
     import comfy.sd
 
+    image, time = comfy.ldm.wan.model.MLPProj, comfy.ldm.lumina.model.TimestepEmbedder
+    comfy.ldm.wan.model.MLPProj = lambda _, *rest, **more: image(config["image_dim"], *rest, **more)
+    comfy.ldm.lumina.model.TimestepEmbedder = lambda _, **more: time(_TIME_WIDTH, **more)
     detect = comfy.model_detection.detect_unet_config
 
     def detect_small(*arguments: Any, **more: Any) -> dict[str, Any] | None:
@@ -60,24 +74,34 @@ def _loaded(tensors: Tensors, config: dict[str, Any], dtype: torch.dtype | None)
         return found and found | _sizes(config, found)
 
     comfy.model_detection.detect_unet_config = detect_small
-    options = {} if dtype is None else {"dtype": dtype}
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            save_file(tensors, _FILE, metadata={"format": "pt"})
-            model = comfy.sd.load_diffusion_model(_FILE, model_options=options)
-            return {name: one.detach().clone() for name, one in model.model.diffusion_model.named_parameters()}
+        with contextlib.chdir(folder):
+            model = comfy.sd.load_diffusion_model(file, model_options=options)
+            return {name: one.detach() for name, one in model.model.diffusion_model.named_parameters()}
     finally:
         comfy.model_detection.detect_unet_config = detect
+        comfy.ldm.wan.model.MLPProj, comfy.ldm.lumina.model.TimestepEmbedder = image, time
 
 
 def _sizes(config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """What ComfyUI does not find out from the tensors, by its names."""
-    if found.get("image_model") == "qwen_image":
+    model, heads = found.get("image_model"), config.get("num_attention_heads")
+    if model == "qwen_image":
         keys = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope")
         return {key: config[key] for key in keys}
-    if found.get("image_model") in ("flux", "flux2"):
-        axes, heads = config["axes_dims_rope"], config["num_attention_heads"]
-        return {"axes_dim": axes, "num_heads": heads, "out_channels": config["in_channels"] // found["patch_size"] ** 2}
+    if model in ("flux", "flux2"):
+        axes, channels = config["axes_dims_rope"], config["in_channels"]
+        return {"axes_dim": axes, "num_heads": heads, "out_channels": channels // found["patch_size"] ** 2}
+    if model == "hunyuan_video":
+        return {"num_heads": heads, "axes_dim": config["rope_axes_dim"], "vec_in_dim": config["pooled_projection_dim"]}
+    if model == "wan2.1":
+        return {"num_heads": heads, "freq_dim": config["freq_dim"], "text_dim": config["text_dim"]}
+    if model == "ltxav":
+        return {key: value for key, value in config.items() if key.endswith(("_dim", "_heads", "_channels"))}
+    if model == "lumina2":
+        keys = ("n_heads", "n_kv_heads", "axes_dims")
+        sizes = {"z_image_modulation": True, "pad_tokens_multiple": 32, "ffn_dim_multiplier": 8.0 / 3.0}
+        return sizes | {key: config[key] for key in keys}
     return {}
 
 

@@ -2,6 +2,10 @@
 
 from mutants_disk import Mutant
 
+_TOLD = "commands/convert/test_told.py::test_fp8_scales_for_each_row_are_told_where_comfyui_shall_read_them"
+_AWQ = "commands/convert/test_awq_exports.py::test_comfyui_keeps_the_factors_but_of_what_it_fuses"
+_NEXT = "commands/convert/test_engine_names.py::test_the_next_command_is_sglangs_where_it_loads_and_mopts_otherwise"
+
 
 def _engines(name: str, what: str, old: str, new: str) -> Mutant:
     return Mutant(f"commands/{name}.py", what, old, new, ("commands/test_serving.py",))
@@ -256,4 +260,17 @@ ENGINES = (
             ),
         )
     ),
+    Mutant("engines/comfyui.py", "a scale for each row", "elif module in by_row:", "elif False:", (_TOLD,)),
+    Mutant("commands/convert/output.py", "scales for each row are told", "    if by_row:", "    if False:", (_TOLD,)),
+    Mutant(
+        "commands/convert/output.py", "factors are told", "if words is not None else []", "if False else []", (_AWQ,)
+    ),
+    Mutant(
+        "commands/convert/engine_names.py",
+        "what cannot be packed",
+        "target.algorithm), words",
+        "target.algorithm), []",
+        (_NEXT,),
+    ),
+    Mutant("cli/convert.py", "no command that fails", " and not against:", ":", (_NEXT,)),
 )

@@ -15,6 +15,10 @@ def _table(what: str, old: str, new: str, test: str) -> Mutant:
     return Mutant("families/table.py", what, old, new, (f"{_TABLE}{test}",))
 
 
+def _blocks(what: str, old: str, new: str) -> Mutant:
+    return Mutant("families/blocks.py", what, old, new, ("families/test_blocks.py",))
+
+
 FAMILIES = (
     _family(
         "a number that would not come back",
@@ -68,4 +72,8 @@ FAMILIES = (
         'module("norm2", "norm2"),\n    module("norm3", "norm3"),',
         (_ORACLE,),
     ),
+    _blocks("blocks that the config counts", "last + 1 if is_said else None)", "None)"),
+    _blocks("a block in between", "if number not in blocks), last", "if False), last"),
+    _blocks("tensors that other blocks have", "(absent := sorted(every - held))", "(absent := [])"),
+    _blocks("parameters of a block itself", ' or family.count(name, "diffusers"):', ":"),
 )

@@ -1,4 +1,4 @@
-"""The real command, killed, interrupted and starved while it replaces a checkpoint made from a real export."""
+"""The real commands, killed, interrupted and starved while it replaces a checkpoint made from a real export."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+from commands import CONVERSIONS, words_of
 from figures import note
 from hub_support import hub_environment
 from loopback_hub import LoopbackHub
@@ -21,7 +22,8 @@ ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1
 MOPT = "from modelopt_convert.cli import main; main()"
 
 
-KINDS = ("one transformer", "two transformers", "hf")
+# A build of each kind, and conversions: one that moves bytes alone, one that decodes.
+KINDS = ("one transformer", "two transformers", "hf", *CONVERSIONS)
 
 
 class Site:
@@ -34,7 +36,7 @@ class Site:
         self.log = top / "log"
         self.environment = ENVIRONMENT
         self._old = top / "old"
-        inputs: list[str | Path] = [exports / "nvfp4", exports / "base"]
+        inputs = [exports / "nvfp4", exports / "base"]
         if kind == "two transformers":
             inputs = [self._twice(one, top / "inputs" / one.name) for one in (exports / "nvfp4", exports / "base")]
         if kind == "hf":
@@ -42,16 +44,20 @@ class Site:
             for name in ("nvfp4", "base"):
                 hub.seed(f"alice/{name}", exports / name)
             self.environment = ENVIRONMENT | hub_environment(hub)
-            inputs = ["hf://alice/nvfp4", "hf://alice/base"]
+            inputs = ["hf://alice/nvfp4", "hf://alice/base"]  # type: ignore[list-item]
         self.forks = mopt_forks(self.environment)
-        words = ["build-nvfp4", "--preset", "flux1-dev", "--export", inputs[0], "--base", inputs[1], "--json"]
-        words += ["--workers", "1"]  # strace counts the calls of the first thread alone
+        self._command = kind if kind in CONVERSIONS else "build-nvfp4"
+        self._inputs = dict(zip(("nvfp4", "base"), inputs, strict=True))
         for folder, more in ((self._old, ["--max-shard-size", "1MB"]), (top / "new", [])):
-            self.arguments = [*map(str, words), *more, "--output", str(folder)]
+            self.arguments = [*self._words(folder), *more]
             assert fork(self.forks, self.arguments).code == 0
         self.old, self.new = tree(self._old), tree(top / "new")
         assert self.old.keys() != self.new.keys()
-        self.arguments = [*map(str, words), "--output", str(self.out), "--overwrite"]
+        self.arguments = [*self._words(self.out), "--overwrite"]
+
+    def _words(self, out: Path) -> list[str]:
+        # strace counts the calls of the first thread alone
+        return [*words_of(self._command, self._inputs | {"out": out}), "--json", "--workers", "1"]
 
     @staticmethod
     def _twice(source: Path, pipeline: Path) -> Path:
@@ -133,13 +139,14 @@ def middle_write(calls: list[Call]) -> Call:
 
 @pytest.mark.parametrize(
     ("site", "part"),
-    [(KINDS[0], part) for part in range(PARTS)] + [(kind, 0) for kind in (KINDS[1:] if LONG else KINDS[1:2])],
+    [(KINDS[0], part) for part in range(PARTS)] + [(kind, 0) for kind in KINDS[1:] if LONG or kind != "hf"],
     indirect=["site"],
 )
 def test_killed(site: Site, calls: list[Call], part: int) -> None:
     """What is only in other folders, or elsewhere, goes through the same calls.
 
-    In every run a share of the points of two transformers; inputs on a Hub with ``make test-long``, all points.
+    In every run a share of the points of two transformers and of conversions; with ``make test-long`` inputs on a Hub,
+    and all points.
     """
     counts: Counter[str] = Counter()
     points = spread(calls)
@@ -182,7 +189,7 @@ def test_interrupted_at_the_swap(site: Site, calls: list[Call], whom: str) -> No
     ("site", "call", "error", "code"),
     [
         (kind, *fault)
-        for kind in (KINDS if LONG else KINDS[:1])
+        for kind in (KINDS if LONG else (KINDS[0], *CONVERSIONS))
         for fault in (
             ("fallocate", "ENOSPC", "storage.no_space"),
             ("pwrite64", "EIO", "storage.failed"),

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import FORESEEN, WORDS, errors_in, words_of
+from commands import CONVERSIONS, FORESEEN, errors_in, words_of
 from forks import Forks
 from root import LONG
 from support import copy, tree
 from tracing import CHANGING, OPENING, READING, calls_under, mopt_forks, need_strace, strike
 
 ERRORS = ["EIO", "EACCES", "ESTALE", "ENOMEM", "EMFILE", "ENAMETOOLONG", "ELOOP", "ENOSPC"]
-COMMANDS = ["build-nvfp4", "convert", "convert-fp8", "inspect", "swap-nibbles", "verify"]
+COMMANDS = ["build-nvfp4", *CONVERSIONS, "convert-fp8", "inspect", "swap-nibbles", "verify"]
 POINTS = 12 if LONG else 1
 ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -36,7 +36,7 @@ def test_any_call_that_touches_inputs_or_out_may_fail(
     places = {name: copy(exports / name, top / name) for name in ("nvfp4", "fp8", "base")}
     places |= {"built": copy(built, top / "built"), "out": top / "out"}
     words = [*words_of(command, places), "--json"]
-    if "out" in WORDS[command]:
+    if str(places["out"]) in words:
         words += ["--workers", "1"]
     inputs = tree(top)
     _, found = calls_under(server, words, top, tmp_path / "log", (*CHANGING, *OPENING, *READING))

@@ -13,6 +13,7 @@ from figures import note
 from support import Outcome, Tensors, edit, run_mopt
 
 from modelopt_convert.commands.build import command as build_command
+from modelopt_convert.commands.convert import command as convert_command
 from modelopt_convert.run.errors import ExitCode
 from modelopt_convert.verification.levels import kernels
 
@@ -34,16 +35,19 @@ def broken_kernel(patch: pytest.MonkeyPatch) -> None:
 
 def bug(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build_command, "plan_mixed", None)
+    patch.setattr(convert_command, "plan_output", None)
 
 
 def stopped_by(number: signal.Signals) -> Patch:
     def patched(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(build_command, "plan_mixed", lambda *_words, **_more: os.kill(os.getpid(), number))
+        for module, step in ((build_command, "plan_mixed"), (convert_command, "plan_output")):
+            patch.setattr(module, step, lambda *_words, **_more: os.kill(os.getpid(), number))
 
     return patched
 
 
 BUILD = "--preset flux1-dev --export {nvfp4} --base {base} --output {out}"
+MOVED, DECODED = "{nvfp4} {out} --to torchao", "{nvfp4} {out} --to bf16"
 # Exit code, status and code of the error in the report, the command, and what is done to the process.
 ROWS: list[tuple[ExitCode, str, str | None, str, Patch]] = [
     (ExitCode.OK, "ok", None, f"build-nvfp4 {BUILD}", nothing),
@@ -67,6 +71,28 @@ ROWS: list[tuple[ExitCode, str, str | None, str, Patch]] = [
     (ExitCode.INTERRUPTED, "interrupted", "interrupted", f"build-nvfp4 {BUILD}", stopped_by(signal.SIGINT)),
     (ExitCode.HUNG_UP, "interrupted", "interrupted", f"build-nvfp4 {BUILD}", stopped_by(signal.SIGHUP)),
     (ExitCode.TERMINATED, "interrupted", "interrupted", f"build-nvfp4 {BUILD}", stopped_by(signal.SIGTERM)),
+    # One target that moves bytes, and one that decodes.
+    (ExitCode.OK, "ok", None, f"convert {MOVED}", nothing),
+    (ExitCode.OK, "ok", None, f"convert {DECODED}", nothing),
+    (ExitCode.OK, "planned", None, f"convert {MOVED} --dry-run", nothing),
+    (ExitCode.OK, "planned", None, f"convert {DECODED} --dry-run", nothing),
+    (
+        ExitCode.MISMATCH,
+        "mismatch",
+        "check.proof",
+        f"convert {MOVED} --base {{base}}".replace("nvfp4", "damaged"),
+        nothing,
+    ),
+    (ExitCode.USAGE, "", None, "convert {nvfp4} {out}", nothing),
+    (ExitCode.INPUT, "refused", "input.missing", f"convert {DECODED}".replace("nvfp4", "gone"), nothing),
+    (ExitCode.INPUT, "refused", "convert.inexact", "convert {nvfp4} {out} --to comfyui", nothing),
+    (ExitCode.OUTPUT, "refused", "output.is_input", f"convert {MOVED}".replace("out", "nvfp4"), nothing),
+    (ExitCode.STORAGE, "error", "storage.no_space", f"convert {MOVED}", full_disk),
+    (ExitCode.STORAGE, "error", "storage.no_space", f"convert {DECODED}", full_disk),
+    (ExitCode.INTERNAL, "error", "internal", f"convert {DECODED}", bug),
+    (ExitCode.INTERRUPTED, "interrupted", "interrupted", f"convert {MOVED}", stopped_by(signal.SIGINT)),
+    (ExitCode.HUNG_UP, "interrupted", "interrupted", f"convert {DECODED}", stopped_by(signal.SIGHUP)),
+    (ExitCode.TERMINATED, "interrupted", "interrupted", f"convert {MOVED}", stopped_by(signal.SIGTERM)),
 ]
 IDS = [f"{int(row[0])} {row[2] or row[1]} {row[3].split()[0]}" for row in ROWS]
 PARTS = ("message", "hint")

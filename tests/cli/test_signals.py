@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from commands import MOPT, buffered
+from commands import CONVERSIONS, MOPT, buffered, words_of
 from root import LONG, ROOT
 from support import tree
 
@@ -47,12 +47,15 @@ def test_nothing_that_takes_time_is_imported_before_signals_are_handled() -> Non
 
 
 @pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("seed", range(8 if LONG else 4))
-def test_a_signal_at_a_random_time(exports: Path, tmp_path: Path, number: signal.Signals, seed: int) -> None:
-    chance = random.Random(f"{number} {seed}")
+@pytest.mark.parametrize("command", ["build-nvfp4", *CONVERSIONS])
+@pytest.mark.parametrize("seed", range(8 if LONG else 2))
+def test_a_signal_at_a_random_time(
+    exports: Path, tmp_path: Path, number: signal.Signals, seed: int, command: str
+) -> None:
+    chance = random.Random(f"{number} {seed} {command}")
     out, report = tmp_path / "out", tmp_path / "report.json"
-    inputs = ["--preset", "flux1-dev", "--export", exports / "nvfp4", "--base", exports / "base"]
-    process = started("build-nvfp4", *inputs, "--output", out, "--report-json", report)
+    places = {"nvfp4": exports / "nvfp4", "base": exports / "base", "out": out}
+    process = started(*words_of(command, places), "--report-json", report)
     # Half of them in the first 0.3 seconds, in which nothing but imports happens.
     time.sleep(chance.uniform(0, 0.3) if seed % 2 else chance.uniform(0, 1.0))
     process.send_signal(number)

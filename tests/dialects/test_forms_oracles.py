@@ -101,6 +101,22 @@ def test_every_code_and_scale_has_the_value_that_torch_gives_it() -> None:
         assert equal(found[name].masked_fill(both, 0), one.masked_fill(both, 0))
 
 
+def test_comfy_kitchen_multiplies_by_no_weight_with_a_scale_for_each_row() -> None:
+    """So fused FP8 weights are not joined under a scale for each row, although ComfyUI would load them."""
+    from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout
+
+    codes, inputs = torch.ones(32, 64).to(E4M3), torch.ones(16, 64).bfloat16()
+    quantized = QuantizedTensor.from_float(inputs, "TensorCoreFP8Layout", scale=torch.tensor(1.0))
+
+    def product(scale: Tensor) -> Tensor:
+        params = TensorCoreFP8Layout.Params(scale=scale, orig_dtype=torch.bfloat16, orig_shape=(32, 64))
+        return torch.nn.functional.linear(quantized, QuantizedTensor(codes, "TensorCoreFP8Layout", params))
+
+    assert torch.equal(product(torch.tensor(2.0)), torch.full((16, 32), 128.0).bfloat16())
+    with pytest.raises(ValueError, match="scale_b must have 1 Float element"):
+        product(torch.full((32, 1), 2.0))
+
+
 def test_comfy_kitchen_decodes_the_same_values() -> None:
     files = Files()
     described = description(MODULES, files, 5)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from conversions import rows
 from families import PRESETS
-from kit import key, page, recorded
+from kit import converted, key, page, recorded
 from root import ROOT
 from set_up import ENGINES
 from tiny_models import FAMILIES
@@ -42,7 +43,15 @@ def test_every_engine_family_and_format_was_run() -> None:
 
 
 def test_the_page_is_made_of_the_record() -> None:
-    assert (ROOT / "docs" / "engines.md").read_text(encoding="utf-8") == page(ROWS)
+    assert (ROOT / "docs" / "engines.md").read_text(encoding="utf-8") == page(ROWS, converted().values())
+
+
+def test_every_conversion_was_loaded_and_is_right() -> None:
+    found = converted()
+    assert list(found) == rows()
+    for row in found.values():
+        assert row["outcome"] == "right" and row["off"] == 0 and row["version"] == ENGINES[row["engine"]]["version"]
+        assert bool(row["packed"]) is ("takes" in row) is (row["to"] != "bf16")
 
 
 def test_facts_are_of_known_words() -> None:
@@ -85,9 +94,10 @@ def test_what_is_declared() -> None:
 
 
 def test_the_record_is_json_of_one_row_a_line() -> None:
-    text = (ROOT / "docs" / "engines.json").read_text(encoding="utf-8")
-    assert len(json.loads(text)) == len(text.splitlines()) - 2 == len(ROWS)
-    assert str(Path.home()) not in text
+    for name, rows_of in (("engines.json", ROWS), ("converted.json", converted())):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert len(json.loads(text)) == len(text.splitlines()) - 2 == len(rows_of)
+        assert str(Path.home()) not in text
 
 
 def test_the_readme_counts_what_loads() -> None:

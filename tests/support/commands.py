@@ -25,6 +25,11 @@ WORDS = {
     "unswizzle-scales": "{nvfp4} {out} --reverse",
     "verify": "{built} --base {base}",
 }
+# Conversions, by whether they move bytes alone or decode weights too.
+CONVERSIONS = {
+    "convert --to torchao": "{nvfp4} {out} --to torchao",
+    "convert --to bf16": "{nvfp4} {out} --to bf16",
+}
 # Those that are given nothing to read have tests of their own.
 ALONE = {"demo", "doctor"}
 COMMANDS = sorted(get_command(app).commands.keys() - ALONE)  # type: ignore[attr-defined]
@@ -34,8 +39,9 @@ FORESEEN = set(ExitCode) - {ExitCode.INTERNAL, ExitCode.MISMATCH}
 
 
 def words_of(command: str, places: Mapping[str, Path]) -> list[str]:
-    """The command line of a command that succeeds, but for push, which asks the Hub."""
-    return [command, *(word.format(**places) for word in WORDS[command].split())]
+    """The command line of a command or conversion that succeeds, but for push, which asks the Hub."""
+    words = (WORDS | CONVERSIONS)[command]
+    return [command.split()[0], *(word.format(**places) for word in words.split())]
 
 
 def slots() -> list[tuple[str, str]]:

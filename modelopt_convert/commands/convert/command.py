@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_convert.checkpoint.config import OWN
+from modelopt_convert.checkpoint.header import json_object
 from modelopt_convert.checkpoint.location import local_path, read_small
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -31,9 +32,17 @@ from modelopt_convert.commands.command import (
     warnings_of,
 )
 from modelopt_convert.commands.convert.awq import prove_near
+from modelopt_convert.commands.convert.engine_names import known_of_engines
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
-from modelopt_convert.commands.convert.proof import Compared, check_whole, no_proof, prove_source, unusable_scales
+from modelopt_convert.commands.convert.proof import (
+    Compared,
+    check_blocks,
+    check_whole,
+    no_proof,
+    prove_source,
+    unusable_scales,
+)
 from modelopt_convert.commands.convert.told import convert_report, written_proof
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
 from modelopt_convert.commands.convert.written import read_back, stream_converted
@@ -41,9 +50,10 @@ from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import compare_bases, compare_configs, rewritten_report
 from modelopt_convert.dialects.awq import transformed_modules
 from modelopt_convert.dialects.source import Source, describe
+from modelopt_convert.engines.limits import DEFAULT
 from modelopt_convert.families.table import left_out
 from modelopt_convert.plan.inputs import check_config_unquantized
-from modelopt_convert.report.report import ProofReport, Report
+from modelopt_convert.report.report import EngineLimitReport, ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
@@ -76,6 +86,7 @@ class ConvertCommand:
         self._warned: list[Warned] = []
         self._checks: list[dict[str, Any]] = []
         self._published: Published | None = None
+        self._engines: tuple[list[EngineLimitReport], list[Warned]] | None = None
         self._peak: int | None = None
 
     def run(self, progress: Progress) -> None:
@@ -110,7 +121,9 @@ class ConvertCommand:
             with self._clock.timed("plan"):
                 found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
             self._warned += _left_out(reader, found)
-            if against is not None:
+            if against is None:
+                check_blocks(found, str(reader.path))
+            else:
                 reader.take_beside(BASE, against)
                 self._warned += _configs_compared(reader, found, against)
                 check_whole(found.described, against, str(reader.path))
@@ -122,6 +135,10 @@ class ConvertCommand:
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
                 self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
             self._warned += [*plan.warned, *not_restored_warnings(plan)]
+            if request.to == "modelopt" and plan.config is not None:
+                config = json_object(plan.config.decode())
+                self._engines = known_of_engines(config, plan.steps.keys(), plan.settled.modules)
+                self._warned += self._engines[1] if self._engines is not None else []
             self._warned += unusable_scales(found.described, reader.read_of)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
@@ -165,6 +182,8 @@ class ConvertCommand:
             counts={"source": counted(fates)} if fates else {},
             proof=self._proof,
             convert=told,
+            engine=DEFAULT if self._engines is not None else None,
+            engines=self._engines[0] if self._engines is not None else [],
             checks=self._checks,
             peak_rss_bytes=self._peak,
             throughput_bytes_per_s=throughput(self._clock, [plan]) if plan and self._peak is not None else None,

@@ -20,6 +20,7 @@ from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
 from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.dialects.targets import FORMS
+from modelopt_convert.engines.comfyui import factors, row_scales
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards
@@ -116,7 +117,7 @@ def plan_output(
         if isinstance(restored, Restored):
             written, shards = restored.written, restored.shards
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
-    warned: tuple[Warned, ...] = ()
+    warned = _in_comfyui(written) if target.name == "comfyui" else ()
     if isinstance(restored, Restored) and restored.config.text is not None:
         config: bytes | None = restored.config.text.encode()
     else:
@@ -137,6 +138,16 @@ def plan_output(
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
     kept = (settled.described, lossy, {**first.told, **settled.told})
     return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored, warned)
+
+
+def _in_comfyui(written: Written) -> tuple[Warned, ...]:
+    """What not every ComfyUI computes with as it is meant."""
+    words, by_row = factors(written.tensors), row_scales(written.tensors)
+    found = [("convert.factors", f"ComfyUI: {words}")] if words is not None else []
+    if by_row:
+        many = f"{len(by_row)} FP8 weights have a scale for each row ({by_row[0]} first)"
+        found.append(("convert.row_scales", f"ComfyUI: {many}: it loads them, and raises when it multiplies by them"))
+    return tuple(found)
 
 
 def small_files(plan: ConvertPlan) -> dict[str, bytes]:

@@ -12,6 +12,8 @@ from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import Refusal, prove_rewritten, refuse_unproven
 from modelopt_convert.dialects.awq import is_transformed
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
+from modelopt_convert.dialects.source import Source
+from modelopt_convert.families.blocks import lacking
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.report.report import ProofReport
 from modelopt_convert.run.errors import Faults, InputError
@@ -122,14 +124,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
     Raises:
         InputError: ``export.missing_tensor`` or ``base.missing_tensor``.
     """
-    names = {
-        name
-        for name, info in described.tensors.items()
-        if not (
-            (module_of(name) in described.modules and info.name.rpartition(".")[2] in SCALES)
-            or is_transformed({name.rpartition(".")[2]: info})
-        )
-    }
+    names = _unquantized_names(described)
     faults = Faults()
     if missing := sorted(base.tensors.keys() - names):
         fault = InputError(
@@ -148,6 +143,34 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
         )
         faults.add("", fault.at(extra))
     faults.refuse()
+
+
+def check_blocks(source: Source, where: str) -> None:
+    """Require that no block, and no tensor of one, is missing, as far as config and the other blocks tell.
+
+    Raises:
+        InputError: ``export.missing_tensor``.
+    """
+    found = lacking(source.found.family, _unquantized_names(source.described), source.described.config)
+    if found is not None:
+        raise InputError(
+            f"{where}: expected all blocks of {source.found.family.title}, found {found}",
+            code="export.missing_tensor",
+            path=where,
+            hint="the checkpoint is incomplete: get it again, whole",
+        )
+
+
+def _unquantized_names(described: Canonical) -> set[str]:
+    """The tensors that the model has without quantization too."""
+    return {
+        name
+        for name, info in described.tensors.items()
+        if not (
+            (module_of(name) in described.modules and info.name.rpartition(".")[2] in SCALES)
+            or is_transformed({name.rpartition(".")[2]: info})
+        )
+    }
 
 
 def unusable_scales(described: Canonical, read: ReadBytes) -> list[Warned]:

@@ -65,8 +65,14 @@ def test_comfyui_keeps_the_factors_but_of_what_it_fuses(transformed_exports: Pat
     source = transformed_exports / "nvfp4_awq"
     run = run_mopt("convert", source, tmp_path / "out", "--to", "comfyui")
     assert run.exit_code == 3 and "convert.inexact" in run.stderr and not (tmp_path / "out").exists()
-    report = converted(source, tmp_path / "out", "--to", "comfyui", "--inexact", "bf16")
+    run = run_mopt("convert", source, tmp_path / "out", "--to", "comfyui", "--inexact", "bf16")
+    assert run.exit_code == 0 and run.report is not None
+    [warning] = [one for one in run.report["warnings"] if one["code"] == "convert.factors"]
+    assert "24 modules" in warning["message"] and "from 0.30.0 on" in warning["message"]
+    report = run.report["convert"]
     assert report["modules"]["exact"] == 32 and report["modules"]["bf16"] == 8
+    seen = run_mopt("inspect", tmp_path / "out", "--engines")
+    assert seen.report is not None and "pre_quant_scale from 0.30.0 on" in seen.stdout
     before, after = meant(source / "transformer"), meant(tmp_path / "out")
     kept = load(tmp_path / "out")
     assert sum(name.endswith(".pre_quant_scale") for name in kept) == 24

@@ -67,3 +67,36 @@ def test_a_model_that_lacks_a_part_is_not_called_unknown_for_its_class(families:
 
     done = run_mopt("convert", changed(families, tmp_path / "in", cut), tmp_path / "out", "--to", "comfyui")
     assert done.exit_code == 3 and "no key map" not in done.stderr and "whole" in done.stderr, done.stderr
+
+
+def test_fp8_scales_for_each_row_are_told_where_comfyui_shall_read_them(families: Path, tmp_path: Path) -> None:
+    """A file of others: ComfyUI loads it, and cannot multiply by it."""
+    assert run_mopt("convert", families / "qwen_image" / "fp8", tmp_path / "one", "--to", "comfyui").exit_code == 0
+    tensors = load(tmp_path / "one")
+    scales = [name for name in tensors if name.endswith(".weight_scale")]
+    for name in scales:
+        tensors[name] = tensors[name].expand(len(tensors[name.removesuffix("_scale")]), 1).contiguous()
+    save_file(tensors, tmp_path / "rows.safetensors", {"format": "pt"})
+    done = run_mopt("convert", tmp_path / "rows.safetensors", tmp_path / "out", "--to", "comfyui")
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    told = {one["code"]: one["message"] for one in done.report["warnings"]}
+    assert f"{len(scales)} FP8 weights have a scale for each row" in told["convert.row_scales"]
+    seen = run_mopt("inspect", tmp_path / "out", "--engines")
+    assert seen.report is not None
+    [verdict] = [one for one in seen.report["verdicts"] if one["engine"] == "comfyui"]
+    assert verdict["verdict"] == "refuses" and "scale for each row" in verdict["how"]
+
+
+@pytest.mark.parametrize("gone", [f"{MODULE}.weight", "single_transformer_blocks.1."])
+def test_without_a_base_a_missing_block_or_weight_is_told(families: Path, tmp_path: Path, gone: str) -> None:
+    """The config's counts and the other blocks tell."""
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        module = gone.removesuffix(".weight")
+        for name in [name for name in tensors if name.startswith(module)]:
+            del tensors[name]
+
+    done = run_mopt("convert", changed(families, tmp_path / "in", lose), tmp_path / "out", "--to", "torchao")
+    assert done.exit_code == 3 and "[export.missing_tensor]" in done.stderr, done.stderr
+    words = "no block 1 in 'single_transformer_blocks'" if gone.endswith(".") else f"no {gone!r}"
+    assert words in done.message and not (tmp_path / "out").exists()
