@@ -33,7 +33,14 @@ from modelopt_convert.commands.command import (
 from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
-from modelopt_convert.commands.convert.proof import Compared, check_whole, no_proof, prove_source, unusable_scales
+from modelopt_convert.commands.convert.proof import (
+    Compared,
+    check_whole,
+    no_proof,
+    prove_source,
+    unscaled,
+    unusable_scales,
+)
 from modelopt_convert.commands.convert.told import convert_report, written_proof
 from modelopt_convert.commands.convert.way_back import KEY, Claim, Kept, keep, read_claim
 from modelopt_convert.commands.convert.written import read_back, stream_converted
@@ -109,6 +116,14 @@ class ConvertCommand:
                 self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
                 found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
+            if request.config is not None and found.other_class is not None:
+                raise InputError(
+                    f"{request.config}: expected a config.json of {found.found.family.class_names[0]}, as the names of "
+                    f"SOURCE are, found one of {found.other_class}",
+                    code="convert.config",
+                    path=str(request.config),
+                    hint="--config is for the model that SOURCE is; without it a base or the record gives one",
+                )
             self._warned += _left_out(reader, found)
             if against is not None:
                 reader.take_beside(BASE, against)
@@ -122,7 +137,7 @@ class ConvertCommand:
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
                 self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
             self._warned += [*plan.warned, *not_restored_warnings(plan)]
-            self._warned += unusable_scales(found.described, reader.read_of)
+            self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
