@@ -58,6 +58,7 @@ from modelopt_convert.run.errors import Faults, InputError
 _WORDS = {algorithm: word for word, algorithm in FORMATS.items()}
 _PAD = {"nvfp4": 16, "mxfp8": 32}  # rows, and columns of mxfp8
 _CAST: Mapping[str, Algorithm] = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
+UNSCALED = "read as codes without a scale, which are the values"
 _DTYPES: Mapping[Algorithm, str] = {"nvfp4": "U8", "mxfp8": "F8_E4M3", "fp8": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 
 
@@ -102,9 +103,10 @@ class _ComfyUI:
                 tensors |= {info.name: info for info in found}
                 modules[module] = quantized
                 if "weight_scale" not in roles:
-                    fates[roles["weight"].name] = "read as codes without a scale, which are the values"
+                    fates[roles["weight"].name] = UNSCALED
                 keep |= {info.name: info for role, info in roles.items() if _is_widened(role, info)}
         faults.refuse()
+        _check_scaled_alike(headers, modules, fates, where)
         return Canonical(tensors, modules, fates, headers.config, keep=keep)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
@@ -150,6 +152,26 @@ def _unmarked(roles: Mapping[str, TensorInfo], marked: bool, where: str) -> Algo
     if lonely is not None:
         raise wrong(where, lonely, "scales of quantized weights alone", code="dialect.contradiction", hint=AGAIN)
     return None
+
+
+def _check_scaled_alike(
+    headers: Headers, modules: Mapping[str, Quantized], fates: Mapping[str, str], where: str
+) -> None:
+    """Refuse FP8 without a scale beside FP8 with one: whether it is a plain cast or lost its scale nothing tells.
+
+    Raises:
+        InputError: ``dialect.unscaled``.
+    """
+    bare = [name for name, fate in fates.items() if fate == UNSCALED]
+    scaled = sum(one.algorithm in _CAST.values() for one in modules.values()) - len(bare)
+    if bare and scaled:
+        path = f"{where}/{headers.tensors[bare[0]].file}"
+        raise InputError(
+            f"{path}: expected a scale beside each FP8 weight, as {scaled} others have, found none",
+            code="dialect.unscaled",
+            path=path,
+            hint=f"a scale was lost, or plain casts were put among scaled weights: {AGAIN}",
+        ).at(bare)
 
 
 def _is_widened(role: str, info: TensorInfo) -> bool:

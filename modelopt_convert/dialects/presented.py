@@ -92,9 +92,9 @@ class Presented:
         for fate in self.left_out.values():
             if fate.startswith("left out: "):
                 what[fate.removeprefix("left out: ")] = what.get(fate.removeprefix("left out: "), 0) + 1
-        out = ", ".join(f"{count} of {one}" for one, count in what.items())
+        out = ", ".join(f"{count} ({one})" for one, count in what.items())
         parts.append(f"{len(self.made_of)} tensors are read as {len(self.tensors)} under diffusers' names")
-        parts += [f"left out are {out}"] if out else []
+        parts += [f"left out: {out}"] if out else []
         parts += [f"its config.json is of the class {self.other_class}, and is not used"] if self.other_class else []
         return "; ".join(parts)
 

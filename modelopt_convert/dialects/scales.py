@@ -28,7 +28,7 @@ def one_scale(info: TensorInfo, name: str, read: ReadBytes, where: str) -> Tenso
     Raises:
         InputError: ``dialect.shape``: it is not one float.
     """
-    if info.dtype not in HALF_AND_FLOAT or math.prod(info.shape) != 1 or len(info.shape) > 1:
+    if info.dtype not in HALF_AND_FLOAT or math.prod(info.shape) != 1:
         raise wrong(where, info, "one scale, F32 []", code="dialect.shape", hint=_AGAIN)
     return scalar(info, name, read)
 

@@ -41,6 +41,7 @@ from modelopt_convert.commands.convert.proof import (
     check_whole,
     no_proof,
     prove_source,
+    unscaled,
     unusable_scales,
 )
 from modelopt_convert.commands.convert.told import convert_report, written_proof
@@ -120,6 +121,14 @@ class ConvertCommand:
                 self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
                 found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
+            if request.config is not None and found.other_class is not None:
+                raise InputError(
+                    f"{request.config}: expected a config.json of {found.found.family.class_names[0]}, as the names of "
+                    f"SOURCE are, found one of {found.other_class}",
+                    code="convert.config",
+                    path=str(request.config),
+                    hint="--config is for the model that SOURCE is; without it a base or the record gives one",
+                )
             self._warned += _left_out(reader, found)
             if against is None:
                 check_blocks(found, str(reader.path))
@@ -139,7 +148,7 @@ class ConvertCommand:
                 config = json_object(plan.config.decode())
                 self._engines = known_of_engines(config, plan.steps.keys(), plan.settled.modules)
                 self._warned += self._engines[1] if self._engines is not None else []
-            self._warned += unusable_scales(found.described, reader.read_of)
+            self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return

@@ -164,10 +164,14 @@ def not_restored_warnings(plan: ConvertPlan) -> list[Warned]:
     """What of the record of the source was not used."""
     found = plan.restored
     if isinstance(found, Restored):
+        told: list[Warned] = []
         if found.config.is_alone:
             claimed = "config.json is what the record of SOURCE claims: no file here says the same; --base checks it"
-            return [("convert.config_claimed", claimed), *_not_used(found)]
-        return _not_used(found)
+            told.append(("convert.config_claimed", claimed))
+        if found.alone:
+            claimed = f"{len(found.alone)} scales are what the record of SOURCE claims ({found.alone[0]!r} first)"
+            told.append(("convert.scales_claimed", f"{claimed}: no file here says the same, and nothing checks them"))
+        return [*told, *_not_used(found)]
     if found is None:
         return []
     words = f"nothing of it was used ({found})"

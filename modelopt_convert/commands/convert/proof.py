@@ -11,6 +11,7 @@ from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import Refusal, prove_rewritten, refuse_unproven
 from modelopt_convert.dialects.awq import is_transformed
+from modelopt_convert.dialects.comfyui_form import UNSCALED
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.blocks import lacking
@@ -185,6 +186,15 @@ def unusable_scales(described: Canonical, read: ReadBytes) -> list[Warned]:
         return []
     words = f"{len(found)} scales are zero or negative ({found[0]!r} first): engines compute with them as they are"
     return [("scale.unusable", words)]
+
+
+def unscaled(described: Canonical) -> list[Warned]:
+    """A warning of FP8 weights that have no scale."""
+    found = [name for name, fate in described.fates.items() if fate == UNSCALED]
+    if not found:
+        return []
+    words = f"{len(found)} FP8 weights have no scale ({found[0]!r} first): the codes are taken for the values"
+    return [("convert.unscaled", words)]
 
 
 def no_proof(described: Canonical) -> str | None:

@@ -2,13 +2,16 @@
 
 A record is a claim. A tensor of it is used only if writing it in the dialect of the file at hand gives that file's very
 bytes: so ``1/g`` of a kept ``g`` has to be the stored reciprocal. What the file says nothing of, such as quantizer
-state or a scale that its dialect has no place for, has to fit in dtype and shape, and is told.
+state or a scale that its dialect has no place for, is used only if the record is of the very bytes of the file, and is
+told.
 """
 
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+import xxhash
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of
@@ -26,6 +29,7 @@ from modelopt_convert.run.errors import InputError
 
 _CONFIG = "config.json"
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+_PIECE = 1 << 20  # bytes that are digested at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Restored:
         shards: Its files.
         config: The claimed config.json, as far as it is used.
         used: Tensors whose bytes are the record's.
+        alone: The scales among them of which the file at hand says nothing. No engine reads quantizer state.
         not_used: What of the claim was not used, in words.
         found: What a reader of the output finds of these, by diffusers' names.
     """
@@ -45,6 +50,7 @@ class Restored:
     shards: tuple[ShardPlan, ...]
     config: ClaimedConfig
     used: tuple[str, ...]
+    alone: tuple[str, ...]
     not_used: tuple[str, ...]
     found: Mapping[str, TensorInfo] = field(default_factory=dict)
 
@@ -76,10 +82,12 @@ def restore(
     Returns:
         The output; in words why not, where nothing of the claim holds.
     """
-    refused: set[str] = set()
     missing = _missing(written, claim)
     if missing:
         config = ClaimedConfig(None)
+    alone = set() if missing else _alone(written, claim)
+    changed = _changed(claim.digests, raw, read) if alone else None
+    refused = alone if changed is not None else set()
     for _ in range(3):  # each round has fewer tensors of the claim; what is left after that is not used
         candidate, used = _candidate(written, claim, refused, extra=not missing)
         metadata = {file: written.metadata if missing else entries for file, (entries, _) in claim.files.items()}
@@ -109,8 +117,11 @@ def restore(
                 name.endswith(".input_scale") for name in refused - candidate.tensors.keys()
             ):  # the config was judged with them
                 config = ClaimedConfig(None, (*config.not_used, "config.json: it is of input scales that are not used"))
-            not_used = [*config.not_used, *missing, *(f"{name}: the file says otherwise" for name in sorted(refused))]
-            return Restored(candidate, shards, config, tuple(used), tuple(not_used), found)
+            other = [f"{name}: the record is of another {changed}" for name in sorted(refused & alone)]
+            odd_ones = [f"{name}: the file says otherwise" for name in sorted(refused - alone)]
+            not_used = [*other, *config.not_used, *missing, *odd_ones]
+            kept = tuple(name for name in used if name in alone and name.rpartition(".")[2] in _SCALES)
+            return Restored(candidate, shards, config, tuple(used), kept, tuple(not_used), found)
         before = len(refused)
         refused |= {name for name in used if any(_in_module(name, one, claim, source) for one in wrong)}
         if len(refused) == before:
@@ -150,6 +161,30 @@ def _missing(written: Written, claim: Claim) -> list[str]:
             elif not _fits_shape(made, dtype, shape):
                 words.append(f"{name}: it was {dtype} {list(shape)}, and is {made.dtype} {list(made.shape)}")
     return words
+
+
+def _alone(written: Written, claim: Claim) -> set[str]:
+    """Tensors of the claim that the record alone has: no tensor of the output stands for them."""
+    return {
+        name
+        for _, claimed in claim.files.values()
+        for name, (_, _, data) in claimed.items()
+        if data is not None and name not in written.tensors
+    }
+
+
+def _changed(digests: Mapping[str, str], raw: Mapping[str, TensorInfo], read: ReadBytes) -> str | None:
+    """The first tensor of the file at hand that is not the one that its record is of; None if all are."""
+    for name in sorted(digests.keys() | raw.keys()):
+        info = raw.get(name)
+        if info is None or name not in digests:
+            return name
+        digest = xxhash.xxh3_128()
+        for begin in range(0, info.num_bytes, _PIECE):
+            digest.update(read(info, begin, min(_PIECE, info.num_bytes - begin)))
+        if digest.hexdigest() != digests[name]:
+            return name
+    return None
 
 
 def _candidate(written: Written, claim: Claim, refused: set[str], *, extra: bool) -> tuple[Written, list[str]]:

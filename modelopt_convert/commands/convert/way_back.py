@@ -47,6 +47,7 @@ class Claim:
         prefix: In front of each.
         config: The text of its config.json, if it had one.
         files: For each of its files, the header's metadata and the tensors: dtype, shape, and bytes where kept.
+        digests: Of the tensors of the file at hand, as the record has them, by their names there.
     """
 
     dialect: str
@@ -55,6 +56,7 @@ class Claim:
     prefix: str
     config: str | None
     files: Mapping[str, tuple[Mapping[str, str], Mapping[str, tuple[str, tuple[int, ...], bytes | None]]]]
+    digests: Mapping[str, str]
 
 
 def keep(
@@ -127,7 +129,7 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
     if single is not None and record["digests"].get("shards") != [single]:
         return None
     try:
-        return _claim(said)
+        return _claim(said, record["digests"]["tensors"])
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
         where = str(reader.path / "mopt.json")
         raise InputError(
@@ -138,7 +140,7 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
         ) from error
 
 
-def _claim(said: Mapping[str, Any]) -> Claim:
+def _claim(said: Mapping[str, Any], digests: Mapping[str, str]) -> Claim:
     files: dict[str, tuple[Mapping[str, str], Mapping[str, tuple[str, tuple[int, ...], bytes | None]]]] = {}
     if len(said["files"]) > _MAX_FILES:
         raise ValueError("too many files")
@@ -149,8 +151,8 @@ def _claim(said: Mapping[str, Any]) -> Claim:
         metadata = {str(key): str(value) for key, value in one["metadata"]}
         tensors: dict[str, tuple[str, tuple[int, ...], bytes | None]] = {}
         for tensor, entry in one["tensors"].items():
-            dtype, shape = str(entry[0]), tuple(int(size) for size in entry[1])
-            if dtype not in DTYPE_BITS or min(shape, default=0) < 0:
+            dtype, shape = str(entry[0]), tuple(entry[1])
+            if dtype not in DTYPE_BITS or any(type(size) is not int or size < 0 for size in shape):
                 raise ValueError(f"no tensor: {tensor[:40]!r}")
             data = base64.b64decode(entry[2], validate=True) if len(entry) > 2 else None
             if data is not None and (len(data) > SMALL or len(data) != num_bytes_of(dtype, shape)):
@@ -162,7 +164,8 @@ def _claim(said: Mapping[str, Any]) -> Claim:
         raise ValueError("spelling")
     to, config = said.get("to"), said.get("config")
     told = None if to is None else str(to)
-    return Claim(str(said["from"]), told, spelling, str(said["prefix"]), None if config is None else str(config), files)
+    text = None if config is None else str(config)
+    return Claim(str(said["from"]), told, spelling, str(said["prefix"]), text, files, digests)
 
 
 def named(described: Canonical, family: Family, spelling: Naming, prefix: str) -> Canonical:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from commands import errors_in
 from dialect_files import nunchaku
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import Outcome, Tensors, config_of, load, run_mopt, same_bits
 
@@ -299,3 +301,47 @@ def test_a_quantized_base_is_called_that(families: Path, tmp_path: Path) -> None
     export = families / "wan" / "nvfp4"
     refused = run_mopt("convert", export, tmp_path / "out", "--to", "comfyui", "--base", export)
     assert (refused.exit_code, refused.error_code) == (3, "base.quantized"), refused.stderr
+
+
+@pytest.mark.parametrize("spelling", ["sentinel of FP8", "markers", "nothing"])
+@given(lost=st.sets(st.integers(0, 9), min_size=1, max_size=3))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_weight_that_lost_its_scale_among_scaled_ones_is_refused(
+    spelling: str, lost: set[int], scaled: Tensors, families: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As a plain cast its values would be off by hundreds, and nothing would say so."""
+    folder, names = tmp_path_factory.mktemp("lost"), modules(scaled)
+    tensors = SPELLINGS[spelling](scaled)
+    bare = [names[index % len(names)] for index in sorted(lost)]
+    for name in bare:
+        tensors = {key: one for key, one in tensors.items() if not key.startswith(f"{name}.") or "scale" not in key}
+    file = written(tensors, folder / "wan.safetensors")
+    for to in ("modelopt", "comfyui", "bf16"):
+        refused = run_mopt("convert", file, folder / to, "--to", to, "--config", families / "wan" / "base")
+        assert refused.exit_code == 3 and refused.error_code == "dialect.unscaled" and not (folder / to).exists()
+        assert f"{bare[0]}.weight" in refused.message
+
+
+def test_a_plain_cast_is_told(scaled: Tensors, families: Path, tmp_path: Path) -> None:
+    file = written({k: v for k, v in scaled.items() if "_scale" not in k}, tmp_path / "it" / "wan.safetensors")
+    done = convert(file, tmp_path / "out", "bf16", "--config", families / "wan" / "base")
+    assert done.report is not None
+    told = [one["message"] for one in done.report["warnings"] if one["code"] == "convert.unscaled"]
+    assert len(told) == 1 and told[0].startswith(f"{len(modules(scaled))} FP8 weights have no scale")
+
+
+def test_a_config_of_another_model_is_refused_where_a_record_has_one_too(families: Path, tmp_path: Path) -> None:
+    convert(families / "wan" / "nvfp4", tmp_path / "there", "comfyui")
+    for to in ("modelopt", "comfyui"):
+        refused = run_mopt(
+            "convert", tmp_path / "there", tmp_path / to, "--to", to, "--config", families / "flux2" / "base"
+        )
+        assert refused.exit_code == 3 and refused.error_code == "convert.config"
+        assert "Flux2Transformer2DModel" in refused.message and not (tmp_path / to).exists()
+
+
+def test_an_input_scale_of_one_by_one_is_one_scale(scaled: Tensors, families: Path, tmp_path: Path) -> None:
+    odd = {name: one.reshape(1, 1) if name.endswith("input_scale") else one for name, one in scaled.items()}
+    file = written(odd, tmp_path / "it" / "wan.safetensors")
+    convert(file, tmp_path / "out", "modelopt", "--config", families / "wan" / "base")
+    same(load(families / "wan" / "fp8" / "transformer"), load(tmp_path / "out"))

@@ -254,3 +254,42 @@ def test_a_claimed_scale_that_can_be_none_is_not_used(families: Path, tmp_path: 
     assert done.exit_code == 0 and done.report is not None, done.stderr
     assert names[0] not in done.report["convert"]["restored"] and names[0] not in load(tmp_path / "back")
     assert "convert.not_restored" in {one["code"] for one in done.report["warnings"]}
+
+
+def test_a_record_beside_other_weights_gives_nothing_that_the_file_does_not_say(
+    families: Path, exports: Path, tmp_path: Path
+) -> None:
+    """torchao's FP8 has no place for input scales: those of another export are not this one's."""
+    for name in ("fp8", "fp8_trained"):
+        done = run_mopt("convert", exports / name, tmp_path / name, "--to", "torchao")
+        assert done.exit_code == 0, done.stderr
+    (weights,) = (tmp_path / "fp8_trained").glob("*.safetensors")
+    shutil.copy(weights, tmp_path / "fp8")
+    done = run_mopt("convert", tmp_path / "fp8", tmp_path / "back", "--to", "modelopt")
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    assert not [name for name in load(tmp_path / "back") if name.endswith("input_scale")]
+    told = {one["code"]: one["message"] for one in done.report["warnings"]}
+    assert "the record is of another" in told["convert.not_restored"] and "convert.scales_claimed" not in told
+
+
+def test_a_scale_that_the_record_alone_has_is_told_as_a_claim(families: Path, tmp_path: Path) -> None:
+    assert run_mopt("convert", families / "wan" / "fp8", tmp_path / "there", "--to", "torchao").exit_code == 0
+    done = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt")
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    told = [one["message"] for one in done.report["warnings"] if one["code"] == "convert.scales_claimed"]
+    scales = sum(name.endswith("input_scale") for name in load(tmp_path / "back"))
+    assert len(told) == 1 and told[0].startswith(f"{scales} scales are what the record of SOURCE claims")
+
+
+@pytest.mark.parametrize("size", [True, 96.0])
+def test_a_shape_in_the_record_is_of_whole_numbers(families: Path, tmp_path: Path, size: object) -> None:
+    assert run_mopt("convert", families / "wan" / "fp8", tmp_path / "there", "--to", "torchao").exit_code == 0
+
+    def edit(record: dict[str, Any]) -> None:
+        name = min(one for one, entry in tensors(record["converted"]).items() if entry[1] == [96])
+        tensors(record["converted"])[name][1] = [size]
+
+    edit_json(tmp_path / "there" / "mopt.json", edit)
+    done = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt", "--dry-run")
+    assert done.report is not None
+    assert "record.content" in {one["code"] for one in done.report["warnings"]}
