@@ -74,8 +74,10 @@ def check_described(described: Canonical, where: str) -> None:
         InputError: ``dialect.shape``, ``dialect.role`` or ``dialect.contradiction``.
     """
     for module, one in described.modules.items():
+        if not one.algorithm.startswith("fp8"):
+            continue
         scale = described.tensors[f"{module}.weight_scale"]
-        if one.algorithm.startswith("fp8") and scale.shape not in ((), (one.rows,)):
+        if scale.shape not in ((), (one.rows,)):
             raise wrong(where, scale, f"one scale, or {one.rows}, one a row", code="dialect.shape", hint=_AGAIN)
     for info in described.tensors.values():
         module, _, role = info.name.rpartition(".")

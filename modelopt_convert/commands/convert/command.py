@@ -32,6 +32,7 @@ from modelopt_convert.commands.command import (
 )
 from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.inexact import BASE
+from modelopt_convert.commands.convert.nunchaku import is_nunchaku, prove_near_nunchaku, refuse_other_targets
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
 from modelopt_convert.commands.convert.proof import Compared, check_whole, no_proof, prove_source, unusable_scales
 from modelopt_convert.commands.convert.told import convert_report, written_proof
@@ -109,6 +110,7 @@ class ConvertCommand:
                 self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
                 found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
+            refuse_other_targets(found, request.to, str(reader.path))
             self._warned += _left_out(reader, found)
             if against is not None:
                 reader.take_beside(BASE, against)
@@ -177,6 +179,9 @@ class ConvertCommand:
     def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader) -> None:
         if transformed_modules(source.described):
             self._words = prove_near(reader, source.described, base, self._request.max_error)
+            return
+        if is_nunchaku(source):
+            self._words = prove_near_nunchaku(reader, source.described, base, self._request.max_error)
             return
         why = no_proof(source.described)
         if why is not None:
