@@ -91,7 +91,7 @@ def _variant(where: str, files: Sequence[str], indexes: Sequence[str], variant: 
 def _whole(where: str, files: Sequence[str]) -> tuple[str, ...]:
     """What is a whole checkpoint, where no index is there: one file, but for nunchaku's two."""
     if len(files) == 1 or set(files) == _TWO:
-        return tuple(files)
+        return tuple(sorted(files))
     variants = _variants(files, ())
     index = index_of(files)
     if index is None and len(variants) == 1 and all(_file_variant(name) for name in files):

@@ -227,17 +227,14 @@ class SideBySide:
         """Fill ``target`` with the bytes from ``begin`` on."""
         import numpy as np
 
-        width = self.num_bytes // self.rows
-        step = _STEP * width
-        for start in range(begin // step * step, begin + target.nbytes, step):
-            first, last = start // width, min(start // width + _STEP, self.rows)
-            shapes = [(last - first, one.columns * 4) for one in self.parts]
-            found = [
-                _bytes(one, first * wide, high * wide, fetch).reshape(high, wide)
-                for one, (high, wide) in zip(self.parts, shapes, strict=True)
-            ]
-            whole = np.hstack(found).view(np.float32)
-            _put(whole, first, begin, target, width // 4)
+        columns = self.num_bytes // self.rows // 4
+        first, last = _rows(begin, target.nbytes, columns)
+        wide = [one.columns * 4 for one in self.parts]
+        found = [
+            _bytes(one, first * width, (last - first) * width, fetch).reshape(-1, width)
+            for one, width in zip(self.parts, wide, strict=True)
+        ]
+        _put(np.hstack(found).view(np.float32), first, begin, target, columns)
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
         """What ``fill`` takes of files."""

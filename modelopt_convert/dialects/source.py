@@ -84,6 +84,8 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint="give the model whole, with any LoRA merged; a diffusers model of another class keeps its names",
         )
+    if own is not None:
+        found = found._replace(evidence=[f"modules of {found.family.title} in nunchaku's names"])
     described = own or form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)

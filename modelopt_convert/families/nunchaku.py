@@ -85,7 +85,9 @@ def nunchaku_of(modules: Iterable[str]) -> Nunchaku | None:
 
 
 def _pattern(module: str) -> tuple[str, str]:
-    """A name with the number of its block left open, and that number."""
+    """A name with the number of its block left open, and that number; of a name that no model has, nothing."""
+    if "{" in module:
+        return "", ""
     found = _NUMBER.search(module)
     return (module, "") if found is None else (f"{module[: found.start()]}{{}}{module[found.end() :]}", found[0])
 

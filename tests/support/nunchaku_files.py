@@ -118,7 +118,7 @@ def w4a4(
     shifted: bool = False,
     fused: bool = False,
 ) -> Made:
-    """A Linear as SVDQuant makes it: smoothed, its largest directions taken out, the rest in 4 bits.
+    """A Linear as SVDQuant makes it: smoothed, some directions taken out, the rest in 4 bits.
 
     Args:
         weight: [N, K].
@@ -133,8 +133,8 @@ def w4a4(
     scaled = weight.double() * smooth.double()
     down, up = torch.zeros(0, columns).bfloat16(), torch.zeros(rows, 0).bfloat16()
     if rank:
-        left, values, right = torch.linalg.svd(scaled, full_matrices=False)
-        up, down = (left[:, :rank] * values[:rank]).bfloat16(), right[:rank].bfloat16()
+        up = torch.linalg.qr(scaled @ halves((columns, rank), 0, -1, 1).double()).Q.bfloat16()
+        down = (up.double().T @ scaled).bfloat16()
         scaled = scaled - up.double() @ down.double()
         if not fused:
             down = (down.double() / smooth.double()).bfloat16()
@@ -153,7 +153,8 @@ def w4a4(
         wide = (factor * by_row.float())[:, None].double()
         scales = (amax / 6 / wide).clamp(max=448).to(torch.float8_e4m3fn)
         whole = (scales.double() * wide)[..., None].clamp(min=1e-12)
-        codes = ((blocks / whole)[..., None] - E2M1.double()).abs().argmin(-1)
+        ratio = blocks / whole
+        codes = torch.bucketize(ratio.abs(), (E2M1[:7] + E2M1[1:8]).double() / 2) + 8 * (ratio < 0)
         values = E2M1.double()[codes] * (scales.double() * wide)[..., None]
         tensors |= {"wscales": pack_micro(scales), "wtscale": factor.reshape(1), "wcscales": pack_vector(by_row)}
     used = torch.ones_like(smooth) if fused else smooth
