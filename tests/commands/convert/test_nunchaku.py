@@ -9,32 +9,12 @@ import diffusers
 import pytest
 import torch
 from commands import errors_in
-from nunchaku_files import Checkpoint, Kind, merged, packed, two_files
+from nunchaku_files import Kind
+from nunchaku_models import CONFIGS, Checkpoint, merged, packed, small, two_files
 from safetensors.torch import load_file, save_file
 from support import Tensors, load, run_mopt
 from torch import Tensor
 
-_HEADS = {"attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 96, "axes_dims_rope": [16, 24, 24]}
-# The smallest of each class with whole tiles of 128.
-CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "flux1": (
-        "FluxTransformer2DModel",
-        "NunchakuFluxTransformer2dModel",
-        {**_HEADS, "num_layers": 1, "num_single_layers": 1, "pooled_projection_dim": 48, "in_channels": 16,
-         "guidance_embeds": True},
-    ),
-    "qwen_image": (
-        "QwenImageTransformer2DModel",
-        "NunchakuQwenImageTransformer2DModel",
-        {**_HEADS, "num_layers": 1, "in_channels": 16, "out_channels": 4},
-    ),
-    "z_image": (
-        "ZImageTransformer2DModel",
-        "NunchakuZImageTransformer2DModel",
-        {"n_layers": 1, "n_refiner_layers": 1, "dim": 384, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
-         "in_channels": 4},
-    ),
-}  # fmt: skip
 QUANTIZED = {"flux1": 20, "qwen_image": 14, "z_image": 21}
 EVERY = pytest.mark.parametrize(("family", "kind"), [("flux1", "int4"), ("qwen_image", "nvfp4"), ("z_image", "int4")])
 
@@ -51,15 +31,8 @@ class Small(NamedTuple):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Small]:
     found = {}
-    for family, (name, _, config) in CONFIGS.items():
-        torch.manual_seed(7)
-        model = getattr(diffusers, name)(**config).bfloat16().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.normal_(0, 0.2)
-                elif parameter.ndim == 2:  # a gain for each matrix, and rows of several sizes
-                    parameter.mul_(1 + parameter.shape[0] % 3).mul_(torch.rand(parameter.shape[0], 1) + 0.5)
+    for family in CONFIGS:
+        model = small(family)
         base = tmp_path_factory.mktemp(family) / "base"
         model.save_pretrained(base)
         state, done = load(base), dict[Kind, Checkpoint]()
@@ -119,33 +92,33 @@ def test_a_whole_model_is_what_the_engine_computes_with(
     models: Mapping[str, Small], tmp_path: Path, family: str, kind: Kind
 ) -> None:
     """Under diffusers' names; its class loads it, and its forward pass is near that of the original weights."""
-    small, name = models[family], CONFIGS[family][0]
-    made = small.made(kind)
-    source = merged(made, tmp_path / "in", small.config, kind, CONFIGS[family][1])
-    report = converted(source, tmp_path / "out", "--base", small.base)["convert"]
+    mine, name = models[family], CONFIGS[family][0]
+    made = mine.made(kind)
+    source = merged(made, tmp_path / "in", mine.config, kind, CONFIGS[family][1])
+    report = converted(source, tmp_path / "out", "--base", mine.base)["convert"]
     assert report["from"] == "nunchaku" and report["family"] == family and "near the base" in report["words"]
     assert report["modules"] == dict.fromkeys(report["modules"], 0) | {"bf16": QUANTIZED[family]}
     assert len(report["lossy"]) == QUANTIZED[family] and not report["proven"] and not report["restorable"]
     assert all(0 < one["rel_error"] < 0.004 and one["how"] == "bf16" for one in report["lossy"])
-    found, originals = load(tmp_path / "out"), load(small.base)
+    found, originals = load(tmp_path / "out"), load(mine.base)
     assert found.keys() == originals.keys()
     for tensor, value in found.items():
         wanted = made.meant[tensor]
         assert value.shape == wanted.shape and value.dtype == originals[tensor].dtype
         assert torch.allclose(value.double(), wanted, rtol=2**-7.9, atol=1e-5), tensor
     model = getattr(diffusers, name).from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
-    exact = getattr(diffusers, name).from_config(small.config).bfloat16()
+    exact = getattr(diffusers, name).from_config(mine.config).bfloat16()
     exact.load_state_dict({tensor: value.to(originals[tensor].dtype) for tensor, value in made.meant.items()})
     result = forward(family, model.eval())
     assert torch.isfinite(result).all()
     assert apart(result, forward(family, exact.eval())) < 0.02
-    assert apart(result, forward(family, small.model)) < 0.25
+    assert apart(result, forward(family, mine.model)) < 0.25
 
 
 def test_the_folder_of_two_files_is_the_same_checkpoint(models: Mapping[str, Small], tmp_path: Path) -> None:
-    small = models["flux1"]
-    made = small.made("nvfp4")
-    config = {**small.config, "_class_name": "NunchakuFluxTransformer2DModelV2"}
+    mine = models["flux1"]
+    made = mine.made("nvfp4")
+    config = {**mine.config, "_class_name": "NunchakuFluxTransformer2DModelV2"}
     folder = two_files(made, tmp_path / "folder", config)
     converted(folder, tmp_path / "out")
     converted(merged(made, tmp_path / "in", config, "nvfp4", config["_class_name"]), tmp_path / "one")
@@ -160,9 +133,9 @@ def test_the_folder_of_two_files_is_the_same_checkpoint(models: Mapping[str, Sma
 
 
 def test_every_tensor_has_its_fate(models: Mapping[str, Small], tmp_path: Path) -> None:
-    small = models["flux1"]
-    made = small.made("int4")
-    source = merged(made, tmp_path / "in", small.config, "int4", "NunchakuFluxTransformer2dModel")
+    mine = models["flux1"]
+    made = mine.made("int4")
+    source = merged(made, tmp_path / "in", mine.config, "int4", "NunchakuFluxTransformer2dModel")
     ledger = converted(source, tmp_path / "out")["ledger"]["source"]
     assert ledger.keys() == made.tensors.keys()
     block, single = "transformer_blocks.0", "single_transformer_blocks.0"
@@ -176,8 +149,8 @@ def test_every_tensor_has_its_fate(models: Mapping[str, Small], tmp_path: Path) 
 
 def test_refiners_that_the_engine_leaves_plain(models: Mapping[str, Small], tmp_path: Path) -> None:
     """``skip_refiners``: their attention has diffusers' names, and their w3 and w1 are one all the same."""
-    small = models["z_image"]
-    originals, tensors = load(small.base), dict(small.made("int4").tensors)
+    mine = models["z_image"]
+    originals, tensors = load(mine.base), dict(mine.made("int4").tensors)
     for name in [one for one in tensors if "refiner" in one]:
         del tensors[name]
     for name, one in originals.items():
@@ -188,8 +161,8 @@ def test_refiners_that_the_engine_leaves_plain(models: Mapping[str, Small], tmp_
             tensors[f"{front}net.0.proj.weight"] = torch.cat((originals[f"{front}w3.weight"], one))
             tensors[f"{front}net.2.weight"] = originals[f"{front}w2.weight"]
     made = Checkpoint(tensors, {})
-    source = merged(made, tmp_path / "in", small.config, "int4", "NunchakuZImageTransformer2DModel")
-    assert converted(source, tmp_path / "out", "--base", small.base)["convert"]["modules"]["bf16"] == 7
+    source = merged(made, tmp_path / "in", mine.config, "int4", "NunchakuZImageTransformer2DModel")
+    assert converted(source, tmp_path / "out", "--base", mine.base)["convert"]["modules"]["bf16"] == 7
     found = load(tmp_path / "out")
     assert found.keys() == originals.keys()
     assert all(torch.equal(one, found[name]) for name, one in originals.items() if "refiner" in name)
@@ -213,8 +186,8 @@ def test_the_gate_of_z_image_is_where_the_engine_has_it() -> None:
 def test_other_targets_are_refused_in_one_line_that_names_bf16(
     models: Mapping[str, Small], tmp_path: Path, target: str
 ) -> None:
-    small = models["qwen_image"]
-    source = merged(small.made("int4"), tmp_path / "in", small.config, "int4", "X")
+    mine = models["qwen_image"]
+    source = merged(mine.made("int4"), tmp_path / "in", mine.config, "int4", "X")
     refused = run_mopt("convert", source, tmp_path / "out", "--to", target, "--inexact", "requantize")
     assert (refused.exit_code, refused.error_code) == (3, "convert.no_place")
     (line,) = errors_in(refused.stderr)
@@ -224,24 +197,24 @@ def test_other_targets_are_refused_in_one_line_that_names_bf16(
 
 def test_a_base_that_is_another_is_refused(models: Mapping[str, Small], tmp_path: Path) -> None:
     """Also where the smoothing of an attention's output is a part of v: one matrix of twenty is another."""
-    small = models["flux1"]
-    source = merged(small.made("int4"), tmp_path / "in", small.config, "int4", "X")
+    mine = models["flux1"]
+    source = merged(mine.made("int4"), tmp_path / "in", mine.config, "int4", "X")
     name = "transformer_blocks.0.attn.to_v"
-    tensors = load_file(small.base / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(mine.base / "diffusion_pytorch_model.safetensors")
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"].roll(1, 0)
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (tmp_path / "base" / "config.json").write_text(json.dumps(small.config))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(mine.config))
     run = run_mopt("convert", source, tmp_path / "out", "--to", "bf16", "--base", tmp_path / "base")
     assert run.exit_code == 1 and "check.proof" in run.stderr and "1 of 20" in run.stderr and name in run.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_damage_is_one_line_with_a_code(models: Mapping[str, Small], tmp_path: Path) -> None:
-    small = models["flux1"]
-    tensors = dict(small.made("int4").tensors)
+    mine = models["flux1"]
+    tensors = dict(mine.made("int4").tensors)
     del tensors["transformer_blocks.0.mlp_fc1.wscales"]
-    source = merged(Checkpoint(tensors, {}), tmp_path / "in", small.config, "int4", "X")
+    source = merged(Checkpoint(tensors, {}), tmp_path / "in", mine.config, "int4", "X")
     refused = run_mopt("convert", source, tmp_path / "out", "--to", "bf16")
     assert (refused.exit_code, refused.error_code) == (3, "dialect.role")
     assert "transformer_blocks.0.mlp_fc1" in refused.message and "wscales is missing" in refused.message
@@ -249,8 +222,8 @@ def test_damage_is_one_line_with_a_code(models: Mapping[str, Small], tmp_path: P
 
 
 def test_a_dry_run_reads_no_weights(models: Mapping[str, Small], tmp_path: Path) -> None:
-    small = models["flux1"]
-    source = merged(small.made("int4"), tmp_path / "in", small.config, "int4", "X")
+    mine = models["flux1"]
+    source = merged(mine.made("int4"), tmp_path / "in", mine.config, "int4", "X")
     report = converted(source, tmp_path / "out", "--dry-run")["convert"]
     assert report["modules"]["bf16"] == 20 and {one["rel_error"] for one in report["lossy"]} == {None}
     assert not (tmp_path / "out").exists()
