@@ -220,6 +220,8 @@ def _low_rank(roles: Mapping[str, TensorInfo], rows: int, columns: int, where: s
         if (one := down or up) is not None:
             raise wrong(where, one, "both low-rank parts or none", code="dialect.role", hint=_AGAIN)
         return None
+    if down.shape == (columns, 0) and up.shape == (rows, 0):
+        return None
     rank = down.shape[1] if len(down.shape) == 2 else 0
     if not rank or rank % RANK:
         raise wrong(where, down, f"[{columns}, R], R a multiple of {RANK}", code="dialect.shape", hint=_AGAIN)

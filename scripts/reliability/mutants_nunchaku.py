@@ -33,6 +33,7 @@ NUNCHAKU = (
         "NVFP4 is not shifted",
         "if one.linear.shifted and not one.weight.is_nvfp4 else None",
         "if one.linear.shifted else None",
+        f"{_TESTS}::test_int4_after_gelu_is_shifted_and_nothing_else_is",
     ),
     _guard("what is needed is there", "if odd is not None or missing is not None:", "if odd is not None:"),
     _guard("nothing else is there", "if odd is not None or missing is not None:", "if missing is not None:"),

@@ -277,6 +277,10 @@ W4A4_FAULTS: dict[str, tuple[Change, str]] = {
         lambda roles: roles.update({role: roles[role][:, :8].contiguous() for role in ("lora_down", "lora_up")}),
         "dialect.shape",
     ),
+    "a rank of 0 beside one of 16": (
+        _put("lora_up", lambda one: one[:, :0].contiguous()),
+        "dialect.shape",
+    ),
     "ranks that differ": (_put("lora_up", lambda one: one.repeat(1, 2)), "dialect.shape"),
     "a low-rank part in F32": (_put("lora_down", lambda one: one.float()), "dialect.shape"),
 }
@@ -340,6 +344,20 @@ def test_the_scale_of_nvfp4_in_any_float(dtype: str) -> None:
     assert same(values(PLAIN, roles)[0], values(PLAIN, roles | {"wtscale": torch.tensor(0.5)})[0])
     without = {role: one for role, one in roles.items() if role not in ("wtscale", "wcscales")}
     assert same(values(PLAIN, without)[0], values(PLAIN, without | {"wtscale": torch.ones(1)})[0])
+
+
+def test_a_rank_of_nothing_is_no_low_rank_part() -> None:
+    made = w4a4(halves((128, 256), 1, -1, 1), halves((128,), 2, -1, 1), "int4", halves((256,), 3, 0.5, 2), rank=0)
+    empty = {"lora_down": torch.zeros(256, 0).bfloat16(), "lora_up": torch.zeros(128, 0).bfloat16()}
+    assert same(values(PLAIN, made.tensors)[0], values(PLAIN, made.tensors | empty)[0])
+
+
+def test_a_checkpoint_in_f16_means_the_same() -> None:
+    made = w4a4(halves((128, 128), 1, -1, 1), halves((128,), 2, -1, 1), "int4", halves((128,), 3, 0.5, 2))
+    in_f16 = {role: one.half() if one.dtype == torch.bfloat16 else one for role, one in made.tensors.items()}
+    for left, right in zip(values(PLAIN, made.tensors), values(PLAIN, in_f16), strict=True):
+        assert torch.allclose(left.float(), right.float(), rtol=1e-3, atol=1e-5)
+    assert values(PLAIN, in_f16)[1].dtype == torch.float16
 
 
 @pytest.mark.parametrize(

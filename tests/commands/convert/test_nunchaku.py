@@ -221,6 +221,26 @@ def test_damage_is_one_line_with_a_code(models: Mapping[str, Small], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify", "IT"),
+        ("build-nvfp4", "--preset", "flux1-dev", "--export", "IT", "--base", "BASE", "--output", "OUT"),
+        ("build-nvfp4", "--preset", "flux1-dev", "--base", "IT", "--output", "OUT"),
+    ],
+)
+def test_what_builds_and_proves_refuses_it(
+    models: Mapping[str, Small], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    mine = models["flux1"]
+    source = merged(mine.made("int4"), tmp_path / "in", mine.config, "int4", "X")
+    places = {"IT": source, "BASE": mine.base, "OUT": tmp_path / "out"}
+    refused = run_mopt(*(str(places.get(word, word)) for word in command))
+    (line,) = errors_in(refused.stderr)
+    assert (refused.exit_code, refused.error_code) == (3, "dialect.formats") and "found nunchaku" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_reads_no_weights(models: Mapping[str, Small], tmp_path: Path) -> None:
     mine = models["flux1"]
     source = merged(mine.made("int4"), tmp_path / "in", mine.config, "int4", "X")
