@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fp8_support import checkpoint_of, old_export
 from loopback_hub import LoopbackHub
+from nunchaku_models import merged, packed, small
 from pipelines import make_pipeline
 from root import ROOT
 from support import run_mopt
@@ -51,6 +52,14 @@ def converted(families: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert outcome.exit_code == 0, outcome.stderr
     (file,) = folder.glob("*.safetensors")
     return file
+
+
+@pytest.fixture(scope="session")
+def of_nunchaku(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of nunchaku's engine."""
+    model, folder = small("qwen_image"), tmp_path_factory.mktemp("nunchaku")
+    config = {**model.config, "_class_name": "QwenImageTransformer2DModel"}
+    return merged(packed("qwen_image", model.state_dict(), "int4"), folder / "in", config, "int4", "X")
 
 
 @pytest.fixture
@@ -147,7 +156,9 @@ def test_a_line_runs_as_shown(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    if shlex.split(line)[1] == "convert":
+    if "nunchaku.safetensors" in line:
+        copy_file(here / "nunchaku.safetensors", request.getfixturevalue("of_nunchaku"))
+    elif shlex.split(line)[1] == "convert":
         provide_another_model(here, request.getfixturevalue("converted"), request.getfixturevalue("families"))
     else:
         provide(line, here, exports, built_nvfp4, rewritten)

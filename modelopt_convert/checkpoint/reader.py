@@ -374,8 +374,8 @@ class CheckpointReader:
                 self._open_shard(shard)
             check_index(str(self.path / chosen.listing), weight_map, self.tensors)
             self.indexes = (chosen.listing,)
-        elif chosen.file is not None:
-            self._open_shard(chosen.file)
+        for file in chosen.files:
+            self._open_shard(file)
         used = {CONFIG, *self.indexes, *self._files}
         self.skipped = tuple(name for name in names if name not in used)
         self.left_aside = tuple(name for name in (*files, *indexes) if name not in used)

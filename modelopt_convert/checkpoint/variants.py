@@ -15,6 +15,8 @@ from modelopt_convert.run.errors import InputError
 _NUMBER = r"-\d{5}-of-\d{5}"
 _FILE = re.compile(rf"(?P<stem>.+?)(?:{_NUMBER})?(?:\.(?P<variant>[^.]+?))?(?:{_NUMBER})?\.safetensors")
 _INDEX = re.compile(r"(?P<stem>.+?)(?:\.(?P<front>[^.]+))?\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+# Early checkpoints of nunchaku's engine, which has these names in itself (``nunchaku/models/transformers/utils.py``).
+_TWO = {"transformer_blocks.safetensors", "unquantized_layers.safetensors"}
 _SHOWN = 10
 _MOVE = "move the files that do not belong to this checkpoint out of the folder"
 _WHOSE = "--variant chooses in the base where there is one, else in the source"
@@ -24,12 +26,12 @@ class Weights(NamedTuple):
     """The weight files that are read.
 
     Attributes:
-        listing: The index that names them; None where one file is all.
-        file: That file; None where there is an index.
+        listing: The index that names them; None where there is none.
+        files: They, where there is no index: one, or the two of nunchaku.
     """
 
     listing: str | None
-    file: str | None
+    files: tuple[str, ...] = ()
 
 
 def is_index(name: str) -> bool:
@@ -60,10 +62,10 @@ def choose_weights(where: str, files: Sequence[str], indexes: Sequence[str], var
         return _variant(where, files, indexes, variant)
     listed = [name for name in indexes if not _has_plain(name, files, indexes)]
     if len(listed) == 1 and _index_variant(listed[0]) is None:
-        return Weights(listed[0], None)
+        return Weights(listed[0])
     plain = [name for name in files if _file_variant(name) is None]
     if listed and not plain:
-        return Weights(_only(where, listed, "one index"), None)
+        return Weights(_only(where, listed, "one index"))
     if listed:
         _refuse_unlisted(where, plain, listed)
     return Weights(None, _whole(where, without_variants(files, indexes)))
@@ -73,7 +75,7 @@ def _variant(where: str, files: Sequence[str], indexes: Sequence[str], variant: 
     """The weights of one variant."""
     listed = [name for name in indexes if variant in _INDEX.fullmatch(name).group("front", "variant")]  # type: ignore[union-attr]
     if listed:
-        return Weights(_only(where, listed, f"one index of the variant {variant}"), None)
+        return Weights(_only(where, listed, f"one index of the variant {variant}"))
     found = [name for name in files if _file_variant(name) == variant]
     if not found:
         known = _variants(files, indexes)
@@ -86,10 +88,10 @@ def _variant(where: str, files: Sequence[str], indexes: Sequence[str], variant: 
     return Weights(None, _whole(where, found))
 
 
-def _whole(where: str, files: Sequence[str]) -> str:
-    """The one file that is a whole checkpoint, where no index is there."""
-    if len(files) == 1:
-        return files[0]
+def _whole(where: str, files: Sequence[str]) -> tuple[str, ...]:
+    """What is a whole checkpoint, where no index is there: one file, but for nunchaku's two."""
+    if len(files) == 1 or set(files) == _TWO:
+        return tuple(sorted(files))
     variants = _variants(files, ())
     index = index_of(files)
     if index is None and len(variants) == 1 and all(_file_variant(name) for name in files):

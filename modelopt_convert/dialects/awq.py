@@ -32,7 +32,7 @@ from modelopt_convert.dialects.form import Canonical, Quantized, wrong
 from modelopt_convert.dialects.modelopt.export import TRANSFORMED
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES
 from modelopt_convert.formats.dtypes import DTYPE_BITS, HALF_AND_FLOAT
-from modelopt_convert.formats.floats import bf16_of, values_of, widened_values
+from modelopt_convert.formats.floats import Narrow, bf16_of, values_of, widened_values
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.run.errors import Faults, InputError
 
@@ -52,7 +52,7 @@ class Part:
 
     Attributes:
         of: Its bytes.
-        dtype: BF16, F16 or F32.
+        dtype: BF16, F16, F32 or F8_E4M3.
     """
 
     of: Recipe
@@ -70,7 +70,7 @@ class Part:
         raw = _bytes(self.of, first * self.size, count * self.size, fetch)
         if self.dtype == "F32":
             return raw.view(np.float32)
-        return widened_values(raw, cast('Literal["BF16", "F16"]', self.dtype))
+        return widened_values(raw, cast("Narrow", self.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.recipe import Constant, made
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.run.errors import Faults, InputError
 
-Algorithm = Literal["nvfp4", "fp8", "mxfp8", "fp8_e5m2"]
+Algorithm = Literal["nvfp4", "fp8", "mxfp8", "fp8_e5m2", "nunchaku"]
 Naming = Literal["diffusers", "comfyui", "original"]
 ReadBytes = Callable[[TensorInfo, int, int], bytes]
 """Bytes of a tensor: the tensor, the first byte, and how many."""
@@ -56,6 +56,8 @@ class Canonical:
              weight_scale_2 F32 []                                  up
     input    input_scale F32 []      input_scale F32 []             none
     =======  ======================  =============================  ==============================
+
+    ``nunchaku`` is a weight that is decoded already, F32 [N, K] without a scale: see ``dialects/nunchaku.py``.
 
     Beside an nvfp4 weight, or one that is not packed, AWQ and SVDQuant have tensors of their own: see
     ``dialects/awq.py``.

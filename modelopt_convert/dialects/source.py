@@ -9,6 +9,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import Canonical, Form
+from modelopt_convert.dialects.nunchaku_form import FORM as NUNCHAKU
 from modelopt_convert.dialects.renaming import under_diffusers_names
 from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.dialects.table import detect_dialect
@@ -16,8 +17,6 @@ from modelopt_convert.dialects.targets import FORMS, form_of
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import FAMILIES, Found, candidates
 from modelopt_convert.run.errors import InputError
-
-_HINTS = {"nunchaku": "smoothing and a low-rank part are in its tiles, which nunchaku alone reads; get another form"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,12 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             f"{where}: expected a dialect that mopt converts, found {dialect.name} ({'; '.join(evidence)})",
             code="convert.dialect",
             path=where,
-            hint=_HINTS.get(dialect.name, f"--from names one of {', '.join(FORMS)}, if it is one of them"),
+            hint=f"--from names one of {', '.join(FORMS)}, if it is one of them",
         )
-    several = candidates({name: info.shape for name, info in reader.tensors.items()})
+    # The names of nunchaku are no spelling of a family: its form gives diffusers'.
+    own = form.read(headers, reader.read_of, {}, where) if form is NUNCHAKU else None
+    named = own.tensors if own is not None else reader.tensors
+    several = candidates({name: info.shape for name, info in named.items()})
     if len(several) > 1:
         first, second = (f"{one.family.title} under {one.prefix!r}" for one in several[:2])
         raise InputError(
@@ -82,7 +84,9 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
             path=where,
             hint="give the model whole, with any LoRA merged; a diffusers model of another class keeps its names",
         )
-    described = form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
+    if own is not None:
+        found = found._replace(evidence=[f"modules of {found.family.title} in nunchaku's names"])
+    described = own or form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
     check_described(described, where)

@@ -9,6 +9,7 @@ from modelopt_convert.dialects.compressed_tensors_form import FORM as COMPRESSED
 from modelopt_convert.dialects.dialect import Dialect
 from modelopt_convert.dialects.form import Form
 from modelopt_convert.dialects.modelopt.form import FORM as MODELOPT
+from modelopt_convert.dialects.nunchaku_form import FORM as NUNCHAKU
 from modelopt_convert.dialects.torchao_form import FORM as TORCHAO
 
 _ALL: tuple[Form, ...] = (MODELOPT, COMFYUI, BFL_DIFFUSERS, COMPRESSED_TENSORS, TORCHAO, BF16)
@@ -31,6 +32,7 @@ _OF: Mapping[str, Form] = {
     "torchao": TORCHAO,
     "torchao-fp8": TORCHAO,
     "unquantized": BF16,
+    "nunchaku": NUNCHAKU,
 }
 
 

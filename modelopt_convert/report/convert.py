@@ -56,7 +56,7 @@ class ConvertReport(_Model):
     from_: str = Field(alias="from", description="the dialect of SOURCE")
     to: str = Field(description="the dialect that was written")
     family: str = Field(description="whose key map was used, or the class where none is known")
-    naming: str = Field(description="the names of SOURCE: diffusers, comfyui or original")
+    naming: str = Field(description="the names of SOURCE: diffusers, comfyui, original or nunchaku")
     prefix: str = Field(description="in front of each of its names")
     evidence: list[str] = Field(description="what gave dialect and family away")
     modules: ConvertedModules = Field(description="what became of the quantized modules, in numbers")

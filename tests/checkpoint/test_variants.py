@@ -129,13 +129,13 @@ def test_the_choice_does_not_depend_on_the_order(words: set[str], stem: str, pla
     files = [_add_variant(name, one) for one in sorted(words)] + [name] * plain
     indexes = [_add_variant(index, one) for one in sorted(words)] * listed + [index] * (plain and listed)
     for one in words:
-        expected = (_add_variant(index, one), None) if listed else (None, _add_variant(name, one))
+        expected = (_add_variant(index, one), ()) if listed else (None, (_add_variant(name, one),))
         assert (
             choose_weights("x", files, indexes, one) == expected == choose_weights("x", files[::-1], indexes[::-1], one)
         )
     if plain or len(words) == 1:
         (only,) = [None] if plain else [*words]
-        expected = (_add_variant(index, only), None) if listed else (None, _add_variant(name, only))
+        expected = (_add_variant(index, only), ()) if listed else (None, (_add_variant(name, only),))
         assert choose_weights("x", files, indexes, None) == expected
     else:
         with pytest.raises(InputError) as caught:

@@ -194,5 +194,5 @@ def test_every_dialect_that_is_recognised_is_read_or_refused() -> None:
 
     read = {one.name for one in DIALECTS if form_of(one) is not None}
     assert FILES.keys() - read == {
-        "mxfp4", "nunchaku", "lightx2v", "comfyui-int8", "bfl-package", "deepseek-fp8", "nvfp4-unlabelled",
+        "mxfp4", "lightx2v", "comfyui-int8", "bfl-package", "deepseek-fp8", "nvfp4-unlabelled",
     }  # fmt: skip

@@ -17,6 +17,8 @@ from modelopt_convert.formats.dtypes import num_bytes
 
 TORCH = {
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,

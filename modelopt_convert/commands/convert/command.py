@@ -34,6 +34,7 @@ from modelopt_convert.commands.command import (
 from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.engine_names import known_of_engines
 from modelopt_convert.commands.convert.inexact import BASE
+from modelopt_convert.commands.convert.nunchaku import is_nunchaku, prove_near_nunchaku, refuse_other_targets
 from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
 from modelopt_convert.commands.convert.proof import (
     Compared,
@@ -129,6 +130,7 @@ class ConvertCommand:
                     path=str(request.config),
                     hint="--config is for the model that SOURCE is; without it a base or the record gives one",
                 )
+            refuse_other_targets(found, request.to, str(reader.path))
             self._warned += _left_out(reader, found)
             if against is None:
                 check_blocks(found, str(reader.path))
@@ -205,6 +207,9 @@ class ConvertCommand:
     def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader) -> None:
         if transformed_modules(source.described):
             self._words = prove_near(reader, source.described, base, self._request.max_error)
+            return
+        if is_nunchaku(source):
+            self._words = prove_near_nunchaku(reader, source.described, base, self._request.max_error)
             return
         why = no_proof(source.described)
         if why is not None:

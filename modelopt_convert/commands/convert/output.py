@@ -10,6 +10,7 @@ from modelopt_convert.commands.command import Warned, without_quantization
 from modelopt_convert.commands.convert.awq import settle_transformed
 from modelopt_convert.commands.convert.engine_names import with_engine_names
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
+from modelopt_convert.commands.convert.nunchaku import is_nunchaku, settle_decoded
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, refuse_without_map, unequal_groups
 from modelopt_convert.commands.convert.restore import Restored, other_model, restore
 from modelopt_convert.commands.convert.restored_config import claimed_config
@@ -95,9 +96,12 @@ def plan_output(
     if claim is not None:
         spelling, prefix = claim.spelling, claim.prefix
     refuse_without_map(family, target, spelling, where)
-    first = settle_transformed(
-        described, target.name, family, spelling, request.inexact, base, reader.read_of, where, measure=measure
-    )
+    if is_nunchaku(source):
+        first = settle_decoded(described, reader.read_of, measure=measure)
+    else:
+        first = settle_transformed(
+            described, target.name, family, spelling, request.inexact, base, reader.read_of, where, measure=measure
+        )
     described = first.described
     groups = fused_groups(described, family, spelling)
     found = unequal_groups(described, groups, reader.read_of)

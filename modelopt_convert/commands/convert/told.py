@@ -2,6 +2,7 @@
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.commands.build.proof import verdict_counts
+from modelopt_convert.commands.convert.nunchaku import is_nunchaku
 from modelopt_convert.commands.convert.output import ConvertPlan
 from modelopt_convert.commands.convert.proof import Compared
 from modelopt_convert.commands.convert.restore import Restored
@@ -40,7 +41,7 @@ def convert_report(
             "from": source.dialect,
             "to": to,
             "family": source.found.family.name,
-            "naming": source.found.spelling,
+            "naming": source.dialect if is_nunchaku(source) else source.found.spelling,
             "prefix": source.found.prefix,
             "evidence": list(source.evidence),
             "modules": ConvertedModules(

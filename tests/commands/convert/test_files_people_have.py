@@ -260,9 +260,11 @@ def test_what_is_not_one_whole_transformer_is_one_line(kind: str, families: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_nunchaku_and_a_marker_that_lies_are_one_line(scaled: Tensors, families: Path, tmp_path: Path) -> None:
+def test_nunchaku_of_an_unknown_model_and_a_marker_that_lies_are_one_line(
+    scaled: Tensors, families: Path, tmp_path: Path
+) -> None:
     refused = run_mopt("convert", nunchaku(tmp_path / "nunchaku"), tmp_path / "out", "--to", "bf16")
-    assert (refused.exit_code, refused.error_code) == (3, "convert.dialect") and "nunchaku" in refused.message
+    assert (refused.exit_code, refused.error_code) == (3, "naming.unknown_model") and "nunchaku" in refused.message
     lie = scaled | {f"{name}.comfy_quant": marker('{"format": "nvfp4"}') for name in modules(scaled)[:1]}
     file = written(lie, tmp_path / "lie" / "it.safetensors")
     refused = run_mopt("convert", file, tmp_path / "out", "--to", "modelopt", "--config", families / "wan" / "base")
