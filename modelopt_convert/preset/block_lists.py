@@ -21,7 +21,7 @@ class _Children:
     blocks: set[str] = field(default_factory=set)
 
     def are_blocks(self) -> bool:
-        return not self.leaves - self.blocks
+        return len(self.blocks) > len(self.leaves - self.blocks)
 
     def are_alike(self) -> bool:
         count = len(self.leaves)
@@ -31,7 +31,8 @@ class _Children:
 class BlockLists:
     """The block lists of a model.
 
-    A list is a prefix whose numbered children all have modules below them. ``net.0.proj`` beside ``net.2`` is none.
+    A list is a prefix whose numbered children have modules below them, most of them at least. ``net.0.proj`` beside
+    ``net.2`` is none.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:

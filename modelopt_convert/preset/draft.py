@@ -123,7 +123,7 @@ class _Model:
     def __init__(self, tensors: Mapping[str, TensorInfo], path: str) -> None:
         self.path = path
         named = {module_of(name): info for name, info in tensors.items() if name.endswith(".weight")}
-        self.all = sorted({module_of(name) for name in tensors}, key=lambda name: (natural_key(name), name))
+        self.all = sorted(dict.fromkeys(map(module_of, tensors)), key=lambda name: (natural_key(name), name))
         self.matcher = PatternMatcher(self.all)
         self.weights = {name: named[name] for name in self.all if name in named and len(named[name].shape) >= 2}
         self.linears = {
@@ -135,7 +135,8 @@ class _Model:
         self.with_weight = named.keys()
         inside = {name: self.lists.outermost(name) for name in self.weights}
         self.blocks = {name: place for name, place in inside.items() if place is not None}
-        self.has_blocks = not self.blocks.keys().isdisjoint(self.linears)
+        sizes = {name: info.num_bytes for name, info in self.linears.items()}
+        self.has_blocks = 2 * sum(sizes[name] for name in sizes if name in self.blocks) > sum(sizes.values())
         self.above_experts = {f"{name}.".partition(".experts.")[0] for name in self.all if ".experts" in name}
         self._matching: dict[str, list[str]] = {}
 

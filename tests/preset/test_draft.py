@@ -15,7 +15,7 @@ from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized
 from modelopt_convert.plan.plan import Keeps
 from modelopt_convert.preset.block_lists import BlockLists
-from modelopt_convert.preset.draft import Draft, draft_preset
+from modelopt_convert.preset.draft import Draft, DraftedLine, draft_preset
 from modelopt_convert.preset.draft_text import draft_text
 from modelopt_convert.preset.one_input import groups_with_one_input
 from modelopt_convert.preset.patterns import PatternMatcher, siblings
@@ -101,8 +101,7 @@ def check(base: Headers) -> bool:
         block = FORMATS[algorithm].block_size
         assert all(not block or weights(base)[name][1] % block == 0 for name in quantized)
         for group in siblings(preset.fused, weights(base, least=1)):
-            assert not kept.isdisjoint(group) or quantized.issuperset(group)
-            assert kept.isdisjoint(group) or quantized.isdisjoint(group) or len(group) < 2
+            assert quantized.isdisjoint(group) or quantized.issuperset(group)
     shared = [name for group in siblings(preset.shared_scale or [], linears) if len(group) > 1 for name in group]
     assert len(shared) == len(set(shared))
     for group in siblings(preset.shared_scale or [], linears):
@@ -126,7 +125,7 @@ def test_every_module_is_accounted_for_once_and_planned(shapes: dict[str, tuple[
 @example({"blocks.0.a[1].weight": (16, 16), "blocks.0.a.weight": (16, 8)})
 @example({"a.**.norm.weight": (16, 16), "a.b.weight": (16, 16)})
 @example({"a..norm.weight": (16, 16), "b.weight": (16, 16)})
-@example({"x\ny.weight": (16, 8), "x\ny.b.weight": (16, 16)})
+@example({"x\ny.weight": (16, 8), "x\ny.0.b.weight": (16, 16)})
 @example({'x"\n[fp8]\n.norm.weight': (16, 16), "b.weight": (16, 16)})
 @settings(max_examples=150, deadline=None)
 def test_no_name_breaks_the_toml_or_matches_more_than_itself(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -174,24 +173,34 @@ def test_a_module_that_differs_in_one_block_is_named_by_itself() -> None:
     assert "blocks.2.ff.net.2" in rules.structural and "blocks.*.ff.net.2" not in rules.structural
 
 
-def test_what_engines_join_is_kept_whole() -> None:
-    odd = {f"blocks.{n}.attn.to_k.weight": (32, 24) for n in range(3)}
-    draft = draft_of(of(blocks(3) | odd))
-    assert draft is not None
-    # Of another input than the query, keys are no part of a group.
-    assert ("attn.to_q", "attn.to_k", "attn.to_v") not in draft.fused
-    odd = {f"blocks.{n}.attn.to_{one}.weight": (32, 24) for n in range(3) for one in "qkv"}
-    reasons = {line.reason for line in drafted_lines(blocks(3) | odd)}
-    assert "24 columns are no whole blocks of 16" in reasons
-    odd = {f"blocks.{n}.attn.to_k.weight": (32, 32, 1) for n in range(3)}
-    (line,) = (line for line in drafted_lines(blocks(3) | odd) if "attn.to_k" in line.pattern)
-    assert line.reason == "no Linear: a weight of 3 dimensions" and line.linears == 0 and line.modules == 3
-
-
-def drafted_lines(shapes: dict[str, tuple[int, ...]]) -> tuple[object, ...]:
+def structural(shapes: dict[str, tuple[int, ...]]) -> tuple[DraftedLine, ...]:
     draft = draft_of(of(shapes))
     assert draft is not None and check(of(shapes))
     return draft.sets["nvfp4"].structural
+
+
+def test_what_engines_join_is_kept_whole() -> None:
+    """Also where groups overlap: the queries, keys and values of HunyuanVideo's single blocks go with their MLP."""
+    names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+    shapes = {f"single_transformer_blocks.{n}.{name}.weight": (32, 32) for n in range(3) for name in names}
+    odd = {f"single_transformer_blocks.{n}.proj_mlp.weight": (32, 24) for n in range(3)}
+    base, known = of(shapes | odd), load_preset("hunyuanvideo").preset
+    assert drafted(base).rules("nvfp4").structural == ["single_transformer_blocks.*.proj_mlp"]
+    preset = drafted(base, known)
+    assert preset.rules("nvfp4").structural == [f"single_transformer_blocks.*.{one}" for one in sorted(names[:4])]
+    assert preset.rules("fp8").structural == []
+    lines = draft_preset(base.tensors, base.config, known, "made-up").sets["nvfp4"].structural
+    assert [line.reason for line in lines] == [*["joined with proj_mlp"] * 3, "24 columns are no whole blocks of 16"]
+
+
+def test_other_inputs_make_other_groups() -> None:
+    odd = {f"blocks.{n}.attn.to_k.weight": (32, 24) for n in range(3)}
+    assert ["attn.to_q", "attn.to_k", "attn.to_v"] not in drafted(of(blocks(3) | odd)).fused
+    odd = {f"blocks.{n}.attn.to_k.weight": (32, 32, 1) for n in range(3)}
+    (line,) = (
+        line for line in structural(blocks(3) | odd) if "attn.to_k" in line.pattern and "cross" not in line.pattern
+    )
+    assert line.reason == "no Linear: a weight of 3 dimensions" and line.linears == 0 and line.modules == 3
 
 
 def test_a_router_is_no_linear() -> None:
