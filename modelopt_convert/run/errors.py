@@ -61,7 +61,8 @@ class MoptError(Exception):
         hint: What to do about it.
 
     Attributes:
-        report: The report of the run that ended so, where there was a run: not of a UsageError, nor of ``presets``.
+        report: The report of the run that ended so, where there was a run: not of a UsageError, nor of ``presets`` and
+            ``new_preset``.
     """
 
     exit_code: ClassVar[ExitCode]
