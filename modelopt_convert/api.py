@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypeVar, get_args
 
 import modelopt_convert
+from modelopt_convert.checkpoint.location import Location, parse_location
 from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
@@ -76,6 +77,7 @@ __all__ = [
     "convert",
     "convert_fp8",
     "inspect",
+    "new_preset",
     "perform",
     "presets",
     "push",
@@ -182,6 +184,40 @@ def presets(name: str | Path | None = None) -> "list[modelopt_convert.LoadedPres
         from modelopt_convert.preset.preset import load_preset, preset_names
 
         return [load_preset(str(each)) for each in ([name] if name is not None else preset_names())]
+
+
+def new_preset(
+    base: str | Path, *, config: str | Path | None = None, variant: str | None = None
+) -> "modelopt_convert.LoadedPreset":
+    """A preset drafted from the headers and the config of any transformer; its ``text`` is the TOML.
+
+    What stays in BF16 is proposed by names and shapes, with the reason beside each pattern; the rest is quantized. No
+    tensor is read. Title, repo and license are left out: headers do not tell them.
+
+    Args:
+        base: The unquantized base: transformer, pipeline or file, also ``hf://``.
+        config: A config.json, or a folder with one, for a base that has none.
+        variant: Of weights in several precisions, these, such as fp16.
+
+    Raises:
+        UsageError: A value is not one that is taken.
+        MoptError: Such as InputError ``base.quantized`` or ``preset.draft``, without a report.
+    """
+    given: dict[str, str | Path | None] = {"BASE": base, "--config": config}
+    check_value("BASE", str | Path, base)
+    check_value("--config", str | Path | None, config)
+    check_value("--variant", str | None, variant)
+    found: dict[str, Location] = {}
+    for name, place in given.items():
+        if place is not None:
+            try:
+                found[name] = parse_location(str(place))
+            except InputError as error:
+                raise UsageError(name, f"{error.message}; {error.hint}") from error
+    with bounded([one for one in found.values() if isinstance(one, Path)], needs_libraries=False):
+        from modelopt_convert.commands.new_preset import drafted
+
+        return drafted(found["BASE"], found.get("--config"), variant)
 
 
 def __getattr__(name: str) -> Any:

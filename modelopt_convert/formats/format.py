@@ -18,6 +18,7 @@ class Format:
         bits: Bits of a code; formats are listed in that order.
         quant_algo: The name that config.json has for it.
         packed_dtype: safetensors dtype of a quantized weight.
+        min_gpu: The smallest GPU that multiplies in the format, as presets have it.
         words: What the format is, for the model card.
         stored: How the format's tensors lie, for the model card.
         declared: Keys of ``quantization_config`` that say how the tensors are to be read.
@@ -36,6 +37,7 @@ class Format:
     bits: int
     quant_algo: str
     packed_dtype: str
+    min_gpu: str
     words: str
     stored: str
     declared: Mapping[str, Any]

@@ -13,8 +13,7 @@ from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, dynamic_words
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs, is_modelopts
 from modelopt_convert.plan.inputs import check_roles
-from modelopt_convert.plan.keeps import siblings
-from modelopt_convert.preset.patterns import ignored
+from modelopt_convert.preset.patterns import ignored, siblings
 from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.report.inspect import LintReport

@@ -15,9 +15,9 @@ from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.plan.ignore import ignore_list, ignored_layers, merged_modules, not_left
 from modelopt_convert.plan.inputs import check_merged, check_preset, check_unquantized
-from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, siblings
+from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
-from modelopt_convert.preset.patterns import PatternMatcher
+from modelopt_convert.preset.patterns import PatternMatcher, siblings
 from modelopt_convert.preset.preset import Preset
 from modelopt_convert.run.errors import Faults, InputError
 

@@ -9,7 +9,7 @@ from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
-from modelopt_convert.preset.patterns import PatternMatcher, check_pattern
+from modelopt_convert.preset.patterns import PatternMatcher, check_pattern, siblings
 from modelopt_convert.preset.preset import Preset
 from modelopt_convert.run.errors import Faults, InputError
 
@@ -92,15 +92,6 @@ def fused_groups(
     faults.refuse()
     # A group within a larger one says nothing of its own.
     return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
-
-
-def siblings(groups: Sequence[Sequence[str]], modules: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """For each group of names, and each parent that has some of them, the modules of that name."""
-    for group in groups:
-        ends = tuple(f".{leaf}" for leaf in group)
-        parents = {name.removesuffix(end) for name in modules for end in ends if name.endswith(end)}
-        for parent in sorted(parents, key=natural_key):
-            yield tuple(f"{parent}.{leaf}" for leaf in group if f"{parent}.{leaf}" in modules)
 
 
 def plain_dtype(info: TensorInfo, fp32: Collection[str]) -> str:

@@ -9,9 +9,10 @@ Matching is by table, not by regular expression: a hostile name costs at most le
 import difflib
 import heapq
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.run.errors import InputError
 
 _RANGE = re.compile(r"\[(-?[0-9]{1,6})?:(-?[0-9]{1,6})?\]")
@@ -194,6 +195,15 @@ def _fits(pieces: Sequence[str], text: str) -> bool:
             return False
         position = found + len(piece)
     return len(text) - len(tail) >= position and text.endswith(tail)
+
+
+def siblings(groups: Sequence[Sequence[str]], modules: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """For each group of names, and each parent that has some of them, the modules of that name."""
+    for group in groups:
+        ends = tuple(f".{leaf}" for leaf in group)
+        parents = {name.removesuffix(end) for name in modules for end in ends if name.endswith(end)}
+        for parent in sorted(parents, key=natural_key):
+            yield tuple(f"{parent}.{leaf}" for leaf in group if f"{parent}.{leaf}" in modules)
 
 
 def stars(spelling: str) -> list[str | None]:

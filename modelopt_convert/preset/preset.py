@@ -57,11 +57,11 @@ class Preset(_Sets):
 
     schema_: Literal[1] = Field(alias="schema", description="version of the preset language")
     name: str = Field(description="what --preset takes")
-    title: str = Field(description="the model's name for people")
+    title: str | None = Field(default=None, description="the model's name for people")
     class_name: str = Field(description="_class_name of the transformer's config.json")
-    base_repo: str = Field(description="Hub id of the base model")
-    repos: list[str] = Field(description="Hub ids the preset fits")
-    pipeline_tag: str = Field(description="the Hub's pipeline tag")
+    base_repo: str | None = Field(default=None, description="Hub id of the base model")
+    repos: list[str] = Field(default=[], description="Hub ids the preset fits")
+    pipeline_tag: str | None = Field(default=None, description="the Hub's pipeline tag")
     license: str | None = Field(default=None, description="the base's license, as its model card has it")
     license_name: str | None = Field(default=None, description="its name where license is other")
     license_link: str | None = Field(default=None, description="where it is to be read, in full")
@@ -128,7 +128,7 @@ class Preset(_Sets):
         lines = ["The exports come from ModelOpt's examples/diffusers/quantization. Its default dtype is Half:"]
         for algorithm in self.sets():
             lines.append(
-                f"python quantize.py --model {self.modelopt_model} --override-model-path {self.base_repo} "
+                f"python quantize.py --model {self.modelopt_model} --override-model-path {self.base_repo or 'BASE'} "
                 f"--model-dtype BFloat16 --format {FORMATS[algorithm].export_format} --batch-size 1 --calib-size 128 "
                 f"--n-steps 20 --quantized-torch-ckpt-save-path out/ckpt --hf-ckpt-dir out/hf"
             )
@@ -156,12 +156,14 @@ class LoadedPreset(_Strict):
         text: The TOML text.
         path: The name or path by which it was asked for.
         inherited: The texts of the presets that it extends, nearest first.
+        warnings: What there is to say of the base that it was drafted from; none of a preset that was read.
     """
 
     preset: Preset
     text: str
     path: str
     inherited: list[str]
+    warnings: list[str] = []
 
     @property
     def sha256(self) -> str:

@@ -63,7 +63,8 @@ class MoptError(Exception):
         hint: What to do about it.
 
     Attributes:
-        report: The report of the run that ended so, where there was a run: not of a UsageError, nor of ``presets``.
+        report: The report of the run that ended so, where there was a run: not of a UsageError, nor of ``presets`` and
+            ``new_preset``.
         parts: Where one look found several faults, or one in a place that has a name: each with that name, which is a
             module, a tensor, a pattern or a key. A name comes as often as it has faults.
     """

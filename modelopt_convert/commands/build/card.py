@@ -65,7 +65,8 @@ class Made:
         SGLang takes no notice of a name that it does not know. By a sibling's it would sample as for the sibling.
         """
         is_named = self.base is None and self.chosen is not None and self.chosen.is_named
-        return self.chosen.loaded.preset.base_repo if is_named and self.chosen is not None else self.base
+        named = self.chosen.loaded.preset.base_repo if is_named and self.chosen is not None else None
+        return named or self.base
 
     @property
     def model(self) -> Preset | None:
@@ -78,19 +79,19 @@ def _head(algorithm: Algorithm, made: Made) -> list[str]:
     if made.base is not None:
         head += [f"base_model: {made.base}", "base_model_relation: quantized"]
     if made.model is not None:
-        head += [*_license(made.model), f"pipeline_tag: {made.model.pipeline_tag}"]
+        head += _model_fields(made.model)
     tags = ["modelopt", "mopt", "sglang"] if made.to == "modelopt" else ["modelopt", "mopt", made.to]
     return [*head, "library_name: diffusers", "tags:", f"- {algorithm}", *(f"- {tag}" for tag in tags), "---", ""]
 
 
-def _license(preset: Preset) -> list[str]:
-    """The base's license, which binds what is made from it."""
-    fields = {"license": preset.license, "license_name": preset.license_name, "license_link": preset.license_link}
-    return [f"{name}: {value}" for name, value in fields.items() if value is not None]
+def _model_fields(preset: Preset) -> list[str]:
+    """What the Hub is told of the base: its license, which binds what is made from it, and what it is for."""
+    fields = ("license", "license_name", "license_link", "pipeline_tag")
+    return [f"{name}: {value}" for name in fields if (value := getattr(preset, name)) is not None]
 
 
 def _title(made: Made, otherwise: str) -> str:
-    if made.model is not None:
+    if made.model is not None and made.model.title is not None:
         return made.model.title
     return made.base.rpartition("/")[2] if made.base is not None else otherwise
 

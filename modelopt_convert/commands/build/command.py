@@ -188,6 +188,8 @@ class BuildCommand:
         """What a build cannot do without is, unless given, what the preset was made for."""
         request, preset = self._request, chosen.loaded.preset
         if request.needs_base and self._base is None:
+            if preset.base_repo is None:
+                request.refuse("base", f"is required: preset {preset.name} names no repo")
             base = f"{PREFIX}{preset.base_repo}"
             self.steps.warned.append(("base.default", f"base {base}, which preset {preset.name} names"))
             self._base = parse_location(base, download=request.fetches_whole)

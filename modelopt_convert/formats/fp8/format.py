@@ -7,6 +7,7 @@ FORMAT = Format(
     bits=8,
     quant_algo="FP8",
     packed_dtype="F8_E4M3",
+    min_gpu="SM89 (Ada, Hopper)",
     words="W8A8, E4M3 with one scale per tensor",
     stored="Scales: float32, one per weight, and one per input where that is calibrated.",
     declared={"quant_type": "FP8"},

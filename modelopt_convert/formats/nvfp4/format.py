@@ -9,6 +9,7 @@ FORMAT = Format(
     bits=4,
     quant_algo="NVFP4",
     packed_dtype="U8",
+    min_gpu="SM100 (Blackwell)",
     words="W4A4, blocks of 16",
     stored="Codes: the low nibble holds the even column. Scales: row-major. Both are declared in `config.json`.",
     declared={"quant_type": "NVFP4", "group_size": BLOCK_SIZE} | CANONICAL.config_keys(),

@@ -14,7 +14,7 @@ from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import to_bytes
-from modelopt_convert.plan.keeps import siblings
+from modelopt_convert.preset.patterns import siblings
 from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module

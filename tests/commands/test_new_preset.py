@@ -1,0 +1,202 @@
+"""``mopt presets new``: the draft of any base builds at once, and what is no base is refused in one line."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, allowed
+from loopback_hub import LoopbackHub
+from make_drafts import Headers, drafted
+from pipelines import make_pipeline
+from root import LONG
+from safetensors.torch import save_file
+from support import copy, edit, load, run_mopt
+
+import modelopt_convert as mopt
+from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.preset.patterns import siblings
+
+# With ModelOpt's export of each, which has the modules that its recipe quantizes.
+BUILT = (*FAMILIES, "z_image") if LONG else ("z_image", "wan", "hunyuan_video")
+# Those for which ModelOpt's exporter can run the forward pass that tells it which modules have one input.
+FORWARD = ("flux1", "flux2", "qwen_image", "wan", "wan_5b", "wan_i2v")
+
+
+def draft(base: Path | str, *more: str | Path) -> str:
+    """What stands on stdout."""
+    outcome = run_mopt("presets", "new", base, *more, json_report=False)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert tomllib.loads(outcome.stdout)["schema"] == 1
+    return outcome.stdout
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_a_draft_builds_at_once_and_is_verified(families: Path, tmp_path: Path, family: str) -> None:
+    base, mine, out = families / family / "base", tmp_path / "mine.toml", tmp_path / "out"
+    mine.write_text(draft(base))
+    told = allowed(family)
+    outcome = run_mopt("build-nvfp4", "--preset", mine, "--base", base, "--output", out, *told)
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert all(rule["matched"] for rule in outcome.report["rules"])
+    packed = sum(one.dtype == torch.uint8 for one in load(out).values())
+    assert f"The rest, {packed}, is quantized:" in mine.read_text()
+    verified = run_mopt("verify", out, "--base", base)
+    assert verified.exit_code == 0 and verified.report is not None, verified.stderr
+    assert (verified.report["verify"]["verdict"], verified.report["verify"]["proof"]) == ("pass", "proven")
+    export = ["--export", families / family / "fp8", "--base", base, "--output", tmp_path / "fp8", "--dry-run"]
+    planned = run_mopt("convert-fp8", "--preset", mine, *export, *allowed(family, "fp8"))
+    assert planned.exit_code == 0, planned.stderr
+
+
+@pytest.mark.parametrize("family", FORWARD)
+def test_shared_scales_are_those_of_modelopts_exporter(families: Path, family: str) -> None:
+    """By the rules alone: modules of one parent that it quantized to one global scale, and no others."""
+    with CheckpointReader(families / family / "base" / "transformer") as reader:
+        preset = drafted(Headers(Path(family), reader.tensors, reader.config))
+    (folder,) = (families / family / "nvfp4").glob("transformer*")
+    scales = {module_of(name): one.item() for name, one in load(folder).items() if name.endswith(".weight_scale_2")}
+    groups = [group for group in siblings(preset.shared_scale or [], scales) if len(group) > 1]
+    assert groups and all(len({scales[name] for name in group}) == 1 for group in groups)
+    together = {frozenset(group) for group in groups}
+    for parent in {name.rpartition(".")[0] for name in scales}:
+        inside = [name for name in scales if name.rpartition(".")[0] == parent]
+        for value in {scales[name] for name in inside}:
+            same = frozenset(name for name in inside if scales[name] == value)
+            assert len(same) == 1 or same in together, same
+
+
+def test_every_place_of_one_base_gives_the_same_text(
+    families: Path, tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transformer, its pipeline, one file with --config, a repo on the Hub, and the function."""
+    folder = families / "z_image" / "base" / "transformer"
+    expected = draft(folder)
+    file = tmp_path / "alone" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(load(folder), file)
+    hub.seed("me/z-image", make_pipeline(folder, tmp_path / "pipeline"))
+    assert draft(tmp_path / "pipeline") == draft(file, "--config", folder / "config.json") == expected
+    assert draft("hf://me/z-image") == expected
+    (found,) = [mopt.new_preset(folder)]
+    assert found.text == expected and found.preset.name == "zimagetransformer2dmodel-draft"
+    monkeypatch.chdir(folder)
+    assert draft(".") == expected
+    told = run_mopt("presets", "new", folder)
+    assert told.report is not None and told.report["schema"] == "mopt.presets/1"
+    assert [one["toml"] for one in told.report["presets"]] == [expected]
+
+
+def test_only_the_preset_is_on_stdout(families: Path, tmp_path: Path) -> None:
+    base = copy(families / "z_image" / "base" / "transformer", tmp_path / "my base")
+    (base / "diffusion_pytorch_model.fp16.safetensors").write_bytes(next(base.glob("*.safetensors")).read_bytes())
+    outcome = run_mopt("presets", "new", base, json_report=False)
+    assert tomllib.loads(outcome.stdout)["class_name"] == "ZImageTransformer2DModel"
+    warning, after = outcome.stderr.splitlines()
+    assert warning.startswith("warning: ") and warning.endswith("[input.left_aside]")
+    assert after == f"next: read it, save it as mine.toml, then mopt build-nvfp4 --preset ./mine.toml --base '{base}'"
+
+
+def test_two_transformers_have_one_draft_or_none(families: Path, tmp_path: Path) -> None:
+    """A build of a pipeline has one preset for both."""
+    folder = families / "wan" / "base" / "transformer"
+    for place in ("same", "other", "third"):
+        copy(folder, tmp_path / place / "transformer")
+    copy(folder, tmp_path / "same" / "transformer_2")
+    copy(folder, tmp_path / "other" / "transformer_2")
+    assert draft(tmp_path / "same") == draft(folder)
+    config = json.loads((folder / "config.json").read_text())
+    second = tmp_path / "other" / "transformer_2"
+    (second / "config.json").write_text(json.dumps(config | {"eps": 1e-5}))
+    assert "eps" not in tomllib.loads(draft(tmp_path / "other"))["config"]  # it tells neither
+    edit(folder, tmp_path / "third" / "transformer_2", lambda tensors: [tensors.pop("blocks.0.attn1.to_q.weight")])
+    outcome = run_mopt("presets", "new", tmp_path / "third")
+    assert (outcome.exit_code, outcome.error_code) == (3, "input.ambiguous")
+
+
+def lora(folder: Path, base: Path) -> Path:
+    tensors = {f"transformer.blocks.0.attn.to_q.lora_{one}.weight": torch.ones(16, 16) for one in "AB"}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(base / "config.json", folder)
+    return folder
+
+
+def test_what_is_no_base_is_refused_in_one_line(families: Path, exports: Path, tmp_path: Path) -> None:
+    base = families / "z_image" / "base" / "transformer"
+    no_config = tmp_path / "no-config"
+    no_config.mkdir()
+    save_file({"a.weight": torch.ones(16, 16)}, no_config / "model.safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    nothing = copy(no_config, tmp_path / "nothing")
+    save_file({"norm.weight": torch.ones(16)}, nothing / "model.safetensors")
+    shutil.copy(base / "config.json", nothing)
+    language = copy(no_config, tmp_path / "language")
+    (language / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    hollow = copy(no_config, tmp_path / "hollow")
+    save_file({}, hollow / "model.safetensors")
+    shutil.copy(base / "config.json", hollow)
+    below = copy(no_config, tmp_path / "below")
+    tensors = {
+        "x\ny.norm.weight": torch.ones(16, 16),
+        "[z].norm.weight": torch.ones(16, 16),
+        "q.a.weight": torch.ones(16, 16),
+    }
+    save_file(tensors, below / "model.safetensors")
+    shutil.copy(base / "config.json", below)
+    assert '"x\\ny.norm",' in draft(below)
+    odd = edit(
+        base,
+        tmp_path / "odd",
+        lambda tensors: tensors.update(
+            {"layers.0.[].weight": torch.ones(16, 8), "layers.0.y.weight": torch.ones(16, 16)}
+        ),
+    )
+    for place, code in {
+        exports / "nvfp4" / "transformer": "base.quantized",
+        lora(tmp_path / "lora", base): "base.lora",
+        no_config: "input.no_config",
+        empty: "input.missing",
+        tmp_path / "nowhere": "input.missing",
+        nothing: "preset.draft",
+        hollow: "preset.draft",
+        language: "preset.not_diffusion",
+        odd: "preset.draft",
+    }.items():
+        if code == "base.quantized" and not place.exists():
+            place = exports / "nvfp4"
+        outcome = run_mopt("presets", "new", place)
+        assert outcome.exit_code == 3 and outcome.error_code == code, (place, outcome.stdout)
+        error, hint = outcome.stderr.splitlines()
+        assert error.startswith("error: ") and error.endswith(f"[{code}]") and hint.startswith("hint: ")
+        assert len(outcome.stdout.splitlines()) == 1  # the report
+        assert run_mopt("presets", "new", place, json_report=False).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["new"], "BASE"),
+        (["new", ""], "BASE"),
+        (["new", "here", "--config", ""], "--config"),
+        (["new", "hf://"], "BASE"),
+        (["flux1-dev", "here"], "BASE"),
+        (["--variant", "fp16"], "--variant"),
+        (["flux1-dev", "--config", "here"], "--config"),
+    ],
+)
+def test_what_cannot_be_meant_is_a_usage_error(words: list[str], flag: str) -> None:
+    outcome = run_mopt("presets", *words, json_report=False)
+    assert outcome.exit_code == 2 and f"Invalid value for {flag}: " in outcome.stderr and outcome.stdout == ""
+
+
+def test_a_draft_names_no_repo_so_that_a_build_needs_a_base(families: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(draft(families / "z_image" / "base"))
+    outcome = run_mopt("build-nvfp4", "--preset", mine, "--output", tmp_path / "out")
+    assert outcome.exit_code == 2 and "names no repo" in outcome.message, outcome.stderr
+    assert not (tmp_path / "out").exists()
