@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ class Limit:
         what: How that comes; a sentence that begins with the engine.
         figure: What is off, and by how much.
         having: A key of config.json that must have a value, or none.
+        values: What config.json must have under some keys.
         unequal: Whether it holds only where parts of a fused module have global scales of their own, as in exports.
         dynamic: Whether it holds only where no module has an input scale and config.json says so.
         shown: Whether the engine's loader was run, or its code read.
@@ -44,6 +45,7 @@ class Limit:
     shown: Literal["run", "read"]
     figure: str = ""
     having: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict, hash=False)
     unequal: bool = False
     dynamic: bool = False
     source: str = ""
@@ -98,6 +100,7 @@ def limits(config: Mapping[str, Any], algorithm: Algorithm) -> tuple[Limit, ...]
         and algorithm in one.formats
         and (one.having is None or config.get(one.having) is not None)
         and (not one.dynamic or declares_dynamic_inputs(config))
+        and all(config.get(key) == value for key, value in one.values.items())
     ]
     nearest = {one.engine: one.nearness for one in sorted(found, key=lambda one: one.nearness)}
     return tuple(one for one in found if one.nearness == nearest[one.engine])

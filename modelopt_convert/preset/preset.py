@@ -60,6 +60,9 @@ class Preset(_Sets):
     title: str | None = Field(default=None, description="the model's name for people")
     class_name: str = Field(description="_class_name of the transformer's config.json")
     base_repo: str | None = Field(default=None, description="Hub id of the base model")
+    known_as: str | None = Field(
+        default=None, description="Hub id by which SGLang knows how to sample the model, where it is not base_repo"
+    )
     repos: list[str] = Field(default=[], description="Hub ids the preset fits")
     pipeline_tag: str | None = Field(default=None, description="the Hub's pipeline tag")
     license: str | None = Field(default=None, description="the base's license, as its model card has it")
@@ -77,6 +80,9 @@ class Preset(_Sets):
     )
     keep_fp32: _Globs = Field(description="globs over tensor names that stay in F32 where the base holds F32")
     config: dict[str, bool | int | float | str] = Field(description="config.json values that identify this model")
+    defaults: dict[str, bool | int | float | str] = Field(
+        default={}, description="what keys of config that config.json leaves out stand for"
+    )
     having: dict[str, bool] = Field(default={}, description="config.json keys that must have a value, or none")
     runtime_names: dict[str, list[str]] = Field(
         description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key; "
@@ -141,7 +147,7 @@ class Preset(_Sets):
     def misfits(self, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The keys of a config.json of another model, and what this one has there."""
         for key, value in {"_class_name": self.class_name, **self.config}.items():
-            if config.get(key) != value:
+            if config.get(key, self.defaults.get(key)) != value:
                 yield key, repr(value)
         for key, is_there in self.having.items():
             if (config.get(key) is not None) != is_there:
@@ -192,6 +198,15 @@ class ChosenPreset(_Strict):
             repo: Hub id of the base.
         """
         return next((one.preset for one in self._fitting() if repo in one.preset.repos), None)
+
+    def known_as(self, repo: str | None) -> str | None:
+        """The Hub id by which SGLang knows how to sample the model; None where nothing tells which model it is.
+
+        Args:
+            repo: Hub id of the base.
+        """
+        made = self.loaded.preset if repo is None and self.is_named else self.made_for(repo)
+        return repo if made is None else made.known_as or repo or made.base_repo
 
     def _fitting(self) -> list[LoadedPreset]:
         return [self.loaded, *(load_preset(name) for name in self.also)]

@@ -13,12 +13,32 @@ PRESETS = {
     "ltx2": ("ltx2", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
 }
 FAMILIES = tuple(PRESETS)
+# The same of families whose loads in the engines nobody has recorded in docs/engines.json.
+UNRECORDED = {
+    "chroma": ("chroma", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "flux2_klein": ("flux2-klein-4b", {f"transformer_blocks.{block}" for block in range(5)}),
+    "sd3": ("sd3.5-medium", {"proj_out", *(f"transformer_blocks.{block}" for block in range(3))}),
+    "krea2": (
+        "krea2-raw",
+        {"transformer_blocks.0", "transformer_blocks.1", "text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"},
+    ),
+}
+ALL = PRESETS | UNRECORDED
 # Those whose exports are built as they are. SGLang has one name for the cross-attention of all blocks of wan_i2v_image,
 # of which ModelOpt packs some.
 WITHOUT_PRESET = tuple(family for family in FAMILIES if family != "wan_i2v_image")
 
 
-BROKEN = {("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8"), ("wan_i2v_image", "nvfp4")}
+BROKEN = {
+    ("flux2", "nvfp4"),
+    ("ltx2", "nvfp4"),
+    ("ltx2", "fp8"),
+    ("wan_i2v_image", "nvfp4"),
+    ("chroma", "nvfp4"),
+    ("chroma", "fp8"),
+    ("flux2_klein", "nvfp4"),
+    ("sd3", "nvfp4"),
+}
 
 
 def allowed(family: str, algorithm: str = "nvfp4") -> list[str]:

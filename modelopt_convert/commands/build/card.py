@@ -64,9 +64,7 @@ class Made:
 
         SGLang takes no notice of a name that it does not know. By a sibling's it would sample as for the sibling.
         """
-        is_named = self.base is None and self.chosen is not None and self.chosen.is_named
-        named = self.chosen.loaded.preset.base_repo if is_named and self.chosen is not None else None
-        return named or self.base
+        return self.chosen.known_as(self.base) if self.chosen is not None else self.base
 
     @property
     def model(self) -> Preset | None:

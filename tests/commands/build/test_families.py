@@ -6,7 +6,7 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import FAMILIES, PRESETS, WITHOUT_PRESET, allowed
+from families import ALL, PRESETS, WITHOUT_PRESET, allowed
 from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
 from modelopt_convert.checkpoint.names import module_of
@@ -54,9 +54,9 @@ def test_every_family_is_reproduced(families: Path, tmp_path: Path, family: str)
             assert tensor.dtype == torch.bfloat16, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: str) -> None:
-    name, blocks = PRESETS[family]
+    name, blocks = ALL[family]
     preset = load_preset(name).preset
     where = families / family
     outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *allowed(family), preset=name)
