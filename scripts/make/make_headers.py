@@ -46,6 +46,25 @@ _WAN = {
     "rope_max_seq_len": 1024,
     "text_dim": 4096,
 }
+# Of Z-Image and Z-Image-Turbo; copies of the files on the Hub have these.
+_Z_IMAGE = {
+    "_class_name": "ZImageTransformer2DModel",
+    "all_f_patch_size": [1],
+    "all_patch_size": [2],
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560,
+    "dim": 3840,
+    "in_channels": 16,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "norm_eps": 1e-05,
+    "qk_norm": True,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+}
 # Public notes that quote the file of Qwen-Image-Edit give these and 20,430,401,088 parameters.
 _QWEN = {
     "_class_name": "QwenImageTransformer2DModel",
@@ -89,7 +108,11 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     | {"ffn_dim": 14336, "in_channels": 48, "num_attention_heads": 24, "num_layers": 30, "out_channels": 48},
     # As diffusers' scripts/convert_wan_to_diffusers.py writes them; all keys are spelled out, as in T2V's.
     "wan2.2-i2v-a14b": _WAN | {"in_channels": 36},
+    "wan2.1-t2v-14b": _WAN,
+    "wan2.1-t2v-1.3b": _WAN | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30},
     "wan2.1-i2v-14b": _WAN | {"added_kv_proj_dim": 5120, "image_dim": 1280, "in_channels": 36},
+    "z-image": _Z_IMAGE | {"siglip_feat_dim": None},
+    "z-image-turbo": _Z_IMAGE,
     "qwen-image": _QWEN | {"pooled_projection_dim": 768},
     # That 2512 has Qwen-Image-Edit's keys is an assumption: SGLang and others load both with the same values.
     "qwen-image-2512": _QWEN,
@@ -157,7 +180,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # All are published in BF16 but Wan's, whose files have four bytes a parameter.
-_F32 = ("wan2.1-i2v-14b", "wan2.2-i2v-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
+_F32 = (
+    *("wan2.1-i2v-14b", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"),
+    *("wan2.2-i2v-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"),
+)
 
 
 def model_of(preset: str) -> Any:

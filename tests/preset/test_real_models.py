@@ -119,9 +119,13 @@ CHOSEN = {
     "qwen-image-edit": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-edit-2511": ("qwen-image-edit-2511", ()),
     "wan2.1-i2v-14b": ("wan2.1-i2v-14b", ()),
+    "wan2.1-t2v-1.3b": ("wan2.1-t2v-1.3b", ()),
+    "wan2.1-t2v-14b": ("wan2.1-t2v-14b", ("wan2.2-t2v-a14b",)),
     "wan2.2-i2v-a14b": ("wan2.2-i2v-a14b", ()),
-    "wan2.2-t2v-a14b": ("wan2.2-t2v-a14b", ()),
+    "wan2.2-t2v-a14b": ("wan2.1-t2v-14b", ("wan2.2-t2v-a14b",)),
     "wan2.2-ti2v-5b": ("wan2.2-ti2v-5b", ()),
+    "z-image": ("z-image", ("z-image-turbo",)),
+    "z-image-turbo": ("z-image", ("z-image-turbo",)),
 }
 
 
@@ -139,6 +143,10 @@ def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
         ("ltx2", "nvfp4"): ["fails"],
         ("ltx2", "fp8"): ["wrong"],
         ("wan2.1-i2v-14b", "nvfp4"): ["fails"],
+        ("z-image", "nvfp4"): ["wrong"],
+        ("z-image", "fp8"): ["wrong"],
+        ("z-image-turbo", "nvfp4"): ["wrong"],
+        ("z-image-turbo", "fp8"): ["wrong"],
     }
     assert found == broken.get((name, algorithm), [])
 
@@ -167,12 +175,20 @@ FIGURES = {
     ("qwen-image-edit-2511", "fp8"): (660, 186, 18_200_395_776),
     ("wan2.1-i2v-14b", "nvfp4"): (272, 216, 12_455_772_160),
     ("wan2.1-i2v-14b", "fp8"): (272, 216, 12_455_772_160),
+    ("wan2.1-t2v-1.3b", "nvfp4"): (240, 66, 608_108_544),
+    ("wan2.1-t2v-1.3b", "fp8"): (240, 66, 608_108_544),
+    ("wan2.1-t2v-14b", "nvfp4"): (340, 66, 4_679_925_760),
+    ("wan2.1-t2v-14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-i2v-a14b", "nvfp4"): (340, 66, 4_679_925_760),
     ("wan2.2-i2v-a14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-t2v-a14b", "nvfp4"): (340, 66, 4_679_925_760),
     ("wan2.2-t2v-a14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-ti2v-5b", "nvfp4"): (240, 66, 2_141_847_552),
     ("wan2.2-ti2v-5b", "fp8"): (240, 66, 2_141_847_552),
+    ("z-image", "nvfp4"): (238, 38, 275_316_736),
+    ("z-image", "fp8"): (238, 38, 275_316_736),
+    ("z-image-turbo", "nvfp4"): (238, 38, 275_316_736),
+    ("z-image-turbo", "fp8"): (238, 38, 275_316_736),
 }
 
 
@@ -249,6 +265,10 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("flux2", "fp8"): (sglang.FLUX2_FP8, False, sglang.FLUX_FILTER, sglang.NO_FILTER),
     ("wan2.1-i2v", "nvfp4"): ([], True, sglang.WAN_FILTER, TEXT_ATTENTION),
     ("wan2.1-i2v", "fp8"): ([], True, sglang.WAN_FILTER, TEXT_ATTENTION),
+    ("wan2.1-t2v-1.3b", "nvfp4"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
+    ("wan2.1-t2v-1.3b", "fp8"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
+    ("wan2.1-t2v-14b", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
+    ("wan2.1-t2v-14b", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-i2v", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-i2v", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-t2v", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
@@ -261,6 +281,8 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("hunyuanvideo", "fp8"): (sglang.HUNYUANVIDEO_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("ltx2", "nvfp4"): (sglang.LTX2_NVFP4, True, sglang.NO_FILTER, sglang.NO_FILTER),
     ("ltx2", "fp8"): (sglang.LTX2_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
+    ("z-image", "nvfp4"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
+    ("z-image", "fp8"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
 }
 
 

@@ -13,12 +13,20 @@ PRESETS = {
     "ltx2": ("ltx2", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
 }
 FAMILIES = tuple(PRESETS)
+# Those that are built and proven alike, of which docs/engines.md has no rows.
+MORE = {
+    "z_image": ("z-image", {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}),
+}
+BUILT = PRESETS | MORE
 # Those whose exports are built as they are. SGLang has one name for the cross-attention of all blocks of wan_i2v_image,
 # of which ModelOpt packs some.
 WITHOUT_PRESET = tuple(family for family in FAMILIES if family != "wan_i2v_image")
 
 
-BROKEN = {("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8"), ("wan_i2v_image", "nvfp4")}
+BROKEN = {
+    *(("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8"), ("wan_i2v_image", "nvfp4")),
+    *(("z_image", "nvfp4"), ("z_image", "fp8")),
+}
 
 
 def allowed(family: str, algorithm: str = "nvfp4") -> list[str]:

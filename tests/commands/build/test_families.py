@@ -6,7 +6,8 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import FAMILIES, PRESETS, WITHOUT_PRESET, allowed
+from families import BUILT, MORE, PRESETS, WITHOUT_PRESET, allowed
+from fp8_support import convert
 from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
 from modelopt_convert.checkpoint.names import module_of
@@ -54,9 +55,9 @@ def test_every_family_is_reproduced(families: Path, tmp_path: Path, family: str)
             assert tensor.dtype == torch.bfloat16, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BUILT)
 def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: str) -> None:
-    name, blocks = PRESETS[family]
+    name, blocks = BUILT[family]
     preset = load_preset(name).preset
     where = families / family
     outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *allowed(family), preset=name)
@@ -86,6 +87,18 @@ def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: st
     linears = {module_of(name) for name, tensor in base.items() if name.endswith(".weight") and tensor.ndim >= 2}
     for excluded in (sglang_runtime.is_excluded, vllm_runtime.is_excluded):
         assert {name for name in linears if excluded(name, ignore)} == linears - packed
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_families_that_no_engine_loaded_are_proven_by_verify(families: Path, tmp_path: Path, family: str) -> None:
+    where, base, (name, _) = families / family, families / family / "base", MORE[family]
+    nvfp4, fp8 = tmp_path / "nvfp4", tmp_path / "fp8"
+    assert build(where / "nvfp4", base, nvfp4, *allowed(family), preset=name).exit_code == 0
+    assert convert(where / "fp8", base, fp8, *allowed(family, "fp8"), preset=name).exit_code == 0
+    for out in (nvfp4, fp8):
+        verified = run_mopt("verify", out, "--base", base)
+        assert verified.exit_code == 0 and verified.report is not None, verified.stderr
+        assert verified.report["verify"]["proof"] == "proven"
 
 
 @pytest.mark.parametrize("preset", ["flux2-dev", "none", None])
