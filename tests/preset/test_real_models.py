@@ -108,11 +108,23 @@ def test_a_preset_fits_its_own_model(name: str) -> None:
 
 # What --preset may be left out for: (chosen, others with equal sets), the same for NVFP4 and FP8.
 CHOSEN = {
+    "cosmos-predict1-text2world": ("cosmos-predict1-text2world", ()),
+    "cosmos-predict1-video2world": ("cosmos-predict1-video2world", ()),
+    "cosmos-predict2-text2image": ("cosmos-predict2-text2image", ()),
+    "cosmos-predict2-video2world": ("cosmos-predict2-video2world", ()),
+    "cosmos-predict2.5": ("cosmos-predict2.5", ()),
+    "cosmos-transfer2.5": ("cosmos-transfer2.5", ()),
     "flux1-dev": ("flux1-dev", ("flux1-kontext-dev",)),
     "flux1-kontext-dev": ("flux1-dev", ("flux1-kontext-dev",)),
     "flux1-schnell": ("flux1-schnell", ()),
     "flux2-dev": ("flux2-dev", ()),
     "hunyuanvideo": ("hunyuanvideo", ()),
+    "hunyuanvideo-1.5-i2v": ("hunyuanvideo-1.5-i2v", ()),
+    "hunyuanvideo-1.5-t2v": ("hunyuanvideo-1.5-t2v", ()),
+    "ltx-2.3": ("ltx-2.3", ()),
+    "ltx-2.5": ("ltx-2.5", ()),
+    "ltx-video-13b": ("ltx-video-13b", ()),
+    "ltx-video-2b": ("ltx-video-2b", ()),
     "ltx2": ("ltx2", ()),
     "qwen-image": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-2512": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
@@ -140,19 +152,34 @@ def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
     found = [one.grade for one in limits(header(name)[0], algorithm) if one.engine == "sglang" and one.is_broken]
     broken = {
         ("flux2-dev", "nvfp4"): ["wrong"],
-        ("ltx2", "nvfp4"): ["fails"],
-        ("ltx2", "fp8"): ["wrong"],
+        **{(ltx, "nvfp4"): ["fails"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
+        **{(ltx, "fp8"): ["wrong"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
         ("wan2.1-i2v-14b", "nvfp4"): ["fails"],
-        ("z-image", "nvfp4"): ["wrong"],
-        ("z-image", "fp8"): ["wrong"],
-        ("z-image-turbo", "nvfp4"): ["wrong"],
-        ("z-image-turbo", "fp8"): ["wrong"],
     }
-    assert found == broken.get((name, algorithm), [])
+    # Those of which it lacks something altogether, in either format.
+    of_all = {
+        "CosmosTransformer3DModel": ["fails"],
+        "HunyuanVideo15Transformer3DModel": ["fails"],
+        "LTXVideoTransformer3DModel": ["fails"],
+        "ZImageTransformer2DModel": ["wrong"],
+    }
+    assert found == broken.get((name, algorithm), of_all.get(header(name)[0]["_class_name"], []))
 
 
 # (packed linears, linears kept in BF16, bytes of the weights of the latter)
 FIGURES = {
+    ("cosmos-predict1-text2world", "nvfp4"): (280, 174, 846_233_600),
+    ("cosmos-predict1-text2world", "fp8"): (280, 174, 846_233_600),
+    ("cosmos-predict1-video2world", "nvfp4"): (280, 174, 846_266_368),
+    ("cosmos-predict1-video2world", "fp8"): (280, 174, 846_266_368),
+    ("cosmos-predict2-text2image", "nvfp4"): (280, 174, 389_562_368),
+    ("cosmos-predict2-text2image", "fp8"): (280, 174, 389_562_368),
+    ("cosmos-predict2-video2world", "nvfp4"): (280, 174, 389_578_752),
+    ("cosmos-predict2-video2world", "fp8"): (280, 174, 389_578_752),
+    ("cosmos-predict2.5", "nvfp4"): (280, 175, 595_099_648),
+    ("cosmos-predict2.5", "fp8"): (280, 175, 595_099_648),
+    ("cosmos-transfer2.5", "nvfp4"): (364, 176, 599_818_240),
+    ("cosmos-transfer2.5", "fp8"): (364, 176, 599_818_240),
     ("flux1-dev", "nvfp4"): (304, 200, 15_189_934_080),
     ("flux1-dev", "fp8"): (304, 200, 15_189_934_080),
     ("flux1-kontext-dev", "nvfp4"): (304, 200, 15_189_934_080),
@@ -163,6 +190,18 @@ FIGURES = {
     ("flux2-dev", "fp8"): (192, 11, 1_632_632_832),
     ("hunyuanvideo", "nvfp4"): (440, 107, 7_515_537_408),
     ("hunyuanvideo", "fp8"): (440, 107, 7_515_537_408),
+    ("hunyuanvideo-1.5-i2v", "nvfp4"): (648, 137, 5_774_422_016),
+    ("hunyuanvideo-1.5-i2v", "fp8"): (648, 137, 5_774_422_016),
+    ("hunyuanvideo-1.5-t2v", "nvfp4"): (648, 137, 5_774_422_016),
+    ("hunyuanvideo-1.5-t2v", "fp8"): (648, 137, 5_774_422_016),
+    ("ltx-2.3", "nvfp4"): (840, 820, 12_588_154_880),
+    ("ltx-2.3", "fp8"): (1176, 484, 5_541_724_160),
+    ("ltx-2.5", "nvfp4"): (840, 820, 12_588_154_880),
+    ("ltx-2.5", "fp8"): (1176, 484, 5_541_724_160),
+    ("ltx-video-13b", "nvfp4"): (420, 67, 3_527_409_664),
+    ("ltx-video-13b", "fp8"): (420, 67, 3_527_409_664),
+    ("ltx-video-2b", "nvfp4"): (220, 67, 891_289_600),
+    ("ltx-video-2b", "fp8"): (220, 67, 891_289_600),
     ("ltx2", "nvfp4"): (840, 530, 12_365_856_768),
     ("ltx2", "fp8"): (1176, 194, 5_319_426_048),
     ("qwen-image", "nvfp4"): (672, 174, 15_482_486_784),
@@ -256,6 +295,11 @@ def hunyuan_prefix(spelling: str, depth: int) -> str:
 PROJ_MLP = r"single_transformer_blocks\.\d+\.proj_mlp$"  # in SGLang's docs and NVFP4 set, not in its FP8 set
 MODULATION = r"transformer_blocks\.\d+\.(img|txt)_mod\.1$"  # SGLang's docs
 TEXT_ATTENTION = r"blocks\.\d+\.attn2\.to_"  # nameless in SGLang's WanI2VCrossAttention
+LAST_OF_28 = r"transformer_blocks\.(25|26|27)\."
+# What no engine's class hands a quantization, of models that ModelOpt's example does not know.
+VLLM_OMNI_HUNYUANVIDEO_15 = r"(?!transformer_blocks)|.*norm1(_context)?\.linear$"  # hunyuan_video_15_transformer.py
+SGLANG_ANIMA = r"(?!transformer_blocks)|.*\.norm[123]\."  # runtime/models/dits/anima.py
+LTX_23_PARTS = r"(audio_)?prompt_adaln\.|.*\.to_gate_logits$"  # modulation, and gates without quantization
 LAST_OF_30 = r"blocks\.(27|28|29)\."  # ModelOpt's filter is for 40 blocks
 # (SGLang's patterns, whether they are globs, ModelOpt's filter, what the preset keeps beyond both)
 ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
@@ -277,10 +321,20 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("wan2.2-ti2v", "fp8"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
     ("qwen", "nvfp4"): ([], True, sglang.QWEN_FILTER, MODULATION),
     ("qwen", "fp8"): (sglang.QWEN_IMAGE_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
+    ("hunyuanvideo-1.5", "nvfp4"): ([], True, VLLM_OMNI_HUNYUANVIDEO_15, sglang.NO_FILTER),
+    ("hunyuanvideo-1.5", "fp8"): ([], True, VLLM_OMNI_HUNYUANVIDEO_15, sglang.NO_FILTER),
     ("hunyuanvideo", "nvfp4"): (sglang.HUNYUANVIDEO_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("hunyuanvideo", "fp8"): (sglang.HUNYUANVIDEO_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("ltx2", "nvfp4"): (sglang.LTX2_NVFP4, True, sglang.NO_FILTER, sglang.NO_FILTER),
     ("ltx2", "fp8"): (sglang.LTX2_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
+    ("ltx-2", "nvfp4"): (sglang.LTX2_NVFP4, True, sglang.NO_FILTER, LTX_23_PARTS),
+    ("ltx-2", "fp8"): (sglang.LTX2_FP8, False, sglang.NO_FILTER, LTX_23_PARTS),
+    ("ltx-video-13b", "nvfp4"): ([], True, sglang.LTX_VIDEO_FILTER, sglang.NO_FILTER),
+    ("ltx-video-13b", "fp8"): ([], True, sglang.LTX_VIDEO_FILTER, sglang.NO_FILTER),
+    ("ltx-video-2b", "nvfp4"): ([], True, sglang.LTX_VIDEO_FILTER, LAST_OF_28),
+    ("ltx-video-2b", "fp8"): ([], True, sglang.LTX_VIDEO_FILTER, LAST_OF_28),
+    ("cosmos", "nvfp4"): ([], True, SGLANG_ANIMA, sglang.NO_FILTER),
+    ("cosmos", "fp8"): ([], True, SGLANG_ANIMA, sglang.NO_FILTER),
     ("z-image", "nvfp4"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
     ("z-image", "fp8"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
 }

@@ -15,6 +15,10 @@ PRESETS = {
 FAMILIES = tuple(PRESETS)
 # Those that are built and proven alike, of which docs/engines.md has no rows.
 MORE = {
+    "hunyuan_video_15": ("hunyuanvideo-1.5-t2v", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "cosmos": ("cosmos-predict2.5", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "ltx_video": ("ltx-video-2b", {"transformer_blocks.3"}),
+    "ltx2_3": ("ltx-2.3", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
     "z_image": ("z-image", {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}),
 }
 BUILT = PRESETS | MORE
@@ -25,7 +29,7 @@ WITHOUT_PRESET = tuple(family for family in FAMILIES if family != "wan_i2v_image
 
 BROKEN = {
     *(("flux2", "nvfp4"), ("ltx2", "nvfp4"), ("ltx2", "fp8"), ("wan_i2v_image", "nvfp4")),
-    *(("z_image", "nvfp4"), ("z_image", "fp8")),
+    *((family, algorithm) for family in MORE for algorithm in ("nvfp4", "fp8")),
 }
 
 

@@ -89,6 +89,9 @@ LTX2_NVFP4 = [
 FLUX_FILTER = (
     r"(proj_out.*|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation).*)"
 )
+LTX_VIDEO_FILTER = (
+    r".*(proj_in|time_embed|caption_projection|proj_out|patchify_proj|adaln_single|blocks\.(0|1|2|45|46|47)\.)"
+)
 WAN_FILTER = r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|37|38|39)\.).*"
 # Of ModelOpt's open PR #1205.
 Z_IMAGE_FILTER = r".*(x_embedder|t_embedder|cap_embedder|adaLN_modulation|final_layer)"
@@ -179,11 +182,14 @@ _Z_IMAGE = [
     (r"\.feed_forward\.w[13]$", r".feed_forward.w13"),
 ]
 _FLUX1 = [(r"(\.audio_ff|\.ff)\.net\.0\.proj$", r"\1.proj_in"), (r"(\.audio_ff|\.ff)\.net\.2$", r"\1.proj_out")]
-MAPPINGS = {
+MAPPINGS: dict[str, list[tuple[str, str]]] = {
+    "CosmosTransformer3DModel": [],
     "FluxTransformer2DModel": _FLUX1,
     "Flux2Transformer2DModel": [],
+    "HunyuanVideo15Transformer3DModel": [],
     "HunyuanVideoTransformer3DModel": _HUNYUANVIDEO,
     "LTX2VideoTransformer3DModel": _LTX2,
+    "LTXVideoTransformer3DModel": [],
     "QwenImageTransformer2DModel": _QWEN_IMAGE,
     "WanTransformer3DModel": _WAN,
     "ZImageTransformer2DModel": _Z_IMAGE,
