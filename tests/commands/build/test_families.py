@@ -6,7 +6,7 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import BUILT, MORE, PRESETS, WITHOUT_PRESET, allowed
+from families import ALL, UNRECORDED, PRESETS, WITHOUT_PRESET, allowed
 from fp8_support import convert
 from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
@@ -55,9 +55,9 @@ def test_every_family_is_reproduced(families: Path, tmp_path: Path, family: str)
             assert tensor.dtype == torch.bfloat16, name
 
 
-@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("family", ALL)
 def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: str) -> None:
-    name, blocks = BUILT[family]
+    name, blocks = ALL[family]
     preset = load_preset(name).preset
     where = families / family
     outcome = build(where / "nvfp4", where / "base", tmp_path / "out", *allowed(family), preset=name)
@@ -89,9 +89,9 @@ def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: st
         assert {name for name in linears if excluded(name, ignore)} == linears - packed
 
 
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", UNRECORDED)
 def test_families_that_no_engine_loaded_are_proven_by_verify(families: Path, tmp_path: Path, family: str) -> None:
-    where, base, (name, _) = families / family, families / family / "base", MORE[family]
+    where, base, (name, _) = families / family, families / family / "base", UNRECORDED[family]
     nvfp4, fp8 = tmp_path / "nvfp4", tmp_path / "fp8"
     assert build(where / "nvfp4", base, nvfp4, *allowed(family), preset=name).exit_code == 0
     assert convert(where / "fp8", base, fp8, *allowed(family, "fp8"), preset=name).exit_code == 0

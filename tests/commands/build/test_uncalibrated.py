@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import BUILT, allowed
+from families import ALL, allowed
 from faults import entries, refusal
 from make_headers import model_of
 from root import ROOT
@@ -28,10 +28,10 @@ PACKED = "single_transformer_blocks.0.proj_out"
 QUERIES = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
 
 
-@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("family", ALL)
 def test_every_family_has_modelopts_own_bytes(families: Path, tmp_path: Path, family: str) -> None:
     """The oracle is ModelOpt's export: calibration does not change weights, and which share a scale is seen in it."""
-    where, preset = families / family, BUILT[family][0]
+    where, preset = families / family, ALL[family][0]
     outcome = build(None, where / "base", tmp_path / "out", *allowed(family), preset=preset)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
     arguments = ("--preset", preset, "--export", where / "nvfp4", "--base", where / "base", *allowed(family))
