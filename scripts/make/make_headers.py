@@ -256,10 +256,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "ltx-2.5": _LTX23 | {"ff_bias": False, "use_keyframes_abs_pos_embedding": True},
     "ltx-video-2b": _LTX_VIDEO,
     "ltx-video-13b": _LTX_VIDEO | {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
-    "cosmos-predict1-text2world": _COSMOS_1,
-    "cosmos-predict1-video2world": _COSMOS_1 | {"in_channels": 17},
-    "cosmos-predict2-text2image": _COSMOS,
-    "cosmos-predict2-video2world": _COSMOS | {"in_channels": 17, "rope_scale": [1.0, 3.0, 3.0]},
+    "cosmos-predict1-t2w": _COSMOS_1,
+    "cosmos-predict1-v2w": _COSMOS_1 | {"in_channels": 17},
+    "cosmos-predict2-t2i": _COSMOS,
+    "cosmos-predict2-v2w": _COSMOS | {"in_channels": 17, "rope_scale": [1.0, 3.0, 3.0]},
     "cosmos-predict2.5": _COSMOS_25,
     "cosmos-transfer2.5": _COSMOS_25
     | {

@@ -108,10 +108,10 @@ def test_a_preset_fits_its_own_model(name: str) -> None:
 
 # What --preset may be left out for: (chosen, others with equal sets), the same for NVFP4 and FP8.
 CHOSEN = {
-    "cosmos-predict1-text2world": ("cosmos-predict1-text2world", ()),
-    "cosmos-predict1-video2world": ("cosmos-predict1-video2world", ()),
-    "cosmos-predict2-text2image": ("cosmos-predict2-text2image", ()),
-    "cosmos-predict2-video2world": ("cosmos-predict2-video2world", ()),
+    "cosmos-predict1-t2w": ("cosmos-predict1-t2w", ()),
+    "cosmos-predict1-v2w": ("cosmos-predict1-v2w", ()),
+    "cosmos-predict2-t2i": ("cosmos-predict2-t2i", ()),
+    "cosmos-predict2-v2w": ("cosmos-predict2-v2w", ()),
     "cosmos-predict2.5": ("cosmos-predict2.5", ()),
     "cosmos-transfer2.5": ("cosmos-transfer2.5", ()),
     "flux1-dev": ("flux1-dev", ("flux1-kontext-dev",)),
@@ -168,14 +168,14 @@ def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
 
 # (packed linears, linears kept in BF16, bytes of the weights of the latter)
 FIGURES = {
-    ("cosmos-predict1-text2world", "nvfp4"): (280, 174, 846_233_600),
-    ("cosmos-predict1-text2world", "fp8"): (280, 174, 846_233_600),
-    ("cosmos-predict1-video2world", "nvfp4"): (280, 174, 846_266_368),
-    ("cosmos-predict1-video2world", "fp8"): (280, 174, 846_266_368),
-    ("cosmos-predict2-text2image", "nvfp4"): (280, 174, 389_562_368),
-    ("cosmos-predict2-text2image", "fp8"): (280, 174, 389_562_368),
-    ("cosmos-predict2-video2world", "nvfp4"): (280, 174, 389_578_752),
-    ("cosmos-predict2-video2world", "fp8"): (280, 174, 389_578_752),
+    ("cosmos-predict1-t2w", "nvfp4"): (280, 174, 846_233_600),
+    ("cosmos-predict1-t2w", "fp8"): (280, 174, 846_233_600),
+    ("cosmos-predict1-v2w", "nvfp4"): (280, 174, 846_266_368),
+    ("cosmos-predict1-v2w", "fp8"): (280, 174, 846_266_368),
+    ("cosmos-predict2-t2i", "nvfp4"): (280, 174, 389_562_368),
+    ("cosmos-predict2-t2i", "fp8"): (280, 174, 389_562_368),
+    ("cosmos-predict2-v2w", "nvfp4"): (280, 174, 389_578_752),
+    ("cosmos-predict2-v2w", "fp8"): (280, 174, 389_578_752),
     ("cosmos-predict2.5", "nvfp4"): (280, 175, 595_099_648),
     ("cosmos-predict2.5", "fp8"): (280, 175, 595_099_648),
     ("cosmos-transfer2.5", "nvfp4"): (364, 176, 599_818_240),

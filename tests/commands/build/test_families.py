@@ -6,7 +6,7 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import ALL, UNRECORDED, PRESETS, WITHOUT_PRESET, allowed
+from families import ALL, PRESETS, UNRECORDED, WITHOUT_PRESET, allowed
 from fp8_support import convert
 from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
