@@ -101,6 +101,27 @@ def test_families_that_no_engine_loaded_are_proven_by_verify(families: Path, tmp
         assert verified.report["verify"]["proof"] == "proven"
 
 
+@pytest.mark.parametrize(
+    ("repo", "title", "more"),
+    [
+        ("Tongyi-MAI/Z-Image", "Z-Image", {"license: apache-2.0", "pipeline_tag: text-to-image"}),
+        ("Tongyi-MAI/Z-Image-Turbo", "Z-Image-Turbo", {"license: apache-2.0", "pipeline_tag: text-to-image"}),
+        ("me/finetune", "finetune", set()),
+    ],
+)
+def test_models_of_one_config_have_their_own_names(
+    families: Path, tmp_path: Path, repo: str, title: str, more: set[str]
+) -> None:
+    where = families / "z_image"
+    outcome = convert(
+        where / "fp8", where / "base", tmp_path / "out", "--base-model", repo, *allowed("z_image", "fp8"), preset=None
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert {line for line in lines if line.startswith(("license", "pipeline_tag"))} == more
+    assert f"base_model: {repo}" in lines and f"# {title}, FP8" in lines
+
+
 @pytest.mark.parametrize("preset", ["flux2-dev", "none", None])
 def test_what_an_engine_is_known_to_break_is_refused(families: Path, tmp_path: Path, preset: str | None) -> None:
     where = families / "flux2"
