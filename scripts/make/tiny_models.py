@@ -141,6 +141,38 @@ def _hunyuan_video_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _hunyuan_video_15_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, config["in_channels"], 2, 4, 4),
+        "timestep": draw.full(500, 1),
+        "encoder_hidden_states": draw.random(1, 8, config["text_embed_dim"]),
+        "encoder_attention_mask": draw.full(1, 1, 8),
+        "encoder_hidden_states_2": draw.random(1, 8, config["text_embed_2_dim"]),
+        "encoder_attention_mask_2": draw.full(1, 1, 8),
+        "image_embeds": draw.random(1, 8, config["image_embed_dim"]),
+    }
+
+
+def _cosmos_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, config["in_channels"], 2, 8, 8),
+        "timestep": draw.full(0.5, 1),
+        "encoder_hidden_states": draw.random(1, 8, config["crossattn_proj_in_channels"]),
+    }
+
+
+def _ltx_video_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, 2 * 2 * 4, config["in_channels"]),
+        "encoder_hidden_states": draw.random(1, 8, config["caption_channels"]),
+        "timestep": draw.full(500, 1),
+        "encoder_attention_mask": draw.full(1, 1, 8),
+        "num_frames": 2,
+        "height": 2,
+        "width": 4,
+    }
+
+
 def _ltx2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     return {
         "hidden_states": draw.random(1, 2 * 2 * 4, config["in_channels"]),
@@ -154,6 +186,15 @@ def _ltx2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
         "height": 2,
         "width": 4,
         "audio_num_frames": 8,
+    }
+
+
+def _ltx2_3_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    # The prompt comes projected, and is modulated by the noise level.
+    return _ltx2_inputs(config, draw) | {
+        "encoder_hidden_states": draw.random(1, 8, config["cross_attention_dim"]),
+        "audio_encoder_hidden_states": draw.random(1, 8, config["audio_cross_attention_dim"]),
+        "sigma": draw.full(500, 1),
     }
 
 
@@ -188,6 +229,24 @@ _WAN = {
     "num_layers": 8,
     "rope_max_seq_len": 64,
 }
+# ModelOpt's default, for models of which its example has no filter.
+_LEFT_ALONE = r".*(time_text_embed|context_embedder|norm_out|x_embedder)"
+_LTX2 = {
+    "in_channels": 64,
+    "out_channels": 64,
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 96,
+    "audio_in_channels": 64,
+    "audio_out_channels": 64,
+    "audio_num_attention_heads": 3,
+    "audio_attention_head_dim": 16,
+    "audio_cross_attention_dim": 48,
+    "num_layers": 9,
+    "caption_channels": 64,
+    "rope_type": "split",
+}
+_LTX2_LEFT_ALONE = r".*(proj_in|time_embed|caption_projection|proj_out|transformer_blocks\.(0|1|2|6|7|8)\.)"
 
 FAMILIES = {
     "flux1": Family(
@@ -354,25 +413,78 @@ FAMILIES = {
         inputs=_hunyuan_video_inputs,
         left_alone=r".*(time_text_embed|context_embedder|norm_out|x_embedder)",
     ),
-    "ltx2": Family(
-        class_name="LTX2VideoTransformer3DModel",
+    # ModelOpt would pack the table of condition types as well.
+    "hunyuan_video_15": Family(
+        class_name="HunyuanVideo15Transformer3DModel",
+        config={
+            "num_attention_heads": 3,
+            "attention_head_dim": 32,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 64,
+            "text_embed_2_dim": 48,
+            "image_embed_dim": 32,
+            "rope_axes_dim": (8, 12, 12),
+            "task_type": "t2v",
+        },
+        inputs=_hunyuan_video_15_inputs,
+        left_alone=f"{_LEFT_ALONE}|cond_type_embed",
+    ),
+    # As Cosmos-Predict2.5, but for the padding mask, for which diffusers needs torchvision. Of a patch 68 features come
+    # in, which blocks of 16 do not fit.
+    "cosmos": Family(
+        class_name="CosmosTransformer3DModel",
+        config={
+            "in_channels": 17,
+            "num_attention_heads": 3,
+            "attention_head_dim": 32,
+            "num_layers": 2,
+            "text_embed_dim": 64,
+            "adaln_lora_dim": 16,
+            "max_size": (8, 16, 16),
+            "concat_padding_mask": False,
+            "extra_pos_embed_type": None,
+            "use_crossattn_projection": True,
+            "crossattn_proj_in_channels": 128,
+            "encoder_hidden_states_channels": 64,
+        },
+        inputs=_cosmos_inputs,
+        left_alone=f"{_LEFT_ALONE}|patch_embed",
+    ),
+    # The recipe is for 48 blocks; LTX-Video 2B has fewer, so that its last ones are quantized.
+    "ltx_video": Family(
+        class_name="LTXVideoTransformer3DModel",
         config={
             "in_channels": 64,
             "out_channels": 64,
-            "num_attention_heads": 3,
-            "attention_head_dim": 32,
-            "cross_attention_dim": 96,
-            "audio_in_channels": 64,
-            "audio_out_channels": 64,
-            "audio_num_attention_heads": 3,
-            "audio_attention_head_dim": 16,
-            "audio_cross_attention_dim": 48,
-            "num_layers": 9,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "cross_attention_dim": 128,
+            "num_layers": 7,
             "caption_channels": 64,
-            "rope_type": "split",
         },
+        inputs=_ltx_video_inputs,
+        left_alone=r".*(proj_in|time_embed|caption_projection|proj_out|transformer_blocks\.(0|1|2|45|46|47)\.)",
+    ),
+    "ltx2": Family(
+        class_name="LTX2VideoTransformer3DModel",
+        config=_LTX2,
         inputs=_ltx2_inputs,
-        left_alone=r".*(proj_in|time_embed|caption_projection|proj_out|transformer_blocks\.(0|1|2|6|7|8)\.)",
+        left_alone=_LTX2_LEFT_ALONE,
+    ),
+    "ltx2_3": Family(
+        class_name="LTX2VideoTransformer3DModel",
+        config=_LTX2
+        | {
+            "gated_attn": True,
+            "cross_attn_mod": True,
+            "audio_gated_attn": True,
+            "audio_cross_attn_mod": True,
+            "perturbed_attn": True,
+            "use_prompt_embeddings": False,
+        },
+        inputs=_ltx2_3_inputs,
+        left_alone=_LTX2_LEFT_ALONE,
     ),
     # The filter of NVIDIA/Model-Optimizer#1205: refiners are quantized but for their norms.
     "z_image": Family(

@@ -238,7 +238,7 @@ def test_a_usage_error_under_json_is_one_document(words: str) -> None:
     [
         ("mopt build-nvfp4 --preset flux1-dev", ["flux1-dev"]),
         ("mopt build-nvfp4 --preset no", ["none"]),
-        ("mopt presets ltx", ["ltx2"]),
+        ("mopt presets ltx2", ["ltx2"]),
         ("mopt presets ne", ["new"]),
         ("mopt verify --backend tor", ["torch"]),
         ("mopt verify --backend torch,tri", ["torch,triton"]),

@@ -155,7 +155,7 @@ def test_one_name_may_stand_for_all_that_match() -> None:
 def test_of_a_class_the_preset_of_the_same_parts_is_known() -> None:
     """config.json has another number of channels than any; a cross-attention to an image tells SGLang's names."""
     wan = {"_class_name": "WanTransformer3DModel", "in_channels": 20}
-    for value, name in ((None, "wan2.2-i2v-a14b"), (96, "wan2.1-i2v-14b")):
+    for value, name in ((None, "wan2.1-t2v-1.3b"), (96, "wan2.1-i2v-14b")):
         found = preset_of_class(wan | {"added_kv_proj_dim": value})
         assert found is not None and found.name == name
     assert preset_of_class({"_class_name": "XTransformer"}) is None

@@ -123,6 +123,12 @@ CHOSEN = {
     "flux1-fill-dev": ("flux1-fill-dev", ()),
     "flux1-kontext-dev": ("flux1-dev", ("flux1-kontext-dev", "flux1-krea-dev")),
     "flux1-krea-dev": ("flux1-dev", ("flux1-kontext-dev", "flux1-krea-dev")),
+    "cosmos-predict1-t2w": ("cosmos-predict1-t2w", ()),
+    "cosmos-predict1-v2w": ("cosmos-predict1-v2w", ()),
+    "cosmos-predict2-t2i": ("cosmos-predict2-t2i", ()),
+    "cosmos-predict2-v2w": ("cosmos-predict2-v2w", ()),
+    "cosmos-predict2.5": ("cosmos-predict2.5", ()),
+    "cosmos-transfer2.5": ("cosmos-transfer2.5", ()),
     "flux1-schnell": ("flux1-schnell", ()),
     "flux2-dev": ("flux2-dev", ()),
     "flux2-klein-4b": ("flux2-klein-4b", ("flux2-klein-base-4b",)),
@@ -132,6 +138,12 @@ CHOSEN = {
     "hunyuanvideo": ("hunyuanvideo", ()),
     "krea2-raw": ("krea2-raw", ("krea2-turbo",)),
     "krea2-turbo": ("krea2-raw", ("krea2-turbo",)),
+    "hunyuanvideo-1.5-i2v": ("hunyuanvideo-1.5-i2v", ()),
+    "hunyuanvideo-1.5-t2v": ("hunyuanvideo-1.5-t2v", ()),
+    "ltx-2.3": ("ltx-2.3", ()),
+    "ltx-2.5": ("ltx-2.5", ()),
+    "ltx-video-13b": ("ltx-video-13b", ()),
+    "ltx-video-2b": ("ltx-video-2b", ()),
     "ltx2": ("ltx2", ()),
     "qwen-image": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-2512": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
@@ -142,9 +154,13 @@ CHOSEN = {
     "sd3.5-large-turbo": ("sd3.5-large", ("sd3.5-large-turbo",)),
     "sd3.5-medium": ("sd3.5-medium", ()),
     "wan2.1-i2v-14b": ("wan2.1-i2v-14b", ()),
+    "wan2.1-t2v-1.3b": ("wan2.1-t2v-1.3b", ()),
+    "wan2.1-t2v-14b": ("wan2.1-t2v-14b", ("wan2.2-t2v-a14b",)),
     "wan2.2-i2v-a14b": ("wan2.2-i2v-a14b", ()),
-    "wan2.2-t2v-a14b": ("wan2.2-t2v-a14b", ()),
+    "wan2.2-t2v-a14b": ("wan2.1-t2v-14b", ("wan2.2-t2v-a14b",)),
     "wan2.2-ti2v-5b": ("wan2.2-ti2v-5b", ()),
+    "z-image": ("z-image", ("z-image-turbo",)),
+    "z-image-turbo": ("z-image", ("z-image-turbo",)),
 }
 
 
@@ -159,15 +175,22 @@ def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
     found = [one.grade for one in limits(header(name)[0], algorithm) if one.engine == "sglang" and one.is_broken]
     broken = {
         ("flux2-dev", "nvfp4"): ["wrong"],
-        ("ltx2", "nvfp4"): ["fails"],
-        ("ltx2", "fp8"): ["wrong"],
+        **{(ltx, "nvfp4"): ["fails"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
+        **{(ltx, "fp8"): ["wrong"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
         ("wan2.1-i2v-14b", "nvfp4"): ["fails"],
         **{(f"flux2-klein-{size}", "nvfp4"): ["wrong"] for size in ("4b", "9b", "base-4b", "base-9b")},
         **{(f"flux1-{one}-dev", form): ["fails"] for one in ("canny", "depth", "fill") for form in FORMATS},
         **{("chroma", form): ["fails"] for form in FORMATS},
         **{(f"sd3.5-{size}", "nvfp4"): ["fails"] for size in ("medium", "large", "large-turbo")},
     }
-    assert found == broken.get((name, algorithm), [])
+    # Those of which it lacks something altogether, in either format.
+    of_all = {
+        "CosmosTransformer3DModel": ["fails"],
+        "HunyuanVideo15Transformer3DModel": ["fails"],
+        "LTXVideoTransformer3DModel": ["fails"],
+        "ZImageTransformer2DModel": ["wrong"],
+    }
+    assert found == broken.get((name, algorithm), of_all.get(header(name)[0]["_class_name"], []))
 
 
 # (packed linears, linears kept in BF16, bytes of the weights of the latter)
@@ -178,6 +201,18 @@ FIGURES = {
     ("flux1-canny-dev", "fp8"): (304, 200, 15_190_327_296),
     ("flux1-depth-dev", "nvfp4"): (304, 200, 15_190_327_296),
     ("flux1-depth-dev", "fp8"): (304, 200, 15_190_327_296),
+    ("cosmos-predict1-t2w", "nvfp4"): (280, 174, 846_233_600),
+    ("cosmos-predict1-t2w", "fp8"): (280, 174, 846_233_600),
+    ("cosmos-predict1-v2w", "nvfp4"): (280, 174, 846_266_368),
+    ("cosmos-predict1-v2w", "fp8"): (280, 174, 846_266_368),
+    ("cosmos-predict2-t2i", "nvfp4"): (280, 174, 389_562_368),
+    ("cosmos-predict2-t2i", "fp8"): (280, 174, 389_562_368),
+    ("cosmos-predict2-v2w", "nvfp4"): (280, 174, 389_578_752),
+    ("cosmos-predict2-v2w", "fp8"): (280, 174, 389_578_752),
+    ("cosmos-predict2.5", "nvfp4"): (280, 175, 595_099_648),
+    ("cosmos-predict2.5", "fp8"): (280, 175, 595_099_648),
+    ("cosmos-transfer2.5", "nvfp4"): (364, 176, 599_818_240),
+    ("cosmos-transfer2.5", "fp8"): (364, 176, 599_818_240),
     ("flux1-dev", "nvfp4"): (304, 200, 15_189_934_080),
     ("flux1-dev", "fp8"): (304, 200, 15_189_934_080),
     ("flux1-fill-dev", "nvfp4"): (304, 200, 15_191_900_160),
@@ -204,6 +239,18 @@ FIGURES = {
     ("krea2-raw", "fp8"): (256, 8, 640_155_672),
     ("krea2-turbo", "nvfp4"): (256, 8, 640_155_672),
     ("krea2-turbo", "fp8"): (256, 8, 640_155_672),
+    ("hunyuanvideo-1.5-i2v", "nvfp4"): (648, 137, 5_774_422_016),
+    ("hunyuanvideo-1.5-i2v", "fp8"): (648, 137, 5_774_422_016),
+    ("hunyuanvideo-1.5-t2v", "nvfp4"): (648, 137, 5_774_422_016),
+    ("hunyuanvideo-1.5-t2v", "fp8"): (648, 137, 5_774_422_016),
+    ("ltx-2.3", "nvfp4"): (840, 820, 12_588_154_880),
+    ("ltx-2.3", "fp8"): (1176, 484, 5_541_724_160),
+    ("ltx-2.5", "nvfp4"): (840, 820, 12_588_154_880),
+    ("ltx-2.5", "fp8"): (1176, 484, 5_541_724_160),
+    ("ltx-video-13b", "nvfp4"): (420, 67, 3_527_409_664),
+    ("ltx-video-13b", "fp8"): (420, 67, 3_527_409_664),
+    ("ltx-video-2b", "nvfp4"): (220, 67, 891_289_600),
+    ("ltx-video-2b", "fp8"): (220, 67, 891_289_600),
     ("ltx2", "nvfp4"): (840, 530, 12_365_856_768),
     ("ltx2", "fp8"): (1176, 194, 5_319_426_048),
     ("qwen-image", "nvfp4"): (672, 174, 15_482_486_784),
@@ -224,12 +271,20 @@ FIGURES = {
     ("sd3.5-medium", "fp8"): (386, 6, 38_535_168),
     ("wan2.1-i2v-14b", "nvfp4"): (272, 216, 12_455_772_160),
     ("wan2.1-i2v-14b", "fp8"): (272, 216, 12_455_772_160),
+    ("wan2.1-t2v-1.3b", "nvfp4"): (240, 66, 608_108_544),
+    ("wan2.1-t2v-1.3b", "fp8"): (240, 66, 608_108_544),
+    ("wan2.1-t2v-14b", "nvfp4"): (340, 66, 4_679_925_760),
+    ("wan2.1-t2v-14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-i2v-a14b", "nvfp4"): (340, 66, 4_679_925_760),
     ("wan2.2-i2v-a14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-t2v-a14b", "nvfp4"): (340, 66, 4_679_925_760),
     ("wan2.2-t2v-a14b", "fp8"): (340, 66, 4_679_925_760),
     ("wan2.2-ti2v-5b", "nvfp4"): (240, 66, 2_141_847_552),
     ("wan2.2-ti2v-5b", "fp8"): (240, 66, 2_141_847_552),
+    ("z-image", "nvfp4"): (238, 38, 275_316_736),
+    ("z-image", "fp8"): (238, 38, 275_316_736),
+    ("z-image-turbo", "nvfp4"): (238, 38, 275_316_736),
+    ("z-image-turbo", "fp8"): (238, 38, 275_316_736),
 }
 
 
@@ -299,6 +354,11 @@ MODULATION = r"transformer_blocks\.\d+\.(img|txt)_mod\.1$"  # SGLang's docs
 TEXT_ATTENTION = r"blocks\.\d+\.attn2\.to_"  # nameless in SGLang's WanI2VCrossAttention
 GUIDANCE = r"distilled_guidance_layer\."  # in place of FLUX.1's modulation, which SGLang cannot load packed
 WHETHER_IMAGE = r"time_text_embed\.addition_t_embedding$"  # no Linear, though its weight has two dimensions
+LAST_OF_28 = r"transformer_blocks\.(25|26|27)\."
+# What no engine's class hands a quantization, of models that ModelOpt's example does not know.
+VLLM_OMNI_HUNYUANVIDEO_15 = r"(?!transformer_blocks)|.*norm1(_context)?\.linear$"  # hunyuan_video_15_transformer.py
+SGLANG_ANIMA = r"(?!transformer_blocks)|.*\.norm[123]\."  # runtime/models/dits/anima.py
+LTX_23_PARTS = r"(audio_)?prompt_adaln\.|.*\.to_gate_logits$"  # modulation, and gates without quantization
 LAST_OF_30 = r"blocks\.(27|28|29)\."  # ModelOpt's filter is for 40 blocks
 # (SGLang's patterns, whether they are globs, ModelOpt's filter, what the preset keeps beyond both)
 ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
@@ -310,6 +370,10 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("flux2", "fp8"): (sglang.FLUX2_FP8, False, sglang.FLUX_FILTER, sglang.NO_FILTER),
     ("wan2.1-i2v", "nvfp4"): ([], True, sglang.WAN_FILTER, TEXT_ATTENTION),
     ("wan2.1-i2v", "fp8"): ([], True, sglang.WAN_FILTER, TEXT_ATTENTION),
+    ("wan2.1-t2v-1.3b", "nvfp4"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
+    ("wan2.1-t2v-1.3b", "fp8"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
+    ("wan2.1-t2v-14b", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
+    ("wan2.1-t2v-14b", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-i2v", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-i2v", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-t2v", "nvfp4"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
@@ -319,6 +383,8 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("qwen-image-layered", "fp8"): (sglang.QWEN_IMAGE_FP8, False, sglang.NO_FILTER, WHETHER_IMAGE),
     ("qwen", "nvfp4"): ([], True, sglang.QWEN_FILTER, MODULATION),
     ("qwen", "fp8"): (sglang.QWEN_IMAGE_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
+    ("hunyuanvideo-1.5", "nvfp4"): ([], True, VLLM_OMNI_HUNYUANVIDEO_15, sglang.NO_FILTER),
+    ("hunyuanvideo-1.5", "fp8"): ([], True, VLLM_OMNI_HUNYUANVIDEO_15, sglang.NO_FILTER),
     ("hunyuanvideo", "nvfp4"): (sglang.HUNYUANVIDEO_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("hunyuanvideo", "fp8"): (sglang.HUNYUANVIDEO_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("ltx2", "nvfp4"): (sglang.LTX2_NVFP4, True, sglang.NO_FILTER, sglang.NO_FILTER),
@@ -327,6 +393,16 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("krea2", "fp8"): (sglang.KREA2_PLAIN, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("sd3.5", "nvfp4"): ([], True, sglang.DEFAULT_FILTER, sglang.NO_FILTER),
     ("sd3.5", "fp8"): ([], True, sglang.DEFAULT_FILTER, sglang.NO_FILTER),
+    ("ltx-2", "nvfp4"): (sglang.LTX2_NVFP4, True, sglang.NO_FILTER, LTX_23_PARTS),
+    ("ltx-2", "fp8"): (sglang.LTX2_FP8, False, sglang.NO_FILTER, LTX_23_PARTS),
+    ("ltx-video-13b", "nvfp4"): ([], True, sglang.LTX_VIDEO_FILTER, sglang.NO_FILTER),
+    ("ltx-video-13b", "fp8"): ([], True, sglang.LTX_VIDEO_FILTER, sglang.NO_FILTER),
+    ("ltx-video-2b", "nvfp4"): ([], True, sglang.LTX_VIDEO_FILTER, LAST_OF_28),
+    ("ltx-video-2b", "fp8"): ([], True, sglang.LTX_VIDEO_FILTER, LAST_OF_28),
+    ("cosmos", "nvfp4"): ([], True, SGLANG_ANIMA, sglang.NO_FILTER),
+    ("cosmos", "fp8"): ([], True, SGLANG_ANIMA, sglang.NO_FILTER),
+    ("z-image", "nvfp4"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
+    ("z-image", "fp8"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
 }
 
 

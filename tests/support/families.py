@@ -22,6 +22,11 @@ UNRECORDED = {
         "krea2-raw",
         {"transformer_blocks.0", "transformer_blocks.1", "text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"},
     ),
+    "hunyuan_video_15": ("hunyuanvideo-1.5-t2v", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "cosmos": ("cosmos-predict2.5", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "ltx_video": ("ltx-video-2b", {"transformer_blocks.3"}),
+    "ltx2_3": ("ltx-2.3", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
+    "z_image": ("z-image", {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}),
 }
 ALL = PRESETS | UNRECORDED
 # Those whose exports are built as they are. SGLang has one name for the cross-attention of all blocks of wan_i2v_image,
@@ -38,6 +43,16 @@ BROKEN = {
     ("chroma", "fp8"),
     ("flux2_klein", "nvfp4"),
     ("sd3", "nvfp4"),
+    ("hunyuan_video_15", "nvfp4"),
+    ("hunyuan_video_15", "fp8"),
+    ("cosmos", "nvfp4"),
+    ("cosmos", "fp8"),
+    ("ltx_video", "nvfp4"),
+    ("ltx_video", "fp8"),
+    ("ltx2_3", "nvfp4"),
+    ("ltx2_3", "fp8"),
+    ("z_image", "nvfp4"),
+    ("z_image", "fp8"),
 }
 
 

@@ -94,7 +94,12 @@ KREA2_PLAIN = [
 FLUX_FILTER = (
     r"(proj_out.*|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation).*)"
 )
+LTX_VIDEO_FILTER = (
+    r".*(proj_in|time_embed|caption_projection|proj_out|patchify_proj|adaln_single|blocks\.(0|1|2|45|46|47)\.)"
+)
 WAN_FILTER = r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|37|38|39)\.).*"
+# Of ModelOpt's open PR #1205.
+Z_IMAGE_FILTER = r".*(x_embedder|t_embedder|cap_embedder|adaLN_modulation|final_layer)"
 QWEN_FILTER = r"(?!transformer_blocks\.)|transformer_blocks\.(0|1|58|59)\."
 DEFAULT_FILTER = (
     r".*(time_emb_proj|time_embedding|conv_in|conv_out|conv_shortcut|add_embedding|pos_embed|time_text_embed"
@@ -181,17 +186,25 @@ _LTX2 = [
     (r"^av_cross_attn_audio_v2a_gate\.(.*)$", r"av_ca_v2a_gate_adaln_single.\1"),
 ]
 _QWEN_IMAGE = [(r"(\.(img_mod|txt_mod))\.1$", r"\1")]
+_Z_IMAGE = [
+    (r"\.attention\.to_(q|k|v)$", r".attention.to_qkv"),
+    (r"\.feed_forward\.w[13]$", r".feed_forward.w13"),
+]
 _FLUX1 = [(r"(\.audio_ff|\.ff)\.net\.0\.proj$", r"\1.proj_in"), (r"(\.audio_ff|\.ff)\.net\.2$", r"\1.proj_out")]
-MAPPINGS = {
+MAPPINGS: dict[str, list[tuple[str, str]]] = {
     "ChromaTransformer2DModel": [],  # it has no such class
+    "CosmosTransformer3DModel": [],
     "FluxTransformer2DModel": _FLUX1,
     "Flux2Transformer2DModel": [],
+    "HunyuanVideo15Transformer3DModel": [],
     "HunyuanVideoTransformer3DModel": _HUNYUANVIDEO,
     "Krea2Transformer2DModel": [],
     "LTX2VideoTransformer3DModel": _LTX2,
+    "LTXVideoTransformer3DModel": [],
     "QwenImageTransformer2DModel": _QWEN_IMAGE,
     "SD3Transformer2DModel": [],
     "WanTransformer3DModel": _WAN,
+    "ZImageTransformer2DModel": _Z_IMAGE,
 }
 
 

@@ -6,7 +6,8 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import ALL, PRESETS, WITHOUT_PRESET, allowed
+from families import ALL, PRESETS, UNRECORDED, WITHOUT_PRESET, allowed
+from fp8_support import convert
 from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
 from modelopt_convert.checkpoint.names import module_of
@@ -86,6 +87,39 @@ def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: st
     linears = {module_of(name) for name, tensor in base.items() if name.endswith(".weight") and tensor.ndim >= 2}
     for excluded in (sglang_runtime.is_excluded, vllm_runtime.is_excluded):
         assert {name for name in linears if excluded(name, ignore)} == linears - packed
+
+
+@pytest.mark.parametrize("family", UNRECORDED)
+def test_families_that_no_engine_loaded_are_proven_by_verify(families: Path, tmp_path: Path, family: str) -> None:
+    where, base, (name, _) = families / family, families / family / "base", UNRECORDED[family]
+    nvfp4, fp8 = tmp_path / "nvfp4", tmp_path / "fp8"
+    assert build(where / "nvfp4", base, nvfp4, *allowed(family), preset=name).exit_code == 0
+    assert convert(where / "fp8", base, fp8, *allowed(family, "fp8"), preset=name).exit_code == 0
+    for out in (nvfp4, fp8):
+        verified = run_mopt("verify", out, "--base", base)
+        assert verified.exit_code == 0 and verified.report is not None, verified.stderr
+        assert verified.report["verify"]["proof"] == "proven"
+
+
+@pytest.mark.parametrize(
+    ("repo", "title", "more"),
+    [
+        ("Tongyi-MAI/Z-Image", "Z-Image", {"license: apache-2.0", "pipeline_tag: text-to-image"}),
+        ("Tongyi-MAI/Z-Image-Turbo", "Z-Image-Turbo", {"license: apache-2.0", "pipeline_tag: text-to-image"}),
+        ("me/finetune", "finetune", set()),
+    ],
+)
+def test_models_of_one_config_have_their_own_names(
+    families: Path, tmp_path: Path, repo: str, title: str, more: set[str]
+) -> None:
+    where = families / "z_image"
+    outcome = convert(
+        where / "fp8", where / "base", tmp_path / "out", "--base-model", repo, *allowed("z_image", "fp8"), preset=None
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert {line for line in lines if line.startswith(("license", "pipeline_tag"))} == more
+    assert f"base_model: {repo}" in lines and f"# {title}, FP8" in lines
 
 
 @pytest.mark.parametrize("preset", ["flux2-dev", "none", None])
