@@ -18,7 +18,7 @@ from modelopt_convert.preset.preset import load_preset, preset_names
 
 # Every class takes a minute, and is tried with MOPT_TEST_LONG; else these, and some that differ from change to change.
 ALWAYS = {"FluxTransformer2DModel", "HiDreamImageTransformer2DModel", "Transformer2DModel", "RFD4ProteinaTransformer"}
-SHARE = 6
+SHARE = 4
 
 
 def shown() -> str:
