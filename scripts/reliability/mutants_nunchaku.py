@@ -4,7 +4,7 @@ from mutants_disk import Mutant
 
 _TESTS = "dialects/test_nunchaku.py"
 _WHOLE = f"{_TESTS}::test_their_whole_conversion_gives_back_weight_and_bias"
-_FAULTS = f"{_TESTS}::test_what_the_engine_would_not_load_is_one_line"
+_FAULTS = "dialects/test_nunchaku_refused.py::test_what_the_engine_would_not_load_is_one_line"
 _COMMAND = "commands/convert/test_nunchaku.py"
 
 
