@@ -65,7 +65,7 @@ def known_of_engines(
     if target is None or preset is None or not all(f"{name}.weight" in tensors for name in packed):
         return None
     matcher = PatternMatcher({module_of(name) for name in tensors})
-    against = structural_warnings(preset, target, matcher, packed)
+    against = structural_warnings(preset, target, matcher, packed, config)
     words = [(code, f"{message}, in a build with this as --export") for code, message in against]
     return known_limits([config], target.algorithm), words
 
