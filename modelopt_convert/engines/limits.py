@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ class Limit:
         what: How that comes; a sentence that begins with the engine.
         figure: What is off, and by how much.
         having: A key of config.json that must have a value, or none.
+        values: What config.json must have under some keys.
         unequal: Whether it holds only where parts of a fused module have global scales of their own, as in exports.
         shown: Whether the engine's loader was run, or its code read.
     """
@@ -42,6 +43,7 @@ class Limit:
     shown: Literal["run", "read"]
     figure: str = ""
     having: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict, hash=False)
     unequal: bool = False
 
     @property
@@ -88,6 +90,7 @@ def limits(config: Mapping[str, Any], algorithm: Algorithm) -> tuple[Limit, ...]
         if one.class_name in ("*", config.get("_class_name"))
         and algorithm in one.formats
         and (one.having is None or config.get(one.having) is not None)
+        and all(config.get(key) == value for key, value in one.values.items())
     ]
     of_class = {one.engine for one in found if one.class_name != "*"}
     return tuple(one for one in found if one.class_name != "*" or one.engine not in of_class)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,9 @@ class Preset(_Sets):
     title: str = Field(description="the model's name for people")
     class_name: str = Field(description="_class_name of the transformer's config.json")
     base_repo: str = Field(description="Hub id of the base model")
+    known_as: str | None = Field(
+        default=None, description="Hub id by which SGLang knows how to sample the model, where it is not base_repo"
+    )
     repos: list[str] = Field(description="Hub ids the preset fits")
     pipeline_tag: str = Field(description="the Hub's pipeline tag")
     license: str | None = Field(default=None, description="the base's license, as its model card has it")
@@ -77,6 +81,9 @@ class Preset(_Sets):
     )
     keep_fp32: _Globs = Field(description="globs over tensor names that stay in F32 where the base holds F32")
     config: dict[str, bool | int | float | str] = Field(description="config.json values that identify this model")
+    defaults: dict[str, bool | int | float | str] = Field(
+        default={}, description="what keys of config that config.json leaves out stand for"
+    )
     having: dict[str, bool] = Field(default={}, description="config.json keys that must have a value, or none")
     runtime_names: dict[str, list[str]] = Field(
         description="disk name = runtime names; * for one segment, *+key to add config.json's number of that key; "
@@ -141,7 +148,7 @@ class Preset(_Sets):
     def misfits(self, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The keys of a config.json of another model, and what this one has there."""
         for key, value in {"_class_name": self.class_name, **self.config}.items():
-            if config.get(key) != value:
+            if config.get(key, self.defaults.get(key)) != value:
                 yield key, repr(value)
         for key, is_there in self.having.items():
             if (config.get(key) is not None) != is_there:
@@ -186,7 +193,25 @@ class ChosenPreset(_Strict):
         Args:
             repo: Hub id of the base.
         """
-        return next((one.preset for one in self._fitting() if one.preset.base_repo == repo), None)
+        return next((one.preset for one in self._fitting() if repo in one.preset.repos), None)
+
+    @property
+    def common_name(self) -> str:
+        """What the names of all presets that fit begin with: which of them the model is, is not known."""
+        names = [one.preset.name.split("-") for one in self._fitting()]
+        same = takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+        return "-".join(parts[0] for parts in same) or self.loaded.preset.name
+
+    def known_as(self, repo: str | None) -> str | None:
+        """The Hub id by which SGLang knows how to sample the model; ``repo``, where those that fit have several.
+
+        Args:
+            repo: Hub id of the base.
+        """
+        made = self.made_for(repo)
+        fitting = [made] if made is not None else [one.preset for one in self._fitting()]
+        names = {preset.known_as or preset.base_repo for preset in fitting}
+        return names.pop() if len(names) == 1 else repo
 
     def _fitting(self) -> list[LoadedPreset]:
         return [self.loaded, *(load_preset(name) for name in self.also)]
@@ -293,8 +318,13 @@ def load_preset(name: str) -> LoadedPreset:
     return parse_preset(_read(path, name), path=name)
 
 
-def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPreset:
+def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | None = None) -> ChosenPreset:
     """The preset for a config.json, when the user named none.
+
+    Args:
+        config: config.json of the transformer.
+        algorithm: The format.
+        repo: Hub id of the base, which chooses among those that fit alike; None where it is not known.
 
     Raises:
         InputError: ``preset.none_fits``, or ``preset.ambiguous`` if several fit and their rules differ;
@@ -305,6 +335,7 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm) -> ChosenPres
     fitting = [one for one in loaded if one.preset.fits(config) and algorithm in one.preset.sets()]
     most = max((len(one.preset.config) for one in fitting), default=0)  # what says more of it fits better
     fitting = [one for one in fitting if len(one.preset.config) == most]
+    fitting = [one for one in fitting if repo in one.preset.repos] or fitting
     names = [one.preset.name for one in fitting]
     if not fitting:
         raise InputError(

@@ -24,6 +24,7 @@ CONFIGS = {
     "QwenImageTransformer2DModel": ("qwen_image", "QwenImagePipelineConfig"),
     "HunyuanVideoTransformer3DModel": ("hunyuan", "HunyuanConfig"),
     "LTX2VideoTransformer3DModel": ("ltx_2", "LTX2PipelineConfig"),
+    "SD3Transformer2DModel": ("stablediffusion3", "StableDiffusion3PipelineConfig"),
 }
 _ONE = (
     "tp_size", "sp_degree", "hsdp_replicate_dim", "hsdp_shard_dim", "kv_gather_degree", "ulysses_degree", "ring_degree",

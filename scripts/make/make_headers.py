@@ -78,6 +78,76 @@ _QWEN = {
     "out_channels": 16,
     "patch_size": 2,
 }
+_FLUX2 = {
+    "_class_name": "Flux2Transformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "eps": 1e-06,
+    "in_channels": 128,
+    "joint_attention_dim": 15360,
+    "mlp_ratio": 3.0,
+    "num_attention_heads": 48,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "patch_size": 1,
+    "rope_theta": 2000,
+    "timestep_guidance_channels": 256,
+}
+_KLEIN_9B = _FLUX2 | {
+    "guidance_embeds": False,
+    "joint_attention_dim": 12288,
+    "num_attention_heads": 32,
+    "num_single_layers": 24,
+    "out_channels": None,
+}
+_KLEIN_4B = _KLEIN_9B | {
+    "joint_attention_dim": 7680,
+    "num_attention_heads": 24,
+    "num_layers": 5,
+    "num_single_layers": 20,
+}
+_SD35 = {
+    "_class_name": "SD3Transformer2DModel",
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "sample_size": 128,
+}
+_SD35_LARGE = _SD35 | {
+    "caption_projection_dim": 2432,
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "pos_embed_max_size": 192,
+}
+# diffusers' defaults, which are the sizes that the models' cards and SGLang's configs/models/dits/krea2.py give.
+_KREA2 = {
+    "_class_name": "Krea2Transformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [32, 48, 48],
+    "in_channels": 64,
+    "intermediate_size": 16384,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 12,
+    "num_layers": 28,
+    "num_layerwise_text_blocks": 2,
+    "num_refiner_text_blocks": 2,
+    "num_text_layers": 12,
+    "rope_theta": 1000.0,
+    "text_hidden_dim": 2560,
+    "text_intermediate_size": 6912,
+    "text_num_attention_heads": 20,
+    "text_num_key_value_heads": 20,
+    "timestep_embed_dim": 256,
+}
 
 # As diffusers' scripts/convert_hunyuan_video1_5_to_diffusers.py writes them; the sizes differ in target_size alone.
 _HUNYUANVIDEO_15 = {
@@ -199,22 +269,30 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "flux1-schnell": _FLUX1 | {"guidance_embeds": False},
     # That the published file spells the defaults out is an assumption; no tensor depends on it.
     "flux1-kontext-dev": _FLUX1 | {"axes_dims_rope": [16, 56, 56], "out_channels": 64},
-    # As diffusers' scripts/convert_flux2_to_diffusers.py writes it; the published file has no guidance_embeds.
-    "flux2-dev": {
-        "_class_name": "Flux2Transformer2DModel",
-        "attention_head_dim": 128,
-        "axes_dims_rope": [32, 32, 32, 32],
-        "eps": 1e-06,
-        "in_channels": 128,
-        "joint_attention_dim": 15360,
-        "mlp_ratio": 3.0,
-        "num_attention_heads": 48,
-        "num_layers": 8,
-        "num_single_layers": 48,
-        "patch_size": 1,
-        "rope_theta": 2000,
-        "timestep_guidance_channels": 256,
+    # That it has FLUX.1 [dev]'s keys is an assumption: its card calls it a drop-in replacement.
+    "flux1-krea-dev": _FLUX1,
+    # As copies of Fill and of Canny have them; Depth's pipeline takes the same inputs as Canny's.
+    "flux1-fill-dev": _FLUX1 | {"axes_dims_rope": [16, 56, 56], "in_channels": 384, "out_channels": 64},
+    "flux1-canny-dev": _FLUX1 | {"axes_dims_rope": [16, 56, 56], "in_channels": 128, "out_channels": 64},
+    "flux1-depth-dev": _FLUX1 | {"axes_dims_rope": [16, 56, 56], "in_channels": 128, "out_channels": 64},
+    # As a copy of the repo has it.
+    "chroma": _FLUX1
+    | {
+        "_class_name": "ChromaTransformer2DModel",
+        "approximator_hidden_dim": 5120,
+        "approximator_layers": 5,
+        "approximator_num_channels": 64,
+        "axes_dims_rope": [16, 56, 56],
+        "guidance_embeds": False,
+        "out_channels": None,
     },
+    # As diffusers' scripts/convert_flux2_to_diffusers.py writes it; the published file has no guidance_embeds.
+    "flux2-dev": _FLUX2,
+    # As a copy of the 4B base has them; 9B's sizes are those of the same script and of Black Forest Labs' own code.
+    "flux2-klein-4b": _KLEIN_4B,
+    "flux2-klein-base-4b": _KLEIN_4B,
+    "flux2-klein-9b": _KLEIN_9B,
+    "flux2-klein-base-9b": _KLEIN_9B,
     # diffusers' defaults, which are Wan 2.1's 14B too; SGLang's configs/models/dits/wanvideo.py has the same.
     "wan2.2-t2v-a14b": _WAN,
     # Wan's own configs (wan_ti2v_5B.py): dim 3072, ffn 14336, 24 heads, 30 blocks, 48 channels.
@@ -232,6 +310,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "qwen-image-2512": _QWEN,
     "qwen-image-edit": _QWEN,
     "qwen-image-edit-2511": _QWEN | {"zero_cond_t": True},
+    # As a copy of the repo has it.
+    "qwen-image-layered": _QWEN | {"use_additional_t_cond": True, "use_layer3d_rope": True, "zero_cond_t": False},
+    # As copies of Medium and Large have them; Turbo is Large, distilled.
+    "sd3.5-medium": _SD35 | {"dual_attention_layers": list(range(13))},
+    "sd3.5-large": _SD35_LARGE,
+    "sd3.5-large-turbo": _SD35_LARGE,
+    "krea2-raw": _KREA2,
+    "krea2-turbo": _KREA2,
     "hunyuanvideo": {
         "_class_name": "HunyuanVideoTransformer3DModel",
         "attention_head_dim": 128,
@@ -271,11 +357,9 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "hunyuanvideo-1.5-t2v": _HUNYUANVIDEO_15 | {"task_type": "t2v"},
     "hunyuanvideo-1.5-i2v": _HUNYUANVIDEO_15 | {"task_type": "i2v"},
 }
-# All are published in BF16 but Wan's, whose files have four bytes a parameter.
-_F32 = (
-    *("wan2.1-i2v-14b", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"),
-    *("wan2.2-i2v-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"),
-)
+# What of each is published in F32, and not in BF16: all of Wan's, whose files have four bytes a parameter, and Krea 2's
+# norms and modulations, as the card of a copy says.
+_F32 = {"wan": r".*", "krea2": r".*(norm.?|norm_[qk]|scale_shift_table)(\.weight)?$"}
 
 
 def model_of(preset: str) -> Any:
@@ -287,6 +371,10 @@ def model_of(preset: str) -> Any:
     name = config.pop("_class_name")
     if name == "QwenImageTransformer2DModel":
         config.pop("pooled_projection_dim", None)  # diffusers ignores it now, with a warning
+    if name == "ChromaTransformer2DModel":
+        config = {
+            key: value for key, value in config.items() if key not in ("guidance_embeds", "pooled_projection_dim")
+        }
     with torch.device("meta"):
         return getattr(diffusers, name)(**config)
 
@@ -294,8 +382,11 @@ def model_of(preset: str) -> Any:
 def tensors_of(preset: str) -> dict[str, tuple[str, list[int]]]:
     """Every tensor of a preset's model, as diffusers' class has it."""
     model = model_of(preset)
-    dtype = "F32" if preset in _F32 else "BF16"
-    return {name: (dtype, list(tensor.shape)) for name, tensor in model.state_dict().items()}
+    in_f32 = next((pattern for start, pattern in _F32.items() if preset.startswith(start)), r"(?!)")
+    return {
+        name: ("F32" if re.match(in_f32, name) else "BF16", list(tensor.shape))
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def compress(tensors: Tensors) -> dict[str, tuple[str, list[int]]]:

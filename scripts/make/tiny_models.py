@@ -70,6 +70,11 @@ def _flux1_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _chroma_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    inputs = _flux1_inputs(config | {"pooled_projection_dim": 1}, draw)
+    return {name: value for name, value in inputs.items() if name not in ("pooled_projections", "guidance")}
+
+
 def _flux2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
     return {
         "hidden_states": draw.random(1, 16, config["in_channels"]),
@@ -77,7 +82,7 @@ def _flux2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
         "timestep": draw.full(0.5, 1),
         "img_ids": draw.full(0, 16, 4),
         "txt_ids": draw.full(0, 8, 4),
-        "guidance": draw.full(3.5, 1),
+        "guidance": draw.full(3.5, 1) if config["guidance_embeds"] else None,
     }
 
 
@@ -104,6 +109,24 @@ def _qwen_image_inputs(config: Config, draw: Draw) -> dict[str, Any]:
         "encoder_hidden_states_mask": draw.full(1, 1, 8),
         "timestep": draw.full(0.5, 1),
         "img_shapes": [[(1, 4, 4)]],
+    }
+
+
+def _sd3_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, config["in_channels"], 8, 8),
+        "encoder_hidden_states": draw.random(1, 8, config["joint_attention_dim"]),
+        "pooled_projections": draw.random(1, config["pooled_projection_dim"]),
+        "timestep": draw.full(500, 1),
+    }
+
+
+def _krea2_inputs(config: Config, draw: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": draw.random(1, 16, config["in_channels"]),
+        "encoder_hidden_states": draw.random(1, 8, config["num_text_layers"], config["text_hidden_dim"]),
+        "timestep": draw.full(0.5, 1),
+        "position_ids": draw.full(0, 24, 3),
     }
 
 
@@ -186,6 +209,16 @@ def _z_image_inputs(config: Config, draw: Draw) -> dict[str, Any]:
 _FLUX_LEFT_ALONE = (
     r"proj_out|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation)"
 )
+_FLUX2 = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 96,
+    "timestep_guidance_channels": 64,
+    "axes_dims_rope": (8, 8, 8, 8),
+}
 _WAN_LEFT_ALONE = r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|5|6|7)\.)"
 _WAN = {
     "num_attention_heads": 3,
@@ -235,18 +268,35 @@ FAMILIES = {
         attention=True,
         gain=1,
     ),
-    "flux2": Family(
-        class_name="Flux2Transformer2DModel",
+    # FLUX.1's recipe, and without what makes the modulation of all blocks.
+    "chroma": Family(
+        class_name="ChromaTransformer2DModel",
         config={
             "in_channels": 64,
             "num_layers": 2,
             "num_single_layers": 2,
             "attention_head_dim": 32,
-            "num_attention_heads": 4,
+            "num_attention_heads": 5,
             "joint_attention_dim": 96,
-            "timestep_guidance_channels": 64,
-            "axes_dims_rope": (8, 8, 8, 8),
+            "axes_dims_rope": (8, 12, 12),
+            "approximator_num_channels": 16,
+            "approximator_hidden_dim": 48,
+            "approximator_layers": 2,
         },
+        inputs=_chroma_inputs,
+        left_alone=rf"distilled_guidance_layer|{_FLUX_LEFT_ALONE}",
+    ),
+    "flux2": Family(
+        class_name="Flux2Transformer2DModel",
+        config=_FLUX2,
+        inputs=_flux2_inputs,
+        left_alone=_FLUX_LEFT_ALONE,
+        attention=True,
+    ),
+    # FLUX.2 [klein] 4B has five blocks, by which its preset knows it, and no guidance.
+    "flux2_klein": Family(
+        class_name="Flux2Transformer2DModel",
+        config=_FLUX2 | {"num_layers": 5, "num_single_layers": 1, "num_attention_heads": 2, "guidance_embeds": False},
         inputs=_flux2_inputs,
         left_alone=_FLUX_LEFT_ALONE,
         attention=True,
@@ -306,6 +356,48 @@ FAMILIES = {
         },
         inputs=_qwen_image_inputs,
         left_alone=r"(?!transformer_blocks\.(2|3|4|5)\.)",
+    ),
+    # Stable Diffusion 3.5 Medium has that many positions, by which its preset knows it, and a second attention in its
+    # first blocks.
+    "sd3": Family(
+        class_name="SD3Transformer2DModel",
+        config={
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 48,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 32,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": (0, 1),
+            "qk_norm": "rms_norm",
+        },
+        inputs=_sd3_inputs,
+        left_alone=r".*(pos_embed|time_text_embed|context_embedder|norm_out)",
+    ),
+    # ModelOpt's examples have none: what SGLang can load packed.
+    "krea2": Family(
+        class_name="Krea2Transformer2DModel",
+        config={
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 192,
+            "timestep_embed_dim": 32,
+            "text_hidden_dim": 64,
+            "num_text_layers": 3,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2,
+            "text_intermediate_size": 96,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        inputs=_krea2_inputs,
+        left_alone=r"img_in|time_embed|time_mod_proj|txt_in|text_fusion\.projector|final_layer",
+        base_dtype="float32",  # as its norms and tables are published
     ),
     "hunyuan_video": Family(
         class_name="HunyuanVideoTransformer3DModel",

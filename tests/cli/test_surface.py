@@ -236,7 +236,7 @@ def test_a_usage_error_under_json_is_one_document(words: str) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("mopt build-nvfp4 --preset flux1-d", ["flux1-dev"]),
+        ("mopt build-nvfp4 --preset flux1-dev", ["flux1-dev"]),
         ("mopt build-nvfp4 --preset no", ["none"]),
         ("mopt presets ltx2", ["ltx2"]),
         ("mopt verify --backend tor", ["torch"]),

@@ -61,6 +61,13 @@ def test_a_fact_may_depend_on_a_key_of_the_config() -> None:
     assert limits(wan, "nvfp4") == limits(wan | {"added_kv_proj_dim": None}, "nvfp4")
 
 
+def test_a_fact_may_depend_on_a_value_of_the_config() -> None:
+    """SGLang has one pipeline for FLUX.1, whose latents have 64 channels."""
+    for channels, expected in ((64, []), (128, ["fails"]), (384, ["fails"])):
+        found = limits({"_class_name": "FluxTransformer2DModel", "in_channels": channels}, "fp8")
+        assert [one.grade for one in found if one.engine == "sglang"] == expected
+
+
 def test_a_fact_of_a_class_goes_before_that_of_all_classes() -> None:
     def comfyui(class_name: str) -> list[str]:
         return [one.grade for one in limits({"_class_name": class_name}, "fp8") if one.engine == "comfyui"]

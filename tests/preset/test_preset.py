@@ -137,6 +137,16 @@ def test_a_key_that_must_have_a_value_or_none(value: int | None, is_there: bool,
     assert not preset.fits({"_class_name": "YTransformer", "guidance": True, "image": value})
 
 
+@pytest.mark.parametrize(
+    ("found", "fits"),
+    [({"guidance": True}, True), ({"guidance": False}, False), ({}, True), ({"guidance": None}, False)],
+)
+def test_a_key_that_is_left_out_has_its_default(found: dict[str, Any], fits: bool) -> None:
+    preset = parse_preset(made(replace={"defaults": "{ guidance = true, layers = 3 }"}), path="x.toml").preset
+    assert preset.fits({"_class_name": "XTransformer", **found}) == fits
+    assert not parse_preset(made(), path="x.toml").preset.fits({"_class_name": "XTransformer"})
+
+
 def test_one_name_may_stand_for_all_that_match() -> None:
     preset = parse_preset(made(replace={"runtime_names": '{ "a.*.b" = ["b", "c.*"] }'}), path="x.toml").preset
     assert spellings("a.7.b", preset, {}) == {"a.7.b", "b", "c.7"}

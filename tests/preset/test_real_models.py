@@ -13,6 +13,7 @@ from make_headers import CONFIGS, expand, render
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.engines.limits import limits
 from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.patterns import PatternMatcher, rename
 from modelopt_convert.preset.preset import Preset, choose_preset, load_preset, preset_names
 
@@ -106,6 +107,13 @@ def test_a_preset_fits_its_own_model(name: str) -> None:
     assert preset_of(name).fits(header(name)[0])
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_fits_no_model_that_config_json_tells_from_its_own(name: str) -> None:
+    """So that none is built with a sibling's preset, also where the user names one."""
+    chosen, also = CHOSEN[name]
+    assert {one for one in preset_names() if preset_of(one).fits(header(name)[0])} == {chosen, *also}
+
+
 # What --preset may be left out for: (chosen, others with equal sets), the same for NVFP4 and FP8.
 CHOSEN = {
     "cosmos-predict1-t2w": ("cosmos-predict1-t2w", ()),
@@ -114,10 +122,19 @@ CHOSEN = {
     "cosmos-predict2-v2w": ("cosmos-predict2-v2w", ()),
     "cosmos-predict2.5": ("cosmos-predict2.5", ()),
     "cosmos-transfer2.5": ("cosmos-transfer2.5", ()),
-    "flux1-dev": ("flux1-dev", ("flux1-kontext-dev",)),
-    "flux1-kontext-dev": ("flux1-dev", ("flux1-kontext-dev",)),
+    "chroma": ("chroma", ()),
+    "flux1-canny-dev": ("flux1-canny-dev", ("flux1-depth-dev",)),
+    "flux1-depth-dev": ("flux1-canny-dev", ("flux1-depth-dev",)),
+    "flux1-dev": ("flux1-dev", ("flux1-kontext-dev", "flux1-krea-dev")),
+    "flux1-fill-dev": ("flux1-fill-dev", ()),
+    "flux1-kontext-dev": ("flux1-dev", ("flux1-kontext-dev", "flux1-krea-dev")),
+    "flux1-krea-dev": ("flux1-dev", ("flux1-kontext-dev", "flux1-krea-dev")),
     "flux1-schnell": ("flux1-schnell", ()),
     "flux2-dev": ("flux2-dev", ()),
+    "flux2-klein-4b": ("flux2-klein-4b", ("flux2-klein-base-4b",)),
+    "flux2-klein-9b": ("flux2-klein-9b", ("flux2-klein-base-9b",)),
+    "flux2-klein-base-4b": ("flux2-klein-4b", ("flux2-klein-base-4b",)),
+    "flux2-klein-base-9b": ("flux2-klein-9b", ("flux2-klein-base-9b",)),
     "hunyuanvideo": ("hunyuanvideo", ()),
     "hunyuanvideo-1.5-i2v": ("hunyuanvideo-1.5-i2v", ()),
     "hunyuanvideo-1.5-t2v": ("hunyuanvideo-1.5-t2v", ()),
@@ -125,11 +142,17 @@ CHOSEN = {
     "ltx-2.5": ("ltx-2.5", ()),
     "ltx-video-13b": ("ltx-video-13b", ()),
     "ltx-video-2b": ("ltx-video-2b", ()),
+    "krea2-raw": ("krea2-raw", ("krea2-turbo",)),
+    "krea2-turbo": ("krea2-raw", ("krea2-turbo",)),
     "ltx2": ("ltx2", ()),
     "qwen-image": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-2512": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-edit": ("qwen-image", ("qwen-image-2512", "qwen-image-edit")),
     "qwen-image-edit-2511": ("qwen-image-edit-2511", ()),
+    "qwen-image-layered": ("qwen-image-layered", ()),
+    "sd3.5-large": ("sd3.5-large", ("sd3.5-large-turbo",)),
+    "sd3.5-large-turbo": ("sd3.5-large", ("sd3.5-large-turbo",)),
+    "sd3.5-medium": ("sd3.5-medium", ()),
     "wan2.1-i2v-14b": ("wan2.1-i2v-14b", ()),
     "wan2.1-t2v-1.3b": ("wan2.1-t2v-1.3b", ()),
     "wan2.1-t2v-14b": ("wan2.1-t2v-14b", ("wan2.2-t2v-a14b",)),
@@ -155,6 +178,10 @@ def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
         **{(ltx, "nvfp4"): ["fails"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
         **{(ltx, "fp8"): ["wrong"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
         ("wan2.1-i2v-14b", "nvfp4"): ["fails"],
+        **{(f"flux2-klein-{size}", "nvfp4"): ["wrong"] for size in ("4b", "9b", "base-4b", "base-9b")},
+        **{(f"flux1-{one}-dev", form): ["fails"] for one in ("canny", "depth", "fill") for form in FORMATS},
+        **{("chroma", form): ["fails"] for form in FORMATS},
+        **{(f"sd3.5-{size}", "nvfp4"): ["fails"] for size in ("medium", "large", "large-turbo")},
     }
     # Those of which it lacks something altogether, in either format.
     of_all = {
@@ -180,14 +207,32 @@ FIGURES = {
     ("cosmos-predict2.5", "fp8"): (280, 175, 595_099_648),
     ("cosmos-transfer2.5", "nvfp4"): (364, 176, 599_818_240),
     ("cosmos-transfer2.5", "fp8"): (364, 176, 599_818_240),
+    ("chroma", "nvfp4"): (418, 15, 582_352_896),
+    ("chroma", "fp8"): (418, 15, 582_352_896),
+    ("flux1-canny-dev", "nvfp4"): (304, 200, 15_190_327_296),
+    ("flux1-canny-dev", "fp8"): (304, 200, 15_190_327_296),
+    ("flux1-depth-dev", "nvfp4"): (304, 200, 15_190_327_296),
+    ("flux1-depth-dev", "fp8"): (304, 200, 15_190_327_296),
     ("flux1-dev", "nvfp4"): (304, 200, 15_189_934_080),
     ("flux1-dev", "fp8"): (304, 200, 15_189_934_080),
+    ("flux1-fill-dev", "nvfp4"): (304, 200, 15_191_900_160),
+    ("flux1-fill-dev", "fp8"): (304, 200, 15_191_900_160),
     ("flux1-kontext-dev", "nvfp4"): (304, 200, 15_189_934_080),
     ("flux1-kontext-dev", "fp8"): (304, 200, 15_189_934_080),
+    ("flux1-krea-dev", "nvfp4"): (304, 200, 15_189_934_080),
+    ("flux1-krea-dev", "fp8"): (304, 200, 15_189_934_080),
     ("flux1-schnell", "nvfp4"): (304, 198, 15_169_486_848),
     ("flux1-schnell", "fp8"): (304, 198, 15_169_486_848),
     ("flux2-dev", "nvfp4"): (192, 11, 1_632_632_832),
     ("flux2-dev", "fp8"): (192, 11, 1_632_632_832),
+    ("flux2-klein-4b", "nvfp4"): (100, 9, 390_070_272),
+    ("flux2-klein-4b", "fp8"): (100, 9, 390_070_272),
+    ("flux2-klein-9b", "nvfp4"): (144, 9, 708_837_376),
+    ("flux2-klein-9b", "fp8"): (144, 9, 708_837_376),
+    ("flux2-klein-base-4b", "nvfp4"): (100, 9, 390_070_272),
+    ("flux2-klein-base-4b", "fp8"): (100, 9, 390_070_272),
+    ("flux2-klein-base-9b", "nvfp4"): (144, 9, 708_837_376),
+    ("flux2-klein-base-9b", "fp8"): (144, 9, 708_837_376),
     ("hunyuanvideo", "nvfp4"): (440, 107, 7_515_537_408),
     ("hunyuanvideo", "fp8"): (440, 107, 7_515_537_408),
     ("hunyuanvideo-1.5-i2v", "nvfp4"): (648, 137, 5_774_422_016),
@@ -202,6 +247,10 @@ FIGURES = {
     ("ltx-video-13b", "fp8"): (420, 67, 3_527_409_664),
     ("ltx-video-2b", "nvfp4"): (220, 67, 891_289_600),
     ("ltx-video-2b", "fp8"): (220, 67, 891_289_600),
+    ("krea2-raw", "nvfp4"): (256, 8, 640_155_672),
+    ("krea2-raw", "fp8"): (256, 8, 640_155_672),
+    ("krea2-turbo", "nvfp4"): (256, 8, 640_155_672),
+    ("krea2-turbo", "fp8"): (256, 8, 640_155_672),
     ("ltx2", "nvfp4"): (840, 530, 12_365_856_768),
     ("ltx2", "fp8"): (1176, 194, 5_319_426_048),
     ("qwen-image", "nvfp4"): (672, 174, 15_482_486_784),
@@ -212,6 +261,14 @@ FIGURES = {
     ("qwen-image-edit", "fp8"): (660, 186, 18_200_395_776),
     ("qwen-image-edit-2511", "nvfp4"): (672, 174, 15_482_486_784),
     ("qwen-image-edit-2511", "fp8"): (660, 186, 18_200_395_776),
+    ("qwen-image-layered", "nvfp4"): (672, 175, 15_482_499_072),
+    ("qwen-image-layered", "fp8"): (660, 187, 18_200_408_064),
+    ("sd3.5-large", "nvfp4"): (530, 6, 78_446_592),
+    ("sd3.5-large", "fp8"): (530, 6, 78_446_592),
+    ("sd3.5-large-turbo", "nvfp4"): (530, 6, 78_446_592),
+    ("sd3.5-large-turbo", "fp8"): (530, 6, 78_446_592),
+    ("sd3.5-medium", "nvfp4"): (386, 6, 38_535_168),
+    ("sd3.5-medium", "fp8"): (386, 6, 38_535_168),
     ("wan2.1-i2v-14b", "nvfp4"): (272, 216, 12_455_772_160),
     ("wan2.1-i2v-14b", "fp8"): (272, 216, 12_455_772_160),
     ("wan2.1-t2v-1.3b", "nvfp4"): (240, 66, 608_108_544),
@@ -300,9 +357,13 @@ LAST_OF_28 = r"transformer_blocks\.(25|26|27)\."
 VLLM_OMNI_HUNYUANVIDEO_15 = r"(?!transformer_blocks)|.*norm1(_context)?\.linear$"  # hunyuan_video_15_transformer.py
 SGLANG_ANIMA = r"(?!transformer_blocks)|.*\.norm[123]\."  # runtime/models/dits/anima.py
 LTX_23_PARTS = r"(audio_)?prompt_adaln\.|.*\.to_gate_logits$"  # modulation, and gates without quantization
+GUIDANCE = r"distilled_guidance_layer\."  # in place of FLUX.1's modulation, which SGLang cannot load packed
+WHETHER_IMAGE = r"time_text_embed\.addition_t_embedding$"  # no Linear, though its weight has two dimensions
 LAST_OF_30 = r"blocks\.(27|28|29)\."  # ModelOpt's filter is for 40 blocks
 # (SGLang's patterns, whether they are globs, ModelOpt's filter, what the preset keeps beyond both)
 ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
+    ("chroma", "nvfp4"): ([], True, sglang.FLUX_FILTER, GUIDANCE),
+    ("chroma", "fp8"): ([], True, sglang.FLUX_FILTER, GUIDANCE),
     ("flux1", "nvfp4"): (sglang.FLUX1_NVFP4, True, sglang.FLUX_FILTER, sglang.NO_FILTER),
     ("flux1", "fp8"): (sglang.FLUX1_FP8, False, sglang.FLUX_FILTER, PROJ_MLP),
     ("flux2", "nvfp4"): ([], True, sglang.FLUX_FILTER, sglang.NO_FILTER),
@@ -319,6 +380,7 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("wan2.2-t2v", "fp8"): ([], True, sglang.WAN_FILTER, sglang.NO_FILTER),
     ("wan2.2-ti2v", "nvfp4"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
     ("wan2.2-ti2v", "fp8"): ([], True, sglang.WAN_FILTER, LAST_OF_30),
+    ("qwen-image-layered", "fp8"): (sglang.QWEN_IMAGE_FP8, False, sglang.NO_FILTER, WHETHER_IMAGE),
     ("qwen", "nvfp4"): ([], True, sglang.QWEN_FILTER, MODULATION),
     ("qwen", "fp8"): (sglang.QWEN_IMAGE_FP8, False, sglang.NO_FILTER, sglang.NO_FILTER),
     ("hunyuanvideo-1.5", "nvfp4"): ([], True, VLLM_OMNI_HUNYUANVIDEO_15, sglang.NO_FILTER),
@@ -337,6 +399,10 @@ ORACLES: dict[tuple[str, str], tuple[list[str], bool, str, str]] = {
     ("cosmos", "fp8"): ([], True, SGLANG_ANIMA, sglang.NO_FILTER),
     ("z-image", "nvfp4"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
     ("z-image", "fp8"): ([], True, sglang.Z_IMAGE_FILTER, sglang.NO_FILTER),
+    ("krea2", "nvfp4"): (sglang.KREA2_PLAIN, False, sglang.NO_FILTER, sglang.NO_FILTER),
+    ("krea2", "fp8"): (sglang.KREA2_PLAIN, False, sglang.NO_FILTER, sglang.NO_FILTER),
+    ("sd3.5", "nvfp4"): ([], True, sglang.DEFAULT_FILTER, sglang.NO_FILTER),
+    ("sd3.5", "fp8"): ([], True, sglang.DEFAULT_FILTER, sglang.NO_FILTER),
 }
 
 

@@ -85,6 +85,11 @@ LTX2_NVFP4 = [
         )
     ),
 ]
+# No builder's: what runtime/models/dits/krea2.py makes as nn.Linear, without quantization.
+KREA2_PLAIN = [
+    r"^(img_in|time_mod_proj|text_fusion\.projector|final_layer\.linear)$",
+    r"^(time_embed|txt_in)\.linear_[12]$",
+]
 # ModelOpt's examples/diffusers/quantization/utils.py: re.match, what it matches keeps its precision.
 FLUX_FILTER = (
     r"(proj_out.*|.*(time_text_embed|context_embedder|x_embedder|norm_out|time_guidance_embed|stream_modulation).*)"
@@ -96,6 +101,10 @@ WAN_FILTER = r".*(patch_embedding|condition_embedder|proj_out|blocks\.(0|1|2|37|
 # Of ModelOpt's open PR #1205.
 Z_IMAGE_FILTER = r".*(x_embedder|t_embedder|cap_embedder|adaLN_modulation|final_layer)"
 QWEN_FILTER = r"(?!transformer_blocks\.)|transformer_blocks\.(0|1|58|59)\."
+DEFAULT_FILTER = (
+    r".*(time_emb_proj|time_embedding|conv_in|conv_out|conv_shortcut|add_embedding|pos_embed|time_text_embed"
+    r"|context_embedder|norm_out|x_embedder).*"
+)
 NO_FILTER = r"(?!)"
 
 # configs/models/dits/*.py and HUNYUANVIDEO_RUNTIME_NAME_REPLACEMENTS: disk name to the loader's, for modules.
@@ -184,13 +193,16 @@ _Z_IMAGE = [
 _FLUX1 = [(r"(\.audio_ff|\.ff)\.net\.0\.proj$", r"\1.proj_in"), (r"(\.audio_ff|\.ff)\.net\.2$", r"\1.proj_out")]
 MAPPINGS: dict[str, list[tuple[str, str]]] = {
     "CosmosTransformer3DModel": [],
+    "ChromaTransformer2DModel": [],  # it has no such class
     "FluxTransformer2DModel": _FLUX1,
     "Flux2Transformer2DModel": [],
     "HunyuanVideo15Transformer3DModel": [],
     "HunyuanVideoTransformer3DModel": _HUNYUANVIDEO,
+    "Krea2Transformer2DModel": [],
     "LTX2VideoTransformer3DModel": _LTX2,
     "LTXVideoTransformer3DModel": [],
     "QwenImageTransformer2DModel": _QWEN_IMAGE,
+    "SD3Transformer2DModel": [],
     "WanTransformer3DModel": _WAN,
     "ZImageTransformer2DModel": _Z_IMAGE,
 }

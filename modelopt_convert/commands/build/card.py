@@ -60,8 +60,8 @@ class Made:
 
     @property
     def named_by_engine(self) -> str | None:
-        """The repo by whose name an engine knows the model: the preset's, which fits; else the base's."""
-        return self.chosen.loaded.preset.base_repo if self.chosen is not None else self.base
+        """The repo by whose name an engine knows how to sample the model, as presets say; else the base's."""
+        return self.chosen.known_as(self.base) if self.chosen is not None else self.base
 
     @property
     def model(self) -> Preset | None:
@@ -92,7 +92,13 @@ def _title(made: Made, otherwise: str) -> str:
 
 
 def _preset_line(chosen: ChosenPreset | None) -> list[str]:
-    return [f"Built with preset `{chosen.loaded.preset.name}`."] if chosen is not None else []
+    if chosen is None or not chosen.also:
+        return [f"Built with preset `{chosen.loaded.preset.name}`."] if chosen is not None else []
+    names = ", ".join(f"`{name}`" for name in (chosen.loaded.preset.name, *chosen.also))
+    return [
+        f"Built with a set that presets of several models share: {names}.",
+        "Nothing told which of these the base is.",
+    ]
 
 
 def _load_section(made: Made, components: Sequence[str], facts: Sequence[Limit]) -> list[str]:

@@ -119,7 +119,8 @@ class BuildCommand:
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
             if request.preset is None:
-                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm)
+                known = request.base_model or base_repo(steps.parts)
+                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
             for part in steps.parts:
@@ -194,7 +195,7 @@ class BuildCommand:
             if chosen is None:
                 hint = "give --output"
                 raise InputError("there is no preset to name the output after", code="output.unnamed", hint=hint)
-            output = f"{chosen.loaded.preset.name}-{request.algorithm}"
+            output = f"{chosen.common_name}-{request.algorithm}"
         path = canonical_output(Path(output))
         self.steps.output = str(path)
         standing = check_output_allowed(path, inputs, **request.consent)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, snapshot_download
 from loopback_hub import LoopbackHub
-from support import Outcome, build, run_mopt
+from support import Outcome, Tensors, build, edit, run_mopt
 
-from modelopt_convert.preset.preset import choose_preset, load_preset
+from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset, preset_names
 
 FLUX = "black-forest-labs/FLUX.1-dev"  # what the preset was made for
 MINE = "alice/FLUX-tuned"
@@ -123,6 +123,92 @@ def test_a_claim_is_a_repos_name(word: str, base: Path) -> None:
     assert outcome.exit_code == 2 and "ORGANIZATION/NAME" in outcome.stderr
 
 
+# Models of one class, and the tiny model that stands for each.
+SIBLINGS = {
+    "flux1-dev": "flux1",
+    "flux1-kontext-dev": "flux1",
+    "flux1-krea-dev": "flux1",
+    "flux1-fill-dev": "fill",
+    "flux2-dev": "flux2",
+    "flux2-klein-4b": "flux2_klein",
+    "flux2-klein-base-4b": "flux2_klein",
+}
+
+
+@pytest.fixture
+def bases(families: Path, tmp_path: Path) -> dict[str, Path]:
+    """The base of each tiny model; FLUX.1 Fill's has more channels."""
+
+    def widen(tensors: Tensors) -> None:
+        tensors["x_embedder.weight"] = tensors["x_embedder.weight"].repeat(1, 6)
+
+    fill = edit(families / "flux1" / "base", tmp_path / "fill", widen, lambda config: config.update(in_channels=384))
+    return {"fill": fill} | {name: families / name / "base" for name in {*SIBLINGS.values()} - {"fill"}}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_have_names_of_their_own(hub: LoopbackHub, bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Also where config.json chooses, and config.json cannot tell which of several it is."""
+    preset = load_preset(name).preset
+    hub.seed(preset.base_repo, bases[SIBLINGS[name]])
+    words = ("--base", f"hf://{preset.base_repo}", "--output", tmp_path / "out", "--allow-known-broken")
+    outcome = run_mopt("build-nvfp4", *words)
+    assert outcome.report is not None and outcome.report["preset"]["name"] == name
+    assert outcome.report["preset"]["also"] == []
+    found = Built(outcome, tmp_path / "out")
+    assert found.title == f"# {preset.title}, NVFP4" and f"Built with preset `{name}`." in found.card
+    assert found.head["base_model"] == preset.base_repo and found.head["pipeline_tag"] == preset.pipeline_tag
+    for field in ("license", "license_name", "license_link"):
+        assert found.head.get(field) == getattr(preset, field)
+    if not any(one["engine"].startswith("sglang") and one["grade"] != "loss" for one in outcome.report["engines"]):
+        assert f"--model-path {preset.base_repo} --transformer-path" in found.card
+    for other in SIBLINGS.keys() - {name}:
+        title = load_preset(other).preset.title
+        assert title not in found.card or title in preset.title
+        assert f"`{other}`" not in found.card
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2_klein"])
+def test_of_a_local_model_no_sibling_is_named(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """config.json fits several, so which it is, or is trained on from, nothing tells."""
+    monkeypatch.chdir(tmp_path)
+    alike = sorted(name for name, model in SIBLINGS.items() if model == family)
+    outcome = run_mopt("build-nvfp4", "--base", bases[family], "--allow-known-broken")
+    out = tmp_path / f"{'-'.join(alike[0].split('-')[: 1 if family == 'flux1' else 2])}-nvfp4"
+    assert outcome.report is not None and outcome.report["output"]["path"] == str(out)
+    assert [outcome.report["preset"]["name"], *outcome.report["preset"]["also"]] == alike
+    found = Built(outcome, out)
+    assert f"presets of several models share: {', '.join(f'`{name}`' for name in alike)}." in found.card
+    assert not {"base_model", "license", "license_name", "pipeline_tag"} & found.head.keys()
+    for name in alike:
+        preset = load_preset(name).preset
+        assert preset.title not in found.said and preset.base_repo not in found.said
+
+
+def test_no_repo_is_of_two_presets() -> None:
+    repos = [repo for name in preset_names() for repo in load_preset(name).preset.repos]
+    assert len(repos) == len(set(repos))
+
+
+@pytest.mark.parametrize(
+    ("name", "also", "repo", "known"),
+    [
+        ("flux1-dev", ["flux1-krea-dev"], None, FLUX),
+        ("flux1-dev", ["flux1-krea-dev"], "black-forest-labs/FLUX.1-Krea-dev", FLUX),
+        ("flux2-klein-4b", ["flux2-klein-base-4b"], None, None),
+        ("flux2-klein-4b", ["flux2-klein-base-4b"], MINE, MINE),
+        ("flux2-klein-4b", ["flux2-klein-base-4b"], *["black-forest-labs/FLUX.2-klein-base-4B"] * 2),
+        ("krea2-turbo", [], "krea/Krea-2-Turbo", "krea/Krea-2"),
+        ("flux2-dev", [], MINE, "black-forest-labs/FLUX.2-dev"),
+    ],
+)
+def test_by_which_name_sglang_knows_a_model(name: str, also: list[str], repo: str | None, known: str | None) -> None:
+    """It samples a distilled model and its base otherwise, and every FLUX.1 alike."""
+    assert ChosenPreset(loaded=load_preset(name), also=also).known_as(repo) == known
+
+
 def test_of_presets_that_fit_alike_the_base_picks_one() -> None:
     """Qwen-Image and its successor have one config.json; only the base tells which of the two it is."""
     wanted = load_preset("qwen-image-2512").preset
@@ -131,3 +217,6 @@ def test_of_presets_that_fit_alike_the_base_picks_one() -> None:
     assert chosen.also
     assert chosen.made_for(wanted.base_repo) == wanted
     assert chosen.made_for("me/mine") is None and chosen.made_for(None) is None
+    known = choose_preset(config, "nvfp4", wanted.base_repo)
+    assert (known.loaded.preset, known.also, known.common_name) == (wanted, [], "qwen-image-2512")
+    assert chosen.common_name == "qwen-image" and choose_preset(config, "nvfp4", "me/mine") == chosen
