@@ -108,7 +108,12 @@ def make_base(family: Family, path: Path) -> None:
             parameter.data = torch.randn_like(parameter) * columns / parameter.shape[1] ** 0.5 * family.gain
         else:
             parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
-    model.to(getattr(torch, family.base_dtype)).save_pretrained(path / "transformer", max_shard_size="2400KB")
+    in_f32 = set(model._keep_in_fp32_modules or ())  # whatever the rest is in
+    kept = {name: one.data.clone() for name, one in model.named_parameters() if in_f32 & set(name.split("."))}
+    model.to(getattr(torch, family.base_dtype))
+    for name, data in kept.items():
+        model.get_parameter(name).data = data
+    model.save_pretrained(path / "transformer", max_shard_size="2400KB")
 
 
 def make_export(family: Family, base: Path, variant: Variant, path: Path) -> None:

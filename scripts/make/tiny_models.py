@@ -397,7 +397,6 @@ FAMILIES = {
         },
         inputs=_krea2_inputs,
         left_alone=r"img_in|time_embed|time_mod_proj|txt_in|text_fusion\.projector|final_layer",
-        base_dtype="float32",  # as its norms and tables are published
     ),
     "hunyuan_video": Family(
         class_name="HunyuanVideoTransformer3DModel",
