@@ -15,6 +15,11 @@ PRESETS = {
 FAMILIES = tuple(PRESETS)
 # The same of families whose loads in the engines nobody has recorded in docs/engines.json.
 UNRECORDED = {
+    "hunyuan_video_15": ("hunyuanvideo-1.5-t2v", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "cosmos": ("cosmos-predict2.5", {"transformer_blocks.0", "transformer_blocks.1"}),
+    "ltx_video": ("ltx-video-2b", {"transformer_blocks.3"}),
+    "ltx2_3": ("ltx-2.3", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
+    "z_image": ("z-image", {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}),
     "chroma": ("chroma", {"transformer_blocks.0", "transformer_blocks.1"}),
     "flux2_klein": ("flux2-klein-4b", {f"transformer_blocks.{block}" for block in range(5)}),
     "sd3": ("sd3.5-medium", {"proj_out", *(f"transformer_blocks.{block}" for block in range(3))}),
@@ -22,11 +27,6 @@ UNRECORDED = {
         "krea2-raw",
         {"transformer_blocks.0", "transformer_blocks.1", "text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"},
     ),
-    "hunyuan_video_15": ("hunyuanvideo-1.5-t2v", {"transformer_blocks.0", "transformer_blocks.1"}),
-    "cosmos": ("cosmos-predict2.5", {"transformer_blocks.0", "transformer_blocks.1"}),
-    "ltx_video": ("ltx-video-2b", {"transformer_blocks.3"}),
-    "ltx2_3": ("ltx-2.3", {f"transformer_blocks.{block}" for block in (3, 4, 5)}),
-    "z_image": ("z-image", {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}),
 }
 ALL = PRESETS | UNRECORDED
 # Those whose exports are built as they are. SGLang has one name for the cross-attention of all blocks of wan_i2v_image,
@@ -39,10 +39,6 @@ BROKEN = {
     ("ltx2", "nvfp4"),
     ("ltx2", "fp8"),
     ("wan_i2v_image", "nvfp4"),
-    ("chroma", "nvfp4"),
-    ("chroma", "fp8"),
-    ("flux2_klein", "nvfp4"),
-    ("sd3", "nvfp4"),
     ("hunyuan_video_15", "nvfp4"),
     ("hunyuan_video_15", "fp8"),
     ("cosmos", "nvfp4"),
@@ -53,6 +49,10 @@ BROKEN = {
     ("ltx2_3", "fp8"),
     ("z_image", "nvfp4"),
     ("z_image", "fp8"),
+    ("chroma", "nvfp4"),
+    ("chroma", "fp8"),
+    ("flux2_klein", "nvfp4"),
+    ("sd3", "nvfp4"),
 }
 
 
