@@ -194,7 +194,6 @@ _FLUX1 = [(r"(\.audio_ff|\.ff)\.net\.0\.proj$", r"\1.proj_in"), (r"(\.audio_ff|\
 MAPPINGS: dict[str, list[tuple[str, str]]] = {
     "ChromaTransformer2DModel": [],  # it has no such class
     "CosmosTransformer3DModel": [],
-    "ChromaTransformer2DModel": [],  # it has no such class
     "FluxTransformer2DModel": _FLUX1,
     "Flux2Transformer2DModel": [],
     "HunyuanVideo15Transformer3DModel": [],

@@ -175,12 +175,14 @@ def test_of_a_local_model_no_sibling_is_named(
     """config.json fits several, so which it is, or is trained on from, nothing tells."""
     monkeypatch.chdir(tmp_path)
     alike = sorted(name for name, model in SIBLINGS.items() if model == family)
-    outcome = run_mopt("build-nvfp4", "--base", bases[family], "--allow-known-broken")
-    out = tmp_path / f"{'-'.join(alike[0].split('-')[: 1 if family == 'flux1' else 2])}-nvfp4"
-    assert outcome.report is not None and outcome.report["output"]["path"] == str(out)
+    unnamed = run_mopt("build-nvfp4", "--base", bases[family], "--allow-known-broken")
+    assert unnamed.exit_code == 3 and unnamed.error_code == "output.unnamed" and not [*tmp_path.glob("*nvfp4")]
+    out = tmp_path / "out"
+    outcome = run_mopt("build-nvfp4", "--base", bases[family], "--allow-known-broken", "--output", out)
+    assert outcome.report is not None
     assert [outcome.report["preset"]["name"], *outcome.report["preset"]["also"]] == alike
     found = Built(outcome, out)
-    assert f"presets of several models share: {', '.join(f'`{name}`' for name in alike)}." in found.card
+    assert f"the sets that presets {', '.join(f'`{name}`' for name in alike)} have in common." in found.card
     assert not {"base_model", "license", "license_name", "pipeline_tag"} & found.head.keys()
     for name in alike:
         preset = load_preset(name).preset
@@ -195,18 +197,20 @@ def test_no_repo_is_of_two_presets() -> None:
 @pytest.mark.parametrize(
     ("name", "also", "repo", "known"),
     [
-        ("flux1-dev", ["flux1-krea-dev"], None, FLUX),
-        ("flux1-dev", ["flux1-krea-dev"], "black-forest-labs/FLUX.1-Krea-dev", FLUX),
+        ("flux1-dev", ["flux1-krea-dev"], None, None),
+        ("flux1-dev", ["flux1-krea-dev"], *["black-forest-labs/FLUX.1-Krea-dev"] * 2),
         ("flux2-klein-4b", ["flux2-klein-base-4b"], None, None),
         ("flux2-klein-4b", ["flux2-klein-base-4b"], MINE, MINE),
         ("flux2-klein-4b", ["flux2-klein-base-4b"], *["black-forest-labs/FLUX.2-klein-base-4B"] * 2),
         ("krea2-turbo", [], "krea/Krea-2-Turbo", "krea/Krea-2"),
-        ("flux2-dev", [], MINE, "black-forest-labs/FLUX.2-dev"),
+        ("flux2-dev", [], MINE, MINE),
     ],
 )
 def test_by_which_name_sglang_knows_a_model(name: str, also: list[str], repo: str | None, known: str | None) -> None:
-    """It samples a distilled model and its base otherwise, and every FLUX.1 alike."""
-    assert ChosenPreset(loaded=load_preset(name), also=also).known_as(repo) == known
+    """It samples a distilled model and its base otherwise, and takes no notice of a name that it does not know."""
+    assert ChosenPreset(loaded=load_preset(name), also=also, is_named=False).known_as(repo) == known
+    named = ChosenPreset(loaded=load_preset(name), also=[], is_named=True)
+    assert named.known_as(None) == (named.loaded.preset.known_as or named.loaded.preset.base_repo)
 
 
 def test_of_presets_that_fit_alike_the_base_picks_one() -> None:
@@ -218,5 +222,5 @@ def test_of_presets_that_fit_alike_the_base_picks_one() -> None:
     assert chosen.made_for(wanted.base_repo) == wanted
     assert chosen.made_for("me/mine") is None and chosen.made_for(None) is None
     known = choose_preset(config, "nvfp4", wanted.base_repo)
-    assert (known.loaded.preset, known.also, known.common_name) == (wanted, [], "qwen-image-2512")
-    assert chosen.common_name == "qwen-image" and choose_preset(config, "nvfp4", "me/mine") == chosen
+    assert (known.loaded.preset, known.also) == (wanted, [])
+    assert choose_preset(config, "nvfp4", "me/mine") == chosen
