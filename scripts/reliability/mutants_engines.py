@@ -245,13 +245,6 @@ ENGINES = (
                 "a_module_that_sglang_cannot_name_is_told",
             ),
             (
-                "dialects/packed.py",
-                "input scales in all modules or in none",
-                "if not evidence.dynamic_inputs or not 0 < len(calibrated) < len(found):",
-                "if True:",
-                "verify_finds_a_planted_fault",
-            ),
-            (
                 "formats/table.py",
                 "missing input scales are declared",
                 'found.get("dynamic_input_scale") is True',
