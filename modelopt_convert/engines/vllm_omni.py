@@ -226,7 +226,11 @@ def read(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, is_fil
     if keys is not None:
         method = keys.get("quant_method", keys.get("method"))
         name = str(method).lower().replace("_", "-")
-        if name == "compressed-tensors" or (name == "torchao" and "quant_type" in keys):
+        if name == "compressed-tensors":  # looked up with an underscore, and vLLM has it with a hyphen
+            return _reading(
+                "refuses", "raises ValueError: Unknown quantization method: 'compressed_tensors'", _FACTORY, "read"
+            )
+        if name == "torchao" and "quant_type" in keys:
             return _reading("reads", f"hands {name} to vLLM's own reader, which was not run here", _FACTORY, "inferred")
         if name.startswith("modelopt"):
             return _reading(

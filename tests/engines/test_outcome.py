@@ -308,7 +308,7 @@ def info(name: str, dtype: str, *shape: int) -> TensorInfo:
 @pytest.mark.parametrize(
     ("keys", "outcome"),
     [
-        ({"quant_method": "compressed-tensors"}, "reads"),
+        ({"quant_method": "compressed-tensors"}, "refuses"),
         ({"quant_method": "torchao", "quant_type": {}}, "reads"),
         ({"quant_method": "torchao"}, "unknown"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}, "unknown"),
