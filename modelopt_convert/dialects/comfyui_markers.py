@@ -24,7 +24,8 @@ FORMATS: Mapping[str, Algorithm] = {
     "mxfp8": "mxfp8",
 }
 AGAIN = "get the file again from its publisher"
-_LEGACY: Mapping[str, str] = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+LEGACY: Mapping[str, str] = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+"""ModelOpt's role of a scale by its older spelling."""
 _FULL_PRECISION = "full_precision_matrix_mult"
 _MARKER_BYTES = 4096  # far more than a marker has
 _FLOATS = frozenset({"F32", "BF16", "F16"})
@@ -86,7 +87,7 @@ def modern(roles: Mapping[str, TensorInfo], where: str) -> dict[str, TensorInfo]
     """
     found: dict[str, TensorInfo] = {}
     for role, info in roles.items():
-        name = _LEGACY.get(role, role)
+        name = LEGACY.get(role, role)
         if name != role and name in roles:
             raise wrong(where, info, f"one of {name} and {role}", code="dialect.contradiction", hint=AGAIN)
         found[name] = info

@@ -162,13 +162,15 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
     """What becomes of each module, once a model is found."""
     raised: dict[str, list[str]] = {}
     taken: dict[str, list[str]] = {}
-    formats, strange, by_row = marks.formats, set[str](), row_scales(tensors)
+    formats, strange, by_row, casts = marks.formats, set[str](), row_scales(tensors), 0
     for module, weight in coded(tensors).items():
         if module not in formats:
             if weight.dtype == "U8":
                 raised.setdefault(HALVED, []).append(module)
             elif any(f"{module}{scale}" in tensors for scale in _SCALES):
                 taken.setdefault(UNSCALED, []).append(module)
+            else:
+                casts += 1
             continue
         kind = formats[module]
         if kind is None:
@@ -190,10 +192,13 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
     how = "; ".join(f"{what}: {counted(names)}" for what, names in modules.items())
     if strange and not modules:
         outcome, how = "unknown", f"has markers of formats that were not looked at: {', '.join(sorted(strange))}"
-    elif not modules and not used:
+    elif not modules and not used and not casts:
         outcome, how = "unknown", "looks for none of the names under which this file has its codes and scales"
     elif not modules:
-        how = f"takes {len(formats)} modules for {' and '.join(sorted(used))}"
+        how = f"takes {len(formats)} modules for {' and '.join(sorted(used))}" if used else ""
+        if casts:  # right of a plain cast, and wrong where scales were lost
+            outcome, how = "unknown", f"{how}; " if how else ""
+            how += f"takes the codes of {casts} modules without scales for their values; no name says that they are"
     return Reading(
         engine=VERSION,
         outcome=outcome,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.comfyui_markers import LEGACY
 from modelopt_convert.dialects.packed import SCALE_SHAPES, PackedModule
 from modelopt_convert.formats.fp8.format import FORMAT
 from modelopt_convert.formats.table import declares_dynamic_inputs
@@ -47,7 +48,8 @@ def _mxfp8(subject: Subject, shape: list[int]) -> ModuleLayout:
 def _faults(reader: CheckpointReader, module: str) -> Iterator[LintReport]:
     """Missing or unusable scales."""
     for role in FORMAT.scales:
-        scale = reader.tensors.get(f"{module}.{role}")
+        spellings = (role, *(old for old, new in LEGACY.items() if new == role))
+        scale = next((one for name in spellings if (one := reader.tensors.get(f"{module}.{name}")) is not None), None)
         if scale is None and role == "input_scale" and declares_dynamic_inputs(reader.config):
             continue
         if scale is None:

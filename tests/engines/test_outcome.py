@@ -256,7 +256,11 @@ def test_comfyui_marks_say_what_codes_are(tmp_path: Path) -> None:
         changed = {f"{module}.comfy_quant": marked(text) for module in SHAPES}
         assert comfy_file(tmp_path / text, scaled | changed).outcome == outcome, text
     # Codes without any scale are what they say.
-    assert comfy_file(tmp_path / "plain", fp8_modules()).outcome == "unknown"
+    plain = comfy_file(tmp_path / "plain", fp8_modules())
+    assert plain.outcome == "unknown" and f"takes the codes of {len(SHAPES)} modules without scales" in plain.how
+    lost = {name: one for name, one in (scaled | right).items() if not name.startswith(ODD) or name.endswith(".weight")}
+    found = comfy_file(tmp_path / "lost", lost)
+    assert found.outcome == "unknown" and "takes 1 modules for float8_e4m3fn; takes the codes of 1 modules" in found.how
 
 
 def test_comfyui_translates_names_of_flux1_and_loses_markers(tmp_path: Path) -> None:

@@ -92,3 +92,21 @@ def test_groups_whose_size_the_file_does_not_say_are_said_so(tmp_path: Path) -> 
     )
     shown = run_mopt("inspect", write_file(tmp_path / "x", tensors), json_report=False)
     assert shown.exit_code == 0 and "None" not in shown.stdout
+
+
+def test_scales_in_the_older_spelling_of_comfyui_are_scales(exports: Path, tmp_path: Path) -> None:
+    old = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
+    tensors = load_file(next((exports / "fp8").rglob("*.safetensors")))
+    renamed = {f"{name.rpartition('.')[0]}.{old.get(name.rpartition('.')[2], name.rpartition('.')[2])}": one
+               for name, one in tensors.items()}  # fmt: skip
+    lost = min(name for name in renamed if name.endswith(".scale_weight"))
+    wrong = max(name for name in renamed if name.endswith(".scale_weight"))
+    renamed |= {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), wrong: torch.tensor(-1.0)}
+    del renamed[lost]
+    save_file(renamed, tmp_path / "it.safetensors")
+    lint = {(one["code"], one["module"]) for one in inspected(tmp_path / "it.safetensors")["lint"]}
+    told = {one for one in lint if one[0] in ("weight_scale.missing", "input_scale.missing", "scale.unusable")}
+    assert told == {
+        ("weight_scale.missing", lost.removesuffix(".scale_weight")),
+        ("scale.unusable", wrong.removesuffix(".scale_weight")),
+    }
