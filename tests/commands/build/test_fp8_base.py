@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PRESETS, allowed
+from families import ALL, PRESETS, allowed
 from faults import entries, refusal
 from fp8_support import E4M3, modelopt_cast, packed_modules, quotient
 from hypothesis import given, settings
@@ -49,10 +49,10 @@ def quantization(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_every_family_has_modelopts_own_bytes(families: Path, tmp_path: Path, family: str) -> None:
     """The oracle is ModelOpt's export: calibration does not change weights."""
-    where, preset = families / family, PRESETS[family][0]
+    where, preset = families / family, ALL[family][0]
     more = allowed(family, "fp8") or BROKEN.get(family, [])
     outcome = build(where / "base", tmp_path / "out", *more, preset=preset)
     assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
