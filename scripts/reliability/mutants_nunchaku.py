@@ -53,7 +53,7 @@ NUNCHAKU = (
         (f"{_COMMAND}::test_other_targets_are_refused_in_one_line_that_names_bf16",),
     ),
     Mutant(
-        "commands/convert/nunchaku.py",
+        "commands/convert/awq.py",
         "another base",
         "if not error <= limit}",
         "if False}",

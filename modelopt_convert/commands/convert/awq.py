@@ -114,17 +114,34 @@ def prove_near(reader: CheckpointReader, described: Canonical, base: CheckpointR
         scale = roles[name].get(PRE_QUANT_SCALE)
         factor = _floats(cast(scale, "F32"), 0, scale.shape[0] * 4, read) if scale is not None else None
         errors[name] = _apart(found, wanted, factor, read)
+    return near_base(errors, limit, str(reader.path), "AWQ and SVDQuant")
+
+
+def near_base(errors: Mapping[str, float], limit: float, where: str, what: str) -> str:
+    """What is known of modules that cannot be reproduced, in words.
+
+    Args:
+        errors: The relative error (Frobenius) of each module against the base.
+        limit: The largest that is near.
+        where: The checkpoint, for messages.
+        what: How the modules are quantized.
+
+    Raises:
+        CheckFailedError: ``check.proof``: a module is further from the base.
+    """
     far = {name: error for name, error in errors.items() if not error <= limit}
     if far:
         shown = "; ".join(f"{name}: {error:.3g}" for name, error in list(far.items())[:_SHOWN])
         raise CheckFailedError(
-            f"{reader.path}: {len(far)} of {len(errors)} modules are further from the base than {limit:g}: {shown}",
+            f"{where}: {len(far)} of {len(errors)} modules are further from the base than {limit:g}: {shown}",
             code="check.proof",
-            path=str(reader.path),
+            path=where,
             hint="the checkpoint is damaged, or was made from another base; give that base. Nothing was published",
         )
+    if not errors:
+        return "not proven: nothing is quantized"
     return (
-        f"not proven: AWQ and SVDQuant are not reproduced; all {len(errors)} modules are near the base, "
+        f"not proven: {what} cannot be reproduced; all {len(errors)} modules are near the base, "
         f"{max(errors.values()):.3g} apart at most"
     )
 

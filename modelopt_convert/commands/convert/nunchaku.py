@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
+from modelopt_convert.commands.convert.awq import near_base
 from modelopt_convert.commands.convert.inexact import Lossy, Settled, of_base
 from modelopt_convert.dialects.form import Canonical, ReadBytes
 from modelopt_convert.dialects.nunchaku_form import FORM, Undone
@@ -17,7 +18,7 @@ from modelopt_convert.dialects.nunchaku_tiles import untiled_vector
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.dialects.values import cast
 from modelopt_convert.formats.floats import bf16_of
-from modelopt_convert.run.errors import CheckFailedError, InputError
+from modelopt_convert.run.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
-_SHOWN = 3
 _WHY = "decoded, smoothing undone, and rounded to BF16 once"
 
 
@@ -89,19 +89,7 @@ def prove_near_nunchaku(reader: CheckpointReader, described: Canonical, base: Ch
         name: _apart(described.tensors[f"{name}.weight"], cast(wanted[name], "F32"), one, reader)
         for name, one in modules.items()
     }
-    far = {name: error for name, error in errors.items() if not error <= limit}
-    if far:
-        shown = "; ".join(f"{name}: {error:.3g}" for name, error in list(far.items())[:_SHOWN])
-        raise CheckFailedError(
-            f"{reader.path}: {len(far)} of {len(errors)} modules are further from the base than {limit:g}: {shown}",
-            code="check.proof",
-            path=str(reader.path),
-            hint="the checkpoint is damaged, or was made from another base; give that base. Nothing was published",
-        )
-    return (
-        f"not proven: nunchaku's modules are not reproduced; all {len(errors)} are near the base, "
-        f"{max(errors.values(), default=0.0):.3g} apart at most"
-    )
+    return near_base(errors, limit, str(reader.path), "nunchaku's SVDQuant and AWQ")
 
 
 def _rounding(info: TensorInfo, read: ReadBytes) -> float:

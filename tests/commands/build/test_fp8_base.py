@@ -12,10 +12,11 @@ import pytest
 import torch
 from families import ALL, PRESETS, allowed
 from faults import entries, refusal
+from fp8_base_support import BF16_RULE, BROKEN, CPU, PACKED, WEIGHT, build, quantization
 from fp8_support import E4M3, modelopt_cast, packed_modules, quotient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Outcome, Tensors, config_of, copy, edit, load, run_mopt, same_bits, tree
+from support import Tensors, config_of, copy, edit, load, run_mopt, same_bits, tree
 from verify_support import verify
 
 from modelopt_convert import ConvertFp8Request, convert_fp8
@@ -24,29 +25,12 @@ from modelopt_convert.formats.arithmetic import fp8_scale_of
 from modelopt_convert.plan.fp8 import ENTRY
 from modelopt_convert.run.errors import UsageError
 
-CPU = ("--device", "cpu")
-# What SGLang does not load right without input scales, either.
-BROKEN = {"wan_i2v_image": ["--allow-known-broken"]}
-PACKED = "single_transformer_blocks.0.proj_out"
-WEIGHT = f"{PACKED}.weight"
-BF16_RULE = "quotient in BF16"
-
-
-def build(base: Path, output: Path, *more: str | Path, preset: str | None = "flux1-dev") -> Outcome:
-    chosen = [] if preset is None else ["--preset", preset]
-    return run_mopt("convert-fp8", *chosen, "--base", base, "--output", output, *more)
-
 
 @pytest.fixture(scope="module")
 def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fp8-base") / "out"
     assert build(exports / "base", out).exit_code == 0
     return out
-
-
-def quantization(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = config_of(folder)["quantization_config"]
-    return found
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -3,28 +3,16 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from families import PRESETS
 from faults import refusal
-from support import Outcome, Tensors, config_of, edit, load, run_mopt
+from fp8_base_support import CPU, PACKED, WEIGHT, build, quantization
+from support import Tensors, edit, load
 from verify_support import verify
 
 from modelopt_convert.formats import tensor_bytes as raw
-
-CPU = ("--device", "cpu")
-# What SGLang does not load right without input scales, either.
-BROKEN = {"wan_i2v_image": ["--allow-known-broken"]}
-PACKED = "single_transformer_blocks.0.proj_out"
-WEIGHT = f"{PACKED}.weight"
-BF16_RULE = "quotient in BF16"
-
-
-def build(base: Path, output: Path, *more: str | Path, preset: str | None = "flux1-dev") -> Outcome:
-    chosen = [] if preset is None else ["--preset", preset]
-    return run_mopt("convert-fp8", *chosen, "--base", base, "--output", output, *more)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +20,6 @@ def built(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fp8-base") / "out"
     assert build(exports / "base", out).exit_code == 0
     return out
-
-
-def quantization(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = config_of(folder)["quantization_config"]
-    return found
 
 
 def at_random(tensors: Tensors, change: Callable[[int], int]) -> None:
