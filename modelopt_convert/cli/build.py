@@ -19,7 +19,7 @@ def build_nvfp4(request: BuildNvfp4Request, output: "Output") -> None:
     Examples:
       mopt build-nvfp4 --preset flux1-dev
       mopt build-nvfp4 --preset flux1-dev --export out/hf --base FLUX.1-dev
-      mopt build-nvfp4 --export out/hf --base FLUX.1-dev --keep-bf16 'transformer_blocks.[:2].**' --dry-run
+      mopt build-nvfp4 --base FLUX.1-dev --output OUT --keep-bf16 'transformer_blocks.[:2].**' --dry-run
 
     Every packed weight of an export is proven against the base before anything is written. Without --export the base's
     own weights are quantized, uncalibrated, but for those that the preset keeps. Without --base it is the preset's,
@@ -36,7 +36,7 @@ def convert_fp8(request: ConvertFp8Request, output: "Output") -> None:
     Examples:
       mopt convert-fp8 --preset flux1-dev
       mopt convert-fp8 --preset flux1-dev --export out/hf --base FLUX.1-dev
-      mopt convert-fp8 --export old/hf --checkpoint old/ckpt/backbone.pt --base FLUX.1-dev
+      mopt convert-fp8 --preset flux1-dev --export old/hf --checkpoint old/ckpt/backbone.pt --base FLUX.1-dev
 
     With --base every weight of an export is proven before anything is written, and modules kept in BF16 are the base's.
     Without it they are dequantized, and the result is published as not proven. Without --export the base's own weights

@@ -214,15 +214,16 @@ class Kind:
 def kinds(parts: Sequence[tuple[str, MoptError]]) -> list[Kind]:
     """The faults of one look kind by kind, in the order of their first ones."""
     grouped: dict[tuple[str, str], dict[str, MoptError]] = {}
+    said: dict[str, str] = {}  # one message is one kind, whichever of several names it has in it
     for name, fault in parts:
-        words = general(fault.message.replace(name, "") if name else fault.message)
+        words = said.setdefault(fault.message, general(fault.message.replace(name, "") if name else fault.message))
         grouped.setdefault((fault.code, words), {}).setdefault(name, fault)
     found = []
     for (code, _), members in grouped.items():
         first, names = next(iter(members.values())), tuple(filter(None, members))
         line = first.message
         if len({fault.message for fault in members.values()}) == 1:  # of one place, or one failure of several places
-            line += f": {few(names)}" if names and names[0] not in line else ""
+            line += f": {few(names)}" if any(name not in line for name in names[:3]) else ""
         elif len(members) > 1:
             line += f"; {len(members)} have this fault: {few(names)}"
         found.append(Kind(code, line, first.hint, first.path, names))

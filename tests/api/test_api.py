@@ -223,7 +223,7 @@ USAGE: list[tuple[str, dict[str, Any], str, str]] = [
     ("build_nvfp4", {"base": "b", "output": ""}, "--output", "--base b --output="),
     ("build_nvfp4", {"base": ""}, "--base", "--base="),
     ("build_nvfp4", {"base": "b", "preset": ""}, "--preset", "--base b --preset="),
-    ("convert_fp8", {"base": "b"}, "--export", "--base b"),
+    ("convert_fp8", {"base": "b", "checkpoint": "c"}, "--checkpoint", "--base b --checkpoint c"),
     ("swap_nibbles", {"source": "s", "output": ""}, "OUTPUT", "s "),
     ("verify", {}, "CHECKPOINT", ""),
     ("verify", {"checkpoint": "c", "self_test": True}, "CHECKPOINT", "c --self-test"),

@@ -296,7 +296,7 @@ def test_a_default_out_that_is_an_input_is_refused(room: Room, monkeypatch: pyte
     export = copy(room.export, room.path / "flux1-dev-nvfp4")
     monkeypatch.chdir(room.path)
     before = entries(room.path)
-    for preset in (["--preset", "flux1-dev"], []):
+    for preset in ("--preset", "flux1-dev"), ("--base-model", "black-forest-labs/FLUX.1-dev"):
         outcome = run_mopt("build-nvfp4", *preset, "--export", export, "--base", room.base, "--overwrite")
         assert (outcome.exit_code, outcome.error_code) == (4, "output.is_input")
     assert entries(room.path) == before

@@ -78,7 +78,7 @@ def test_an_export_that_was_never_calibrated_is_refused(exports: Path, base: Pat
                 *more,
                 code="export.missing_input_scale",
                 names=names,
-                hint="never calibrated: calibrate",
+                hint="never calibrated: leave out --export, or calibrate",
             )
 
 
