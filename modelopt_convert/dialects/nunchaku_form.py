@@ -1,6 +1,6 @@
 """Checkpoints of nunchaku's engine, read as the weights that it computes with. Nothing is written for it. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -90,6 +90,7 @@ class _NunchakuForm:
             fates |= _fates(whole)
             for member in linear.members:
                 wholes.setdefault(member, {})[linear.columns] = whole
+        _check_alike([one for parts in wholes.values() for one in parts.values()], headers, where)
         modules: dict[str, Undone] = {}
         for member, parts in wholes.items():
             quantized, found = _member(member, parts, where)
@@ -107,6 +108,32 @@ class _NunchakuForm:
 
 
 FORM = _NunchakuForm()
+
+
+def _check_alike(wholes: Collection[_Whole], headers: Headers, where: str) -> None:
+    """Refuse a module that lacks what others of its kind have: the engine would take it for 1 or for nothing.
+
+    Raises:
+        InputError: ``dialect.unscaled``, or ``dialect.contradiction``: the header says another kind of weight.
+    """
+    packed = [one for one in wholes if isinstance(one.weight, W4A4)]
+    for role in ("wtscale", "wcscales", "proj_down"):
+        lacking = list(dict.fromkeys(one.roles["qweight"].name for one in packed if role not in one.roles))
+        if lacking and any(role in one.roles for one in packed):
+            raise InputError(
+                f"{where}: expected {role} beside each 4-bit weight, as others have, found none",
+                code="dialect.unscaled",
+                path=where,
+                hint=f"the file is damaged: {_AGAIN}",
+            ).at(lacking)
+    weight = headers.quantization().get("weight")
+    said = str(weight.get("dtype", "")) if isinstance(weight, dict) else ""
+    odd = [one for one in packed if isinstance(one.weight, W4A4) and one.weight.is_nvfp4 != said.startswith("fp4")]
+    if said.startswith(("int4", "fp4")) and odd:
+        scales = odd[0].roles["wscales"]
+        raise wrong(
+            where, scales, f"the scales of {said}, as the header says", code="dialect.contradiction", hint=_AGAIN
+        )
 
 
 def _config(headers: Headers, model: Nunchaku) -> dict[str, object]:

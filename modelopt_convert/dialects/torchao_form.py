@@ -99,14 +99,12 @@ class _TorchAO:
                     )
                 check_roles(module, others, where)
                 tensors |= {info.name: info for info in found}
-        named, at_fault = (
-            "a part of a weight that the header names",
-            {module_of(one) for one in entries} - modules.keys(),
-        )
+        at_fault = {module_of(one) for one in entries} - modules.keys()
         for info in tensors.values():
             module = module_of(info.name)
             if "._weight_" in info.name and module not in at_fault:
-                faults.add(module, wrong(where, info, named, code="dialect.unmarked", hint=_AGAIN))
+                expected = "a part of a weight that the header names"
+                faults.add(module, wrong(where, info, expected, code="dialect.unmarked", hint=_AGAIN))
         faults.refuse()
         said = headers.config.get(_QUANTIZATION)
         config = {key: value for key, value in headers.config.items() if key != _QUANTIZATION}

@@ -342,7 +342,8 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | N
         raise InputError(
             f"no preset fits {config.get('_class_name')!r}",
             code="preset.none_fits",
-            hint=f"name one of {', '.join(preset_names())}, a TOML of your own, or --preset none with --keep-bf16",
+            hint="`mopt presets new BASE` drafts one for this model; else --preset names a TOML of your own or one of "
+            f"{', '.join(preset_names())}",
         )
     sets = {_rule_key(one.preset, algorithm) for one in fitting}
     if len(sets) > 1:

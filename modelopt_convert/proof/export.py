@@ -28,6 +28,7 @@ from modelopt_convert.proof.tensors import casts_of, common_dtype, load
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
 from modelopt_convert.report.words import REFUTED
 from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.text import few
 from modelopt_convert.run.workers import all_in_order, in_order
 
 
@@ -349,8 +350,9 @@ def _refuse_other_values(
         where = str(export.path / export.tensors[names[0]].file)
         with torch.inference_mode():
             first = f"{names[0]} {first_difference(export, base, names[0])}"
+        listed = f": {few(names)}" if len(names) > 1 else ""
         fault = InputError(
-            f"{where}: {len(names)} unquantized tensors {how} ({first})",
+            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first})",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "

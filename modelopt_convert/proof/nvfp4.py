@@ -33,7 +33,7 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, first_place
+from modelopt_convert.formats.tensor_bytes import first_place
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows, worst_row
@@ -45,6 +45,7 @@ from modelopt_convert.proof.tensors import (
     Again,
     Quantizer,
     Tile,
+    cast_to,
     finite,
     finite_amax,
     load,
@@ -376,7 +377,7 @@ class _Nvfp4Proof:
         rows = sorted({*sample_rows(module.rows, SAMPLED_ROWS), *telling_rows(readings, TELLING_ROWS)})
         seen = list(tiles(export, base, module, base.tensors[module.weight.name].dtype, "U8", rows))
         values, packed = torch.cat([tile.base for tile in seen]), torch.cat([tile.stored for tile in seen])
-        casts = [values.to(TORCH_DTYPES[cast]) for cast in due.casts]
+        casts = [cast_to(values, cast) for cast in due.casts]
         amax = finite_amax(base, module, casts[0])
         factor = torch.tensor(due.scale, dtype=torch.float32)
         found = detect_with_base(casts, packed, readings, rows, factor, max_error=due.max_error)

@@ -16,6 +16,7 @@ from modelopt_convert.formats.nvfp4.codes import max_magnitude
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes
 from modelopt_convert.run.errors import InputError
 
+_F16_MAX = 65504.0
 _TILE_VALUES = 1 << 18  # half a megabyte of BF16: arithmetic makes several wider copies
 MANY_VALUES = 1 << 20  # where none is made: enough to outweigh the calls
 
@@ -140,16 +141,27 @@ def tiles(
             strict=False,  # the export may be padded by further rows
         )
         for top, (theirs, mine) in zip(range(0, module.rows, height), pieces, strict=False):
-            values = from_bytes(theirs, info.dtype, (-1, module.columns)).to(TORCH_DTYPES[cast])
+            values = cast_to(from_bytes(theirs, info.dtype, (-1, module.columns)), cast)
             yield Tile(slice(top, top + len(values)), values, mine[: len(values)])
         return
     stored_bytes, kept = _stored_row(module, stored)
     for start in range(0, len(rows), height):
         part = rows[start : start + height]
-        values = load_rows(base, info.name, part).to(TORCH_DTYPES[cast])
+        values = cast_to(load_rows(base, info.name, part), cast)
         raw = export.read_rows(module.weight.name, part, stored_bytes)
         codes = from_bytes(raw, stored, (len(part), -1))[:, :kept]
         yield Tile(torch.tensor(part), values, codes)
+
+
+def cast_to(values: Tensor, dtype: str) -> Tensor:
+    """Values in another dtype of floats; what is too large for F16 becomes its largest, and not infinite.
+
+    A base has such values where no export was made from it in F16. That is for the comparison to find.
+    """
+    target = TORCH_DTYPES[dtype]
+    if dtype == "F16" and values.dtype != target:
+        values = values.clamp(-_F16_MAX, _F16_MAX)
+    return values.to(target)
 
 
 def stored_rows(export: CheckpointReader, module: PackedModule, stored: str, height: int) -> Iterator[Tensor]:

@@ -223,7 +223,7 @@ def kinds(parts: Sequence[tuple[str, MoptError]]) -> list[Kind]:
         first, names = next(iter(members.values())), tuple(filter(None, members))
         line = first.message
         if len({fault.message for fault in members.values()}) == 1:  # of one place, or one failure of several places
-            line += f": {few(names)}" if any(name not in line for name in names[:3]) else ""
+            line += f": {few(names)}" if names and names[0] not in line else ""
         elif len(members) > 1:
             line += f"; {len(members)} have this fault: {few(names)}"
         found.append(Kind(code, line, first.hint, first.path, names))

@@ -100,7 +100,8 @@ def _gpus(rows: Sequence[Row]) -> str:
 
 def _family(class_name: str) -> str:
     """The family's name for people; the class itself where no table knows it."""
-    return next((one.title for one in FAMILIES if class_name in one.class_names), class_name)
+    known = next((one.title for one in FAMILIES if class_name in one.class_names), None)
+    return known or re.sub(r"Transformer\dDModel$", "", class_name)
 
 
 def _rows(preset: Preset) -> Iterator[Row]:

@@ -79,7 +79,11 @@ FORMS = (
         (f"{_LAWS}::test_a_scale_without_a_reciprocal_is_refused",),
     ),
     Mutant(
-        "dialects/torchao_form.py", "a part that the header does not name", "if odd is not None:", "if False:", (_READ,)
+        "dialects/torchao_form.py",
+        "a part that the header does not name",
+        'if "._weight_" in info.name and module not in at_fault:',
+        "if False:",
+        (_READ,),
     ),
     Mutant("dialects/torchao_form.py", "a weight in parts and whole", "if both is not None:", "if False:", (_READ,)),
     Mutant(

@@ -100,7 +100,12 @@ def test_the_rules_alone_miss_nothing_that_a_name_tells(name: str) -> None:
         assert f"| `{name}` |" in shown() or not patterns, "run scripts/make/make_drafts.py"
 
 
-@pytest.mark.parametrize("name", [one for one in preset_names() if load_preset(one).preset.shared_scale])
+# In SD 3.5 Medium `attn2` is a second self-attention; a draft of this class takes the groups of its preset.
+SELF_ATTENTION = "sd3.5-medium"
+SHARED = [one for one in preset_names() if load_preset(one).preset.shared_scale and one != SELF_ATTENTION]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_names_tell_which_inputs_are_shared(name: str) -> None:
     """As the presets have them, which follow ModelOpt's exporter."""
     draft, shipped = drafted(real(name)), load_preset(name).preset

@@ -117,8 +117,10 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         ),
         engine=request.engine,
         engines=known_limits(
-            [part.model.config for part in steps.parts if request.to == "modelopt"], request.algorithm
-        ),
+            [plan.config for _, plan in both] or [part.model.config for part in steps.parts], request.algorithm
+        )
+        if request.to == "modelopt"
+        else [],
         rules=[rule for part, plan in both for rule in rules_of(part, plan)],
         counts={role: counted(fates) for role, fates in ledger.items()},
         ledger=ledger,

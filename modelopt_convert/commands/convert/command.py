@@ -215,8 +215,9 @@ class ConvertCommand:
         if why is not None:
             self._words = why
             return
-        found = self._proof = prove_source(reader, source.described, base, self._request)
-        self._words = found.words
+        found = prove_source(reader, source.described, base, self._request)
+        self._proof, self._words = found.report, found.report.words
+        self._warned += [("proof.scale_factor", words) for words in found.scales]
 
     def _claim(self, reader: CheckpointReader, source: Source, single: str | None) -> Claim | None:
         """What a record says of a checkpoint in the target's dialect that SOURCE was made from.

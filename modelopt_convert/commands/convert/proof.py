@@ -1,7 +1,7 @@
 """Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -9,14 +9,13 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.requests import ConvertRequest
-from modelopt_convert.commands.rewrite.proof import Refusal, prove_rewritten, refuse_unproven
+from modelopt_convert.commands.rewrite.proof import Refusal, Rewritten, prove_rewritten, refuse_unproven
 from modelopt_convert.dialects.awq import is_transformed
 from modelopt_convert.dialects.comfyui_form import UNSCALED
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.blocks import lacking
 from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.report.report import ProofReport
 from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import in_order, until
 
@@ -218,7 +217,7 @@ def _has_rows(info: TensorInfo | None) -> bool:
 
 def prove_source(
     reader: CheckpointReader, described: Canonical, base: CheckpointReader, request: ConvertRequest
-) -> ProofReport:
+) -> Rewritten:
     """Prove every byte of every quantized module of SOURCE, and every other tensor, against the base.
 
     Args:
@@ -245,6 +244,5 @@ def prove_source(
     finally:
         reader.present(tensors)
         reader.config = config
-    report = found.report.model_copy(update={"method": format_proof(target.algorithm).method})
     refuse_unproven(found, str(reader.path), _REFUSAL, accept_near=request.accept_near)
-    return report
+    return replace(found, report=found.report.model_copy(update={"method": format_proof(target.algorithm).method}))

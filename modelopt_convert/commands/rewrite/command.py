@@ -4,6 +4,7 @@ Everything else streams through. The config keys are set to what is true then, a
 otherwise are stripped. With a base only modules that need it are rewritten, and the result is proven.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +42,7 @@ from modelopt_convert.commands.rewrite.plan import (
     plan_rewrite,
     proven_answers,
     refuse_names,
+    refuse_parts,
 )
 from modelopt_convert.commands.rewrite.proof import (
     REWRITE,
@@ -52,6 +54,7 @@ from modelopt_convert.commands.rewrite.proof import (
     rewritten_report,
 )
 from modelopt_convert.dialects.presented import present_under_names_of
+from modelopt_convert.families.table import left_out, recognise
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import check_roles
@@ -78,6 +81,7 @@ class RewriteCommand:
         self._inputs = Inputs(variant=request.variant, variant_of_base=request.base is not None)
         self._output = str(Path(request.output))
         self._plan: RewritePlan | None = None
+        self._beside: dict[str, str] = {}
         self._warned: list[Warned] = []
         self._checks: list[dict[str, Any]] = []
         self._proof: ProofReport | None = None
@@ -107,6 +111,7 @@ class RewriteCommand:
             stack.enter_context(self._inputs)
             with self._clock.timed("open"):
                 reader = self._inputs.open("source", source_path)
+                self._leave_out(reader)
             refuse_names(reader, request)
             stage: StagingDir | None = None
             if not request.dry_run:
@@ -160,8 +165,8 @@ class RewriteCommand:
             inputs=self._inputs.reports(),
             network=self._inputs.network(),
             output=output_report(self._output, shards, {}, self._published, error),
-            ledger={"source": dict(plan.fates)} if plan else {},
-            counts={"source": counted(plan.fates)} if plan else {},
+            ledger={"source": dict(plan.fates) | self._beside} if plan else {},
+            counts={"source": counted(dict(plan.fates) | self._beside)} if plan else {},
             proof=self._proof,
             evidence=self._evidence,
             checks=self._checks,
@@ -173,9 +178,23 @@ class RewriteCommand:
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )
 
+    def _leave_out(self, reader: CheckpointReader) -> None:
+        """Present the transformer alone, of a whole checkpoint: what lies beside it has an order of its own."""
+        found = recognise({name: info.shape for name, info in reader.tensors.items()})
+        beside = {name: left_out(name, found) for name in reader.tensors} if found is not None else {}
+        self._beside = {name: f"left out: {what}" for name, what in beside.items() if what is not None}
+        if self._beside:
+            reader.present({name: one for name, one in reader.tensors.items() if name not in self._beside})
+            words = ", ".join(
+                f"{count} of {what}" for what, count in sorted(Counter(filter(None, beside.values())).items())
+            )
+            message = f"source {reader.path}: tensors that are not the transformer's are left out: {words}"
+            self._warned.append(("input.left_out", message))
+
     def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
         modules = {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
+        refuse_parts(reader, modules)
         if base is not None and modules:  # a few rows may not tell what the whole weight does
             for name, layout in proven_layouts(reader, base, self._request).items():
                 modules[name] = proven_answers(modules[name], layout)
@@ -194,6 +213,7 @@ class RewriteCommand:
             found = prove_rewritten(written, base, self._request)
         self._proof = found.report
         self._warned += [("export.odd_input_scale", words) for words in found.odd]
+        self._warned += [("proof.scale_factor", words) for words in found.scales]
         failures = [*found.wrong, *found.misdeclared]
         check = {"name": "proof", "status": "fail" if failures else "pass", "failures": failures[:10]}
         self._checks.append(check)
@@ -208,7 +228,7 @@ class RewriteCommand:
     ) -> bytes:
         more: dict[str, Any] = {
             "sources": {name: reader.identity() for name, reader in self._inputs.readers.items()},
-            "counts": {"source": counted(plan.fates)},
+            "counts": {"source": counted(dict(plan.fates) | self._beside)},
         }
         more |= {"proof": proof_record(proof)} if proof is not None else {}
         headers = ([step.output for step in plan.steps.values()], {shard.file: shard.metadata for shard in plan.shards})

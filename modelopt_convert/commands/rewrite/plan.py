@@ -1,6 +1,6 @@
 """Which modules a rewrite changes, and what becomes of every tensor and of config.json. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ BASIS: Mapping[Kind, Literal["nibble_basis", "scale_basis"]] = {
 }
 # What SGLang's loader needs besides the layout keys.
 _KEYS = {"quant_method": "modelopt", "quant_algo": FORMAT.quant_algo, "group_size": BLOCK_SIZE, "ignore": []}
+_SCALE_DTYPES = frozenset({"F8_E4M3", "U8"})
 _WANTED: Mapping[Kind, str] = {"swap": "low", "unswizzle": "linear", "swizzle": "128x4"}
 
 
@@ -123,6 +124,35 @@ def choose(
             hint="use it as it is. Nothing was written",
         )
     return frozenset(chosen)
+
+
+def refuse_parts(reader: CheckpointReader, modules: Collection[str]) -> None:
+    """Refuse packed weights without usable block scales: the rest would be rewritten, and these left as they are.
+
+    Args:
+        reader: The source.
+        modules: The NVFP4 modules that were recognised; if there are none, something else is said.
+
+    Raises:
+        InputError: ``layout.scale``.
+    """
+    faults = Faults()
+    for info in reader.tensors.values():
+        module, _, role = info.name.rpartition(".")
+        if role != "weight" or info.dtype != FORMAT.packed_dtype or len(info.shape) != 2:
+            continue
+        scale, path = reader.tensors.get(f"{module}.weight_scale"), str(reader.path / info.file)
+        if module not in modules or scale is None or scale.dtype not in _SCALE_DTYPES:
+            found = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+            fault = InputError(
+                f"{path}: tensor {info.name!r}: expected F8_E4M3 block scales beside it, found {found}",
+                code="layout.scale",
+                path=path,
+                hint="the checkpoint is incomplete or damaged: get it again, or export again",
+            )
+            faults.add(module, fault)
+    if modules:
+        faults.refuse()
 
 
 def _in_order(wanted: str, count: int) -> str:

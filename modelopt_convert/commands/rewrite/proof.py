@@ -33,6 +33,7 @@ class Rewritten:
         near: What is near the base, and not made of it as it is, in words.
         misdeclared: What lies otherwise than the checkpoint declares, in words.
         odd: What is odd about input scales, which no base proves, in words.
+        scales: What is to be known of tensor scales that are not max calibration's, in words.
     """
 
     report: ProofReport
@@ -40,6 +41,7 @@ class Rewritten:
     near: list[str]
     misdeclared: list[str]
     odd: list[str]
+    scales: list[str]
 
 
 def proven_layouts(source: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> dict[str, Layout]:
@@ -95,7 +97,7 @@ def prove_rewritten(
     """Prove every byte of every packed module, and every other tensor; see that all scales can be used."""
     import torch
 
-    from modelopt_convert.proof.judgement import format_proof
+    from modelopt_convert.proof.judgement import format_proof, scale_words
     from modelopt_convert.verification.levels.container import SCALE_FAULTS, look
     from modelopt_convert.verification.levels.decode import judge_modules, unlike_base
     from modelopt_convert.verification.levels.layout import misdeclared
@@ -115,7 +117,9 @@ def prove_rewritten(
     unusable = [f"{one.module}: {one.message}" for one in lint if one.code in SCALE_FAULTS]
     odd = [one.message for one in lint if one.code == "input_scale.odd"]
     readings = {name: one.reading for name, one in found.items() if one.reading is not None}
-    return Rewritten(report, [*wrong, *unusable, *unlike], [*near, *like], misdeclared(subject.layout, readings), odd)
+    scales = scale_words(found, ())
+    bad, close = [*wrong, *unusable, *unlike], [*near, *like]
+    return Rewritten(report, bad, close, misdeclared(subject.layout, readings), odd, scales)
 
 
 def rewritten_report(

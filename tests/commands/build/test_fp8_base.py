@@ -374,3 +374,16 @@ def test_it_is_converted_in_one_run_and_back(exports: Path, built: Path, tmp_pat
 def test_any_weight_of_two_dimensions_has_codes() -> None:
     """No block of columns is needed."""
     assert ENTRY.fault is not None and not ENTRY.shares
+
+
+@pytest.mark.parametrize("size", [7e4, 1e20, 3e35])
+def test_weights_beyond_half_precision_are_proven(families: Path, tmp_path: Path, size: float) -> None:
+    """In F16 such a base would hold infinities; no export is made of it, and none is looked for."""
+
+    def grow(tensors: Tensors) -> None:
+        tensors["blocks.3.ffn.net.0.proj.weight"] *= size / tensors["blocks.3.ffn.net.0.proj.weight"].abs().max()
+
+    base = edit(families / "wan" / "base", tmp_path / "base", grow)
+    outcome = build(base, tmp_path / "out", "--verify", "cpu", preset="wan2.2-t2v-a14b")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert verify(tmp_path / "out", *CPU, "--base", base).exit_code == 0

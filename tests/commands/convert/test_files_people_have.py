@@ -347,3 +347,17 @@ def test_an_input_scale_of_one_by_one_is_one_scale(scaled: Tensors, families: Pa
     file = written(odd, tmp_path / "it" / "wan.safetensors")
     convert(file, tmp_path / "out", "modelopt", "--config", families / "wan" / "base")
     same(load(families / "wan" / "fp8" / "transformer"), load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("ulps", [1, 64, -3])
+def test_a_scale_beside_that_of_max_calibration_is_told(
+    ulps: int, scaled: Tensors, families: Path, tmp_path: Path
+) -> None:
+    name = modules(scaled)[0]
+    bits = scaled[f"{name}.weight_scale"].reshape(1).view(torch.int32) + ulps
+    tensors = scaled | {f"{name}.weight_scale": bits.view(torch.float32).reshape(())}
+    file = written(marked(tensors), tmp_path / "it" / "wan.safetensors")
+    done = convert(file, tmp_path / "out", "modelopt", "--base", families / "wan" / "base")
+    assert done.report is not None
+    told = [one["message"] for one in done.report["warnings"] if one["code"] == "proof.scale_factor"]
+    assert len(told) == 1 and told[0].startswith("1 modules have a tensor scale that is not max calibration's")

@@ -247,3 +247,26 @@ def test_a_dry_run_reads_no_weights(models: Mapping[str, Small], tmp_path: Path)
     report = converted(source, tmp_path / "out", "--dry-run")["convert"]
     assert report["modules"]["bf16"] == 20 and {one["rel_error"] for one in report["lossy"]} == {None}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("role", ["wtscale", "wcscales", "lora_up"])
+def test_what_others_of_a_kind_have_is_not_taken_for_one_or_nothing(
+    models: Mapping[str, Small], tmp_path: Path, role: str
+) -> None:
+    mine = models["flux1"]
+    tensors = dict(mine.made("nvfp4").tensors)
+    names = [name for name in tensors if name.endswith(f".{role}")]
+    lost = sorted(names)[len(names) // 2].removesuffix(f".{role}")
+    for one in (role, *(["lora_down"] if role == "lora_up" else [])):
+        del tensors[f"{lost}.{one}"]
+    source = merged(Checkpoint(tensors, {}), tmp_path / "in", mine.config, "nvfp4", "X")
+    refused = run_mopt("convert", source, tmp_path / "out", "--to", "bf16")
+    assert (refused.exit_code, refused.error_code) == (3, "dialect.unscaled") and lost in refused.message
+
+
+def test_a_header_of_another_kind_is_a_contradiction(models: Mapping[str, Small], tmp_path: Path) -> None:
+    mine = models["flux1"]
+    for kind, said in (("nvfp4", "int4"), ("int4", "nvfp4")):
+        source = merged(mine.made(kind), tmp_path / kind, mine.config, said, "X")  # type: ignore[arg-type]
+        refused = run_mopt("convert", source, tmp_path / f"out-{kind}", "--to", "bf16")
+        assert (refused.exit_code, refused.error_code) == (3, "dialect.contradiction"), refused.stderr
