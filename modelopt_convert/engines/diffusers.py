@@ -35,7 +35,8 @@ def read(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, is_fil
     keys = quant_keys(config)
     if keys is not None:
         return _declared(tensors, keys)
-    if is_file and any(one.dtype in ("U8", *FP8_DTYPES) for one in coded(tensors).values()):
+    # Of a folder without a config.json ``from_pretrained`` makes nothing; its file is for ``from_single_file``.
+    if (is_file or not config) and any(one.dtype in ("U8", *FP8_DTYPES) for one in coded(tensors).values()):
         return _single(tensors)
     return _plain(tensors)
 

@@ -148,6 +148,8 @@ def test_diffusers_reads_one_file_by_bfl_low_and_row_by_row(qwen: dict[str, Path
     other = plain | {f"{module}.weight": swap(plain[f"{module}.weight"]) for module in modules}
     save_file(other, tmp_path / "swapped.safetensors")
     assert of_diffusers(tmp_path / "swapped.safetensors").outcome == "reads"  # what the layout is, no header tells
+    # As `mopt convert --to bfl-diffusers` writes it: a folder of one file, for from_single_file too.
+    assert of_diffusers(tmp_path) == of_diffusers(tmp_path / "swapped.safetensors")
     for source, agrees in ((weights_of(qwen["nvfp4"]), True), (tmp_path / "swapped.safetensors", False)):
         held = by_bfl(qwen["nvfp4"], source)
         for module in modules:
