@@ -14,7 +14,7 @@ ALL_EXPORTS := $(EXPORTS)/exports/done $(EXPORTS)/families/done
 # Neighbours stay on one worker, which makes their fixtures once, until the other has nothing left to do.
 PYTEST := MOPT_TEST_EXPORTS=$(CURDIR)/$(EXPORTS) $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test ready test-long quality docs engines mutants reliability fuzz
+.PHONY: demo test ready test-long quality docs engines mutants reliability fuzz tiny-pipeline
 
 # torch first, from the pin: a range could bring another build of several gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -69,6 +69,12 @@ engines: $(INSTALLED)
 
 $(SGLANG)/installed: $(INSTALLED) scripts/engines/engines.toml
 	$(BIN)/python scripts/engines/set_up.py sglang $(SGLANG)
+
+# The small pipeline of tests/data, trained anew: ten minutes on two cores. Weights differ from machine to machine, so
+# that a change of the script is committed with what it wrote.
+tiny-pipeline: $(INSTALLED)
+	$(PIP) scikit-learn
+	$(BIN)/python scripts/make/make_tiny_pipeline.py tests/data/tiny_flux1
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
