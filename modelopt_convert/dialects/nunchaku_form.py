@@ -118,8 +118,9 @@ def _check_alike(wholes: Collection[_Whole], headers: Headers, where: str) -> No
     """
     packed = [one for one in wholes if isinstance(one.weight, W4A4)]
     for role in ("wtscale", "wcscales", "proj_down"):
-        lacking = list(dict.fromkeys(one.roles["qweight"].name for one in packed if role not in one.roles))
-        if lacking and any(role in one.roles for one in packed):
+        alike = [one for one in packed if role == "proj_down" or one.roles["wscales"].dtype == "F8_E4M3"]
+        lacking = list(dict.fromkeys(one.roles["qweight"].name for one in alike if role not in one.roles))
+        if lacking and any(role in one.roles for one in alike):
             raise InputError(
                 f"{where}: expected {role} beside each 4-bit weight, as others have, found none",
                 code="dialect.unscaled",

@@ -26,7 +26,10 @@ FIRST = w4a4(torch.ones(128, 128), torch.ones(128), "int4", torch.ones(128).bflo
 def described(modules: Mapping[str, Tensors], files: Files | None = None) -> tuple[Canonical, Files]:
     """A description of modules of FLUX.1; the one that tells the model is there in any case."""
     files = files or Files()
-    tensors = {PLAIN: FIRST, **modules}
+    # All of a file have low-rank parts, or none has.
+    lacks = any("smooth" in roles and "lora_down" not in roles for roles in modules.values())
+    first = {role: one for role, one in FIRST.items() if not (lacks and role.startswith("lora"))}
+    tensors = {PLAIN: first, **modules}
     infos = [files.put(f"{name}.{role}", one) for name, roles in tensors.items() for role, one in roles.items()]
     return FORM.read(Headers({info.name: info for info in infos}, {}, {}, ()), files.read, {}, "IN"), files
 
