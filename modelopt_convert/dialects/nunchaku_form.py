@@ -116,11 +116,11 @@ def _check_alike(wholes: Collection[_Whole], headers: Headers, where: str) -> No
     Raises:
         InputError: ``dialect.unscaled``, or ``dialect.contradiction``: the header says another kind of weight.
     """
-    packed = [one for one in wholes if isinstance(one.weight, W4A4)]
+    packed = [(one.roles, one.weight.is_nvfp4) for one in wholes if isinstance(one.weight, W4A4)]
     for role in ("wtscale", "wcscales", "proj_down"):
-        alike = [one for one in packed if role == "proj_down" or one.roles["wscales"].dtype == "F8_E4M3"]
-        lacking = list(dict.fromkeys(one.roles["qweight"].name for one in alike if role not in one.roles))
-        if lacking and any(role in one.roles for one in alike):
+        alike = [roles for roles, is_nvfp4 in packed if is_nvfp4 or role == "proj_down"]
+        lacking = list(dict.fromkeys(roles["qweight"].name for roles in alike if role not in roles))
+        if lacking and any(role in roles for roles in alike):
             raise InputError(
                 f"{where}: expected {role} beside each 4-bit weight, as others have, found none",
                 code="dialect.unscaled",
@@ -129,12 +129,10 @@ def _check_alike(wholes: Collection[_Whole], headers: Headers, where: str) -> No
             ).at(lacking)
     weight = headers.quantization().get("weight")
     said = str(weight.get("dtype", "")) if isinstance(weight, dict) else ""
-    odd = [one for one in packed if isinstance(one.weight, W4A4) and one.weight.is_nvfp4 != said.startswith("fp4")]
-    if said.startswith(("int4", "fp4")) and odd:
-        scales = odd[0].roles["wscales"]
-        raise wrong(
-            where, scales, f"the scales of {said}, as the header says", code="dialect.contradiction", hint=_AGAIN
-        )
+    for roles, is_nvfp4 in packed:
+        if said.startswith("int4" if is_nvfp4 else "fp4"):
+            expected = f"the scales of {said}, as the header says"
+            raise wrong(where, roles["wscales"], expected, code="dialect.contradiction", hint=_AGAIN)
 
 
 def _config(headers: Headers, model: Nunchaku) -> dict[str, object]:

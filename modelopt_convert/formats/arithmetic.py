@@ -54,8 +54,8 @@ def nvfp4_scale_of(amax: float) -> float:
 def fp8_scale_of(amax: float) -> float:
     """FP8 scale of weights by their largest magnitude, as ModelOpt's max calibration: ``amax / 448`` in float32.
 
-    As ``TensorQuantizer.export_amax`` of ModelOpt 0.47 has it, weights of zeros have the scale 1, and an amax is no
-    subnormal.
+    Weights of zeros have the scale 1, and an amax is no subnormal, as ``TensorQuantizer.export_amax`` of ModelOpt 0.47
+    has them. ModelOpt's export of weights goes without it, and writes codes that are NaN for zeros.
     """
     largest = max(amax, torch.finfo(torch.float32).tiny) if amax else E4M3_MAX
     return float(torch.tensor(largest, dtype=torch.float32) / E4M3_MAX)

@@ -3,7 +3,6 @@
 Everything is moved by recipes: what is written is a copy of tensors that the source's reader presents.
 """
 
-from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
+    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,
@@ -53,7 +53,6 @@ from modelopt_convert.commands.rewrite.proof import compare_bases, compare_confi
 from modelopt_convert.dialects.awq import transformed_modules
 from modelopt_convert.dialects.source import Source, describe
 from modelopt_convert.engines.limits import DEFAULT
-from modelopt_convert.families.table import left_out
 from modelopt_convert.plan.inputs import check_config_unquantized
 from modelopt_convert.report.report import EngineLimitReport, ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
@@ -131,7 +130,7 @@ class ConvertCommand:
                     hint="--config is for the model that SOURCE is; without it a base or the record gives one",
                 )
             refuse_other_targets(found, request.to, str(reader.path))
-            self._warned += _left_out(reader, found)
+            self._warned += beside_transformer(reader, found.found)[1]
             if against is None:
                 check_blocks(found, str(reader.path))
             else:
@@ -280,17 +279,6 @@ def _configs_compared(reader: CheckpointReader, source: Source, base: Checkpoint
         words = f"the config at {reader.path} is of {source.other_class}: the two configs are not compared"
         return [("config.not_compared", words)]
     return compare_configs(reader, base)
-
-
-def _left_out(reader: CheckpointReader, source: Source) -> list[Warned]:
-    """What lies in the source beside the transformer."""
-    what = Counter(out for name in reader.tensors if (out := left_out(name, source.found)) is not None)
-    if not what:
-        return []
-    counted_out = ", ".join(f"{count} of {one}" for one, count in sorted(what.items()))
-    return [
-        ("input.left_out", f"source {reader.path}: tensors that are not the transformer's are left out: {counted_out}")
-    ]
 
 
 def _own_config(reader: CheckpointReader) -> str | None:

@@ -4,7 +4,6 @@ Everything else streams through. The config keys are set to what is true then, a
 otherwise are stripped. With a base only modules that need it are rewritten, and the result is proven.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
+    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,
@@ -54,7 +54,7 @@ from modelopt_convert.commands.rewrite.proof import (
     rewritten_report,
 )
 from modelopt_convert.dialects.presented import present_under_names_of
-from modelopt_convert.families.table import left_out, recognise
+from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import check_roles
@@ -181,15 +181,10 @@ class RewriteCommand:
     def _leave_out(self, reader: CheckpointReader) -> None:
         """Present the transformer alone, of a whole checkpoint: what lies beside it has an order of its own."""
         found = recognise({name: info.shape for name, info in reader.tensors.items()})
-        beside = {name: left_out(name, found) for name in reader.tensors} if found is not None else {}
-        self._beside = {name: f"left out: {what}" for name, what in beside.items() if what is not None}
+        self._beside, warned = beside_transformer(reader, found) if found is not None else ({}, [])
+        self._warned += warned
         if self._beside:
             reader.present({name: one for name, one in reader.tensors.items() if name not in self._beside})
-            words = ", ".join(
-                f"{count} of {what}" for what, count in sorted(Counter(filter(None, beside.values())).items())
-            )
-            message = f"source {reader.path}: tensors that are not the transformer's are left out: {words}"
-            self._warned.append(("input.left_out", message))
 
     def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
