@@ -25,6 +25,7 @@ from mutants_families import FAMILIES
 from mutants_forms import FORMS
 from mutants_hub import HUB
 from mutants_identity import IDENTITY
+from mutants_lost import LOST
 from mutants_nunchaku import NUNCHAKU
 from mutants_owned import OWNED
 from mutants_pipeline import PIPELINE
@@ -38,6 +39,7 @@ TABLE = ROOT / "docs" / "reliability-mutants.md"
 MUTANTS = (
     *(DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE + TOLD + FAMILIES + FORMS),
     *NUNCHAKU,
+    *LOST,
 )
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time
