@@ -233,7 +233,9 @@ def show_written(output: Output, report: Report, proof: str = "") -> None:
     plural = "" if files == 1 else "s"
     if proof:
         output.line(proof, "good" if proof == PROVEN_WORDS else "doubt")
-    output.line(f"{verb} {report.output.path}: {report.output.tensors} tensors, {size} in {files} file{plural}")
+    output.line(
+        f"{verb} {report.output.path or 'OUT'}: {report.output.tensors} tensors, {size} in {files} file{plural}"
+    )
 
 
 def show_counts(output: Output, report: Report) -> None:

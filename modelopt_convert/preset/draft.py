@@ -62,7 +62,7 @@ class Draft:
     Attributes:
         class_name: Of config.json.
         known: The shipped preset of the same class that was looked at; None without one.
-        sets: By format.
+        sets: By format; none of a format to which nothing can be quantized.
         fused: As in presets.
         shared_scale: As in presets.
         keep_fp32: As in presets.
@@ -97,6 +97,10 @@ def draft_preset(
         InputError: ``preset.draft``: nothing would be quantized, or a name cannot be told from others by a pattern.
     """
     model = _Model(tensors, path)
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, str):
+        found = "none" if class_name is None else repr(class_name)[:_SHOWN_CHARS]
+        raise model.refusal(f"expected a config.json with the _class_name of a transformer, found {found}")
     fused = groups_with_one_input(model.linears, [one.names for one in rules().joined])
     shared = groups_with_one_input(model.linears, [one.names for one in rules().joined if one.shared])
     if known is not None:
@@ -104,10 +108,18 @@ def draft_preset(
         shared = model.groups(known.shared_scale or [])
     fp32 = [glob for glob in (known.keep_fp32 if known else []) if model.has(glob, tensors)]
     names = known.runtime_names if known else {}
+    drafts = {algorithm: _drafted(model, one, fused, known) for algorithm, one in FORMATS.items()}
+    sets = {algorithm: one for algorithm, one in drafts.items() if one.quantized}
+    if not sets:
+        formats = " or ".join(one.quant_algo for one in FORMATS.values())
+        raise model.refusal(
+            f"expected a transformer with Linears to quantize to {formats}, found none to quantize among "
+            f"{len(model.linears)} weights of two dimensions"
+        )
     return Draft(
-        class_name=str(config.get("_class_name")),
+        class_name=class_name,
         known=known,
-        sets={algorithm: _drafted(model, one, fused, known) for algorithm, one in FORMATS.items()},
+        sets=sets,
         fused=tuple(fused),
         shared_scale=tuple(shared),
         keep_fp32=tuple(fp32),
@@ -194,11 +206,6 @@ def _drafted(model: _Model, target: Format, fused: Sequence[Sequence[str]], know
         if below and first in why:
             why.setdefault(name, (why[first][0], f"below {literal(first)}, by whose name alone SGLang may look it up"))
     _complete_groups(model, fused, why)
-    if not model.linears.keys() - why.keys():
-        raise model.refusal(
-            f"expected a transformer with Linears to quantize to {target.quant_algo}, found none to quantize among "
-            f"{len(model.linears)} weights of two dimensions"
-        )
     return DraftedSet(*_lines(model, why, of_ends))
 
 

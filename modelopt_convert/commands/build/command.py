@@ -118,8 +118,8 @@ class BuildCommand:
                 steps.parts.append(part)
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
+            known = request.base_model or base_repo(steps.parts)
             if request.preset is None:
-                known = request.base_model or base_repo(steps.parts)
                 steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
@@ -129,11 +129,12 @@ class BuildCommand:
                     plans.append(self._plan(part))
             faults.refuse()
             steps.plans += plans
+            repos = steps.chosen.repos(known) if steps.chosen is not None else ()
             for part, plan in zip(steps.parts, plans, strict=True):
                 path = str(part.model.path)
                 steps.warned += plan.warnings
                 if request.to == "modelopt":  # what is known of engines is known of this dialect
-                    steps.warned += refuse_broken(plan.config, request.algorithm, path, request)
+                    steps.warned += refuse_broken(plan.config, request.algorithm, path, request, repos)
                 refuse_misread(plan, path)
             fits = self._fits()
             if self._export is None:
@@ -197,14 +198,18 @@ class BuildCommand:
     def _output(self, inputs: Sequence[Path]) -> Path:
         request, chosen, output = self._request, self.steps.chosen, self._request.output
         if output is None:
-            if chosen is None:
-                hint = "give --output"
-                raise InputError("there is no preset to name the output after", code="output.unnamed", hint=hint)
-            if chosen.also:
-                names = ", ".join([chosen.loaded.preset.name, *chosen.also])
-                message = f"presets {names} fit alike, so there is no one name for the output"
-                raise InputError(message, code="output.unnamed", hint="give --output, or the model with --base-model")
-            output = f"{chosen.loaded.preset.name}-{request.algorithm}"
+            assert chosen is not None  # without a preset the request requires an output
+            names = [chosen.loaded.preset.name, *chosen.also]
+            if len(names) > 1:
+                message = f"presets {', '.join(names)} fit alike, so there is no one name for the output"
+                if not request.dry_run:
+                    hint = "give --output, or the model with --base-model"
+                    raise InputError(message, code="output.unnamed", hint=hint)
+                self.steps.warned.append(
+                    ("output.unnamed", f"{message}: give --output, or the model with --base-model")
+                )
+                return Path.cwd() / names[0]  # of which the disk alone is looked at
+            output = f"{names[0]}-{request.algorithm}"
         path = canonical_output(Path(output))
         self.steps.output = str(path)
         standing = check_output_allowed(path, inputs, **request.consent)

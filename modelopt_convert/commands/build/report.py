@@ -102,6 +102,7 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
     both = list(zip(steps.parts, steps.plans, strict=False))  # a plan may be refused after others were made
     done = steps.converted
     specs = {f"{part.prefix}{shard.file}": shard.tensors for part, plan in both for shard in plan.shards}
+    repos = steps.chosen.repos(request.base_model or base_repo(steps.parts)) if steps.chosen is not None else ()
     if done is not None:
         specs = {shard.file: shard.tensors for shard in done.plan.shards}
     ledger = {f"{part.prefix}{role}": fates for part, plan in both for role, fates in fates_of(part, plan).items()}
@@ -111,13 +112,13 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         command=request.command,
         inputs=steps.inputs.reports(),
         network=steps.inputs.network(),
-        preset=_preset(steps.chosen, request.algorithm),
+        preset=_preset(steps.chosen, request.algorithm, exported=calibrated),
         output=output_report(steps.output, specs, copied, steps.published, error).model_copy(
             update={"load": _pipeline_command(request, steps)}
         ),
         engine=request.engine,
         engines=known_limits(
-            [plan.config for _, plan in both] or [part.model.config for part in steps.parts], request.algorithm
+            [plan.config for _, plan in both] or [part.model.config for part in steps.parts], request.algorithm, repos
         )
         if request.to == "modelopt"
         else [],
@@ -153,7 +154,7 @@ def _pipeline_command(request: BuildRequest, steps: Steps) -> str | None:
     return pipeline_command(steps.output, made.named_by_engine)
 
 
-def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, object] | None:
+def _preset(chosen: ChosenPreset | None, algorithm: Algorithm, *, exported: bool) -> dict[str, object] | None:
     if chosen is None:
         return None
     known = algorithm in chosen.loaded.preset.sets()
@@ -162,7 +163,7 @@ def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, obje
         "path": chosen.loaded.path,
         "sha256": chosen.loaded.sha256,
         "status": chosen.status(algorithm) if known else None,
-        "known_limits": chosen.limits(algorithm) if known else [],
+        "known_limits": chosen.limits(algorithm, exported=exported) if known else [],
         "also": chosen.also,
     }
 
