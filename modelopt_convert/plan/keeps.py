@@ -90,8 +90,12 @@ def fused_groups(
         if packed:
             groups.append(packed)
     faults.refuse()
-    # A group within a larger one says nothing of its own.
-    return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
+    # A group within a larger one says nothing of its own; a larger one has its first member too.
+    having: dict[str, list[set[str]]] = {}
+    for group in dict.fromkeys(groups):
+        for member in group:
+            having.setdefault(member, []).append(set(group))
+    return tuple(one for one in dict.fromkeys(groups) if not any(set(one) < other for other in having[one[0]]))
 
 
 def plain_dtype(info: TensorInfo, fp32: Collection[str]) -> str:

@@ -22,6 +22,7 @@ from modelopt_convert.preset.rules import has_words, rules
 from modelopt_convert.run.errors import InputError
 
 Kind = Literal["structural", "quality"]
+_BY_HAND = "a preset can be written by hand too: `mopt presets flux1-dev` prints one to start from"
 _MOST_PATTERNS = 1000  # of one model; the largest of diffusers has about a hundred
 _SHOWN_CHARS = 200
 _MOST_KEYS = 64  # of a config.json
@@ -100,7 +101,8 @@ def draft_preset(
     class_name = config.get("_class_name")
     if not isinstance(class_name, str):
         found = "none" if class_name is None else repr(class_name)[:_SHOWN_CHARS]
-        raise model.refusal(f"expected a config.json with the _class_name of a transformer, found {found}")
+        words = f"expected a config.json with the _class_name of a transformer, found {found}"
+        raise model.refusal(words, "give --config PATH: the config.json of the transformer, or its folder")
     fused = groups_with_one_input(model.linears, [one.names for one in rules().joined])
     shared = groups_with_one_input(model.linears, [one.names for one in rules().joined if one.shared])
     if known is not None:
@@ -175,13 +177,13 @@ class _Model:
                 f"{_MOST_PATTERNS} patterns"
             )
 
-    def refusal(self, words: str) -> InputError:
+    def refusal(self, words: str, hint: str = _BY_HAND) -> InputError:
         """That there is nothing to draft."""
         return InputError(
             f"{self.path}: {words}",
             code="preset.draft",
             path=self.path,
-            hint="a preset can be written by hand too: `mopt presets flux1-dev` prints one to start from",
+            hint=hint,
         )
 
 
