@@ -5,6 +5,7 @@ from mutants_disk import Mutant
 _BLOCKS = "proof/test_blocks.py"
 _NVFP4 = "proof/test_judgement.py"
 _FP8 = "proof/test_judgement_fp8.py"
+_CASTS = "commands/build/test_base_dtypes.py"
 _NAMES = "verification/test_record.py::test_a_renamed_weight_file_fails"
 
 
@@ -92,8 +93,8 @@ PROOF = (
     _nvfp4("damage is not nearest", " and not one.tally.is_damaged)", ")"),
     _nvfp4("the nearest is nearest", "one.is_complete and one.tally.is_nearest and", "one.is_complete and"),
     _nvfp4("nothing is clipped", "one.amax <= float(", "one.amax >= 0 * float("),
-    _nvfp4("a tie does not end the search", "tied = tied or one", "return one"),
-    _nvfp4("a cast that the global scale does not reach", "beyond = beyond or one", "return one"),
+    Mutant("proof/nvfp4.py", "a tie does not end the search", "tied = tied or one", "return one", (_CASTS,)),
+    Mutant("proof/nvfp4.py", "a cast that no scale was made of", "beyond = beyond or one", "return one", (_CASTS,)),
     _nvfp4("a scale far too large", "verdict if near.within(self.due.max_error) else", "verdict if near else"),
     _nvfp4("what is tied is not exact", '"reproduced" if tally.is_exact else', '"reproduced" if tally.is_tied else'),
     _nvfp4("compressed: codes", "if not torch.equal(packed, _canonical(tile.stored, reading)) or not", "if not"),

@@ -126,10 +126,10 @@ def test_a_shipped_preset_is_chosen_by_its_repos_and_names_no_other_model(preset
         assert not found.is_named and found.made_for(None) is None and found.made_for("me/tuned") is None
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "flux1-kontext-dev"])
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-krea-dev"])
 def test_a_base_on_the_hub_gets_its_own_name(name: str, hub: LoopbackHub, exports: Path, tmp_path: Path) -> None:
-    """FLUX.1 Kontext has the config.json of FLUX.1 [dev]: its repo alone tells them apart."""
-    names = [name, *({"flux1-dev", "flux1-kontext-dev"} - {name})]
+    """FLUX.1 Krea [dev] has the config.json of FLUX.1 [dev]: its repo alone tells them apart."""
+    names = [name, *({"flux1-dev", "flux1-krea-dev"} - {name})]
     wanted, other = (load_preset(one).preset for one in names)
     hub.seed(wanted.base_repo, make_pipeline(exports / "base", tmp_path / "base"))
     request = ["build-nvfp4", "--export", exports / "nvfp4", "--base", f"hf://{wanted.base_repo}", "--pipeline-output"]
