@@ -78,6 +78,29 @@ def test_a_fact_may_depend_on_a_value_of_the_config() -> None:
         assert [one.grade for one in found if one.engine == "sglang"] == expected
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "wrong"),
+        ({"use_prompt_embeddings": False}, "fails"),
+        ({"use_prompt_embeddings": False, "ff_bias": True}, "fails"),
+        ({"use_prompt_embeddings": False, "ff_bias": False}, "wrong"),
+    ],
+)
+def test_a_fact_of_some_values_goes_before_that_of_the_class(values: dict[str, bool], expected: str) -> None:
+    """SGLang knows the key of LTX-2.5's config.json, which the same value stands under, and not that of LTX-2.3's."""
+    found = limits({"_class_name": "LTX2VideoTransformer3DModel"} | values, "fp8")
+    assert [one.grade for one in found if one.engine == "sglang"] == [expected]
+
+
+def test_a_fact_may_depend_on_the_base() -> None:
+    """FLUX.1 Kontext has the config.json of FLUX.1 [dev]."""
+    flux1 = {"_class_name": "FluxTransformer2DModel", "in_channels": 64}
+    kontext = "black-forest-labs/FLUX.1-Kontext-dev"
+    for repos, expected in (((), []), (("black-forest-labs/FLUX.1-dev",), []), (("me/other", kontext), ["fails"])):
+        assert [one.grade for one in limits(flux1, "nvfp4", repos) if one.engine == "sglang"] == expected
+
+
 def test_a_fact_of_a_class_goes_before_that_of_all_classes() -> None:
     def comfyui(class_name: str) -> list[str]:
         return [one.grade for one in limits({"_class_name": class_name}, "fp8") if one.engine == "comfyui"]
