@@ -298,9 +298,9 @@ def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> 
     for info in (plan.modules[name].bias for name in plan.packed):
         if info is not None and not bool(load(export, info.name).isfinite().all()):
             fault = InputError(
-                f"{export.path / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
+                f"{export.folder / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
                 code="export.not_finite",
-                path=str(export.path / info.file),
+                path=str(export.folder / info.file),
                 hint="the export is damaged; export again",
             )
             faults.add(info.name, fault)
@@ -341,13 +341,13 @@ def _refuse_other_values(
     """
     biases = [f"{name}.bias" for name in proof.biases_differ if f"{name}.bias" not in broken]
     if near is None:
-        names, how = [*proof.unquantized_differ, *biases], "differ from the base by more than a dtype cast"
+        names, how = [*proof.unquantized_differ, *biases], f"differ from the base {base.path} by more than a dtype cast"
         more = ", or --accept-near to build what is not proven"
     else:
         names = [name for name in biases if not is_near_base(export, base, name, near)]
-        how, more = "are not near the base's", ""
+        how, more = f"are not near those of the base {base.path}", ""
     if names:
-        where = str(export.path / export.tensors[names[0]].file)
+        where = str(export.folder / export.tensors[names[0]].file)
         with torch.inference_mode():
             first = f"{names[0]} {first_difference(export, base, names[0])}"
         listed = f": {few(names)}" if len(names) > 1 else ""

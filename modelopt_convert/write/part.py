@@ -40,7 +40,7 @@ def part_of(reader: CheckpointReader, origin: Origin, task: ShardTask) -> Source
     Raises:
         InputError: ``executor.presented``: the input is read by recipes, which stay in this process.
     """
-    assert isinstance(reader.path, Path)
+    assert isinstance(reader.folder, Path)
     steps = step_readings(task.steps, origin, reader.tensors)
     compared = due_readings(task.due, origin, reader.tensors)
     names = dict.fromkeys(name for name, _, _ in (*steps, *compared))
@@ -57,7 +57,7 @@ def part_of(reader: CheckpointReader, origin: Origin, task: ShardTask) -> Source
         file = reader.opened(name)
         assert isinstance(file, LocalFile)
         files[name] = file.state
-    return SourcePart(reader.path.absolute(), tensors, files)
+    return SourcePart(reader.folder.absolute(), tensors, files)
 
 
 class PartReader(CheckpointReader):

@@ -43,7 +43,7 @@ from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
 from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset
 from modelopt_convert.report.report import ClippedReport, Report
-from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.errors import Faults, InputError, about
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
@@ -120,12 +120,13 @@ class BuildCommand:
             refuse_other_claim(steps.parts, request.base_model)
             if request.preset is None:
                 known = request.base_model or base_repo(steps.parts)
-                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
+                with about(str(steps.parts[0].model.path)):
+                    steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
             faults, plans = Faults(), list[BuildPlan]()
             for part in steps.parts:
-                with steps.clock.timed("plan"), faults.taken(prefix=part.prefix):
+                with steps.clock.timed("plan"), faults.taken(prefix=part.prefix), about(str(part.model.path)):
                     plans.append(self._plan(part))
             faults.refuse()
             steps.plans += plans

@@ -85,7 +85,7 @@ def compare_bases(source: CheckpointReader, base: CheckpointReader) -> list[Warn
         base: Its base, all of which was read.
     """
     try:
-        record = read_record(source.path)
+        record = read_record(source.folder)
     except InputError as error:
         return [(error.code, error.message)]
     return [("base.not_recorded", words) for words in other_base(record, base.identity())]
