@@ -102,7 +102,7 @@ def check_same_config(mine: Source, base: Source, what: str) -> None:
     path, faults = base.config_place, Faults()
     for key, left, right in differing_keys(mine.config, base.config):
         fault = InputError(
-            f"{path}: {key}: expected {left!r} as in the {what} {mine.config_place}, found {right!r}",
+            f"{path}: {key}: expected {left!r} as in the {what}, found {right!r} ({what}: {mine.config_place})",
             code="base.config",
             path=path,
             hint=f"give the base that the {what} was made from",
@@ -247,8 +247,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
         logical[module.weight.name] = (module.rows, module.columns)
     if not logical.keys() & base.tensors.keys():
         raise InputError(
-            f"{base.path}: holds none of the {len(logical)} tensors of the export {export.path} "
-            f"({min(logical)!r} for one)",
+            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one; "
+            f"export: {export.path})",
             code="base.naming",
             path=str(base.path),
             hint="the names are neither diffusers' nor those of a whole model that mopt knows; give the base whole",
@@ -259,7 +259,7 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
     for name, info in base.tensors.items():
         if name not in logical and name not in odd:
             fault = InputError(
-                f"{base.folder}/{info.file}: tensor {name!r} has no counterpart in the export {export.path}",
+                f"{base.folder}/{info.file}: tensor {name!r} has no counterpart in the export (export: {export.path})",
                 code="export.missing_tensor",
                 path=str(export.path),
                 hint="the export is incomplete, or was made from another base: export again, or give that base",
@@ -277,8 +277,8 @@ def _base_faults(
             yield (
                 name,
                 InputError(
-                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export {export.path}, "
-                    "found no such tensor",
+                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor "
+                    f"(export: {export.path})",
                     code="base.missing_tensor",
                     path=str(base.path),
                     hint="give the base that the export was made from, whole",
@@ -288,8 +288,8 @@ def _base_faults(
             yield (
                 name,
                 InputError(
-                    f"{base.folder}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export "
-                    f"{export.path}, found {list(info.shape)}",
+                    f"{base.folder}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
+                    f"found {list(info.shape)} (export: {export.path})",
                     code="base.shape",
                     path=f"{base.folder}/{info.file}",
                     hint="give the base that the export was made from",

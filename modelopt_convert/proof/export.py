@@ -341,18 +341,18 @@ def _refuse_other_values(
     """
     biases = [f"{name}.bias" for name in proof.biases_differ if f"{name}.bias" not in broken]
     if near is None:
-        names, how = [*proof.unquantized_differ, *biases], f"differ from the base {base.path} by more than a dtype cast"
+        names, how = [*proof.unquantized_differ, *biases], "differ from the base by more than a dtype cast"
         more = ", or --accept-near to build what is not proven"
     else:
         names = [name for name in biases if not is_near_base(export, base, name, near)]
-        how, more = f"are not near those of the base {base.path}", ""
+        how, more = "are not near the base's", ""
     if names:
         where = str(export.folder / export.tensors[names[0]].file)
         with torch.inference_mode():
             first = f"{names[0]} {first_difference(export, base, names[0])}"
         listed = f": {few(names)}" if len(names) > 1 else ""
         fault = InputError(
-            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first})",
+            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first}; base: {base.path})",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "

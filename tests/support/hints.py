@@ -9,7 +9,7 @@ from modelopt_convert.cli import app
 # What every command has, and flags of ModelOpt's quantize.py.
 _ELSEWHERE = {"--help", "--format", "--quant-algo", "--block-size", "--quantized-torch-ckpt-save-path", "--compress"}
 _COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
-_QUOTED = re.compile(r"`([^`]*)`")
+_QUOTED = re.compile(r"`([^`]*)`|\b(?=hf )([^`;]*)")
 _MOPT = re.compile(r"\bmopt ([a-z][a-z0-9-]+)|\b(build)\b")
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*)(?:[ =]([\w-]+))?")
 
@@ -62,5 +62,5 @@ def not_runnable(command: str, hint: str) -> list[str]:
 
 
 def _of_mopt(text: str) -> list[re.Match[str]]:
-    foreign = [one.span() for one in _QUOTED.finditer(text) if not one[1].startswith(("mopt ", "--"))]
+    foreign = [one.span() for one in _QUOTED.finditer(text) if not (one[1] or "").startswith(("mopt ", "--"))]
     return [one for one in _OPTION.finditer(text) if not any(begin <= one.start() < end for begin, end in foreign)]

@@ -176,7 +176,7 @@ class BuildCommand:
                 steps.inputs.check_unchanged()
                 self._close(stage, progress)
                 if request.to != "modelopt":
-                    self._convert(stage, executor, progress)
+                    self._convert(stage, progress)
                 with steps.clock.timed("publish"):
                     try:
                         stage.publish()
@@ -255,11 +255,13 @@ class BuildCommand:
         steps.warned += fits.warned
         return fits
 
-    def _convert(self, stage: StagingDir, executor: Executor, progress: Progress) -> None:
+    def _convert(self, stage: StagingDir, progress: Progress) -> None:
         """Write the target's files, read them back, and take out of the stage what they were made from."""
         steps = self.steps
         with_proof = (steps.parts[0], steps.proofs[0].report)
-        done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
+        # Here, whoever wrote what it is made of: it takes the base's files too, which a task does not.
+        with open_executor("threads") as executor:
+            done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
         steps.converted = done
         steps.warned += done.warned
         for closed in done.closed:

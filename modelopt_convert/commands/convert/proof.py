@@ -128,7 +128,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
     faults = Faults()
     if missing := sorted(base.tensors.keys() - names):
         fault = InputError(
-            f"{where}: expected every tensor of the base {base.path}, found {len(missing)} missing",
+            f"{where}: expected every tensor of the base, found {len(missing)} missing (base: {base.path})",
             code="export.missing_tensor",
             path=where,
             hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
