@@ -117,7 +117,9 @@ def test_the_way_back_needs_no_config(exports: Path, tmp_path: Path) -> None:
     back = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt")
     assert back.exit_code == 0 and back.report is not None, back.stderr
     assert "convert.config_claimed" in {one["code"] for one in back.report["warnings"]}
-    before, after = load(source / "transformer"), load(tmp_path / "back")
+    # State of quantizers, which no engine reads, is not given back where anything is missing.
+    before = {name: one for name, one in load(source / "transformer").items() if "_quantizer." not in name}
+    after = load(tmp_path / "back")
     same = {name for name in after if name in before and same_bits(after[name], before[name])}
     changed = {name.rpartition(".")[0] for name in before.keys() | after.keys() if name not in same}
     packed = {name.removesuffix("_scale_2") for name in before if name.endswith(".weight_scale_2")}
