@@ -130,6 +130,7 @@ def _faults(
                 + (" (a scale per row)" if len(info.shape) == 1 else ""),
                 code="export.shape",
                 path=where,
-                hint="the runtime takes one scale per weight; export again with --format fp8, or see what "
-                "`mopt convert` makes of it with --to modelopt or comfyui",
+                hint=("the runtime takes one scale per weight" if info.shape not in SCALE_SHAPES else "scales are F32")
+                + "; export again with --format fp8, or see what `mopt convert` makes of it with --to modelopt or "
+                "comfyui",
             )
