@@ -184,8 +184,7 @@ class Inputs:
         reader.config = dict(found.config)
         if found.other_class is not None:
             reader.config_from = None
-        where = reader.path / reader.files[0] if len(reader.files) == 1 else reader.path
-        return [("input.read_as", f"{name} {where}: {found.words()}")]
+        return [("input.read_as", f"{name} {reader.path}: {found.words()}")]
 
     def lend_config(self, name: str, base: CheckpointReader | None) -> None:
         """Complete the config of an input that is presented and has none: from its base, or by its family's class."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.checkpoint.names import module_of, natural_key
+from modelopt_convert.checkpoint.names import inside, module_of, natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.recipe import recipe_of
+from modelopt_convert.checkpoint.recipe import recipe_of, renamed
 from modelopt_convert.dialects.dialect import Dialect, Headers
 from modelopt_convert.dialects.form import Canonical
 from modelopt_convert.dialects.others import FP8_UNLABELLED
@@ -165,7 +165,8 @@ def present_under_names_of(base: CheckpointReader, reader: CheckpointReader) -> 
     if (presented := stands_for(base, {})) is not None:
         base.present(presented.tensors)
     if wanted.spelling == "diffusers":
-        tensors = {f"{wanted.prefix}{name}": info for name, info in base.tensors.items()}
+        under = {name: f"{wanted.prefix}{name}" for name in base.tensors}
+        tensors = {name: renamed(base.tensors[own], name) for own, name in under.items()}
     else:
         family, spelling = wanted.family, wanted.spelling
         known = {name: one for name, one in base.tensors.items() if family.native_tensor(name, spelling) is not None}
@@ -187,7 +188,7 @@ def _said(headers: Headers, dialect: Dialect, found: Found | None, where: str) -
         quantization = _declared(_plain(headers, found), FORMATS["fp8"], headers.fp8())
     if found is not None and quantization.get("ignore") is not None:
         modules = {name: _fused(found, name) for name in map(module_of, headers.tensors)}
-        covered = ignored(quantization["ignore"], modules, path=f"{where}/config.json")
+        covered = ignored(quantization["ignore"], modules, path=inside(where, "config.json"))
         quantization["ignore"] = sorted({new for name in covered for new in modules[name]}, key=natural_key)
     return quantization or None
 

@@ -27,7 +27,7 @@ def beliefs(reader: CheckpointReader) -> Iterator[Belief]:
     Raises:
         InputError: ``config.ignore``.
     """
-    config, path = reader.config, str(reader.path / "config.json")
+    config, path = reader.config, reader.config_place
     algorithm = declared(config)
     if algorithm is None or not is_modelopts(config["quantization_config"]):
         return

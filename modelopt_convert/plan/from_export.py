@@ -72,13 +72,18 @@ def plan_mixed(
     Raises:
         InputError: The export is not of this format, the base does not fit it, or a pattern does not fit either.
     """
-    where = str(export.path / "config.json")
+    where = export.config_place
     if base is not None:
         check_not_exchanged(export, base)
         check_merged(base, "base")
     check_exported(export.config, export.tensors, path=where)
     quant_config = check_quant_config(
-        export.config, target, path=where, base="BASE" if base is None else str(base.path), output=output
+        export.config,
+        target,
+        path=where,
+        export=str(export.path),
+        base="BASE" if base is None else str(base.path),
+        output=output,
     )
     check_merged(export, "export")
     # Another model altogether would make a fault of everything that follows.

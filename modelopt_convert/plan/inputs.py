@@ -5,7 +5,13 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping
 
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.dialects.packed import (
+    SCALE_ROLES,
+    TRANSFORM_ROLES,
+    PackedModule,
+    is_layout_marker,
+    is_quantizer_state,
+)
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
 from modelopt_convert.preset.preset import Preset, refuse_other_kind
@@ -29,13 +35,13 @@ def check_config_unquantized(base: Source) -> None:
     Raises:
         InputError: ``base.quantized``.
     """
-    path = str(base.path / "config.json")
+    path = base.config_place
     if base.config.get("quantization_config") is not None:
         raise InputError(
             f"{path}: expected an unquantized base, found a quantization_config",
             code="base.quantized",
             path=path,
-            hint="give the original model as --base; what is quantized is the export or the checkpoint",
+            hint="give the original model as the base; what is quantized is the export or the checkpoint",
         )
 
 
@@ -49,13 +55,14 @@ def check_unquantized(base: Source) -> None:
     with faults.taken(_QUANTIZATION):
         check_config_unquantized(base)
     for name, info in base.tensors.items():
-        where = f"{base.path}/{info.file}"
-        if name.rpartition(".")[2] in SCALE_ROLES or is_quantizer_state(name) or is_layout_marker(name):
+        where = f"{base.folder}/{info.file}"
+        role = name.rpartition(".")[2]
+        if role in SCALE_ROLES | TRANSFORM_ROLES.keys() or is_quantizer_state(name) or is_layout_marker(name):
             fault = InputError(
                 f"{where}: tensor {name!r}: expected an unquantized base, found a quantizer's tensor",
                 code="base.quantized",
                 path=where,
-                hint="give the original model as --base, and a ModelOpt export as --export",
+                hint="give the original model as the base; a build takes a ModelOpt export as --export",
             )
             faults.add(name, fault)
             continue
@@ -92,10 +99,10 @@ def check_same_config(mine: Source, base: Source, what: str) -> None:
     Raises:
         InputError: ``base.config``.
     """
-    path, faults = str(base.path / "config.json"), Faults()
+    path, faults = base.config_place, Faults()
     for key, left, right in differing_keys(mine.config, base.config):
         fault = InputError(
-            f"{path}: {key}: expected {left!r} as in the {what}, found {right!r}",
+            f"{path}: {key}: expected {left!r} as in the {what}, found {right!r} ({what}: {mine.config_place})",
             code="base.config",
             path=path,
             hint=f"give the base that the {what} was made from",
@@ -202,16 +209,15 @@ def check_preset(preset: Preset | None, export: Source) -> None:
     Raises:
         InputError: ``preset.wrong_model`` or ``preset.not_diffusion``.
     """
-    refuse_other_kind(export.config, str(export.path / "config.json"))
+    refuse_other_kind(export.config, export.config_place)
     if preset is None:
         return
     faults = Faults()
     for key, expected in preset.misfits(export.config):
         fault = InputError(
-            f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {expected}, "
-            f"found {export.config.get(key)!r}",
+            f"{export.config_place}: {key}: preset {preset.name} expects {expected}, found {export.config.get(key)!r}",
             code="preset.wrong_model",
-            path=str(export.path / "config.json"),
+            path=export.config_place,
             hint="leave --preset out to have it chosen, or name the model's own",
         )
         faults.add(key, fault)
@@ -241,7 +247,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
         logical[module.weight.name] = (module.rows, module.columns)
     if not logical.keys() & base.tensors.keys():
         raise InputError(
-            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one)",
+            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one; "
+            f"export: {export.path})",
             code="base.naming",
             path=str(base.path),
             hint="the names are neither diffusers' nor those of a whole model that mopt knows; give the base whole",
@@ -252,7 +259,7 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
     for name, info in base.tensors.items():
         if name not in logical and name not in odd:
             fault = InputError(
-                f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
+                f"{base.folder}/{info.file}: tensor {name!r} has no counterpart in the export (export: {export.path})",
                 code="export.missing_tensor",
                 path=str(export.path),
                 hint="the export is incomplete, or was made from another base: export again, or give that base",
@@ -270,7 +277,8 @@ def _base_faults(
             yield (
                 name,
                 InputError(
-                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor",
+                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor "
+                    f"(export: {export.path})",
                     code="base.missing_tensor",
                     path=str(base.path),
                     hint="give the base that the export was made from, whole",
@@ -280,10 +288,10 @@ def _base_faults(
             yield (
                 name,
                 InputError(
-                    f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
-                    f"found {list(info.shape)}",
+                    f"{base.folder}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
+                    f"found {list(info.shape)} (export: {export.path})",
                     code="base.shape",
-                    path=f"{base.path}/{info.file}",
+                    path=f"{base.folder}/{info.file}",
                     hint="give the base that the export was made from",
                 ),
             )
@@ -293,9 +301,9 @@ def _base_faults(
             yield (
                 name,
                 InputError(
-                    f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                    f"{base.folder}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                     code="base.dtype",
-                    path=f"{base.path}/{info.file}",
+                    path=f"{base.folder}/{info.file}",
                     hint="give an unquantized base",
                 ),
             )
@@ -317,9 +325,9 @@ def check_plain(export: Source, modules: Mapping[str, PackedModule], refused: Co
         info = export.tensors[name]
         if known.isdisjoint((name, module_of(name))) and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
             fault = InputError(
-                f"{export.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                f"{export.folder}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="export.dtype",
-                path=f"{export.path}/{info.file}",
+                path=f"{export.folder}/{info.file}",
                 hint="this export is not plain FP8; give the --base, or export again",
             )
             faults.add(name, fault)

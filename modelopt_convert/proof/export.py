@@ -298,9 +298,9 @@ def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> 
     for info in (plan.modules[name].bias for name in plan.packed):
         if info is not None and not bool(load(export, info.name).isfinite().all()):
             fault = InputError(
-                f"{export.path / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
+                f"{export.folder / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
                 code="export.not_finite",
-                path=str(export.path / info.file),
+                path=str(export.folder / info.file),
                 hint="the export is damaged; export again",
             )
             faults.add(info.name, fault)
@@ -347,12 +347,12 @@ def _refuse_other_values(
         names = [name for name in biases if not is_near_base(export, base, name, near)]
         how, more = "are not near the base's", ""
     if names:
-        where = str(export.path / export.tensors[names[0]].file)
+        where = str(export.folder / export.tensors[names[0]].file)
         with torch.inference_mode():
             first = f"{names[0]} {first_difference(export, base, names[0])}"
         listed = f": {few(names)}" if len(names) > 1 else ""
         fault = InputError(
-            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first})",
+            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first}; base: {base.path})",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "

@@ -287,3 +287,23 @@ class Faults:
         """
         if self._found:
             raise joint(self._found) from self._found[0][1]
+
+
+@contextmanager
+def about(where: str) -> Iterator[None]:
+    """Say of what is raised inside without a file that it is about this one.
+
+    Args:
+        where: The checkpoint.
+    """
+    try:
+        yield
+    except InputError as error:
+        parts = [(name, _at_place(fault, where)) for name, fault in error.parts or (("", error),)]
+        raise (joint(parts) if error.parts else parts[0][1]) from error
+
+
+def _at_place(fault: InputError, where: str) -> InputError:
+    if fault.path is not None:
+        return fault
+    return InputError(f"{where}: {fault.message}", code=fault.code, path=where, hint=fault.hint)

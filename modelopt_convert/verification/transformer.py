@@ -107,7 +107,7 @@ def verify_opened(
     """
     subject = find_subject(reader, base)
     # A record is about all that a folder holds; one file is looked at alone.
-    record = read_record(reader.path) if with_record and not reader.is_alone else None
+    record = read_record(reader.folder) if with_record and not reader.is_alone else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
     if with_record:

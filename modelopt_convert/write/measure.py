@@ -46,12 +46,12 @@ def measure(
         found = _largest(base, plan.modules[name], advance, stopped, gpu)
         if scale_of(found) == 0.0:
             info = plan.modules[name].weight
-            where = str(base.path / info.file)
+            where = str(base.folder / info.file)
             raise InputError(
                 f"{where}: tensor {info.name!r}: expected values to scale, found none above {found}",
                 code="base.all_zero",
                 path=where,
-                hint=f"the base is damaged or not trained; download it again, or --keep-bf16 '{name}'",
+                hint=f"the base is damaged or not trained; download it again, or build with --keep-bf16 '{name}'",
             )
         return found
 
@@ -90,7 +90,7 @@ def _largest(
     gpu: "Gpu | None",
 ) -> float:
     info = module.weight
-    where = str(base.path / info.file)
+    where = str(base.folder / info.file)
     found = 0.0
     try:
         pieces = gpu.largest(base, info) if gpu is not None else _pieces(base, info)

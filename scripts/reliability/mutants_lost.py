@@ -48,7 +48,7 @@ LOST = tuple(
         (
             f"{_CONVERT}restore.py",
             "a record is of the file's bytes",
-            "changed = _changed(claim.digests, raw, read) if alone else None",
+            "changed = changed_since(claim.digests, raw, read) if alone else None",
             "changed = None",
             f"{_CONVERT}test_forged_records.py::"
             "test_a_record_beside_other_weights_gives_nothing_that_the_file_does_not_say",

@@ -106,7 +106,7 @@ def test_who_wrote_the_base_does_not_matter(nvfp4: Path, base: Path, tmp_path: P
 @pytest.mark.parametrize("found", [{"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}])
 def test_a_quantized_base_is_refused(found: Any, nvfp4: Path, base: Path, tmp_path: Path) -> None:
     other = edit(base, tmp_path / "base", change_config=set_config("quantization_config", found))
-    refused(nvfp4, other, tmp_path, code="base.quantized", names=(f"{other}/config.json",), hint="--base")
+    refused(nvfp4, other, tmp_path, code="base.quantized", names=(f"{other}/config.json",), hint="the original model")
 
 
 def test_the_export_as_its_own_base_is_refused(nvfp4: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
 from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset
 from modelopt_convert.report.report import ClippedReport, Report
-from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.errors import Faults, InputError, about
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
@@ -120,12 +120,13 @@ class BuildCommand:
             refuse_other_claim(steps.parts, request.base_model)
             known = request.base_model or base_repo(steps.parts)
             if request.preset is None:
-                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
+                with about(str(steps.parts[0].model.path)):
+                    steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
             faults, plans = Faults(), list[BuildPlan]()
             for part in steps.parts:
-                with steps.clock.timed("plan"), faults.taken(prefix=part.prefix):
+                with steps.clock.timed("plan"), faults.taken(prefix=part.prefix), about(str(part.model.path)):
                     plans.append(self._plan(part))
             faults.refuse()
             steps.plans += plans
@@ -176,7 +177,7 @@ class BuildCommand:
                 steps.inputs.check_unchanged()
                 self._close(stage, progress)
                 if request.to != "modelopt":
-                    self._convert(stage, executor, progress)
+                    self._convert(stage, progress)
                 with steps.clock.timed("publish"):
                     try:
                         stage.publish()
@@ -259,11 +260,13 @@ class BuildCommand:
         steps.warned += fits.warned
         return fits
 
-    def _convert(self, stage: StagingDir, executor: Executor, progress: Progress) -> None:
+    def _convert(self, stage: StagingDir, progress: Progress) -> None:
         """Write the target's files, read them back, and take out of the stage what they were made from."""
         steps = self.steps
         with_proof = (steps.parts[0], steps.proofs[0].report)
-        done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
+        # Here, whoever wrote what it is made of: it takes the base's files too, which a task does not.
+        with open_executor("threads") as executor:
+            done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
         steps.converted = done
         steps.warned += done.warned
         for closed in done.closed:

@@ -1,6 +1,6 @@
 """The report of a build, put together in one place from what its steps returned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modelopt_convert.checkpoint.companions import Companions
@@ -34,6 +34,10 @@ from modelopt_convert.report.report import (
 )
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.stage.directory import Published
+
+# What is said of engines that read ModelOpt's dialect, and of SGLang among them.
+_OF_MODELOPT = frozenset({"build.fused_scales", "engine.fused_scales", "export.fused_scales"})
+_OF_SGLANG = frozenset({"engine.dynamic_input_scale", "engine.shared_name", "preset.structural"})
 
 
 @dataclass(slots=True)
@@ -140,10 +144,17 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         device=steps.device,
         peak_gpu_bytes=steps.peak_gpu_bytes,
         timings_s=steps.clock.seconds,
-        warnings=warnings_of([*steps.inputs.left_aside(), *steps.warned]),
+        warnings=warnings_of([*steps.inputs.left_aside(), *_meant(steps.warned, request)]),
         versions=versions(),
         **ending(error, "planned" if steps.is_planned else "ok"),
     )
+
+
+def _meant(warned: Sequence[Warned], request: BuildRequest) -> list[Warned]:
+    """What is said to somebody who builds for an engine: nothing of how others read what is not for them."""
+    left = frozenset[str]() if request.engine == "sglang" else _OF_SGLANG
+    left = left if request.to == "modelopt" else _OF_SGLANG | _OF_MODELOPT
+    return [one for one in warned if one[0] not in left]
 
 
 def _pipeline_command(request: BuildRequest, steps: Steps) -> str | None:

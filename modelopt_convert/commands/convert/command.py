@@ -13,6 +13,7 @@ from modelopt_convert.checkpoint.location import local_path, read_small
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
+from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import refuse_failed
@@ -35,7 +36,13 @@ from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.engine_names import known_of_engines
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.nunchaku import is_nunchaku, prove_near_nunchaku, refuse_other_targets
-from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
+from modelopt_convert.commands.convert.output import (
+    SAID_BY_CONFIG,
+    ConvertPlan,
+    not_restored_warnings,
+    plan_output,
+    small_files,
+)
 from modelopt_convert.commands.convert.proof import (
     Compared,
     check_blocks,
@@ -143,7 +150,7 @@ class ConvertCommand:
             with self._clock.timed("plan"):
                 claim = self._claim(reader, found, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
-                self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
+                self._kept = keep(reader, found, plan.settled, plan.expected, _kept_config(reader, found), request.to)
             self._warned += [*plan.warned, *not_restored_warnings(plan)]
             if request.to == "modelopt" and plan.config is not None:
                 config = json_object(plan.config.decode())
@@ -281,8 +288,8 @@ def _configs_compared(reader: CheckpointReader, source: Source, base: Checkpoint
     return compare_configs(reader, base)
 
 
-def _own_config(reader: CheckpointReader) -> str | None:
-    """The text of a folder's own config.json."""
-    if reader.config_from != OWN:
-        return None
-    return read_small(reader.path / "config.json", _MAX_CONFIG, code="config").decode()
+def _kept_config(reader: CheckpointReader, source: Source) -> str | None:
+    """The text of a folder's own config.json; of a file whose dialect needs one, what stood in for it."""
+    if reader.config_from == OWN:
+        return read_small(reader.folder / "config.json", _MAX_CONFIG, code="config").decode()
+    return json_bytes(reader.config).decode() if reader.config and source.form.name in SAID_BY_CONFIG else None

@@ -128,7 +128,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
     faults = Faults()
     if missing := sorted(base.tensors.keys() - names):
         fault = InputError(
-            f"{where}: expected every tensor of the base, found {len(missing)} missing",
+            f"{where}: expected every tensor of the base, found {len(missing)} missing (base: {base.path})",
             code="export.missing_tensor",
             path=where,
             hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
@@ -136,7 +136,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
         faults.add("", fault.at(missing))
     if extra := sorted(names - base.tensors.keys()):
         fault = InputError(
-            f"{base.path}: expected every tensor of SOURCE, found {len(extra)} missing",
+            f"{base.path}: expected every tensor of {where}, found {len(extra)} missing",
             code="base.missing_tensor",
             path=str(base.path),
             hint="give the base that the checkpoint was made from, whole",

@@ -122,7 +122,7 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
     Raises:
         InputError: ``record.*``: a record is there, and cannot be used.
     """
-    record = read_record(reader.path)
+    record = read_record(reader.folder)
     said = record.get(KEY) if record is not None else None
     if record is None or not isinstance(said, dict):
         return None
@@ -131,7 +131,7 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
     try:
         return _claim(said, record["digests"]["tensors"])
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
-        where = str(reader.path / "mopt.json")
+        where = str(reader.folder / "mopt.json")
         raise InputError(
             f"{where}: what it says of the conversion is malformed ({str(error)[:80]})",
             code="record.content",

@@ -141,7 +141,7 @@ def refuse_parts(reader: CheckpointReader, modules: Collection[str]) -> None:
         module, _, role = info.name.rpartition(".")
         if role != "weight" or info.dtype != FORMAT.packed_dtype or len(info.shape) != 2:
             continue
-        scale, path = reader.tensors.get(f"{module}.weight_scale"), str(reader.path / info.file)
+        scale, path = reader.tensors.get(f"{module}.weight_scale"), str(reader.folder / info.file)
         if module not in modules or scale is None or scale.dtype not in _SCALE_DTYPES:
             found = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
             fault = InputError(
@@ -192,10 +192,10 @@ def _can(reader: CheckpointReader, module: ModuleLayout, name: str, kind: Kind) 
     if not linear or size == (rows, columns):
         return True
     raise InputError(
-        f"{reader.path / info.file}: tensor {info.name!r}: expected {list(size)} as 128x4 scales have, "
+        f"{reader.folder / info.file}: tensor {info.name!r}: expected {list(size)} as 128x4 scales have, "
         f"found {list(info.shape)}",
         code="layout.shape",
-        path=str(reader.path / info.file),
+        path=str(reader.folder / info.file),
         hint="scales of this shape are row-major; `mopt inspect --base` proves it",
     )
 

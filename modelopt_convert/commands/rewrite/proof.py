@@ -85,7 +85,7 @@ def compare_bases(source: CheckpointReader, base: CheckpointReader) -> list[Warn
         base: Its base, all of which was read.
     """
     try:
-        record = read_record(source.path)
+        record = read_record(source.folder)
     except InputError as error:
         return [(error.code, error.message)]
     return [("base.not_recorded", words) for words in other_base(record, base.identity())]
@@ -114,8 +114,14 @@ def prove_rewritten(
     wrong = [f"{name}: {one.verdict}{_place(one)}" for name, one in modules.items() if one.verdict in REFUTED]
     near = [f"{name}: near{_place(one)}" for name, one in modules.items() if one.verdict == "near"]
     report = rewritten_report(modules, limit, format_proof(FORMAT.algorithm).method, unlike=unlike, like=like)
-    unusable = [f"{one.module}: {one.message}" for one in lint if one.code in SCALE_FAULTS]
+    # A file without any, as ComfyUI's may be, is not damaged by that, and a rewrite takes none away.
+    has_inputs = any(name.endswith(".input_scale") for name in written.tensors)
+    due = SCALE_FAULTS if has_inputs else SCALE_FAULTS - {"input_scale.missing"}
+    unusable = [f"{one.module}: {one.message}" for one in lint if one.code in due]
     odd = [one.message for one in lint if one.code == "input_scale.odd"]
+    odd += ["no module has an input_scale, nor had one in the source"] * any(
+        one.code == "input_scale.missing" for one in lint if not has_inputs
+    )
     readings = {name: one.reading for name, one in found.items() if one.reading is not None}
     scales = scale_words(found, ())
     bad, close = [*wrong, *unusable, *unlike], [*near, *like]

@@ -120,7 +120,7 @@ def _words(fault: LintReport) -> str:
 def _declaration_faults(subject: Subject) -> list[str]:
     """Engines load by config.json: what it says must be what the tensors are."""
     try:
-        path = str(subject.reader.path / "config.json")
+        path = subject.reader.config_place
         check_quant_config(subject.reader.config, subject.format, path=path)
     except InputError as error:
         return [error.message]

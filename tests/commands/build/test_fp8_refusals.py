@@ -158,7 +158,8 @@ def test_scales_of_another_dtype_or_shape_are_refused(
 ) -> None:
     """Per row, per block, or of another algorithm: the runtime takes one F32 number."""
     export = edit(fp8, tmp_path / "export", put(name, value))
-    fp8_refused(export, base, tmp_path, code="export.shape", names=(SHARD, name, found))
+    why = "scales are F32;" if value.ndim == 0 else "one scale per weight;"
+    fp8_refused(export, base, tmp_path, code="export.shape", names=(SHARD, name, found), hint=why)
 
 
 @pytest.mark.parametrize(
