@@ -346,7 +346,9 @@ def _tell(
 
 def _tell_error(output: Output, error: ErrorReport | None) -> None:
     if error is not None:
-        for one in error.faults if len(error.faults) > 1 else [error]:
+        # Of a joint failure each kind; what is one verdict on many is said in its own words.
+        is_joint = len(error.faults) > 1 and error.message.startswith(error.faults[0].message)
+        for one in error.faults if is_joint else [error]:
             output.aside(f"error: {one.message} [{one.code}]")
             if one.hint:
                 output.aside(f"hint: {one.hint}")

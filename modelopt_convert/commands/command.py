@@ -1,6 +1,8 @@
 """What every command has: a clock, opened inputs, warnings; and what of its report is the same for all. No torch."""
 
+import ast
 import platform
+import re
 import sys
 import time
 from collections import Counter
@@ -43,6 +45,7 @@ Reported = TypeVar("Reported", covariant=True)
 Warned = tuple[str, str]
 """The code of a warning, and what it says."""
 
+_TENSOR = re.compile(r"\btensor ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")")  # repr() of a name
 _STATUS: dict[type[MoptError], Status] = {
     CheckFailedError: "mismatch",
     InconclusiveError: "inconclusive",
@@ -365,7 +368,11 @@ def versions() -> dict[str, str]:
 
 
 def _faults(error: BaseException) -> list[FaultReport]:
-    """All that a failure names, kind by kind."""
+    """All that a failure names, kind by kind; a failure of one tensor names it in its message, as all messages do."""
+    if not isinstance(error, MoptError):
+        return []
+    named = _TENSOR.search(error.message)
+    parts = error.parts or ([(ast.literal_eval(named[1]), error)] if named is not None else [])
     return [
         FaultReport(
             code=one.code,
@@ -374,7 +381,7 @@ def _faults(error: BaseException) -> list[FaultReport]:
             path=one.path,
             names=list(one.names),
         )
-        for one in (kinds(error.parts) if isinstance(error, MoptError) else ())
+        for one in kinds(parts)
     ]
 
 

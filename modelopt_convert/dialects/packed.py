@@ -192,8 +192,7 @@ def missing_scale(module: str, role: str, expected: str, where: str) -> InputErr
             "calibration never reached this module; calibrate with real prompts and export again"
             if role == "input_scale"
             else "the export is incomplete; export again"
-        )
-        + f", or build with --keep-bf16 '{module}'",
+        ),
     )
 
 

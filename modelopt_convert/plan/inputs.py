@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.packed import (
@@ -21,6 +22,8 @@ _QUANTIZATION = "quantization_config"
 _SHOWN_CHARS = 120  # of a key with its value
 _SHOWN_KEYS = 20
 _ADAPTER = re.compile(r"(^|\.)(base_model\.model\.|base_layer\.|lora_(A|B|up|down|magnitude_vector)\.)")
+_BLOCK = re.compile(r"\.[0-9]+\.")
+Shapes = Mapping[str, tuple[int, ...]]
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
@@ -234,8 +237,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
         refused: Its modules and tensors that are no module of the format, of which nothing is said here.
 
     Raises:
-        InputError: ``base.naming``, ``base.missing_tensor``, ``base.shape``, ``base.dtype`` or
-            ``export.missing_tensor``.
+        InputError: ``base.naming``, ``base.missing_tensor``, ``base.shape``, ``base.dtype``, ``export.shape``
+            or ``export.missing_tensor``.
     """
     # What the export's tensors were before quantization.
     logical = {name: export.tensors[name].shape for name in model_tensors(export)}
@@ -271,6 +274,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
 def _base_faults(
     logical: Mapping[str, tuple[int, ...]], export: Source, base: Source
 ) -> Iterator[tuple[str, InputError]]:
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    usual = [_by_place(side) for side in (logical, shapes)]
     for name, shape in logical.items():
         info = base.tensors.get(name)
         if info is None:
@@ -285,16 +290,7 @@ def _base_faults(
                 ),
             )
         elif info.shape != shape:
-            yield (
-                name,
-                InputError(
-                    f"{base.folder}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
-                    f"found {list(info.shape)} (export: {export.path})",
-                    code="base.shape",
-                    path=f"{base.folder}/{info.file}",
-                    hint="give the base that the export was made from",
-                ),
-            )
+            yield name, _shape_fault(name, logical, export, base, usual)
         elif info.dtype not in HALF_AND_FLOAT and not (
             info.dtype in _INTEGER_DTYPES and info.dtype == export.tensors[name].dtype
         ):
@@ -307,6 +303,50 @@ def _base_faults(
                     hint="give an unquantized base",
                 ),
             )
+
+
+def _by_place(shapes: Shapes) -> dict[str, Counter[tuple[int, ...]]]:
+    """How often each shape occurs at one place of all blocks."""
+    found: dict[str, Counter[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        found.setdefault(_BLOCK.sub(".#.", name), Counter())[shape] += 1
+    return found
+
+
+def _shape_fault(
+    name: str, logical: Shapes, export: Source, base: Source, usual: Sequence[Mapping[str, Counter[tuple[int, ...]]]]
+) -> InputError:
+    """The fault of a tensor that has two shapes: of the file that the other blocks, or the bias, of both tell.
+
+    Args:
+        name: Of the tensor.
+        logical: The export's shapes, unpacked.
+        export: The export.
+        base: The base.
+        usual: Of the export and of the base, by ``_by_place``.
+    """
+    mine, theirs, place = logical[name], base.tensors[name].shape, _BLOCK.sub(".#.", name)
+    others = [side[place] - Counter([own]) for side, own in zip(usual, (mine, theirs), strict=True)]
+    told = {max(side, key=lambda shape: side[shape]) if side else None for side in others}
+    bias, bias_of_base = (logical.get(f"{module_of(name)}.bias"), base.tensors.get(f"{module_of(name)}.bias"))
+    is_right = [told == {shape} for shape in (mine, theirs)]
+    if not any(is_right) and bias is not None and bias_of_base is not None and bias == bias_of_base.shape:
+        is_right = [shape[:1] == bias for shape in (mine, theirs)]
+    mine_at, theirs_at = (f"{one.folder}/{one.tensors[name].file}" for one in (export, base))
+    if is_right == [False, True]:
+        return InputError(
+            f"{mine_at}: tensor {name!r}: expected {list(theirs)} as in {theirs_at}, found {list(mine)}",
+            code="export.shape",
+            path=mine_at,
+            hint="the export is cut or mixed up; export again",
+        )
+    either = "" if is_right == [True, False] else "; or export again, if it is the export that is damaged"
+    return InputError(
+        f"{theirs_at}: tensor {name!r}: expected {list(mine)} as in {mine_at}, found {list(theirs)}",
+        code="base.shape",
+        path=theirs_at,
+        hint=f"give the base that the export was made from, whole{either}",
+    )
 
 
 def check_plain(export: Source, modules: Mapping[str, PackedModule], refused: Collection[str]) -> None:

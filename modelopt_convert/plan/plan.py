@@ -59,6 +59,15 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some tensors of a source."""
+
+    path: Location
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One output tensor: where its bytes come from and what happens to them.
 

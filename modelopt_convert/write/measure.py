@@ -8,6 +8,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.tensor_bytes import largest_of_chunk
+from modelopt_convert.plan.keeps import with_keep
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.proof.judgement import format_proof
 from modelopt_convert.run.errors import Faults, InputError
@@ -58,7 +59,7 @@ def measure(
     largest, faults = dict[str, float](), Faults()
     for name, found in zip(plan.packed, all_in_order(plan.packed, measured, workers), strict=True):
         if isinstance(found, InputError):
-            faults.add(name, found)
+            faults.add(name, with_keep(found, name, plan.fused))
         else:
             largest[name] = found
     faults.refuse()

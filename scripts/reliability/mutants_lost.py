@@ -13,7 +13,7 @@ LOST = tuple(
         (
             "commands/rewrite/command.py",
             "a packed weight without block scales",
-            "        refuse_parts(reader, modules)\n",
+            "        add_parts(reader, modules, faults)\n",
             "",
             f"{_PARTS}a_packed_weight_without_block_scales_is_not_left_as_it_is_among_others",
         ),

@@ -3,6 +3,7 @@
 Everything is moved by recipes: what is written is a copy of tensors that the source's reader presents.
 """
 
+from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from modelopt_convert.checkpoint.config import OWN
 from modelopt_convert.checkpoint.header import json_object
 from modelopt_convert.checkpoint.location import local_path, read_small
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
@@ -58,12 +60,12 @@ from modelopt_convert.commands.convert.written import read_back, stream_converte
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import compare_bases, compare_configs, rewritten_report
 from modelopt_convert.dialects.awq import transformed_modules
-from modelopt_convert.dialects.source import Source, describe
+from modelopt_convert.dialects.source import Source, describe_sound
 from modelopt_convert.engines.limits import DEFAULT
 from modelopt_convert.plan.inputs import check_config_unquantized
 from modelopt_convert.report.report import EngineLimitReport, ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import Published, StagingDir
@@ -127,7 +129,10 @@ class ConvertCommand:
                 check_config_unquantized(against)
                 self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
-                found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
+                known, faults = against.tensors if against is not None else {}, Faults()
+                found = self._source = describe_sound(reader, request.from_, known, faults)
+                if against is None or stage is None:  # no data is compared
+                    faults.refuse()
             if request.config is not None and found.other_class is not None:
                 raise InputError(
                     f"{request.config}: expected a config.json of {found.found.family.class_names[0]}, as the names of "
@@ -143,10 +148,13 @@ class ConvertCommand:
             else:
                 reader.take_beside(BASE, against)
                 self._warned += _configs_compared(reader, found, against)
-                check_whole(found.described, against, str(reader.path))
+                told = faults.names.union(module_of(name) for name in faults.names if name in reader.stored)
+                with faults.taken():
+                    check_whole(found.described, against, str(reader.path), told)
                 if stage is not None:
-                    with self._clock.timed("prove"), torch_on_one_thread():
-                        self._prove(reader, found, against)
+                    with self._clock.timed("prove"), torch_on_one_thread(), faults.taken():
+                        self._prove(reader, found, against, told | faults.names)
+                faults.refuse()
             with self._clock.timed("plan"):
                 claim = self._claim(reader, found, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
@@ -210,7 +218,7 @@ class ConvertCommand:
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )
 
-    def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader) -> None:
+    def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader, told: Collection[str]) -> None:
         if transformed_modules(source.described):
             self._words = prove_near(reader, source.described, base, self._request.max_error)
             return
@@ -221,7 +229,7 @@ class ConvertCommand:
         if why is not None:
             self._words = why
             return
-        found = prove_source(reader, source.described, base, self._request)
+        found = prove_source(reader, source.described, base, self._request, told)
         self._proof, self._words = found.report, found.report.words
         self._warned += [("proof.scale_factor", words) for words in found.scales]
 

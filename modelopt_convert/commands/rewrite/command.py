@@ -6,10 +6,12 @@ otherwise are stripped. With a base only modules that need it are rewritten, and
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modelopt_convert.checkpoint.location import local_path
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
@@ -36,13 +38,14 @@ from modelopt_convert.commands.rewrite.plan import (
     BASIS,
     Kind,
     RewritePlan,
+    add_parts,
     against_words,
     choose,
     config_and_index,
     plan_rewrite,
     proven_answers,
     refuse_names,
-    refuse_parts,
+    scale_faults,
 )
 from modelopt_convert.commands.rewrite.proof import (
     REWRITE,
@@ -61,6 +64,7 @@ from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.report.inspect import ModuleLayout
 from modelopt_convert.report.report import ProofReport, Report
+from modelopt_convert.run.errors import Faults, kinds
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import Published, StagingDir
@@ -123,10 +127,18 @@ class RewriteCommand:
             if against is not None:
                 present_under_names_of(against, reader)
                 self._warned += compare_configs(reader, against)
+            faults = Faults()
             with self._clock.timed("inspect"):
-                modules = self._look(reader, against)
+                modules = self._look(reader, against, faults)
                 self._evidence = {name: getattr(one, BASIS[self._kind]) for name, one in modules.items()}
-            chosen = choose(modules, self._kind, reader, against)
+            chosen = choose(modules, self._kind, reader, against, faults)
+            if faults and against is not None and not request.dry_run:
+                # What would be refused once it is written is told with what is known now.
+                with self._clock.timed("inspect"), faults.taken():
+                    found = prove_rewritten(reader, against, request, Faults()).but_for(faults.names)
+                    found = replace(found, misdeclared=[])  # which is what shall be mended
+                    refuse_unproven(found, str(source_path), REWRITE, accept_near=request.accept_near)
+            faults.refuse()
             plan = self._plan = plan_rewrite(reader, modules, chosen, self._kind)
             if against is None:
                 message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
@@ -186,12 +198,19 @@ class RewriteCommand:
         if self._beside:
             reader.present({name: one for name, one in reader.tensors.items() if name not in self._beside})
 
-    def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
+    def _look(self, reader: CheckpointReader, base: CheckpointReader | None, faults: Faults) -> dict[str, ModuleLayout]:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
         modules = {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
-        refuse_parts(reader, modules)
+        add_parts(reader, modules, faults)
+        if modules:
+            lacking, told = scale_faults(reader, base), faults.names
+            if base is None:  # it is done as told
+                self._warned += [(one.code, f"{one.line}: {one.hint}") for one in kinds(lacking)]
+            for name, fault in lacking if base is not None else ():
+                if told.isdisjoint((name, module_of(name))):
+                    faults.add(name, fault)
         if base is not None and modules:  # a few rows may not tell what the whole weight does
-            for name, layout in proven_layouts(reader, base, self._request).items():
+            for name, layout in proven_layouts(reader, base, self._request, Faults()).items():
                 modules[name] = proven_answers(modules[name], layout)
         return modules
 
