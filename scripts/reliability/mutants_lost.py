@@ -20,7 +20,7 @@ LOST = tuple(
         (
             "commands/rewrite/command.py",
             "what lies beside the transformer",
-            "                self._leave_out(reader)\n",
+            "                self._beside, warned = present_transformer(reader)\n                self._warned += warned\n",
             "",
             f"{_PARTS}a_text_encoder_in_the_file_is_left_out_and_said",
         ),

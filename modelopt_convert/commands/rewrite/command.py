@@ -13,6 +13,7 @@ from modelopt_convert.checkpoint.location import local_path
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
+from modelopt_convert.commands.beside import present_transformer
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, written_faults
@@ -20,7 +21,6 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
-    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,
@@ -54,7 +54,6 @@ from modelopt_convert.commands.rewrite.proof import (
     rewritten_report,
 )
 from modelopt_convert.dialects.presented import present_under_names_of
-from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import check_roles
@@ -111,7 +110,8 @@ class RewriteCommand:
             stack.enter_context(self._inputs)
             with self._clock.timed("open"):
                 reader = self._inputs.open("source", source_path)
-                self._leave_out(reader)
+                self._beside, warned = present_transformer(reader)
+                self._warned += warned
             refuse_names(reader, request)
             stage: StagingDir | None = None
             if not request.dry_run:
@@ -177,14 +177,6 @@ class RewriteCommand:
             versions=versions(),
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )
-
-    def _leave_out(self, reader: CheckpointReader) -> None:
-        """Present the transformer alone, of a whole checkpoint: what lies beside it has an order of its own."""
-        found = recognise({name: info.shape for name, info in reader.tensors.items()})
-        self._beside, warned = beside_transformer(reader, found) if found is not None else ({}, [])
-        self._warned += warned
-        if self._beside:
-            reader.present({name: one for name, one in reader.tensors.items() if name not in self._beside})
 
     def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
