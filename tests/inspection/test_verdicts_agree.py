@@ -24,10 +24,17 @@ def check(source: Path) -> dict[str, Any]:
     report = inspected(source, "--engines")
     verdicts = {one["engine"]: one["verdict"] for one in report["verdicts"]}
     assert table_of(source) == verdicts
-    names = set()
+    names, codes = set(), 0
     for file in [source] if source.is_file() else source.glob("*.safetensors"):
         with safe_open(file, "pt") as handle:
-            names |= {name.rpartition(".")[0] for name in handle.keys()}  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                names.add(name.rpartition(".")[0])
+                tensor = handle.get_slice(name)
+                codes += int(
+                    name.endswith(".weight")
+                    and len(tensor.get_shape()) == 2
+                    and tensor.get_dtype() in ("U8", "F8_E4M3", "F8_E5M2", "I8")
+                )
     for one in report["verdicts"]:
         listed = {name for modules in one["modules"].values() for name in modules}
         assert listed <= names, one
@@ -36,7 +43,7 @@ def check(source: Path) -> dict[str, Any]:
             alike = [modules for modules in one["modules"].values() if min(modules) == first]
             assert not alike or int(count) in map(len, alike), one
         for count in re.findall(r"takes (\d+) modules for", one["how"]):
-            assert int(count) == len(report["modules"]), one
+            assert int(count) == codes, one
     for view in report["engines"]:
         engine = view["name"].partition("@")[0]
         if verdicts[engine] == "refuses":
@@ -50,18 +57,18 @@ def test_a_file_of_each_dialect(tmp_path: Path, dialect: str, maker: Any) -> Non
 
 
 @pytest.mark.parametrize("form", ["nvfp4", "fp8"])
-@pytest.mark.parametrize("family", ["flux1", "flux2", "qwen_image", "ltx2", "wan", "hunyuan_video", "z_image"])
+@pytest.mark.parametrize("family", ["flux1", "flux2", "qwen_image", "wan"])
 def test_the_folder_of_a_file_has_the_verdicts_of_the_file(
     families: Path, tmp_path: Path, family: str, form: str
 ) -> None:
     """An OUT of ComfyUI's has no config.json: no engine takes it for a repo, and SGLang loads either the same way."""
     export, base = families / family / form, families / family / "base"
-    for target in ("comfyui", "bfl-diffusers"):
+    for target in ("comfyui", "bfl-diffusers") if family == "flux2" else ("comfyui",):
         out = tmp_path / target
         made = run_mopt("convert", export, out, "--to", target, "--base", base, "--inexact", "bf16")
         assert made.exit_code == 0, made.stderr
         of_folder, of_file = check(out)["verdicts"], check(next(out.glob("*.safetensors")))["verdicts"]
         assert of_folder == of_file
         told = next(one for one in of_file if one["engine"] == "sglang")
-        if target == "comfyui" and family in ("flux1", "wan", "hunyuan_video"):
+        if target == "comfyui" and family in ("flux1", "wan"):
             assert told["verdict"] == "refuses" and told["depends"] == "" and told["how"].startswith("raises ")
