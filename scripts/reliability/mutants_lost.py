@@ -20,8 +20,8 @@ LOST = tuple(
         (
             "commands/rewrite/command.py",
             "what lies beside the transformer",
-            "                self._beside, warned = present_transformer(reader)\n                self._warned += warned\n",
-            "",
+            "= present_transformer(reader)",
+            "= {}, []",
             f"{_PARTS}a_text_encoder_in_the_file_is_left_out_and_said",
         ),
         (
