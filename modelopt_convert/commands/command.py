@@ -5,7 +5,6 @@ import platform
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.presented import Presented, stands_for
-from modelopt_convert.families.table import Found, left_out
 from modelopt_convert.formats.finite import NotFinite, not_finite_words
 from modelopt_convert.report.report import ErrorReport, FaultReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
@@ -332,16 +330,6 @@ def published_warnings(published: Published | None) -> list[Warned]:
     if published is None:
         return []
     return [("output.old_not_removed", text) for text in published.warnings] + foreign_warnings(published.foreign)
-
-
-def beside_transformer(reader: CheckpointReader, found: Found) -> tuple[dict[str, str], list[Warned]]:
-    """What lies in a source beside its transformer: what becomes of each tensor, and what is said of all."""
-    what = {name: one for name in reader.tensors if (one := left_out(name, found)) is not None}
-    if not what:
-        return {}, []
-    words = ", ".join(f"{count} of {one}" for one, count in sorted(Counter(what.values()).items()))
-    message = f"source {reader.path}: tensors that are not the transformer's are left out: {words}"
-    return {name: f"left out: {one}" for name, one in what.items()}, [("input.left_out", message)]
 
 
 def foreign_warnings(names: Sequence[str], verb: str = "went") -> list[Warned]:

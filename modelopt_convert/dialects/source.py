@@ -15,7 +15,7 @@ from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.dialects.targets import FORMS, form_of
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.table import FAMILIES, Found, candidates
+from modelopt_convert.families.table import FAMILIES, Found, beside, candidates
 from modelopt_convert.run.errors import Faults, InputError
 
 
@@ -59,7 +59,11 @@ def describe(
         InputError: ``convert.dialect``, ``naming.*`` or ``dialect.*``.
     """
     where = str(reader.path)
-    headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
+    several = candidates({name: info.shape for name, info in (whole or reader.tensors).items()})
+    # A text encoder may be in a dialect of its own, and with faults of its own.
+    rest = beside(reader.tensors, several[0] if len(several) == 1 else None)
+    tensors = {name: info for name, info in reader.tensors.items() if name not in rest}
+    headers = Headers(tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
     form = FORMS[wanted] if wanted is not None else form_of(dialect)
     if form is None:
@@ -71,8 +75,8 @@ def describe(
         )
     # The names of nunchaku are no spelling of a family: its form gives diffusers'.
     own = form.read(headers, reader.read_of, {}, where) if form is NUNCHAKU else None
-    named = own.tensors if own is not None else whole or reader.tensors
-    several = candidates({name: info.shape for name, info in named.items()})
+    if own is not None:
+        several = candidates({name: info.shape for name, info in own.tensors.items()})
     if len(several) > 1:
         first, second = (f"{one.family.title} under {one.prefix!r}" for one in several[:2])
         raise InputError(
@@ -92,12 +96,12 @@ def describe(
         )
     if own is not None:
         found = found._replace(evidence=[f"modules of {found.family.title} in nunchaku's names"])
-    described = own or form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
+    described = own or form.read(headers, reader.read_of, true_shapes(tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
     check_described(described, where)
     # By the checkpoint's own names: what a form renamed has its fate from the form.
-    fates = {name: described.fates.get(name, f"read as {name}") for name in reader.tensors}
+    fates = {name: rest.get(name) or described.fates.get(name, f"read as {name}") for name in reader.tensors}
     config, other_class = architecture(described.config, found)
     described = replace(described, fates=fates, config=config)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described, other_class)

@@ -2,11 +2,15 @@
 
 from collections.abc import Collection, Iterator
 
+from modelopt_convert.checkpoint.config import OWN
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.engines import vllm_omni
 from modelopt_convert.engines.belief import Belief, mistaken
 from modelopt_convert.engines.limits import declared
+from modelopt_convert.engines.outcome import Reading
 from modelopt_convert.engines.sglang import GUESSED, believe_fp8, misread
+from modelopt_convert.engines.sglang_files import Named, read
+from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import is_modelopts
 from modelopt_convert.plan.ignore import spellings
@@ -19,6 +23,25 @@ def linears_of(reader: CheckpointReader) -> list[str]:
     """All Linears of a checkpoint, packed or not."""
     found = (name for name, one in reader.tensors.items() if name.endswith(".weight") and len(one.shape) == 2)
     return [name.removesuffix(".weight") for name in found]
+
+
+def is_one_file(reader: CheckpointReader) -> bool:
+    """Whether engines take it for one file: where no config.json of its own is beside it, it is no repo to them."""
+    return reader.is_alone or reader.config_from != OWN
+
+
+def sglang_reading(reader: CheckpointReader) -> Reading:
+    """What SGLang makes of a transformer, of the files that it lies in; of FP8 in a repo ``beliefs`` says it."""
+    found = recognise({name: info.shape for name, info in reader.tensors.items()})
+    named = Named(found.family.name, found.spelling != "diffusers", found.prefix) if found is not None else None
+    return read(
+        reader.tensors,
+        reader.metadata,
+        reader.config,
+        is_file=is_one_file(reader),
+        named=named,
+        whole=reader.stored.keys(),
+    )
 
 
 def beliefs(reader: CheckpointReader) -> Iterator[Belief]:

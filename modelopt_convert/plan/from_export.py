@@ -181,7 +181,7 @@ def _broken(
 def _sound(source: Source, broken: Collection[str]) -> Source:
     """A checkpoint without some modules."""
     tensors = {name: one for name, one in source.tensors.items() if module_of(name) not in broken}
-    return Part(source.path, tensors, source.config)
+    return Part(source.path, source.folder, source.config_place, tensors, source.config)
 
 
 def needs_base(fault: InputError) -> InputError:

@@ -63,6 +63,8 @@ class Part:
     """Some tensors of a source."""
 
     path: Location
+    folder: Location
+    config_place: str
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
 

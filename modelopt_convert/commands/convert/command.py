@@ -16,6 +16,7 @@ from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
+from modelopt_convert.commands.beside import beside_transformer
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import refuse_failed
@@ -23,7 +24,6 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
-    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,

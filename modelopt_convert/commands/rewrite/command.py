@@ -15,6 +15,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
+from modelopt_convert.commands.beside import present_transformer
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, written_faults
@@ -22,7 +23,6 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
-    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,
@@ -57,7 +57,6 @@ from modelopt_convert.commands.rewrite.proof import (
     rewritten_report,
 )
 from modelopt_convert.dialects.presented import present_under_names_of
-from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import check_roles
@@ -115,7 +114,8 @@ class RewriteCommand:
             stack.enter_context(self._inputs)
             with self._clock.timed("open"):
                 reader = self._inputs.open("source", source_path)
-                self._leave_out(reader)
+                self._beside, warned = present_transformer(reader)
+                self._warned += warned
             refuse_names(reader, request)
             stage: StagingDir | None = None
             if not request.dry_run:
@@ -189,14 +189,6 @@ class RewriteCommand:
             versions=versions(),
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )
-
-    def _leave_out(self, reader: CheckpointReader) -> None:
-        """Present the transformer alone, of a whole checkpoint: what lies beside it has an order of its own."""
-        found = recognise({name: info.shape for name, info in reader.tensors.items()})
-        self._beside, warned = beside_transformer(reader, found) if found is not None else ({}, [])
-        self._warned += warned
-        if self._beside:
-            reader.present({name: one for name, one in reader.tensors.items() if name not in self._beside})
 
     def _look(self, reader: CheckpointReader, base: CheckpointReader | None, faults: Faults) -> dict[str, ModuleLayout]:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
