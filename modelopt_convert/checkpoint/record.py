@@ -15,6 +15,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, is_there, read_small
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
+from modelopt_convert.formats.format import WEIGHTS_WORDS
 from modelopt_convert.report.words import PROOFS, QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 
@@ -181,7 +182,8 @@ def claim(record: Mapping[str, Any]) -> str:
     else:
         claimed = record.get("base_claimed")
         named = f", said to be {claimed}" if isinstance(claimed, str) else ""
-        said = f"{known} {_name_of(base)}{named}"
+        how = next((words for one, words in WEIGHTS_WORDS.items() if one == record.get("weights") != "max"), None)
+        said = f"{known} {_name_of(base)}{named}{f', weights by {how}' if how is not None else ''}"
     return f"its record claims (the author is not verified): {said}"
 
 

@@ -31,7 +31,7 @@ from modelopt_convert.commands.flags import (
 )
 from modelopt_convert.engines import sglang
 from modelopt_convert.engines.limits import DEFAULT, EngineName
-from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.format import Algorithm, Weights
 from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
 from modelopt_convert.run.errors import InputError, UsageError
@@ -269,6 +269,10 @@ class BuildNvfp4Request(BuildRequest):
     device: Annotated[
         Device, Flag("Where the base is quantized, to be written or compared; both give the same bytes.")
     ] = "cpu"
+    weights: Annotated[
+        Weights,
+        Flag("Without --export, each block's scale: by its largest value, or the best of ten by squared error."),
+    ] = "max"
 
     @property
     def needs_base(self) -> bool:
@@ -279,6 +283,8 @@ class BuildNvfp4Request(BuildRequest):
         """Refuse what cannot be meant together."""
         if self.device == "cuda" and self.executor == "ray":
             self.refuse("device", "cuda is for --executor threads")
+        if self.weights != "max" and self.export is not None:
+            self.refuse("weights", f"{self.weights} is for a base alone: an export has its scales; leave --export out")
         BuildRequest.check(self)
 
 

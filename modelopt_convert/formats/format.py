@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 Algorithm = str
 """A format as presets and commands name it: the name of its folder."""
+Weights = Literal["max", "sweep"]
+"""How scales are chosen where a base is quantized: by largest magnitudes, or block scales by least squared error."""
+WEIGHTS_WORDS: Mapping[Weights, str] = {"max": "max", "sweep": "a sweep of block scales"}
+"""The same in words, to be put behind "by"."""
 
 
 @dataclass(frozen=True, slots=True)

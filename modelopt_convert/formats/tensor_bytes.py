@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.fp8.codes import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
 from modelopt_convert.formats.layout import ScaleOrder
-from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, swap_nibbles_
+from modelopt_convert.formats.nvfp4.codes import swap_nibbles_
 from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
+from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -186,7 +188,7 @@ def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
 
 
 def quantize_nvfp4_rows(
-    raw: bytes | memoryview, source: str, columns: int, scale: float
+    raw: bytes | memoryview, source: str, columns: int, scale: float, weights: Weights = "max"
 ) -> tuple[memoryview, memoryview]:
     """Packed codes and block scales of whole rows, rounded to BF16 first, as ModelOpt's recipe loads a weight.
 
@@ -195,12 +197,13 @@ def quantize_nvfp4_rows(
         source: safetensors dtype name.
         columns: K, a multiple of 16.
         scale: The global scale.
+        weights: How block scales are chosen.
 
     Returns:
         uint8 [R, K/2], low nibble first, and float8_e4m3fn [R, K/16], row-major.
     """
     rows = from_bytes(raw, source, (-1, columns)).to(torch.bfloat16)
-    packed, scales = quantize_nvfp4(rows, torch.tensor(scale, dtype=torch.float32))
+    packed, scales = QUANTIZERS[weights](rows, torch.tensor(scale, dtype=torch.float32))
     return to_bytes(packed), to_bytes(scales)
 
 

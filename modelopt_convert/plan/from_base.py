@@ -5,6 +5,7 @@ a Linear, so there has to be a preset, which knows the model.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
@@ -12,7 +13,7 @@ from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.modelopt.dialect import output_config
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.format import Format, entry
+from modelopt_convert.formats.format import Format, Weights, entry
 from modelopt_convert.plan.ignore import ignore_list, ignored_layers, merged_modules, not_left
 from modelopt_convert.plan.inputs import check_merged, check_preset, check_unquantized
 from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, with_keep
@@ -51,7 +52,9 @@ def preset_required() -> InputError:
     )
 
 
-def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildPlan:
+def plan_quantized(
+    target: Format, base: Source, keeps: Keeps, *, max_shard_size: int, weights: Weights = "max"
+) -> BuildPlan:
     """Plan a transformer repo whose weights are quantized here.
 
     Args:
@@ -59,6 +62,7 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         base: The unquantized transformer, in BF16, F16 or F32.
         keeps: What stays in BF16; with a preset.
         max_shard_size: Largest output file, in bytes of tensors.
+        weights: How block scales are chosen.
 
     Returns:
         The plan; its scales are known once the base was measured (``BuildPlan.with_scales``).
@@ -107,7 +111,7 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         if name == f"{module_of(name)}.weight" and module_of(name) in packed:
             module = packed[module_of(name)]
             made = quantizer.steps(module, base.config.get("_class_name"), is_merged=module.name in merged)
-            found |= {step.output.name: step for step in made}
+            found |= {step.output.name: replace(step, weights=weights) for step in made}
             fates[name] = "quantized" + ("" if info.dtype == "BF16" else f": {info.dtype} rounded to BF16 first")
         else:
             dtype = plain_dtype(info, fp32)
@@ -137,6 +141,7 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         may_differ=(),
         warnings=tuple(warnings),
         shared=shared,
+        weights=weights,
     )
 
 

@@ -13,7 +13,7 @@ from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.modelopt.dialect import FILE_PATTERN
 from modelopt_convert.dialects.packed import PackedModule
-from modelopt_convert.formats.format import Format
+from modelopt_convert.formats.format import Format, Weights
 from modelopt_convert.formats.layout import CANONICAL, Layout
 from modelopt_convert.preset.preset import KeepRules, Preset
 
@@ -85,6 +85,7 @@ class Step:
         quotient: FP8 of a base: the weight is rounded to BF16, as it is loaded for ModelOpt, and divided in this dtype;
             without it, in the dtype that it is stored in.
         layout: How the input lies, for ``repack`` and ``reorder_scales``.
+        weights: How block scales are chosen, for ``quantize_nvfp4``.
     """
 
     output: TensorSpec
@@ -93,6 +94,7 @@ class Step:
     value: float | None = None
     quotient: Literal["BF16", "F32"] | None = None
     layout: Layout = CANONICAL
+    weights: Weights = "max"
 
     def laid(self, stored: tuple[int, ...], layout: Layout) -> "Step":
         """The step that brings codes, or block scales, of this shape and layout into the canonical one."""
@@ -160,6 +162,7 @@ class BuildPlan:
         replaced: Those of them that become, or stay, BF16, with the pattern that says so.
         fused: Groups of packed modules that the runtime may fuse.
         shared: Groups of packed modules to be quantized here with one global scale.
+        weights: How the scales of what is quantized here are chosen; None where an export has them.
         rules: What each pattern did.
         ledger: For each input, every tensor's fate in a few words.
         dequantized: Quantized modules that become BF16 by way of their scale, since there is no base.
@@ -182,6 +185,7 @@ class BuildPlan:
     may_differ: tuple[str, ...]
     warnings: tuple[tuple[str, str], ...] = field(default=())
     shared: tuple[tuple[str, ...], ...] = field(default=())
+    weights: Weights | None = None
 
     @property
     def total_bytes(self) -> int:

@@ -30,6 +30,8 @@ Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "u
 
 COMPRESSED = "max calibration, --compress: block scales rounded twice"
 """A rule that holds only where another module has the scale of the group."""
+SWEPT = "a sweep of block scales"
+"""The rule of ``formats/nvfp4/sweep.py``, under the tensor scale of max calibration."""
 
 AMPLE = 256.0
 """A scale so many times that of max calibration still tells the weights apart. Above, codes may be right and say
@@ -46,7 +48,7 @@ class Counts:
         codes_tied: Of the rest, other neighbours of a midpoint.
         zero_signs: Of the rest, zeros of the other sign.
         scales: NVFP4: block scales compared.
-        scales_equal: Of them equal to those of max calibration.
+        scales_equal: Of them equal to those of max calibration; of ``reproduced`` ones, to those of their rule.
         scales_tied: Of the rest, other neighbours of a midpoint.
         scales_idle: Of the rest, those over codes that are all zero.
         blocks_above: Blocks whose squared error is above that of max calibration.

@@ -32,13 +32,14 @@ from modelopt_convert.formats.nvfp4.codes import (
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
+from modelopt_convert.formats.nvfp4.sweep import sweep
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import first_place
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows, worst_row
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, SWEPT, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.padding import not_padding, padding_bytes
 from modelopt_convert.proof.tensors import (
     MANY_VALUES,
@@ -109,6 +110,28 @@ class _Attempt:
     tally: BlockTally
     amax: float
     is_complete: bool
+    is_swept: bool = False
+
+    @property
+    def counts(self) -> Counts:
+        """Of what was compared; what a sweep reproduces equals what it makes, to the last byte."""
+        found = Counts.of(self.tally)
+        if not self.is_swept:
+            return found
+        return Counts(found.codes, found.codes, scales=found.scales, scales_equal=found.scales)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What an attempt that explains the export makes of it."""
+        if self.tally.is_exact or self.is_swept:
+            return "reproduced"
+        return "reproduced but for ties" if self.tally.is_tied else "nearest"
+
+    @property
+    def rule(self) -> str:
+        """How the bytes are made of the base."""
+        searched = "nearest codes under searched scales"
+        return SWEPT if self.is_swept else searched if self.verdict == "nearest" else "max calibration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +238,28 @@ class _Comparison:
                     nearest = nearest or one
             if tied is not None:
                 return tied
-        return nearest or beyond
+        return self.swept() or nearest or beyond
 
     def is_scaled(self, one: _Attempt) -> bool:
         """Whether the global scale reaches the largest magnitude that was seen."""
         return one.amax <= float(self.global_scale(one.reading)) * E2M1_MAX * E4M3_MAX * _CLIPPED
+
+    def swept(self) -> _Attempt | None:
+        """The attempt under the reading in which all bytes are those of mopt's own sweep; None if there is none.
+
+        The rule is run again on the base, rounded to BF16 as a build rounds it: nothing that a record says is needed.
+        """
+        cast = "BF16"
+        for reading in self.readings():
+            factor, scales = self.global_scale(reading), self.scales[reading.scales].view(torch.uint8)
+            for tile in self.tiles(cast):
+                packed, scale = sweep(tile.base, factor)
+                same = torch.equal(scale.view(torch.uint8), scales[tile.rows])
+                if not same or not torch.equal(packed, _canonical(tile.stored, reading)):
+                    break
+            else:
+                return dataclasses.replace(self.attempt(reading, cast, to_the_end=True), is_swept=True)
+        return None
 
     def amax(self, cast: str) -> float:
         """Largest magnitude of the base."""
@@ -288,24 +328,21 @@ class _Comparison:
         """The verdict."""
         found, is_whole = self.best(), self.rows is None
         verdict: Verdict
-        rule: str | None
         if found is not None and self.is_scaled(found):
-            tally, near = found.tally, None
-            verdict = "reproduced" if tally.is_exact else "reproduced but for ties" if tally.is_tied else "nearest"
-            rule = "max calibration" if verdict != "nearest" else "nearest codes under searched scales"
+            tally, near, verdict = found.tally, None, found.verdict
             if is_whole and float(self.global_scale(found.reading)) > AMPLE * found.amax / (E2M1_MAX * E4M3_MAX):
                 near = self.nearness(found.reading).whole.closeness()
                 verdict = verdict if near.within(self.due.max_error) else "mismatch"
-            first = tally.first.in_words() if tally.first is not None else None
+            first = tally.first.in_words() if tally.first is not None and not found.is_swept else None
             return Judgement(
                 verdict,
                 is_whole,
-                Counts.of(tally),
+                found.counts,
                 found.amax,
                 self.due.scale,
                 near,
                 reading=found.reading,
-                rule=rule,
+                rule=found.rule,
                 cast=found.cast,
                 first=first,
             )

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
+from modelopt_convert.formats.format import Weights
 from modelopt_convert.report.convert import ConvertReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.run.text import unicode_text
@@ -242,6 +243,11 @@ class Report(_Model):
     )
     calibration: Literal["none"] | None = Field(
         default=None, description="none: mopt quantized the base itself; null: the export's, as it was calibrated"
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="how the block scales of a base were chosen: by largest values, or swept for the least squared "
+        "error; null where mopt quantized nothing itself",
     )
     clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
     dequantized: list[str] = Field(

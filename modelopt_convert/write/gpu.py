@@ -16,8 +16,9 @@ from torch import Tensor
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, largest_bits, magnitude, to_bytes
 from modelopt_convert.proof.tensors import Again
 from modelopt_convert.run.errors import BackendError, InconclusiveError, first_line
@@ -99,7 +100,7 @@ class Gpu:
             yield slot.num_bytes, magnitude(slot.largest.view(torch.int16)[0])
 
     def quantized(
-        self, reader: CheckpointReader, info: TensorInfo, scale: float
+        self, reader: CheckpointReader, info: TensorInfo, scale: float, weights: Weights = "max"
     ) -> Iterator[tuple[memoryview, memoryview]]:
         """Codes and block scales of a weight, as ``quantize_nvfp4_rows`` has them, in pieces good until the next.
 
@@ -107,11 +108,12 @@ class Gpu:
             reader: Holds the weight.
             info: Its place; K a multiple of 16, so that blocks lie one behind the other.
             scale: The global scale.
+            weights: How block scales are chosen.
 
         Raises:
             BackendError: ``device.failed``.
         """
-        work = _quantizing(info.dtype, "BF16", scale)
+        work = _quantizing(info.dtype, "BF16", scale, weights)
         elements = info.num_bytes // (info.shape[0] * info.shape[1])
         for slot in self._through(reader, info, work):
             blocks = slot.num_bytes // elements // BLOCK_SIZE
@@ -167,14 +169,14 @@ class Gpu:
             BackendError: ``device.differs`` or ``device.failed``.
         """
         slot = Slot(self._device)
-        for dtype, scale in itertools.product(("BF16", "F16"), _CHECKED_SCALES):
+        for dtype, scale, weights in itertools.product(("BF16", "F16"), _CHECKED_SCALES, QUANTIZERS):
             values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(TORCH_DTYPES[dtype])
             rows = values[values.isfinite()].reshape(BLOCK_SIZE, -1)
             blocks = torch.cat([rows.reshape(-1, BLOCK_SIZE), rows.t()])  # of neighbours, and of far apart
             raw = blocks.contiguous().view(torch.uint8).reshape(-1)
-            packed, scales = quantize_nvfp4(blocks, torch.tensor(scale, dtype=torch.float32))
+            packed, scales = QUANTIZERS[weights](blocks, torch.tensor(scale, dtype=torch.float32))
             slot.given.numpy()[: raw.numel()] = raw.numpy()
-            slot.launch(_quantizing(dtype, dtype, scale), raw.numel())
+            slot.launch(_quantizing(dtype, dtype, scale, weights), raw.numel())
             slot.wait()
             codes = slot.codes[: packed.numel()]
             if not (
@@ -236,11 +238,12 @@ def open_gpu() -> Gpu:
     return gpu
 
 
-def _quantizing(dtype: str, cast: str, scale: float) -> _Work:
+def _quantizing(dtype: str, cast: str, scale: float, weights: Weights = "max") -> _Work:
     def work(given: Tensor, slot: Slot) -> None:
         blocks = given.view(TORCH_DTYPES[dtype]).to(TORCH_DTYPES[cast]).view(-1, BLOCK_SIZE)
         # On the same device: by a divisor that lies on the CPU, torch divides by multiplying with its reciprocal.
-        packed, scales = quantize_nvfp4(blocks, torch.full((), scale, dtype=torch.float32, device=given.device))
+        factor = torch.full((), scale, dtype=torch.float32, device=given.device)
+        packed, scales = QUANTIZERS[weights](blocks, factor)
         slot.codes[: packed.numel()].copy_(packed.reshape(-1), non_blocking=True)
         slot.scales[: scales.numel()].copy_(scales.view(torch.uint8).reshape(-1), non_blocking=True)
 

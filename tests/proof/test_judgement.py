@@ -12,17 +12,19 @@ import torch
 from faults import swap, swizzle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_support import MAX_ERROR, NAME, judged, together
+from judge_support import MAX_ERROR, NAME, judged, judged_as_stored, together
 from producers import (
     Packed,
     compressed_group,
     dequantized,
+    four_over_six,
     fused_group,
     larger_global_scale,
     max_calibration,
     mse_sweep,
     own_global_scale,
     signed_zeros,
+    ten_scales,
     ties_away,
 )
 from torch import Tensor
@@ -270,13 +272,48 @@ def test_one_value_more_than_the_global_scale_holds_is_no_proof(tmp_path: Path) 
 
 def test_searched_scales_are_nearest(tmp_path: Path) -> None:
     base = weight("outlier_channels", 128, 256, 0)
-    verdict = judged(tmp_path, base, mse_sweep(base))
+    verdict = judged(tmp_path, base, four_over_six(base))
     assert verdict.verdict == "nearest" and verdict.rule == "nearest codes under searched scales" and verdict.passed
     # A rounded scale is one thing, a code that is not the nearest another.
-    one = mse_sweep(base)
+    one = four_over_six(base)
     one.packed[5, 5] ^= 0x10
     verdict = judged(tmp_path, base, one)
     assert verdict.verdict == "near" and verdict.first is not None
+
+
+@pytest.mark.parametrize("layout", [CANONICAL, Layout("high", "128x4")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mopts_own_sweep_is_reproduced(layout: Layout, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whatever the layout and the dtype of the base; one scale that is another, and it is a search at best."""
+    base = weight("outlier_channels", 128, 256, 0).to(dtype) * (1 if dtype == torch.bfloat16 else 1.003)
+    one = ten_scales(base.bfloat16())
+
+    def verdict(name: str) -> Judgement:
+        packed = swap(one.packed) if layout.nibbles == "high" else one.packed
+        scale = swizzle(one.scale) if layout.scales == "128x4" else one.scale
+        return judged_as_stored(tmp_path / name, base, Packed(packed, scale, one.global_scale), ("BF16", "F16"))
+
+    found = verdict("swept")
+    assert (found.verdict, found.rule, found.cast) == ("reproduced", "a sweep of block scales", "BF16")
+    assert found.reading == layout
+    assert found.counts.codes_equal == found.counts.codes and found.first is None
+    assert found.counts.scales_equal == found.counts.scales == 128 * 16
+    one.scale.view(torch.uint8)[5, 3] += 1
+    assert verdict("scale").verdict not in ("reproduced", "reproduced but for ties")
+    one.scale.view(torch.uint8)[5, 3] -= 1
+    one.packed[7, 7] ^= 0x10
+    assert verdict("code").verdict == "near"
+
+
+def test_a_sweep_that_changes_a_few_blocks_is_reproduced_too(tmp_path: Path) -> None:
+    """Of constant rows all codes are exact, so that the few other blocks alone are swept."""
+    base = weight("constant", 128, 256, 0)
+    base[0, :64] = weight("gaussian", 1, 64, 0)[0]
+    one = ten_scales(base)
+    changed = (one.scale.view(torch.uint8) != max_calibration(base).scale.view(torch.uint8)).sum()
+    assert 0 < int(changed) < 0.01 * one.scale.numel()
+    found = judged(tmp_path, base, one)
+    assert (found.verdict, found.rule) == ("reproduced", "a sweep of block scales")
 
 
 def test_a_few_searched_blocks_are_damage(tmp_path: Path) -> None:

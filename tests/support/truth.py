@@ -22,6 +22,7 @@ from producers import (
     max_calibration,
     max_calibration_0_44,
     max_scales,
+    ten_scales,
     unpack,
 )
 from support import same_bits
@@ -51,7 +52,8 @@ def midpoint_distance(base: Tensor, one: Packed) -> Tensor:
 
 def strongest(base: Tensor, one: Packed) -> str:
     """The strongest verdict that holds of a weight read in the right way; "near" for none."""
-    if any(equal(one, rule(base)) for rule in (max_calibration, max_calibration_0_44)):
+    rules = [max_calibration, max_calibration_0_44, *([ten_scales] if base.dtype == torch.bfloat16 else [])]
+    if any(equal(one, rule(base)) for rule in rules):
         return "reproduced"
     is_calibrated = same_bits(one.global_scale, max_calibration(base).global_scale)
     if is_calibrated and bool(same_scales(base, one).all()) and bool(same_codes(base, one).all()):

@@ -9,14 +9,14 @@ from modelopt_convert.commands.build.proof import verdict_counts
 from modelopt_convert.commands.requests import TargetName
 from modelopt_convert.engines.limits import DEFAULT, Limit, limits
 from modelopt_convert.engines.sglang import dynamic_words, load_command, pipeline_command
-from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.format import WEIGHTS_WORDS, Algorithm, Weights
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.preset.preset import ChosenPreset, Preset
 from modelopt_convert.report.report import ProofReport
 from modelopt_convert.report.words import NEAR_WORDS, QUANTIZED_HERE, SAMPLED_WORDS
 
-_NOT_CALIBRATED = "**NOT calibrated**: quantized by mopt from the base, weights by max, inputs dynamic."
+_NOT_CALIBRATED = "**NOT calibrated**: quantized by mopt from the base, weights by {}, inputs dynamic."
 _FOR = "For serving engines, SGLang Diffusion first. diffusers itself cannot load packed ModelOpt weights."
 _LOADED: dict[TargetName, str] = {
     "comfyui": "For ComfyUI: copy the `.safetensors` file into its folder `models/diffusion_models`.",
@@ -24,6 +24,10 @@ _LOADED: dict[TargetName, str] = {
     "torchao": "With diffusers and torchao: `from_pretrained` of the model's class takes this folder.",
     "compressed-tensors": "For engines that load compressed-tensors.",
     "bf16": "In BF16, with the values that the quantized weights decode to: `from_pretrained` takes this folder.",
+}
+_CHOSEN: dict[Weights, str] = {
+    "max": "by max calibration",
+    "sweep": "by max calibration for each weight, and for each block the best of ten scales (`--weights sweep`)",
 }
 _WHY = {
     NEAR_WORDS: "some weights or other tensors are near the base's, and are not what the base itself gives",
@@ -152,7 +156,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     if here:
         how = [
             f"`mopt {command}` quantized {packed} modules from the base itself, and kept {total - packed} in BF16.",
-            "Weights: by max calibration. Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
+            f"Weights: {_CHOSEN[plan.weights or 'max']}. Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
             "**NOT calibrated**: no activations were looked at.",
         ]
     elif proof.status == "not proven":
@@ -234,6 +238,7 @@ def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:
     algorithm = next(one.algorithm for one in FORMATS.values() if one.command == made.command)
     facts = list(dict.fromkeys(one for plan in plans.values() for one in limits(plan.config, algorithm, made.repos)))
     title = _title(made, "Transformers")
+    chosen = {plan.weights for plan in plans.values() if plan.weights is not None}
     body = [
         f"# {title}, {FORMATS[algorithm].quant_algo}",
         "",
@@ -241,7 +246,7 @@ def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:
         "",
         *_load_section(made, components, facts),
         *_preset_line(made.chosen),
-        *([_NOT_CALIBRATED] * bool(made.calibration)),
+        *(_NOT_CALIBRATED.format(WEIGHTS_WORDS[one]) for one in chosen),
         "Each folder's README.md says what is quantized in it and how.",
         "",
         *(["## Known limits", "", *(f"- {one.words}" for one in facts), ""] if facts else []),

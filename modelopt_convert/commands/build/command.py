@@ -37,6 +37,7 @@ from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, 
 from modelopt_convert.commands.serving import refuse_broken
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
 from modelopt_convert.engines.sglang import dynamic_words
+from modelopt_convert.formats.format import WEIGHTS_WORDS
 from modelopt_convert.formats.rows import SAMPLED_ROWS
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized, preset_required
@@ -245,7 +246,8 @@ class BuildCommand:
         preset = self.steps.chosen.loaded.preset if self.steps.chosen else None
         keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, tuple(request.keep_bf16))
         if part.export is None:
-            return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes)
+            weights = request.weights if isinstance(request, BuildNvfp4Request) else "max"
+            return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes, weights=weights)
         return plan_mixed(
             target,
             part.export,
@@ -435,9 +437,10 @@ class BuildCommand:
 
 def _uncalibrated(plan: BuildPlan) -> list[Warned]:
     """What is said, also of a dry run, where nothing is calibrated."""
-    lost = dynamic_words(plan.config)
+    assert plan.weights is not None  # of a base
+    lost, how = dynamic_words(plan.config), WEIGHTS_WORDS[plan.weights]
     return [
-        ("build.uncalibrated", "quantized from the base without calibration: weights by max, inputs dynamic"),
+        ("build.uncalibrated", f"quantized from the base without calibration: weights by {how}, inputs dynamic"),
         *([("engine.dynamic_input_scale", lost)] if lost is not None else []),
     ]
 

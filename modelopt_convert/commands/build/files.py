@@ -30,7 +30,7 @@ def small_files(
         "counts": {role: counted(fates) for role, fates in fates_of(opened, plan).items()},
         "proof": proof_record(proof),
         "dequantized": list(plan.dequantized),
-        **({"calibration": made.calibration} if made.calibration is not None else {}),
+        **({"calibration": made.calibration, "weights": plan.weights} if made.calibration is not None else {}),
     }
     headers = ([step.output for step in plan.steps.values()], {shard.file: shard.metadata for shard in plan.shards})
     record = write_record(made.command, more, tensors=digests, files=files | last, headers=headers)

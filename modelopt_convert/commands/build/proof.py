@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from modelopt_convert.commands.build.inputs import Opened
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.requests import BuildRequest
+from modelopt_convert.formats.format import WEIGHTS_WORDS
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, proof_readings
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from modelopt_convert.proof.judgement import Judgement
     from modelopt_convert.write.gpu import Gpu
 
-_MEASURED = "quantized here from the base: weights by max, inputs dynamic, not calibrated"
+_MEASURED = "quantized here from the base: weights by {}, inputs dynamic, not calibrated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +235,13 @@ def measure_part(
     from modelopt_convert.write.measure import differing_groups, measure, measured_bytes
 
     base = opened.model
+    assert plan.weights is not None  # of a base
     progress.begin(f"measure {opened.prefix}".rstrip("/ "), measured_bytes(base, plan))
     with torch.inference_mode():
         scales = measure(base, plan, request.worker_count, progress.advance, gpu)
     differ = differing_groups(plan, scales)
     report = ProofReport(
-        method=_MEASURED,
+        method=_MEASURED.format(WEIGHTS_WORDS[plan.weights]),
         status=QUANTIZED_HERE,
         words=NOT_CALIBRATED_WORDS,
         max_error=request.max_error,

@@ -132,6 +132,7 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         proof=_proof(steps),
         convert=done.report if done is not None else None,
         calibration=None if calibrated else "none",
+        weights=steps.plans[0].weights if steps.plans else None,
         clipped=steps.clipped,
         dequantized=[f"{part.prefix}{name}" for part, plan in both for name in plan.dequantized],
         checks=steps.checks,

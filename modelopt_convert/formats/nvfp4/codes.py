@@ -16,7 +16,7 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 E2M1_MAX = 6.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
-_PART = 1 << 19  # so many values at a time: few enough for a core's cache, enough to outweigh the calls
+PART = 1 << 19  # so many values at a time: few enough for a core's cache, enough to outweigh the calls
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -235,7 +235,7 @@ def _quantized(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, li
             done = _quantize_halves(blocks, global_scale, packed, scale)
             if done is not None:
                 return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1), [done]
-        step = _PART // BLOCK_SIZE if on_cpu else max(1, len(blocks))
+        step = PART // BLOCK_SIZE if on_cpu else max(1, len(blocks))
         parts = [slice(top, top + step) for top in range(0, len(blocks), step)]
         largest = [_quantize(blocks[part], global_scale, packed[part], scale[part]) for part in parts]
     return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1), largest
@@ -244,8 +244,8 @@ def _quantized(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, li
 def _quantize(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """Write packed codes [M, 8] and scales [M] of blocks [M, 16]; returns the largest magnitude [M] of each."""
     largest = _largest(blocks)
-    scale.copy_(_block_scales_of(largest, global_scale))
-    divisors = _e4m3_values(blocks.device)[scale.view(torch.uint8).int()] * global_scale
+    scale.copy_(max_scales(largest, global_scale))
+    divisors = e4m3_values(blocks.device)[scale.view(torch.uint8).int()] * global_scale
     packed.copy_(pack_e2m1(encode_e2m1(blocks.to(torch.float32) / divisors.unsqueeze(1))))
     return largest
 
@@ -257,7 +257,7 @@ def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale
         The largest magnitude [1] of all; None if one is NaN, which ``_quantize`` is left to do.
     """
     blocks, infinity = blocks.contiguous(), torch.tensor(float("inf"), dtype=blocks.dtype).view(torch.int16)
-    by_amax, bounds = _tables(blocks.dtype, float(global_scale))
+    by_amax, bounds = kernel_tables(blocks.dtype, float(global_scale))
     amax = quantize_blocks(
         blocks.data_ptr(), by_amax.data_ptr(), bounds.data_ptr(), packed.data_ptr(), scale.data_ptr(), len(blocks)
     )
@@ -265,7 +265,7 @@ def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale
 
 
 @lru_cache(maxsize=16)
-def _tables(dtype: torch.dtype, global_scale: float) -> tuple[Tensor, Tensor]:
+def kernel_tables(dtype: torch.dtype, global_scale: float) -> tuple[Tensor, Tensor]:
     """What ``quantize_blocks`` goes by: scale bytes by largest magnitude, and the bounds of codes by scale byte.
 
     A quotient in float32 grows with its dividend, so the values of a code are an interval, and bits that are in the
@@ -274,7 +274,7 @@ def _tables(dtype: torch.dtype, global_scale: float) -> tuple[Tensor, Tensor]:
     """
     factor = torch.tensor(global_scale, dtype=torch.float32)
     magnitudes = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
-    divisors = (_e4m3_values(magnitudes.device) * factor).view(-1, 1, 1)
+    divisors = (e4m3_values(magnitudes.device) * factor).view(-1, 1, 1)
     middles = torch.tensor((2.0**-150, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), dtype=torch.float64).view(-1, 1)
     near = (divisors.to(torch.float64) * middles).to(dtype).view(torch.int16)
     # Two steps are more than the rounding of a quotient moves a bound; beyond NaN there is nothing.
@@ -283,11 +283,11 @@ def _tables(dtype: torch.dtype, global_scale: float) -> tuple[Tensor, Tensor]:
     reached = (encode_e2m1(quotients) & 7) >= torch.arange(len(middles)).view(-1, 1)
     reached[:, 0] = quotients[:, 0] > 0
     bounds = bits.masked_fill_(~reached, 0xFFFF).amin(dim=-1)
-    return _block_scales_of(magnitudes, factor).view(torch.uint8), bounds.to(torch.uint16).contiguous()
+    return max_scales(magnitudes, factor).view(torch.uint8), bounds.to(torch.uint16).contiguous()
 
 
 @lru_cache
-def _e4m3_values(device: torch.device) -> Tensor:
+def e4m3_values(device: torch.device) -> Tensor:
     """float32 [256]: the values of all E4M3 codes, as a table; torch decodes codes one by one."""
     return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(device)
 
@@ -299,7 +299,7 @@ def _largest(blocks: Tensor) -> Tensor:
     return blocks.abs().amax(dim=-1)
 
 
-def _block_scales_of(amax: Tensor, global_scale: Tensor) -> Tensor:
+def max_scales(amax: Tensor, global_scale: Tensor) -> Tensor:
     """The scale that max calibration gives to a block's largest magnitude, float8_e4m3fn of the same shape."""
     scale = amax.to(torch.float32) / (E2M1_MAX * global_scale)
     scale.masked_fill_(scale == 0, 1.0)

@@ -18,8 +18,8 @@ from support import Tensors, build, config_of, copy, edit, load, packed_in, run_
 from verify_support import verify
 
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.formats import tensor_bytes as raw
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import load_preset, preset_names
 
@@ -319,14 +319,14 @@ def test_without_the_declaration_a_missing_input_scale_is_a_fault(
 def test_codes_that_are_not_the_bases_are_not_published(
     exports: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = raw.quantize_nvfp4
+    right = QUANTIZERS["max"]
 
     def wrong(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         packed, scales = right(weight, scale)
         packed[0, 0] ^= 1
         return packed, scales
 
-    monkeypatch.setattr(raw, "quantize_nvfp4", wrong)
+    monkeypatch.setitem(QUANTIZERS, "max", wrong)
     refusal(lambda: build(None, exports / "base", room / "out"), room, code="check.verify", exit_code=1)
 
 
