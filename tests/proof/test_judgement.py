@@ -306,8 +306,8 @@ def test_mopts_own_sweep_is_reproduced(layout: Layout, dtype: torch.dtype, tmp_p
 
 
 def test_a_sweep_that_changes_a_few_blocks_is_reproduced_too(tmp_path: Path) -> None:
-    """Of constant rows all codes are exact, so that the few other blocks alone are swept."""
-    base = weight("constant", 128, 256, 0)
+    """Where nothing improves a block its scale is max calibration's: here in all but a few, which look like damage."""
+    base = torch.zeros(128, 256, dtype=torch.bfloat16)
     base[0, :64] = weight("gaussian", 1, 64, 0)[0]
     one = ten_scales(base)
     changed = (one.scale.view(torch.uint8) != max_calibration(base).scale.view(torch.uint8)).sum()

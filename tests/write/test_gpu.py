@@ -15,6 +15,7 @@ from support import build, edit, run_mopt, tree
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, quantize_nvfp4_rows
 from modelopt_convert.run.errors import BackendError
@@ -65,8 +66,9 @@ def test_every_file_is_the_cpus(
         assert (outcome.report["peak_gpu_bytes"] > 0) == (gpu == "cuda")
 
 
+@pytest.mark.parametrize("weights", ["max", "sweep"])
 def test_the_next_chunk_is_under_way_before_one_is_waited_for(
-    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
 ) -> None:
     monkeypatch.setattr(Late, "log", [], raising=False)
     monkeypatch.setattr(gpu_module, "Slot", Late)
@@ -81,8 +83,8 @@ def test_the_next_chunk_is_under_way_before_one_is_waited_for(
     device = Gpu(torch.device("cpu"))
     with CheckpointReader(exports / "base/transformer") as reader:
         info = reader.tensors[f"{PACKED}.weight"]
-        pieces = [(bytes(codes), bytes(scales)) for codes, scales in device.quantized(reader, info, 3e-5)]
-        expected = quantize_nvfp4_rows(reader.read(info.name), info.dtype, info.shape[1], 3e-5)
+        pieces = [(bytes(codes), bytes(scales)) for codes, scales in device.quantized(reader, info, 3e-5, weights)]
+        expected = quantize_nvfp4_rows(reader.read(info.name), info.dtype, info.shape[1], 3e-5, weights)
     assert len(pieces) > 4 and len({len(codes) for codes, _ in pieces}) == 2
     assert b"".join(codes for codes, _ in pieces) == bytes(expected[0])
     assert b"".join(scales for _, scales in pieces) == bytes(expected[1])
