@@ -129,5 +129,8 @@ class Record(_Open):
         default_factory=list, description="of a built transformer: modules kept in BF16 by way of their scale"
     )
     calibration: Literal["none"] | None = Field(default=None, description="where mopt quantized the base itself")
+    weights: Literal["max", "sweep"] | None = Field(
+        default=None, description="how block scales were chosen there: by largest values, or by least squared error"
+    )
     components: list[str] = Field(default_factory=list, description="of a pipeline: its transformers")
     parts: dict[str, Digest] = Field(default_factory=dict, description="of a pipeline: the record of each")

@@ -20,6 +20,10 @@ def _codes(what: str, old: str, new: str) -> Mutant:
     return Mutant("formats/nvfp4/codes.py", what, old, new, ("formats/test_codes.py",))
 
 
+def _swept(file: str, what: str, old: str, new: str) -> Mutant:
+    return Mutant(file, what, old, new, ("formats/test_sweep.py",))
+
+
 TASKS = (
     _attempt(
         "only a whole file gets the name", "path = room / secrets.token_hex(8)", "path = job.stage / job.task.file"
@@ -82,5 +86,30 @@ TASKS = (
         "%negative, %reached0",
         "%negative, %reached1",
         ("formats/test_codes.py",),
+    ),
+    _swept(
+        "formats/nvfp4/sweep.py", "a sweep leaves what nothing improves", "error[:, 0] < least", "error[:, 0] <= least"
+    ),
+    _swept("formats/nvfp4/sweep.py", "a scale is a positive number", ".clamp_(_LEAST, _MOST)", ".clamp_(0, _MOST)"),
+    _swept("formats/nvfp4/compiled.py", "the compiled sweep leaves it, too", "fcmp olt double", "fcmp ole double"),
+    _swept(
+        "formats/nvfp4/compiled.py",
+        "columns begin anew with each row",
+        "%is_row_done, i64 0,",
+        "%is_row_done, i64 %column,",
+    ),
+    Mutant(
+        "proof/nvfp4.py",
+        "the scales of a sweep are compared",
+        "if not same or not torch.equal",
+        "if not torch.equal",
+        ("proof/test_judgement.py::test_mopts_own_sweep_is_reproduced",),
+    ),
+    Mutant(
+        "commands/requests.py",
+        "an export has its scales",
+        'if self.weights != "max" and self.export is not None:',
+        "if False:",
+        ("commands/build/test_weights.py",),
     ),
 )

@@ -54,7 +54,7 @@ FLAGS = {
     "build-nvfp4": {
         "--preset", "--export", "--base", *_CHOOSING, "--output", "--keep-bf16", "--max-shard-size", "--component",
         "--pipeline-output", "--to", "--inexact",
-        "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device" "--weights",
+        "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device", "--weights",
         *_WRITING, *_TELLING,
     },
     "convert": {
