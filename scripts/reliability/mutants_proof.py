@@ -96,7 +96,9 @@ PROOF = (
     Mutant("proof/nvfp4.py", "a tie does not end the search", "tied = tied or one", "return one", (_CASTS,)),
     Mutant("proof/nvfp4.py", "a cast that no scale was made of", "beyond = beyond or one", "return one", (_CASTS,)),
     _nvfp4("a scale far too large", "verdict if near.within(self.due.max_error) else", "verdict if near else"),
-    _nvfp4("what is tied is not exact", '"reproduced" if tally.is_exact else', '"reproduced" if tally.is_tied else'),
+    _nvfp4(
+        "what is tied is not exact", "if self.tally.is_exact or self.is_swept", "if self.tally.is_tied or self.is_swept"
+    ),
     _nvfp4("compressed: codes", "if not torch.equal(packed, _canonical(tile.stored, reading)) or not", "if not"),
     _nvfp4("compressed: the scale of another", "if not 0.0 < float(own) < float(factor):", "if False:"),
     _nvfp4("near within the limit", "if near.within(limit) and", "if"),
