@@ -17,6 +17,7 @@ from torch import Tensor
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
+from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, quantize_nvfp4_rows
 from modelopt_convert.run.errors import BackendError
 from modelopt_convert.write import gpu as gpu_module
@@ -162,12 +163,12 @@ def test_people_are_told_what_is_compared(exports: Path, tmp_path: Path, gpu: st
     assert outcome.exit_code == 0 and f"compared on {name}, with " in outcome.stdout
 
 
-@pytest.mark.parametrize("fault", ["reciprocal", "one code"])
+@pytest.mark.parametrize("fault", ["reciprocal", "one code", "one swept code"])
 def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     device = Gpu(torch.device("cpu"))
     device.check()
 
-    def damaged(dtype: str, cast: str, scale: float) -> Callable[[Tensor, Slot], None]:
+    def damaged(dtype: str, cast: str, scale: float, weights: Weights) -> Callable[[Tensor, Slot], None]:
         assert dtype == cast
 
         def work(given: Tensor, slot: Slot) -> None:
@@ -179,8 +180,8 @@ def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
                 scales = amax.masked_fill(amax == 0, 1.0).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
                 packed, _ = quantize_nvfp4(blocks, torch.tensor(scale))
             else:
-                packed, scales = quantize_nvfp4(blocks, torch.tensor(scale))
-                packed[-1, -1] ^= 1
+                packed, scales = QUANTIZERS[weights](blocks, torch.tensor(scale))
+                packed[-1, -1] ^= fault == ("one code" if weights == "max" else "one swept code")
             slot.codes[: packed.numel()] = packed.reshape(-1)
             slot.scales[: scales.numel()] = scales.view(torch.uint8).reshape(-1)
 
