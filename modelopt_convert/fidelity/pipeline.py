@@ -56,7 +56,7 @@ def load_pipeline(reference: str, transformers: Mapping[str, nn.Module], *, devi
     Raises:
         InputError: ``pipeline.missing``, ``pipeline.other_model`` or ``pipeline.load``.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     index = _index(reference)
     for name, transformer in transformers.items():
@@ -68,8 +68,9 @@ def load_pipeline(reference: str, transformers: Mapping[str, nn.Module], *, devi
                 path=reference,
                 hint="give the pipeline that the base is the transformer of",
             )
+    kind: Any = diffusers.DiffusionPipeline  # its functions have no types
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(reference, torch_dtype=torch.bfloat16, **transformers)
+        pipeline = kind.from_pretrained(reference, torch_dtype=torch.bfloat16, **transformers)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(
             f"{reference}: diffusers cannot load this pipeline: {first_line(error)}",

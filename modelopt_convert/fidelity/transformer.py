@@ -10,22 +10,22 @@ from torch import nn
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.proof.tensors import load_weight
-from modelopt_convert.run.errors import InputError, UsageError
+from modelopt_convert.run.errors import InputError
 
 
 def require_diffusers() -> None:
     """Require the extra.
 
     Raises:
-        UsageError: ``fidelity.extra``.
+        InputError: ``fidelity.not_installed``.
     """
     try:
         import accelerate  # noqa: F401
         import diffusers  # noqa: F401
     except ImportError as error:
-        raise UsageError(
+        raise InputError(
             f"pictures need diffusers and accelerate: {error}",
-            code="fidelity.extra",
+            code="fidelity.not_installed",
             hint="pip install 'modelopt-convert[fidelity]'",
         ) from None
 
@@ -44,7 +44,7 @@ def load_transformer(reader: CheckpointReader, *, dtype: torch.dtype = torch.bfl
     from accelerate import init_empty_weights
 
     name = reader.config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None or not inspect.isclass(kind) or not issubclass(kind, nn.Module):
         raise InputError(
             f"{reader.path}: diffusers {diffusers.__version__} has no transformer class {name!r}",
