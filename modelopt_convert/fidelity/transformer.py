@@ -45,7 +45,7 @@ def load_transformer(reader: CheckpointReader, *, dtype: torch.dtype = torch.bfl
 
     name = reader.config.get("_class_name")
     kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if kind is None or not inspect.isclass(kind) or not issubclass(kind, nn.Module):
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module) and hasattr(kind, "from_config")):
         raise InputError(
             f"{reader.path}: diffusers {diffusers.__version__} has no transformer class {name!r}",
             code="fidelity.class",
