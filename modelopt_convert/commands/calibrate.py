@@ -155,9 +155,7 @@ class CalibrateCommand:
                 found.warned.append(("parts.not_removed", f"{kept.path}: merged, and not removed: {error.strerror}"))
         found.peak_rss_bytes = peak_rss_bytes()
 
-    def _settings(
-        self, parts: Mapping[str, Opened], pipeline: Mapping[str, str], prompts: "Prompts"
-    ) -> dict[str, Any]:
+    def _settings(self, parts: Mapping[str, Opened], pipeline: Mapping[str, str], prompts: "Prompts") -> dict[str, Any]:
         """What two runs must have in common to be of one calibration; the bases were read whole."""
         request = self._request
         return {
@@ -206,7 +204,9 @@ class CalibrateCommand:
             words = f"prompt {prompt[:60]!r}, seed {seed}"
             with self._found.clock.timed("run"):
                 with Watch({parts[one].prefix: model for one, model in models.items()}) as watch:
-                    run_once(pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress), output="latent")
+                    run_once(
+                        pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress), output="latent"
+                    )
                 watch.refuse_not_finite(f"after the last step of {words}")
             runs.keep(number, watch, name)
             progress.detail(f"run {number + 1} of {runs.count}: {words}")
@@ -228,8 +228,7 @@ class CalibrateCommand:
             "headroom": request.headroom,
             "devices": list(merged.devices),
             "transformers": {
-                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix)}
-                for name, part in parts.items()
+                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix)} for name, part in parts.items()
             },
         }
         size = build_header(specs, METADATA)[2]
@@ -259,7 +258,9 @@ class CalibrateCommand:
             found.warned.append(("calibrate.never_ran", message))
         ratio = merged.half_ratio()
         if ratio is not None and ratio < _LOW_RATIO:
-            message = f"one half of the runs has {ratio:.3f} of the amax of all, in the mean of modules: take more prompts"
+            message = (
+                f"one half of the runs has {ratio:.3f} of the amax of all, in the mean of modules: take more prompts"
+            )
             found.warned.append(("calibrate.few_runs", message))
         assert found.told is not None
         more = {"digest": digest_of(raw), "kept_in": None, "never_ran": never, "half_ratio": ratio}
@@ -301,8 +302,8 @@ def _after_step(watch: "Watch", words: str, num_bytes: int, progress: Progress) 
 
 def _unmerged(runs: "KeptRuns") -> str:
     return (
-        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there the same command "
-        "without --share merges them"
+        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there the same "
+        "command without --share merges them"
     )
 
 

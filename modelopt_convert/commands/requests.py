@@ -463,7 +463,8 @@ class CalibrateRequest(Request["Report"]):
         Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
     ] = "none"
     share: Annotated[
-        str | None, Flag("Run this share alone, such as 2/8; without it what is missing is run and merged.", metavar="I/N")
+        str | None,
+        Flag("Run this share alone, such as 2/8; without it what is missing is run and merged.", metavar="I/N"),
     ] = None
     overwrite: Annotated[bool, Flag("Replace a CALIB that mopt wrote; the old one stands until the new is whole.")] = (
         False

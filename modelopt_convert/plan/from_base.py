@@ -41,7 +41,7 @@ class BaseFormat(Protocol):
     by_layers: bool
 
     def steps(self, module: PackedModule, class_name: object, *, is_merged: bool) -> Iterator[Step]:
-        """The weight's tensors of one module of a class; ``is_merged`` where the runtime makes one module of several."""
+        """The tensors of a weight in a model of a class; ``is_merged`` where the runtime makes one module of several."""
 
     def fault(self, base: Source, info: TensorInfo) -> InputError | None:
         """Why a weight cannot be quantized, or None."""
@@ -164,8 +164,8 @@ def declared(target: Format, inputs: Mapping[str, Any], *, is_static: bool) -> d
     Args:
         target: The format.
         inputs: See ``BaseFormat``.
-        is_static: Whether modules have input scales: then all is as ModelOpt 0.47's convert_hf_config.py has it. Else the
-            engine scales the inputs, and TensorRT-LLM does so where the group says it.
+        is_static: Whether modules have input scales: then all is as ModelOpt 0.47's convert_hf_config.py has it. Else
+            the engine scales the inputs, and TensorRT-LLM does so where the group says it.
     """
     quantizer = {"dynamic": False, **inputs}
     group = {"input_activations": quantizer | {"dynamic": not is_static}, "weights": quantizer, "targets": ["Linear"]}

@@ -195,8 +195,9 @@ def _inputs(made: Made) -> list[str]:
         ]
     one = made.calibration
     return [
-        f"Weights: by max calibration. Inputs: calibrated by `mopt calibrate`, {one['runs']} runs of {one['steps']} steps,",
-        f"amax times {one['headroom']:g}.",
+        "Weights: by max calibration.",
+        f"Inputs: calibrated by `mopt calibrate`, {one['runs']} runs of {one['steps']} steps, amax times "
+        f"{one['headroom']:g}.",
     ]
 
 
