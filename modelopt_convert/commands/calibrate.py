@@ -99,15 +99,11 @@ class CalibrateCommand:
         Raises:
             MoptError: One of its kinds; nothing was published, and finished runs are kept.
         """
-        from modelopt_convert.fidelity.pipeline import pipeline_identity
         from modelopt_convert.fidelity.prompts import read_prompts
-        from modelopt_convert.fidelity.runs import KeptRuns
-        from modelopt_convert.fidelity.transformer import require_diffusers
 
         request, found = self._request, self._found
         base = request.locate("base")
         assert base is not None  # the request requires it
-        require_diffusers()
         components = resolve_components(None, base, ())
         paths = tuple(filter(None, map(local_path, (base, *(one.base for one in components))))) + tuple(request.reads())
         self._output = output = canonical_output(self._output)
@@ -124,6 +120,11 @@ class CalibrateCommand:
                 check_merged(part.model, "base")
                 found.warned += warned
                 parts[name] = part
+            from modelopt_convert.fidelity.pipeline import pipeline_identity
+            from modelopt_convert.fidelity.runs import KeptRuns
+            from modelopt_convert.fidelity.transformer import require_diffusers
+
+            require_diffusers()
             identity = pipeline_identity(request.pipeline)
             kept = Parts(output)
             kept.open()

@@ -41,7 +41,7 @@ class BaseFormat(Protocol):
     by_layers: bool
 
     def steps(self, module: PackedModule, class_name: object, *, is_merged: bool) -> Iterator[Step]:
-        """The tensors of a weight in a model of a class; ``is_merged`` where the runtime makes one module of several."""
+        """The tensors of a weight in a model of a class; ``is_merged`` where the runtime makes one of several."""
 
     def fault(self, base: Source, info: TensorInfo) -> InputError | None:
         """Why a weight cannot be quantized, or None."""
