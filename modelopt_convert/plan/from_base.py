@@ -101,9 +101,10 @@ def plan_quantized(
     with faults.taken():
         shared = _shared_groups(preset, packed) if quantizer.shares else ()
     largest: dict[str, float] = {}
-    for name in packed if calibrated is not None else ():
-        with faults.taken(name):
-            largest[name] = calibrated.largest(name)
+    if calibrated is not None:
+        for name in packed:
+            with faults.taken(name):
+                largest[name] = calibrated.largest(name)
     faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(

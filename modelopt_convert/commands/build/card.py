@@ -180,7 +180,9 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     ]
     if made.to == "modelopt":  # what is known of engines is known of this dialect
         lost = dynamic_words(plan.config)
-        known = (chosen.limits(target.algorithm) if chosen else []) + ([lost] if here and lost is not None else [])
+        known = (chosen.limits(target.algorithm) if chosen else []) + (
+            [lost] if made.calibration == "none" and lost is not None else []
+        )
         known += [one.words for one in facts]
         body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
