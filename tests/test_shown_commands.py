@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from calibrated import TINY, calibrate
 from fp8_support import checkpoint_of, old_export
 from loopback_hub import LoopbackHub
 from nunchaku_models import merged, packed, small
@@ -29,6 +30,9 @@ ELSEWHERE = {
     "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
     "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
     "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
+    **dict.fromkeys(
+        (line for line in SHOWN if line.startswith("mopt calibrate ")), "tests/fidelity has it, with fewer pixels"
+    ),
 }
 EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")
 SWAPPED, SWIZZLED = ("swap-nibbles", "high-first"), ("unswizzle-scales", "post-processed")
@@ -103,6 +107,8 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     elif words[1] == "inspect" and words[2].endswith(".safetensors"):
         (shard,) = (exports / "nvfp4").rglob("*.safetensors")
         copy_file(here / words[2], shard)
+    if "--calibration" in words:
+        provide_calibration(here)
     if "--checkpoint" in words:
         for folder in ("OLD_EXPORT", "old/hf"):
             old_export(exports / "fp8", here / folder)
@@ -111,6 +117,13 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     if "--pipeline-output" in words:
         (here / "BASE").unlink()
         make_pipeline(exports / "base", here / "BASE")
+
+
+def provide_calibration(here: Path) -> None:
+    """The trained base, and CALIB as its own command writes it."""
+    (here / "BASE").unlink()
+    link(here / "BASE", TINY)
+    assert calibrate(here / "CALIB").exit_code == 0
 
 
 def provide_another_model(here: Path, comfy: Path, families: Path) -> None:

@@ -128,7 +128,10 @@ class Record(_Open):
     dequantized: list[str] = Field(
         default_factory=list, description="of a built transformer: modules kept in BF16 by way of their scale"
     )
-    calibration: Literal["none"] | None = Field(default=None, description="where mopt quantized the base itself")
+    calibration: Literal["none"] | dict[str, Any] | None = Field(
+        default=None,
+        description="where mopt quantized the base itself: none, or what `mopt calibrate` said of the input scales",
+    )
     weights: Literal["max", "sweep"] | None = Field(
         default=None, description="how block scales were chosen there: by largest values, or by least squared error"
     )

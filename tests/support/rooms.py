@@ -10,7 +10,7 @@ PACKAGE = ROOT / "modelopt_convert"
 # From below to above: a room imports rooms before it, and its own.
 ROOMS = (
     "run", "formats", "report", "checkpoint", "preset", "engines", "families", "dialects", "plan", "proof", "stage",
-    "write", "inspection", "verification", "commands", "api", "cli",
+    "write", "inspection", "verification", "fidelity", "commands", "api", "cli",
 )  # fmt: skip
 
 

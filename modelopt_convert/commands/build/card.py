@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
@@ -42,7 +42,7 @@ class Made:
     Attributes:
         command: The name of mopt's command.
         chosen: The preset, if there is one.
-        calibration: ``none`` where the base itself is quantized.
+        calibration: ``none`` where the base itself is quantized, or what is known of its input scales then.
         base_repo: The base's repo, as it was observed; None where nothing names it.
         base_claimed: The base's repo, as the user names it.
         beside: Folders of the base that are copied beside the transformers; None where these are alone.
@@ -51,7 +51,7 @@ class Made:
 
     command: str
     chosen: ChosenPreset | None
-    calibration: Literal["none"] | None
+    calibration: Literal["none"] | Mapping[str, Any] | None
     base_repo: str | None
     base_claimed: str | None
     beside: tuple[str, ...] | None = None
@@ -156,8 +156,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     if here:
         how = [
             f"`mopt {command}` quantized {packed} modules from the base itself, and kept {total - packed} in BF16.",
-            f"Weights: {_CHOSEN[plan.weights or 'max']}. Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
-            "**NOT calibrated**: no activations were looked at.",
+            *_how_quantized(plan, made),
         ]
     elif proof.status == "not proven":
         why = _WHY.get(proof.words, "no base was given to compare the weights with")
@@ -191,10 +190,26 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     if made.to == "modelopt":  # what is known of engines is known of this dialect
         lost = dynamic_words(plan.config)
         known = chosen.limits(target.algorithm, exported=not here) if chosen else []
-        known += [lost] if here and lost is not None else []
+        known += [lost] if made.calibration == "none" and lost is not None else []
         known += [one.words for one in facts]
         body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
+
+
+def _how_quantized(plan: BuildPlan, made: Made) -> list[str]:
+    """What was done with weights and activations, where the base itself is quantized."""
+    weights = f"Weights: {_CHOSEN[plan.weights or 'max']}."
+    if not isinstance(made.calibration, Mapping):
+        return [
+            f"{weights} Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
+            "**NOT calibrated**: no activations were looked at.",
+        ]
+    one = made.calibration
+    return [
+        weights,
+        f"Inputs: calibrated by `mopt calibrate`, {one['runs']} runs of {one['steps']} steps, amax times "
+        f"{one['headroom']:g}.",
+    ]
 
 
 def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
@@ -246,7 +261,7 @@ def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:
         "",
         *_load_section(made, components, facts),
         *_preset_line(made.chosen),
-        *(_NOT_CALIBRATED.format(WEIGHTS_WORDS[one]) for one in chosen),
+        *(_NOT_CALIBRATED.format(WEIGHTS_WORDS[one]) for one in chosen if made.calibration == "none"),
         "Each folder's README.md says what is quantized in it and how.",
         "",
         *(["## Known limits", "", *(f"- {one.words}" for one in facts), ""] if facts else []),

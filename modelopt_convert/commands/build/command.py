@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from modelopt_convert.checkpoint.calibration import read_calibration
 from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of, pipeline_root, places_read
 from modelopt_convert.checkpoint.config import locate_config
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
@@ -87,7 +88,7 @@ class BuildCommand:
 
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
-        return build_report(self._request, self.steps, calibrated=self._export is not None, error=error)
+        return build_report(self._request, self.steps, has_export=self._export is not None, error=error)
 
     def run(self, progress: Progress) -> None:
         """Build.
@@ -109,6 +110,8 @@ class BuildCommand:
             inputs += tuple({resolve_checkpoint(self._checkpoint, one.name or COMPONENTS[0]) for one in components})
         if self._config is not None:
             inputs += tuple(filter(None, [local_path(locate_config(self._config))]))
+        if request.calibration is not None:
+            inputs += (Path(request.calibration),)
         if request.preset_file is not None:
             inputs += (request.preset_file,)
         if request.pipeline_output and self._base is not None:
@@ -124,6 +127,9 @@ class BuildCommand:
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
             known = request.base_model or base_repo(steps.parts)
+            if request.calibration is not None:
+                steps.calibration = read_calibration(Path(request.calibration))
+                self._refuse_other_base()
             if request.preset is None:
                 with about(str(steps.parts[0].model.path)):
                     steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
@@ -146,7 +152,7 @@ class BuildCommand:
                     steps.warned += refuse_broken(plan.config, request.algorithm, path, request, repos)
                 refuse_misread(plan, path)
             fits = self._fits()
-            if self._export is None:
+            if self._export is None and steps.calibration is None:
                 steps.warned[:0] = _uncalibrated(steps.plans[0])  # the first thing to know, of what can be opened
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
@@ -158,7 +164,9 @@ class BuildCommand:
                 steps.warned += foreign_warnings(self._foreign, "would go")
                 return
             gpu = self._open_gpu()
-            calibration: Literal["none"] | None = "none" if self._export is None else None
+            calibration: Literal["none"] | dict[str, Any] | None = "none" if self._export is None else None
+            if steps.calibration is not None:
+                calibration = steps.calibration.claim()
             beside = steps.companions.folders if steps.companions is not None else None
             made = Made(
                 request.command,
@@ -183,6 +191,7 @@ class BuildCommand:
                     self._prove(progress, gpu)
                 self._write(stage, made, executor, progress, gpu)
                 steps.inputs.check_unchanged()
+                self._refuse_other_base()  # by now all its bytes were read
                 self._close(stage, progress)
                 if request.to != "modelopt":
                     self._convert(stage, progress)
@@ -193,6 +202,12 @@ class BuildCommand:
                         steps.published = stage.published
                         steps.warned += published_warnings(stage.published)
         steps.peak_rss_bytes = peak_rss_bytes()
+
+    def _refuse_other_base(self) -> None:
+        """Refuse input scales of another model."""
+        if (found := self.steps.calibration) is not None:
+            for part in self.steps.parts:
+                found.of(part.component.name).refuse_other_base(part.model.identity(), str(part.model.path))
 
     def _take_base(self, chosen: ChosenPreset) -> None:
         """What a build cannot do without is, unless given, what the preset was made for."""
@@ -246,8 +261,15 @@ class BuildCommand:
         preset = self.steps.chosen.loaded.preset if self.steps.chosen else None
         keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, tuple(request.keep_bf16))
         if part.export is None:
-            weights = request.weights if isinstance(request, BuildNvfp4Request) else "max"
-            return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes, weights=weights)
+            found = self.steps.calibration
+            return plan_quantized(
+                target,
+                part.model,
+                keeps,
+                max_shard_size=request.shard_bytes,
+                weights=request.weights if isinstance(request, BuildNvfp4Request) else "max",
+                calibrated=found.of(part.component.name) if found is not None else None,
+            )
         return plan_mixed(
             target,
             part.export,
@@ -289,7 +311,8 @@ class BuildCommand:
         fetched = self.steps.inputs.to_fetch
         fetching = f", fetching {sum(fetched.values()) / 1e9:.1f} GB" if fetched else ""
         named: Location | None = self.steps.parts[0].model.path if len(self.steps.parts) == 1 else self._base
-        return f"no --export: quantizing {named}, uncalibrated{fetching}"
+        scales = "uncalibrated" if self._request.calibration is None else "with calibrated input scales"
+        return f"no --export: quantizing {named}, {scales}{fetching}"
 
     def _open_gpu(self) -> "Gpu | None":
         if not isinstance(self._request, BuildNvfp4Request) or self._request.device == "cpu":

@@ -18,6 +18,7 @@ from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, proof_readings
 from modelopt_convert.report.report import ClippedReport, ModuleReport, ProofReport
 from modelopt_convert.report.words import (
+    CALIBRATED_WORDS,
     MISMATCH_WORDS,
     NEAR_WORDS,
     NO_BASE_WORDS,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
 
 _MEASURED = "quantized here from the base: weights by {}, inputs dynamic, not calibrated"
+_WITH_INPUTS = "quantized here from the base: weights by {}, input scales of a calibration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +243,9 @@ def measure_part(
         scales = measure(base, plan, request.worker_count, progress.advance, gpu)
     differ = differing_groups(plan, scales)
     report = ProofReport(
-        method=_MEASURED.format(WEIGHTS_WORDS[plan.weights]),
+        method=(_MEASURED if request.calibration is None else _WITH_INPUTS).format(WEIGHTS_WORDS[plan.weights]),
         status=QUANTIZED_HERE,
-        words=NOT_CALIBRATED_WORDS,
+        words=NOT_CALIBRATED_WORDS if request.calibration is None else CALIBRATED_WORDS,
         max_error=request.max_error,
         counts={QUANTIZED_HERE: len(scales)},
         fused_scales_differ=differ,
