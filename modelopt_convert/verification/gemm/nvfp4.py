@@ -3,12 +3,14 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.codes import (
     decode_e2m1,
@@ -18,7 +20,7 @@ from modelopt_convert.formats.nvfp4.codes import (
     swap_nibbles,
     unpack_e2m1,
 )
-from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.proof.tensors import load, load_weight, tensor_scale
@@ -38,6 +40,7 @@ class Nvfp4Weight:
         bias: [N] or None.
     """
 
+    algorithm: ClassVar[Algorithm] = FORMAT.algorithm
     packed: Tensor
     scale: Tensor
     tensor_scale: float

@@ -4,7 +4,7 @@ M is the number of rows of activations, N of output features, K of input feature
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,13 @@ class Activations(Protocol):
 
 
 class Weight(Protocol):
-    """A quantized weight, in the canonical layout."""
+    """A quantized weight, in the canonical layout.
+
+    Attributes:
+        algorithm: Its format.
+    """
+
+    algorithm: ClassVar[Algorithm]
 
     @property
     def tensor_scale(self) -> float:
