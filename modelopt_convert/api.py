@@ -16,6 +16,7 @@ from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     BuildRequest,
+    CalibrateRequest,
     ConvertFp8Request,
     ConvertRequest,
     InspectRequest,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendError",
     "BuildNvfp4Request",
+    "CalibrateRequest",
     "CheckFailedError",
     "ConvertFp8Request",
     "ConvertRequest",
@@ -74,6 +76,7 @@ __all__ = [
     "VerifiedReport",
     "VerifyRequest",
     "build_nvfp4",
+    "calibrate",
     "convert",
     "convert_fp8",
     "inspect",
@@ -161,6 +164,7 @@ Raises:
 """
 build_nvfp4 = _function(BuildNvfp4Request)
 convert_fp8 = _function(ConvertFp8Request)
+calibrate = _function(CalibrateRequest)
 convert = _function(ConvertRequest)
 swap_nibbles = _function(SwapNibblesRequest)
 unswizzle_scales = _function(UnswizzleScalesRequest)
@@ -237,6 +241,10 @@ def command_of(request: Request[Any]) -> "Command[Any]":
             from modelopt_convert.commands.build.command import BuildCommand
 
             return BuildCommand(request)
+        case CalibrateRequest():
+            from modelopt_convert.commands.calibrate import CalibrateCommand
+
+            return CalibrateCommand(request)
         case RewriteRequest():
             from modelopt_convert.commands.rewrite.command import RewriteCommand
 

@@ -50,6 +50,7 @@ _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # ASCII: else a Kelvin sign is a K, and a dotless i an i.
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE | re.ASCII)
 _ROWS = range(1, 10**7)
+_SHARE = re.compile(r"([0-9]{1,6})/([0-9]{1,6})", re.ASCII)
 
 
 def shard_bytes(request: "Request[Any]", size: str) -> int:
@@ -166,6 +167,10 @@ class _Choosing(Request["Report"]):
         Place | None,
         Flag("The unquantized base: transformer, pipeline or file; default the preset's on the Hub.", metavar="BASE"),
     ] = None
+    calibration: Annotated[
+        Folder | None,
+        Flag("What `mopt calibrate` wrote of BASE: input scales are written, as an export has them.", metavar="CALIB"),
+    ] = None
     variant: Variant = None
     config: Config = None
     base_model: Annotated[
@@ -204,7 +209,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     """What ``build-nvfp4`` and ``convert-fp8`` have in common."""
 
     __slots__ = ()
-    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config")
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config", "calibration")
     algorithm: ClassVar[Algorithm]
 
     def check(self) -> None:
@@ -215,6 +220,10 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
             self.refuse("output", "is required with --preset none")
         if self.output is not None and is_far(self.output):
             self.refuse("output", "is a folder on disk; --push-to REPO_ID publishes it")
+        if self.calibration is not None and self.export is not None:
+            self.refuse("calibration", "is for --base alone: an export has input scales of its own")
+        if self.calibration is not None and is_far(self.calibration):
+            self.refuse("calibration", "is a folder on disk")
         if self.base_model is not None and not _REPO.fullmatch(self.base_model):
             self.refuse("base_model", "is a repo on the Hub: ORGANIZATION/NAME")
         if self.shard_bytes <= 0:
@@ -288,7 +297,7 @@ class ConvertFp8Request(BuildRequest):
 
     command: ClassVar[str] = "convert-fp8"
     algorithm: ClassVar[Algorithm] = "fp8"
-    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config", "checkpoint")
+    inputs: ClassVar[tuple[str, ...]] = ("export", "base", "config", "calibration", "checkpoint")
     export: Annotated[
         Place | None,
         Flag("ModelOpt FP8 export, or one .safetensors file; without it the base is quantized.", metavar="EXPORT"),
@@ -422,6 +431,62 @@ class ConvertRequest(_Replacing):
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
         return shard_bytes(self, self.max_shard_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateRequest(Request["Report"]):
+    """Run a pipeline on prompts, and keep what goes into each Linear of its transformer, for input scales."""
+
+    command: ClassVar[str] = "calibrate"
+    inputs: ClassVar[tuple[str, ...]] = ("base", "prompts", "config")
+    base: Annotated[Place, Flag("The unquantized base: transformer, pipeline or file.", metavar="BASE")] = field(
+        kw_only=False
+    )
+    pipeline: Annotated[
+        str,
+        Flag("The pipeline that BASE is the transformer of: a folder, or a repo as diffusers has it.", metavar="REF"),
+    ]
+    prompts: Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
+    output: Annotated[Folder, Flag("The folder to write.", metavar="CALIB")]
+    variant: Variant = None
+    config: Config = None
+    steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
+    size: Annotated[int, Flag("Height and width, in pixels.", minimum=8, maximum=8192)] = 512
+    frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
+    seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
+    headroom: Annotated[
+        float, Flag("By which the largest input is multiplied before a scale is made of it.", minimum=1.0, maximum=64.0)
+    ] = 2.0
+    device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
+    offload: Annotated[
+        Literal["none", "model", "sequential"],
+        Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
+    ] = "none"
+    share: Annotated[
+        str | None, Flag("Run this share alone, such as 2/8; without it what is missing is run and merged.", metavar="I/N")
+    ] = None
+    overwrite: Annotated[bool, Flag("Replace a CALIB that mopt wrote; the old one stands until the new is whole.")] = (
+        False
+    )
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        for name in ("prompts", "output"):
+            if is_far(getattr(self, name)):
+                self.refuse(name, "is on disk")
+        if not 1 <= self.part[0] <= self.part[1]:
+            self.refuse("share", f"{shown(self.share)} is not a share such as 2/8, the second of eight")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many shares, from 1."""
+        found = _SHARE.fullmatch(self.share or "1/1")
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    def reads(self) -> list[Path]:
+        """The pipeline, too, if it is a folder."""
+        path = Path(self.pipeline)
+        return [*Request.reads(self), *([path] if not is_far(path) and path.is_dir() else [])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

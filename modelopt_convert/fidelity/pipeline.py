@@ -1,8 +1,9 @@
 """A diffusers pipeline that runs transformers which were loaded here, one prompt and seed at a time."""
 
+import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +105,13 @@ def _index(reference: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
+def pipeline_identity(reference: str) -> dict[str, str]:
+    """What identifies a pipeline wherever it lies: of a folder the digest of its index, of a repo its name."""
+    if not Path(reference).exists():
+        return {"repo": reference}
+    return {"model_index_sha256": hashlib.sha256((Path(reference) / INDEX).read_bytes()).hexdigest()}
+
+
 def draw(pipeline: Any, prompt: str, seed: int, how: Drawing) -> Drawn:
     """Run a pipeline once.
 
@@ -117,9 +125,36 @@ def draw(pipeline: Any, prompt: str, seed: int, how: Drawing) -> Drawn:
         InputError: ``pipeline.run``.
     """
     latents: list[Tensor] = []
+    found = run_once(pipeline, prompt, seed, how, lambda _, latent: latents.append(latent.to("cpu", torch.float32)))
+    shown = found.images if hasattr(found, "images") else found.frames
+    return Drawn(tuple(latents), frames_of(shown))
 
-    def keep(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        latents.append(tensors["latents"].detach().to("cpu", torch.float32))
+
+def run_once(
+    pipeline: Any,
+    prompt: str,
+    seed: int,
+    how: Drawing,
+    after_step: Callable[[int, Tensor], None],
+    *,
+    output: Literal["pt", "latent"] = "pt",
+) -> Any:
+    """Run a pipeline, and give what it gives.
+
+    Args:
+        pipeline: As ``load_pipeline`` gives it.
+        prompt: What to draw.
+        seed: See ``draw``.
+        how: Steps and size.
+        after_step: Told the number of each step, from 0, and its latents.
+        output: Whether latents are decoded.
+
+    Raises:
+        InputError: ``pipeline.run``.
+    """
+
+    def told(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        after_step(step, tensors["latents"].detach())
         return tensors
 
     takes = inspect.signature(pipeline.__call__).parameters
@@ -127,12 +162,12 @@ def draw(pipeline: Any, prompt: str, seed: int, how: Drawing) -> Drawn:
     asked["max_sequence_length"] = longest_text(pipeline, takes)
     try:
         with torch.inference_mode():
-            found = pipeline(
+            return pipeline(
                 prompt=prompt,
                 num_inference_steps=how.steps,
                 generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="pt",
-                callback_on_step_end=keep,
+                output_type=output,
+                callback_on_step_end=told,
                 **{name: value for name, value in asked.items() if name in takes and value is not None},
             )
     except (ValueError, TypeError, RuntimeError) as error:
@@ -141,8 +176,6 @@ def draw(pipeline: Any, prompt: str, seed: int, how: Drawing) -> Drawn:
             code="pipeline.run",
             hint="check --size, --frames and the pipeline itself",
         ) from error
-    shown = found.images if hasattr(found, "images") else found.frames
-    return Drawn(tuple(latents), frames_of(shown))
 
 
 def longest_text(pipeline: Any, takes: Mapping[str, inspect.Parameter]) -> int | None:

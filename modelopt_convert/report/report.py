@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
+from modelopt_convert.report.calibrate import CalibrationReport
 from modelopt_convert.report.convert import ConvertReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.run.text import unicode_text
@@ -240,8 +241,13 @@ class Report(_Model):
     evidence: dict[str, str] = Field(
         default_factory=dict, description="of a rewrite: how the layout of each module was known before"
     )
-    calibration: Literal["none"] | None = Field(
-        default=None, description="none: mopt quantized the base itself; null: the export's, as it was calibrated"
+    calibration: Literal["none", "inputs"] | None = Field(
+        default=None,
+        description="none: mopt quantized the base itself; inputs: likewise, with input scales of --calibration; null: "
+        "the export's, as it was calibrated",
+    )
+    calibrated: CalibrationReport | None = Field(
+        default=None, description="what `mopt calibrate` made, or --calibration named"
     )
     clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
     dequantized: list[str] = Field(

@@ -1,0 +1,204 @@
+"""What ``mopt calibrate`` wrote, as builds read it: the largest input of every module. No torch, no numpy.
+
+CALIB holds ``calibration.json``, ``stats.safetensors`` and a record. The record has the digest of the first, and the
+first that of the second, so that a damaged CALIB is told from a whole one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from modelopt_convert.checkpoint.content import CONTENT
+from modelopt_convert.checkpoint.location import read_small
+from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record
+from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.run.errors import InputError
+
+SCHEMA = "mopt.calibration/1"
+FILE = "calibration.json"
+STATS = "stats.safetensors"
+_LIMIT = 64 << 20  # bytes: a line of each of a hundred thousand modules is less
+_READ_BYTES = 8 << 20
+_AGAIN = "run `mopt calibrate` again, or copy CALIB again, whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The inputs of one transformer's modules.
+
+    Attributes:
+        path: CALIB.
+        headroom: By which amax is multiplied before a scale is made of it.
+        base: The identity of the base that ran.
+        amax: Largest magnitude of a module's input by module; None of one that never ran.
+    """
+
+    path: Path
+    headroom: float
+    base: Mapping[str, str]
+    amax: Mapping[str, float | None]
+
+    def refuse_other_base(self, identity: Mapping[str, str], path: str) -> None:
+        """Require that a base is the one that was calibrated, as far as is known by now.
+
+        Args:
+            identity: Of the base: of its headers, and once it was read whole of its bytes.
+            path: Where it lies.
+
+        Raises:
+            InputError: ``calibration.other_base``.
+        """
+        for key in ("headers_sha256", CONTENT):
+            if key in identity and identity[key] != self.base.get(key):
+                raise InputError(
+                    f"{self.path}: expected a calibration of {path}, found one of another base "
+                    f"({key} {str(self.base.get(key))[:12]}, and the base has {identity[key][:12]})",
+                    code="calibration.other_base",
+                    path=str(self.path),
+                    hint="calibrate this very base, or give the one that was calibrated",
+                )
+
+    def largest(self, module: str) -> float:
+        """The largest magnitude of a module's input.
+
+        Raises:
+            InputError: ``calibration.no_module``, ``calibration.never_ran`` or ``calibration.amax``.
+        """
+        if module not in self.amax:
+            raise self._unusable(module, "expected its amax, found no such module", "no_module")
+        found = self.amax[module]
+        if found is None:
+            raise self._unusable(module, "expected its amax, but it never ran while calibrating", "never_ran")
+        if not 0 < found < math.inf:
+            raise self._unusable(module, f"expected an amax above 0 and finite, found {found!r}", "amax")
+        return found
+
+    def _unusable(self, module: str, what: str, kind: str) -> InputError:
+        return InputError(
+            f"{self.path}: module {module!r}: {what}",
+            code=f"calibration.{kind}",
+            path=str(self.path),
+            hint=f"calibrate with prompts, frames and steps that reach it, or --keep-bf16 '{module}'",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFolder:
+    """CALIB, whole.
+
+    Attributes:
+        path: Where it lies.
+        digest: xxh3-128 of ``calibration.json``, which has the digest of the rest.
+        said: ``calibration.json``.
+        transformers: By the name of their component.
+    """
+
+    path: Path
+    digest: str
+    said: Mapping[str, Any]
+    transformers: Mapping[str, Calibrated]
+
+    def of(self, component: str | None) -> Calibrated:
+        """That of a transformer.
+
+        Args:
+            component: Its name in the pipeline; None where its folder has none.
+
+        Raises:
+            InputError: ``calibration.no_transformer``.
+        """
+        name = component or "transformer"
+        if len(self.transformers) == 1:
+            return next(iter(self.transformers.values()))
+        if name not in self.transformers:
+            raise InputError(
+                f"{self.path}: expected a calibration of {name}, found those of {', '.join(self.transformers)}",
+                code="calibration.no_transformer",
+                path=str(self.path),
+                hint="calibrate the whole pipeline",
+            )
+        return self.transformers[name]
+
+    def claim(self) -> dict[str, Any]:
+        """What a record says of it."""
+        kept = ("headroom", "prompts", "runs", "steps", "size", "pipeline")
+        return {"digest": self.digest, **{key: self.said[key] for key in kept}}
+
+
+def read_calibration(path: Path) -> CalibrationFolder:
+    """Read CALIB and require that it is whole.
+
+    Raises:
+        InputError: ``calibration.missing``, ``calibration.damaged``, or what reading a small file raises.
+    """
+    if not (path / FILE).is_file():
+        raise InputError(
+            f"{path}: expected a folder that `mopt calibrate` wrote, found no {FILE} in it",
+            code="calibration.missing",
+            path=str(path),
+            hint="give the folder that `mopt calibrate --output` named",
+        )
+    raw = read_small(path / FILE, _LIMIT, code="calibration")
+    digest, recorded = digest_of(raw), _recorded(path)
+    if digest != recorded:
+        raise _damaged(path / FILE, f"expected the digest {recorded[:12]} as in {RECORD}, found {digest[:12]}")
+    said = parse_json_object(raw, code="calibration", path=str(path / FILE))
+    if said.get("schema") != SCHEMA:
+        raise _damaged(path / FILE, f"expected {SCHEMA}, found {str(said.get('schema'))[:40]!r}")
+    try:
+        stats, transformers = str(said["stats_xxh3_128"]), _transformers(path, said)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _damaged(path / FILE, f"expected the fields of {SCHEMA}, found others") from None
+    found = file_digest(path / STATS)
+    if found != stats:
+        raise _damaged(path / STATS, f"expected the digest {stats[:12]} as in {FILE}, found {str(found)[:12]}")
+    return CalibrationFolder(path, digest, said, transformers)
+
+
+def file_digest(path: Path) -> str | None:
+    """xxh3-128 of a file's bytes; None where there is no such file."""
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_READ_BYTES):
+                digest.update(piece)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()
+
+
+def _recorded(path: Path) -> str:
+    try:
+        record = read_record(path)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        record = None
+    if record is None or FILE not in record["digests"]["files"]:
+        raise _damaged(path / RECORD, f"expected the record of {FILE}, found none")
+    return str(record["digests"]["files"][FILE])
+
+
+def _transformers(path: Path, said: Mapping[str, Any]) -> dict[str, Calibrated]:
+    """What is said of each transformer.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: It is not of the schema.
+    """
+    headroom, found = float(said["headroom"]), dict[str, Calibrated]()
+    if not 1 <= headroom < math.inf or not said["transformers"]:
+        raise ValueError
+    for name, one in said["transformers"].items():
+        amax = {module: None if kept["n"] == 0 else float(kept["amax"]) for module, kept in one["modules"].items()}
+        found[name] = Calibrated(path, headroom, {key: str(value) for key, value in one["base"].items()}, amax)
+    if any(key not in said for key in ("prompts", "runs", "steps", "size", "pipeline")):
+        raise KeyError
+    return found
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: {what}", code="calibration.damaged", path=str(path), hint=_AGAIN)

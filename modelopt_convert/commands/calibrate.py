@@ -1,0 +1,330 @@
+"""The straight line of ``mopt calibrate``: refuse, open, go on from finished runs, run, merge, stage, publish.
+
+torch and diffusers are imported on the way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelopt_convert.checkpoint.calibration import FILE, SCHEMA, STATS, file_digest
+from modelopt_convert.checkpoint.content import CONTENT
+from modelopt_convert.checkpoint.header import METADATA, TensorSpec, build_header
+from modelopt_convert.checkpoint.location import local_path
+from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
+from modelopt_convert.checkpoint.reader import CHUNK_BYTES
+from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
+from modelopt_convert.checkpoint.strict_json import json_bytes
+from modelopt_convert.commands.build.inputs import Opened, open_all
+from modelopt_convert.commands.command import (
+    Clock,
+    Inputs,
+    Warned,
+    ending,
+    output_report,
+    peak_rss_bytes,
+    published_warnings,
+    versions,
+    warnings_of,
+)
+from modelopt_convert.commands.requests import CalibrateRequest
+from modelopt_convert.plan.inputs import check_merged, check_unquantized
+from modelopt_convert.report.calibrate import CalibrationReport
+from modelopt_convert.report.report import Report
+from modelopt_convert.run.errors import InconclusiveError
+from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.text import few
+from modelopt_convert.stage.directory import Published, StagingDir
+from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
+from modelopt_convert.stage.parts import Parts
+from modelopt_convert.stage.space import disk_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from modelopt_convert.fidelity.calibration import Watch
+    from modelopt_convert.fidelity.prompts import Prompts
+    from modelopt_convert.fidelity.runs import KeptRuns, Merged
+
+_LOW_RATIO = 0.9  # of the amax of one half of the runs; fidelity tests had 0.98 in the mean of modules
+_DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the steps have returned so far."""
+
+    clock: Clock = field(default_factory=Clock)
+    warned: list[Warned] = field(default_factory=list)
+    told: CalibrationReport | None = None
+    specs: Mapping[str, Sequence[TensorSpec]] = field(default_factory=dict)
+    published: Published | None = None
+    device: str | None = None
+    peak_rss_bytes: int | None = None
+
+
+class CalibrateCommand:
+    """Run a pipeline, and keep what goes into each Linear of its transformer."""
+
+    def __init__(self, request: CalibrateRequest) -> None:
+        """Do nothing yet."""
+        self._request = request
+        self._output = Path(request.output)
+        self._inputs = Inputs(request.locate("config"), request.variant)
+        self._found = _Found()
+
+    def report(self, error: BaseException | None = None) -> Report:
+        """What happened, also after a failure."""
+        found = self._found
+        return Report(
+            command=self._request.command,
+            inputs=self._inputs.reports(),
+            network=self._inputs.network(),
+            output=output_report(str(self._output), found.specs, {}, found.published, error),
+            calibrated=found.told,
+            device=found.device,
+            peak_rss_bytes=found.peak_rss_bytes,
+            timings_s=found.clock.seconds,
+            warnings=warnings_of([*self._inputs.left_aside(), *found.warned]),
+            versions=versions(),
+            **ending(error),
+        )
+
+    def run(self, progress: Progress) -> None:
+        """Calibrate.
+
+        Raises:
+            MoptError: One of its kinds; nothing was published, and finished runs are kept.
+        """
+        from modelopt_convert.fidelity.prompts import read_prompts
+        from modelopt_convert.fidelity.runs import KeptRuns
+        from modelopt_convert.fidelity.transformer import require_diffusers
+
+        request, found = self._request, self._found
+        base = request.locate("base")
+        assert base is not None  # the request requires it
+        require_diffusers()
+        components = resolve_components(None, base, ())
+        paths = tuple(filter(None, map(local_path, (base, *(one.base for one in components))))) + tuple(request.reads())
+        self._output = output = canonical_output(self._output)
+        check_output_allowed(output, paths, overwrite=request.overwrite)
+        prompts = read_prompts(Path(request.prompts))
+        with self._inputs:
+            names = [str(one.name or COMPONENTS[0]) for one in components]
+            folders = names if len(names) > 1 else [""]
+            parts: dict[str, Opened] = {}
+            for name, (part, warned) in zip(
+                names, open_all(components, folders, None, self._inputs, found.clock), strict=True
+            ):
+                check_unquantized(part.model)
+                check_merged(part.model, "base")
+                found.warned += warned
+                parts[name] = part
+            kept = Parts(output)
+            kept.open()
+            runs = KeptRuns(kept, prompts.texts, request.seeds, request.part)
+            missing = runs.missing()
+            progress.announce(self._line(runs, len(missing)))
+            if missing:
+                models = self._load(parts, progress)
+                runs.require(self._settings(parts, prompts))
+                self._run(runs, missing, parts, models, progress)
+            else:
+                with found.clock.timed("read"):
+                    _read_whole(parts, progress)
+                runs.require(self._settings(parts, prompts))
+            self._inputs.check_unchanged()
+            if runs.done < runs.count or request.share is not None:
+                self._tell(runs, len(missing))
+                found.warned.append(("calibrate.unmerged", _unmerged(runs)))
+                return
+            with found.clock.timed("merge"):
+                merged = runs.merged()
+            self._publish(paths, merged, parts, self._settings(parts, prompts))
+        with found.clock.timed("remove"):
+            try:
+                kept.remove()
+            except OSError as error:
+                found.warned.append(("parts.not_removed", f"{kept.path}: merged, and not removed: {error.strerror}"))
+        found.peak_rss_bytes = peak_rss_bytes()
+
+    def _settings(self, parts: Mapping[str, Opened], prompts: "Prompts") -> dict[str, Any]:
+        """What two runs must have in common to be of one calibration."""
+        from modelopt_convert.fidelity.pipeline import pipeline_identity
+
+        request = self._request
+        return {
+            "base": {name: _bytes_of(part) for name, part in parts.items()},
+            "pipeline": pipeline_identity(request.pipeline),
+            "prompts": {"sha256": prompts.sha256, "count": len(prompts.texts)},
+            "seeds": request.seeds,
+            "steps": request.steps,
+            "size": request.size,
+            "frames": request.frames,
+        }
+
+    def _load(self, parts: Mapping[str, Opened], progress: Progress) -> "dict[str, nn.Module]":
+        from modelopt_convert.fidelity.transformer import load_transformer
+
+        models = {}
+        with self._found.clock.timed("load"):
+            for name, part in parts.items():
+                progress.begin(f"load {name}", part.model.num_bytes)
+                models[name] = load_transformer(part.model)
+                progress.advance(part.model.num_bytes)
+        return models
+
+    def _run(
+        self,
+        runs: "KeptRuns",
+        missing: Sequence[int],
+        parts: Mapping[str, Opened],
+        models: "Mapping[str, nn.Module]",
+        progress: Progress,
+    ) -> None:
+        """Do what is not done, and keep each run as it ends."""
+        from modelopt_convert.fidelity.calibration import Watch
+        from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline, run_once
+
+        request = self._request
+        device, name = _device(request.device)
+        self._found.device = name
+        with self._found.clock.timed("load"):
+            pipeline = load_pipeline(request.pipeline, models, device=device, offload=request.offload)
+        how = Drawing(request.steps, request.size, request.frames)
+        step_bytes = sum(part.model.num_bytes for part in parts.values())
+        progress.begin("run", step_bytes * request.steps * len(missing))
+        for done, number in enumerate(missing, 1):
+            prompt, seed = runs.of(number)
+            words = f"prompt {prompt[:60]!r}, seed {seed}"
+            with self._found.clock.timed("run"):
+                with Watch({parts[one].prefix: model for one, model in models.items()}) as watch:
+                    run_once(pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress))
+                watch.refuse_not_finite(f"after the last step of {words}")
+            runs.keep(number, watch, name)
+            progress.detail(f"run {number + 1} of {runs.count}: {words}")
+            self._tell(runs, done)
+
+    def _publish(
+        self, paths: Sequence[Path], merged: "Merged", parts: Mapping[str, Opened], settings: Mapping[str, Any]
+    ) -> None:
+        """Write CALIB beside its place, and put it there."""
+        from modelopt_convert.formats.tensor_bytes import to_bytes
+
+        request, found = self._request, self._found
+        tensors = merged.tensors()
+        specs = [TensorSpec(name, _DTYPES[str(one.dtype)], tuple(one.shape)) for name, one in tensors.items()]
+        said = {
+            "schema": SCHEMA,
+            **{key: one for key, one in settings.items() if key != "base"},
+            "runs": settings["prompts"]["count"] * request.seeds,
+            "headroom": request.headroom,
+            "devices": list(merged.devices),
+            "transformers": {
+                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix)}
+                for name, part in parts.items()
+            },
+        }
+        size = build_header(specs, METADATA)[2]
+        need = disk_bytes([size, *[2 * len(json_bytes(said)) + 64 * len(specs)] * 2])
+        with (
+            found.clock.timed("publish"),
+            StagingDir(self._output, paths, overwrite=request.overwrite, need_bytes=need) as stage,
+        ):
+            with stage.shard(STATS, specs) as writer:
+                for spec in writer.layout:
+                    writer.write(spec.name, [to_bytes(tensors[spec.name])])
+            stage.written(STATS, durable=writer.durable)
+            raw = json_bytes(said | {"stats_xxh3_128": file_digest(stage.path / STATS)})
+            stage.write_file(FILE, raw)
+            headers = (specs, {STATS: METADATA})
+            record = write_record(request.command, {}, tensors=writer.digests, files={FILE: raw}, headers=headers)
+            stage.write_file(RECORD, record)
+            try:
+                stage.publish()
+            finally:  # also when a signal that was held acts right after the swap
+                found.published = stage.published
+                found.warned += published_warnings(stage.published)
+        found.specs = {STATS: specs}
+        never = [name for name in merged.names if name not in merged.seen]
+        if never:
+            message = f"{len(never)} modules never ran, and have no amax: {few(never)}"
+            found.warned.append(("calibrate.never_ran", message))
+        ratio = merged.half_ratio()
+        if ratio is not None and ratio < _LOW_RATIO:
+            message = f"one half of the runs has {ratio:.3f} of the amax of all, in the mean of modules: take more prompts"
+            found.warned.append(("calibrate.few_runs", message))
+        assert found.told is not None
+        more = {"digest": digest_of(raw), "kept_in": None, "never_ran": never, "half_ratio": ratio}
+        found.told = found.told.model_copy(update=more | {"modules": len(merged.seen)})
+
+    def _line(self, runs: "KeptRuns", missing: int) -> str:
+        self._tell(runs, 0)
+        done = f", {runs.done} done before" if runs.done else ""
+        share = f" in share {self._request.share}" if self._request.share else ""
+        return f"{runs.count} runs of {self._request.steps} steps{done}, {missing} to do{share}"
+
+    def _tell(self, runs: "KeptRuns", here: int) -> None:
+        request = self._request
+        self._found.told = CalibrationReport(
+            path=str(self._output),
+            digest=None,
+            headroom=request.headroom,
+            prompts=runs.count // request.seeds,
+            runs=runs.count,
+            runs_done=runs.done,
+            runs_here=here,
+            kept_in=str(runs.parts.path),
+        )
+
+
+def _bytes_of(part: Opened) -> dict[str, str]:
+    """What identifies a base wherever it lies, and wherever it comes from."""
+    identity = part.model.identity()
+    return {key: identity[key] for key in ("headers_sha256", CONTENT) if key in identity}
+
+
+def _after_step(watch: "Watch", words: str, num_bytes: int, progress: Progress) -> "Callable[[int, Tensor], None]":
+    def after_step(step: int, _: "Tensor") -> None:
+        watch.refuse_not_finite(f"in step {step + 1} of {words}")
+        progress.advance(num_bytes)
+
+    return after_step
+
+
+def _unmerged(runs: "KeptRuns") -> str:
+    return (
+        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there the same command "
+        "without --share merges them"
+    )
+
+
+def _read_whole(parts: Mapping[str, Opened], progress: Progress) -> None:
+    """Read bases for their digests alone."""
+    for name, part in parts.items():
+        progress.begin(f"read {name}", part.model.num_bytes)
+        for tensor in part.model.tensors:
+            for piece in part.model.buffered(tensor, CHUNK_BYTES):
+                progress.advance(len(piece))
+
+
+def _device(wanted: str | None) -> tuple[str, str]:
+    """Where to run, as torch names it, and its name.
+
+    Raises:
+        InconclusiveError: ``device.none``.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise InconclusiveError(
+            "--device cuda: torch sees no GPU",
+            code="device.none",
+            hint="install the CUDA build of torch on a machine with a GPU, or leave --device out",
+        )
+    device = wanted or ("cuda" if has_gpu else "cpu")
+    return device, torch.cuda.get_device_name() if device == "cuda" else "cpu"
