@@ -117,9 +117,9 @@ class _Fp8Operands:
         codes = load_weight(reader, name) if rows is None else load_rows(reader, name, rows)
         return Fp8Weight(codes, scale, bias)
 
-    def quantized(self, values: Tensor, bias: Tensor) -> Fp8Weight:
-        scale = values.abs().amax().to(torch.float32) / E4M3_MAX
-        return Fp8Weight(quantize_fp8(values, scale), float(scale), bias)
+    def quantized(self, values: Tensor, bias: Tensor | None, scale: float | None = None) -> Fp8Weight:
+        factor = values.abs().amax().to(torch.float32) / E4M3_MAX if scale is None else torch.tensor(scale)
+        return Fp8Weight(quantize_fp8(values, factor), float(factor), bias)
 
 
 ENTRY: OperandFormat = _Fp8Operands()

@@ -172,9 +172,9 @@ class _Nvfp4Operands:
         packed = swap_nibbles(packed) if layout.nibbles == "high" else packed
         return Nvfp4Weight(packed, scales, tensor_scale(reader, module, "weight_scale_2"), bias)
 
-    def quantized(self, values: Tensor, bias: Tensor) -> Nvfp4Weight:
-        scale = shared_global_scale([values])
-        return Nvfp4Weight(*quantize_nvfp4(values, scale), float(scale), bias)
+    def quantized(self, values: Tensor, bias: Tensor | None, scale: float | None = None) -> Nvfp4Weight:
+        factor = shared_global_scale([values]) if scale is None else torch.tensor(scale, device=values.device)
+        return Nvfp4Weight(*quantize_nvfp4(values, factor), float(factor), bias)
 
 
 ENTRY: OperandFormat = _Nvfp4Operands()

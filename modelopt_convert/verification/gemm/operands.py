@@ -104,8 +104,14 @@ class OperandFormat(Protocol):
             ValueError: The stored shape does not allow the declared reading.
         """
 
-    def quantized(self, values: Tensor, bias: Tensor) -> Weight:
-        """A weight made of BF16 values [N, K]."""
+    def quantized(self, values: Tensor, bias: Tensor | None, scale: float | None = None) -> Weight:
+        """A weight made of values [N, K], in the dtype that is divided.
+
+        Args:
+            values: BF16, or F32 where ModelOpt divides in F32.
+            bias: [N] or None.
+            scale: Of the tensor; by max calibration of these values unless given.
+        """
 
 
 def operand_format(algorithm: Algorithm) -> OperandFormat:

@@ -1,0 +1,73 @@
+"""What packing some modules does: to the transformer's output on recorded inputs, and to pictures."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from modelopt_convert.fidelity.emulation import Rule, emulated
+from modelopt_convert.fidelity.metrics import psnr_db
+from modelopt_convert.fidelity.pipeline import Drawing, draw
+from modelopt_convert.fidelity.sensitivity import Call, moved_by, recorded, spread
+from modelopt_convert.verification.gemm.operands import Weight
+
+
+@dataclass(slots=True)
+class Trials:
+    """A pipeline, and what it drew before anything was packed.
+
+    Attributes:
+        pipeline: Runs the transformer.
+        transformer: Unquantized.
+        weights: Of every module that may be packed.
+        rule: How their inputs are quantized.
+        input_scales: By module, for a static rule.
+        how: How pictures are drawn.
+        pairs: Prompts and seeds.
+        pictures: Of the unquantized transformer, float32 [F, H, W, 3] in 0..1, one a pair.
+        calls: Calls of the unquantized transformer on which modules are scored.
+        ran: Modules that ran.
+    """
+
+    pipeline: Any
+    transformer: nn.Module
+    weights: Mapping[str, Weight]
+    rule: Rule
+    input_scales: Mapping[str, float]
+    how: Drawing
+    pairs: Sequence[tuple[str, int]]
+    pictures: list[Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    ran: set[str] = field(default_factory=set)
+
+    def draw_unquantized(self, count: int) -> Iterator[int]:
+        """Draw every pair, and keep so many calls: an even share of each run, the first runs one more if need be.
+
+        Yields:
+            The number of the picture that is done.
+        """
+        for number, (prompt, seed) in enumerate(self.pairs):
+            with recorded(self.transformer, self.weights) as found:
+                self.pictures.append(draw(self.pipeline, prompt, seed, self.how).frames)
+            share = count * (number + 1) // len(self.pairs) - count * number // len(self.pairs)
+            self.calls += spread(found.calls, share)
+            self.ran |= found.ran
+            yield number
+
+    def moved_by(self, packed: Collection[str]) -> float:
+        """Mean squared difference that packing these modules makes to the transformer's output."""
+        with self._packed(packed):
+            return moved_by(self.transformer, self.calls)
+
+    def psnr(self, packed: Collection[str]) -> Iterator[float]:
+        """PSNR in dB of the picture of each pair with these modules packed, against the unquantized one."""
+        with self._packed(packed):
+            for (prompt, seed), expected in zip(self.pairs, self.pictures, strict=True):
+                yield psnr_db(draw(self.pipeline, prompt, seed, self.how).frames, expected)
+
+    @contextmanager
+    def _packed(self, modules: Collection[str]) -> Iterator[None]:
+        with emulated(self.transformer, {name: self.weights[name] for name in modules}, self.rule, self.input_scales):
+            yield
