@@ -4,7 +4,6 @@ CALIB holds ``calibration.json``, ``stats.safetensors`` and a record. The record
 first that of the second, so that a damaged CALIB is told from a whole one.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ FILE = "calibration.json"
 STATS = "stats.safetensors"
 _LIMIT = 64 << 20  # bytes: a line of each of a hundred thousand modules is less
 _READ_BYTES = 8 << 20
+_LEAST, _MOST = 2.0**-112, 2.0**120  # beyond these a scale, or amax times headroom, is none in float32
 _AGAIN = "run `mopt calibrate` again, or copy CALIB again, whole"
 
 
@@ -73,7 +73,7 @@ class Calibrated:
         found = self.amax[module]
         if found is None:
             raise self._unusable(module, "expected its amax, but it never ran while calibrating", "never_ran")
-        if not 0 < found < math.inf:
+        if not _LEAST < found < _MOST:
             raise self._unusable(module, f"expected an amax above 0 and finite, found {found!r}", "amax")
         return found
 
@@ -190,7 +190,7 @@ def _transformers(path: Path, said: Mapping[str, Any]) -> dict[str, Calibrated]:
         KeyError, TypeError, ValueError, AttributeError: It is not of the schema.
     """
     headroom, found = float(said["headroom"]), dict[str, Calibrated]()
-    if not 1 <= headroom < math.inf or not said["transformers"]:
+    if not 1 <= headroom <= 64 or not said["transformers"]:
         raise ValueError
     for name, one in said["transformers"].items():
         amax = {module: None if kept["n"] == 0 else float(kept["amax"]) for module, kept in one["modules"].items()}

@@ -15,7 +15,7 @@ from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.location import Location, is_there, read_small
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
 from modelopt_convert.checkpoint.strict_json import json_bytes, parse_json_object
-from modelopt_convert.report.words import PROOFS, QUANTIZED_HERE
+from modelopt_convert.report.words import CALIBRATED_WORDS, PROOFS, QUANTIZED_HERE
 from modelopt_convert.run.errors import InputError
 
 RECORD = "mopt.json"
@@ -24,6 +24,8 @@ _ALGORITHM = "xxh3-128"
 _SHOWN = 12  # digits of a digest, in words
 # Statuses of the proof at build after which the bytes are known to be the base's.
 _KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
+
+_CALIBRATED = "quantized at build, with input scales of `mopt calibrate`, from"
 
 
 def digest_of(data: bytes) -> str:
@@ -174,6 +176,8 @@ def claim(record: Mapping[str, Any]) -> str:
     sources = record.get("sources")
     base = sources.get("base") if isinstance(sources, dict) else None
     known = _KNOWN.get(str(proof.get("status"))) if isinstance(proof, dict) else None
+    if isinstance(proof, dict) and proof.get("words") == CALIBRATED_WORDS:
+        known = _CALIBRATED
     if known is None or not isinstance(base, dict):
         words = proof.get("words") if isinstance(proof, dict) else None
         why = words if words in PROOFS and str(words).startswith("not proven") else "not proven"

@@ -95,7 +95,7 @@ def show_build(out: "Output", report: "Report", request: BuildRequest, *, with_n
     if proof is not None:
         _show_proof(out, proof)
     if report.device is not None:
-        done = "quantized" if report.calibration == "none" else "compared"
+        done = "quantized" if report.calibration is not None else "compared"
         out.line(f"{done} on {report.device}, with {human_bytes(report.peak_gpu_bytes or 0)} of its memory")
     parity = [f"gpu parity {check['gpu_parity']}" for check in report.checks if "gpu_parity" in check]
     out.line("checks: " + ", ".join([*(f"{check['name']} {check['status']}" for check in report.checks), *parity]))

@@ -1,29 +1,16 @@
-"""FP8 made here from a base, without calibration. Pure, no torch."""
+"""FP8 made here from a base. Pure, no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from modelopt_convert import __version__
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.dialects.packed import PackedModule, module_format
+from modelopt_convert.formats.dtypes import E4M3_MAX
 from modelopt_convert.formats.fp8.format import FORMAT
 from modelopt_convert.plan.from_base import BaseFormat
 from modelopt_convert.plan.plan import Source, Step
 from modelopt_convert.run.errors import InputError
 
-# As ModelOpt 0.47 has them, but for the inputs: TensorRT-LLM scales these as they come where the group says so.
-_DECLARED: Mapping[str, Any] = {
-    "quant_algo": FORMAT.quant_algo,
-    "config_groups": {
-        "group_0": {
-            "input_activations": {"dynamic": True, "num_bits": 8, "type": "float"},
-            "weights": {"dynamic": False, "num_bits": 8, "type": "float"},
-            "targets": ["Linear"],
-        }
-    },
-    "producer": {"name": "mopt", "version": __version__},
-    **FORMAT.dynamic,
-}
 # ModelOpt 0.47 divides in the dtype of a model's first parameter (``infer_dtype_from_model`` in diffusers_utils.py). Of
 # these classes diffusers keeps that parameter in F32 (``_keep_in_fp32_modules``).
 _DIVIDED_IN_F32 = frozenset(
@@ -43,7 +30,8 @@ _DIVIDED_IN_F32 = frozenset(
 
 
 class _Fp8OfBase:
-    declared = _DECLARED
+    inputs: Mapping[str, Any] = {"num_bits": 8, "type": "float"}
+    largest_input = E4M3_MAX
     shares = False  # ``_fuse_shared_input_modules`` in unified_export_hf.py leaves FP8 out
     by_layers = True
 

@@ -4,13 +4,16 @@ What is quantized is every weight of two dimensions that the preset does not kee
 a Linear, so there has to be a preset, which knows the model.
 """
 
+import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
+from modelopt_convert import __version__
+from modelopt_convert.checkpoint.calibration import Calibrated
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.dialects.modelopt.dialect import output_config
-from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.dialects.packed import PackedModule, module_format
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.plan.ignore import ignore_list, ignored_layers, merged_modules, not_left
@@ -26,17 +29,19 @@ class BaseFormat(Protocol):
     """What is made of a base that is quantized here: the entry of a format in this room.
 
     Attributes:
-        declared: Keys of ``quantization_config`` beside ``ignore``, ``ignored_layers`` and what the format declares.
+        inputs: What a quantizer of the format is in ``config_groups``, but for ``dynamic``.
+        largest_input: What an input scale makes the largest input, in the format's units.
         shares: Whether ModelOpt's exporter gives one tensor scale to what has one input.
         by_layers: Whether engines read ``ignored_layers`` in place of ``ignore`` where there are no input scales.
     """
 
-    declared: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    largest_input: float
     shares: bool
     by_layers: bool
 
     def steps(self, module: PackedModule, class_name: object, *, is_merged: bool) -> Iterator[Step]:
-        """The tensors of one module of a class; ``is_merged`` where the runtime makes one module of several."""
+        """The weight's tensors of one module of a class; ``is_merged`` where the runtime makes one module of several."""
 
     def fault(self, base: Source, info: TensorInfo) -> InputError | None:
         """Why a weight cannot be quantized, or None."""
@@ -51,7 +56,9 @@ def preset_required() -> InputError:
     )
 
 
-def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size: int) -> BuildPlan:
+def plan_quantized(
+    target: Format, base: Source, keeps: Keeps, *, max_shard_size: int, calibrated: Calibrated | None = None
+) -> BuildPlan:
     """Plan a transformer repo whose weights are quantized here.
 
     Args:
@@ -59,13 +66,14 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         base: The unquantized transformer, in BF16, F16 or F32.
         keeps: What stays in BF16; with a preset.
         max_shard_size: Largest output file, in bytes of tensors.
+        calibrated: What input scales are made of; None for inputs that the engine scales as they come.
 
     Returns:
         The plan; its scales are known once the base was measured (``BuildPlan.with_scales``).
 
     Raises:
         InputError: The base is quantized or not the preset's model, a pattern does not fit, a weight has no whole
-            blocks.
+            blocks, or a module was not calibrated.
     """
     preset = keeps.preset
     if preset is None:
@@ -92,6 +100,10 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
     shared: tuple[tuple[str, ...], ...] = ()
     with faults.taken():
         shared = _shared_groups(preset, packed) if quantizer.shares else ()
+    largest: dict[str, float] = {}
+    for name in packed if calibrated is not None else ():
+        with faults.taken(name):
+            largest[name] = calibrated.largest(name)
     faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(
@@ -108,6 +120,12 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
             module = packed[module_of(name)]
             made = quantizer.steps(module, base.config.get("_class_name"), is_merged=module.name in merged)
             found |= {step.output.name: step for step in made}
+            if calibrated is not None:
+                group = next((one for one in shared if module.name in one), (module.name,))
+                scale = input_scale(max(largest[one] for one in group), calibrated.headroom, quantizer.largest_input)
+                shape = module_format(target).shape(module, "input_scale", is_merged=module.name in merged)
+                spec = TensorSpec(f"{module.name}.input_scale", "F32", shape)
+                found[spec.name] = Step(spec, "base", "write_scale", scale)
             fates[name] = "quantized" + ("" if info.dtype == "BF16" else f": {info.dtype} rounded to BF16 first")
         else:
             dtype = plain_dtype(info, fp32)
@@ -116,8 +134,8 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
             fates[name] = f"used: cast {info.dtype} to {dtype}" if cast else "used"
     steps = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
     ignore = ignore_list(steps, target, packed, preset, base.config)
-    keys, warnings = dict(quantizer.declared), []
-    if quantizer.by_layers:
+    keys, warnings = declared(target, quantizer.inputs, is_static=calibrated is not None), []
+    if quantizer.by_layers and calibrated is None:
         keys["ignored_layers"] = ignored_layers(ignore, packed, preset, base.config)
         rules = preset.rules(target.algorithm)
         loose = [name for name, pattern in replaced.items() if pattern not in rules.structural]
@@ -138,6 +156,41 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
         warnings=tuple(warnings),
         shared=shared,
     )
+
+
+def declared(target: Format, inputs: Mapping[str, Any], *, is_static: bool) -> dict[str, Any]:
+    """Keys of ``quantization_config`` beside ``ignore``, ``ignored_layers`` and what the format declares.
+
+    Args:
+        target: The format.
+        inputs: See ``BaseFormat``.
+        is_static: Whether modules have input scales: then all is as ModelOpt 0.47's convert_hf_config.py has it. Else the
+            engine scales the inputs, and TensorRT-LLM does so where the group says it.
+    """
+    quantizer = {"dynamic": False, **inputs}
+    group = {"input_activations": quantizer | {"dynamic": not is_static}, "weights": quantizer, "targets": ["Linear"]}
+    return {
+        "quant_algo": target.quant_algo,
+        "config_groups": {"group_0": group},
+        "producer": {"name": "mopt", "version": __version__},
+        **({"quant_method": "modelopt"} if is_static else target.dynamic),
+    }
+
+
+def input_scale(amax: float, headroom: float, largest: float) -> float:
+    """An input scale as ModelOpt's exporter makes it, in float32: ``get_activation_scaling_factor`` in quant_utils.py.
+
+    Args:
+        amax: Largest magnitude that was seen, a float32.
+        headroom: By which it is multiplied first.
+        largest: What it becomes under the scale: 6 x 448 of NVFP4, 448 of FP8.
+    """
+    return _float32(_float32(amax * headroom) / largest)
+
+
+def _float32(value: float) -> float:
+    """A float64 rounded to float32; a product or quotient of two float32 is so rounded as if it were rounded once."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 def _linears(base: Source, quantizer: "BaseFormat") -> Iterator[PackedModule]:

@@ -1,30 +1,17 @@
-"""NVFP4 made here from a base, without calibration. Pure, no torch."""
+"""NVFP4 made here from a base. Pure, no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from modelopt_convert import __version__
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.dialects.packed import PackedModule, module_format
+from modelopt_convert.formats.dtypes import E4M3_MAX
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.plan.from_base import BaseFormat
 from modelopt_convert.plan.plan import Op, Source, Step
 from modelopt_convert.run.errors import InputError
 
-# As ModelOpt 0.47's convert_hf_config.py has them, but for the inputs: these are scaled by the engine.
-_DECLARED: Mapping[str, Any] = {
-    "quant_algo": FORMAT.quant_algo,
-    "config_groups": {
-        "group_0": {
-            "input_activations": {"dynamic": True, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE},
-            "weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE},
-            "targets": ["Linear"],
-        }
-    },
-    "producer": {"name": "mopt", "version": __version__},
-    **FORMAT.dynamic,
-}
 _STEPS: Mapping[str, tuple[str, Op]] = {
     "weight": (FORMAT.packed_dtype, "quantize_nvfp4"),
     "weight_scale": ("F8_E4M3", "block_scales"),
@@ -33,7 +20,8 @@ _STEPS: Mapping[str, tuple[str, Op]] = {
 
 
 class _Nvfp4OfBase:
-    declared = _DECLARED
+    inputs: Mapping[str, Any] = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
+    largest_input = 6.0 * E4M3_MAX
     shares = True
     by_layers = False
 

@@ -13,10 +13,12 @@ NEAR_WORDS = "not proven: near"
 NO_BASE_WORDS = "not proven: no base"
 UNCHANGED_WORDS = "unchanged"
 NOT_CALIBRATED_WORDS = "quantized here, not calibrated"
+CALIBRATED_WORDS = "quantized here, inputs calibrated"
 MISMATCH_WORDS = "mismatch"
 PROOFS = (
     "",
     PROVEN_WORDS,
+    CALIBRATED_WORDS,
     NOT_CALIBRATED_WORDS,
     UNCHANGED_WORDS,
     SAMPLED_WORDS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from modelopt_convert.commands.build.error_table import error_table
 from modelopt_convert.commands.build.proof import verdict_counts
@@ -38,7 +38,7 @@ class Made:
     Attributes:
         command: The name of mopt's command.
         chosen: The preset, if there is one.
-        calibration: ``none`` where the base itself is quantized.
+        calibration: ``none`` where the base itself is quantized, or what is known of its input scales then.
         base_repo: The base's repo, as it was observed; None where nothing names it.
         base_claimed: The base's repo, as the user names it.
         beside: Folders of the base that are copied beside the transformers; None where these are alone.
@@ -47,7 +47,7 @@ class Made:
 
     command: str
     chosen: ChosenPreset | None
-    calibration: Literal["none"] | None
+    calibration: Literal["none"] | Mapping[str, Any] | None
     base_repo: str | None
     base_claimed: str | None
     beside: tuple[str, ...] | None = None
@@ -147,8 +147,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     if here:
         how = [
             f"`mopt {command}` quantized {packed} modules from the base itself, and kept {total - packed} in BF16.",
-            "Weights: by max calibration. Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
-            "**NOT calibrated**: no activations were looked at.",
+            *_inputs(made),
         ]
     elif proof.status == "not proven":
         why = _WHY.get(proof.words, "no base was given to compare the weights with")
@@ -185,6 +184,20 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         known += [one.words for one in facts]
         body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
+
+
+def _inputs(made: Made) -> list[str]:
+    """What was done with activations, where the base itself is quantized."""
+    if not isinstance(made.calibration, Mapping):
+        return [
+            "Weights: by max calibration. Inputs: dynamic (`dynamic_input_scale`, no `input_scale`).",
+            "**NOT calibrated**: no activations were looked at.",
+        ]
+    one = made.calibration
+    return [
+        f"Weights: by max calibration. Inputs: calibrated by `mopt calibrate`, {one['runs']} runs of {one['steps']} steps,",
+        f"amax times {one['headroom']:g}.",
+    ]
 
 
 def _errors_section(plan: BuildPlan, proof: ProofReport) -> list[str]:
@@ -235,7 +248,7 @@ def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:
         "",
         *_load_section(made, components, facts),
         *_preset_line(made.chosen),
-        *([_NOT_CALIBRATED] * bool(made.calibration)),
+        *([_NOT_CALIBRATED] * (made.calibration == "none")),
         "Each folder's README.md says what is quantized in it and how.",
         "",
         *(["## Known limits", "", *(f"- {one.words}" for one in facts), ""] if facts else []),

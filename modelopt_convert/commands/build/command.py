@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from modelopt_convert.checkpoint.calibration import read_calibration
 from modelopt_convert.checkpoint.companions import MODEL_INDEX, folders_of, pipeline_root, places_read
 from modelopt_convert.checkpoint.config import locate_config
 from modelopt_convert.checkpoint.hub.hub_path import PREFIX
@@ -82,7 +83,7 @@ class BuildCommand:
 
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
-        return build_report(self._request, self.steps, calibrated=self._export is not None, error=error)
+        return build_report(self._request, self.steps, has_export=self._export is not None, error=error)
 
     def run(self, progress: Progress) -> None:
         """Build.
@@ -118,6 +119,9 @@ class BuildCommand:
                 steps.parts.append(part)
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
+            if request.calibration is not None:
+                steps.calibration = read_calibration(Path(request.calibration))
+                self._refuse_other_base()
             if request.preset is None:
                 known = request.base_model or base_repo(steps.parts)
                 steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
@@ -136,7 +140,7 @@ class BuildCommand:
                     steps.warned += refuse_broken(plan.config, request.algorithm, path, request)
                 refuse_misread(plan, path)
             fits = self._fits()
-            if self._export is None:
+            if self._export is None and steps.calibration is None:
                 steps.warned[:0] = _uncalibrated(steps.plans[0])  # the first thing to know, of what can be opened
             steps.free_bytes = shutil.disk_usage(output.parent).free
             for part, plan in zip(steps.parts, steps.plans, strict=True):
@@ -148,7 +152,9 @@ class BuildCommand:
                 steps.warned += foreign_warnings(self._foreign, "would go")
                 return
             gpu = self._open_gpu()
-            calibration: Literal["none"] | None = "none" if self._export is None else None
+            calibration: Literal["none"] | dict[str, Any] | None = "none" if self._export is None else None
+            if steps.calibration is not None:
+                calibration = steps.calibration.claim()
             beside = steps.companions.folders if steps.companions is not None else None
             made = Made(
                 request.command,
@@ -173,6 +179,7 @@ class BuildCommand:
                     self._prove(progress, gpu)
                 self._write(stage, made, executor, progress, gpu)
                 steps.inputs.check_unchanged()
+                self._refuse_other_base()  # by now all its bytes were read
                 self._close(stage, progress)
                 if request.to != "modelopt":
                     self._convert(stage, executor, progress)
@@ -183,6 +190,12 @@ class BuildCommand:
                         steps.published = stage.published
                         steps.warned += published_warnings(stage.published)
         steps.peak_rss_bytes = peak_rss_bytes()
+
+    def _refuse_other_base(self) -> None:
+        """Refuse input scales of another model."""
+        for part in self.steps.parts if self.steps.calibration is not None else ():
+            calibrated = self.steps.calibration.of(part.component.name)
+            calibrated.refuse_other_base(part.model.identity(), str(part.model.path))
 
     def _take_base(self, chosen: ChosenPreset) -> None:
         """What a build cannot do without is, unless given, what the preset was made for."""
@@ -232,7 +245,11 @@ class BuildCommand:
         preset = self.steps.chosen.loaded.preset if self.steps.chosen else None
         keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, tuple(request.keep_bf16))
         if part.export is None:
-            return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes)
+            found = self.steps.calibration
+            calibrated = found.of(part.component.name) if found is not None else None
+            return plan_quantized(
+                target, part.model, keeps, max_shard_size=request.shard_bytes, calibrated=calibrated
+            )
         return plan_mixed(
             target,
             part.export,
@@ -271,7 +288,8 @@ class BuildCommand:
         fetched = self.steps.inputs.to_fetch
         fetching = f", fetching {sum(fetched.values()) / 1e9:.1f} GB" if fetched else ""
         named: Location | None = self.steps.parts[0].model.path if len(self.steps.parts) == 1 else self._base
-        return f"no --export: quantizing {named}, uncalibrated{fetching}"
+        scales = "uncalibrated" if self._request.calibration is None else "with calibrated input scales"
+        return f"no --export: quantizing {named}, {scales}{fetching}"
 
     def _open_gpu(self) -> "Gpu | None":
         if not isinstance(self._request, BuildNvfp4Request) or self._request.device == "cpu":

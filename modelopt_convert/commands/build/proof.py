@@ -17,6 +17,7 @@ from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, proof_readings
 from modelopt_convert.report.report import ClippedReport, ModuleReport, ProofReport
 from modelopt_convert.report.words import (
+    CALIBRATED_WORDS,
     MISMATCH_WORDS,
     NEAR_WORDS,
     NO_BASE_WORDS,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
 
 _MEASURED = "quantized here from the base: weights by max, inputs dynamic, not calibrated"
+_WITH_INPUTS = "quantized here from the base: weights by max, input scales of a calibration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +235,9 @@ def measure_part(
         scales = measure(base, plan, request.worker_count, progress.advance, gpu)
     differ = differing_groups(plan, scales)
     report = ProofReport(
-        method=_MEASURED,
+        method=_MEASURED if request.calibration is None else _WITH_INPUTS,
         status=QUANTIZED_HERE,
-        words=NOT_CALIBRATED_WORDS,
+        words=NOT_CALIBRATED_WORDS if request.calibration is None else CALIBRATED_WORDS,
         max_error=request.max_error,
         counts={QUANTIZED_HERE: len(scales)},
         fused_scales_differ=differ,

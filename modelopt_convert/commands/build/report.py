@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from modelopt_convert.checkpoint.calibration import CalibrationFolder
 from modelopt_convert.checkpoint.companions import Companions
 from modelopt_convert.commands.build.card import Made
 from modelopt_convert.commands.build.files import counted, fates_of, rules_of
@@ -26,6 +27,7 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import peak_bytes
 from modelopt_convert.preset.preset import ChosenPreset
+from modelopt_convert.report.calibrate import CalibrationReport
 from modelopt_convert.report.report import (
     ClippedReport,
     ProofReport,
@@ -47,6 +49,7 @@ class Steps:
         output: Where the checkpoint shall stand.
         chosen: The preset, if there is one.
         companions: What is copied beside them, of a whole pipeline.
+        calibration: What input scales are made of, if the base itself is quantized with any.
         parts: The transformers.
         plans: The plan of each, brought in line with what was found since.
         free_bytes: Room beside OUT.
@@ -70,6 +73,7 @@ class Steps:
     output: str = ""
     chosen: ChosenPreset | None = None
     companions: Companions | None = None
+    calibration: CalibrationFolder | None = None
     parts: list[Opened] = field(default_factory=list)
     plans: list[BuildPlan] = field(default_factory=list)
     free_bytes: int | None = None
@@ -90,13 +94,13 @@ class Steps:
 _WEAKEST_FIRST = ("fail", "not proven", "quantized here", "pass")
 
 
-def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error: BaseException | None) -> Report:
+def build_report(request: BuildRequest, steps: Steps, *, has_export: bool, error: BaseException | None) -> Report:
     """The report, whatever the outcome.
 
     Args:
         request: What was asked for.
         steps: What is known so far.
-        calibrated: Whether there is an export.
+        has_export: Whether there is an export.
         error: What ended the run, or None.
     """
     both = list(zip(steps.parts, steps.plans, strict=False))  # a plan may be refused after others were made
@@ -126,7 +130,8 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         ledger=ledger,
         proof=_proof(steps),
         convert=done.report if done is not None else None,
-        calibration=None if calibrated else "none",
+        calibration=None if has_export else "none" if request.calibration is None else "inputs",
+        calibrated=_calibrated(steps),
         clipped=steps.clipped,
         dequantized=[f"{part.prefix}{name}" for part, plan in both for name in plan.dequantized],
         checks=steps.checks,
@@ -142,6 +147,24 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         warnings=warnings_of([*steps.inputs.left_aside(), *steps.warned]),
         versions=versions(),
         **ending(error, "planned" if steps.is_planned else "ok"),
+    )
+
+
+def _calibrated(steps: Steps) -> CalibrationReport | None:
+    """What input scales are taken from."""
+    found = steps.calibration
+    if found is None:
+        return None
+    amax = {f"{part.prefix}{name}": one for part in steps.parts for name, one in found.of(part.component.name).amax.items()}
+    return CalibrationReport(
+        path=str(found.path),
+        digest=found.digest,
+        headroom=found.said["headroom"],
+        prompts=found.said["prompts"]["count"],
+        runs=found.said["runs"],
+        runs_done=found.said["runs"],
+        modules=sum(one is not None for one in amax.values()),
+        never_ran=[name for name, one in amax.items() if one is None],
     )
 
 
