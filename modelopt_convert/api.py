@@ -14,6 +14,7 @@ import modelopt_convert
 from modelopt_convert.checkpoint.location import Location, parse_location
 from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
+    AdviseRequest,
     BuildNvfp4Request,
     BuildRequest,
     CalibrateRequest,
@@ -45,11 +46,14 @@ from modelopt_convert.run.text import shown
 if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
     from modelopt_convert.preset.preset import LoadedPreset
+    from modelopt_convert.report.advice import AdviceReport
     from modelopt_convert.report.inspect import InspectReport
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport
 
 # What the package gives.
 __all__ = [
+    "AdviceReport",
+    "AdviseRequest",
     "BackendError",
     "BuildNvfp4Request",
     "CalibrateRequest",
@@ -75,6 +79,7 @@ __all__ = [
     "UsageError",
     "VerifiedReport",
     "VerifyRequest",
+    "advise",
     "build_nvfp4",
     "calibrate",
     "convert",
@@ -90,6 +95,7 @@ __all__ = [
 ]
 # Models of pydantic, imported when they are first asked for.
 _MODELS = {
+    "AdviceReport": "report.advice",
     "InspectReport": "report.inspect",
     "LoadedPreset": "preset.preset",
     **dict.fromkeys(("PublishedReport", "Report", "VerifiedReport"), "report.report"),
@@ -170,6 +176,7 @@ swap_nibbles = _function(SwapNibblesRequest)
 unswizzle_scales = _function(UnswizzleScalesRequest)
 verify = _function(VerifyRequest)
 inspect = _function(InspectRequest)
+advise = _function(AdviseRequest)
 push = _function(PushRequest)
 
 
@@ -257,6 +264,10 @@ def command_of(request: Request[Any]) -> "Command[Any]":
             from modelopt_convert.commands.verify import VerifyCommand
 
             return VerifyCommand(request)
+        case AdviseRequest():
+            from modelopt_convert.commands.advise import AdviseCommand
+
+            return AdviseCommand(request)
         case InspectRequest():
             from modelopt_convert.commands.inspect import InspectCommand
 

@@ -40,7 +40,8 @@ from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
-    from modelopt_convert.report.inspect import InspectReport  # noqa: F401 - named in strings below
+    from modelopt_convert.report.advice import AdviceReport  # noqa: F401 - named in strings below
+    from modelopt_convert.report.inspect import InspectReport  # noqa: F401
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport  # noqa: F401
 
 TargetName = Literal["comfyui", "modelopt", "bfl-diffusers", "torchao", "compressed-tensors", "bf16"]
@@ -53,8 +54,8 @@ _ROWS = range(1, 10**7)
 _SHARE = re.compile(r"([0-9]{1,6})/([0-9]{1,6})", re.ASCII)
 
 
-def shard_bytes(request: "Request[Any]", size: str) -> int:
-    """Bytes of a size such as 5GB.
+def size_bytes(request: "Request[Any]", name: str, size: str) -> int:
+    """Bytes of a size such as 5GB, given in a field.
 
     Raises:
         UsageError: It is no size.
@@ -63,7 +64,7 @@ def shard_bytes(request: "Request[Any]", size: str) -> int:
     number, unit, binary = found.groups() if found else ("inf", "K", "")
     count = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
     if count > sys.float_info.max:
-        request.refuse("max_shard_size", f"{shown(size)} is not a size such as 5GB or 500MB")
+        request.refuse(name, f"{shown(size)} is not a size such as 5GB or 500MB")
     return int(count)
 
 
@@ -242,7 +243,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     @property
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
-        return shard_bytes(self, self.max_shard_size)
+        return size_bytes(self, "max_shard_size", self.max_shard_size)
 
     @property
     def preset_file(self) -> Path | None:
@@ -430,7 +431,7 @@ class ConvertRequest(_Replacing):
     @property
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
-        return shard_bytes(self, self.max_shard_size)
+        return size_bytes(self, "max_shard_size", self.max_shard_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -482,6 +483,96 @@ class CalibrateRequest(Request["Report"]):
         """Which of how many shares, from 1."""
         found = _SHARE.fullmatch(self.share or "1/1")
         return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    def reads(self) -> list[Path]:
+        """The pipeline, too, if it is a folder."""
+        path = Path(self.pipeline)
+        return [*Request.reads(self), *([path] if not is_far(path) and path.is_dir() else [])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdviseRequest(Request["AdviceReport"]):
+    """Find which modules to keep in BF16 for the least error of a model's output, and write a preset of it."""
+
+    command: ClassVar[str] = "advise"
+    inputs: ClassVar[tuple[str, ...]] = ("base", "calibration", "prompts", "config")
+    base: Annotated[Place, Flag("The unquantized base: transformer, pipeline or file.", metavar="BASE")] = field(
+        kw_only=False
+    )
+    pipeline: Annotated[
+        str,
+        Flag("The pipeline that BASE is the transformer of: a folder, or a repo as diffusers has it.", metavar="REF"),
+    ]
+    prompts: Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
+    output: Annotated[Folder, Flag("The preset to write, for --preset of a build.", metavar="FILE.toml")]
+    budget: Annotated[
+        str | None, Flag("Most bytes of the transformer's tensors, such as 9GB.", metavar="SIZE")
+    ] = None
+    effective_bits: Annotated[
+        float | None, Flag("Most bits for each weight that could be packed, scales included.", minimum=1.0, maximum=16.0)
+    ] = None
+    psnr: Annotated[
+        float | None, Flag("Fewest bytes whose pictures have this PSNR against the base's, in dB.", minimum=0.0)
+    ] = None
+    preset: Annotated[
+        str | Path | None,
+        Flag("What is no choice: its structural set; chosen by config.json if left out.", metavar="NAME|FILE"),
+    ] = None
+    format: Annotated[Algorithm, Flag("What modules are packed in.")] = "nvfp4"
+    calibration: Annotated[
+        Folder | None,
+        Flag("What `mopt calibrate` wrote of BASE; without it inputs are scaled as they come.", metavar="CALIB"),
+    ] = None
+    variant: Variant = None
+    config: Config = None
+    score: Annotated[
+        Literal["pictures", "forward"],
+        Flag("What a unit is judged by: its error in pictures, or in single forwards of the transformer."),
+    ] = "pictures"
+    scored: Annotated[
+        int | None,
+        Flag("Pictures, or forwards, that each unit is judged by; default 4, or 16.", minimum=1, maximum=1000),
+    ] = None
+    points: Annotated[
+        int, Flag("Points of the frontier that are drawn beside the chosen one.", minimum=0, maximum=100)
+    ] = 3
+    steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
+    size: Annotated[int, Flag("Height and width, in pixels.", minimum=8, maximum=8192)] = 512
+    frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
+    seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
+    device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
+    offload: Annotated[
+        Literal["none", "model", "sequential"],
+        Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
+    ] = "none"
+    svg: Annotated[Folder | None, Flag("Write a plot of the frontier, too.", metavar="FILE.svg")] = None
+    report: Annotated[
+        Folder | None,
+        Flag("Write the report as an HTML page, too.", metavar="FILE.html", after="report_json"),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        goals = [name for name in ("budget", "effective_bits", "psnr") if getattr(self, name) is not None]
+        if len(goals) != 1:
+            self.refuse(goals[1] if goals else "budget", "one of --budget, --effective-bits and --psnr says what is wanted")
+        for name in ("prompts", "output", "calibration", "svg", "report"):
+            if getattr(self, name) is not None and is_far(getattr(self, name)):
+                self.refuse(name, "is on disk")
+        if self.preset == "none":
+            self.refuse("preset", "none says nothing of what an engine cannot load")
+        _ = self.budget_bytes
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes, if there is one."""
+        return size_bytes(self, "budget", self.budget) if self.budget is not None else None
+
+    @property
+    def preset_file(self) -> Path | None:
+        """The file that the preset is read from, if one of that name is there."""
+        path = Path(self.preset or "")
+        return path if is_file(path) else None
 
     def reads(self) -> list[Path]:
         """The pipeline, too, if it is a folder."""

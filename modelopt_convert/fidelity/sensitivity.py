@@ -1,19 +1,17 @@
-"""How far a transformer's output moves with some of its layers packed, on inputs of a real denoising run.
-
-One forward of the whole model with one unit packed is the score that predicts what packing the unit does to pictures;
-errors of the unit's own output do not (docs/fidelity.md).
-"""
+"""What a transformer takes and gives while pictures are drawn, and how far that moves with some of its layers packed."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.text import few
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +65,21 @@ def recorded(transformer: nn.Module, layers: Collection[str]) -> Iterator[Record
             hook.remove()
 
 
-def spread(calls: Sequence[Call], count: int) -> list[Call]:
-    """So many calls, evenly from the first to the last; all if there are no more."""
-    if count >= len(calls):
-        return list(calls)
-    return [calls[(2 * number + 1) * len(calls) // (2 * count)] for number in range(count)]
+def spread_over(found: Sequence[T], count: int) -> list[T]:
+    """So many, evenly from the first to the last; all if there are no more."""
+    if count >= len(found):
+        return list(found)
+    return [found[(2 * number + 1) * len(found) // (2 * count)] for number in range(count)]
 
 
-def check_recorded(calls: Sequence[Call], ran: Collection[str], layers: Collection[str], path: str) -> None:
+def check_recorded(
+    calls: Sequence[Call], pictures: Sequence[Tensor], ran: Collection[str], layers: Collection[str], path: str
+) -> None:
     """Require outputs that are numbers, and layers that ran: of others nothing is known.
 
     Args:
         calls: Of the unquantized transformer.
+        pictures: That were drawn with it.
         ran: Layers that ran.
         layers: All that could be packed.
         path: The base, for messages.
@@ -86,9 +87,10 @@ def check_recorded(calls: Sequence[Call], ran: Collection[str], layers: Collecti
     Raises:
         InputError: ``advise.not_finite`` or ``advise.never_ran``.
     """
-    if not all(bool(one.isfinite().all()) for call in calls for one in call.outputs):
+    outputs = [*pictures, *(one for call in calls for one in call.outputs)]
+    if not all(bool(one.isfinite().all()) for one in outputs):
         raise InputError(
-            f"{path}: expected finite outputs of the transformer, found NaN or infinity without anything packed",
+            f"{path}: expected finite pictures, found NaN or infinity without anything packed",
             code="advise.not_finite",
             path=path,
             hint="the base is damaged, or overflows in BF16: draw a picture with it first",

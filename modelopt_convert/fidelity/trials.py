@@ -1,4 +1,4 @@
-"""What packing some modules does: to the transformer's output on recorded inputs, and to pictures."""
+"""What packing some modules does to pictures, or to the transformer's output on recorded inputs."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from modelopt_convert.fidelity.emulation import Rule, emulated
-from modelopt_convert.fidelity.metrics import psnr_db
+from modelopt_convert.fidelity.metrics import rmse
 from modelopt_convert.fidelity.pipeline import Drawing, draw
-from modelopt_convert.fidelity.sensitivity import Call, moved_by, recorded, spread
+from modelopt_convert.fidelity.sensitivity import Call, moved_by, recorded, spread_over
 from modelopt_convert.verification.gemm.operands import Weight
 
 
@@ -27,7 +27,7 @@ class Trials:
         how: How pictures are drawn.
         pairs: Prompts and seeds.
         pictures: Of the unquantized transformer, float32 [F, H, W, 3] in 0..1, one a pair.
-        calls: Calls of the unquantized transformer on which modules are scored.
+        calls: Calls of the unquantized transformer.
         ran: Modules that ran.
     """
 
@@ -43,7 +43,7 @@ class Trials:
     ran: set[str] = field(default_factory=set)
 
     def draw_unquantized(self, count: int) -> Iterator[int]:
-        """Draw every pair, and keep so many calls: an even share of each run, the first runs one more if need be.
+        """Draw every pair, and keep so many calls, evenly of each run, and at least one.
 
         Yields:
             The number of the picture that is done.
@@ -52,20 +52,22 @@ class Trials:
             with recorded(self.transformer, self.weights) as found:
                 self.pictures.append(draw(self.pipeline, prompt, seed, self.how).frames)
             share = count * (number + 1) // len(self.pairs) - count * number // len(self.pairs)
-            self.calls += spread(found.calls, share)
+            self.calls += spread_over(found.calls, share)
             self.ran |= found.ran
             yield number
 
     def moved_by(self, packed: Collection[str]) -> float:
-        """Mean squared difference that packing these modules makes to the transformer's output."""
+        """Mean squared difference that packing these modules makes to the transformer's output in recorded calls."""
         with self._packed(packed):
             return moved_by(self.transformer, self.calls)
 
-    def psnr(self, packed: Collection[str]) -> Iterator[float]:
-        """PSNR in dB of the picture of each pair with these modules packed, against the unquantized one."""
+    def errors(self, packed: Collection[str], numbers: Sequence[int]) -> Iterator[float]:
+        """Mean squared error of the pictures of some pairs with these modules packed; infinite of what is no number."""
         with self._packed(packed):
-            for (prompt, seed), expected in zip(self.pairs, self.pictures, strict=True):
-                yield psnr_db(draw(self.pipeline, prompt, seed, self.how).frames, expected)
+            for number in numbers:
+                prompt, seed = self.pairs[number]
+                found = rmse(draw(self.pipeline, prompt, seed, self.how).frames, self.pictures[number]) ** 2
+                yield found if found < float("inf") else float("inf")
 
     @contextmanager
     def _packed(self, modules: Collection[str]) -> Iterator[None]:

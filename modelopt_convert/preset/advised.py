@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from modelopt_convert import __version__
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.preset.block_lists import BlockLists, literal
@@ -13,8 +12,6 @@ from modelopt_convert.preset.draft_text import basic_string
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import LoadedPreset
 from modelopt_convert.run.errors import InputError
-
-HEAD = "# Written by `mopt advise`"
 
 
 def patterns_of(kept: Collection[str], free: Collection[str], modules: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -90,7 +87,6 @@ def advised_text(
         parent = os.path.join(os.curdir, os.path.relpath(parent, place.parent))
     licenses = {key: getattr(preset, key) for key in ("license", "license_name", "license_link")}
     lines = [
-        f"{HEAD} of mopt {__version__}; `mopt presets FILE` prints it, and builds take it as --preset.",
         *(f"# {line}" for line in told),
         f"extends = {basic_string(parent)}",
         f"name = {basic_string(f'{preset.name}-advised')}",

@@ -19,6 +19,7 @@ from modelopt_convert.fidelity.emulation import emulated
 from modelopt_convert.fidelity.frontier import Item, best_within
 from modelopt_convert.fidelity.packing import packed_weight
 from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline
+from modelopt_convert.fidelity.sensitivity import spread_over
 from modelopt_convert.fidelity.transformer import load_transformer
 from modelopt_convert.fidelity.trials import Trials
 from modelopt_convert.fidelity.units import Choices, choices_of
@@ -43,7 +44,7 @@ quality = []
 """
 DIGITS, COLOURS = ("zero", "three", "six", "seven"), ("red", "green", "blue", "yellow")
 PROMPTS = tuple(f"a {colour} {digit}" for digit in DIGITS for colour in COLOURS)
-STEPS, HEADROOM, CALLS = 6, 2.0, 16
+STEPS, HEADROOM, CALLS, RUNS = 6, 2.0, 16, 3
 CHOOSING, JUDGING = (0,), (1, 2)  # seeds
 SHARES = (0.1, 0.25, 0.5)
 RANDOM = 12
@@ -66,16 +67,17 @@ class Tiny:
         self.known: dict[tuple[frozenset[str], int], list[float]] = {}
 
     def draw(self, seed: int) -> torch.Tensor:
-        """Pictures float32 [N, H, W, 3] of all prompts from the noise of one seed."""
+        """Pictures float32 [N, H, W, 3] from the noise of one seed: of every second prompt to choose, of all to judge."""
+        prompts = PROMPTS[::2] if seed in CHOOSING else PROMPTS
         with torch.inference_mode():
             return torch.from_numpy(
                 self.pipeline(
-                    list(PROMPTS),
+                    list(prompts),
                     height=32,
                     width=32,
                     num_inference_steps=STEPS,
                     max_sequence_length=self.pipeline.tokenizer_2.model_max_length,
-                    generator=[torch.Generator().manual_seed(100 * seed + number) for number in range(len(PROMPTS))],
+                    generator=[torch.Generator().manual_seed(100 * seed + number) for number in range(len(prompts))],
                     output_type="np",
                 ).images
             )
@@ -137,25 +139,31 @@ def main() -> None:
     for _ in trials.draw_unquantized(CALLS):
         pass
     scores = {unit.name: trials.moved_by(unit.members) for unit in units}
+    numbers = spread_over(range(len(trials.pairs)), RUNS)
+    drawn = {unit.name: sum(trials.errors(unit.members, numbers)) / RUNS for unit in units}
     weight = {unit.name: weight_error(tiny, unit.members) for unit in units}
     alone = {}
     for unit in units:
         others = [name for name in every if name != unit.name]
         alone[unit.name] = sum(sum(tiny.errors(others, seed)) for seed in CHOOSING)
-    print("spearman", spearman(scores, alone), spearman(weight, alone), flush=True)
+    print("spearman", [round(spearman(one, alone), 3) for one in (scores, drawn, weight)], flush=True)
     found: dict[str, Any] = {}
     for share in SHARES:
         room = int(share * sum(costs.values()))
         chosen = {
             "one forward": choose(scores, costs, room),
+            "pictures": choose(drawn, costs, room),
             "weight error": choose(weight, costs, room),
-            "greedy truth": greedy(tiny, costs, room),
         }
         chosen |= {f"random {number}": shuffled(every, costs, room, number) for number in range(RANDOM)}
         found[str(share)] = {
             name: {"keeps": sorted(keeps), "psnr": round(tiny.psnr(keeps, JUDGING), 3)} for name, keeps in chosen.items()
         }
         print(share, {name: one["psnr"] for name, one in found[str(share)].items()}, flush=True)
+    for share in SHARES:
+        keeps = greedy(tiny, costs, int(share * sum(costs.values())))
+        found[str(share)]["greedy truth"] = {"keeps": sorted(keeps), "psnr": round(tiny.psnr(keeps, JUDGING), 3)}
+        print(share, "greedy truth", found[str(share)]["greedy truth"], flush=True)
     said = {
         "pictures": len(PROMPTS) * len(JUDGING),
         "packed": round(tiny.psnr((), JUDGING), 3),
@@ -164,6 +172,7 @@ def main() -> None:
                 "name": unit.name,
                 "cost": costs[unit.name],
                 "score": scores[unit.name],
+                "drawn": drawn[unit.name],
                 "weight_error": weight[unit.name],
                 "alone": alone[unit.name],
             }
