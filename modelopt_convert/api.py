@@ -16,6 +16,7 @@ from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     BuildRequest,
+    CompareRequest,
     ConvertFp8Request,
     ConvertRequest,
     InspectRequest,
@@ -44,6 +45,7 @@ from modelopt_convert.run.text import shown
 if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
     from modelopt_convert.preset.preset import LoadedPreset
+    from modelopt_convert.report.fidelity import FidelityReport
     from modelopt_convert.report.inspect import InspectReport
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport
 
@@ -52,8 +54,10 @@ __all__ = [
     "BackendError",
     "BuildNvfp4Request",
     "CheckFailedError",
+    "CompareRequest",
     "ConvertFp8Request",
     "ConvertRequest",
+    "FidelityReport",
     "InconclusiveError",
     "InputError",
     "InspectReport",
@@ -74,6 +78,7 @@ __all__ = [
     "VerifiedReport",
     "VerifyRequest",
     "build_nvfp4",
+    "compare",
     "convert",
     "convert_fp8",
     "inspect",
@@ -87,6 +92,7 @@ __all__ = [
 ]
 # Models of pydantic, imported when they are first asked for.
 _MODELS = {
+    "FidelityReport": "report.fidelity",
     "InspectReport": "report.inspect",
     "LoadedPreset": "preset.preset",
     **dict.fromkeys(("PublishedReport", "Report", "VerifiedReport"), "report.report"),
@@ -166,6 +172,7 @@ swap_nibbles = _function(SwapNibblesRequest)
 unswizzle_scales = _function(UnswizzleScalesRequest)
 verify = _function(VerifyRequest)
 inspect = _function(InspectRequest)
+compare = _function(CompareRequest)
 push = _function(PushRequest)
 
 
@@ -249,6 +256,10 @@ def command_of(request: Request[Any]) -> "Command[Any]":
             from modelopt_convert.commands.verify import VerifyCommand
 
             return VerifyCommand(request)
+        case CompareRequest():
+            from modelopt_convert.commands.compare import CompareCommand
+
+            return CompareCommand(request)
         case InspectRequest():
             from modelopt_convert.commands.inspect import InspectCommand
 

@@ -26,9 +26,11 @@ from modelopt_convert.stage.output_rules import canonical_output, refuse_overlap
 PAGE_HEAD = (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="mopt verify">\n'
 )
+SHEET_HEAD = PAGE_HEAD.replace("mopt verify", "mopt compare")
 # A record is none of these: it belongs to a checkpoint.
-_BEGINNINGS = (b'{"schema":"mopt.report/', b'{"schema":"mopt.inspect/', PAGE_HEAD.encode())
-_SCHEMA = re.compile(r"mopt\.(report|inspect)/\d+")
+_PAGES = (PAGE_HEAD.encode(), SHEET_HEAD.encode())
+_BEGINNINGS = (*(f'{{"schema":"mopt.{name}/'.encode() for name in ("report", "inspect", "fidelity")), *_PAGES)
+_SCHEMA = re.compile(r"mopt\.(report|inspect|fidelity)/\d+")
 _PAGE_END = b"</html>"
 _MAX_BYTES = 1 << 28  # of what is looked at as one of mopt's
 _LEFT = re.compile(r"\.mopt-report-[0-9a-f]{8}")
@@ -192,7 +194,7 @@ def _sweep(folder: Path) -> None:
 
 def _is_marked(content: bytes) -> bool:
     """Whether it is a report or a page of mopt, and nothing behind."""
-    if content.startswith(PAGE_HEAD.encode()):
+    if content.startswith(_PAGES):
         return content.rstrip().endswith(_PAGE_END)
     try:
         found = json.loads(content)
