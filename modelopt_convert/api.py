@@ -18,6 +18,7 @@ from modelopt_convert.commands.requests import (
     BuildNvfp4Request,
     BuildRequest,
     CalibrateRequest,
+    CompareRequest,
     ConvertFp8Request,
     ConvertRequest,
     InspectRequest,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
     from modelopt_convert.preset.preset import LoadedPreset
     from modelopt_convert.report.advice import AdviceReport
+    from modelopt_convert.report.fidelity import FidelityReport
     from modelopt_convert.report.inspect import InspectReport
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport
 
@@ -58,8 +60,10 @@ __all__ = [
     "BuildNvfp4Request",
     "CalibrateRequest",
     "CheckFailedError",
+    "CompareRequest",
     "ConvertFp8Request",
     "ConvertRequest",
+    "FidelityReport",
     "InconclusiveError",
     "InputError",
     "InspectReport",
@@ -82,6 +86,7 @@ __all__ = [
     "advise",
     "build_nvfp4",
     "calibrate",
+    "compare",
     "convert",
     "convert_fp8",
     "inspect",
@@ -96,6 +101,7 @@ __all__ = [
 # Models of pydantic, imported when they are first asked for.
 _MODELS = {
     "AdviceReport": "report.advice",
+    "FidelityReport": "report.fidelity",
     "InspectReport": "report.inspect",
     "LoadedPreset": "preset.preset",
     **dict.fromkeys(("PublishedReport", "Report", "VerifiedReport"), "report.report"),
@@ -177,6 +183,7 @@ unswizzle_scales = _function(UnswizzleScalesRequest)
 verify = _function(VerifyRequest)
 inspect = _function(InspectRequest)
 advise = _function(AdviseRequest)
+compare = _function(CompareRequest)
 push = _function(PushRequest)
 
 
@@ -268,6 +275,10 @@ def command_of(request: Request[Any]) -> "Command[Any]":
             from modelopt_convert.commands.advise import AdviseCommand
 
             return AdviseCommand(request)
+        case CompareRequest():
+            from modelopt_convert.commands.compare import CompareCommand
+
+            return CompareCommand(request)
         case InspectRequest():
             from modelopt_convert.commands.inspect import InspectCommand
 

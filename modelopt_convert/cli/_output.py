@@ -24,6 +24,7 @@ from modelopt_convert.commands.requests import (
     RewriteRequest,
     VerifyRequest,
 )
+from modelopt_convert.report.fidelity import FidelityReport
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import ErrorReport, Report
 from modelopt_convert.report.words import PROVEN_WORDS
@@ -34,7 +35,7 @@ from modelopt_convert.run.terminal import is_terminal
 from modelopt_convert.run.text import printable
 from modelopt_convert.stage.written_file import check_file_place, check_file_writable, write_report
 
-Shown = TypeVar("Shown", Report, InspectReport)
+Shown = TypeVar("Shown", Report, InspectReport, FidelityReport)
 
 
 class Output(Telling):

@@ -31,6 +31,7 @@ from modelopt_convert.commands.flags import (
 )
 from modelopt_convert.engines import sglang
 from modelopt_convert.engines.limits import DEFAULT, EngineName
+from modelopt_convert.fidelity.thresholds import Threshold, parse_thresholds
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
@@ -41,12 +42,15 @@ from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARI
 
 if TYPE_CHECKING:
     from modelopt_convert.report.advice import AdviceReport  # noqa: F401 - named in strings below
+    from modelopt_convert.report.fidelity import FidelityReport  # noqa: F401
     from modelopt_convert.report.inspect import InspectReport  # noqa: F401
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport  # noqa: F401
 
 TargetName = Literal["comfyui", "modelopt", "bfl-diffusers", "torchao", "compressed-tensors", "bf16"]
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
+Offload = Literal["none", "model", "sequential"]
+Activations = Literal["static", "dynamic", "weight-only"]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # ASCII: else a Kelvin sign is a K, and a dotless i an i.
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE | re.ASCII)
@@ -706,6 +710,86 @@ class InspectRequest(Request["InspectReport"]):
             begun = len(self.engine) > 1 and name.startswith(self.engine.lower())
             near = name if begun else nearest(self.engine, (name, sglang.VERSION))
             self.refuse("engine", f"known is {name} ({version}){f'; did you mean {near}?' if near else ''}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRequest(Request["FidelityReport"]):
+    """Compare what a checkpoint draws with what its base draws, its quantized modules emulated on any device."""
+
+    command: ClassVar[str] = "compare"
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "other", "base", "config")
+    checkpoint: Annotated[
+        Place, Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="OUT")
+    ] = field(kw_only=False)
+    other: Annotated[Place | None, Flag("Another checkpoint of the same base, beside the first.", metavar="OUT2")] = (
+        field(default=None, kw_only=False)
+    )
+    base: Annotated[Place, Flag("The unquantized base.", metavar="BASE")]
+    variant: Variant = None
+    config: Config = None
+    pipeline: Annotated[
+        str | None,
+        Flag("A diffusers pipeline with all beside the transformer: a folder, or ORGANIZATION/NAME.", metavar="REF"),
+    ] = None
+    prompts: Annotated[Folder | None, Flag("A text file with one prompt a line.", metavar="FILE")] = None
+    captured: Annotated[
+        Folder | None,
+        Flag(
+            "Instead of a pipeline: safetensors with what the transformer's forward() gets, as [N.]ARGUMENT.",
+            metavar="FILE",
+            name="--inputs",
+        ),
+    ] = None
+    seeds: Annotated[int, Flag("Pictures of each prompt; or random inputs.", minimum=1, maximum=1000)] = 4
+    steps: Annotated[int, Flag("Of the scheduler.", minimum=1, maximum=1000)] = 8
+    size: Annotated[int, Flag("Height and width in pixels.", minimum=8, maximum=8192)] = 512
+    frames: Annotated[int, Flag("Of a video.", minimum=1, maximum=1000)] = 1
+    device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
+    offload: Annotated[
+        Offload, Flag("What leaves the GPU between calls: nothing, whole components, or layer after layer.")
+    ] = "none"
+    rule: Annotated[
+        Activations | None,
+        Flag("How activations are quantized; default: as config.json declares it. weight-only is W4A16."),
+    ] = None
+    require: Annotated[
+        str | None,
+        Flag(
+            "Exit 1 unless these bounds hold with 95% confidence, 6 below 8 pairs.", metavar="'cosine>=0.99,psnr>=26'"
+        ),
+    ] = None
+    download: Download = False
+    report: Annotated[
+        Folder | None,
+        Flag("Write the report as an HTML page with the pictures, too.", metavar="FILE.html", after="report_json"),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant."""
+        if (self.pipeline is None) != (self.prompts is None):
+            self.refuse("prompts" if self.prompts is None else "pipeline", "--pipeline and --prompts go together")
+        if self.pipeline is not None and self.captured is not None:
+            self.refuse("captured", "is for a transformer alone; leave --pipeline and --prompts out")
+        if self.offload != "none" and self.pipeline is None:
+            self.refuse("offload", "is for a pipeline; give --pipeline and --prompts")
+        if self.offload != "none" and self.device == "cpu":
+            self.refuse("offload", "is for a GPU")
+        try:
+            thresholds = self.thresholds
+        except ValueError as error:
+            self.refuse("require", str(error))
+        drawn = [one.metric for one in thresholds if one.metric in ("psnr", "ssim", "lpips")]
+        if drawn and self.pipeline is None:
+            self.refuse("require", f"{drawn[0]} is of pictures; give --pipeline and --prompts")
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """What is required.
+
+        Raises:
+            ValueError: It is not understood.
+        """
+        return parse_thresholds(self.require) if self.require is not None else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,8 +45,8 @@ def _compiled(function: Callable[..., Quantized]) -> Callable[..., Quantized]:
 class Emulated(nn.Module):
     """One quantized linear layer, as the engine runs it.
 
-    Codes and scales are no parameters: they stay where they are, and go to the device of the activations with each
-    call, whatever offloads the rest.
+    Codes and scales are no parameters. They go where the module is moved to; where layers are offloaded one by one,
+    they go to the device of the activations with each call.
 
     Attributes:
         packed: Its weight as it is stored.
@@ -119,6 +119,13 @@ class Emulated(nn.Module):
             self._decoded = found
         return found
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Emulated":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.packed = self.packed.to(self.weight.device)
+        if self._decoded is not None:
+            self._decoded = self._decoded.to(self.weight.device)
+        return self
+
     def _made(self, function: Callable[..., Quantized]) -> Callable[..., Quantized]:
         return _compiled(function) if self._compiled else function
 
@@ -158,7 +165,7 @@ def emulated(
             raise ValueError(f"{name}: expected a linear layer {list(weight.shape)}, found {found}")
         before[name] = found
         dtype, scale = found.weight.dtype, input_scales.get(name)
-        made[name] = Emulated(weight, rule, scale, dtype=dtype, keep=keep, compiled=compiled)
+        made[name] = Emulated(weight, rule, scale, dtype=dtype, keep=keep, compiled=compiled).to(found.weight.device)
     try:
         for name, one in made.items():
             transformer.set_submodule(name, one)

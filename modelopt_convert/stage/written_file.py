@@ -28,16 +28,17 @@ from modelopt_convert.stage.output_rules import canonical_output, refuse_overlap
 PAGE_HEAD = (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="mopt verify">\n'
 )
-ADVICE_HEAD = PAGE_HEAD.replace("mopt verify", "mopt advise")
+ADVICE_HEAD, SHEET_HEAD = (PAGE_HEAD.replace("mopt verify", f"mopt {name}") for name in ("advise", "compare"))
 PLOT_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" data-generator="mopt advise"'
 _PRESET_HEAD = "# Written by `mopt advise`; sha256 of the lines below: "
+_PAGES = (PAGE_HEAD.encode(), ADVICE_HEAD.encode(), SHEET_HEAD.encode())
 # A record is none of these: it belongs to a checkpoint.
 _BEGINNINGS = (
-    *(f'{{"schema":"mopt.{name}/'.encode() for name in ("report", "inspect", "advice")),
-    *(one.encode() for one in (PAGE_HEAD, ADVICE_HEAD, PLOT_HEAD, _PRESET_HEAD)),
+    *(f'{{"schema":"mopt.{name}/'.encode() for name in ("report", "inspect", "fidelity", "advice")),
+    *(*_PAGES, PLOT_HEAD.encode(), _PRESET_HEAD.encode()),
 )
-_SCHEMA = re.compile(r"mopt\.(report|inspect|advice)/\d+")
-_ENDS = {PAGE_HEAD.encode(): b"</html>", ADVICE_HEAD.encode(): b"</html>", PLOT_HEAD.encode(): b"</svg>"}
+_SCHEMA = re.compile(r"mopt\.(report|inspect|fidelity|advice)/\d+")
+_PAGE_END, _PLOT_END = b"</html>", b"</svg>"
 _MAX_BYTES = 1 << 28  # of what is looked at as one of mopt's
 _LEFT = re.compile(r"\.mopt-report-[0-9a-f]{8}")
 _HEAD_BYTES = 4096
@@ -209,9 +210,10 @@ def _sweep(folder: Path) -> None:
 
 def _is_marked(content: bytes) -> bool:
     """Whether it is a file of mopt, and nothing behind."""
-    end = next((end for head, end in _ENDS.items() if content.startswith(head)), None)
-    if end is not None:
-        return content.rstrip().endswith(end)
+    if content.startswith(_PAGES):
+        return content.rstrip().endswith(_PAGE_END)
+    if content.startswith(PLOT_HEAD.encode()):
+        return content.rstrip().endswith(_PLOT_END)
     if content.startswith(_PRESET_HEAD.encode()):
         head, _, text = content.partition(b"\n")
         return head == _seal(text)
