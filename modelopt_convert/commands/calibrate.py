@@ -37,7 +37,7 @@ from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import few
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
-from modelopt_convert.stage.parts import Parts
+from modelopt_convert.stage.resumable import Parts
 from modelopt_convert.stage.space import disk_bytes
 
 if TYPE_CHECKING:

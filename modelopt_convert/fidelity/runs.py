@@ -12,7 +12,7 @@ from modelopt_convert.checkpoint.header import parse_header
 from modelopt_convert.checkpoint.names import natural_key
 from modelopt_convert.fidelity.calibration import Seen, Watch
 from modelopt_convert.run.errors import OutputRefusedError, StorageError
-from modelopt_convert.stage.parts import Parts
+from modelopt_convert.stage.resumable import Parts
 
 _SCHEMA = "mopt.run/1"
 _KEY = "mopt"

@@ -105,6 +105,8 @@ class BuildCommand:
             inputs += tuple({resolve_checkpoint(self._checkpoint, one.name or COMPONENTS[0]) for one in components})
         if self._config is not None:
             inputs += tuple(filter(None, [local_path(locate_config(self._config))]))
+        if request.calibration is not None:
+            inputs += (Path(request.calibration),)
         if request.preset_file is not None:
             inputs += (request.preset_file,)
         if request.pipeline_output and self._base is not None:

@@ -1,0 +1,1 @@
+"""``--calibration``: input scales of a base that is quantized here, and what of CALIB is refused."""

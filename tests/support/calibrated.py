@@ -1,0 +1,66 @@
+"""Calibrations of the tiny pipeline, and edits of them that stay whole."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from root import ROOT
+from support import Outcome, run_mopt
+
+from modelopt_convert.checkpoint.record import digest_of
+from modelopt_convert.checkpoint.strict_json import json_bytes
+
+TINY = ROOT / "tests" / "data" / "tiny_flux1"
+PROMPTS = ("a red seven", "a green three", "a blue zero", "a yellow six")
+STEPS, SIZE = 3, 32
+LOOK = ("--size", str(SIZE), "--steps", str(STEPS))
+
+
+def write_prompts(folder: Path) -> Path:
+    """A file of the prompts."""
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n\n")
+    return path
+
+
+def calibrate(output: Path, *more: str | Path, base: Path = TINY, pipeline: Path = TINY) -> Outcome:
+    """Run ``mopt calibrate`` on the tiny pipeline; the prompts lie beside OUTPUT."""
+    prompts = output.parent / "prompts.txt"
+    words = ("--pipeline", pipeline, "--prompts", prompts if prompts.exists() else write_prompts(output.parent))
+    return run_mopt("calibrate", base, *words, "--output", output, *LOOK, "--device", "cpu", *more)
+
+
+def edit_calibration(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change calibration.json, and give it its digest in the record again."""
+    said = json.loads((folder / "calibration.json").read_text())
+    change(said)
+    raw = json_bytes(said)
+    (folder / "calibration.json").write_bytes(raw)
+    record = json.loads((folder / "mopt.json").read_text())
+    record["digests"]["files"]["calibration.json"] = digest_of(raw)
+    (folder / "mopt.json").write_bytes(json_bytes(record))
+    return folder
+
+
+def damage(folder: Path, draw: random.Random) -> str:
+    """Change some bytes of one file, cut it, or take it away; in words."""
+    path = draw.choice(sorted(folder.iterdir()))
+    raw = bytearray(path.read_bytes())
+    match draw.choice(["flip", "flip", "flip", "cut", "grow", "remove"]):
+        case "flip":
+            place = draw.randrange(len(raw))
+            raw[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(raw)
+            return f"{path.name}: byte {place}"
+        case "cut":
+            size = draw.randrange(len(raw))
+            path.write_bytes(raw[:size])
+            return f"{path.name}: cut to {size}"
+        case "grow":
+            path.write_bytes(raw + b"\0")
+            return f"{path.name}: grown"
+        case _:
+            path.unlink()
+            return f"{path.name}: gone"
