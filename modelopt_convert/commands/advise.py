@@ -17,11 +17,11 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.build.inputs import Opened, base_repo, open_all
+from modelopt_convert.commands.called import command_line
 from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
-    command_line,
     ending,
     peak_rss_bytes,
     versions,
@@ -105,7 +105,9 @@ class AdviseCommand:
             if calibrated is not None:
                 calibrated.refuse_other_base(part.model.identity(), str(part.model.path))
             else:
-                message = "without --calibration inputs are scaled as they come, and builds with the preset write no scales"
+                message = (
+                    "without --calibration inputs are scaled as they come, and builds with the preset write no scales"
+                )
                 found.warned.append(("advise.dynamic", message))
             with found.clock.timed("plan"):
                 choices = choices_of(FORMATS[request.format], part.model, loaded.preset, calibrated)
@@ -191,9 +193,7 @@ class AdviseCommand:
         with found.clock.timed("load"):
             transformer = load_transformer(base)
             name = part.component.name or COMPONENTS[0]
-            pipeline = load_pipeline(
-                request.pipeline, {name: transformer}, device=str(device), offload=request.offload
-            )
+            pipeline = load_pipeline(request.pipeline, {name: transformer}, device=str(device), offload=request.offload)
         progress.begin("measure", measured_bytes(base, choices.plan))
         with found.clock.timed("quantize"):
             plan = choices.plan.with_scales(measure(base, choices.plan, 1, progress.advance))
@@ -227,9 +227,7 @@ class AdviseCommand:
             return self._request.scored or _FORWARDS
         return min(self._request.scored or _PICTURES, pairs)
 
-    def _score(
-        self, trials: "Trials", choices: "Choices", base: CheckpointReader, progress: Progress
-    ) -> "list[Item]":
+    def _score(self, trials: "Trials", choices: "Choices", base: CheckpointReader, progress: Progress) -> "list[Item]":
         """Draw what there is to compare with, and pack one unit after the other."""
         from modelopt_convert.fidelity.frontier import Item
         from modelopt_convert.fidelity.sensitivity import check_recorded, spread_over
@@ -276,9 +274,7 @@ class AdviseCommand:
         )
         return items
 
-    def _choose(
-        self, trials: "Trials", choices: "Choices", items: "Sequence[Item]", progress: Progress
-    ) -> PointReport:
+    def _choose(self, trials: "Trials", choices: "Choices", items: "Sequence[Item]", progress: Progress) -> PointReport:
         """The choice, with points of the frontier, those that are asked for measured.
 
         Raises:
@@ -363,7 +359,7 @@ class AdviseCommand:
         chosen: PointReport,
     ) -> BuildPlan:
         """Write the preset and the plot, once the preset is known to plan the very build that was measured."""
-        from modelopt_convert.fidelity.plot import plot
+        from modelopt_convert.fidelity.plot import plot_file
 
         request, report = self._request, self._found.report
         assert chosen.measured is not None
@@ -390,7 +386,7 @@ class AdviseCommand:
         write_report(self._output, text)
         self._keep(output=str(self._output))
         if request.svg is not None:
-            write_report(Path(request.svg), plot(report, alone=True))
+            write_report(Path(request.svg), plot_file(report.model_dump()))
         return plan
 
     def _planned(self, text: str, base: CheckpointReader, calibrated: Calibrated | None) -> BuildPlan:
@@ -401,10 +397,10 @@ class AdviseCommand:
 
     def _write_page(self) -> None:
         if self._request.report is not None:
-            from modelopt_convert.fidelity.page import render
+            from modelopt_convert.fidelity.advice_page import render
 
             date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-            text = render(self.report(), command=command_line(self._request), date=date)
+            text = render(self.report().model_dump(), command=command_line(self._request), date=date)
             write_report(Path(self._request.report), text)
 
 

@@ -224,8 +224,7 @@ class CalibrateCommand:
             "headroom": request.headroom,
             "devices": list(merged.devices),
             "transformers": {
-                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix)}
-                for name, part in parts.items()
+                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix)} for name, part in parts.items()
             },
         }
         size = build_header(specs, METADATA)[2]
@@ -255,7 +254,9 @@ class CalibrateCommand:
             found.warned.append(("calibrate.never_ran", message))
         ratio = merged.half_ratio()
         if ratio is not None and ratio < _LOW_RATIO:
-            message = f"one half of the runs has {ratio:.3f} of the amax of all, in the mean of modules: take more prompts"
+            message = (
+                f"one half of the runs has {ratio:.3f} of the amax of all, in the mean of modules: take more prompts"
+            )
             found.warned.append(("calibrate.few_runs", message))
         assert found.told is not None
         more = {"digest": digest_of(raw), "kept_in": None, "never_ran": never, "half_ratio": ratio}

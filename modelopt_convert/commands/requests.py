@@ -468,7 +468,8 @@ class CalibrateRequest(Request["Report"]):
         Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
     ] = "none"
     share: Annotated[
-        str | None, Flag("Run this share alone, such as 2/8; without it what is missing is run and merged.", metavar="I/N")
+        str | None,
+        Flag("Run this share alone, such as 2/8; without it what is missing is run and merged.", metavar="I/N"),
     ] = None
     overwrite: Annotated[bool, Flag("Replace a CALIB that mopt wrote; the old one stands until the new is whole.")] = (
         False
@@ -509,11 +510,10 @@ class AdviseRequest(Request["AdviceReport"]):
     ]
     prompts: Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
     output: Annotated[Folder, Flag("The preset to write, for --preset of a build.", metavar="FILE.toml")]
-    budget: Annotated[
-        str | None, Flag("Most bytes of the transformer's tensors, such as 9GB.", metavar="SIZE")
-    ] = None
+    budget: Annotated[str | None, Flag("Most bytes of the transformer's tensors, such as 9GB.", metavar="SIZE")] = None
     effective_bits: Annotated[
-        float | None, Flag("Most bits for each weight that could be packed, scales included.", minimum=1.0, maximum=16.0)
+        float | None,
+        Flag("Most bits for each weight that could be packed, scales included.", minimum=1.0, maximum=16.0),
     ] = None
     psnr: Annotated[
         float | None, Flag("Fewest bytes whose pictures have this PSNR against the base's, in dB.", minimum=0.0)
@@ -559,7 +559,9 @@ class AdviseRequest(Request["AdviceReport"]):
         """Refuse what cannot be meant together."""
         goals = [name for name in ("budget", "effective_bits", "psnr") if getattr(self, name) is not None]
         if len(goals) != 1:
-            self.refuse(goals[1] if goals else "budget", "one of --budget, --effective-bits and --psnr says what is wanted")
+            self.refuse(
+                goals[1] if goals else "budget", "one of --budget, --effective-bits and --psnr says what is wanted"
+            )
         for name in ("prompts", "output", "calibration", "svg", "report"):
             if getattr(self, name) is not None and is_far(getattr(self, name)):
                 self.refuse(name, "is on disk")

@@ -62,9 +62,7 @@ def frontier(items: Sequence[Item]) -> tuple[Point, ...]:
     """
     always = [item.name for item in items if item.cost <= 0]
     order = _by_density(item for item in items if item.cost > 0)
-    return tuple(
-        point_of(items, [*always, *(one.name for one in order[:count])]) for count in range(len(order) + 1)
-    )
+    return tuple(point_of(items, [*always, *(one.name for one in order[:count])]) for count in range(len(order) + 1))
 
 
 def best_within(items: Sequence[Item], capacity: int) -> Point | None:

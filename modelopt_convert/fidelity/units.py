@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modelopt_convert.checkpoint.calibration import Calibrated
 from modelopt_convert.checkpoint.names import module_of, natural_key
 from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.from_base import plan_quantized
@@ -76,22 +77,23 @@ class Choices:
         return outside + int(bits * self.weights / 8)
 
 
-def choices_of(target: Format, base: Source, preset: Preset) -> Choices:
+def choices_of(target: Format, base: Source, preset: Preset, calibrated: Calibrated | None = None) -> Choices:
     """The units of a base: what a preset keeps for quality is free, what it keeps for the runtime is not.
 
     Args:
         target: The format that units are packed in.
         base: The unquantized transformer.
         preset: The model's.
+        calibrated: What input scales are made of; None for inputs that the engine scales as they come.
 
     Raises:
-        InputError: As ``plan_quantized`` raises for the preset as it is.
+        InputError: As ``plan_quantized`` raises for the preset as it is, or without its quality set.
     """
     rules = preset.rules(target.algorithm)
-    as_is = plan_quantized(target, base, Keeps(preset, rules, ()), max_shard_size=_SHARD)
+    as_is = plan_quantized(target, base, Keeps(preset, rules, ()), max_shard_size=_SHARD, calibrated=calibrated)
     cannot = tuple(literal(name) for name, module in as_is.modules.items() if module.fault is not None)
     free = rules.model_copy(update={"quality": []})
-    plan = plan_quantized(target, base, Keeps(preset, free, cannot), max_shard_size=_SHARD)
+    plan = plan_quantized(target, base, Keeps(preset, free, cannot), max_shard_size=_SHARD, calibrated=calibrated)
     groups = _joined(plan.packed, preset, base.config, plan.shared)
     packed = dict.fromkeys(plan.packed, 0)
     for name, step in plan.steps.items():

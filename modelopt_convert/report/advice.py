@@ -27,7 +27,9 @@ class MeasuredReport(_Model):
     error: float = Field(description="mean squared error, as `score` has it")
     psnr: float | None = Field(description="mean over pictures, in dB; null where all are equal to the base's")
     std: float | None = Field(description="of the sample, in dB; null of fewer than two pictures")
-    lower95: float | None = Field(description="the mean is above it, with 95% confidence; null of fewer than two pictures")
+    lower95: float | None = Field(
+        description="the mean is above it, with 95% confidence; null of fewer than two pictures"
+    )
     n: int = Field(description="how many pictures")
 
 
@@ -71,7 +73,9 @@ class AdviceReport(_Model):
     activations: Literal["static", "dynamic"] | None = Field(
         default=None, description="static: by the scales of --calibration; dynamic: by each tensor's own"
     )
-    native: Literal[False] = Field(default=False, description="no kernel of an engine took part: packed modules are emulated")
+    native: Literal[False] = Field(
+        default=False, description="no kernel of an engine took part: packed modules are emulated"
+    )
     drawn: DrawnReport | None = Field(default=None, description="what units and choices were measured on")
     units: list[UnitReport] = Field(default_factory=list, description="what there is to choose")
     score: Literal["pictures", "forward"] | None = Field(

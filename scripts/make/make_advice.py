@@ -145,7 +145,7 @@ def main() -> None:
     alone = {}
     for unit in units:
         others = [name for name in every if name != unit.name]
-        alone[unit.name] = sum(sum(tiny.errors(others, seed)) for seed in CHOOSING)
+        alone[unit.name] = total(tiny, others)
     print("spearman", [round(spearman(one, alone), 3) for one in (scores, drawn, weight)], flush=True)
     found: dict[str, Any] = {}
     for share in SHARES:
@@ -157,7 +157,8 @@ def main() -> None:
         }
         chosen |= {f"random {number}": shuffled(every, costs, room, number) for number in range(RANDOM)}
         found[str(share)] = {
-            name: {"keeps": sorted(keeps), "psnr": round(tiny.psnr(keeps, JUDGING), 3)} for name, keeps in chosen.items()
+            name: {"keeps": sorted(keeps), "psnr": round(tiny.psnr(keeps, JUDGING), 3)}
+            for name, keeps in chosen.items()
         }
         print(share, {name: one["psnr"] for name, one in found[str(share)].items()}, flush=True)
     for share in SHARES:
@@ -201,18 +202,28 @@ def choose(errors: Mapping[str, float], costs: Mapping[str, int], room: int) -> 
 
 
 def greedy(tiny: Tiny, costs: Mapping[str, int], room: int) -> list[str]:
-    """Keep the unit that lowers the measured error of the pictures most for its bytes, again and again."""
+    """Keep the unit that lowers the measured error of the pictures most for its bytes, again and again.
+
+    A gain is measured again only while it could be the largest: gains shrink as others are kept.
+    """
     kept: list[str] = []
+    stale = dict.fromkeys(costs, float("inf"))
     while True:
-        before = sum(sum(tiny.errors(kept, seed)) for seed in CHOOSING)
-        fitting = [one for one in costs if one not in kept and costs[one] <= room - sum(costs[each] for each in kept)]
-        if not fitting:
+        left = room - sum(costs[one] for one in kept)
+        stale = {one: gain for one, gain in stale.items() if one not in kept and costs[one] <= left}
+        if not stale:
             return kept
-        gains = {
-            one: (before - sum(sum(tiny.errors([*kept, one], seed)) for seed in CHOOSING)) / costs[one]
-            for one in fitting
-        }
-        kept.append(max(gains, key=lambda one: gains[one]))
+        before, fresh = total(tiny, kept), set[str]()
+        while (best := max(stale, key=lambda one: stale[one])) not in fresh:
+            stale[best] = (before - total(tiny, [*kept, best])) / costs[best]
+            fresh.add(best)
+        kept.append(best)
+
+
+def total(tiny: Tiny, keeps: Iterable[str]) -> float:
+    """Error of all pictures that choices are made on."""
+    kept = list(keeps)
+    return sum(sum(tiny.errors(kept, seed)) for seed in CHOOSING)
 
 
 def shuffled(every: Sequence[str], costs: Mapping[str, int], room: int, seed: int) -> list[str]:

@@ -249,9 +249,7 @@ class BuildCommand:
         if part.export is None:
             found = self.steps.calibration
             calibrated = found.of(part.component.name) if found is not None else None
-            return plan_quantized(
-                target, part.model, keeps, max_shard_size=request.shard_bytes, calibrated=calibrated
-            )
+            return plan_quantized(target, part.model, keeps, max_shard_size=request.shard_bytes, calibrated=calibrated)
         return plan_mixed(
             target,
             part.export,

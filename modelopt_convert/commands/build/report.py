@@ -155,7 +155,9 @@ def _calibrated(steps: Steps) -> CalibrationReport | None:
     found = steps.calibration
     if found is None:
         return None
-    amax = {f"{part.prefix}{name}": one for part in steps.parts for name, one in found.of(part.component.name).amax.items()}
+    amax = {
+        f"{part.prefix}{name}": one for part in steps.parts for name, one in found.of(part.component.name).amax.items()
+    }
     return CalibrationReport(
         path=str(found.path),
         digest=found.digest,
