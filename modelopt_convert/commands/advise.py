@@ -303,7 +303,8 @@ class AdviseCommand:
             point = first_reaching(hull, lambda one: _reaches(run(one), wanted))
             if point is None:
                 raise InputError(
-                    f"{request.base}: expected a PSNR of {wanted:g} dB, found {_db(run(hull[-1]))} with all units but one kept",
+                    f"{request.base}: expected a PSNR of {wanted:g} dB, found {_db(run(hull[-1]))} with all "
+                    "units but one kept",
                     code="advise.psnr",
                     path=str(request.base),
                     hint="give less, or use the base as it is",
@@ -376,7 +377,8 @@ class AdviseCommand:
         source = f"mopt {__version__} advise: {packed}, {figures} (inputs {inputs}; emulated, no engine's kernel ran)"
         told = [
             f"{packed}: {figures}, n = {chosen.measured.n}.",
-            f"Mean squared error ({report.score}): {chosen.error_predicted:.3g} predicted, {chosen.measured.error:.3g} measured.",
+            f"Mean squared error ({report.score}): {chosen.error_predicted:.3g} predicted, "
+            f"{chosen.measured.error:.3g} measured.",
             "Beside each pattern: the sum of what packing its units, each alone, adds to that error.",
         ]
         text = sealed(advised_text(loaded, request.format, source, patterns, told, self._output))

@@ -13,7 +13,7 @@ from modelopt_convert.verification.page.shell import whole
 from modelopt_convert.verification.page.style import STYLE
 
 _TERMS = {
-    "unit": "modules of which all are packed, or none: one Linear, or those that an engine joins or that share a scale.",
+    "unit": "modules of which all are packed, or none: one Linear, or what an engine joins or has one scale.",
     "packed": "in codes of 4 or 8 bits with scales; what is kept is BF16.",
     "error": "mean squared difference from the base with the unit alone packed, of pictures in 0..1 or of the "
     "transformer's output.",
@@ -49,13 +49,14 @@ def render(report: Mapping[str, Any], *, command: str, date: str) -> str:
         f"<p>The kept units stay in BF16. Packed ones were emulated: no kernel of an engine ran.</p>\n{pairs(facts)}\n"
         "</header>"
     )
+    others = [one for one in report["frontier"] if one["measured"] and one["keeps"] != chosen["keeps"]]
     points = [
         [f"{one['bytes']:,}", f"{one['bits']:.2f}", str(len(one["keeps"])), value_text(one["error_predicted"]),
          value_text(one["measured"]["error"]), text(_psnr(one["measured"]))]
-        for one in (*(each for each in report["frontier"] if each["measured"] and each["keeps"] != chosen["keeps"]), chosen)
+        for one in (*others, chosen)
     ]  # fmt: skip
     units = [
-        [text(one["name"]), badge("kept" if one["name"] in kept else "packed", "part" if one["name"] in kept else "other"),
+        [text(one["name"]), badge(*(("kept", "part") if one["name"] in kept else ("packed", "other"))),
          value_text(one["error_alone"]), f"{one['bytes_kept']:,}", f"{one['bytes_packed']:,}"]
         for one in sorted(report["units"], key=lambda one: -one["error_alone"] / one["bytes_kept"])
     ]  # fmt: skip

@@ -68,9 +68,9 @@ def frontier(items: Sequence[Item]) -> tuple[Point, ...]:
 def best_within(items: Sequence[Item], capacity: int) -> Point | None:
     """The choice of the least error among those that add no more than so many bytes; None if there is none.
 
-    The knapsack problem, solved exactly: a table over the sizes that there are, where of one size those with the largest
-    errors are kept. A state is left out if another takes no more bytes for no more error, or if it cannot reach the best
-    that is known even with parts of units (the bound of the fractional knapsack).
+    The knapsack problem, solved exactly: a table over the sizes that there are, where of one size those with the
+    largest errors are kept. A state is left out if another takes no more bytes for no more error, or if it cannot reach
+    the best that is known even with parts of units (the bound of the fractional knapsack).
 
     Args:
         items: The units.

@@ -48,6 +48,7 @@ def plot(report: Mapping[str, Any], style: str = "") -> str:
     def up(error: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * error / highest
 
+    places = [f"{across(one['bytes']):.1f} {up(one['error_predicted']):.1f}" for one in points]
     foot, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     label = f"Frontier of {len(report['units'])} units: bytes of the transformer, and error if errors add up"
     parts = [
@@ -65,10 +66,10 @@ def plot(report: Mapping[str, Any], style: str = "") -> str:
         f'<text x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 18}" text-anchor="middle">'
         f"bytes of the transformer: all {len(report['units'])} units packed to all kept</text>",
         f'<text x="{_LEFT}" y="{_TOP - 10}">mean squared error ({html.escape(str(report["score"]))})</text>',
-        f'<path class="line" d="M{"L".join(f"{across(p["bytes"]):.1f} {up(p["error_predicted"]):.1f}" for p in points)}"/>',
+        f'<path class="line" d="M{"L".join(places)}"/>',
         *(
-            f'<circle class="dot" cx="{across(p["bytes"]):.1f}" cy="{up(p["error_predicted"]):.1f}" r="2.5"/>'
-            for p in points
+            f'<circle class="dot" cx="{place.partition(" ")[0]}" cy="{place.partition(" ")[2]}" r="2.5"/>'
+            for place in places
         ),
     ]
     for one in drawn:

@@ -1,4 +1,4 @@
-"""What a transformer takes and gives while pictures are drawn, and how far that moves with some of its layers packed."""
+"""What a transformer takes and gives while pictures are drawn, and how far that moves with some layers packed."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

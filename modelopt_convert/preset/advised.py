@@ -45,7 +45,8 @@ def patterns_of(kept: Collection[str], free: Collection[str], modules: Collectio
     missing = wanted.difference(*found.values())
     if missing:
         raise InputError(
-            f"module {min(missing)[:200]!r}: no pattern tells it from others, since patterns spell no brackets and stars",
+            f"module {min(missing)[:200]!r}: no pattern tells it from others, since patterns spell no brackets "
+            "and stars",
             code="preset.draft",
             hint="keep modules like it by a preset of your own",
         )
@@ -84,7 +85,7 @@ def advised_text(
     """
     preset, parent = of.preset, of.path
     if os.sep in parent or parent.endswith(".toml"):
-        parent = os.path.join(os.curdir, os.path.relpath(parent, place.parent))
+        parent = f"{os.curdir}{os.sep}{os.path.relpath(parent, place.parent)}"
     licenses = {key: getattr(preset, key) for key in ("license", "license_name", "license_link")}
     lines = [
         *(f"# {line}" for line in told),

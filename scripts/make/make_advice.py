@@ -67,7 +67,7 @@ class Tiny:
         self.known: dict[tuple[frozenset[str], int], list[float]] = {}
 
     def draw(self, seed: int) -> torch.Tensor:
-        """Pictures float32 [N, H, W, 3] from the noise of one seed: of every second prompt to choose, of all to judge."""
+        """Pictures float32 [N, H, W, 3] of one seed: of every second prompt to choose, of all to judge."""
         prompts = PROMPTS[::2] if seed in CHOOSING else PROMPTS
         with torch.inference_mode():
             return torch.from_numpy(

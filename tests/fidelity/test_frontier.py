@@ -1,6 +1,6 @@
 """The knapsack against all subsets, and the frontier against every choice."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +41,7 @@ def test_no_mixture_of_choices_beats_the_frontier(items: list[Item]) -> None:
     points = frontier(items)
     every = subsets(items)
     assert points[0].cost == min(one.cost for one in every) and points[-1].error == pytest.approx(0.0)
-    for left, right in zip(points, points[1:], strict=False):
+    for left, right in pairwise(points):
         assert left.cost < right.cost and left.error >= right.error and set(left.keeps) < set(right.keeps)
         width = right.cost - left.cost
         for one in every:
