@@ -145,6 +145,19 @@ def built_uncalibrated(make_build: Callable[..., Path]) -> Path:
     return make_build("built-uncalibrated", "build-nvfp4", None)
 
 
+@pytest.fixture(scope="session")
+def calib(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """What ``mopt calibrate`` writes of the tiny pipeline, in one run from beginning to end."""
+    from calibrated import calibrate
+
+    def make() -> None:
+        assert calibrate(folder / "calib").exit_code == 0
+
+    folder = _shared(tmp_path_factory, worker_id) / "calibrated"
+    folder.mkdir(exist_ok=True)
+    return _made_once(folder, make) / "calib"
+
+
 @pytest.fixture
 def base(exports: Path) -> Path:
     return exports / "base"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from calibrated import TINY, calibrate
 from fp8_support import checkpoint_of, old_export
 from loopback_hub import LoopbackHub
 from nunchaku_models import merged, packed, small
@@ -103,6 +104,8 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     elif words[1] == "inspect" and words[2].endswith(".safetensors"):
         (shard,) = (exports / "nvfp4").rglob("*.safetensors")
         copy_file(here / words[2], shard)
+    if words[1] == "calibrate" or "--calibration" in words:
+        provide_calibration(words, here)
     if "--checkpoint" in words:
         for folder in ("OLD_EXPORT", "old/hf"):
             old_export(exports / "fp8", here / folder)
@@ -111,6 +114,17 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     if "--pipeline-output" in words:
         (here / "BASE").unlink()
         make_pipeline(exports / "base", here / "BASE")
+
+
+def provide_calibration(words: list[str], here: Path) -> None:
+    """The trained pipeline; CALIB as its own command writes it, or all runs but those of a share."""
+    (here / "BASE").unlink()
+    for name in ("BASE", "PIPELINE"):
+        link(here / name, TINY)
+    (here / "prompts.txt").write_text("a red seven\n")
+    if words[1] != "calibrate":
+        (here / "EXPORT").unlink()
+        assert calibrate(here / "CALIB").exit_code == 0
 
 
 def provide_another_model(here: Path, comfy: Path, families: Path) -> None:

@@ -99,6 +99,7 @@ class CalibrateCommand:
         Raises:
             MoptError: One of its kinds; nothing was published, and finished runs are kept.
         """
+        from modelopt_convert.fidelity.pipeline import pipeline_identity
         from modelopt_convert.fidelity.prompts import read_prompts
         from modelopt_convert.fidelity.runs import KeptRuns
         from modelopt_convert.fidelity.transformer import require_diffusers
@@ -123,6 +124,7 @@ class CalibrateCommand:
                 check_merged(part.model, "base")
                 found.warned += warned
                 parts[name] = part
+            identity = pipeline_identity(request.pipeline)
             kept = Parts(output)
             kept.open()
             runs = KeptRuns(kept, prompts.texts, request.seeds, request.part)
@@ -130,12 +132,14 @@ class CalibrateCommand:
             progress.announce(self._line(runs, len(missing)))
             if missing:
                 models = self._load(parts, progress)
-                runs.require(self._settings(parts, prompts))
+                settings = self._settings(parts, identity, prompts)
+                runs.require(settings)
                 self._run(runs, missing, parts, models, progress)
             else:
                 with found.clock.timed("read"):
                     _read_whole(parts, progress)
-                runs.require(self._settings(parts, prompts))
+                settings = self._settings(parts, identity, prompts)
+                runs.require(settings)
             self._inputs.check_unchanged()
             if runs.done < runs.count or request.share is not None:
                 self._tell(runs, len(missing))
@@ -143,7 +147,7 @@ class CalibrateCommand:
                 return
             with found.clock.timed("merge"):
                 merged = runs.merged()
-            self._publish(paths, merged, parts, self._settings(parts, prompts))
+            self._publish(paths, merged, parts, settings)
         with found.clock.timed("remove"):
             try:
                 kept.remove()
@@ -151,14 +155,14 @@ class CalibrateCommand:
                 found.warned.append(("parts.not_removed", f"{kept.path}: merged, and not removed: {error.strerror}"))
         found.peak_rss_bytes = peak_rss_bytes()
 
-    def _settings(self, parts: Mapping[str, Opened], prompts: "Prompts") -> dict[str, Any]:
-        """What two runs must have in common to be of one calibration."""
-        from modelopt_convert.fidelity.pipeline import pipeline_identity
-
+    def _settings(
+        self, parts: Mapping[str, Opened], pipeline: Mapping[str, str], prompts: "Prompts"
+    ) -> dict[str, Any]:
+        """What two runs must have in common to be of one calibration; the bases were read whole."""
         request = self._request
         return {
             "base": {name: _bytes_of(part) for name, part in parts.items()},
-            "pipeline": pipeline_identity(request.pipeline),
+            "pipeline": dict(pipeline),
             "prompts": {"sha256": prompts.sha256, "count": len(prompts.texts)},
             "seeds": request.seeds,
             "steps": request.steps,
@@ -202,7 +206,7 @@ class CalibrateCommand:
             words = f"prompt {prompt[:60]!r}, seed {seed}"
             with self._found.clock.timed("run"):
                 with Watch({parts[one].prefix: model for one, model in models.items()}) as watch:
-                    run_once(pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress))
+                    run_once(pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress), output="latent")
                 watch.refuse_not_finite(f"after the last step of {words}")
             runs.keep(number, watch, name)
             progress.detail(f"run {number + 1} of {runs.count}: {words}")

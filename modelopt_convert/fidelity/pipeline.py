@@ -106,8 +106,12 @@ def _index(reference: str) -> dict[str, Any] | None:
 
 
 def pipeline_identity(reference: str) -> dict[str, str]:
-    """What identifies a pipeline wherever it lies: of a folder the digest of its index, of a repo its name."""
-    if not Path(reference).exists():
+    """What identifies a pipeline wherever it lies: of a folder the digest of its index, of a repo its name.
+
+    Raises:
+        InputError: ``pipeline.missing``.
+    """
+    if _index(reference) is None:
         return {"repo": reference}
     return {"model_index_sha256": hashlib.sha256((Path(reference) / INDEX).read_bytes()).hexdigest()}
 

@@ -128,6 +128,9 @@ class Record(_Open):
     dequantized: list[str] = Field(
         default_factory=list, description="of a built transformer: modules kept in BF16 by way of their scale"
     )
-    calibration: Literal["none"] | None = Field(default=None, description="where mopt quantized the base itself")
+    calibration: Literal["none"] | dict[str, Any] | None = Field(
+        default=None,
+        description="where mopt quantized the base itself: none, or what `mopt calibrate` said of the input scales",
+    )
     components: list[str] = Field(default_factory=list, description="of a pipeline: its transformers")
     parts: dict[str, Digest] = Field(default_factory=dict, description="of a pipeline: the record of each")

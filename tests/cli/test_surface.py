@@ -52,17 +52,21 @@ _CHOOSING = {"--variant", "--config"}
 _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
     "build-nvfp4": {
-        "--preset", "--export", "--base", *_CHOOSING, "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--preset", "--export", "--base", "--calibration", *_CHOOSING, "--output", "--keep-bf16", "--max-shard-size", "--component",
         "--pipeline-output", "--to", "--inexact",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
+    },
+    "calibrate": {
+        "base", "--pipeline", "--prompts", "--output", *_CHOOSING, "--steps", "--size", "--frames", "--seeds",
+        "--headroom", "--device", "--offload", "--share", "--overwrite", "--verbose", "-v", *_TELLING,
     },
     "convert": {
         "source", "output", "--to", "--from", "--base", "--variant", "--config", "--inexact", "--max-shard-size",
         *(_WRITING - {"--executor"}), *_TELLING,
     },
     "convert-fp8": {
-        "--preset", "--export", "--base", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size",
+        "--preset", "--export", "--base", "--calibration", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size",
         "--component", "--pipeline-output", "--to", "--inexact",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -26,6 +26,7 @@ class Two(nn.Module):
         self.idle = nn.Linear(columns, 2)
 
 
+@settings(deadline=None)
 @given(columns=st.sampled_from([1, 15, 16, 33]), shapes=SHAPES, power=st.integers(-40, 40), seed=st.integers(0, 99))
 def test_statistics_are_those_of_the_definition(
     columns: int, shapes: list[tuple[int, int]], power: int, seed: int
