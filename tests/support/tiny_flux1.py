@@ -4,7 +4,6 @@ Weights are unpacked by compressed-tensors, activations are cast by ml_dtypes, p
 ``modelopt_convert`` takes part.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,9 @@ def input_scale_of(values: Array, bits: int, stored: torch.Tensor | None) -> Arr
 
 def independent_layer(tensors: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a packed module returns for BF16 activations."""
-    stored = {role: tensors.get(f"{name}.{role}") for role in ("weight_scale", "weight_scale_2", "input_scale", "bias")}
-    weight, scale, scale_2, bias = (
-        tensors[f"{name}.weight"],
-        *(stored[role] for role in ("weight_scale", "weight_scale_2", "bias")),
-    )
-    assert scale is not None
+    roles = ("weight", "weight_scale", "weight_scale_2", "input_scale", "bias")
+    weight, scale, scale_2, input_scale, bias = (tensors.get(f"{name}.{role}") for role in roles)
+    assert weight is not None and scale is not None
     if weight.dtype == torch.uint8:
         from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
@@ -71,9 +67,9 @@ def independent_layer(tensors: dict[str, torch.Tensor], name: str) -> Callable[[
 
     def layer(values: torch.Tensor) -> torch.Tensor:
         rows = values.reshape(-1, values.shape[-1]).float().numpy()
-        input_scale = input_scale_of(rows, bits, stored["input_scale"])
-        made = (nvfp4_activations if bits == 4 else fp8_activations)(rows, input_scale)
-        output = (made.astype(np.float64) @ decoded.T).astype(np.float32) * (input_scale * factor)
+        mine = input_scale_of(rows, bits, input_scale)
+        made = (nvfp4_activations if bits == 4 else fp8_activations)(rows, mine)
+        output = (made.astype(np.float64) @ decoded.T).astype(np.float32) * (mine * factor)
         rounded = output.astype(ml_dtypes.bfloat16)
         if bias is not None:
             rounded = (rounded.astype(np.float32) + bias.float().numpy()).astype(ml_dtypes.bfloat16)
@@ -119,9 +115,3 @@ def drawn(pipeline: Any, prompt: str, seed: int, steps: int) -> tuple[list[torch
         callback_on_step_end=keep,
     ).images[0]
     return latents, torch.tensor(image).double()
-
-
-def edited_config(folder: Path, **keys: Any) -> None:
-    """Change keys of a checkpoint's config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
