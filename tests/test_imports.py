@@ -16,7 +16,7 @@ from modelopt_convert.formats.table import FORMATS
 LIGHT = ("run", "report", "checkpoint", "preset", "engines", "families", "dialects", "plan", "stage", "api", "cli")
 HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "flashinfer", "modelopt", "diffusers", "transformers"}
 PUBLIC = {
-    "build_nvfp4", "convert_fp8", "swap_nibbles", "unswizzle_scales", "verify", "inspect", "push", "presets",
+    "build_nvfp4", "convert_fp8", "swap_nibbles", "unswizzle_scales", "verify", "inspect", "push", "presets", "compare",
     "new_preset",
 }  # fmt: skip
 ENDINGS = re.compile(r"(s|es|ed|er|ers|ing|or|ors|ion|ions)$")

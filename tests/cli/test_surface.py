@@ -57,6 +57,11 @@ FLAGS = {
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
     },
+    "compare": {
+        "checkpoint", "other", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",
+        "--size", "--frames", "--device", "--offload", "--rule", "--require", "--download", "--report", "--verbose",
+        "-v", *_TELLING,
+    },
     "convert": {
         "source", "output", "--to", "--from", "--base", "--variant", "--config", "--inexact", "--max-shard-size",
         *(_WRITING - {"--executor"}), *_TELLING,

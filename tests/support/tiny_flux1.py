@@ -4,6 +4,7 @@ Weights are unpacked by compressed-tensors, activations are cast by ml_dtypes, p
 ``modelopt_convert`` takes part.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,18 @@ def drawn(pipeline: Any, prompt: str, seed: int, steps: int) -> tuple[list[torch
         callback_on_step_end=keep,
     ).images[0]
     return latents, torch.tensor(image).double()
+
+
+def inputs_of(transformer: Path, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the transformer's forward() takes, small and seeded."""
+    config = json.loads((transformer / "config.json").read_text())
+    draw = torch.Generator().manual_seed(5)
+    made = {
+        "hidden_states": torch.randn(1, 4, config["in_channels"], generator=draw),
+        "encoder_hidden_states": torch.randn(1, 6, config["joint_attention_dim"], generator=draw),
+        "pooled_projections": torch.randn(1, config["pooled_projection_dim"], generator=draw),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(6, 3),
+    }
+    return made | ({"guidance": torch.tensor([3.5])} if config.get("guidance_embeds") else {}) | changed
