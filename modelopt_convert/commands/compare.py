@@ -238,7 +238,7 @@ class CompareCommand:
             self._warned.append(
                 ("fidelity.random", "inputs are random, and unlike those of pictures: figures compare, and no more")
             )
-        self._drawing = DrawingReport(kind=kind, pairs=len(inputs))  # type: ignore[arg-type]
+        self._drawing = DrawingReport(kind=kind, pairs=len(inputs))
         return [Pair("", number) for number in range(len(inputs))], inputs
 
     def _conclude(self) -> None:

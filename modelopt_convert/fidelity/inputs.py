@@ -58,7 +58,7 @@ def random_inputs(model: nn.Module, count: int, size: int) -> list[dict[str, Any
         )
     config: Any = model.config
     side, dtype = max(1, size // 16), torch.bfloat16
-    places = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side), indexing="ij"), -1)
+    places = torch.stack(torch.meshgrid(torch.zeros(1), *(torch.arange(side).float(),) * 2, indexing="ij"), -1)
     made = []
     for seed in range(count):
         draw = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ Cosine, RMSE and PSNR are those of SGLang's ``compare_diffusion_trajectory_simil
 """
 
 import functools
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -92,8 +93,7 @@ def lpips_measure() -> Callable[[Tensor, Tensor], float] | None:
 
 @functools.cache
 def _lpips_model() -> Any:
-    import lpips
-
+    lpips: Any = importlib.import_module("lpips")  # installed by few, and without types
     return lpips.LPIPS(net="alex", verbose=False).eval()
 
 
