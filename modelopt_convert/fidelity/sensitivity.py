@@ -48,13 +48,21 @@ class Recorded:
 def recorded(transformer: nn.Module, layers: Collection[str]) -> Iterator[Recorded]:
     """Take down every call of a transformer, and which of these layers run."""
     found = Recorded()
+    cpu = torch.device("cpu")
+    given: list[tuple[Any, Any, torch.device]] = []
 
-    def after(_: nn.Module, words: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        device = next((one.device for one in tensors_of((words, named))), torch.device("cpu"))
-        outputs = tuple(_moved(one, torch.device("cpu")) for one in tensors_of(output))
-        found.calls.append(Call(*_moved((words, named), torch.device("cpu")), device, outputs))
+    def before(_: nn.Module, words: tuple[Any, ...], named: dict[str, Any]) -> None:  # it may write into its inputs
+        device = next((one.device for one in tensors_of((words, named))), cpu)
+        given.append((*_moved((words, named), cpu), device))
 
-    hooks = [transformer.register_forward_hook(after, with_kwargs=True)]
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs = tuple(_moved(one, cpu) for one in tensors_of(output))
+        found.calls.append(Call(*given.pop(), outputs))
+
+    hooks = [
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after),
+    ]
     for name in layers:
         layer = transformer.get_submodule(name)
         hooks.append(layer.register_forward_hook(lambda *_, name=name: found.ran.add(name)))

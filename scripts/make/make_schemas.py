@@ -10,6 +10,7 @@ from typing import Any
 from manifest import Record
 from pydantic.json_schema import GenerateJsonSchema
 
+from modelopt_convert.report.advice import AdviceReport
 from modelopt_convert.report.fidelity import FidelityReport
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
@@ -21,6 +22,7 @@ MODELS = {
     "mopt.report-1": (Report, True),
     "mopt.inspect-1": (InspectReport, True),
     "mopt.fidelity-1": (FidelityReport, True),
+    "mopt.advice-1": (AdviceReport, True),
 }
 
 

@@ -26,6 +26,7 @@ from modelopt_convert.commands.requests import RewriteRequest
 
 FUNCTIONS = {
     "build_nvfp4": mopt.BuildNvfp4Request,
+    "advise": mopt.AdviseRequest,
     "compare": mopt.CompareRequest,
     "convert_fp8": mopt.ConvertFp8Request,
     "inspect": mopt.InspectRequest,
