@@ -36,6 +36,7 @@ FUNCTIONS = {
     "verify": mopt.VerifyRequest,
 }
 RETURNED = {
+    "advise": mopt.AdviceReport,
     "compare": mopt.FidelityReport,
     "inspect": mopt.InspectReport,
     "push": mopt.PublishedReport,
