@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from modelopt_convert.fidelity.units import Choices
 
 _FEW = 8  # pictures, below which their mean says little of others
-_PICTURES, _FORWARDS = 4, 16  # that units are judged by, unless it is said
+_PICTURES, _FORWARDS = 8, 16  # that units are judged by, unless it is said
 
 
 @dataclass(slots=True)
@@ -180,8 +180,10 @@ class AdviseCommand:
             )
 
     def _load(self, part: Opened, choices: "Choices", prompts: "Prompts", progress: Progress) -> "Trials":
-        from modelopt_convert.fidelity.packing import packed_weight
+        from modelopt_convert.fidelity.checkpoint import has_room
         from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline
+        from modelopt_convert.fidelity.quantized_here import packed_weight
+        from modelopt_convert.fidelity.selftest import can_compile, self_test
         from modelopt_convert.fidelity.transformer import load_transformer
         from modelopt_convert.fidelity.trials import Trials
         from modelopt_convert.verification.subject import device_of
@@ -198,12 +200,15 @@ class AdviseCommand:
         with found.clock.timed("quantize"):
             plan = choices.plan.with_scales(measure(base, choices.plan, 1, progress.advance))
             weights = {name: packed_weight(base, plan, name) for name in plan.packed}
-            if request.offload == "none":
-                weights = {name: one.to(device) for name, one in weights.items()}
         rule: Literal["static", "dynamic"] = "dynamic" if request.calibration is None else "static"
         pairs = list(product(prompts.texts, range(request.seeds)))
         how = Drawing(request.steps, request.size, request.frames)
-        trials = Trials(pipeline, transformer, weights, rule, _input_scales(plan), how, pairs)
+        with found.clock.timed("self_test"):
+            self_test({request.format}, device)
+            compiled = device.type == "cuda" and can_compile({request.format}, device)
+        keep = request.offload == "none" and has_room(weights, device)
+        scales = _input_scales(plan)
+        trials = Trials(pipeline, transformer, weights, rule, scales, how, pairs, keep=keep, compiled=compiled)
         self._keep(
             drawn=DrawnReport(
                 pipeline=request.pipeline,

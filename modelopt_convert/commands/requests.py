@@ -535,7 +535,7 @@ class AdviseRequest(Request["AdviceReport"]):
     ] = "pictures"
     scored: Annotated[
         int | None,
-        Flag("Pictures, or forwards, that each unit is judged by; default 4, or 16.", minimum=1, maximum=1000),
+        Flag("Pictures, or forwards, that each unit is judged by; default 8, or 16.", minimum=1, maximum=1000),
     ] = None
     points: Annotated[
         int, Flag("Points of the frontier that are drawn beside the chosen one.", minimum=0, maximum=100)

@@ -26,6 +26,8 @@ class Trials:
         input_scales: By module, for a static rule.
         how: How pictures are drawn.
         pairs: Prompts and seeds.
+        keep: Whether decoded weights are kept for a trial.
+        compiled: Whether quantizers of activations are compiled.
         pictures: Of the unquantized transformer, float32 [F, H, W, 3] in 0..1, one a pair.
         calls: Calls of the unquantized transformer.
         ran: Modules that ran.
@@ -38,6 +40,8 @@ class Trials:
     input_scales: Mapping[str, float]
     how: Drawing
     pairs: Sequence[tuple[str, int]]
+    keep: bool = False
+    compiled: bool = False
     pictures: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     ran: set[str] = field(default_factory=set)
@@ -71,5 +75,6 @@ class Trials:
 
     @contextmanager
     def _packed(self, modules: Collection[str]) -> Iterator[None]:
-        with emulated(self.transformer, {name: self.weights[name] for name in modules}, self.rule, self.input_scales):
+        weights, how = {name: self.weights[name] for name in modules}, {"keep": self.keep, "compiled": self.compiled}
+        with emulated(self.transformer, weights, self.rule, self.input_scales, **how):
             yield

@@ -17,9 +17,8 @@ import torch
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.fidelity.emulation import emulated
 from modelopt_convert.fidelity.frontier import Item, best_within
-from modelopt_convert.fidelity.packing import packed_weight
+from modelopt_convert.fidelity.quantized_here import packed_weight
 from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline
-from modelopt_convert.fidelity.sensitivity import spread_over
 from modelopt_convert.fidelity.transformer import load_transformer
 from modelopt_convert.fidelity.trials import Trials
 from modelopt_convert.fidelity.units import Choices, choices_of
@@ -44,7 +43,7 @@ quality = []
 """
 DIGITS, COLOURS = ("zero", "three", "six", "seven"), ("red", "green", "blue", "yellow")
 PROMPTS = tuple(f"a {colour} {digit}" for digit in DIGITS for colour in COLOURS)
-STEPS, HEADROOM, CALLS, RUNS = 6, 2.0, 16, 3
+STEPS, HEADROOM, CALLS = 6, 2.0, 16
 CHOOSING, JUDGING = (0,), (1, 2)  # seeds
 SHARES = (0.1, 0.25, 0.5)
 RANDOM = 12
@@ -139,14 +138,15 @@ def main() -> None:
     for _ in trials.draw_unquantized(CALLS):
         pass
     scores = {unit.name: trials.moved_by(unit.members) for unit in units}
-    numbers = spread_over(range(len(trials.pairs)), RUNS)
-    drawn = {unit.name: sum(trials.errors(unit.members, numbers)) / RUNS for unit in units}
-    weight = {unit.name: weight_error(tiny, unit.members) for unit in units}
-    alone = {}
+    drawn: dict[str, float] = {}
+    effect: dict[str, float] = {}
     for unit in units:
         others = [name for name in every if name != unit.name]
-        alone[unit.name] = total(tiny, others)
-    print("spearman", [round(spearman(one, alone), 3) for one in (scores, drawn, weight)], flush=True)
+        drawn[unit.name] = total(tiny, others, CHOOSING)
+        effect[unit.name] = total(tiny, others, JUDGING)
+    weight = {unit.name: weight_error(tiny, unit.members) for unit in units}
+    for name, one in {"pictures": drawn, "one forward": scores, "weight error": weight}.items():
+        print("spearman of", name, round(spearman(one, effect), 3), flush=True)
     found: dict[str, Any] = {}
     for share in SHARES:
         room = int(share * sum(costs.values()))
@@ -154,6 +154,7 @@ def main() -> None:
             "one forward": choose(scores, costs, room),
             "pictures": choose(drawn, costs, room),
             "weight error": choose(weight, costs, room),
+            "truth": choose(effect, costs, room),
         }
         chosen |= {f"random {number}": shuffled(every, costs, room, number) for number in range(RANDOM)}
         found[str(share)] = {
@@ -161,10 +162,6 @@ def main() -> None:
             for name, keeps in chosen.items()
         }
         print(share, {name: one["psnr"] for name, one in found[str(share)].items()}, flush=True)
-    for share in SHARES:
-        keeps = greedy(tiny, costs, int(share * sum(costs.values())))
-        found[str(share)]["greedy truth"] = {"keeps": sorted(keeps), "psnr": round(tiny.psnr(keeps, JUDGING), 3)}
-        print(share, "greedy truth", found[str(share)]["greedy truth"], flush=True)
     said = {
         "pictures": len(PROMPTS) * len(JUDGING),
         "packed": round(tiny.psnr((), JUDGING), 3),
@@ -175,7 +172,7 @@ def main() -> None:
                 "score": scores[unit.name],
                 "drawn": drawn[unit.name],
                 "weight_error": weight[unit.name],
-                "alone": alone[unit.name],
+                "effect": effect[unit.name],
             }
             for unit in units
         ],
@@ -201,29 +198,9 @@ def choose(errors: Mapping[str, float], costs: Mapping[str, int], room: int) -> 
     return list(best.keeps)
 
 
-def greedy(tiny: Tiny, costs: Mapping[str, int], room: int) -> list[str]:
-    """Keep the unit that lowers the measured error of the pictures most for its bytes, again and again.
-
-    A gain is measured again only while it could be the largest: gains shrink as others are kept.
-    """
-    kept: list[str] = []
-    stale = dict.fromkeys(costs, float("inf"))
-    while True:
-        left = room - sum(costs[one] for one in kept)
-        stale = {one: gain for one, gain in stale.items() if one not in kept and costs[one] <= left}
-        if not stale:
-            return kept
-        before, fresh = total(tiny, kept), set[str]()
-        while (best := max(stale, key=lambda one: stale[one])) not in fresh:
-            stale[best] = (before - total(tiny, [*kept, best])) / costs[best]
-            fresh.add(best)
-        kept.append(best)
-
-
-def total(tiny: Tiny, keeps: Iterable[str]) -> float:
-    """Error of all pictures that choices are made on."""
-    kept = list(keeps)
-    return sum(sum(tiny.errors(kept, seed)) for seed in CHOOSING)
+def total(tiny: Tiny, keeps: Sequence[str], seeds: Sequence[int]) -> float:
+    """Error of all pictures of some seeds."""
+    return sum(sum(tiny.errors(keeps, seed)) for seed in seeds)
 
 
 def shuffled(every: Sequence[str], costs: Mapping[str, int], room: int, seed: int) -> list[str]:
