@@ -99,15 +99,11 @@ class CalibrateCommand:
         Raises:
             MoptError: One of its kinds; nothing was published, and finished runs are kept.
         """
-        from modelopt_convert.fidelity.pipeline import pipeline_identity
         from modelopt_convert.fidelity.prompts import read_prompts
-        from modelopt_convert.fidelity.runs import KeptRuns
-        from modelopt_convert.fidelity.transformer import require_diffusers
 
         request, found = self._request, self._found
         base = request.locate("base")
         assert base is not None  # the request requires it
-        require_diffusers()
         components = resolve_components(None, base, ())
         paths = tuple(filter(None, map(local_path, (base, *(one.base for one in components))))) + tuple(request.reads())
         self._output = output = canonical_output(self._output)
@@ -124,6 +120,11 @@ class CalibrateCommand:
                 check_merged(part.model, "base")
                 found.warned += warned
                 parts[name] = part
+            from modelopt_convert.fidelity.pipeline import pipeline_identity
+            from modelopt_convert.fidelity.runs import KeptRuns
+            from modelopt_convert.fidelity.transformer import require_diffusers
+
+            require_diffusers()
             identity = pipeline_identity(request.pipeline)
             kept = Parts(output)
             kept.open()
@@ -155,9 +156,7 @@ class CalibrateCommand:
                 found.warned.append(("parts.not_removed", f"{kept.path}: merged, and not removed: {error.strerror}"))
         found.peak_rss_bytes = peak_rss_bytes()
 
-    def _settings(
-        self, parts: Mapping[str, Opened], pipeline: Mapping[str, str], prompts: "Prompts"
-    ) -> dict[str, Any]:
+    def _settings(self, parts: Mapping[str, Opened], pipeline: Mapping[str, str], prompts: "Prompts") -> dict[str, Any]:
         """What two runs must have in common to be of one calibration; the bases were read whole."""
         request = self._request
         return {
@@ -206,7 +205,9 @@ class CalibrateCommand:
             words = f"prompt {prompt[:60]!r}, seed {seed}"
             with self._found.clock.timed("run"):
                 with Watch({parts[one].prefix: model for one, model in models.items()}) as watch:
-                    run_once(pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress), output="latent")
+                    run_once(
+                        pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress), output="latent"
+                    )
                 watch.refuse_not_finite(f"after the last step of {words}")
             runs.keep(number, watch, name)
             progress.detail(f"run {number + 1} of {runs.count}: {words}")
@@ -302,8 +303,8 @@ def _after_step(watch: "Watch", words: str, num_bytes: int, progress: Progress) 
 
 def _unmerged(runs: "KeptRuns") -> str:
     return (
-        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there the same command "
-        "without --share merges them"
+        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there the same "
+        "command without --share merges them"
     )
 
 

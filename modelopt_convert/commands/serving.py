@@ -46,8 +46,8 @@ def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, re
                 f"{path}: {one.words}",
                 code="engine.known_broken",
                 path=path,
-                hint=f"{'give a calibrated --export or a --calibration, ' * one.dynamic}name another engine with --engine, or go on with "
-                "--allow-known-broken",
+                hint=f"{'give a calibrated --export or a --calibration, ' * one.dynamic}name another engine with "
+                "--engine, or go on with --allow-known-broken",
             )
     return [("engine.known_broken" if one.is_broken else "engine.loss", one.words) for one in known]
 

@@ -41,10 +41,10 @@ class Seen:
     def add(self, inputs: Tensor) -> None:
         """Take note of an input [..., K]; NaN and infinity stay in ``amax``."""
         values = inputs.detach().flatten(0, -2).to(self.amax.device)
-        for piece in values.split(max(1, _PIECE // values.shape[1])):
+        for piece in torch.split(values, max(1, _PIECE // values.shape[1])):
             self.rows += len(piece)
             blocks = nn.functional.pad(piece.float().abs(), (0, -piece.shape[1] % BLOCK_SIZE))
-            largest = blocks.unflatten(1, (-1, BLOCK_SIZE)).amax(2)
+            largest = blocks.reshape(len(piece), -1, BLOCK_SIZE).amax(2)
             self.amax = torch.maximum(self.amax, largest.amax())
             self.squares += piece.double().square_().sum(0)
             # The exponent's bits of a float32 that is not negative.

@@ -41,7 +41,7 @@ class BaseFormat(Protocol):
     by_layers: bool
 
     def steps(self, module: PackedModule, class_name: object, *, is_merged: bool) -> Iterator[Step]:
-        """The weight's tensors of one module of a class; ``is_merged`` where the runtime makes one module of several."""
+        """The tensors of a weight in a model of a class; ``is_merged`` where the runtime makes one of several."""
 
     def fault(self, base: Source, info: TensorInfo) -> InputError | None:
         """Why a weight cannot be quantized, or None."""
@@ -101,9 +101,10 @@ def plan_quantized(
     with faults.taken():
         shared = _shared_groups(preset, packed) if quantizer.shares else ()
     largest: dict[str, float] = {}
-    for name in packed if calibrated is not None else ():
-        with faults.taken(name):
-            largest[name] = calibrated.largest(name)
+    if calibrated is not None:
+        for name in packed:
+            with faults.taken(name):
+                largest[name] = calibrated.largest(name)
     faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(
@@ -164,8 +165,8 @@ def declared(target: Format, inputs: Mapping[str, Any], *, is_static: bool) -> d
     Args:
         target: The format.
         inputs: See ``BaseFormat``.
-        is_static: Whether modules have input scales: then all is as ModelOpt 0.47's convert_hf_config.py has it. Else the
-            engine scales the inputs, and TensorRT-LLM does so where the group says it.
+        is_static: Whether modules have input scales: then all is as ModelOpt 0.47's convert_hf_config.py has it. Else
+            the engine scales the inputs, and TensorRT-LLM does so where the group says it.
     """
     quantizer = {"dynamic": False, **inputs}
     group = {"input_activations": quantizer | {"dynamic": not is_static}, "weights": quantizer, "targets": ["Linear"]}

@@ -57,7 +57,8 @@ FLAGS = {
         "--device", "--offload", "--svg", "--report", "--verbose", "-v", *_TELLING,
     },
     "build-nvfp4": {
-        "--preset", "--export", "--base", "--calibration", *_CHOOSING, "--output", "--keep-bf16", "--max-shard-size", "--component",
+        "--preset", "--export", "--base", "--calibration", *_CHOOSING,
+        "--output", "--keep-bf16", "--max-shard-size", "--component",
         "--pipeline-output", "--to", "--inexact",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", "--device",
         *_WRITING, *_TELLING,
@@ -76,7 +77,8 @@ FLAGS = {
         *(_WRITING - {"--executor"}), *_TELLING,
     },
     "convert-fp8": {
-        "--preset", "--export", "--base", "--calibration", *_CHOOSING, "--checkpoint", "--output", "--keep-bf16", "--max-shard-size",
+        "--preset", "--export", "--base", "--calibration", *_CHOOSING, "--checkpoint",
+        "--output", "--keep-bf16", "--max-shard-size",
         "--component", "--pipeline-output", "--to", "--inexact",
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },

@@ -381,7 +381,12 @@ def test_there_is_a_command_to_go_on_with(given: dict[str, str], command: str) -
 def test_terms_explain_each_word_for_what_is_proven_but_those_that_explain_themselves() -> None:
     terms = Page(page(found({}))).sections["Terms"].splitlines()
     untold = {word for word in PROOFS if word and word not in terms}
-    assert untold == {"quantized here, not calibrated", "quantized here, inputs calibrated", "not proven: no base", "mismatch"}
+    assert untold == {
+        "quantized here, not calibrated",
+        "quantized here, inputs calibrated",
+        "not proven: no base",
+        "mismatch",
+    }
 
 
 @pytest.mark.parametrize("hollow", [None, 7, "text", [None], {"a": None}, [{"a": [1]}], math.inf])

@@ -180,7 +180,9 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     ]
     if made.to == "modelopt":  # what is known of engines is known of this dialect
         lost = dynamic_words(plan.config)
-        known = (chosen.limits(target.algorithm) if chosen else []) + ([lost] if here and lost is not None else [])
+        known = (chosen.limits(target.algorithm) if chosen else []) + (
+            [lost] if made.calibration == "none" and lost is not None else []
+        )
         known += [one.words for one in facts]
         body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
@@ -195,8 +197,9 @@ def _inputs(made: Made) -> list[str]:
         ]
     one = made.calibration
     return [
-        f"Weights: by max calibration. Inputs: calibrated by `mopt calibrate`, {one['runs']} runs of {one['steps']} steps,",
-        f"amax times {one['headroom']:g}.",
+        "Weights: by max calibration.",
+        f"Inputs: calibrated by `mopt calibrate`, {one['runs']} runs of {one['steps']} steps, amax times "
+        f"{one['headroom']:g}.",
     ]
 
 

@@ -195,9 +195,9 @@ class BuildCommand:
 
     def _refuse_other_base(self) -> None:
         """Refuse input scales of another model."""
-        for part in self.steps.parts if self.steps.calibration is not None else ():
-            calibrated = self.steps.calibration.of(part.component.name)
-            calibrated.refuse_other_base(part.model.identity(), str(part.model.path))
+        if (found := self.steps.calibration) is not None:
+            for part in self.steps.parts:
+                found.of(part.component.name).refuse_other_base(part.model.identity(), str(part.model.path))
 
     def _take_base(self, chosen: ChosenPreset) -> None:
         """What a build cannot do without is, unless given, what the preset was made for."""
