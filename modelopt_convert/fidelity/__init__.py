@@ -1,4 +1,5 @@
 """What quantization does to pictures: pipelines that run, modules emulated as an engine runs them, and figures of both.
 
-diffusers is imported inside functions: it comes with the extra ``mopt[fidelity]``.
+The emulation tests itself where it runs, before anything is compared. The library diffusers is imported inside
+functions, since it comes with the extra ``fidelity``.
 """
