@@ -357,14 +357,22 @@ def test_what_is_not_installed_is_named(tiny_nvfp4: Path, monkeypatch: pytest.Mo
     assert "modelopt-convert[fidelity]" in outcome.message
 
 
-def test_a_pipeline_that_cannot_be_loaded_or_run_is_refused(tiny_nvfp4: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_pipeline_that_cannot_be_loaded_or_run_is_refused(
+    tiny_nvfp4: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FluxPipeline
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "model_index.json").write_bytes((FOLDER / "model_index.json").read_bytes())
     words = ("compare", tiny_nvfp4, "--base", FOLDER, "--prompts", prompts, "--device", "cpu", "--seeds", "1")
     outcome = run_mopt(*words, "--pipeline", tmp_path / "part", "--size", "32")
     assert outcome.exit_code == 3 and outcome.error_code == "pipeline.load"
-    outcome = run_mopt(*words, "--pipeline", FOLDER, "--size", "8")
-    assert outcome.exit_code == 3 and outcome.error_code == "pipeline.run"
+    monkeypatch.setattr(FluxPipeline, "prepare_latents", full)
+    outcome = run_mopt(*words, "--pipeline", FOLDER, "--size", "32")
+    assert outcome.exit_code == 3 and outcome.error_code == "pipeline.run" and "out of memory" in outcome.message
 
 
 def test_scales_in_a_layout_that_cannot_be_are_refused(tiny_nvfp4: Path, tmp_path: Path) -> None:
