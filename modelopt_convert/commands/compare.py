@@ -179,7 +179,9 @@ class CompareCommand:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with self._clock.timed("run"):
-            drawn, seen = compare(models, made, len(pairs), start, lambda what: progress.detail(f"ran: {what}"))
+            drawn, seen = compare(
+                models, made, len(pairs), start, lambda what: progress.detail(f"ran: {what}"), device=device
+            )
         if device.type == "cuda":
             self._peak_gpu = torch.cuda.max_memory_allocated(device)
         with self._clock.timed("measure"):

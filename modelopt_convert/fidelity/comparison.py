@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modelopt_convert.fidelity.checkpoint import Quantized, put_layers
 from modelopt_convert.fidelity.emulation import Emulated
-from modelopt_convert.fidelity.observe import Ran, Sums, beside, block_cosines, first_outputs
+from modelopt_convert.fidelity.observe import Ran, Sums, beside, block_cosines, first_outputs, weigh
 from modelopt_convert.fidelity.pipeline import Drawing, Drawn, Offload, draw, load_pipeline
 from modelopt_convert.run.errors import InputError, first_line
 
@@ -41,13 +41,13 @@ class Made:
 
     path: str
     parts: Mapping[str, Quantized]
-    models: Mapping[str, nn.Module]
+    models: dict[str, nn.Module]
     keep: bool = False
     compiled: bool = False
 
-    def layers(self, name: str) -> dict[str, Emulated]:
+    def layers(self, name: str, *, keep: bool) -> dict[str, Emulated]:
         """New emulated layers of a transformer."""
-        return self.parts[name].layers(keep=self.keep, compiled=self.compiled)
+        return self.parts[name].layers(keep=keep, compiled=self.compiled)
 
 
 @dataclass(slots=True)
@@ -65,24 +65,27 @@ class Seen:
     runs: list[Drawn] = field(default_factory=list)
 
 
-Runner = Callable[[Mapping[str, nn.Module], int], Drawn]
-"""Runs transformers on the pair, or the input, of a number."""
+Start = Callable[[Mapping[str, nn.Module]], Callable[[int], Drawn]]
+"""Puts transformers where they run; what it returns runs them on the pair, or the input, of a number."""
 
 
 def compare(
     base: dict[str, nn.Module],
     made: Sequence[Made],
     count: int,
-    start: Callable[[Mapping[str, nn.Module]], Callable[[int], Drawn]],
+    start: Start,
     tell: Callable[[str], None],
+    *,
+    device: torch.device,
 ) -> tuple[list[Drawn], list[Seen]]:
     """Run the base, and then every checkpoint, on the same.
 
     Args:
         base: Its transformers by name; emptied, so that their memory is free for the next.
-        made: The checkpoints; their transformers get emulated layers.
+        made: The checkpoints; their transformers get emulated layers, and are given up after they ran.
         count: How many runs there are.
         start: Puts transformers where they run, and returns what runs them.
+        device: Where weights are compared.
         tell: Told after each run, with what ran.
 
     Returns:
@@ -92,30 +95,46 @@ def compare(
         InputError: ``fidelity.never_ran``, ``fidelity.not_finite`` or ``fidelity.other_base``.
     """
     found, ran = [Seen() for _ in made], Ran()
-    several = len(base) > 1
-    prefixes = {name: f"{name}/" if several else "" for name in base}
+    prefixes = {name: f"{name}/" if len(base) > 1 else "" for name in base}
+    for one, seen in zip(made, found, strict=True):
+        for name, prefix in prefixes.items():
+            for module, layer in one.layers(name, keep=False).items():
+                weight = base[name].get_parameter(f"{module}.weight")
+                seen.modules[f"{prefix}{module}"] = weigh(weight, layer, device)
+        _check_base(one.path, seen)
     drawn, outputs = _run_base(base, made, found, ran, prefixes, count, start, tell)
     base.clear()
     _free()
     for one, seen in zip(made, found, strict=True):
-        for name, model in one.models.items():
-            put_layers(model, one.layers(name))
-        run = start(one.models)
-        for number in range(count):
-            with ExitStack() as stack:
-                watched = {name: stack.enter_context(first_outputs(model)) for name, model in _if(not number, one)}
-                seen.runs.append(_finite(run(number), one.path))
-            for name, got in watched.items():
-                ours = block_cosines(outputs[name], got)
-                seen.blocks |= {f"{prefixes[name]}{block}": value for block, value in ours.items()}
-            tell(one.path)
-        del run
+        _run_made(one, seen, outputs, prefixes, count, start, tell)
+        one.models.clear()
         _free()
     return drawn, found
 
 
-def _if(wanted: bool, one: Made) -> list[tuple[str, nn.Module]]:
-    return list(one.models.items()) if wanted else []
+def _run_made(
+    one: Made,
+    seen: Seen,
+    base: Mapping[str, Mapping[str, tuple[Tensor, ...]]],
+    prefixes: Mapping[str, str],
+    count: int,
+    start: Start,
+    tell: Callable[[str], None],
+) -> None:
+    """All runs of a checkpoint; the first gives the outputs of its blocks, beside the base's."""
+    for name, model in one.models.items():
+        put_layers(model, one.layers(name, keep=one.keep))
+    run = start(one.models)
+    with ExitStack() as stack:
+        watched = {name: stack.enter_context(first_outputs(model)) for name, model in one.models.items()}
+        seen.runs.append(_finite(run(0), one.path))
+    tell(one.path)
+    for name, got in watched.items():
+        ours = block_cosines(base[name], got)
+        seen.blocks |= {f"{prefixes[name]}{block}": value for block, value in ours.items()}
+    for number in range(1, count):
+        seen.runs.append(_finite(run(number), one.path))
+        tell(one.path)
 
 
 def _run_base(
@@ -125,7 +144,7 @@ def _run_base(
     ran: Ran,
     prefixes: Mapping[str, str],
     count: int,
-    start: Callable[[Mapping[str, nn.Module]], Callable[[int], Drawn]],
+    start: Start,
     tell: Callable[[str], None],
 ) -> tuple[list[Drawn], dict[str, dict[str, tuple[Tensor, ...]]]]:
     """All runs of the base; in the first, emulated layers run beside its own."""
@@ -140,12 +159,10 @@ def _run_base(
                 outputs = {name: stack.enter_context(first_outputs(model)) for name, model in base.items()}
                 for one, seen in zip(made, found, strict=True):
                     for name, model in base.items():
-                        sums = {module: Sums() for module in one.parts[name].weights}
-                        seen.modules |= {f"{prefixes[name]}{module}": each for module, each in sums.items()}
-                        stack.enter_context(beside(model, one.layers(name), sums))
+                        layers = one.layers(name, keep=False)
+                        sums = {module: seen.modules[f"{prefixes[name]}{module}"] for module in layers}
+                        stack.enter_context(beside(model, layers, sums))
             drawn.append(_finite(run(number), "the base"))
-        if not number:
-            _check_base(made, found)
         tell("base")
     for one, seen in zip(made, found, strict=True):
         idle = sorted(seen.modules.keys() - ran.names)
@@ -159,19 +176,17 @@ def _run_base(
     return drawn, outputs
 
 
-def _check_base(made: Sequence[Made], found: Sequence[Seen]) -> None:
+def _check_base(path: str, seen: Seen) -> None:
     """Most weights of a checkpoint that is the base's are near the base's."""
-    for one, seen in zip(made, found, strict=True):
-        looked = {name: sums for name, sums in seen.modules.items() if sums.calls}
-        far = [name for name, sums in looked.items() if not sums.weight_error < _OTHER]
-        if looked and 2 * len(far) > len(looked):
-            raise InputError(
-                f"{one.path}: {len(far)} of {len(looked)} decoded weights are nothing like the base's: {far[0]}: "
-                f"relative error {looked[far[0]].weight_error:.3g}",
-                code="fidelity.other_base",
-                path=one.path,
-                hint="give the base that the checkpoint was made from; `mopt verify` says whether its layout is wrong",
-            )
+    far = [name for name, sums in seen.modules.items() if not sums.weight_error < _OTHER]
+    if 2 * len(far) > len(seen.modules):
+        raise InputError(
+            f"{path}: {len(far)} of {len(seen.modules)} decoded weights are nothing like the base's: {far[0]}: "
+            f"relative error {seen.modules[far[0]].weight_error:.3g}",
+            code="fidelity.other_base",
+            path=path,
+            hint="give the base that the checkpoint was made from; `mopt verify` says whether its layout is wrong",
+        )
 
 
 def _finite(drawn: Drawn, what: str) -> Drawn:
@@ -190,9 +205,7 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def drawing(
-    reference: str, pairs: Sequence[Pair], how: Drawing, *, device: str, offload: Offload
-) -> Callable[[Mapping[str, nn.Module]], Callable[[int], Drawn]]:
+def drawing(reference: str, pairs: Sequence[Pair], how: Drawing, *, device: str, offload: Offload) -> Start:
     """``start`` for a pipeline: run N draws pair N."""
 
     def start(models: Mapping[str, nn.Module]) -> Callable[[int], Drawn]:
@@ -202,9 +215,7 @@ def drawing(
     return start
 
 
-def feeding(
-    inputs: Sequence[Mapping[str, Any]], *, device: torch.device
-) -> Callable[[Mapping[str, nn.Module]], Callable[[int], Drawn]]:
+def feeding(inputs: Sequence[Mapping[str, Any]], *, device: torch.device) -> Start:
     """``start`` for a transformer alone: run N is one call with inputs N, and its output stands for latents."""
 
     def start(models: Mapping[str, nn.Module]) -> Callable[[int], Drawn]:

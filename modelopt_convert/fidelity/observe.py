@@ -71,21 +71,23 @@ def _plus(before: tuple[float, float], exact: Tensor, got: Tensor) -> tuple[floa
     return before[0] + float(exact.square().sum(dtype=torch.float64)), before[1] + float(noise)
 
 
-def watch(sums: Sums, base: nn.Linear, layer: Emulated, values: Tensor, output: Tensor) -> None:
+def weigh(weight: Tensor, layer: Emulated, device: torch.device) -> Sums:
+    """Sums of a layer that did not run yet: of the base's weight [N, K] and the decoded one, on a device."""
+    decoded = layer.decoded(device).to(torch.float32)
+    exact = decoded if layer.rule == "weight-only" else decoded * layer.packed.tensor_scale
+    return Sums(weight=_plus((0.0, 0.0), weight.to(device), exact))
+
+
+def watch(sums: Sums, layer: Emulated, values: Tensor, output: Tensor) -> None:
     """Add one call of the base's layer.
 
     Args:
         sums: Gets it.
-        base: The layer that ran.
-        layer: The emulated one.
+        layer: The emulated layer beside the one that ran.
         values: Its activations [..., K].
         output: What it returned, [..., N].
     """
     rows = values.reshape(-1, layer.in_features)
-    scale = layer.packed.tensor_scale
-    if not sums.calls:
-        decoded = layer.decoded(rows.device).to(torch.float32)
-        sums.weight = _plus(sums.weight, base.weight, decoded if layer.rule == "weight-only" else decoded * scale)
     sums.calls += 1
     if layer.rule != "weight-only":
         made = layer.quantized(rows)
@@ -142,8 +144,8 @@ def beside(model: nn.Module, layers: Mapping[str, Emulated], sums: Mapping[str, 
     known = dict(model.named_modules())
 
     def hook_of(name: str) -> Any:
-        def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            watch(sums[name], module, layers[name], inputs[0], output)
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            watch(sums[name], layers[name], inputs[0], output)
 
         return hook
 

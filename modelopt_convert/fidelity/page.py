@@ -120,7 +120,8 @@ def _means(one: Mapping[str, Any]) -> dict[str, Any]:
 
 def _head(report: Mapping[str, Any], checkpoints: Sequence[Mapping[str, Any]]) -> str:
     error, drawing = mapping(report.get("error")), mapping(report.get("drawing"))
-    kind = "fail" if report.get("exit_code") else "pass"
+    asked = any(entries(one.get("required")) for one in checkpoints)
+    kind = "fail" if report.get("exit_code") else "pass" if asked else "other"
     said = error.get("message") or "Pictures and figures are beside the base's; the engine's own kernels did not run."
     lines = {
         _name(one): ", ".join(f"{name} {show_number(number(mean))}" for name, mean in _means(one).items())

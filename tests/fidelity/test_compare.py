@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,3 +348,60 @@ def test_what_cannot_be_meant_is_a_usage_error(words: str, tmp_path: Path) -> No
     outcome = run_mopt("compare", tmp_path, "--base", tmp_path, *words.split())
     assert outcome.exit_code == 2 and outcome.report is not None
     assert outcome.report["schema"] == "mopt.fidelity/1" and outcome.error_code == "usage"
+
+
+def test_what_is_not_installed_is_named(tiny_nvfp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    outcome = compared(tiny_nvfp4, "--seeds", "1")
+    assert outcome.exit_code == 3 and outcome.error_code == "fidelity.not_installed"
+    assert "modelopt-convert[fidelity]" in outcome.message
+
+
+def test_a_pipeline_that_cannot_be_loaded_or_run_is_refused(
+    tiny_nvfp4: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FluxPipeline
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "model_index.json").write_bytes((FOLDER / "model_index.json").read_bytes())
+    words = ("compare", tiny_nvfp4, "--base", FOLDER, "--prompts", prompts, "--device", "cpu", "--seeds", "1")
+    outcome = run_mopt(*words, "--pipeline", tmp_path / "part", "--size", "32")
+    assert outcome.exit_code == 3 and outcome.error_code == "pipeline.load"
+    monkeypatch.setattr(FluxPipeline, "prepare_latents", full)
+    outcome = run_mopt(*words, "--pipeline", FOLDER, "--size", "32")
+    assert outcome.exit_code == 3 and outcome.error_code == "pipeline.run" and "out of memory" in outcome.message
+
+
+def test_scales_in_a_layout_that_cannot_be_are_refused(tiny_nvfp4: Path, tmp_path: Path) -> None:
+    out = edit(tiny_nvfp4, tmp_path / "out", change_config=lambda config: config["quantization_config"].update(
+        checkpoint_weight_scale_layout="swizzled"
+    ))  # fmt: skip
+    outcome = compared(out, "--seeds", "1")
+    assert outcome.exit_code == 3 and outcome.error_code == "fidelity.layout"
+
+
+def test_a_quantized_module_that_the_class_has_not_is_refused(tiny_nvfp4: Path, tmp_path: Path) -> None:
+    def invented(tensors: Tensors) -> None:
+        for role in ("weight", "weight_scale", "weight_scale_2"):
+            tensors[f"invented.{role}"] = tensors[f"{MODULE}.{role}"].clone()
+
+    outcome = compared(edit(tiny_nvfp4, tmp_path / "out", invented), "--seeds", "1")
+    assert outcome.exit_code == 3 and outcome.error_code == "fidelity.module"
+    assert "invented" in outcome.message
+
+
+def test_checkpoints_have_the_same_transformers(tiny_nvfp4: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        for folder, source in (("out", tiny_nvfp4), ("base", FOLDER / "transformer")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).symlink_to(source)
+    outcome = compared(tmp_path / "out", "--seeds", "1", base=tmp_path / "base")
+    assert outcome.exit_code == 3 and outcome.error_code == "fidelity.parts"
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "transformer").symlink_to(tiny_nvfp4)
+    outcome = compared(tmp_path / "out", one, "--seeds", "1", base=tmp_path / "base")
+    assert outcome.exit_code == 3 and outcome.error_code == "fidelity.parts" and "other checkpoint" in outcome.message
