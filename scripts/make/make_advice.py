@@ -17,8 +17,8 @@ import torch
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.fidelity.emulation import emulated
 from modelopt_convert.fidelity.frontier import Item, best_within
-from modelopt_convert.fidelity.quantized_here import packed_weight
 from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline
+from modelopt_convert.fidelity.quantized_here import packed_weight
 from modelopt_convert.fidelity.transformer import load_transformer
 from modelopt_convert.fidelity.trials import Trials
 from modelopt_convert.fidelity.units import Choices, choices_of

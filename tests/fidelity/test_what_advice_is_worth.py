@@ -1,4 +1,4 @@
-"""What advice is worth on the trained pipeline, as scripts/make/make_advice.py measured it; whole with MOPT_TEST_LONG."""
+"""What advice is worth on the trained pipeline, as make_advice.py measured it; a share of that is drawn again."""
 
 import json
 import sys
