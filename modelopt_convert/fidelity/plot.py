@@ -39,8 +39,9 @@ def plot(report: Mapping[str, Any], style: str = "") -> str:
     points: Sequence[Mapping[str, Any]] = report["frontier"]
     chosen: Mapping[str, Any] = report["chosen"]
     drawn = [*(one for one in points if one["measured"] and one["keeps"] != chosen["keeps"]), chosen]
-    least, most = report["least_bytes"], report["most_bytes"]
-    highest = max([one["error_predicted"] for one in points] + [one["measured"]["error"] for one in drawn]) or 1.0
+    least, most = int(report["least_bytes"]), int(report["most_bytes"])
+    errors = [*(one["error_predicted"] for one in points), *(one["measured"]["error"] for one in drawn)]
+    highest = float(max(errors)) or 1.0
 
     def across(num_bytes: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (num_bytes - least) / (most - least)

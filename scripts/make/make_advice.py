@@ -1,6 +1,6 @@
 """Write tests/data/tiny_flux1_advice.json: what advice on the small trained pipeline is worth.
 
-python scripts/make/make_advice.py (a quarter of an hour on one core)
+python scripts/make/make_advice.py (five minutes on one core)
 
 Every choice is made on one set of pictures, and judged on another. Pictures are drawn by diffusers itself, in batches;
 input scales are calibrated, so that a batch does not change them.
@@ -155,7 +155,6 @@ def main() -> None:
             "pictures": choose(drawn, costs, room),
             "weight error": choose(weight, costs, room),
             "truth": choose(effect, costs, room),
-            "greedy truth": greedy(tiny, costs, room),
         }
         chosen |= {f"random {number}": shuffled(every, costs, room, number) for number in range(RANDOM)}
         found[str(share)] = {
@@ -197,18 +196,6 @@ def choose(errors: Mapping[str, float], costs: Mapping[str, int], room: int) -> 
     best = best_within([Item(name, error, costs[name]) for name, error in errors.items()], room)
     assert best is not None
     return list(best.keeps)
-
-
-def greedy(tiny: Tiny, costs: Mapping[str, int], room: int) -> list[str]:
-    """Keep the unit that lowers the measured error of the pictures most for its bytes, again and again."""
-    kept: list[str] = []
-    while True:
-        left, before = room - sum(costs[one] for one in kept), total(tiny, kept, CHOOSING)
-        fitting = [one for one in costs if one not in kept and costs[one] <= left]
-        if not fitting:
-            return kept
-        gains = {one: (before - total(tiny, [*kept, one], CHOOSING)) / costs[one] for one in fitting}
-        kept.append(max(gains, key=lambda one: gains[one]))
 
 
 def total(tiny: Tiny, keeps: Sequence[str], seeds: Sequence[int]) -> float:
