@@ -14,9 +14,11 @@ import modelopt_convert
 from modelopt_convert.checkpoint.location import Location, parse_location
 from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
+    AdviseRequest,
     BuildNvfp4Request,
     BuildRequest,
     CalibrateRequest,
+    CompareRequest,
     ConvertFp8Request,
     ConvertRequest,
     InspectRequest,
@@ -45,17 +47,23 @@ from modelopt_convert.run.text import shown
 if TYPE_CHECKING:
     from modelopt_convert.commands.command import Command
     from modelopt_convert.preset.preset import LoadedPreset
+    from modelopt_convert.report.advice import AdviceReport
+    from modelopt_convert.report.fidelity import FidelityReport
     from modelopt_convert.report.inspect import InspectReport
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport
 
 # What the package gives.
 __all__ = [
+    "AdviceReport",
+    "AdviseRequest",
     "BackendError",
     "BuildNvfp4Request",
     "CalibrateRequest",
     "CheckFailedError",
+    "CompareRequest",
     "ConvertFp8Request",
     "ConvertRequest",
+    "FidelityReport",
     "InconclusiveError",
     "InputError",
     "InspectReport",
@@ -75,8 +83,10 @@ __all__ = [
     "UsageError",
     "VerifiedReport",
     "VerifyRequest",
+    "advise",
     "build_nvfp4",
     "calibrate",
+    "compare",
     "convert",
     "convert_fp8",
     "inspect",
@@ -90,6 +100,8 @@ __all__ = [
 ]
 # Models of pydantic, imported when they are first asked for.
 _MODELS = {
+    "AdviceReport": "report.advice",
+    "FidelityReport": "report.fidelity",
     "InspectReport": "report.inspect",
     "LoadedPreset": "preset.preset",
     **dict.fromkeys(("PublishedReport", "Report", "VerifiedReport"), "report.report"),
@@ -170,6 +182,8 @@ swap_nibbles = _function(SwapNibblesRequest)
 unswizzle_scales = _function(UnswizzleScalesRequest)
 verify = _function(VerifyRequest)
 inspect = _function(InspectRequest)
+advise = _function(AdviseRequest)
+compare = _function(CompareRequest)
 push = _function(PushRequest)
 
 
@@ -257,6 +271,14 @@ def command_of(request: Request[Any]) -> "Command[Any]":
             from modelopt_convert.commands.verify import VerifyCommand
 
             return VerifyCommand(request)
+        case AdviseRequest():
+            from modelopt_convert.commands.advise import AdviseCommand
+
+            return AdviseCommand(request)
+        case CompareRequest():
+            from modelopt_convert.commands.compare import CompareCommand
+
+            return CompareCommand(request)
         case InspectRequest():
             from modelopt_convert.commands.inspect import InspectCommand
 

@@ -16,8 +16,9 @@ from modelopt_convert.formats.table import FORMATS
 LIGHT = ("run", "report", "checkpoint", "preset", "engines", "families", "dialects", "plan", "stage", "api", "cli")
 HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "flashinfer", "modelopt", "diffusers", "transformers"}
 PUBLIC = {
-    "build_nvfp4", "calibrate", "convert_fp8", "swap_nibbles", "unswizzle_scales", "verify", "inspect", "push",
-    "presets", "new_preset",
+    "advise", "build_nvfp4", "calibrate", "compare", "convert_fp8", "swap_nibbles", "unswizzle_scales", "verify",
+    "inspect", "push", "presets",
+    "new_preset",
 }  # fmt: skip
 ENDINGS = re.compile(r"(s|es|ed|er|ers|ing|or|ors|ion|ions)$")
 

@@ -13,7 +13,9 @@ from loopback_hub import LoopbackHub
 from nunchaku_models import merged, packed, small
 from pipelines import make_pipeline
 from root import ROOT
+from safetensors.torch import save_file
 from support import run_mopt
+from tiny_flux1 import inputs_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Behind ``$`` stands a command with lines that it prints.
@@ -30,8 +32,15 @@ ELSEWHERE = {
     "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
     "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
     "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
+    "mopt compare OUT --base BASE --pipeline PIPELINE --prompts prompts.txt --report pictures.html": "tests/fidelity",
+    "mopt compare OUT OUT2 --base BASE --pipeline PIPELINE --prompts prompts.txt --seeds 8": "likewise",
+    "mopt compare OUT --base BASE --pipeline PIPELINE --prompts prompts.txt "
+    "--require 'cosine>=0.99,psnr>=26'": "likewise",
+    "mopt compare demo/nvfp4-pictures demo/fp8-pictures --base tests/data/tiny_flux1 --pipeline tests/data/tiny_flux1 "
+    "--prompts demo/prompts.txt --seeds 2 --steps 6 --size 32 --report demo/pictures.html": "likewise, and make demo",
     **dict.fromkeys(
-        (line for line in SHOWN if line.startswith("mopt calibrate ")), "tests/fidelity has it, with fewer pixels"
+        (line for line in SHOWN if line.startswith(("mopt calibrate ", "mopt advise "))),
+        "tests/fidelity has it, with fewer pixels",
     ),
 }
 EXPORTS, BASES = ("EXPORT", "out/hf"), ("BASE", "FLUX.1-dev", "base")
@@ -91,7 +100,7 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     """What this one line takes for given beside that."""
     words = shlex.split(line)
     export = exports / ("fp8" if words[1] == "convert-fp8" else "nvfp4")
-    reads = words[1] in ("verify", "push")  # else these are where a build writes
+    reads = words[1] in ("verify", "push", "compare")  # else these are where a build writes
     for name in ("OUT", "out", "flux1-dev-nvfp4") if reads else EXPORTS:
         link(here / name, built if reads else export)
     if words[1] in (SWAPPED[0], SWIZZLED[0]):
@@ -107,6 +116,8 @@ def provide(line: str, here: Path, exports: Path, built: Path, rewritten: Path) 
     elif words[1] == "inspect" and words[2].endswith(".safetensors"):
         (shard,) = (exports / "nvfp4").rglob("*.safetensors")
         copy_file(here / words[2], shard)
+    if words[1] == "compare":
+        save_file(inputs_of(exports / "base" / "transformer"), here / "captured.safetensors")
     if "--calibration" in words:
         provide_calibration(here)
     if "--checkpoint" in words:

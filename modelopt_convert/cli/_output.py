@@ -19,11 +19,14 @@ from modelopt_convert.cli._options import Telling
 from modelopt_convert.cli._text import Tone, painted, table_lines, wrapped
 from modelopt_convert.commands.flags import Request
 from modelopt_convert.commands.requests import (
+    AdviseRequest,
     BuildRequest,
     PushRequest,
     RewriteRequest,
     VerifyRequest,
 )
+from modelopt_convert.report.advice import AdviceReport
+from modelopt_convert.report.fidelity import FidelityReport
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import ErrorReport, Report
 from modelopt_convert.report.words import PROVEN_WORDS
@@ -34,7 +37,7 @@ from modelopt_convert.run.terminal import is_terminal
 from modelopt_convert.run.text import printable
 from modelopt_convert.stage.written_file import check_file_place, check_file_writable, write_report
 
-Shown = TypeVar("Shown", Report, InspectReport)
+Shown = TypeVar("Shown", Report, InspectReport, FidelityReport, AdviceReport)
 
 
 class Output(Telling):
@@ -115,6 +118,8 @@ def steps_of(request: Request[Any]) -> list[tuple[str, ...]]:
             return [("read",), ("decode",), ("self-test", "prewarm", "multiply")]
         case PushRequest():
             return [_VERIFY, ("compare", "send")]
+        case AdviseRequest():
+            return [("measure",), ("draw",), ("score",)]
         case _:
             return []
 

@@ -59,6 +59,8 @@ def _told(known: Container[str], words: Sequence[str]) -> Iterator[None]:
 
 
 def _tell(command: str, message: str) -> None:
+    from modelopt_convert.report.advice import AdviceReport
+    from modelopt_convert.report.fidelity import FidelityReport
     from modelopt_convert.report.inspect import InspectReport
     from modelopt_convert.report.report import ErrorReport, OutputReport, Report
     from modelopt_convert.run.text import printable
@@ -66,10 +68,7 @@ def _tell(command: str, message: str) -> None:
     hint = f"`{f'mopt {command}'.strip()} --help` says what it takes"
     error = ErrorReport(code="usage", message=printable(message), hint=printable(hint), path=None)
     ended: dict[str, Any] = {"status": "refused", "exit_code": int(ExitCode.USAGE), "error": error}
-    report = (
-        InspectReport(**ended)
-        if command == "inspect"
-        else Report(command=command, output=OutputReport(path=""), **ended)
-    )
+    own = {"advise": AdviceReport, "compare": FidelityReport, "inspect": InspectReport}.get(command)
+    report = own(**ended) if own is not None else Report(command=command, output=OutputReport(path=""), **ended)
     with reader_may_leave():
         typer.echo(report.to_json())

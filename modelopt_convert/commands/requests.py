@@ -31,6 +31,7 @@ from modelopt_convert.commands.flags import (
 )
 from modelopt_convert.engines import sglang
 from modelopt_convert.engines.limits import DEFAULT, EngineName
+from modelopt_convert.fidelity.thresholds import Threshold, parse_thresholds
 from modelopt_convert.formats.format import Algorithm, Weights
 from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
@@ -40,12 +41,16 @@ from modelopt_convert.run.workers import default_workers
 from modelopt_convert.verification.gemm.names import ALIASES, NAMES, SGLANG_VARIABLE
 
 if TYPE_CHECKING:
-    from modelopt_convert.report.inspect import InspectReport  # noqa: F401 - named in strings below
+    from modelopt_convert.report.advice import AdviceReport  # noqa: F401 - named in strings below
+    from modelopt_convert.report.fidelity import FidelityReport  # noqa: F401
+    from modelopt_convert.report.inspect import InspectReport  # noqa: F401
     from modelopt_convert.report.report import PublishedReport, Report, VerifiedReport  # noqa: F401
 
 TargetName = Literal["comfyui", "modelopt", "bfl-diffusers", "torchao", "compressed-tensors", "bf16"]
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
+Offload = Literal["none", "model", "sequential"]
+Activations = Literal["static", "dynamic", "weight-only"]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # ASCII: else a Kelvin sign is a K, and a dotless i an i.
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", re.IGNORECASE | re.ASCII)
@@ -53,8 +58,8 @@ _ROWS = range(1, 10**7)
 _SHARE = re.compile(r"([0-9]{1,6})/([0-9]{1,6})", re.ASCII)
 
 
-def shard_bytes(request: "Request[Any]", size: str) -> int:
-    """Bytes of a size such as 5GB.
+def size_bytes(request: "Request[Any]", name: str, size: str) -> int:
+    """Bytes of a size such as 5GB, given in a field.
 
     Raises:
         UsageError: It is no size.
@@ -63,7 +68,7 @@ def shard_bytes(request: "Request[Any]", size: str) -> int:
     number, unit, binary = found.groups() if found else ("inf", "K", "")
     count = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper()))
     if count > sys.float_info.max:
-        request.refuse("max_shard_size", f"{shown(size)} is not a size such as 5GB or 500MB")
+        request.refuse(name, f"{shown(size)} is not a size such as 5GB or 500MB")
     return int(count)
 
 
@@ -242,7 +247,7 @@ class BuildRequest(_Writing, _Releasing, _Replacing, _Choosing):
     @property
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
-        return shard_bytes(self, self.max_shard_size)
+        return size_bytes(self, "max_shard_size", self.max_shard_size)
 
     @property
     def preset_file(self) -> Path | None:
@@ -436,7 +441,7 @@ class ConvertRequest(_Replacing):
     @property
     def shard_bytes(self) -> int:
         """Largest output file, in bytes of tensors."""
-        return shard_bytes(self, self.max_shard_size)
+        return size_bytes(self, "max_shard_size", self.max_shard_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -489,6 +494,97 @@ class CalibrateRequest(Request["Report"]):
         """Which of how many shares, from 1."""
         found = _SHARE.fullmatch(self.share or "1/1")
         return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    def reads(self) -> list[Path]:
+        """The pipeline, too, if it is a folder."""
+        path = Path(self.pipeline)
+        return [*Request.reads(self), *([path] if not is_far(path) and path.is_dir() else [])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdviseRequest(Request["AdviceReport"]):
+    """Find which modules to keep in BF16 for the least error of a model's output, and write a preset of it."""
+
+    command: ClassVar[str] = "advise"
+    inputs: ClassVar[tuple[str, ...]] = ("base", "calibration", "prompts", "config")
+    base: Annotated[Place, Flag("The unquantized base: transformer, pipeline or file.", metavar="BASE")] = field(
+        kw_only=False
+    )
+    pipeline: Annotated[
+        str,
+        Flag("The pipeline that BASE is the transformer of: a folder, or a repo as diffusers has it.", metavar="REF"),
+    ]
+    prompts: Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
+    output: Annotated[Folder, Flag("The preset to write, for --preset of a build.", metavar="FILE.toml")]
+    budget: Annotated[str | None, Flag("Most bytes of the transformer's tensors, such as 9GB.", metavar="SIZE")] = None
+    effective_bits: Annotated[
+        float | None,
+        Flag("Most bits for each weight that could be packed, scales included.", minimum=1.0, maximum=16.0),
+    ] = None
+    psnr: Annotated[
+        float | None, Flag("Fewest bytes whose pictures have this PSNR against the base's, in dB.", minimum=0.0)
+    ] = None
+    preset: Annotated[
+        str | Path | None,
+        Flag("What is no choice: its structural set; chosen by config.json if left out.", metavar="NAME|FILE"),
+    ] = None
+    format: Annotated[Algorithm, Flag("What modules are packed in.")] = "nvfp4"
+    calibration: Annotated[
+        Folder | None,
+        Flag("What `mopt calibrate` wrote of BASE; without it inputs are scaled as they come.", metavar="CALIB"),
+    ] = None
+    variant: Variant = None
+    config: Config = None
+    score: Annotated[
+        Literal["pictures", "forward"],
+        Flag("What a unit is judged by: its error in pictures, or in single forwards of the transformer."),
+    ] = "pictures"
+    scored: Annotated[
+        int | None,
+        Flag("Pictures, or forwards, that each unit is judged by; default 8, or 16.", minimum=1, maximum=1000),
+    ] = None
+    points: Annotated[
+        int, Flag("Points of the frontier that are drawn beside the chosen one.", minimum=0, maximum=100)
+    ] = 3
+    steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
+    size: Annotated[int, Flag("Height and width, in pixels.", minimum=8, maximum=8192)] = 512
+    frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
+    seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
+    device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
+    offload: Annotated[
+        Literal["none", "model", "sequential"],
+        Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
+    ] = "none"
+    svg: Annotated[Folder | None, Flag("Write a plot of the frontier, too.", metavar="FILE.svg")] = None
+    report: Annotated[
+        Folder | None,
+        Flag("Write the report as an HTML page, too.", metavar="FILE.html", after="report_json"),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant together."""
+        goals = [name for name in ("budget", "effective_bits", "psnr") if getattr(self, name) is not None]
+        if len(goals) != 1:
+            self.refuse(
+                goals[1] if goals else "budget", "one of --budget, --effective-bits and --psnr says what is wanted"
+            )
+        for name in ("prompts", "output", "calibration", "svg", "report"):
+            if getattr(self, name) is not None and is_far(getattr(self, name)):
+                self.refuse(name, "is on disk")
+        if self.preset == "none":
+            self.refuse("preset", "none says nothing of what an engine cannot load")
+        _ = self.budget_bytes
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes, if there is one."""
+        return size_bytes(self, "budget", self.budget) if self.budget is not None else None
+
+    @property
+    def preset_file(self) -> Path | None:
+        """The file that the preset is read from, if one of that name is there."""
+        path = Path(self.preset or "")
+        return path if is_file(path) else None
 
     def reads(self) -> list[Path]:
         """The pipeline, too, if it is a folder."""
@@ -622,6 +718,86 @@ class InspectRequest(Request["InspectReport"]):
             begun = len(self.engine) > 1 and name.startswith(self.engine.lower())
             near = name if begun else nearest(self.engine, (name, sglang.VERSION))
             self.refuse("engine", f"known is {name} ({version}){f'; did you mean {near}?' if near else ''}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRequest(Request["FidelityReport"]):
+    """Compare what a checkpoint draws with what its base draws, its quantized modules emulated on any device."""
+
+    command: ClassVar[str] = "compare"
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "other", "base", "config")
+    checkpoint: Annotated[
+        Place, Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="OUT")
+    ] = field(kw_only=False)
+    other: Annotated[Place | None, Flag("Another checkpoint of the same base, beside the first.", metavar="OUT2")] = (
+        field(default=None, kw_only=False)
+    )
+    base: Annotated[Place, Flag("The unquantized base.", metavar="BASE")]
+    variant: Variant = None
+    config: Config = None
+    pipeline: Annotated[
+        str | None,
+        Flag("A diffusers pipeline with all beside the transformer: a folder, or ORGANIZATION/NAME.", metavar="REF"),
+    ] = None
+    prompts: Annotated[Folder | None, Flag("A text file with one prompt a line.", metavar="FILE")] = None
+    captured: Annotated[
+        Folder | None,
+        Flag(
+            "Instead of a pipeline: safetensors with what the transformer's forward() gets, as [N.]ARGUMENT.",
+            metavar="FILE",
+            name="--inputs",
+        ),
+    ] = None
+    seeds: Annotated[int, Flag("Pictures of each prompt; or random inputs.", minimum=1, maximum=1000)] = 4
+    steps: Annotated[int, Flag("Of the scheduler.", minimum=1, maximum=1000)] = 8
+    size: Annotated[int, Flag("Height and width in pixels.", minimum=8, maximum=8192)] = 512
+    frames: Annotated[int, Flag("Of a video.", minimum=1, maximum=1000)] = 1
+    device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
+    offload: Annotated[
+        Offload, Flag("What leaves the GPU between calls: nothing, whole components, or layer after layer.")
+    ] = "none"
+    rule: Annotated[
+        Activations | None,
+        Flag("How activations are quantized; default: as config.json declares it. weight-only is W4A16."),
+    ] = None
+    require: Annotated[
+        str | None,
+        Flag(
+            "Exit 1 unless these bounds hold with 95% confidence, 6 below 8 pairs.", metavar="'cosine>=0.99,psnr>=26'"
+        ),
+    ] = None
+    download: Download = False
+    report: Annotated[
+        Folder | None,
+        Flag("Write the report as an HTML page with the pictures, too.", metavar="FILE.html", after="report_json"),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant."""
+        if (self.pipeline is None) != (self.prompts is None):
+            self.refuse("prompts" if self.prompts is None else "pipeline", "--pipeline and --prompts go together")
+        if self.pipeline is not None and self.captured is not None:
+            self.refuse("captured", "is for a transformer alone; leave --pipeline and --prompts out")
+        if self.offload != "none" and self.pipeline is None:
+            self.refuse("offload", "is for a pipeline; give --pipeline and --prompts")
+        if self.offload != "none" and self.device == "cpu":
+            self.refuse("offload", "is for a GPU")
+        try:
+            thresholds = self.thresholds
+        except ValueError as error:
+            self.refuse("require", str(error))
+        drawn = [one.metric for one in thresholds if one.metric in ("psnr", "ssim", "lpips")]
+        if drawn and self.pipeline is None:
+            self.refuse("require", f"{drawn[0]} is of pictures; give --pipeline and --prompts")
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """What is required.
+
+        Raises:
+            ValueError: It is not understood.
+        """
+        return parse_thresholds(self.require) if self.require is not None else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

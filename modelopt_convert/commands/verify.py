@@ -1,8 +1,6 @@
 """``mopt verify``: open, run every level, write the page, conclude. torch is imported once refusals are past."""
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
+from modelopt_convert.commands.called import command_line
 from modelopt_convert.commands.command import (
     Clock,
     Inputs,
@@ -204,25 +203,13 @@ class VerifyCommand:
 
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         found = self.report(error).model_dump()
-        write_report(Path(self._request.report), render(found, command=_command_line(self._request), date=date))
+        write_report(Path(self._request.report), render(found, command=command_line(self._request), date=date))
 
 
 def _places(reader: CheckpointReader, base: CheckpointReader | None) -> set[str]:
     """The tensors and modules of both."""
     tensors = reader.tensors.keys() | (base.tensors.keys() if base is not None else ())
     return tensors | {module_of(name) for name in tensors}
-
-
-def _command_line(request: VerifyRequest) -> str:
-    """What was asked for, as the command line spells it, without what is as it would be anyway."""
-    words = ["mopt", request.command]
-    for one in fields(request):
-        value = getattr(request, one.name)
-        if one.name == "progress" or value == one.default:
-            continue
-        flag = [request.spelled(one.name)] if one.kw_only else []
-        words += flag if value is True else [*flag, str(value)]
-    return shlex.join(words)
 
 
 def _refuted(statement: str) -> dict[str, str]:

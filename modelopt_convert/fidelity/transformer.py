@@ -3,12 +3,14 @@
 import inspect
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.packed import PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.proof.tensors import load_weight
 from modelopt_convert.run.errors import InputError
 
@@ -30,12 +32,18 @@ def require_diffusers() -> None:
         ) from None
 
 
-def load_transformer(reader: CheckpointReader, *, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A transformer with the weights of an unquantized checkpoint, in eval mode, on the CPU.
+def load_transformer(
+    reader: CheckpointReader,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    packed: Mapping[str, PackedModule] = MappingProxyType({}),
+) -> nn.Module:
+    """A transformer with the unquantized tensors of a checkpoint, in eval mode, on the CPU.
 
     Args:
-        reader: The opened base, with diffusers' names.
+        reader: The opened base or checkpoint, with diffusers' names.
         dtype: Of floating tensors, but for those that the class keeps in float32.
+        packed: Quantized modules by name. Their layers stay empty, on the meta device, for the caller to replace.
 
     Raises:
         InputError: ``fidelity.class`` or ``fidelity.tensors``.
@@ -54,7 +62,10 @@ def load_transformer(reader: CheckpointReader, *, dtype: torch.dtype = torch.bfl
         )
     with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed by the class
         model: nn.Module = kind.from_config(_of_model(reader.config))
-    stored, expected = reader.tensors.keys(), model.state_dict().keys()
+    theirs = {info.name for one in packed.values() for info in (*one.tensors, *([one.bias] if one.bias else []))}
+    extra = {one for one in reader.tensors if packed and (is_quantizer_state(one) or is_layout_marker(one))}
+    replaced = {f"{name}.{role}" for name in packed for role in ("weight", "bias")}
+    stored, expected = reader.tensors.keys() - theirs - extra, model.state_dict().keys() - replaced
     if stored != expected:
         other = min(stored ^ expected)
         raise InputError(
@@ -81,7 +92,7 @@ def load_transformer(reader: CheckpointReader, *, dtype: torch.dtype = torch.bfl
             path=str(reader.path),
             hint="give the base with its own config.json",
         )
-    model.load_state_dict(values, assign=True)
+    model.load_state_dict(values, assign=True, strict=not packed)
     return model.eval().requires_grad_(False)
 
 

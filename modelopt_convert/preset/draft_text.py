@@ -34,8 +34,8 @@ def draft_text(draft: Draft) -> str:
     lines = [
         _HEAD,
         "schema = 1",
-        f"name = {_string(f'{name}-draft')}",
-        f"class_name = {_string(draft.class_name)}",
+        f"name = {basic_string(f'{name}-draft')}",
+        f"class_name = {basic_string(draft.class_name)}",
         'load_flag = "--transformer-path"',
         "",
         "# Siblings that engines may join to one GEMM: all of a group are packed, or none is.",
@@ -46,7 +46,7 @@ def draft_text(draft: Draft) -> str:
         *_lists("shared_scale", draft.shared_scale),
         "",
         "# Tensors that stay in F32 where the base holds F32; all others are rounded to BF16.",
-        f"keep_fp32 = [{', '.join(map(_string, draft.keep_fp32))}]",
+        f"keep_fp32 = [{', '.join(map(basic_string, draft.keep_fp32))}]",
         "",
         "# Values of config.json that the model must have: leave those that tell it from others of its class.",
         "[config]",
@@ -59,7 +59,7 @@ def draft_text(draft: Draft) -> str:
     lines += [
         "# Other names under which an engine may look a module up in `ignore` (disk name = engine's names).",
         "[runtime_names]",
-        *(f"{_string(disk)} = [{', '.join(map(_string, to))}]" for disk, to in draft.runtime_names.items()),
+        *(f"{basic_string(disk)} = [{', '.join(map(basic_string, to))}]" for disk, to in draft.runtime_names.items()),
     ]
     for algorithm, one in FORMATS.items():
         lines += ["", *(_section(algorithm, draft) if algorithm in draft.sets else _absent(one))]
@@ -71,8 +71,8 @@ def _section(algorithm: Algorithm, draft: Draft) -> Iterator[str]:
     more = f"; what the runtime cannot load packed as preset {known.name} of the same class has it" if known else ""
     yield f"[{algorithm}]"
     yield 'status = "candidate"'
-    yield f"source = {_string(f'drafted by mopt from names and shapes of a base{more}; no published checkpoint')}"
-    yield f"min_gpu = {_string(FORMATS[algorithm].min_gpu)}"
+    yield f"source = {basic_string(f'drafted by mopt from names and shapes of a base{more}; no published checkpoint')}"
+    yield f"min_gpu = {basic_string(FORMATS[algorithm].min_gpu)}"
     yield 'known_limits = ["a draft: nobody has shown the result in an engine"]'
     yield "# What no engine can be expected to load packed."
     yield from _patterns("structural", drafted.structural)
@@ -81,7 +81,7 @@ def _section(algorithm: Algorithm, draft: Draft) -> Iterator[str]:
     kept = sum(line.linears for line in (*drafted.structural, *drafted.quality))
     packed = sum(line.linears for line in drafted.quantized)
     yield f"# Of {kept + packed} Linears {kept} are kept by these patterns. The rest, {packed}, is quantized:"
-    yield from (f"#   {_string(line.pattern)}: {_counted(line)}" for line in drafted.quantized)
+    yield from (f"#   {basic_string(line.pattern)}: {_counted(line)}" for line in drafted.quantized)
 
 
 def _absent(target: Format) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _patterns(key: str, lines: Sequence[DraftedLine]) -> Iterator[str]:
         yield f"{key} = []"
         return
     yield f"{key} = ["
-    yield from (f"  {_string(line.pattern)},  # {_shown(line.reason)}: {_counted(line)}" for line in lines)
+    yield from (f"  {basic_string(line.pattern)},  # {_shown(line.reason)}: {_counted(line)}" for line in lines)
     yield "]"
 
 
@@ -115,21 +115,21 @@ def _lists(key: str, groups: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"{key} = []"
         return
     yield f"{key} = ["
-    yield from (f"  [{', '.join(map(_string, group))}]," for group in groups)
+    yield from (f"  [{', '.join(map(basic_string, group))}]," for group in groups)
     yield "]"
 
 
 def _value(value: bool | int | float | str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return _string(value) if isinstance(value, str) else repr(value)
+    return basic_string(value) if isinstance(value, str) else repr(value)
 
 
 def _key(text: str) -> str:
-    return text if _BARE.fullmatch(text) else _string(text)
+    return text if _BARE.fullmatch(text) else basic_string(text)
 
 
-def _string(text: str) -> str:
+def basic_string(text: str) -> str:
     """A basic string of TOML in one line, without characters that a terminal could act on."""
     return f'"{_shown("".join(_ESCAPED.get(char, char) for char in text))}"'
 

@@ -1,13 +1,15 @@
-"""The one writer of files that are no checkpoint: JSON reports and pages. No torch.
+"""The one writer of files that are no checkpoint: JSON reports, pages, plots and presets. No torch.
 
 Such a file is written beside its place and renamed, so nothing is ever written through a link or a mount. Only a file
 that mopt's own marker identifies from its beginning to its end is replaced, or an empty one: JSON with the schema of a
-report, HTML with the generator of a page.
+report, HTML with the generator of a page, SVG with that of a plot, and a preset with the digest of all that follows:
+one that somebody has edited is theirs.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -26,10 +28,17 @@ from modelopt_convert.stage.output_rules import canonical_output, refuse_overlap
 PAGE_HEAD = (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="mopt verify">\n'
 )
+ADVICE_HEAD, SHEET_HEAD = (PAGE_HEAD.replace("mopt verify", f"mopt {name}") for name in ("advise", "compare"))
+PLOT_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" data-generator="mopt advise"'
+_PRESET_HEAD = "# Written by `mopt advise`; sha256 of the lines below: "
+_PAGES = (PAGE_HEAD.encode(), ADVICE_HEAD.encode(), SHEET_HEAD.encode())
 # A record is none of these: it belongs to a checkpoint.
-_BEGINNINGS = (b'{"schema":"mopt.report/', b'{"schema":"mopt.inspect/', PAGE_HEAD.encode())
-_SCHEMA = re.compile(r"mopt\.(report|inspect)/\d+")
-_PAGE_END = b"</html>"
+_BEGINNINGS = (
+    *(f'{{"schema":"mopt.{name}/'.encode() for name in ("report", "inspect", "fidelity", "advice")),
+    *(*_PAGES, PLOT_HEAD.encode(), _PRESET_HEAD.encode()),
+)
+_SCHEMA = re.compile(r"mopt\.(report|inspect|fidelity|advice)/\d+")
+_PAGE_END, _PLOT_END = b"</html>", b"</svg>"
 _MAX_BYTES = 1 << 28  # of what is looked at as one of mopt's
 _LEFT = re.compile(r"\.mopt-report-[0-9a-f]{8}")
 _HEAD_BYTES = 4096
@@ -148,6 +157,15 @@ def write_report(file: Path, text: str) -> None:
         fsops.sync_dir(path.parent)
 
 
+def sealed(preset: str) -> str:
+    """The text of a preset with the line at its head by which it is known until somebody edits it."""
+    return f"{_seal(preset.encode()).decode()}\n{preset}"
+
+
+def _seal(text: bytes) -> bytes:
+    return f"{_PRESET_HEAD}{hashlib.sha256(text).hexdigest()}".encode()
+
+
 def _put(beside: Path, path: Path) -> None:
     if not os.path.lexists(path):
         try:
@@ -191,9 +209,14 @@ def _sweep(folder: Path) -> None:
 
 
 def _is_marked(content: bytes) -> bool:
-    """Whether it is a report or a page of mopt, and nothing behind."""
-    if content.startswith(PAGE_HEAD.encode()):
+    """Whether it is a file of mopt, and nothing behind."""
+    if content.startswith(_PAGES):
         return content.rstrip().endswith(_PAGE_END)
+    if content.startswith(PLOT_HEAD.encode()):
+        return content.rstrip().endswith(_PLOT_END)
+    if content.startswith(_PRESET_HEAD.encode()):
+        head, _, text = content.partition(b"\n")
+        return head == _seal(text)
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):

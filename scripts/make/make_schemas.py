@@ -10,12 +10,20 @@ from typing import Any
 from manifest import Record
 from pydantic.json_schema import GenerateJsonSchema
 
+from modelopt_convert.report.advice import AdviceReport
+from modelopt_convert.report.fidelity import FidelityReport
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import Report
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "schemas"
 # A report always has every field, and a record those of its command.
-MODELS = {"mopt.manifest-1": (Record, False), "mopt.report-1": (Report, True), "mopt.inspect-1": (InspectReport, True)}
+MODELS = {
+    "mopt.manifest-1": (Record, False),
+    "mopt.report-1": (Report, True),
+    "mopt.inspect-1": (InspectReport, True),
+    "mopt.fidelity-1": (FidelityReport, True),
+    "mopt.advice-1": (AdviceReport, True),
+}
 
 
 class _Untitled(GenerateJsonSchema):

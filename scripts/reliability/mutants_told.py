@@ -36,7 +36,7 @@ TOLD = (
         f"{_STYLE}natural_order_and_visible_text",
     ),
     _page(
-        "document",
+        "shell",
         "a page fetches nothing",
         "default-src 'none'",
         "default-src *",

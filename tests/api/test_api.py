@@ -26,6 +26,8 @@ from modelopt_convert.commands.requests import RewriteRequest
 
 FUNCTIONS = {
     "build_nvfp4": mopt.BuildNvfp4Request,
+    "advise": mopt.AdviseRequest,
+    "compare": mopt.CompareRequest,
     "convert_fp8": mopt.ConvertFp8Request,
     "inspect": mopt.InspectRequest,
     "push": mopt.PushRequest,
@@ -33,7 +35,13 @@ FUNCTIONS = {
     "unswizzle_scales": mopt.UnswizzleScalesRequest,
     "verify": mopt.VerifyRequest,
 }
-RETURNED = {"inspect": mopt.InspectReport, "push": mopt.PublishedReport, "verify": mopt.VerifiedReport}
+RETURNED = {
+    "advise": mopt.AdviceReport,
+    "compare": mopt.FidelityReport,
+    "inspect": mopt.InspectReport,
+    "push": mopt.PublishedReport,
+    "verify": mopt.VerifiedReport,
+}
 # Python shows none of them: it refuses to make text of them.
 HUGE = (10**5000, -(10**5000))
 # What a run took, and what it was called: two runs differ there.

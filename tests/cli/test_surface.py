@@ -51,6 +51,11 @@ _WRITING = {
 _CHOOSING = {"--variant", "--config"}
 _TELLING = {"--json", "--report-json", "--quiet", "-q", "--no-color"}
 FLAGS = {
+    "advise": {
+        "base", "--pipeline", "--prompts", "--output", "--budget", "--effective-bits", "--psnr", "--preset", "--format",
+        "--calibration", *_CHOOSING, "--score", "--scored", "--points", "--steps", "--size", "--frames", "--seeds",
+        "--device", "--offload", "--svg", "--report", "--verbose", "-v", *_TELLING,
+    },
     "build-nvfp4": {
         "--preset", "--export", "--base", "--calibration", *_CHOOSING,
         "--output", "--keep-bf16", "--max-shard-size", "--component",
@@ -61,6 +66,11 @@ FLAGS = {
     "calibrate": {
         "base", "--pipeline", "--prompts", "--output", *_CHOOSING, "--steps", "--size", "--frames", "--seeds",
         "--headroom", "--device", "--offload", "--share", "--overwrite", "--verbose", "-v", *_TELLING,
+    },
+    "compare": {
+        "checkpoint", "other", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",
+        "--size", "--frames", "--device", "--offload", "--rule", "--require", "--download", "--report", "--verbose",
+        "-v", *_TELLING,
     },
     "convert": {
         "source", "output", "--to", "--from", "--base", "--variant", "--config", "--inexact", "--max-shard-size",

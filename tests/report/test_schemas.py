@@ -12,6 +12,7 @@ from make_schemas import FOLDER, render
 from pydantic import BaseModel, ValidationError
 from support import copy, edit, run_mopt
 
+from modelopt_convert.report.fidelity import CheckpointFidelity, FidelityReport
 from modelopt_convert.report.inspect import InspectReport
 from modelopt_convert.report.report import (
     OutputReport,
@@ -36,7 +37,9 @@ def faults(name: str, document: Any, *, closed: bool = True) -> list[str]:
     return [f"{fault.json_path}: {fault.message}" for fault in Draft202012Validator(schema).iter_errors(document)]
 
 
-@pytest.mark.parametrize("model", [Report, ProofReport, PushedReport, InspectReport, VerifyReport])
+@pytest.mark.parametrize(
+    "model", [Report, ProofReport, PushedReport, InspectReport, VerifyReport, FidelityReport, CheckpointFidelity]
+)
 def test_no_step_writes_into_a_report(model: type[BaseModel]) -> None:
     """A report is put together where a command ends, from what its steps returned."""
     for name in model.model_fields:

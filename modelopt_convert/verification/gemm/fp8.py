@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import E4M3_MAX
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.fp8.codes import quantize_fp8
+from modelopt_convert.formats.fp8.format import FORMAT
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.tensors import load, load_rows, load_weight, tensor_scale
 from modelopt_convert.verification.gemm.operands import OperandFormat, Weight, one_row_zero
@@ -25,6 +28,7 @@ class Fp8Weight:
         bias: [N] or None.
     """
 
+    algorithm: ClassVar[Algorithm] = FORMAT.algorithm
     codes: Tensor
     tensor_scale: float
     bias: Tensor | None = None
@@ -113,9 +117,9 @@ class _Fp8Operands:
         codes = load_weight(reader, name) if rows is None else load_rows(reader, name, rows)
         return Fp8Weight(codes, scale, bias)
 
-    def quantized(self, values: Tensor, bias: Tensor) -> Fp8Weight:
-        scale = values.abs().amax().to(torch.float32) / E4M3_MAX
-        return Fp8Weight(quantize_fp8(values, scale), float(scale), bias)
+    def quantized(self, values: Tensor, bias: Tensor | None, scale: float | None = None) -> Fp8Weight:
+        factor = values.abs().amax().to(torch.float32) / E4M3_MAX if scale is None else torch.tensor(scale)
+        return Fp8Weight(quantize_fp8(values, factor), float(factor), bias)
 
 
 ENTRY: OperandFormat = _Fp8Operands()

@@ -3,12 +3,14 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.codes import (
     decode_e2m1,
@@ -18,7 +20,7 @@ from modelopt_convert.formats.nvfp4.codes import (
     swap_nibbles,
     unpack_e2m1,
 )
-from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
 from modelopt_convert.formats.tensor_bytes import from_bytes
 from modelopt_convert.proof.tensors import load, load_weight, tensor_scale
@@ -38,6 +40,7 @@ class Nvfp4Weight:
         bias: [N] or None.
     """
 
+    algorithm: ClassVar[Algorithm] = FORMAT.algorithm
     packed: Tensor
     scale: Tensor
     tensor_scale: float
@@ -169,9 +172,9 @@ class _Nvfp4Operands:
         packed = swap_nibbles(packed) if layout.nibbles == "high" else packed
         return Nvfp4Weight(packed, scales, tensor_scale(reader, module, "weight_scale_2"), bias)
 
-    def quantized(self, values: Tensor, bias: Tensor) -> Nvfp4Weight:
-        scale = shared_global_scale([values])
-        return Nvfp4Weight(*quantize_nvfp4(values, scale), float(scale), bias)
+    def quantized(self, values: Tensor, bias: Tensor | None, scale: float | None = None) -> Nvfp4Weight:
+        factor = shared_global_scale([values]) if scale is None else torch.tensor(scale, device=values.device)
+        return Nvfp4Weight(*quantize_nvfp4(values, factor), float(factor), bias)
 
 
 ENTRY: OperandFormat = _Nvfp4Operands()

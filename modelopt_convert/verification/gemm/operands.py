@@ -4,7 +4,7 @@ M is the number of rows of activations, N of output features, K of input feature
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,13 @@ class Activations(Protocol):
 
 
 class Weight(Protocol):
-    """A quantized weight, in the canonical layout."""
+    """A quantized weight, in the canonical layout.
+
+    Attributes:
+        algorithm: Its format.
+    """
+
+    algorithm: ClassVar[Algorithm]
 
     @property
     def tensor_scale(self) -> float:
@@ -98,8 +104,14 @@ class OperandFormat(Protocol):
             ValueError: The stored shape does not allow the declared reading.
         """
 
-    def quantized(self, values: Tensor, bias: Tensor) -> Weight:
-        """A weight made of BF16 values [N, K]."""
+    def quantized(self, values: Tensor, bias: Tensor | None, scale: float | None = None) -> Weight:
+        """A weight made of values [N, K], in the dtype that is divided.
+
+        Args:
+            values: BF16, or F32 where ModelOpt divides in F32.
+            bias: [N] or None.
+            scale: Of the tensor; by max calibration of these values unless given.
+        """
 
 
 def operand_format(algorithm: Algorithm) -> OperandFormat:

@@ -3,8 +3,6 @@
 Whatever is missing or null is left out: the page is of what was found, not of what should have been.
 """
 
-import base64
-import hashlib
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +13,7 @@ from modelopt_convert.stage.written_file import PAGE_HEAD
 from modelopt_convert.verification.page.excerpt import entries, mapping, read_modules, tone, visible
 from modelopt_convert.verification.page.markup import MARKS, badge, listed, pairs, section, table, text, value_text
 from modelopt_convert.verification.page.modules import compared, drawn, probes, worst
+from modelopt_convert.verification.page.shell import whole
 from modelopt_convert.verification.page.style import STYLE
 
 _TERMS = {
@@ -59,20 +58,8 @@ def render(report: Mapping[str, Any], *, command: str, date: str) -> str:
         section("Thresholds", pairs(mapping(found.get("thresholds")), "run")),
         section("Terms", pairs(_TERMS, "terms")),
     ]
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = f"{_word(found)}: {_last_part(found.get('checkpoint')) or 'backends'} - mopt verify"
-    return (
-        f"{PAGE_HEAD}"
-        # A second line behind the escaping: no script may run, and nothing may be fetched.
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return whole(PAGE_HEAD, title, STYLE, parts)
 
 
 def _word(found: Mapping[str, Any]) -> str:

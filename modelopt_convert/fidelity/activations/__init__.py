@@ -1,0 +1,48 @@
+"""Activations as an engine quantizes them before its GEMM, one module a format.
+
+A GEMM of quantized operands is emulated by one of BF16 operands: code times block scale fits BF16, and what is left is
+one scale a tensor, or one a row.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from modelopt_convert.formats.format import Algorithm, entry
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Activations after quantization.
+
+    Attributes:
+        operand: BF16 [M, K], codes times block scales, exact.
+        scale: float32 [] or [M, 1]: what the operand is multiplied by.
+        limit: float32 [] or [M, 1]: the largest magnitude that the scale can hold.
+    """
+
+    operand: Tensor
+    scale: Tensor
+    limit: Tensor
+
+
+class Quantizer(Protocol):
+    """How a format's activations are made: the entry of a format in this folder."""
+
+    def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
+        """By a calibrated scale.
+
+        Args:
+            values: [M, K], any float dtype.
+            input_scale: float32 [].
+        """
+
+    def dynamic(self, values: Tensor) -> Quantized:
+        """By a scale taken from the values [M, K] themselves."""
+
+
+def quantizer_of(algorithm: Algorithm) -> Quantizer:
+    """How a format's activations are made."""
+    found: Quantizer = entry("modelopt_convert.fidelity.activations", algorithm)
+    return found
