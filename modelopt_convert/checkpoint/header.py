@@ -18,7 +18,7 @@ from modelopt_convert.run.errors import InputError
 if TYPE_CHECKING:
     from modelopt_convert.checkpoint.recipe import Recipe
 else:
-    Recipe = Any  # for pydantic, which sends these to other processes; one with a recipe is never sent
+    Recipe = Any  # for pydantic, which sends these to other processes, without their recipes
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference's limit

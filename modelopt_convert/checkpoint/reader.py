@@ -45,7 +45,8 @@ class CheckpointReader:
     """A checkpoint, opened and checked; a context manager that holds its files open.
 
     Attributes:
-        path: The folder, also for a single file.
+        path: What was opened: a folder, or one file.
+        folder: The folder that the files lie in, also that of a single file.
         is_alone: Whether one file was opened, and nothing is known of its folder.
         tensors: Every tensor by name, as it is presented.
         stored: Every tensor by name, as the headers have it.
@@ -78,7 +79,8 @@ class CheckpointReader:
             InputError: With an ``input.*``, ``header.*``, ``index.*`` or ``config.*`` code.
         """
         self.is_alone = path.is_file()
-        self.path = path.parent if self.is_alone else path
+        self.path = path
+        self.folder = path.parent if self.is_alone else path
         self.tensors: dict[str, TensorInfo] = {}
         self.config: dict[str, Any] = {}
         self.config_from: str | None = None
@@ -99,7 +101,7 @@ class CheckpointReader:
                 if config is not None and self.config_from is None:
                     self.config, self.config_from = dict(config), GIVEN
             self.stored, self._own_config = self.tensors, self.config
-            self._origin = identify(self.path, small, self._files)
+            self._origin = identify(self.folder, small, self._files)
         except BaseException:
             self._release()
             raise
@@ -127,6 +129,11 @@ class CheckpointReader:
     def num_bytes(self) -> int:
         """Total size of the safetensors files."""
         return sum(file.num_bytes for file in self._files.values())
+
+    @property
+    def config_place(self) -> str:
+        """Where the config is, for messages; what was opened, where the config is in no config.json that lies there."""
+        return str(self.folder / CONFIG if self.config_from in (OWN, BESIDE) else self.path)
 
     def opened(self, name: str) -> OpenFile:
         """One of the opened safetensors files, by its name."""
@@ -295,7 +302,7 @@ class CheckpointReader:
         """Refuse to read what is too large for memory: a file may be sparse, and a header may claim anything."""
         if num_bytes > limit:
             info = self.tensors[name]
-            where = str(self.path / info.file)
+            where = str(self.folder / info.file)
             found = f"found {num_bytes} of {info.dtype} {str(list(info.shape))[:SHOWN_CHARS]}"
             raise InputError(
                 f"{where}: tensor {cut(name)}: expected at most {limit} bytes to be read at once, {found}",
@@ -352,7 +359,7 @@ class CheckpointReader:
             self.config, self.config_from = dict(given), GIVEN
         elif (held := config_in_header(self.metadata[path.name], str(path))) is not None:
             self.config, self.config_from = held, HEADER
-        elif (beside := config_beside(self.path)) is not None:
+        elif (beside := config_beside(self.folder)) is not None:
             raw, self.config = beside
             self.config_from = BESIDE
             return {CONFIG: raw}
@@ -363,16 +370,16 @@ class CheckpointReader:
         names = self._list()
         small: dict[str, bytes] = {}
         if need_config or CONFIG in names:
-            raw = small[CONFIG] = read_small(self.path / CONFIG, MAX_CONFIG_BYTES, code="config")
-            self.config, self.config_from = parse_config(raw, str(self.path / CONFIG)), OWN
+            raw = small[CONFIG] = read_small(self.folder / CONFIG, MAX_CONFIG_BYTES, code="config")
+            self.config, self.config_from = parse_config(raw, str(self.folder / CONFIG)), OWN
         indexes = [name for name in names if is_index(name)]
         files = [name for name in names if name.endswith(".safetensors")]
-        chosen = choose_weights(str(self.path), files, indexes, self._variant)
+        chosen = choose_weights(str(self.folder), files, indexes, self._variant)
         if chosen.listing is not None:
             weight_map = self._weight_map(chosen.listing, small)
             for shard in sorted(set(weight_map.values())):
                 self._open_shard(shard)
-            check_index(str(self.path / chosen.listing), weight_map, self.tensors)
+            check_index(str(self.folder / chosen.listing), weight_map, self.tensors)
             self.indexes = (chosen.listing,)
         for file in chosen.files:
             self._open_shard(file)
@@ -383,25 +390,25 @@ class CheckpointReader:
 
     def _list(self) -> list[str]:
         """Names in the folder, sorted; a name that is not UTF-8 is escaped, so that it is no name of a known file."""
-        if not isinstance(self.path, Path):
-            return self.path.names()
+        if not isinstance(self.folder, Path):
+            return self.folder.names()
         try:
-            names = os.listdir(self.path)
+            names = os.listdir(self.folder)
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be listed: {error.strerror}",
+                f"{self.folder}: cannot be listed: {error.strerror}",
                 code="input.missing" if isinstance(error, FileNotFoundError) else "input.unreadable",
-                path=str(self.path),
+                path=str(self.folder),
                 hint="give a folder that exists and can be read",
             ) from error
         for name in names:
             if name.endswith(".safetensors") or is_index(name):
-                check_name(self.path, name)
+                check_name(self.folder, name)
         return sorted(name.encode(errors="backslashreplace").decode() for name in names)
 
     def _weight_map(self, index: str, small: dict[str, bytes]) -> dict[str, str]:
         """What an index says, whose bytes are also put among the small files."""
-        index_path = self.path / index
+        index_path = self.folder / index
         raw = small[index] = read_small(index_path, MAX_INDEX_BYTES, code="index")
         weight_map = parse_json_object(raw, code="index", path=str(index_path)).get("weight_map")
         named = weight_map.values() if isinstance(weight_map, dict) else ()
@@ -423,7 +430,7 @@ class CheckpointReader:
         return weight_map
 
     def _open_shard(self, name: str) -> None:
-        file = open_file(self.path, name)
+        file = open_file(self.folder, name)
         self._files[name] = file
         where = file.where
         prefix = file.read(0, min(PREFIX_BYTES, file.num_bytes))

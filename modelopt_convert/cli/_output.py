@@ -234,7 +234,9 @@ def show_written(output: Output, report: Report, proof: str = "") -> None:
     plural = "" if files == 1 else "s"
     if proof:
         output.line(proof, "good" if proof == PROVEN_WORDS else "doubt")
-    output.line(f"{verb} {report.output.path}: {report.output.tensors} tensors, {size} in {files} file{plural}")
+    output.line(
+        f"{verb} {report.output.path or 'OUT'}: {report.output.tensors} tensors, {size} in {files} file{plural}"
+    )
 
 
 def show_counts(output: Output, report: Report) -> None:
@@ -345,7 +347,9 @@ def _tell(
 
 def _tell_error(output: Output, error: ErrorReport | None) -> None:
     if error is not None:
-        for one in error.faults if len(error.faults) > 1 else [error]:
+        # Of a joint failure each kind; what is one verdict on many is said in its own words.
+        is_joint = len(error.faults) > 1 and error.message.startswith(error.faults[0].message)
+        for one in error.faults if is_joint else [error]:
             output.aside(f"error: {one.message} [{one.code}]")
             if one.hint:
                 output.aside(f"hint: {one.hint}")

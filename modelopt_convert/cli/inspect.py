@@ -63,7 +63,8 @@ def _show_component(out: "Output", name: str, component: "ComponentReport", *, h
         out.line(f"{engine.name} believes: {read if has_layout else ''}{believed['packed_modules']} packed modules")
         for reason in engine.because:
             out.detail(f"  because {reason}")
-        for words in engine.misreads if engine != component.engine else ():  # those of that one are faults above
+        told = {fault.message for fault in component.lint}  # of one engine they are faults above
+        for words in [one for one in engine.misreads if one not in told]:
             out.line(f"  it {words.removeprefix(engine.name).strip()}")
         if not engine.misreads:
             out.line("  nothing known contradicts that")

@@ -89,18 +89,21 @@ def presets(
             typer.echo(json.dumps({"schema": "mopt.presets/1", "presets": [_described(one) for one in loaded]}))
             return
         if name is None:
-            typer.echo("  ".join([f"{'preset':20}", f"{'class':30}", *(f"{kind:9}" for kind in FORMATS)]).rstrip())
+            rows = [["preset", "class", *FORMATS]]
             for preset in (one.preset for one in loaded):
                 status = {kind: rules.status for kind, rules in preset.sets().items()}
-                states = [f"{status.get(kind, ''):9}" for kind in FORMATS]
-                typer.echo("  ".join([f"{preset.name:20}", f"{preset.class_name:30}", *states]).rstrip())
+                rows.append([preset.name, preset.class_name, *(status.get(kind, "") for kind in FORMATS)])
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for row in rows:
+                typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
             return
         typer.echo(loaded[0].text, nl=False)
         for line in loaded[0].preset.recipe():
             typer.echo(f"# {line}")
     if name == NEW:
         flags = [word for flag, value in given.items() for word in ("--base" if flag == "BASE" else flag, value)]
-        build = shlex.join(["mopt", next(iter(FORMATS.values())).command, "--preset", "./mine.toml", *flags])
+        command = FORMATS[next(iter(loaded[0].preset.sets()))].command
+        build = shlex.join(["mopt", command, "--preset", "./mine.toml", *flags])
         with suppress(OSError):
             typer.echo(f"next: read it, save it as mine.toml, then {printable(build)}", err=True)
 

@@ -1,9 +1,10 @@
 """What every command has: a clock, opened inputs, warnings; and what of its report is the same for all. No torch."""
 
+import ast
 import platform
+import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,6 @@ from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.location import Location, OpenFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.presented import Presented, stands_for
-from modelopt_convert.families.table import Found, left_out
 from modelopt_convert.formats.finite import NotFinite, not_finite_words
 from modelopt_convert.report.report import ErrorReport, FaultReport, InputReport, NetworkReport, OutputReport, Status
 from modelopt_convert.run.errors import (
@@ -43,6 +43,7 @@ Reported = TypeVar("Reported", covariant=True)
 Warned = tuple[str, str]
 """The code of a warning, and what it says."""
 
+_TENSOR = re.compile(r"\btensor ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")")  # repr() of a name
 _STATUS: dict[type[MoptError], Status] = {
     CheckFailedError: "mismatch",
     InconclusiveError: "inconclusive",
@@ -184,8 +185,7 @@ class Inputs:
         reader.config = dict(found.config)
         if found.other_class is not None:
             reader.config_from = None
-        where = reader.path / reader.files[0] if len(reader.files) == 1 else reader.path
-        return [("input.read_as", f"{name} {where}: {found.words()}")]
+        return [("input.read_as", f"{name} {reader.path}: {found.words()}")]
 
     def lend_config(self, name: str, base: CheckpointReader | None) -> None:
         """Complete the config of an input that is presented and has none: from its base, or by its family's class."""
@@ -332,16 +332,6 @@ def published_warnings(published: Published | None) -> list[Warned]:
     return [("output.old_not_removed", text) for text in published.warnings] + foreign_warnings(published.foreign)
 
 
-def beside_transformer(reader: CheckpointReader, found: Found) -> tuple[dict[str, str], list[Warned]]:
-    """What lies in a source beside its transformer: what becomes of each tensor, and what is said of all."""
-    what = {name: one for name in reader.tensors if (one := left_out(name, found)) is not None}
-    if not what:
-        return {}, []
-    words = ", ".join(f"{count} of {one}" for one, count in sorted(Counter(what.values()).items()))
-    message = f"source {reader.path}: tensors that are not the transformer's are left out: {words}"
-    return {name: f"left out: {one}" for name, one in what.items()}, [("input.left_out", message)]
-
-
 def foreign_warnings(names: Sequence[str], verb: str = "went") -> list[Warned]:
     """What goes with an old checkpoint by the consent of ``--overwrite-foreign``."""
     return [("output.foreign_replaced", f"with the old checkpoint {verb}: {in_words(names)}")] if names else []
@@ -366,7 +356,11 @@ def versions() -> dict[str, str]:
 
 
 def _faults(error: BaseException) -> list[FaultReport]:
-    """All that a failure names, kind by kind."""
+    """All that a failure names, kind by kind; a failure of one tensor names it in its message, as all messages do."""
+    if not isinstance(error, MoptError):
+        return []
+    named = _TENSOR.search(error.message)
+    parts = error.parts or ([(ast.literal_eval(named[1]), error)] if named is not None else [])
     return [
         FaultReport(
             code=one.code,
@@ -375,7 +369,7 @@ def _faults(error: BaseException) -> list[FaultReport]:
             path=one.path,
             names=list(one.names),
         )
-        for one in (kinds(error.parts) if isinstance(error, MoptError) else ())
+        for one in kinds(parts)
     ]
 
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from modelopt_convert.checkpoint.config import read_config
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.commands.beside import present_transformer
 from modelopt_convert.commands.command import Warned, ending, left_aside_words, warnings_of, without_quantization
 from modelopt_convert.commands.requests import InspectRequest
 from modelopt_convert.dialects.presented import present_under_names_of
@@ -40,6 +41,7 @@ class InspectCommand:
                 reader = stack.enter_context(
                     CheckpointReader(path, need_config=False, variant=of_source, config=config)
                 )
+                self._warned += present_transformer(reader)[1]
                 against = None
                 if base_path is not None:
                     against = stack.enter_context(
@@ -55,7 +57,7 @@ class InspectCommand:
                 if request.engines:
                     from modelopt_convert.inspection.every_engine import engine_verdicts
 
-                    found = engine_verdicts(reader, component.modules, is_file=path.is_file())
+                    found = engine_verdicts(reader, component.modules)
                     component = component.model_copy(update={"verdicts": found})
             self._components[name] = component.model_copy(update={"config_from": reader.config_from})
 

@@ -1,7 +1,7 @@
 """What is known of engines and a checkpoint: refused without consent where it is of no use there, told otherwise."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,9 @@ class Serving(Protocol):
         """Whether it may be of no use there."""
 
 
-def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, request: Serving) -> list[Warned]:
+def refuse_broken(
+    config: Mapping[str, Any], algorithm: Algorithm, path: str, request: Serving, repos: Collection[str] = ()
+) -> list[Warned]:
     """Refuse, without consent, what the engine is known not to load right.
 
     Args:
@@ -32,6 +34,7 @@ def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, re
         algorithm: The format of its packed modules.
         path: Where it lies, for the message.
         request: Whom it is for.
+        repos: Hub ids of the base, as far as they are known.
 
     Returns:
         What is known of that engine.
@@ -39,7 +42,7 @@ def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, re
     Raises:
         InputError: ``engine.known_broken``.
     """
-    known = [one for one in limits(config, algorithm) if one.engine == request.engine]
+    known = [one for one in limits(config, algorithm, repos) if one.engine == request.engine]
     for one in known:
         if one.is_broken and not request.allow_known_broken:
             raise InputError(
@@ -52,9 +55,11 @@ def refuse_broken(config: Mapping[str, Any], algorithm: Algorithm, path: str, re
     return [("engine.known_broken" if one.is_broken else "engine.loss", one.words) for one in known]
 
 
-def known_limits(configs: Sequence[Mapping[str, Any]], algorithm: Algorithm) -> list[EngineLimitReport]:
+def known_limits(
+    configs: Sequence[Mapping[str, Any]], algorithm: Algorithm, repos: Collection[str] = ()
+) -> list[EngineLimitReport]:
     """What is known of every engine, for a report; each fact once."""
-    found = dict.fromkeys(one for config in configs for one in limits(config, algorithm))
+    found = dict.fromkeys(one for config in configs for one in limits(config, algorithm, repos))
     return [
         EngineLimitReport(engine=one.engine, version=one.version, grade=one.grade, what=one.what, figure=one.figure)
         for one in found

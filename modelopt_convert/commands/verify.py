@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_convert.checkpoint.location import Location
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import transformers_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import copied_files, part_digest, parts_of, read_pipeline
@@ -25,7 +26,7 @@ from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.report.report import OutputReport, Report, VerifiedReport
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS
-from modelopt_convert.run.errors import CheckFailedError, InconclusiveError, MoptError
+from modelopt_convert.run.errors import CheckFailedError, Faults, InconclusiveError, MoptError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.stage.written_file import check_file_place, check_file_writable, write_report
 from modelopt_convert.verification.options import VerifyOptions
@@ -137,17 +138,26 @@ class VerifyCommand:
             from modelopt_convert.verification.levels.record import beside_faults
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
-            from modelopt_convert.verification.verdict import SEVERITY, combine, conclude, conclude_backends
+            from modelopt_convert.verification.verdict import (
+                SEVERITY,
+                combine,
+                conclude,
+                conclude_backends,
+                failures_of,
+            )
 
             device, options = device_of(self._options.device), self._options
             found: dict[str, VerifyReport] = {}
+            faults = Faults()
             with torch.inference_mode():
                 for prefix, (reader, against) in opened.items():
                     if options.prewarm:
                         found[prefix] = prewarm_kernels(reader, against, options, device, progress)
                         continue
                     with self._clock.timed("verify"):
-                        found[prefix] = verify_opened(reader, against, options, device, progress, with_record=True)
+                        found[prefix] = verify_opened(
+                            reader, against, options, device, progress, with_record=True, faults=faults.under(prefix)
+                        )
             for prefix, (name, _, _) in zip(opened, transformers, strict=True):
                 if name in parts_of(record) and part_digest(checkpoint / name) != parts_of(record)[name]:
                     words = f"{name} is not the one that was built with the others"
@@ -155,15 +165,22 @@ class VerifyCommand:
             gone = _gone(checkpoint, record)
             if gone is None and record and not options.prewarm:
                 with self._clock.timed("copied"):
-                    faults = beside_faults(checkpoint, record, options.workers, progress)
-                if faults:
-                    more = f" ({len(faults)} such faults)" if len(faults) > 1 else ""
-                    gone = _incomplete(checkpoint, f"{faults[0]}{more}")
+                    wrong = beside_faults(checkpoint, record, options.workers, progress)
+                if wrong:
+                    more = f" ({len(wrong)} such faults)" if len(wrong) > 1 else ""
+                    gone = _incomplete(checkpoint, f"{wrong[0]}{more}")
             self._found = whole = combine(found, str(checkpoint))
             self._peak = peak_rss_bytes()
+            failures = list(failures_of(found, {prefix: _places(*both) for prefix, both in opened.items()}))
+            if faults:  # of what is none of the format; the others were looked at all the same
+                words = f"{len(faults.names)} modules are none of {whole.algorithm.upper()}"
+                self._found = whole.model_copy(update=_refuted(words))
+                for name, failure in failures:
+                    faults.add(name, failure)
+                faults.refuse()
             if gone is not None:
                 self._found = whole.model_copy(update=_refuted(gone.message))
-                raise gone
+                raise gone.about(failures)
             try:
                 for prefix in sorted(found, key=lambda one: SEVERITY.index(found[one].verdict), reverse=True):
                     against = opened[prefix][1]
@@ -171,6 +188,9 @@ class VerifyCommand:
                         conclude_backends(found[prefix], options)
                     else:
                         conclude(found[prefix], options, str(against.path) if against is not None else None)
+            except CheckFailedError as error:
+                error.about(failures)
+                raise
             except InconclusiveError as error:
                 # What was required did not run; the proof's words are about the weights, and stand.
                 self._found = whole.model_copy(update={"verdict": "inconclusive", "statement": error.message})
@@ -184,6 +204,12 @@ class VerifyCommand:
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         found = self.report(error).model_dump()
         write_report(Path(self._request.report), render(found, command=command_line(self._request), date=date))
+
+
+def _places(reader: CheckpointReader, base: CheckpointReader | None) -> set[str]:
+    """The tensors and modules of both."""
+    tensors = reader.tensors.keys() | (base.tensors.keys() if base is not None else ())
+    return tensors | {module_of(name) for name in tensors}
 
 
 def _refuted(statement: str) -> dict[str, str]:

@@ -63,6 +63,7 @@ class _Bfl:
     def write(self, described: Canonical, read: ReadBytes) -> Written:
         check_algorithms(described, "a file for BFLQuantizationConfig", ("nvfp4", "fp8"))
         check_carried(described, "a file for BFLQuantizationConfig")
+        check_calibrated(described)
         tensors = dict(described.tensors)
         instead: dict[str, TensorInfo] = {}
         why: dict[str, str] = {}
@@ -76,17 +77,29 @@ class _Bfl:
                     if scale.shape:
                         instead[scale.name] = constant(scale.name, "F32", (), one, scale.file)
                         why[scale.name] = "all rows have the same scale, which is read as one"
-                if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in tensors:
-                    raise InputError(
-                        f"module {module!r}: expected an input_scale, which diffusers requires of NVFP4, found none",
-                        code="convert.no_input_scale",
-                        hint="--to torchao does without; or calibrate the model and export it again",
-                    )
         faults.refuse()
         return Written(tensors, METADATA, None, instead=instead, why=why, keep=frozenset(instead))
 
 
 FORM = _Bfl()
+
+
+def check_calibrated(described: Canonical) -> None:
+    """Require an input scale of each NVFP4 module, as ``BFLNVFP4Linear`` of diffusers does.
+
+    Raises:
+        InputError: ``convert.no_input_scale``.
+    """
+    faults = Faults()
+    for module, quantized in described.modules.items():
+        if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in described.tensors:
+            fault = InputError(
+                f"module {module!r}: expected an input_scale, which diffusers requires of NVFP4, found none",
+                code="convert.no_input_scale",
+                hint="--to torchao does without; or calibrate the model and export it again",
+            )
+            faults.add(module, fault)
+    faults.refuse()
 
 
 def _module(

@@ -1,6 +1,13 @@
 """ComfyUI's files: marker tensors, or layers named in a header. Pure, no torch."""
 
+from typing import Any
+
 from modelopt_convert.dialects.dialect import CONVERTED, Dialect, Headers, said_of
+
+
+def _layers(headers: Headers) -> dict[str, Any]:
+    """Layers that a header names and that are there: of a whole checkpoint it names those of text encoders, too."""
+    return {name: one for name, one in headers.layers().items() if f"{name}.weight" in headers.tensors}
 
 
 def _comfyui(headers: Headers) -> list[str]:
@@ -8,15 +15,15 @@ def _comfyui(headers: Headers) -> list[str]:
 
 
 def _comfyui_header(headers: Headers) -> list[str]:
-    formats = {str(layer.get("format")) for layer in headers.layers().values() if isinstance(layer, dict)}
+    formats = {str(layer.get("format")) for layer in _layers(headers).values() if isinstance(layer, dict)}
     if "nvfp4" not in formats or headers.quantization():
         return []
-    return [f"header _quantization_metadata names {len(headers.layers())} layers, no marker tensors"]
+    return [f"header _quantization_metadata names {len(_layers(headers))} layers, no marker tensors"]
 
 
 def _comfyui_mxfp8(headers: Headers) -> list[str]:
     scales = [name for name in headers.ending(".weight_scale") if headers.tensors[name].dtype in ("U8", "F8_E8M0")]
-    marked = headers.ending(".comfy_quant") or headers.layers()
+    marked = headers.ending(".comfy_quant") or _layers(headers)
     return said_of("are E8M0 scales of FP8 weights", scales) if scales and headers.fp8() and marked else []
 
 
@@ -24,7 +31,7 @@ def _comfyui_fp8(headers: Headers) -> list[str]:
     if not headers.fp8():
         return []
     markers = headers.ending(".comfy_quant")
-    layers = [name for name, layer in headers.layers().items() if isinstance(layer, dict) and "float8" in str(layer)]
+    layers = [name for name, layer in _layers(headers).items() if isinstance(layer, dict) and "float8" in str(layer)]
     header = [f"header _quantization_metadata names {len(layers)} float8 layers"] if layers else []
     return said_of("are .comfy_quant markers", markers) + header
 

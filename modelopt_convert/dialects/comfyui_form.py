@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
+from modelopt_convert.checkpoint.names import inside
 from modelopt_convert.checkpoint.recipe import NibblesSwapped, RowMajor, Tiled, made, padded_rows, recipe_of, rows_of
 from modelopt_convert.dialects.awq import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
 from modelopt_convert.dialects.comfyui_markers import (
@@ -165,7 +166,7 @@ def _check_scaled_alike(
     bare = [name for name, fate in fates.items() if fate == UNSCALED]
     scaled = sum(one.algorithm in _CAST.values() for one in modules.values()) - len(bare)
     if bare and scaled:
-        path = f"{where}/{headers.tensors[bare[0]].file}"
+        path = inside(where, headers.tensors[bare[0]].file)
         raise InputError(
             f"{path}: expected a scale beside each FP8 weight, as {scaled} others have, found none",
             code="dialect.unscaled",
@@ -289,10 +290,10 @@ def _check_last_row(weight: TensorInfo, where: str, read: ReadBytes) -> None:
     rows, width = weight.shape
     if not any(read(weight, (rows - 1) * width, width)):
         raise InputError(
-            f"{where}/{weight.file}: tensor {weight.name!r}: expected rows that are not padding, or a bias that says "
-            f"how many there are, found a last row of zeros of {rows}",
+            f"{inside(where, weight.file)}: tensor {weight.name!r}: expected rows that are not padding, or a bias "
+            f"that says how many there are, found a last row of zeros of {rows}",
             code="dialect.padded",
-            path=f"{where}/{weight.file}",
+            path=inside(where, weight.file),
             hint="give --base, whose shapes tell",
         )
 

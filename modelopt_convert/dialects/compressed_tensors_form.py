@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo
-from modelopt_convert.checkpoint.names import natural_key
+from modelopt_convert.checkpoint.names import inside, natural_key
 from modelopt_convert.checkpoint.recipe import renamed
 from modelopt_convert.dialects.awq import check_carried
 from modelopt_convert.dialects.dialect import Headers
@@ -190,10 +190,10 @@ def _check_said(said: Mapping[str, Any], where: str) -> None:
     if odd or asymmetric or status != "compressed":
         found = f"format {odd[0]}" if odd else "symmetric false" if asymmetric else f"quantization_status {status}"
         raise InputError(
-            f"{where}/config.json: quantization_config: expected {', '.join(_FORMATS.values())}, symmetric and "
-            f"compressed, found {found[:60]}",
+            f"{inside(where, 'config.json')}: quantization_config: expected {', '.join(_FORMATS.values())}, "
+            f"symmetric and compressed, found {found[:60]}",
             code="dialect.format",
-            path=f"{where}/config.json",
+            path=inside(where, "config.json"),
             hint="mopt does not convert this format",
         )
 

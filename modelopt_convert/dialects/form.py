@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.checkpoint.names import module_of, natural_key
+from modelopt_convert.checkpoint.names import inside, module_of, natural_key
 from modelopt_convert.checkpoint.recipe import Constant, made
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.run.errors import Faults, InputError
@@ -230,10 +230,10 @@ def check_roles(module: str, roles: Mapping[str, TensorInfo], where: str) -> Non
     odd = next((info for role, info in sorted(roles.items()) if role not in _CONVERTED_ROLES), None)
     if odd is not None:
         raise InputError(
-            f"{where}/{odd.file}: tensor {odd.name!r}: expected nothing but weight, bias and scales of the quantized "
-            f"module {module!r}, found {odd.dtype} {list(odd.shape)[:4]}",
+            f"{inside(where, odd.file)}: tensor {odd.name!r}: expected nothing but weight, bias and scales of "
+            f"the quantized module {module!r}, found {odd.dtype} {list(odd.shape)[:4]}",
             code="dialect.role",
-            path=f"{where}/{odd.file}",
+            path=inside(where, odd.file),
             hint=_NO_FORMAT,
         )
 
@@ -241,8 +241,8 @@ def check_roles(module: str, roles: Mapping[str, TensorInfo], where: str) -> Non
 def wrong(where: str, info: TensorInfo, expected: str, *, code: str, hint: str) -> InputError:
     """A tensor that a dialect does not allow."""
     return InputError(
-        f"{where}/{info.file}: tensor {info.name!r}: expected {expected}, found {info.dtype} {list(info.shape)}",
+        f"{inside(where, info.file)}: tensor {info.name!r}: expected {expected}, found {info.dtype} {list(info.shape)}",
         code=code,
-        path=f"{where}/{info.file}",
+        path=inside(where, info.file),
         hint=hint,
     )

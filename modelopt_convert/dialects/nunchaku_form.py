@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import inside
 from modelopt_convert.checkpoint.recipe import made, recipe_of, renamed, rows_of
 from modelopt_convert.dialects.awq import Part
 from modelopt_convert.dialects.dialect import Headers
@@ -160,9 +161,10 @@ def _plain(info: TensorInfo, module: str, linear: Linear | None, model: Nunchaku
     names = _names(info, module, linear, model)
     if any(model.family.native_tensor(one, "diffusers") is None for one in names):
         raise InputError(
-            f"{where}/{info.file}: tensor {info.name!r}: nunchaku has no tensor of this name in {model.family.title}",
+            f"{inside(where, info.file)}: tensor {info.name!r}: nunchaku has no tensor of this name in "
+            f"{model.family.title}",
             code="naming.unknown",
-            path=f"{where}/{info.file}",
+            path=inside(where, info.file),
             hint="get the file again from its publisher; a LoRA stays beside it, and is not converted",
         )
     if len(names) == 1:
@@ -302,10 +304,10 @@ def _member(member: str, parts: Mapping[int, _Whole], where: str) -> tuple[Undon
     linear, first = wholes[0].linear, wholes[0].roles["qweight"]
     if len(wholes) != linear.stretches:
         raise InputError(
-            f"{where}/{first.file}: {member!r} is made of {linear.stretches} modules of nunchaku, found {first.name!r} "
-            "alone",
+            f"{inside(where, first.file)}: {member!r} is made of {linear.stretches} modules of nunchaku, "
+            f"found {first.name!r} alone",
             code="naming.partial",
-            path=f"{where}/{first.file}",
+            path=inside(where, first.file),
             hint="the checkpoint is not whole",
         )
     weights, rows = [one.weight for one in wholes], wholes[0].weight.rows
@@ -365,9 +367,10 @@ def _add(tensors: dict[str, TensorInfo], made_of: TensorInfo, info: TensorInfo, 
     """
     if made_of.name in tensors:
         raise InputError(
-            f"{where}/{info.file}: tensor {info.name!r} and another are both {made_of.name!r} in diffusers' naming",
+            f"{inside(where, info.file)}: tensor {info.name!r} and another are both {made_of.name!r} in "
+            "diffusers' naming",
             code="naming.twice",
-            path=f"{where}/{info.file}",
+            path=inside(where, info.file),
             hint="two checkpoints are mixed in one file; get it again from its publisher",
         )
     tensors[made_of.name] = made_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.checkpoint.names import module_of
+from modelopt_convert.checkpoint.names import inside, module_of
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.table import FORMATS
@@ -192,8 +192,7 @@ def missing_scale(module: str, role: str, expected: str, where: str) -> InputErr
             "calibration never reached this module; calibrate with real prompts and export again"
             if role == "input_scale"
             else "the export is incomplete; export again"
-        )
-        + f", or --keep-bf16 '{module}'",
+        ),
     )
 
 
@@ -244,9 +243,9 @@ def _transformed(tensors: Mapping[str, TensorInfo], path: str) -> Iterator[tuple
             yield (
                 name,
                 InputError(
-                    f"{path}/{info.file}: tensor {name!r}: expected a plain export, found {transform}",
+                    f"{inside(path, info.file)}: tensor {name!r}: expected a plain export, found {transform}",
                     code="export.transformed",
-                    path=f"{path}/{info.file}",
+                    path=inside(path, info.file),
                     hint="`mopt convert` undoes that with --to bf16; or export again with ModelOpt's --quant-algo max",
                 ),
             )

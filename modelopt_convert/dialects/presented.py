@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
-from modelopt_convert.checkpoint.names import module_of, natural_key
+from modelopt_convert.checkpoint.names import inside, module_of, natural_key
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.recipe import recipe_of
+from modelopt_convert.checkpoint.recipe import recipe_of, renamed
 from modelopt_convert.dialects.dialect import Dialect, Headers
 from modelopt_convert.dialects.form import Canonical
 from modelopt_convert.dialects.others import FP8_UNLABELLED
@@ -21,7 +21,7 @@ from modelopt_convert.dialects.renaming import under_diffusers_names, under_nati
 from modelopt_convert.dialects.source import architecture, true_shapes
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.dialects.targets import form_of
-from modelopt_convert.families.table import Found, left_out, recognise
+from modelopt_convert.families.table import Found, beside, recognise
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.table import FORMATS, is_modelopts
@@ -109,10 +109,12 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     Raises:
         InputError: ``naming.*``, ``family.*`` or ``dialect.*``: a name, shape or marker that is none of the model's.
     """
-    headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
+    found = recognise({name: info.shape for name, info in reader.tensors.items()})
+    rest = beside(reader.tensors, found)
+    tensors = {name: info for name, info in reader.tensors.items() if name not in rest}
+    headers = Headers(tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
     form, where = form_of(dialect), str(reader.path)
-    found = recognise({name: info.shape for name, info in reader.tensors.items()})
     is_native = found is not None and (found.spelling != "diffusers" or bool(found.prefix))
     said = reader.config.get(_QUANTIZATION)
     # With ModelOpt's config beside diffusers' names builds find out the layout by the base.
@@ -121,25 +123,25 @@ def stands_for(reader: CheckpointReader, known: Mapping[str, TensorInfo]) -> Pre
     # would not know them either.
     is_unlabelled = dialect is FP8_UNLABELLED and (bool(said) or not is_native)
     is_foreign = form is not None and form.name not in _OWN_LAYOUT and not is_modelopt and not is_unlabelled
-    if not is_native and not is_foreign:
+    if not is_native and not is_foreign and not rest:
         return None
-    if not is_foreign and found is not None and _moves_codes(reader.tensors, found) and form is None:
+    if not is_foreign and found is not None and _moves_codes(tensors, found) and form is None:
         raise InputError(
             f"{where}: expected a dialect whose layout is known, found {dialect.name} ({'; '.join(evidence)})",
             code="dialect.unknown_layout",
             path=where,
             hint="modules of this model are cut by rows, so the layout counts; mopt convert --from names the dialect",
         )
-    if form is not None and (is_foreign or (found is not None and _moves_codes(reader.tensors, found))):
-        rows = true_shapes(reader.tensors, known, found) if found is not None else {}
+    if form is not None and (is_foreign or (found is not None and _moves_codes(tensors, found))):
+        rows = true_shapes(tensors, known, found) if found is not None else {}
         described, is_read = form.read(headers, reader.read_of, rows, where), True
     else:
         described, is_read = _plain(headers, found), False
     if found is not None and is_native:
         described = under_diffusers_names(described, found, where)
     quantization = _quantization_of(described, where) if is_read else _said(headers, dialect, found, where)
-    made_of = _made_of(reader.tensors, described.tensors.values())
-    rest = {name: described.fates.get(name, "read") for name in reader.tensors if name not in made_of}
+    made_of = _made_of(tensors, described.tensors.values())
+    rest |= {name: described.fates.get(name, "read") for name in tensors if name not in made_of}
     config, other_class = architecture(reader.config, found)
     told = (*evidence, *(found.evidence if found is not None else ()))
     whole = {**config, _QUANTIZATION: quantization} if quantization is not None else config
@@ -165,7 +167,8 @@ def present_under_names_of(base: CheckpointReader, reader: CheckpointReader) -> 
     if (presented := stands_for(base, {})) is not None:
         base.present(presented.tensors)
     if wanted.spelling == "diffusers":
-        tensors = {f"{wanted.prefix}{name}": info for name, info in base.tensors.items()}
+        under = {name: f"{wanted.prefix}{name}" for name in base.tensors}
+        tensors = {name: renamed(base.tensors[own], name) for own, name in under.items()}
     else:
         family, spelling = wanted.family, wanted.spelling
         known = {name: one for name, one in base.tensors.items() if family.native_tensor(name, spelling) is not None}
@@ -187,14 +190,14 @@ def _said(headers: Headers, dialect: Dialect, found: Found | None, where: str) -
         quantization = _declared(_plain(headers, found), FORMATS["fp8"], headers.fp8())
     if found is not None and quantization.get("ignore") is not None:
         modules = {name: _fused(found, name) for name in map(module_of, headers.tensors)}
-        covered = ignored(quantization["ignore"], modules, path=f"{where}/config.json")
+        covered = ignored(quantization["ignore"], modules, path=inside(where, "config.json"))
         quantization["ignore"] = sorted({new for name in covered for new in modules[name]}, key=natural_key)
     return quantization or None
 
 
 def _is_odd_state(name: str, found: Found | None) -> bool:
     """Whether a tensor is calibration state that hangs on no module of the family."""
-    if found is None or not is_quantizer_state(name) or left_out(name, found) is not None:
+    if found is None or not is_quantizer_state(name):
         return False
     return found.family.tensor(name.removeprefix(found.prefix)) is None
 

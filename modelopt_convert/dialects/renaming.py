@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import inside
 from modelopt_convert.checkpoint.recipe import halves_swapped, joined_rows, renamed, rows_of
 from modelopt_convert.dialects.form import ROW_ROLES, Canonical, Naming, Quantized, grouped, wrong
 from modelopt_convert.families.family import Family, Member
@@ -146,17 +147,17 @@ def _size(weight: TensorInfo | None) -> tuple[int, int]:
 
 def _unknown(info: TensorInfo, found: Found, where: str) -> InputError:
     return InputError(
-        f"{where}/{info.file}: tensor {info.name!r}: no tensor of {found.family.title} has this name",
+        f"{inside(where, info.file)}: tensor {info.name!r}: no tensor of {found.family.title} has this name",
         code="naming.unknown",
-        path=f"{where}/{info.file}",
+        path=inside(where, info.file),
         hint="get the file again from its publisher; a LoRA has to be merged first",
     )
 
 
 def _twice(made: TensorInfo, info: TensorInfo, where: str) -> InputError:
     return InputError(
-        f"{where}/{info.file}: tensor {info.name!r} and another are both {made.name!r} in diffusers' naming",
+        f"{inside(where, info.file)}: tensor {info.name!r} and another are both {made.name!r} in diffusers' naming",
         code="naming.twice",
-        path=f"{where}/{info.file}",
+        path=inside(where, info.file),
         hint="two checkpoints are mixed in one file; get it again from its publisher",
     )

@@ -15,8 +15,8 @@ from modelopt_convert.dialects.scales import check_described
 from modelopt_convert.dialects.table import detect_dialect
 from modelopt_convert.dialects.targets import FORMS, form_of
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.table import FAMILIES, Found, candidates
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.families.table import FAMILIES, Found, beside, candidates
+from modelopt_convert.run.errors import Faults, InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,12 @@ class Source:
     other_class: str | None = None
 
 
-def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, TensorInfo]) -> Source:
+def describe(
+    reader: CheckpointReader,
+    wanted: str | None,
+    known: Mapping[str, TensorInfo],
+    whole: Mapping[str, TensorInfo] | None = None,
+) -> Source:
     """Make out what a checkpoint is.
 
     Args:
@@ -48,12 +53,17 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
         wanted: The dialect, if the user named it.
         known: The model's tensors under diffusers' names, as far as they are known, by a base or a description: shapes
             tell padding.
+        whole: All tensors of the checkpoint, where it presents some: the model is recognised by these.
 
     Raises:
         InputError: ``convert.dialect``, ``naming.*`` or ``dialect.*``.
     """
     where = str(reader.path)
-    headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
+    several = candidates({name: info.shape for name, info in (whole or reader.tensors).items()})
+    # A text encoder may be in a dialect of its own, and with faults of its own.
+    rest = beside(reader.tensors, several[0] if len(several) == 1 else None)
+    tensors = {name: info for name, info in reader.tensors.items() if name not in rest}
+    headers = Headers(tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
     form = FORMS[wanted] if wanted is not None else form_of(dialect)
     if form is None:
@@ -65,8 +75,8 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
         )
     # The names of nunchaku are no spelling of a family: its form gives diffusers'.
     own = form.read(headers, reader.read_of, {}, where) if form is NUNCHAKU else None
-    named = own.tensors if own is not None else reader.tensors
-    several = candidates({name: info.shape for name, info in named.items()})
+    if own is not None:
+        several = candidates({name: info.shape for name, info in own.tensors.items()})
     if len(several) > 1:
         first, second = (f"{one.family.title} under {one.prefix!r}" for one in several[:2])
         raise InputError(
@@ -86,15 +96,47 @@ def describe(reader: CheckpointReader, wanted: str | None, known: Mapping[str, T
         )
     if own is not None:
         found = found._replace(evidence=[f"modules of {found.family.title} in nunchaku's names"])
-    described = own or form.read(headers, reader.read_of, true_shapes(reader.tensors, known, found), where)
+    described = own or form.read(headers, reader.read_of, true_shapes(tensors, known, found), where)
     if found.spelling != "diffusers" or found.prefix:
         described = under_diffusers_names(described, found, where)
     check_described(described, where)
     # By the checkpoint's own names: what a form renamed has its fate from the form.
-    fates = {name: described.fates.get(name, f"read as {name}") for name in reader.tensors}
+    fates = {name: rest.get(name) or described.fates.get(name, f"read as {name}") for name in reader.tensors}
     config, other_class = architecture(described.config, found)
     described = replace(described, fates=fates, config=config)
     return Source(dialect.name, (*evidence, *found.evidence), form, found, described, other_class)
+
+
+def describe_sound(
+    reader: CheckpointReader, wanted: str | None, known: Mapping[str, TensorInfo], faults: Faults
+) -> Source:
+    """As ``describe``; of a checkpoint that is refused for some of its modules, make out the others.
+
+    Args:
+        reader: The checkpoint, opened; it presents the modules that are made out.
+        wanted: As in ``describe``.
+        known: As in ``describe``.
+        faults: Gets what the modules are refused for.
+
+    Raises:
+        InputError: As ``describe``, where what is refused is more than some modules.
+    """
+    whole = reader.tensors
+    while True:  # each time with fewer modules
+        try:
+            found = describe(reader, wanted, known, whole)
+        except InputError as error:
+            names, modules = {name for name, _ in error.parts}, {module_of(name) for name in reader.tensors}
+            if not names or not all(name in modules or name in reader.tensors for name in names):
+                faults.refuse()
+                raise
+            broken = {module_of(name) if name in reader.tensors else name for name in names}
+            reader.present({name: one for name, one in reader.tensors.items() if module_of(name) not in broken})
+            faults.add("", error)
+            continue
+        if found.found.spelling != "diffusers" or found.found.prefix:
+            faults.refuse()  # their names are not those of the base, which would seem to lack them
+        return found
 
 
 def architecture(config: Mapping[str, Any], found: Found | None) -> tuple[dict[str, Any], str | None]:

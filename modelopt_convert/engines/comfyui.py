@@ -163,7 +163,8 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
     raised: dict[str, list[str]] = {}
     taken: dict[str, list[str]] = {}
     formats, strange, by_row, casts = marks.formats, set[str](), row_scales(tensors), 0
-    for module, weight in coded(tensors).items():
+    weights = {name: tensors[f"{name}.weight"] for name in formats if f"{name}.weight" in tensors} | coded(tensors)
+    for module, weight in weights.items():
         if module not in formats:
             if weight.dtype == "U8":
                 raised.setdefault(HALVED, []).append(module)
@@ -185,7 +186,7 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
             what = f"{weight.dtype} codes converted as numbers, for the marker says {kind}"
             taken.setdefault(what, []).append(module)
     modules = {what: tuple(sorted(names)) for what, names in {**raised, **taken}.items()}
-    used = {name for name in formats.values() if name is not None}
+    used = {kind for module, kind in formats.items() if kind is not None and module in weights}
     # Raw exports of both formats were run; what becomes of markers was read.
     was_run = bool(modules) and not formats and set(modules) <= {HALVED, UNSCALED}
     outcome: Outcome = "refuses" if raised else "misreads" if taken else "reads"
@@ -195,7 +196,8 @@ def _modules(tensors: Mapping[str, TensorInfo], marks: _Marks) -> Reading:
     elif not modules and not used and not casts:
         outcome, how = "unknown", "looks for none of the names under which this file has its codes and scales"
     elif not modules:
-        how = f"takes {len(formats)} modules for {' and '.join(sorted(used))}" if used else ""
+        count = sum(module in weights for module in formats)
+        how = f"takes {count} modules for {' and '.join(sorted(used))}" if used else ""
         if casts:  # right of a plain cast, and wrong where scales were lost
             outcome, how = "unknown", f"{how}; " if how else ""
             how += f"takes the codes of {casts} modules without scales for their values; no name says that they are"

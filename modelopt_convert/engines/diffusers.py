@@ -24,20 +24,27 @@ _OTHERS = frozenset({"bitsandbytes", "gguf", "quanto", "auto-round", "nunchaku_l
 PASSED = "only if the caller passes BFLQuantizationConfig() to from_single_file, and if it knows the names"
 
 
-def read(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, is_file: bool) -> Reading:
+def read(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    *,
+    is_file: bool,
+    beside: Mapping[str, TensorInfo] | None = None,
+) -> Reading:
     """What diffusers makes of a folder by ``from_pretrained``, or of one file by ``from_single_file``.
 
     Args:
-        tensors: All tensors.
+        tensors: The transformer's.
         config: config.json, empty for one file.
         is_file: Whether it is one file.
+        beside: What else the file holds, at which ``BFLQuantizationConfig`` looks, too.
     """
     keys = quant_keys(config)
     if keys is not None:
         return _declared(tensors, keys)
     # Of a folder without a config.json ``from_pretrained`` makes nothing; its file is for ``from_single_file``.
     if (is_file or not config) and any(one.dtype in ("U8", *FP8_DTYPES) for one in coded(tensors).values()):
-        return _single(tensors)
+        return _single(tensors, beside or {})
     return _plain(tensors)
 
 
@@ -86,9 +93,12 @@ def _unlike(tensors: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     }
 
 
-def _single(tensors: Mapping[str, TensorInfo]) -> Reading:
+def _single(tensors: Mapping[str, TensorInfo], beside: Mapping[str, TensorInfo]) -> Reading:
     """With ``BFLQuantizationConfig()``."""
     faults: dict[str, list[str]] = {}
+    for module, weight in coded(beside).items():
+        if (fault := _raised(beside, module, weight)) is not None:
+            faults.setdefault(f"{fault}, in what lies beside the transformer", []).append(module)
     plain: list[str] = []
     has_nvfp4 = False
     for module, weight in coded(tensors).items():
@@ -97,13 +107,16 @@ def _single(tensors: Mapping[str, TensorInfo]) -> Reading:
             plain.append(module)
         elif f"{module}.weight_scale_2" in tensors:
             has_nvfp4 = True
-            if (fault := _nvfp4_fault(tensors, module, weight, scale)) is not None:
+            fault = _raised(tensors, module, weight)
+            if fault is None and scale.shape != (weight.shape[0], weight.shape[1] * 2 // _GROUP):
+                fault = "fails when it decodes: block scales are not stored as [N, K/16]"
+            if fault is not None:
                 faults.setdefault(fault, []).append(module)
-        elif weight.dtype != "F8_E4M3":
-            faults.setdefault(f"raises ValueError, for {weight.dtype} is not fp8r", []).append(module)
+        elif (fault := _raised(tensors, module, weight)) is not None:
+            faults.setdefault(fault, []).append(module)
         elif scale.shape not in (weight.shape[:1], (1,)):
             faults.setdefault("fails when it decodes: fp8r has one scale for each row", []).append(module)
-    if len(plain) == len(coded(tensors)):
+    if len(plain) == len(coded(tensors)) and not any(name.endswith(".weight_scale") for name in beside):
         faults = {"raises ValueError: no weight_scale tensors": plain}
     modules = {what: tuple(sorted(names)) for what, names in faults.items()}
     if plain and not modules:
@@ -124,11 +137,12 @@ def _single(tensors: Mapping[str, TensorInfo]) -> Reading:
     )
 
 
-def _nvfp4_fault(tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo, scale: TensorInfo) -> str | None:
+def _raised(tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo) -> str | None:
+    """What ``maybe_update_state_dict`` raises for a module that has scales; it looks at the whole file."""
+    if f"{module}.weight_scale" not in tensors:
+        return None
+    if f"{module}.weight_scale_2" not in tensors:
+        return f"raises ValueError, for {weight.dtype} is not fp8r" if weight.dtype != "F8_E4M3" else None
     if weight.dtype != "U8":
         return f"raises ValueError, for {weight.dtype} is not nvfp4"
-    if f"{module}.input_scale" not in tensors:
-        return "raises ValueError: no input_scale"
-    if scale.shape != (weight.shape[0], weight.shape[1] * 2 // _GROUP):
-        return "fails when it decodes: block scales are not stored as [N, K/16]"
-    return None
+    return "raises ValueError: no input_scale" if f"{module}.input_scale" not in tensors else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo, json_object
 from modelopt_convert.engines.belief import Belief
-from modelopt_convert.engines.outcome import Outcome, Reading, coded, counted, quant_keys
+from modelopt_convert.engines.outcome import quant_keys
 from modelopt_convert.formats.layout import CANONICAL, Layout
 from modelopt_convert.preset.patterns import ignored
 
@@ -49,11 +49,21 @@ def dynamic_words(config: Mapping[str, Any]) -> str | None:
 
 
 def believe(
-    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    whole: Collection[str] = (),
 ) -> Belief:
-    """What SGLang 0.5.23 believes: of tensors, of header metadata by file, and of config.json."""
+    """What SGLang 0.5.23 believes of a checkpoint.
+
+    Args:
+        tensors: The transformer's.
+        metadata: Header metadata by file.
+        config: config.json.
+        whole: The names of all tensors of the files, if there are others: a marker counts wherever it is.
+    """
     because: list[str] = []
-    names = list(tensors)
+    names = list(whole or tensors)
     packed_qkv = next((name for name in names if PACKED_QKV.match(name)), None)
     marker = next((name for name in names if name.endswith(MARKER)), None)
     if packed_qkv is not None:
@@ -63,7 +73,17 @@ def believe(
     refuses = _refusal(config)
     declared = _declared(metadata, config)
     packed = set() if _is_another(config) else _packed_modules(tensors)
-    modules = packed if _is_another(config) else packed | _layers(metadata)
+    modules = (
+        packed
+        if _is_another(config)
+        else packed
+        | {
+            # A header may name modules that are not there, or are not the transformer's.
+            name
+            for name in _layers(metadata)
+            if f"{name}.weight" in tensors
+        }
+    )
     if packed and declared is not None and declared[0] != _CONFIG:
         declared = None  # where modules are packed, the header is never asked
     group_size = _inferred_group_size(tensors, modules)
@@ -144,110 +164,8 @@ def believe_fp8(names: Mapping[str, Collection[str]], config: Mapping[str, Any],
     )
 
 
-# ``QUANTIZATION_METHODS`` in ``runtime/layers/quantization/__init__.py``.
-_METHODS = frozenset(
-    {
-        "auto-round", "fp8", "modelopt", "modelopt_fp8", "modelopt_fp4", "bitsandbytes", "modelslim", "mxfp8", "mxfp4",
-        "mxfp4_npu", "convrot_int8",
-    }
-)  # fmt: skip
-_GROUP = 16
-_RESOLVING, _LOADING = "runtime/loader/transformer_load_utils.py", "runtime/loader/fsdp_load.py"
-
-
-def read(
-    tensors: Mapping[str, TensorInfo],
-    metadata: Mapping[str, Mapping[str, str]],
-    config: Mapping[str, Any],
-    *,
-    is_file: bool,
-) -> Reading:
-    """What SGLang 0.5.23 makes of a checkpoint; of FP8 that config.json declares, ``believe_fp8`` says it.
-
-    ``_resolve_quant_config`` in ``transformer_load_utils.py`` asks config.json, for weights that replace others the
-    header too, and the tensors for NVFP4. ``load_model_from_full_model_state_dict`` in ``fsdp_load.py`` compares
-    shapes.
-
-    Args:
-        tensors: All tensors.
-        metadata: Header metadata by file.
-        config: config.json, empty for one file.
-        is_file: Whether it is one file, which goes to ``--transformer-weights-path``.
-    """
-    keys, belief = quant_keys(config), believe(tensors, metadata, config)
-    method = keys.get("quant_method") if keys is not None else None
-    if keys is not None and method not in _METHODS:
-        how = f"raises ValueError: Invalid quantization method: {method}"
-        return _reading("refuses", how, "runtime/layers/quantization/__init__.py")
-    if belief.refuses is not None:
-        return _reading("refuses", belief.refuses.removeprefix(VERSION).strip(), "runtime/utils/quantization_utils.py")
-    if method is not None and not belief.modules:
-        return _reading("unknown", f"has a reader of its own for {method}, which was not looked at", _RESOLVING)
-    if belief.modules:
-        return _packed(tensors, belief)
-    codes = coded(tensors)
-    if not codes:
-        return _reading("unknown", "looks for none of the names under which this file has its codes", _RESOLVING)
-    named = any(
-        "float8" in str(one.get("format")) for one in _header_layers(metadata).values() if isinstance(one, dict)
-    )
-    if is_file and named:
-        how = "takes every Linear for FP8, inputs scaled dynamically: those in BF16 are cast to FP8"
-        return _reading("misreads", how, _RESOLVING)
-    if is_file:
-        how = (
-            "raises ValueError: Replacement checkpoint contains quantized tensors but no supported native quantization "
-            "declaration"
-        )
-        return _reading("refuses", how, _RESOLVING)
-    if any(one.dtype not in ("F8_E4M3",) for one in codes.values()):
-        return _reading("unknown", "finds no declaration; what becomes of the codes was not run", _LOADING)
-    how = "finds no declaration: it decodes FP8 to BF16, and raises RuntimeError where it fuses q, k and v"
-    return _reading("refuses", how, _LOADING)
-
-
-def _packed(tensors: Mapping[str, TensorInfo], belief: Belief) -> Reading:
-    """Of NVFP4: what is amiss beside the layout."""
-    padded: list[str] = []
-    unscaled: list[str] = []
-    for module in sorted(belief.modules):
-        weight, scale = tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_scale")
-        if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
-            continue
-        if scale.shape[0] > weight.shape[0] or scale.shape[1] > weight.shape[1] * 2 // _GROUP:
-            padded.append(module)
-        if f"{module}.weight_scale_2" not in tensors:
-            unscaled.append(module)
-    if padded:
-        what = "scales padded, which its parameters are not"
-        how = f"raises AssertionError (Failed to shard/load parameter), {what}: {counted(padded)}"
-        return _reading("refuses", how, _LOADING, belief, {what: padded})
-    if unscaled:
-        what = "no weight_scale_2, taken for 1.0"
-        how = f"{what}: {counted(unscaled)}"
-        return _reading("misreads", how, "runtime/layers/quantization/modelopt_quant.py", belief, {what: unscaled})
-    return _reading("reads", f"takes {len(belief.modules)} modules for nvfp4", _RESOLVING, belief)
-
-
-def _reading(
-    outcome: Outcome,
-    how: str,
-    source: str,
-    belief: Belief | None = None,
-    modules: Mapping[str, Sequence[str]] | None = None,
-) -> Reading:
-    return Reading(
-        engine=VERSION,
-        outcome=outcome,
-        how=how,
-        source=source,
-        shown="run" if outcome == "refuses" or (belief is None and outcome == "misreads") else "read",
-        layout=belief.layout if belief is not None else None,
-        modules={what: tuple(names) for what, names in (modules or {}).items()},
-    )
-
-
-def _header_layers(metadata: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def header_layers(metadata: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The layers that ComfyUI-style headers name, and what they say of each."""
     found: dict[str, Any] = {}
     for entries in metadata.values():
         layers = json_object(entries.get("_quantization_metadata")).get("layers")
@@ -284,7 +202,7 @@ def _packed_modules(tensors: Mapping[str, TensorInfo]) -> set[str]:
 
 def _layers(metadata: Mapping[str, Mapping[str, str]]) -> set[str]:
     """Modules that a ComfyUI header names as nvfp4."""
-    layers = _header_layers(metadata)
+    layers = header_layers(metadata)
     return {name for name, layer in layers.items() if isinstance(layer, dict) and layer.get("format") == "nvfp4"}
 
 

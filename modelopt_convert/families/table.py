@@ -1,6 +1,6 @@
 """Which family a checkpoint is of, by its names and shapes, and what of a whole one is not the transformer. Pure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -75,6 +75,13 @@ def left_out(name: str, found: Found) -> str | None:
             if bare.startswith(start):
                 return what
     return next((what for start, what in LEFT_OUT.items() if name.startswith(start)), None)
+
+
+def beside(names: Iterable[str], found: Found | None) -> dict[str, str]:
+    """The fate of each tensor that lies beside the transformer, by name; nothing if the family is unknown."""
+    if found is None:
+        return {}
+    return {name: f"left out: {what}" for name in names if (what := left_out(name, found)) is not None}
 
 
 def _under(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Found]:

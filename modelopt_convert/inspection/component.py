@@ -23,7 +23,7 @@ from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.formats.layout import BASES, Basis, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
-from modelopt_convert.inspection.engines import engine_reports
+from modelopt_convert.inspection.engines import engine_reports, sglang_reading
 from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults, transformed_faults
 from modelopt_convert.report.inspect import (
     ComponentReport,
@@ -107,10 +107,12 @@ def inspect_component(
     seen = [_see(subject, target) for target in FORMATS.values()]
     modules = {name: one for each in seen for name, one in each.modules.items()}
     packed = {name: one for each in seen for name, one in each.packed.items()}
-    belief = believe(reader.tensors, reader.metadata, reader.config)
+    belief = believe(reader.tensors, reader.metadata, reader.config, reader.stored.keys())
     layout = _layout([modules[name] for name in packed], subject.declared, belief)
     engine = _engine(belief, layout, frozenset(packed)) if packed else None
-    misreads = engine.misreads if engine is not None else []
+    misreads = list(engine.misreads) if engine is not None else []
+    if engine is not None and not misreads and (reading := sglang_reading(reader)).outcome == "refuses":
+        engine = engine.model_copy(update={"misreads": [f"{belief.engine} {reading.how}"]})
     return ComponentReport(
         dialect=DialectReport(name=dialect.name, evidence=evidence),
         layout=layout,
@@ -215,12 +217,13 @@ def _engine(belief: Belief, layout: LayoutReport, packed: frozenset[str]) -> Eng
 
 
 def _totals(reader: CheckpointReader) -> TotalsReport:
-    counts = Counter(info.dtype for info in reader.tensors.values())
+    """Of all that the files hold, whatever is looked at."""
+    counts = Counter(info.dtype for info in reader.stored.values())
     sizes: Counter[str] = Counter()
-    for info in reader.tensors.values():
+    for info in reader.stored.values():
         sizes[info.dtype] += info.num_bytes
     return TotalsReport(
-        tensors=len(reader.tensors),
+        tensors=len(reader.stored),
         bytes=sum(sizes.values()),
         by_dtype={dtype: {"tensors": counts[dtype], "bytes": sizes[dtype]} for dtype in sorted(counts)},
     )

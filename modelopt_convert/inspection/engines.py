@@ -2,11 +2,15 @@
 
 from collections.abc import Collection, Iterator
 
+from modelopt_convert.checkpoint.config import OWN
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.engines import vllm_omni
 from modelopt_convert.engines.belief import Belief, mistaken
 from modelopt_convert.engines.limits import declared
+from modelopt_convert.engines.outcome import Reading
 from modelopt_convert.engines.sglang import GUESSED, believe_fp8, misread
+from modelopt_convert.engines.sglang_files import Named, read
+from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import is_modelopts
 from modelopt_convert.plan.ignore import spellings
@@ -21,13 +25,32 @@ def linears_of(reader: CheckpointReader) -> list[str]:
     return [name.removesuffix(".weight") for name in found]
 
 
+def is_one_file(reader: CheckpointReader) -> bool:
+    """Whether engines take it for one file: where no config.json of its own is beside it, it is no repo to them."""
+    return reader.is_alone or reader.config_from != OWN
+
+
+def sglang_reading(reader: CheckpointReader) -> Reading:
+    """What SGLang makes of a transformer, of the files that it lies in; of FP8 in a repo ``beliefs`` says it."""
+    found = recognise({name: info.shape for name, info in reader.tensors.items()})
+    named = Named(found.family.name, found.spelling != "diffusers", found.prefix) if found is not None else None
+    return read(
+        reader.tensors,
+        reader.metadata,
+        reader.config,
+        is_file=is_one_file(reader),
+        named=named,
+        whole=reader.stored.keys(),
+    )
+
+
 def beliefs(reader: CheckpointReader) -> Iterator[Belief]:
     """What the engines believe that decide by names: SGLang of formats that it does not guess, vLLM-omni of all.
 
     Raises:
         InputError: ``config.ignore``.
     """
-    config, path = reader.config, str(reader.path / "config.json")
+    config, path = reader.config, reader.config_place
     algorithm = declared(config)
     if algorithm is None or not is_modelopts(config["quantization_config"]):
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from modelopt_convert.checkpoint.header import json_object
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -12,8 +12,10 @@ from modelopt_convert.engines import comfyui, diffusers, sglang, vllm_omni
 from modelopt_convert.engines.belief import TAKEN_FOR_PACKED, TAKEN_FOR_PLAIN, UNSET, Belief, differences, mistaken
 from modelopt_convert.engines.limits import EngineName, Limit, declared, limits
 from modelopt_convert.engines.outcome import Reading, Shown, is_quantized
+from modelopt_convert.engines.sglang_files import NAMES_RUN
+from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.layout import Layout
-from modelopt_convert.inspection.engines import beliefs, linears_of
+from modelopt_convert.inspection.engines import beliefs, is_one_file, linears_of, sglang_reading
 from modelopt_convert.inspection.lint import float32_of, fused_groups, is_float32
 from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.report.inspect import EngineVerdict, ModuleLayout
@@ -41,15 +43,12 @@ class _Finding:
     figure: float | None = None
 
 
-def engine_verdicts(
-    reader: CheckpointReader, modules: Mapping[str, ModuleLayout], *, is_file: bool
-) -> list[EngineVerdict]:
+def engine_verdicts(reader: CheckpointReader, modules: Mapping[str, ModuleLayout]) -> list[EngineVerdict]:
     """What SGLang, vLLM-omni, ComfyUI, diffusers and TensorRT-LLM make of a transformer; nothing if none is quantized.
 
     Args:
-        reader: The opened transformer.
+        reader: The opened transformer, which is presented alone where its files hold more.
         modules: Its quantized modules, and how each is known to lie.
-        is_file: Whether it is one file.
 
     Raises:
         InputError: ``config.ignore``.
@@ -61,12 +60,13 @@ def engine_verdicts(
     algorithm = declared(reader.config)
     views = {one.engine.partition("@")[0]: one for one in beliefs(reader)} if algorithm is not None else {}
     facts = limits(reader.config, algorithm) if views and algorithm is not None else ()
-    tensors, config = reader.tensors, reader.config
+    tensors, config, is_file = reader.tensors, reader.config, is_one_file(reader)
+    beside = {name: one for name, one in reader.stored.items() if name not in tensors}
     readings: dict[EngineName, Reading | None] = {
-        "sglang": sglang.read(tensors, reader.metadata, config, is_file=is_file) if "sglang" not in views else None,
+        "sglang": sglang_reading(reader) if "sglang" not in views else None,
         "vllm-omni": vllm_omni.read(tensors, config, is_file=is_file) if "vllm-omni" not in views else None,
         "comfyui": comfyui.read(tensors, reader.metadata, markers_of(reader), legacy_ones(reader)),
-        "diffusers": diffusers.read(tensors, config, is_file=is_file),
+        "diffusers": diffusers.read(tensors, config, is_file=is_file, beside=beside),
         "tensorrt-llm": None,
     }
     found = []
@@ -88,7 +88,7 @@ def engine_verdicts(
         depends, notes = (reading.depends, list(reading.notes)) if reading is not None else ("", [])
         if all(one.word != "refuses" for one in findings):
             findings += _by_layout(layout, modules, told, engine) if layout is not None else []
-            depends = _sglang_names(config, is_file=is_file) if engine == "sglang" else depends
+            depends = _sglang_names(reader, is_file=is_file) if engine == "sglang" else depends
         if engine == "comfyui" and len(reader.files) > 1:
             notes.append(f"it takes one file: this is said of all {len(reader.files)} as one")
         found.append(_verdict(engine, findings, layout, depends, notes))
@@ -100,13 +100,15 @@ def _unrun(*, is_declared: bool) -> _Finding:
     return _Finding(word="unknown", how=how, source="engines/tensorrt_llm.py", shown="read")
 
 
-def _sglang_names(config: Mapping[str, Any], *, is_file: bool) -> str:
+def _sglang_names(reader: CheckpointReader, *, is_file: bool) -> str:
     """What is not known of the names that SGLang's class has; of the classes that presets are for, it is."""
     if is_file:
-        return "whether its class knows the names of this file was not judged"
-    if preset_of_class(config) is not None:
+        found = recognise({name: info.shape for name, info in reader.tensors.items()})
+        known = found is not None and found.family.name in NAMES_RUN
+        return "" if known else "whether its class knows the names of this file was not judged"
+    if preset_of_class(reader.config) is not None:
         return ""
-    name = config.get("_class_name")
+    name = reader.config.get("_class_name")
     return "no config names its class" if name is None else f"whether it has {name} is not known here"
 
 

@@ -173,7 +173,7 @@ def config_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRe
         weights = {module_of(name): info for name, info in reader.tensors.items() if name.endswith(".weight")}
         linears = [name for name, one in weights.items() if len(one.shape) == 2 and one.dtype in HALF_AND_FLOAT]
         coded = [*modules, *(name for name, one in weights.items() if one.dtype == "F8_E4M3")]
-        covered = ignored(keys.get("ignore"), {*coded, *linears}, path=str(reader.path / "config.json"))
+        covered = ignored(keys.get("ignore"), {*coded, *linears}, path=reader.config_place)
         if keys.get("quant_algo") in _ALGORITHMS and not coded:
             message = f"config.json says {keys['quant_algo']}, and no weight is quantized"
             yield LintReport(code="export.nothing_quantized", message=message, module=None)

@@ -15,7 +15,7 @@ from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format, entry
 from modelopt_convert.plan.ignore import ignore_list, ignored_layers, merged_modules, not_left
 from modelopt_convert.plan.inputs import check_merged, check_preset, check_unquantized
-from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype
+from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, with_keep
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, siblings
 from modelopt_convert.preset.preset import Preset
@@ -80,12 +80,12 @@ def plan_quantized(target: Format, base: Source, keeps: Keeps, *, max_shard_size
     matcher = PatternMatcher(sorted({module_of(name) for name in base.tensors}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules, faults)
     packed = {name: module for name, module in modules.items() if name not in replaced}
-    for name, module in packed.items():
-        if module.fault is not None:
-            faults.add(name, module.fault)
     fused: tuple[tuple[str, ...], ...] = ()
     with faults.taken():
         fused = fused_groups(preset, modules, replaced, base)
+    for name, module in packed.items():
+        if module.fault is not None:
+            faults.add(name, with_keep(module.fault, name, fused))
     fp32: frozenset[str] = frozenset()
     with faults.taken():
         fp32 = keep_fp32(preset, matcher, base)

@@ -5,6 +5,7 @@ both gets its fate.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
@@ -41,11 +42,14 @@ from modelopt_convert.plan.keeps import (
     keep_fp32,
     plain_dtype,
     structural_warnings,
+    with_keep,
 )
-from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Source, Step, split_into_shards
+from modelopt_convert.plan.plan import BuildPlan, Keeps, Op, Part, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, ignored
 from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.run.errors import Faults, InputError, joint
+
+_SHAPE = "export.shape"
 
 
 def plan_mixed(
@@ -53,11 +57,12 @@ def plan_mixed(
     export: Source,
     base: Source | None,
     keeps: Keeps,
+    faults: Faults,
     *,
     max_shard_size: int,
     calibration: Calibration | None = None,
     output: str | None = None,
-) -> BuildPlan:
+) -> BuildPlan | None:
     """Plan a transformer repo of which part is quantized and part BF16.
 
     Args:
@@ -65,29 +70,40 @@ def plan_mixed(
         export: A ModelOpt diffusers export.
         base: The unquantized transformer it was made from; only FP8 can do without.
         keeps: What stays in BF16.
+        faults: Gets what is wrong with headers, configs and patterns.
         max_shard_size: Largest output file, in bytes of tensors.
         calibration: Amax values from a ``--checkpoint``, FP8 only.
         output: OUT as the command line has it, for messages.
 
+    Returns:
+        The plan. Where modules have faults it is that of all others, to look at their data and to write nothing. None
+        where what is wrong is not of a module: a pattern, a fused group, a key of config.json or a whole input.
+
     Raises:
-        InputError: The export is not of this format, the base does not fit it, or a pattern does not fit either.
+        InputError: The export is not one of this format and model.
     """
-    where = str(export.path / "config.json")
+    where = export.config_place
     if base is not None:
         check_not_exchanged(export, base)
         check_merged(base, "base")
     check_exported(export.config, export.tensors, path=where)
     quant_config = check_quant_config(
-        export.config, target, path=where, base="BASE" if base is None else str(base.path), output=output
+        export.config,
+        target,
+        path=where,
+        export=str(export.path),
+        base="BASE" if base is None else str(base.path),
+        output=output,
     )
     check_merged(export, "export")
     # Another model altogether would make a fault of everything that follows.
     check_preset(keeps.preset, export)
-    faults = Faults()
     if base is not None:
         with faults.taken():
             check_configs(export, base)
     modules, refused = _find_modules(target, export, base, calibration or {}, quant_config.get("ignore"), faults)
+    if not modules:
+        return None
     with faults.taken():
         if base is not None:
             check_base(export, base, modules, refused)
@@ -96,15 +112,22 @@ def plan_mixed(
     names = {*model_tensors(export), *(base.tensors if base else ())}
     matcher = PatternMatcher(sorted({module_of(name) for name in names}, key=natural_key))
     replaced, matched = apply_patterns(keeps, matcher, modules, faults)
-    _add_faults(faults, target, modules, replaced, str(export.path), has_base=base is not None)
     fused: tuple[tuple[str, ...], ...] = ()
     with faults.taken():
         fused = fused_groups(keeps.preset, modules, replaced, export, refused)
+    _add_faults(faults, target, modules, replaced, fused, str(export.path), has_base=base is not None)
     fp32: frozenset[str] = frozenset()
     with faults.taken():
         fp32 = keep_fp32(keeps.preset, matcher, base or export)
-    faults.refuse()
-    if len(replaced) == len(modules):
+    if faults.names:
+        broken = _broken(faults.names, {*modules, *refused}, export, base)
+        if broken is None:
+            return None
+        export, base = _sound(export, broken), _sound(base, broken) if base is not None else None
+        modules = {name: one for name, one in modules.items() if name not in broken}
+        replaced = {name: by for name, by in replaced.items() if name not in broken}
+        fused = tuple(group for group in fused if broken.isdisjoint(group))
+    elif len(replaced) == len(modules):
         raise InputError(
             f"{export.path}: all {len(modules)} packed modules would be kept in BF16, nothing would be quantized",
             code="preset.nothing_left",
@@ -145,6 +168,22 @@ def plan_mixed(
     )
 
 
+def _broken(
+    names: Collection[str], modules: Collection[str], export: Source, base: Source | None
+) -> frozenset[str] | None:
+    """The modules of which all that is wrong is; None if something is not of a module."""
+    tensors = export.tensors.keys() | (base.tensors.keys() if base is not None else ())
+    if not all(name in modules or name in tensors for name in names):
+        return None
+    return frozenset(module_of(name) if name in tensors else name for name in names)
+
+
+def _sound(source: Source, broken: Collection[str]) -> Source:
+    """A checkpoint without some modules."""
+    tensors = {name: one for name, one in source.tensors.items() if module_of(name) not in broken}
+    return Part(source.path, source.folder, source.config_place, tensors, source.config)
+
+
 def needs_base(fault: InputError) -> InputError:
     """The fault of a module that is kept in BF16: without a base its scale is all that its weight can be had from."""
     hint = "give --base, which modules kept in BF16 are taken from; or export again"
@@ -165,8 +204,7 @@ def _find_modules(
     found = find_packed(export.tensors, target, evidence, path=str(export.path))
     for name, fault in found.refused.items():
         faults.add(name, fault)
-    if not found.modules:
-        faults.refuse()
+    if not found.modules and not faults.names:
         raise InputError(
             f"{export.path}: expected {target.quant_algo} modules ({target.packed_dtype} weights), found none",
             code="export.nothing_quantized",
@@ -181,6 +219,7 @@ def _add_faults(
     target: Format,
     modules: Mapping[str, PackedModule],
     replaced: Mapping[str, str],
+    fused: Sequence[Sequence[str]],
     where: str,
     *,
     has_base: bool,
@@ -189,10 +228,22 @@ def _add_faults(
     # Of a format that has an entry in this room a base is quantized without an export.
     without = "leave out --export, or " if find_spec(f"modelopt_convert.plan.{target.algorithm}") is not None else ""
     hint = f"never calibrated: {without}calibrate with real prompts and export again"
-    add_faults(faults, {name: one for name, one in modules.items() if name not in replaced}, where, hint)
+    told = faults.names
+    due = {
+        name: one if one.fault is None else replace(one, fault=with_keep(one.fault, name, fused))
+        for name, one in modules.items()
+        if name not in replaced and not _is_cut(one, told)
+    }
+    add_faults(faults, due, where, hint)
     for name in () if has_base else replaced:
         if (fault := modules[name].fault) is not None and _is_coded(modules[name]):
             faults.add(name, needs_base(fault))
+
+
+def _is_cut(module: PackedModule, told: Collection[str]) -> bool:
+    """Whether the shape of the weight is told already: scales that do not fit it are no other fault."""
+    fault = module.fault
+    return fault is not None and module.weight.name in told and {one.code for one in fault.each()} == {_SHAPE}
 
 
 def _is_coded(module: PackedModule) -> bool:

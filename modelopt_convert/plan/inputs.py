@@ -2,10 +2,17 @@
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from modelopt_convert.checkpoint.names import module_of
-from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule, is_layout_marker, is_quantizer_state
+from modelopt_convert.dialects.packed import (
+    SCALE_ROLES,
+    TRANSFORM_ROLES,
+    PackedModule,
+    is_layout_marker,
+    is_quantizer_state,
+)
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
 from modelopt_convert.preset.preset import Preset, refuse_other_kind
@@ -15,6 +22,8 @@ _QUANTIZATION = "quantization_config"
 _SHOWN_CHARS = 120  # of a key with its value
 _SHOWN_KEYS = 20
 _ADAPTER = re.compile(r"(^|\.)(base_model\.model\.|base_layer\.|lora_(A|B|up|down|magnitude_vector)\.)")
+_BLOCK = re.compile(r"\.[0-9]+\.")
+Shapes = Mapping[str, tuple[int, ...]]
 _INTEGER_DTYPES = frozenset({"BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
@@ -29,13 +38,13 @@ def check_config_unquantized(base: Source) -> None:
     Raises:
         InputError: ``base.quantized``.
     """
-    path = str(base.path / "config.json")
+    path = base.config_place
     if base.config.get("quantization_config") is not None:
         raise InputError(
             f"{path}: expected an unquantized base, found a quantization_config",
             code="base.quantized",
             path=path,
-            hint="give the original model as --base; what is quantized is the export or the checkpoint",
+            hint="give the original model as the base; what is quantized is the export or the checkpoint",
         )
 
 
@@ -49,13 +58,14 @@ def check_unquantized(base: Source) -> None:
     with faults.taken(_QUANTIZATION):
         check_config_unquantized(base)
     for name, info in base.tensors.items():
-        where = f"{base.path}/{info.file}"
-        if name.rpartition(".")[2] in SCALE_ROLES or is_quantizer_state(name) or is_layout_marker(name):
+        where = f"{base.folder}/{info.file}"
+        role = name.rpartition(".")[2]
+        if role in SCALE_ROLES | TRANSFORM_ROLES.keys() or is_quantizer_state(name) or is_layout_marker(name):
             fault = InputError(
                 f"{where}: tensor {name!r}: expected an unquantized base, found a quantizer's tensor",
                 code="base.quantized",
                 path=where,
-                hint="give the original model as --base, and a ModelOpt export as --export",
+                hint="give the original model as the base; a build takes a ModelOpt export as --export",
             )
             faults.add(name, fault)
             continue
@@ -92,10 +102,10 @@ def check_same_config(mine: Source, base: Source, what: str) -> None:
     Raises:
         InputError: ``base.config``.
     """
-    path, faults = str(base.path / "config.json"), Faults()
+    path, faults = base.config_place, Faults()
     for key, left, right in differing_keys(mine.config, base.config):
         fault = InputError(
-            f"{path}: {key}: expected {left!r} as in the {what}, found {right!r}",
+            f"{path}: {key}: expected {left!r} as in the {what}, found {right!r} ({what}: {mine.config_place})",
             code="base.config",
             path=path,
             hint=f"give the base that the {what} was made from",
@@ -202,16 +212,15 @@ def check_preset(preset: Preset | None, export: Source) -> None:
     Raises:
         InputError: ``preset.wrong_model`` or ``preset.not_diffusion``.
     """
-    refuse_other_kind(export.config, str(export.path / "config.json"))
+    refuse_other_kind(export.config, export.config_place)
     if preset is None:
         return
     faults = Faults()
     for key, expected in preset.misfits(export.config):
         fault = InputError(
-            f"{export.path / 'config.json'}: {key}: preset {preset.name} expects {expected}, "
-            f"found {export.config.get(key)!r}",
+            f"{export.config_place}: {key}: preset {preset.name} expects {expected}, found {export.config.get(key)!r}",
             code="preset.wrong_model",
-            path=str(export.path / "config.json"),
+            path=export.config_place,
             hint="leave --preset out to have it chosen, or name the model's own",
         )
         faults.add(key, fault)
@@ -228,8 +237,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
         refused: Its modules and tensors that are no module of the format, of which nothing is said here.
 
     Raises:
-        InputError: ``base.naming``, ``base.missing_tensor``, ``base.shape``, ``base.dtype`` or
-            ``export.missing_tensor``.
+        InputError: ``base.naming``, ``base.missing_tensor``, ``base.shape``, ``base.dtype``, ``export.shape``
+            or ``export.missing_tensor``.
     """
     # What the export's tensors were before quantization.
     logical = {name: export.tensors[name].shape for name in model_tensors(export)}
@@ -241,7 +250,8 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
         logical[module.weight.name] = (module.rows, module.columns)
     if not logical.keys() & base.tensors.keys():
         raise InputError(
-            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one)",
+            f"{base.path}: holds none of the export's {len(logical)} tensors ({min(logical)!r} for one; "
+            f"export: {export.path})",
             code="base.naming",
             path=str(base.path),
             hint="the names are neither diffusers' nor those of a whole model that mopt knows; give the base whole",
@@ -252,7 +262,7 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
     for name, info in base.tensors.items():
         if name not in logical and name not in odd:
             fault = InputError(
-                f"{base.path}/{info.file}: tensor {name!r} has no counterpart in the export",
+                f"{base.folder}/{info.file}: tensor {name!r} has no counterpart in the export (export: {export.path})",
                 code="export.missing_tensor",
                 path=str(export.path),
                 hint="the export is incomplete, or was made from another base: export again, or give that base",
@@ -264,41 +274,79 @@ def check_base(export: Source, base: Source, modules: Mapping[str, PackedModule]
 def _base_faults(
     logical: Mapping[str, tuple[int, ...]], export: Source, base: Source
 ) -> Iterator[tuple[str, InputError]]:
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    usual = [_by_place(side) for side in (logical, shapes)]
     for name, shape in logical.items():
         info = base.tensors.get(name)
         if info is None:
             yield (
                 name,
                 InputError(
-                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor",
+                    f"{base.path}: expected tensor {name!r} {list(shape)} as in the export, found no such tensor "
+                    f"(export: {export.path})",
                     code="base.missing_tensor",
                     path=str(base.path),
                     hint="give the base that the export was made from, whole",
                 ),
             )
         elif info.shape != shape:
-            yield (
-                name,
-                InputError(
-                    f"{base.path}/{info.file}: tensor {name!r}: expected {list(shape)} as in the export, "
-                    f"found {list(info.shape)}",
-                    code="base.shape",
-                    path=f"{base.path}/{info.file}",
-                    hint="give the base that the export was made from",
-                ),
-            )
+            yield name, _shape_fault(name, logical, export, base, usual)
         elif info.dtype not in HALF_AND_FLOAT and not (
             info.dtype in _INTEGER_DTYPES and info.dtype == export.tensors[name].dtype
         ):
             yield (
                 name,
                 InputError(
-                    f"{base.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                    f"{base.folder}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                     code="base.dtype",
-                    path=f"{base.path}/{info.file}",
+                    path=f"{base.folder}/{info.file}",
                     hint="give an unquantized base",
                 ),
             )
+
+
+def _by_place(shapes: Shapes) -> dict[str, Counter[tuple[int, ...]]]:
+    """How often each shape occurs at one place of all blocks."""
+    found: dict[str, Counter[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        found.setdefault(_BLOCK.sub(".#.", name), Counter())[shape] += 1
+    return found
+
+
+def _shape_fault(
+    name: str, logical: Shapes, export: Source, base: Source, usual: Sequence[Mapping[str, Counter[tuple[int, ...]]]]
+) -> InputError:
+    """The fault of a tensor that has two shapes: of the file that the other blocks, or the bias, of both tell.
+
+    Args:
+        name: Of the tensor.
+        logical: The export's shapes, unpacked.
+        export: The export.
+        base: The base.
+        usual: Of the export and of the base, by ``_by_place``.
+    """
+    mine, theirs, place = logical[name], base.tensors[name].shape, _BLOCK.sub(".#.", name)
+    others = [side[place] - Counter([own]) for side, own in zip(usual, (mine, theirs), strict=True)]
+    told = {max(side, key=lambda shape: side[shape]) if side else None for side in others}
+    bias, bias_of_base = (logical.get(f"{module_of(name)}.bias"), base.tensors.get(f"{module_of(name)}.bias"))
+    is_right = [told == {shape} for shape in (mine, theirs)]
+    if not any(is_right) and bias is not None and bias_of_base is not None and bias == bias_of_base.shape:
+        is_right = [shape[:1] == bias for shape in (mine, theirs)]
+    mine_at, theirs_at = (f"{one.folder}/{one.tensors[name].file}" for one in (export, base))
+    if is_right == [False, True]:
+        return InputError(
+            f"{mine_at}: tensor {name!r}: expected {list(theirs)} as in {theirs_at}, found {list(mine)}",
+            code="export.shape",
+            path=mine_at,
+            hint="the export is cut or mixed up; export again",
+        )
+    either = "" if is_right == [True, False] else "; or export again, if it is the export that is damaged"
+    return InputError(
+        f"{theirs_at}: tensor {name!r}: expected {list(mine)} as in {mine_at}, found {list(theirs)}",
+        code="base.shape",
+        path=theirs_at,
+        hint=f"give the base that the export was made from, whole{either}",
+    )
 
 
 def check_plain(export: Source, modules: Mapping[str, PackedModule], refused: Collection[str]) -> None:
@@ -317,9 +365,9 @@ def check_plain(export: Source, modules: Mapping[str, PackedModule], refused: Co
         info = export.tensors[name]
         if known.isdisjoint((name, module_of(name))) and info.dtype not in HALF_AND_FLOAT | _INTEGER_DTYPES:
             fault = InputError(
-                f"{export.path}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
+                f"{export.folder}/{info.file}: tensor {name!r}: expected BF16, F16 or F32, found {info.dtype}",
                 code="export.dtype",
-                path=f"{export.path}/{info.file}",
+                path=f"{export.folder}/{info.file}",
                 hint="this export is not plain FP8; give the --base, or export again",
             )
             faults.add(name, fault)

@@ -1,6 +1,6 @@
 """What stays in BF16: patterns, fused groups and F32 tensors, matched against a model's modules. Pure, no torch."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -11,7 +11,7 @@ from modelopt_convert.formats.format import Format
 from modelopt_convert.plan.plan import Keeps, RuleCount, Source, Step
 from modelopt_convert.preset.patterns import PatternMatcher, check_pattern, siblings
 from modelopt_convert.preset.preset import Preset
-from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.errors import Faults, InputError, MoptError, joint
 
 
 def apply_patterns(
@@ -90,8 +90,31 @@ def fused_groups(
         if packed:
             groups.append(packed)
     faults.refuse()
-    # A group within a larger one says nothing of its own.
-    return tuple(group for group in dict.fromkeys(groups) if not any(set(group) < set(other) for other in groups))
+    # A group within a larger one says nothing of its own; a larger one has its first member too.
+    having: dict[str, list[set[str]]] = {}
+    for group in dict.fromkeys(groups):
+        for member in group:
+            having.setdefault(member, []).append(set(group))
+    return tuple(one for one in dict.fromkeys(groups) if not any(set(one) < other for other in having[one[0]]))
+
+
+def with_keep(fault: InputError, name: str, fused: Iterable[Sequence[str]]) -> InputError:
+    """The fault, or joint fault, of a module, with the option that keeps it in BF16, where that is a way out.
+
+    Args:
+        fault: Of scales that are missing; or with a hint such as ``--keep-bf16 'NAME'``; or another one.
+        name: Of the module.
+        fused: By ``fused_groups``; a group is kept whole.
+    """
+    members = dict.fromkeys([name, *(member for group in fused if name in group for member in group)])
+    alone, whole = f"--keep-bf16 '{name}'", " ".join(f"--keep-bf16 '{member}'" for member in members)
+
+    def kept(one: MoptError) -> InputError:
+        hint = (one.hint or "").replace(alone, whole)
+        hint += f", or {whole}" if one.code.startswith("export.missing_") else ""
+        return InputError(one.message, code=one.code, path=one.path, hint=hint)
+
+    return joint([(name, kept(one)) for one in fault.each()])
 
 
 def plain_dtype(info: TensorInfo, fp32: Collection[str]) -> str:

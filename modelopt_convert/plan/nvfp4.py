@@ -46,12 +46,12 @@ class _Nvfp4OfBase:
         """ModelOpt's exporter asserts the same (``NVFP4QTensor.get_weights_scaling_factor``)."""
         if info.shape[1] % BLOCK_SIZE == 0:
             return None
-        where = f"{base.path}/{info.file}"
+        where = f"{base.folder}/{info.file}"
         return InputError(
             f"{where}: tensor {info.name!r}: expected K divisible by {BLOCK_SIZE}, found K = {info.shape[1]}",
             code="base.block_size",
             path=where,
-            hint=f"NVFP4 scales blocks of {BLOCK_SIZE} columns: --keep-bf16 '{module_of(info.name)}'",
+            hint=f"NVFP4 scales blocks of {BLOCK_SIZE} columns: build with --keep-bf16 '{module_of(info.name)}'",
         )
 
 

@@ -39,7 +39,15 @@ class Source(Protocol):
 
     @property
     def path(self) -> Location:
-        """Where it lies, for messages."""
+        """What was opened, for messages: a folder, or one file."""
+
+    @property
+    def folder(self) -> Location:
+        """The folder that its files lie in."""
+
+    @property
+    def config_place(self) -> str:
+        """Where its config is, for messages."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -48,6 +56,17 @@ class Source(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """Its config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some tensors of a source."""
+
+    path: Location
+    folder: Location
+    config_place: str
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

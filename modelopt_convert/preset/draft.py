@@ -22,6 +22,7 @@ from modelopt_convert.preset.rules import has_words, rules
 from modelopt_convert.run.errors import InputError
 
 Kind = Literal["structural", "quality"]
+_BY_HAND = "a preset can be written by hand too: `mopt presets flux1-dev` prints one to start from"
 _MOST_PATTERNS = 1000  # of one model; the largest of diffusers has about a hundred
 _SHOWN_CHARS = 200
 _MOST_KEYS = 64  # of a config.json
@@ -62,7 +63,7 @@ class Draft:
     Attributes:
         class_name: Of config.json.
         known: The shipped preset of the same class that was looked at; None without one.
-        sets: By format.
+        sets: By format; none of a format to which nothing can be quantized.
         fused: As in presets.
         shared_scale: As in presets.
         keep_fp32: As in presets.
@@ -97,6 +98,11 @@ def draft_preset(
         InputError: ``preset.draft``: nothing would be quantized, or a name cannot be told from others by a pattern.
     """
     model = _Model(tensors, path)
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, str):
+        found = "none" if class_name is None else repr(class_name)[:_SHOWN_CHARS]
+        words = f"expected a config.json with the _class_name of a transformer, found {found}"
+        raise model.refusal(words, "give --config PATH: the config.json of the transformer, or its folder")
     fused = groups_with_one_input(model.linears, [one.names for one in rules().joined])
     shared = groups_with_one_input(model.linears, [one.names for one in rules().joined if one.shared])
     if known is not None:
@@ -104,10 +110,18 @@ def draft_preset(
         shared = model.groups(known.shared_scale or [])
     fp32 = [glob for glob in (known.keep_fp32 if known else []) if model.has(glob, tensors)]
     names = known.runtime_names if known else {}
+    drafts = {algorithm: _drafted(model, one, fused, known) for algorithm, one in FORMATS.items()}
+    sets = {algorithm: one for algorithm, one in drafts.items() if one.quantized}
+    if not sets:
+        formats = " or ".join(one.quant_algo for one in FORMATS.values())
+        raise model.refusal(
+            f"expected a transformer with Linears to quantize to {formats}, found none to quantize among "
+            f"{len(model.linears)} weights of two dimensions"
+        )
     return Draft(
-        class_name=str(config.get("_class_name")),
+        class_name=class_name,
         known=known,
-        sets={algorithm: _drafted(model, one, fused, known) for algorithm, one in FORMATS.items()},
+        sets=sets,
         fused=tuple(fused),
         shared_scale=tuple(shared),
         keep_fp32=tuple(fp32),
@@ -163,13 +177,13 @@ class _Model:
                 f"{_MOST_PATTERNS} patterns"
             )
 
-    def refusal(self, words: str) -> InputError:
+    def refusal(self, words: str, hint: str = _BY_HAND) -> InputError:
         """That there is nothing to draft."""
         return InputError(
             f"{self.path}: {words}",
             code="preset.draft",
             path=self.path,
-            hint="a preset can be written by hand too: `mopt presets flux1-dev` prints one to start from",
+            hint=hint,
         )
 
 
@@ -194,11 +208,6 @@ def _drafted(model: _Model, target: Format, fused: Sequence[Sequence[str]], know
         if below and first in why:
             why.setdefault(name, (why[first][0], f"below {literal(first)}, by whose name alone SGLang may look it up"))
     _complete_groups(model, fused, why)
-    if not model.linears.keys() - why.keys():
-        raise model.refusal(
-            f"expected a transformer with Linears to quantize to {target.quant_algo}, found none to quantize among "
-            f"{len(model.linears)} weights of two dimensions"
-        )
     return DraftedSet(*_lines(model, why, of_ends))
 
 

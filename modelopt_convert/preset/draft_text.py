@@ -7,7 +7,7 @@ comments.
 import re
 from collections.abc import Iterator, Sequence
 
-from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.format import Algorithm, Format
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.draft import Draft, DraftedLine
 
@@ -61,8 +61,8 @@ def draft_text(draft: Draft) -> str:
         "[runtime_names]",
         *(f"{_string(disk)} = [{', '.join(map(_string, to))}]" for disk, to in draft.runtime_names.items()),
     ]
-    for algorithm in draft.sets:
-        lines += ["", *_section(algorithm, draft)]
+    for algorithm, one in FORMATS.items():
+        lines += ["", *(_section(algorithm, draft) if algorithm in draft.sets else _absent(one))]
     return "\n".join([*lines, ""])
 
 
@@ -82,6 +82,12 @@ def _section(algorithm: Algorithm, draft: Draft) -> Iterator[str]:
     packed = sum(line.linears for line in drafted.quantized)
     yield f"# Of {kept + packed} Linears {kept} are kept by these patterns. The rest, {packed}, is quantized:"
     yield from (f"#   {_string(line.pattern)}: {_counted(line)}" for line in drafted.quantized)
+
+
+def _absent(target: Format) -> Iterator[str]:
+    """Why a preset has no set of one format."""
+    yield f"# No [{target.algorithm}]: no Linear is left that {target.quant_algo} could hold, in whole blocks of "
+    yield f"# {target.block_size} columns."
 
 
 def _patterns(key: str, lines: Sequence[DraftedLine]) -> Iterator[str]:

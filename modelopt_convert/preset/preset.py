@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
-from modelopt_convert.checkpoint.location import read_small
+from modelopt_convert.checkpoint.location import is_far, read_small
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.patterns import check_pattern, stars
@@ -37,6 +39,7 @@ class KeepRules(_Strict):
     source: str = Field(description="where the set comes from")
     min_gpu: str = Field(description="smallest GPU that runs the result")
     known_limits: list[str] = Field(description="what a user should know before building")
+    export_limits: list[str] = Field(default=[], description="what a user should know of ModelOpt's exports")
     structural: _Globs = Field(description="module globs that the runtime cannot load packed")
     quality: _Globs = Field(description="module globs kept for quality")
 
@@ -153,6 +156,10 @@ class Preset(_Sets):
             if (config.get(key) is not None) != is_there:
                 yield key, "a value" if is_there else "none"
 
+    def contradiction(self, config: Mapping[str, Any]) -> tuple[str, str] | None:
+        """The first key of a config.json that has a value which this model has not, and what it has there."""
+        return next((one for one in self.misfits(config) if config.get(one[0]) is not None), None)
+
 
 class LoadedPreset(_Strict):
     """A preset with its text and where it came from.
@@ -205,8 +212,16 @@ class ChosenPreset(_Strict):
         Args:
             repo: Hub id of the base.
         """
-        made = self.loaded.preset if repo is None and self.is_named else self.made_for(repo)
+        made = self._model(repo)
         return repo if made is None else made.known_as or repo or made.base_repo
+
+    def repos(self, repo: str | None) -> list[str]:
+        """Hub ids of the model, where the Hub id of the base tells which it is, or the user."""
+        made = self._model(repo)
+        return [] if made is None else made.repos
+
+    def _model(self, repo: str | None) -> Preset | None:
+        return self.loaded.preset if repo is None and self.is_named else self.made_for(repo)
 
     def _fitting(self) -> list[LoadedPreset]:
         return [self.loaded, *(load_preset(name) for name in self.also)]
@@ -216,12 +231,17 @@ class ChosenPreset(_Strict):
         status = {one.preset.rules(algorithm).status for one in self._fitting()}
         return "validated" if status == {"validated"} else "candidate"
 
-    def limits(self, algorithm: Algorithm) -> list[str]:
+    def limits(self, algorithm: Algorithm, *, exported: bool) -> list[str]:
         """What a user should know of this set; what engines make of the result is in engines/limits.toml.
 
         Of several presets that fit only what all of them say: the rest is of one model, and this may be another.
+
+        Args:
+            algorithm: The format.
+            exported: Whether it is built from an export.
         """
-        told = [one.preset.rules(algorithm).known_limits for one in self._fitting()]
+        rules = [one.preset.rules(algorithm) for one in self._fitting()]
+        told = [[*one.known_limits, *(one.export_limits if exported else ())] for one in rules]
         return [limit for limit in told[0] if all(limit in other for other in told)]
 
 
@@ -281,6 +301,8 @@ def _read(path: Path, name: str) -> str:
         begun = [one for one in known if parts and all(part in one for part in parts)]
         near = None if _is_path(name) else nearest(name, known) or " or ".join(begun)
         told = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(known)}"
+        if is_far(name) or Path(name).is_dir():
+            told = f"a base is no preset: `mopt presets new {shlex.quote(name)}` drafts one for it"
         said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
         why = f"cannot be read: {said or 'it is not UTF-8'}"
         raise InputError(
@@ -357,18 +379,21 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | N
 
 
 def refuse_other_kind(config: Mapping[str, Any], where: str = "config.json") -> None:
-    """Refuse a model of transformers, such as a language model: its config names it in another key.
+    """Refuse a model of transformers, such as a language model, which its config names in another key, and a VAE.
 
     Raises:
         InputError: ``preset.not_diffusion``.
     """
-    named = config.get("architectures")
-    if "_class_name" not in config and isinstance(named, list) and named:
+    named, of_diffusers = config.get("architectures"), config.get("_class_name")
+    other = named[0] if "_class_name" not in config and isinstance(named, list) and named else None
+    if isinstance(of_diffusers, str) and re.search("autoencoder|vae|vqmodel", of_diffusers, re.IGNORECASE):
+        other = of_diffusers
+    if other is not None:
         raise InputError(
-            f"{where}: expected a diffusion transformer of diffusers, found {str(named[0])[:80]}: not a diffusion "
+            f"{where}: expected a diffusion transformer of diffusers, found {str(other)[:80]}: not a diffusion "
             "transformer",
             code="preset.not_diffusion",
-            hint="mopt is for diffusion transformers; give the export of a language model to its engine as it is",
+            hint="mopt is for diffusion transformers; give a language model or a VAE to its engine as it is",
         )
 
 

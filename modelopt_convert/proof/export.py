@@ -19,6 +19,7 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.plan.from_export import needs_base
+from modelopt_convert.plan.keeps import with_keep
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.plan.prediction import num_bytes, row_readings, scale_readings
 from modelopt_convert.proof.due import Due
@@ -72,6 +73,7 @@ def prove(
     base: CheckpointReader | None,
     plan: BuildPlan,
     calibration: Calibration,
+    faults: Faults,
     *,
     max_error: float,
     accept_near: bool,
@@ -81,11 +83,14 @@ def prove(
 ) -> Proof:
     """Run the passes, up to the comparison of all bytes: that is done while they are written (``concluded``).
 
+    A fault ends the look at its module alone. Only another base ends all: each module would say the same.
+
     Args:
         export: The opened export.
         base: The opened base, or None.
         plan: What will be built from them.
         calibration: Amax values to compare scales with; FP8 only.
+        faults: Gets causes that can be named: unusable scales, another base, another layout.
         max_error: Limit of the relative error where codes are not reproduced.
         accept_near: Whether unquantized tensors may differ from the base's, and biases be near them.
         is_whole: Whether all bytes of what is written will be compared, or these rows are all.
@@ -94,13 +99,9 @@ def prove(
 
     Returns:
         The proof; a module may have failed for a reason that cannot be named.
-
-    Raises:
-        InputError: A cause that can be named: unusable scales, another base, another layout.
     """
     rules = format_proof(plan.format.algorithm)
     proof = Proof(plan.format.algorithm, is_rebased=rules.is_rebased)
-    faults = Faults()
     with torch.inference_mode():
         scales = _check_scales(export, base, plan, calibration, proof, workers, advance, faults)
         broken = _check_biases(export, plan, faults)
@@ -109,16 +110,15 @@ def prove(
             _check_unquantized(export, base, plan, proof, workers, advance)
             with faults.taken():
                 _refuse_other_values(export, base, proof, max_error if accept_near else None, broken)
-        faults.refuse()
         _note_fused(plan, scales, proof)
-        proof.odd_inputs = list(odd_input_scales(_inputs(export, plan), scales, plan.fused))
+        proof.odd_inputs = list(odd_input_scales(_inputs(export, plan, scales), scales, plan.fused))
         if base is None:
             return proof
     common = common_dtype(export)
     due = {
         name: Due(plan.format.algorithm, one, casts_of(common, base, one), scales[name], max_error)
         for name, one in plan.modules.items()
-        if name not in proof.unproven
+        if name in scales
     }
 
     def looked(one: Due, _stopped: Event) -> Judgement:
@@ -127,53 +127,84 @@ def prove(
         advance(sum(num_bytes(row_readings(one.module, side.tensors)) for side in (export, base)))
         return found
 
-    def compared(one: Due, stopped: Event) -> Judgement:
-        rows = None if is_whole else sample_rows(one.module.rows, SAMPLED_ROWS)
-        with torch.inference_mode():
-            return _compared(rules, export, base, one, stopped, rows)
-
-    proof.modules = _judged(due, looked, workers)
-    _name_causes(rules, export, proof.modules)
-    due = {name: _informed(one, proof.modules[name]) for name, one in due.items()}
-    # What a few rows refute is refuted as a whole, or not at all, before anything is written.
-    now = {name: one for name, one in due.items() if proof.modules[name].verdict in REFUTED or not is_whole}
-    proof = concluded(proof, _judged(now, compared, workers), export)
-    if is_whole and not any(one.verdict in REFUTED for one in proof.modules.values()):
-        proof.due = {name: due[name] for name in plan.packed if name in due}
+    looks = _judged(due, looked, workers, faults)
+    if _is_other_base(export, looks, faults):
+        return proof
+    with faults.taken():
+        rules.name_cause(export, looks)
+    proof.modules, told = looks, faults.names
+    due = {name: _informed(due[name], one) for name, one in looks.items() if name not in told}
+    # What a few rows refute is refuted as a whole, or not at all, before anything is written. So is what they find too
+    # far from the base in a module that the base replaces: all of it is never compared while it is written.
+    now = {
+        name: one
+        for name, one in due.items()
+        if looks[name].verdict in REFUTED
+        or not is_whole
+        or (name in plan.replaced and looks[name].verdict == "near" and not _is_near(looks[name], max_error))
+    }
+    rows = None if is_whole else SAMPLED_ROWS
+    proof = concluded(proof, compared(export, base, now, workers, faults, rows), export, faults)
+    if is_whole:
+        proof.due = {name: due[name] for name in plan.packed if name in due and name not in now}
     return proof
 
 
-def _judged(due: Mapping[str, Due], judge: Callable[[Due, Event], Judgement], workers: int) -> dict[str, Judgement]:
-    """The judgement on each module.
+def compared(
+    export: CheckpointReader,
+    base: CheckpointReader,
+    due: Mapping[str, Due],
+    workers: int,
+    faults: Faults,
+    count: int | None = None,
+) -> dict[str, Judgement]:
+    """The judgement on each module, by all of its bytes.
 
-    Raises:
-        InputError: Export or base cannot be judged, with the names of all such modules.
+    Args:
+        export: The opened export.
+        base: The opened base.
+        due: What is compared.
+        workers: Modules compared at a time.
+        faults: Gets modules that cannot be judged.
+        count: How many rows of each module are compared; None for all.
     """
-    found, faults = dict[str, Judgement](), Faults()
+
+    def one_compared(one: Due, stopped: Event) -> Judgement:
+        rows = None if count is None else sample_rows(one.module.rows, count)
+        with torch.inference_mode():  # of each thread
+            return _compared(format_proof(one.algorithm), export, base, one, stopped, rows)
+
+    return _judged(due, one_compared, workers, faults)
+
+
+def _judged(
+    due: Mapping[str, Due], judge: Callable[[Due, Event], Judgement], workers: int, faults: Faults
+) -> dict[str, Judgement]:
+    """The judgement on each module; those where export or base cannot be judged are added to the faults."""
+    found = dict[str, Judgement]()
     for name, one in zip(due, all_in_order(list(due.values()), judge, workers), strict=True):
         if isinstance(one, InputError):
             faults.add(name, one)
         else:
             found[name] = one
-    faults.refuse()
     return found
 
 
-def concluded(proof: Proof, found: Mapping[str, Judgement], export: CheckpointReader) -> Proof:
+def concluded(proof: Proof, found: Mapping[str, Judgement], export: CheckpointReader, faults: Faults) -> Proof:
     """The proof once the modules that were due are compared.
 
     Args:
         proof: By ``prove``.
         found: The judgement on each module that was due.
         export: For messages.
-
-    Raises:
-        InputError: A cause that can be named.
+        faults: Gets causes that can be named.
     """
     rules, modules = format_proof(proof.algorithm), dict(proof.modules)
     for name, one in with_shared_scales(rules, found).items():
         modules[name] = replace(one, closeness=one.closeness or modules[name].closeness)
-    _name_causes(rules, export, modules)
+    if not _is_other_base(export, modules, faults):
+        with faults.taken():
+            rules.name_cause(export, modules)
     return replace(proof, modules=modules, due={})
 
 
@@ -222,20 +253,23 @@ def _informed(due: Due, look: Judgement) -> Due:
     return replace(due, reading=due.reading or look.reading, rule=look.rule)
 
 
-def _name_causes(rules: FormatProof, export: CheckpointReader, modules: Mapping[str, Judgement]) -> None:
-    faults = Faults()
-    with faults.taken():
-        rules.name_cause(export, modules)
+def _is_near(one: Judgement, max_error: float) -> bool:
+    return one.closeness is not None and one.closeness.within(max_error)
+
+
+def _is_other_base(export: CheckpointReader, modules: Mapping[str, Judgement], faults: Faults) -> bool:
+    """Whether most modules have nothing to do with the base; that is added to the faults."""
     unrelated = [name for name, one in modules.items() if one.verdict == "unrelated"]
-    if 2 * len(unrelated) > len(modules):
-        fault = InputError(
-            f"{export.path}: {len(unrelated)} of {len(modules)} packed weights have nothing in common with the base",
-            code="export.other_base",
-            path=str(export.path),
-            hint="give the base that the export was made from",
-        )
-        faults.add("", fault.at(unrelated))
-    faults.refuse()
+    if 2 * len(unrelated) <= len(modules):
+        return False
+    fault = InputError(
+        f"{export.path}: {len(unrelated)} of {len(modules)} packed weights have nothing in common with the base",
+        code="export.other_base",
+        path=str(export.path),
+        hint="give the base that the export was made from",
+    )
+    faults.add("", fault.at(unrelated))
+    return True
 
 
 def _check_scales(
@@ -266,7 +300,7 @@ def _check_scales(
         if not isinstance(scale, InputError):
             found[module.name] = scale
         elif module.name not in plan.replaced or any(one.code in rules.never_excused for one in scale.each()):
-            faults.add(module.name, scale)
+            faults.add(module.name, with_keep(scale, module.name, plan.fused))
         elif module.name in plan.dequantized:
             faults.add(module.name, needs_base(scale))
         else:
@@ -274,10 +308,10 @@ def _check_scales(
     return found
 
 
-def _inputs(export: CheckpointReader, plan: BuildPlan) -> dict[str, float]:
-    """The input scales of modules that stay packed, as they will be written."""
+def _inputs(export: CheckpointReader, plan: BuildPlan, scales: Collection[str]) -> dict[str, float]:
+    """The input scales of modules that stay packed, as they will be written; of those with usable ``scales``."""
     found: dict[str, float] = {}
-    for module in (plan.modules[name] for name in plan.packed):
+    for module in (plan.modules[name] for name in plan.packed if name in scales):
         if (info := module.scales.get("input_scale")) is not None:
             found[module.name] = float(load(export, info.name))
         elif "input_scale" in module.calibrated:
@@ -298,9 +332,9 @@ def _check_biases(export: CheckpointReader, plan: BuildPlan, faults: Faults) -> 
     for info in (plan.modules[name].bias for name in plan.packed):
         if info is not None and not bool(load(export, info.name).isfinite().all()):
             fault = InputError(
-                f"{export.path / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
+                f"{export.folder / info.file}: tensor {info.name!r}: expected finite values, found NaN or infinity",
                 code="export.not_finite",
-                path=str(export.path / info.file),
+                path=str(export.folder / info.file),
                 hint="the export is damaged; export again",
             )
             faults.add(info.name, fault)
@@ -347,12 +381,12 @@ def _refuse_other_values(
         names = [name for name in biases if not is_near_base(export, base, name, near)]
         how, more = "are not near the base's", ""
     if names:
-        where = str(export.path / export.tensors[names[0]].file)
+        where = str(export.folder / export.tensors[names[0]].file)
         with torch.inference_mode():
             first = f"{names[0]} {first_difference(export, base, names[0])}"
         listed = f": {few(names)}" if len(names) > 1 else ""
         fault = InputError(
-            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first})",
+            f"{where}: {len(names)} unquantized tensors {how}{listed} ({first}; base: {base.path})",
             code="export.other_base",
             path=where,
             hint="the export was made from another base (a merged LoRA, further training, another revision) or changed "

@@ -122,7 +122,7 @@ class _Comparison:
         if int((codes & 0x7F).amax()) == 0x7F:
             broken = int(((codes & 0x7F) == 0x7F).count_nonzero())
             weight = self.due.module.weight
-            where = str(self.export.path / weight.file)
+            where = str(self.export.folder / weight.file)
             raise InputError(
                 f"{where}: tensor {weight.name!r}: expected finite codes, found {broken} NaN in {len(codes)} rows",
                 code="export.not_finite",
@@ -222,10 +222,10 @@ class _Fp8Proof:
                 if amax is not None and not amax.agrees(found[role]):
                     info = module.scales[role]
                     raise InputError(
-                        f"{export.path / info.file}: tensor {info.name!r} is {found[role]:.9g}, the checkpoint's amax "
-                        f"{amax.value:.9g} gives {amax.scale:.9g}",
+                        f"{export.folder / info.file}: tensor {info.name!r} is {found[role]:.9g}, the checkpoint's "
+                        f"amax {amax.value:.9g} gives {amax.scale:.9g}",
                         code=_AMAX_DISAGREES,
-                        path=str(export.path / info.file),
+                        path=str(export.folder / info.file),
                         hint="export and checkpoint are of different runs; give those of one run, or no --checkpoint",
                     )
         faults.refuse()

@@ -188,19 +188,38 @@ class _Comparison:
         return _Attempt(reading, cast, tally, amax, is_complete=True)
 
     def best(self) -> _Attempt | None:
-        """The attempt that explains the export; None if none does."""
+        """The attempt that explains the export best; None if none does.
+
+        Another cast may give the same codes but for ties, or a magnitude that the global scale was not made of: only an
+        attempt that explains all of it ends the search, and a tie ends that of its reading.
+        """
         nearest: _Attempt | None = None
+        beyond: _Attempt | None = None
         stored = self.base.tensors[self.due.module.weight.name].dtype
         # Quotients are taken in float32: a value of 16 bits is the same there.
         casts = dict.fromkeys(stored if cast == "F32" else cast for cast in self.due.casts)
         for reading in self.readings():
+            tied: _Attempt | None = None
             for cast in casts:
                 one = self.attempt(reading, cast)
-                if one.tally.is_exact or one.tally.is_tied:
+                is_like = one.tally.is_exact or one.tally.is_tied
+                if not is_like and not (one.is_complete and one.tally.is_nearest and not one.tally.is_damaged):
+                    continue
+                if not self.is_scaled(one):
+                    beyond = beyond or one
+                elif one.tally.is_exact:
                     return one
-                if nearest is None and one.is_complete and one.tally.is_nearest and not one.tally.is_damaged:
-                    nearest = one
-        return nearest
+                elif is_like:
+                    tied = tied or one
+                else:
+                    nearest = nearest or one
+            if tied is not None:
+                return tied
+        return nearest or beyond
+
+    def is_scaled(self, one: _Attempt) -> bool:
+        """Whether the global scale reaches the largest magnitude that was seen."""
+        return one.amax <= float(self.global_scale(one.reading)) * E2M1_MAX * E4M3_MAX * _CLIPPED
 
     def amax(self, cast: str) -> float:
         """Largest magnitude of the base."""
@@ -270,7 +289,7 @@ class _Comparison:
         found, is_whole = self.best(), self.rows is None
         verdict: Verdict
         rule: str | None
-        if found is not None and found.amax <= float(self.global_scale(found.reading)) * E2M1_MAX * E4M3_MAX * _CLIPPED:
+        if found is not None and self.is_scaled(found):
             tally, near = found.tally, None
             verdict = "reproduced" if tally.is_exact else "reproduced but for ties" if tally.is_tied else "nearest"
             rule = "max calibration" if verdict != "nearest" else "nearest codes under searched scales"

@@ -38,8 +38,8 @@ def padding_bytes(export: CheckpointReader, module: PackedModule, stopped: Event
 def not_padding(export: CheckpointReader, info: TensorInfo, found: str) -> InputError:
     """The error for padding that holds something: codes, or scales."""
     return InputError(
-        f"{export.path / info.file}: tensor {info.name!r}: expected zeros in the padding, found {found}",
+        f"{export.folder / info.file}: tensor {info.name!r}: expected zeros in the padding, found {found}",
         code="export.padding",
-        path=str(export.path / info.file),
+        path=str(export.folder / info.file),
         hint=f"these {found} are not those of this weight; export again",
     )

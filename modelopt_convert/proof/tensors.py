@@ -195,9 +195,9 @@ def finite(base: CheckpointReader, module: PackedModule, amax: float) -> float:
     if not amax < float("inf"):
         info = base.tensors[module.weight.name]
         raise InputError(
-            f"{base.path / info.file}: tensor {info.name!r}: expected finite weights, found NaN or infinity",
+            f"{base.folder / info.file}: tensor {info.name!r}: expected finite weights, found NaN or infinity",
             code="base.not_finite",
-            path=str(base.path / info.file),
+            path=str(base.folder / info.file),
             hint="the base is damaged; download it again",
         )
     return amax
@@ -233,12 +233,12 @@ def common_dtype(export: CheckpointReader) -> str:
 def unusable_scale(export: CheckpointReader, module: PackedModule, role: str, expected: str, found: str) -> InputError:
     """The error for a scale that no kernel could use."""
     info = module.scales[role]
-    where = str(export.path / info.file)
+    where = str(export.folder / info.file)
     return InputError(
         f"{where}: tensor {info.name!r}: expected {expected}, found {found}",
         code="export.unusable_scale",
         path=where,
-        hint=f"the module was all zero or never calibrated; export again, or --keep-bf16 '{module.name}'",
+        hint=f"the module was all zero or never calibrated; export again, or build with --keep-bf16 '{module.name}'",
     )
 
 

@@ -1,12 +1,13 @@
 """The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from modelopt_convert.run.text import few, general
+from modelopt_convert.run.text import few, general, in_ranges
 
 
 class ExitCode(IntEnum):
@@ -71,7 +72,7 @@ class MoptError(Exception):
 
     exit_code: ClassVar[ExitCode]
     report: RunReport | None = None
-    parts: "tuple[tuple[str, Self], ...]" = ()
+    parts: "tuple[tuple[str, MoptError], ...]" = ()
 
     def __init__(self, message: str, *, code: str, path: str | None = None, hint: str | None = None) -> None:
         """Keep the parts apart so that the terminal and the JSON report can each show them."""
@@ -85,9 +86,14 @@ class MoptError(Exception):
         """The same failure, with the names of all places that it is about behind its message."""
         return joint([(name, self) for name in names])
 
-    def each(self) -> list[Self]:
+    def each(self) -> "list[MoptError]":
         """The faults that it is joint of, or itself alone."""
         return [fault for _, fault in self.parts] or [self]
+
+    def about(self, parts: "Iterable[tuple[str, MoptError]]") -> Self:
+        """The same failure in the same words, with what it is about in its report."""
+        self.parts = tuple(parts)
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Come whole out of another process; Exception's own way calls the class with the message alone."""
@@ -188,8 +194,12 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+Parts = tuple[tuple[str, MoptError], ...]
 Failure = TypeVar("Failure", bound=MoptError)
 _KINDS = 10  # in one line
+_KEPT_NAME = re.compile(r"--keep-bf16 '([^']*)'")
+_KEPT = re.compile(r"--keep-bf16 '[^']*'(?: --keep-bf16 '[^']*')*")
+_OPTIONS = 20  # in one hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +209,7 @@ class Kind:
     Attributes:
         code: Of all.
         line: What is wrong with the first, how many have the fault, and their first names.
-        hint: What to do about the first.
+        hint: What to do about the first; where that is to keep it in BF16, about all.
         path: The file of the first.
         names: All places, each once, in the order in which they were found.
     """
@@ -226,8 +236,21 @@ def kinds(parts: Sequence[tuple[str, MoptError]]) -> list[Kind]:
             line += f": {few(names)}" if names and names[0] not in line else ""
         elif len(members) > 1:
             line += f"; {len(members)} have this fault: {few(names)}"
-        found.append(Kind(code, line, first.hint, first.path, names))
+        found.append(Kind(code, line, _hint_for([*members.values()]), first.path, names))
     return found
+
+
+def _hint_for(faults: Sequence[MoptError]) -> str | None:
+    """What to do about all faults of a kind: the first one's hint, with all modules that their hints would keep."""
+    hint = faults[0].hint
+    if hint is None or len(faults) == 1 or not (kept := _KEPT.search(hint)):
+        return hint
+    modules = dict.fromkeys(name for fault in faults for name in _KEPT_NAME.findall(fault.hint or ""))
+    patterns = in_ranges(modules)
+    options = " ".join(f"--keep-bf16 '{pattern}'" for pattern in patterns)
+    if len(patterns) > _OPTIONS:
+        options = "--keep-bf16 for each module that `error.faults` of --json lists, with all of its fused group"
+    return f"{hint[: kept.start()]}{options}{hint[kept.end() :]}"
 
 
 def joint(parts: Sequence[tuple[str, Failure]]) -> Failure:
@@ -247,43 +270,85 @@ def joint(parts: Sequence[tuple[str, Failure]]) -> Failure:
 
 
 class Faults:
-    """What one look finds wrong. It is raised together at the end of the look, so that one run tells all."""
+    """What one run finds wrong. It is raised together once all was looked at, so that one run tells all."""
 
     def __init__(self) -> None:
         """Nothing is wrong yet."""
-        self._found: list[tuple[str, InputError]] = []
+        self._found: list[tuple[str, MoptError]] = []
+        self._prefix = self._where = ""
 
     def __bool__(self) -> bool:
         """Whether anything is wrong."""
         return bool(self._found)
 
-    def add(self, name: str, fault: InputError) -> None:
+    @property
+    def names(self) -> frozenset[str]:
+        """All places at which something is wrong."""
+        return frozenset(one.removeprefix(self._prefix) for one, _ in self._found if one.startswith(self._prefix))
+
+    def parts(self) -> Parts:
+        """What is wrong, each with its place."""
+        return tuple(self._found)
+
+    def under(self, prefix: str, *, where: str = "") -> "Faults":
+        """The same faults, for a look whose places all have a prefix: those of one transformer of several.
+
+        Args:
+            prefix: Of the places.
+            where: The checkpoint that a fault without a file is about.
+        """
+        view = Faults()
+        view._found, view._prefix, view._where = self._found, f"{self._prefix}{prefix}", where
+        return view
+
+    def add(self, name: str, fault: MoptError) -> None:
         """One more, or all parts of a joint one.
 
         Args:
             name: Of the module, tensor, pattern or key; empty for none.
             fault: What is wrong there.
         """
-        self._found.append((name, fault))
+        parts = fault.parts or ((name, fault),)
+        self._found += [(f"{self._prefix}{one}", _at_place(each, self._where)) for one, each in parts]
 
     @contextmanager
-    def taken(self, name: str = "", prefix: str = "") -> Iterator[None]:
+    def taken(self, name: str = "") -> Iterator[None]:
         """Take what is raised inside, and go on behind.
 
         Args:
             name: Of the place, for a fault without one.
-            prefix: Put before the names of all parts.
         """
         try:
             yield
-        except InputError as error:
-            self._found += [(f"{prefix}{one}", fault) for one, fault in error.parts or ((name, error),)]
+        except (InputError, CheckFailedError) as error:
+            self.add(name, error)
 
     def refuse(self) -> None:
         """Raise what was found.
 
         Raises:
-            InputError: All faults in one, if there are any.
+            MoptError: All faults in one, if there are any; the first one's class is the class of all.
         """
         if self._found:
             raise joint(self._found) from self._found[0][1]
+
+
+@contextmanager
+def about(where: str) -> Iterator[None]:
+    """Say of what is raised inside without a file that it is about this one.
+
+    Args:
+        where: The checkpoint.
+    """
+    try:
+        yield
+    except InputError as error:
+        faults = Faults().under("", where=where)
+        faults.add("", error)
+        raise (joint(faults.parts()) if error.parts else faults.parts()[0][1]) from error
+
+
+def _at_place(fault: MoptError, where: str) -> MoptError:
+    if not where or fault.path is not None or not isinstance(fault, InputError):
+        return fault
+    return InputError(f"{where}: {fault.message}", code=fault.code, path=where, hint=fault.hint)

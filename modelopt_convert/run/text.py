@@ -1,5 +1,6 @@
 """Text of others, made fit for a terminal or for a report: file names need not be UTF-8. No torch."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Sequence
 _LINE_CHARS = 4000
 # What differs between faults of one kind: shapes, what stands in parentheses, numbers.
 _PARTICULAR = re.compile(r"\[[^\]]*\]|\(.*\)|[0-9][0-9.e+-]*")
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,5}")  # of a block
 
 
 def unicode_text(text: str) -> str:
@@ -36,6 +39,28 @@ def few(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
+
+
+def in_ranges(modules: Iterable[str]) -> list[str]:
+    """Patterns of the language of ``--keep-bf16`` that match these modules and no other: ``blocks.[3:6].proj``.
+
+    Args:
+        modules: Names. Those that differ only in their first number, and count on, become one pattern.
+    """
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for name in modules:
+        parts = name.split(".")
+        at = next((at for at, part in enumerate(parts) if part == "0" or _NUMBER.fullmatch(part)), len(parts))
+        number = int(parts[at]) if at < len(parts) else 0
+        found.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :])), {})[number] = name
+    patterns = []
+    for (before, behind), names in found.items():
+        starts = [number for number in sorted(names) if number - 1 not in names]
+        for start in starts:
+            end = next(number for number in itertools.count(start) if number not in names)
+            segments = [before, f"[{start}:{end}]", behind]
+            patterns.append(names[start] if end == start + 1 else ".".join(filter(None, segments)))
+    return patterns
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

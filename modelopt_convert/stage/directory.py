@@ -277,7 +277,7 @@ class StagingDir:
                 f"{self.output.parent}: {num_bytes} bytes are needed, {free} are free",
                 code="storage.no_space",
                 path=str(self.output.parent),
-                hint="free some space, or give an --output on another disk; an old OUT stands until the new is whole",
+                hint="free some space, or give an OUT on another disk; an old OUT stands until the new is whole",
             )
 
     def _swap(self, replaces: bool) -> tuple[Method, Path | None]:

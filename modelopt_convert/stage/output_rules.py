@@ -6,6 +6,7 @@ not among the parents.
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,13 +44,13 @@ def check_output_allowed(
     if not output.exists():
         return None
     if not overwrite and not overwrite_foreign:
-        raise _refuse(output, "exists", "exists", "give another --output, or --overwrite to replace a checkpoint")
+        raise _refuse(output, "exists", "exists", "give another OUT, or --overwrite to replace a checkpoint")
     try:
         if what := _other_than_checkpoint(output):
-            raise _refuse(output, what, "not_a_checkpoint", "move it away yourself, or give another --output")
+            raise _refuse(output, what, "not_a_checkpoint", "move it away yourself, or give another OUT")
         standing = standing_at(output)
     except PermissionError as error:
-        hint = "make it readable, or give another --output"
+        hint = "make it readable, or give another OUT"
         raise _refuse(output, f"{error.filename} in it may not be read", "unreadable", hint) from error
     except OSError as error:
         raise storage_error(error, output) from error
@@ -58,7 +59,7 @@ def check_output_allowed(
             output,
             f"holds what no record of mopt lists, or what is not as recorded: {in_words(standing.foreign)}",
             "foreign",
-            "move it away, give another --output, or --overwrite-foreign to lose it with the old checkpoint",
+            "move it away, give another OUT, or --overwrite-foreign to lose it with the old checkpoint",
         )
     return standing
 
@@ -71,11 +72,11 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
     """
     parent = output.parent
     if len(os.fsencode(f".{output.name}{_STAGE_SUFFIX}")) > _MAX_NAME_BYTES:
-        raise _refuse(output, "has too long a name for a stage beside it", "name_too_long", "give a shorter --output")
+        raise _refuse(output, "has too long a name for a stage beside it", "name_too_long", "give OUT a shorter name")
     if output.is_symlink():
         raise _refuse(output, "is a symlink", "symlink", "give the folder itself")
     if not parent.is_dir():
-        raise _refuse(output, f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {parent}")
+        raise _refuse(output, *_no_folder(parent))
     for source in inputs:
         if source.exists():  # an input that was removed meanwhile cannot be harmed
             refuse_overlap(output, source)
@@ -87,9 +88,17 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
     if os.path.ismount(output):
         raise _refuse(output, "is a mount point or the root folder", "mount_point", "give a folder inside it")
     if is_mounted_below(output):
-        raise _refuse(output, "has something mounted inside", "mount_point", "unmount it, or give another --output")
+        raise _refuse(output, "has something mounted inside", "mount_point", "unmount it, or give another OUT")
     if here in {_inode(place) for place in _special_folders() if place.exists()}:
         raise _refuse(output, "is the home or the current folder", "special_folder", "give a folder inside it")
+
+
+def _no_folder(parent: Path) -> tuple[str, str, str]:
+    """What is wrong with a parent that is no folder, the code and what to do: below a file none can be made."""
+    standing = next(one for one in (parent, *parent.parents) if one.exists())
+    if not standing.is_dir():
+        return f"has no parent folder: {standing} is a file", "no_parent", "give an OUT in a folder"
+    return f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {shlex.quote(str(parent))}"
 
 
 def _special_folders() -> list[Path]:
@@ -152,11 +161,11 @@ def refuse_overlap(output: Path, source: Path) -> None:
     """
     out_chain, source_chain = _chain(output), _chain(source)
     if output.exists() and out_chain[0] == source_chain[0]:
-        raise _refuse(output, f"is the input {source}", "is_input", "give another --output; inputs are never changed")
+        raise _refuse(output, f"is the input {source}", "is_input", "give another OUT; inputs are never changed")
     if source_chain[0] in out_chain or _lies_in(output, source):
-        raise _refuse(output, f"lies inside the input {source}", "inside_input", "give an --output outside it")
+        raise _refuse(output, f"lies inside the input {source}", "inside_input", "give an OUT outside it")
     if output.exists() and (out_chain[0] in {*source_chain, *_around_links(source)} or _lies_in(source, output)):
-        raise _refuse(output, f"holds the input {source}", "around_input", "give an --output beside it")
+        raise _refuse(output, f"holds the input {source}", "around_input", "give an OUT beside it")
 
 
 def _around_links(source: Path) -> set[tuple[int, int]]:

@@ -55,7 +55,7 @@ class Sweep:
                     f"{self.output}: another mopt is writing it (its stage is {other.name})",
                     code="output.busy",
                     path=str(self.output),
-                    hint="wait for it to finish, or give another --output",
+                    hint="wait for it to finish, or give another OUT",
                 )
             try:
                 self._sweep(other, number)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import (
     Evidence,
@@ -15,7 +16,7 @@ from modelopt_convert.dialects.packed import (
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.layout import CANONICAL, Layout, declared_layout
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
-from modelopt_convert.run.errors import InconclusiveError, InputError
+from modelopt_convert.run.errors import Faults, InconclusiveError, InputError
 from modelopt_convert.verification.gemm.operands import Weight, operand_format
 
 
@@ -28,12 +29,14 @@ class Subject:
         format: Of its modules.
         modules: By name.
         layout: How packed modules are declared to lie.
+        refused: Modules that are none of the format, of which nothing is compared.
     """
 
     reader: CheckpointReader
     format: Format
     modules: Mapping[str, PackedModule]
     layout: Layout
+    refused: frozenset[str] = frozenset()
 
     def operands(self, module: PackedModule, rows: Sequence[int] | None = None) -> Weight:
         """One module's weight in the canonical layout, read as declared.
@@ -49,8 +52,13 @@ class Subject:
         return operand_format(self.format.algorithm).read(self.reader, module, self.layout, rows)
 
 
-def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Subject:
+def find_subject(reader: CheckpointReader, base: CheckpointReader | None, faults: Faults | None = None) -> Subject:
     """Make out what is quantized in a checkpoint, by dtype and shape.
+
+    Args:
+        reader: The opened checkpoint.
+        base: Its opened base, or None.
+        faults: Gets what ``find_packed`` refuses of modules, where there are others to be looked at.
 
     Raises:
         InputError: ``verify.nothing_quantized``, or what ``find_packed`` refuses.
@@ -59,7 +67,14 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Sub
     target = format_of(reader.tensors)
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
     evidence = Evidence(true_shapes, dynamic_inputs=declares_dynamic_inputs(reader.config))
-    modules = find_packed(reader.tensors, target, evidence, path=path).or_raise()
+    found = find_packed(reader.tensors, target, evidence, path=path)
+    refused = frozenset(module_of(name) if name in reader.tensors else name for name in found.refused)
+    modules = {name: one for name, one in found.modules.items() if name not in refused}
+    if faults is None or not modules:
+        modules = found.or_raise()
+    else:
+        for name, fault in found.refused.items():
+            faults.add(name, fault)
     if not modules:
         raise InputError(
             f"{path}: expected {' or '.join(one.quant_algo for one in FORMATS.values())} modules, found none",
@@ -67,14 +82,9 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None) -> Sub
             path=path,
             hint="give what build-nvfp4 or convert-fp8 wrote, or a ModelOpt export",
         )
-    found = reader.config.get("quantization_config")
-    keys = found if isinstance(found, dict) else {}
-    return Subject(
-        reader,
-        target,
-        modules,
-        declared_layout(keys).over(CANONICAL),
-    )
+    declared = reader.config.get("quantization_config")
+    keys = declared if isinstance(declared, dict) else {}
+    return Subject(reader, target, modules, declared_layout(keys).over(CANONICAL), refused)
 
 
 def device_of(wanted: str | None) -> torch.device:

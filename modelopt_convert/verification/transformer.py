@@ -11,8 +11,9 @@ from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
-from modelopt_convert.run.errors import first_line
+from modelopt_convert.run.errors import Faults, first_line
 from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.text import by_kind
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm import metrics
 from modelopt_convert.verification.levels.container import container_level, look
@@ -93,6 +94,7 @@ def verify_opened(
     *,
     with_record: bool,
     proof: str | None = None,
+    faults: Faults | None = None,
 ) -> VerifyReport:
     """All levels of one transformer.
 
@@ -104,10 +106,11 @@ def verify_opened(
         progress: Told what is read.
         with_record: Whether mopt.json is asked, and all bytes are read for it.
         proof: How the proof of a build ended, in words; None where the bytes and the record say it.
+        faults: Gets modules that are none of the format, as ``find_subject`` adds them.
     """
-    subject = find_subject(reader, base)
+    subject = find_subject(reader, base, faults)
     # A record is about all that a folder holds; one file is looked at alone.
-    record = read_record(reader.path) if with_record and not reader.is_alone else None
+    record = read_record(reader.folder) if with_record and not reader.is_alone else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
     if with_record:
@@ -224,7 +227,7 @@ def run_kernels(
 def _verdict(found: VerifyReport, record: dict[str, Any] | None, edited: Sequence[str]) -> tuple[Verdict, str]:
     failed = [level for level in found.levels if level.status == "fail"]
     if any(level.level != "L3" for level in failed):
-        return "fail", failed[0].failures[0]
+        return "fail", by_kind(failed[0].failures)[0]
     if (words := disagree(found.modules)) is not None:
         return "backends disagree", words
     if failed:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
 from modelopt_convert.report.words import NEAR_WORDS, PROOFS
@@ -15,8 +15,10 @@ _KERNEL = "the kernel is in question, not the checkpoint; try another --backend,
 _SWAPPED = re.compile(r"the even column is in the \w+ nibble, declared \w+")
 _BELIEVED = re.compile(r" would read the (scales|\w+ nibble) as ")
 _UNREADABLE = re.compile(r"scales \[[\d, ]+\] cannot be read as \w+")
+_UNCALIBRATED = re.compile(r": (no|FP8 without) input_scale")  # what lint says of a module
 _ORDERED = re.compile(r"the scales are (linear|128x4), declared \w+")
 
+Place = tuple[str, CheckFailedError]
 SEVERITY: tuple[Verdict, ...] = ("prewarmed", "pass", "inconclusive", "backend broken", "backends disagree", "fail")
 
 
@@ -63,12 +65,11 @@ def conclude(found: VerifyReport, options: VerifyOptions, base: str | None = Non
     """
     where = found.checkpoint
     if found.verdict == "fail":
-        instead = ", or --accept-near to pass what is not proven" if found.proof == NEAR_WORDS else ""
         raise CheckFailedError(
             f"{where}: {found.statement}",
             code="check.verify",
             path=where,
-            hint=_rewrite(found, base) or f"the report names every module; build or export it again{instead}",
+            hint=_rewrite(found, base) or _remedied(found),
         )
     if found.verdict in ("backend broken", "backends disagree"):
         raise BackendError(
@@ -100,6 +101,29 @@ def conclude(found: VerifyReport, options: VerifyOptions, base: str | None = Non
             path=where,
             hint="run it where the GPU and the kernels are",
         )
+
+
+def failures_of(found: Mapping[str, VerifyReport], places: Mapping[str, Collection[str]]) -> Iterator[Place]:
+    """What failed in several transformers, each failure with the module or tensor that it is about.
+
+    Args:
+        found: By prefix.
+        places: Modules and tensors of each transformer, without their prefix.
+    """
+    for prefix, one in found.items():
+        for words in (words for level in one.levels if level.status == "fail" for words in level.failures):
+            name, where = words.partition(": ")[0], f"{one.checkpoint}: {prefix}{words}"
+            failure = CheckFailedError(where, code="check.verify", path=one.checkpoint, hint=_remedied(one))
+            yield f"{prefix}{name}" if name in places[prefix] else "", failure
+
+
+def _remedied(found: VerifyReport) -> str:
+    """What to do about a checkpoint that failed for more than its layout."""
+    uncalibrated = {words.partition(": ")[0] for words in found.level("L0").failures if _UNCALIBRATED.search(words)}
+    if found.modules and uncalibrated == found.modules.keys():
+        return "never calibrated: calibrate with real prompts and export again"
+    instead = ", or --accept-near to pass what is not proven" if found.proof == NEAR_WORDS else ""
+    return f"the report names every module; build or export it again{instead}"
 
 
 def _rewrite(found: VerifyReport, base: str | None) -> str | None:

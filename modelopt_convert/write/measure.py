@@ -8,6 +8,7 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.tensor_bytes import largest_of_chunk
+from modelopt_convert.plan.keeps import with_keep
 from modelopt_convert.plan.plan import BuildPlan
 from modelopt_convert.proof.judgement import format_proof
 from modelopt_convert.run.errors import Faults, InputError
@@ -46,19 +47,19 @@ def measure(
         found = _largest(base, plan.modules[name], advance, stopped, gpu)
         if scale_of(found) == 0.0:
             info = plan.modules[name].weight
-            where = str(base.path / info.file)
+            where = str(base.folder / info.file)
             raise InputError(
                 f"{where}: tensor {info.name!r}: expected values to scale, found none above {found}",
                 code="base.all_zero",
                 path=where,
-                hint=f"the base is damaged or not trained; download it again, or --keep-bf16 '{name}'",
+                hint=f"the base is damaged or not trained; download it again, or build with --keep-bf16 '{name}'",
             )
         return found
 
     largest, faults = dict[str, float](), Faults()
     for name, found in zip(plan.packed, all_in_order(plan.packed, measured, workers), strict=True):
         if isinstance(found, InputError):
-            faults.add(name, found)
+            faults.add(name, with_keep(found, name, plan.fused))
         else:
             largest[name] = found
     faults.refuse()
@@ -90,7 +91,7 @@ def _largest(
     gpu: "Gpu | None",
 ) -> float:
     info = module.weight
-    where = str(base.path / info.file)
+    where = str(base.folder / info.file)
     found = 0.0
     try:
         pieces = gpu.largest(base, info) if gpu is not None else _pieces(base, info)

@@ -1,16 +1,18 @@
 """What a task reads of an input, for a process that has not opened it: the headers are not parsed again. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.checkpoint.recipe import recipe_of
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.plan.prediction import step_readings
 from modelopt_convert.proof.due import due_readings
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.write.recipe_data import from_data, to_data
 from modelopt_convert.write.task import ShardTask
 
 
@@ -20,12 +22,14 @@ class SourcePart:
 
     Attributes:
         folder: The checkpoint, as an absolute path.
-        tensors: Those tensors.
+        tensors: Those tensors, without their recipes.
+        recipes: Of those that are no stretch of a file, by name, as ``recipe_data`` writes them.
         files: Size and modification time (ns) of each file that holds one, as they were when it was first opened.
     """
 
     folder: Path
     tensors: tuple[TensorInfo, ...]
+    recipes: Mapping[str, Any]
     files: Mapping[str, tuple[int, int]]
 
 
@@ -36,28 +40,21 @@ def part_of(reader: CheckpointReader, origin: Origin, task: ShardTask) -> Source
         reader: The input, on disk.
         origin: Which input it is.
         task: Is done elsewhere.
-
-    Raises:
-        InputError: ``executor.presented``: the input is read by recipes, which stay in this process.
     """
-    assert isinstance(reader.path, Path)
+    assert isinstance(reader.folder, Path)
     steps = step_readings(task.steps, origin, reader.tensors)
     compared = due_readings(task.due, origin, reader.tensors)
     names = dict.fromkeys(name for name, _, _ in (*steps, *compared))
     tensors = tuple(reader.tensors[name] for name in names)
-    if any(info.recipe is not None for info in tensors):
-        raise InputError(
-            f"{reader.path}: --executor ray takes tensors as they lie, and this input is in another dialect or naming",
-            code="executor.presented",
-            path=str(reader.path),
-            hint="leave --executor out; or bring the input into ModelOpt's dialect first, with mopt convert",
-        )
+    read = {one.file for info in tensors for one in recipe_of(info).extents(0, info.num_bytes)}
+    recipes = {info.name: to_data(info.recipe) for info in tensors if info.recipe is not None}
     files: dict[str, tuple[int, int]] = {}
-    for name in sorted({info.file for info in tensors}):
+    for name in sorted(read):
         file = reader.opened(name)
         assert isinstance(file, LocalFile)
         files[name] = file.state
-    return SourcePart(reader.path.absolute(), tensors, files)
+    plain = tuple(replace(info, recipe=None) for info in tensors)
+    return SourcePart(reader.folder.absolute(), plain, recipes, files)
 
 
 class PartReader(CheckpointReader):
@@ -76,5 +73,6 @@ class PartReader(CheckpointReader):
         """The files that are needed, instead of all; their headers were checked by whoever made the part."""
         for name, state in self._part.files.items():
             self._files[name] = LocalFile(self._part.folder, name, state=state)
-        self.tensors = {info.name: info for info in self._part.tensors}
+        made = {name: from_data(data) for name, data in self._part.recipes.items()}
+        self.tensors = {info.name: replace(info, recipe=made.get(info.name)) for info in self._part.tensors}
         return {}

@@ -130,7 +130,7 @@ def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Mad
             rows, columns = step.output.shape
             yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, step.layout.scales)
     except ValueError as error:
-        where = str(reader.path / source.file)
+        where = str(reader.folder / source.file)
         fp8 = step.op in ("copy_e4m3", "quantize_fp8", "dequantize_fp8")
         raise InputError(
             f"{where}: tensor {source.name!r}: {error}",

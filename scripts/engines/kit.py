@@ -22,8 +22,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts" / "make"), str(HERE)]
 
-from conversions import BUILDS, FAMILIES, LOADERS, Row, key_of, make, rows, section  # noqa: E402
-from families import PRESETS  # noqa: E402
+from conversions import BUILDS, LOADERS, Row, key_of, make, rows, section  # noqa: E402
+from conversions import FAMILIES as CONVERTED_FAMILIES  # noqa: E402
+from families import ALL, NOT_RUN  # noqa: E402
 from set_up import ENGINES, missing, set_up  # noqa: E402
 
 from modelopt_convert.formats.table import FORMATS  # noqa: E402
@@ -40,7 +41,7 @@ holds is decoded by what the engine settled on, and compared with what the check
 against the base. No GEMM is run.
 
 - *right*: all is held, to the last bits of float32.
-- *loss*: packed weights are a little off, or are not kept packed; all others are as they lie.
+- *loss*: weights are a little off, or packed ones are not kept packed; all others are as they lie.
 - *wrong*: other values than the checkpoint's. *fails*: it does not load.
 
 `mopt` knows these as `modelopt_convert/engines/limits.toml`, and a test compares the two. It refuses what fails or is
@@ -52,7 +53,7 @@ wrong in the engine that a checkpoint is built for (`--engine`), but for `--allo
 
 def build(exports: Path, family: str, algorithm: str, out: Path) -> Path:
     """A checkpoint of one family in one format, with its preset, whatever engines make of it."""
-    preset, _ = PRESETS[family]
+    preset, _ = ALL[family]
     where = exports / family
     BUILDS[algorithm](
         preset=preset,
@@ -110,14 +111,14 @@ def page(rows: Iterable[Row], conversions: Iterable[Row]) -> str:
     titles = [f"{engine} {ENGINES[engine]['version']}" for engine in engines]
     lines = [f"| family | format | {' | '.join(titles)} |", "|---|---|" + "---|" * len(engines)]
     notes = []
-    for family in PRESETS:
+    for family in ALL:
         for algorithm in FORMATS:
             cells = [by_key.get((engine, family, algorithm)) for engine in engines]
             words = " | ".join(one["outcome"] if one else "-" for one in cells)
             lines.append(f"| {family} | {algorithm.upper()} | {words} |")
             notes += [_note(one) for one in cells if one is not None and one["outcome"] != "right"]
     alike = Counter(note.partition(": ")[2] for note in notes)
-    everywhere = {note for note, count in alike.items() if count == len(PRESETS) * len(FORMATS)}
+    everywhere = {note for note, count in alike.items() if count == len(ALL) * len(FORMATS)}
     notes = [note for note in notes if note.partition(": ")[2] not in everywhere]
     notes += [f"- in all of a column: {note}" for note in sorted(everywhere)]
     counts = []
@@ -125,6 +126,7 @@ def page(rows: Iterable[Row], conversions: Iterable[Row]) -> str:
         mine = [row for row in by_key.values() if row["engine"] == engine]
         right = sum(row["outcome"] == "right" for row in mine)
         counts.append(f"- {title}: {right} of {len(mine)} right")
+    counts += [f"- not run: {family} in {engine}, since {why}" for (engine, family), why in NOT_RUN.items()]
     whole = HEAD + "\n".join([*lines, "", *counts, "", "## What is not right", "", *notes, ""])
     return whole + section(conversions)
 
@@ -146,7 +148,7 @@ def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--family", nargs="+", choices=list(ALL), default=list(ALL))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     absent = {engine: why for engine in options.engine if (why := missing(engine)) is not None}
@@ -160,13 +162,14 @@ def main() -> int:
         if not exports.exists():
             export = [sys.executable, ROOT / "scripts" / "make" / "make_export.py", exports, "--family", "all"]
             subprocess.run([*export, *BUILDS], check=True, stdout=subprocess.DEVNULL)
-        families = [family for family in options.family if family in PRESETS]
-        built = [build(exports, family, algorithm, Path(name)) for family in families for algorithm in BUILDS]
+        pairs = [(family, algorithm) for family in options.family for algorithm in BUILDS]
+        built = {one: build(exports, *one, Path(name)) for one in pairs}
         for engine in engines:
             python = set_up(engine, ROOT / ".venv" / "engines" / engine)
-            found += load(engine, python, built)
+            found += load(engine, python, [built[one] for one in pairs if (engine, one[0]) not in NOT_RUN])
             if engine in LOADERS:
-                others += load_converted(engine, python, exports, options.family, Path(name))
+                families = [family for family in options.family if family in CONVERTED_FAMILIES]
+                others += load_converted(engine, python, exports, families, Path(name))
     before, before_of = recorded(), converted()
     other = [row for row in found if before.get(key(row)) != row]
     other += [row for row in others if before_of.get(key_of(row)) != row]
@@ -174,7 +177,7 @@ def main() -> int:
         print(f"{' '.join(map(str, row.values()))}"[:2000])
     if options.write:
         merged = before | {key(row): row for row in found}
-        order = [(engine, family, form) for engine in ENGINES for family in PRESETS for form in BUILDS]
+        order = [(engine, family, form) for engine in ENGINES for family in ALL for form in BUILDS]
         merged_of = before_of | {key_of(row): row for row in others}
         kept = [merged[one] for one in order if one in merged]
         kept_of = [merged_of[one] for one in rows() if one in merged_of]

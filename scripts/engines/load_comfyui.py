@@ -35,6 +35,7 @@ def start() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is never set is NaN, and not what the memory held
 
 
 def load(checkpoint: Path) -> tuple[Tensors, Tensors]:
@@ -99,7 +100,7 @@ def _sizes(config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     if model == "ltxav":
         return {key: value for key, value in config.items() if key.endswith(("_dim", "_heads", "_channels"))}
     if model == "lumina2":
-        keys = ("n_heads", "n_kv_heads", "axes_dims")
+        keys = ("n_heads", "n_kv_heads", "n_refiner_layers", "axes_dims")
         sizes = {"z_image_modulation": True, "pad_tokens_multiple": 32, "ffn_dim_multiplier": 8.0 / 3.0}
         return sizes | {key: config[key] for key in keys}
     return {}

@@ -3,8 +3,8 @@
     python load_sglang.py CHECKPOINT ...
 
 SGLang runs unmodified but for: a gloo process group of one; ``tensor.cuda()`` as the identity, which the
-post-processing of FP4 calls; the lookup of a GEMM backend, which needs flashinfer on a GPU; and one FP8 kernel, in
-torch.
+post-processing of FP4 calls; the lookup of a GEMM backend, which needs flashinfer on a GPU; one FP8 kernel, in torch;
+and the sizes of two models, which SGLang takes from no config.json.
 """
 
 import dataclasses
@@ -25,6 +25,23 @@ CONFIGS = {
     "HunyuanVideoTransformer3DModel": ("hunyuan", "HunyuanConfig"),
     "LTX2VideoTransformer3DModel": ("ltx_2", "LTX2PipelineConfig"),
     "SD3Transformer2DModel": ("stablediffusion3", "StableDiffusion3PipelineConfig"),
+    "ZImageTransformer2DModel": ("zimage", "ZImagePipelineConfig"),
+    "Krea2Transformer2DModel": ("krea2", "Krea2PipelineConfig"),
+}
+# SGLang's names of sizes, and those of config.json: it knows the published models' by heart.
+SIZES = {
+    "ZImageTransformer2DModel": {"num_attention_heads": "n_heads", "num_layers": "n_layers"},
+    "Krea2Transformer2DModel": {
+        "heads": "num_attention_heads",
+        "kvheads": "num_key_value_heads",
+        "layers": "num_layers",
+        "tdim": "timestep_embed_dim",
+        "txtdim": "text_hidden_dim",
+        "txtlayers": "num_text_layers",
+        "txtheads": "text_num_attention_heads",
+        "txtkvheads": "text_num_key_value_heads",
+        "axes_dims": "axes_dims_rope",
+    },
 }
 _ONE = (
     "tp_size", "sp_degree", "hsdp_replicate_dim", "hsdp_shard_dim", "kv_gather_degree", "ulysses_degree", "ring_degree",
@@ -91,8 +108,15 @@ def _arguments(checkpoint: Path) -> Any:
     """ServerArgs with the defaults of its fields, for one process and the pipeline of the checkpoint's class."""
     from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_server_args
 
-    module, name = CONFIGS[json.loads((checkpoint / "config.json").read_text())["_class_name"]]
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config["_class_name"] not in CONFIGS:
+        raise LookupError(f"SGLang has no pipeline for {config['_class_name']}")
+    module, name = CONFIGS[config["_class_name"]]
     pipeline = getattr(importlib.import_module(f"sglang.multimodal_gen.configs.pipeline_configs.{module}"), name)()
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.get(config["_class_name"], {}).items()}
+    if "heads" in sizes:  # of patches of 2 by 2
+        sizes |= {"features": sizes["heads"] * config["attention_head_dim"], "channels": config["in_channels"] // 4}
+    vars(pipeline.dit_config.arch_config).update(sizes)
     arguments = object.__new__(ServerArgs)
     for field in dataclasses.fields(ServerArgs):
         default = None if field.default is dataclasses.MISSING else field.default

@@ -2,7 +2,8 @@
 
     python load_vllm_omni.py CHECKPOINT ...
 
-Its code runs unmodified but for a gloo process group of one and the choice of GEMM kernels, which needs a GPU.
+Its code runs unmodified but for a gloo process group of one, the choice of GEMM kernels, which needs a GPU, and the
+name of one kernel, which Z-Image's activation looks up when it is made.
 Parameters are NaN, or a code, before loading, so that what is never set is seen.
 """
 
@@ -25,6 +26,10 @@ MODULES = {
     "WanTransformer3DModel": "wan2_2.wan2_2_transformer",
     "QwenImageTransformer2DModel": "qwen_image.qwen_image_transformer",
     "LTX2VideoTransformer3DModel": "ltx2.ltx2_transformer",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video.hunyuan_video_15_transformer",
+    "SD3Transformer2DModel": "sd3.sd3_transformer",
+    "ZImageTransformer2DModel": "z_image.z_image_transformer",
+    "Krea2Transformer2DModel": "krea2.krea2_transformer",
 }
 _KEPT: list[Any] = []  # contexts that stay open
 
@@ -50,6 +55,9 @@ def start() -> None:
     platform.set_device = classmethod(lambda _cls, _device: None)
     parallel_state.init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo")
     parallel_state.initialize_model_parallel(backend="gloo")
+    kernels = torch.library.Library("_C", "FRAGMENT")
+    kernels.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
+    _KEPT.append(kernels)
     importlib.import_module("vllm.model_executor.layers.quantization.modelopt")
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.model_executor.layers.quantization") and module is not None:

@@ -33,7 +33,7 @@ from modelopt_convert.preset.draft import draft_preset
 from modelopt_convert.preset.draft_text import draft_text
 from modelopt_convert.preset.patterns import PatternMatcher
 from modelopt_convert.preset.preset import Preset, load_preset, parse_preset, preset_names
-from modelopt_convert.run.errors import MoptError
+from modelopt_convert.run.errors import Faults, MoptError
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "presets.md"
 MARK = "<!-- What follows is made by scripts/make/make_drafts.py; do not edit. -->\n"
@@ -186,7 +186,11 @@ def plans(base: Headers, preset: Preset, linears: frozenset[str]) -> Iterator[Bu
             for role in target.scales:
                 tensors[f"{module}.{role}"] = TensorInfo(f"{module}.{role}", "F32", (), weight.file, 0, 4)
         export = Headers(Path("export"), tensors, {**base.config, "quantization_config": _DECLARED})
-        yield plan_mixed(target, export, base, keeps, max_shard_size=_SHARD)
+        faults = Faults()
+        plan = plan_mixed(target, export, base, keeps, faults, max_shard_size=_SHARD)
+        faults.refuse()
+        assert plan is not None  # or there were faults
+        yield plan
 
 
 def tried(name: str) -> Tried:

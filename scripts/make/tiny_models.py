@@ -375,7 +375,7 @@ FAMILIES = {
         inputs=_sd3_inputs,
         left_alone=r".*(pos_embed|time_text_embed|context_embedder|norm_out)",
     ),
-    # ModelOpt's examples have none: what SGLang can load packed.
+    # ModelOpt's examples have none: what SGLang can load packed. It takes the feed-forwards' width from the model's.
     "krea2": Family(
         class_name="Krea2Transformer2DModel",
         config={
@@ -384,15 +384,15 @@ FAMILIES = {
             "attention_head_dim": 32,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "intermediate_size": 192,
+            "intermediate_size": 384,
             "timestep_embed_dim": 32,
             "text_hidden_dim": 64,
             "num_text_layers": 3,
             "text_num_attention_heads": 2,
             "text_num_key_value_heads": 2,
-            "text_intermediate_size": 96,
-            "num_layerwise_text_blocks": 1,
-            "num_refiner_text_blocks": 1,
+            "text_intermediate_size": 256,
+            "num_layerwise_text_blocks": 2,
+            "num_refiner_text_blocks": 2,
             "axes_dims_rope": (8, 12, 12),
         },
         inputs=_krea2_inputs,

@@ -96,7 +96,7 @@ FORMS = (
     Mutant(
         "dialects/bfl_form.py",
         "an input scale that diffusers requires",
-        'if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in tensors:',
+        'if quantized.algorithm == "nvfp4" and f"{module}.input_scale" not in described.tensors:',
         "if False:",
         (f"{_LAWS}::test_what_a_dialect_has_no_place_for_is_refused",),
     ),

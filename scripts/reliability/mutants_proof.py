@@ -5,6 +5,7 @@ from mutants_disk import Mutant
 _BLOCKS = "proof/test_blocks.py"
 _NVFP4 = "proof/test_judgement.py"
 _FP8 = "proof/test_judgement_fp8.py"
+_CASTS = "commands/build/test_base_dtypes.py"
 _NAMES = "verification/test_record.py::test_a_renamed_weight_file_fails"
 
 
@@ -84,10 +85,16 @@ PROOF = (
     _blocks("the other neighbour below", "for step in (-1, 1):", "for step in (1,):"),
     _blocks("the other neighbour above", "for step in (-1, 1):", "for step in (-1,):"),
     _blocks("the larger of both errors", "torch.maximum(error[tied], ", "torch.minimum(error[tied], "),
-    _nvfp4("one reading for all rows", "if one.tally.is_exact or one.tally.is_tied:", "if one.tally.scales_equal:"),
-    _nvfp4("damage is not nearest", " and not one.tally.is_damaged:", ":"),
-    _nvfp4("the nearest is nearest", "and one.is_complete and one.tally.is_nearest", "and one.is_complete"),
-    _nvfp4("nothing is clipped", "found.amax <= float(", "found.amax >= 0 * float("),
+    _nvfp4(
+        "one reading for all rows",
+        "is_like = one.tally.is_exact or one.tally.is_tied",
+        "is_like = bool(one.tally.scales_equal)",
+    ),
+    _nvfp4("damage is not nearest", " and not one.tally.is_damaged)", ")"),
+    _nvfp4("the nearest is nearest", "one.is_complete and one.tally.is_nearest and", "one.is_complete and"),
+    _nvfp4("nothing is clipped", "one.amax <= float(", "one.amax >= 0 * float("),
+    Mutant("proof/nvfp4.py", "a tie does not end the search", "tied = tied or one", "return one", (_CASTS,)),
+    Mutant("proof/nvfp4.py", "a cast that no scale was made of", "beyond = beyond or one", "return one", (_CASTS,)),
     _nvfp4("a scale far too large", "verdict if near.within(self.due.max_error) else", "verdict if near else"),
     _nvfp4("what is tied is not exact", '"reproduced" if tally.is_exact else', '"reproduced" if tally.is_tied else'),
     _nvfp4("compressed: codes", "if not torch.equal(packed, _canonical(tile.stored, reading)) or not", "if not"),
@@ -124,14 +131,14 @@ PROOF = (
     _shared("compressed beside the largest alone", '"near" if one.rule == COMPRESSED else "nearest"', '"nearest"'),
     _shared("a weight of zeros", " if scale else 1.0", ""),
     _export("the scales of all modules together", "in with_shared_scales(rules, found).items():", "in found.items():"),
-    _export("most modules tell another base", "2 * len(unrelated) > len(", "2 * len(unrelated) >= len("),
-    _export("another base is told", "if 2 * len(unrelated) > len(modules):", "if False:"),
+    _export("most modules tell another base", "2 * len(unrelated) <= len(", "2 * len(unrelated) < len("),
+    _export("another base is told", "if 2 * len(unrelated) <= len(modules):", "if True:"),
     _padding("columns of padding are zero", "stored[:, half:].count_nonzero() + ", ""),
     _padding("rows of padding are zero", " + stored[max(0, module.rows - top) :, :half].count_nonzero()", ""),
     _padding("rows are counted on", "top += len(stored)", "pass"),
     _padding("padding of scales is counted", "num_bytes - module.rows * module.columns // BLOCK_SIZE", "num_bytes * 0"),
     _shared("the factor of a group", "for scale in calibrated)", "for scale in calibrated[:1] * 2)"),
-    _export("a cause is named", "    _name_causes(rules, export, modules)\n    return", "    return"),
+    _export("a cause is named", "    if not _is_other_base(export, modules, faults):\n", "    if False:\n"),
     _export("what rows tell is tried first", "reading=due.reading or look.reading, rule=look.rule", "rule=look.rule"),
     _export("sampled rows are kept", "one.closeness or modules[name].closeness", "one.closeness"),
     _export(

@@ -265,9 +265,30 @@ RULES = (
     Mutant(
         "commands/rewrite/proof.py",
         "scales of what is rewritten can be used",
-        "if one.code in SCALE_FAULTS]",
+        "if one.code in due]",
         "if False]",
         ("commands/test_rewrite.py::test_a_rewrite_whose_scales_no_kernel_could_use_is_refused",),
+    ),
+    Mutant(
+        "checkpoint/reader.py",
+        "one file is named, and not its folder",
+        "        self.path = path\n",
+        "        self.path = path.parent if self.is_alone else path\n",
+        ("commands/test_file_is_named.py::test_the_file_is_named_and_no_folder",),
+    ),
+    Mutant(
+        "stage/output_rules.py",
+        "a file is no missing folder",
+        "if not standing.is_dir():",
+        "if False:",
+        ("cli/test_below_a_file.py::test_the_file_is_named",),
+    ),
+    Mutant(
+        "commands/convert/output.py",
+        "the config of a record is of the file's bytes",
+        "and changed_since(claim.digests, reader.tensors, reader.read_of) is None:",
+        "and True:",
+        ("commands/convert/test_inexact.py::test_a_config_of_other_bytes_is_not_taken",),
     ),
     Mutant(
         "commands/rewrite/proof.py",

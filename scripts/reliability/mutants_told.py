@@ -7,6 +7,7 @@ _STYLE = "verification/test_page_style.py::test_"
 _TERMINAL = "cli/test_terminal.py::test_"
 _SURFACE = "cli/test_surface.py::test_"
 _EXPLAIN = "cli/test_explain.py::test_"
+_AT_ONCE = "commands/build/test_all_at_once.py::test_"
 _FOREIGN = "checkpoint/test_foreign.py::test_"
 
 
@@ -159,5 +160,40 @@ TOLD = (
         'raise foreign(prefix, file) or InputError(\n            f"{file}: the header claims {length} bytes, the fo',
         'raise InputError(\n            f"{file}: the header claims {length} bytes, the fo',
         (f"{_FOREIGN}the_kind_is_named_and_what_to_run",),
+    ),
+    Mutant(
+        "plan/keeps.py",
+        "a hint keeps a fused group whole",
+        "for group in fused if name in group for member in group",
+        "for group in fused if False for member in group",
+        (f"{_AT_ONCE}what_the_hints_say_makes_the_build_succeed",),
+    ),
+    Mutant(
+        "run/errors.py",
+        "a hint keeps all modules of a kind",
+        "for fault in faults for name in _KEPT_NAME",
+        "for fault in faults[:1] for name in _KEPT_NAME",
+        (f"{_AT_ONCE}what_the_hints_say_makes_the_build_succeed",),
+    ),
+    Mutant(
+        "commands/build/faults.py",
+        "data is looked at where headers are refused",
+        "is_blind = request.dry_run or",
+        "is_blind = True or",
+        (f"{_AT_ONCE}several_kinds_in_some_modules_are_all_told",),
+    ),
+    Mutant(
+        "proof/export.py",
+        "a replaced module that is far from the base is compared whole",
+        "or (name in plan.replaced and",
+        "or (False and",
+        ("proof/test_refusals.py::test_a_module_that_the_base_replaces_is_not_near_with_a_wrong_row",),
+    ),
+    Mutant(
+        "plan/inputs.py",
+        "the file whose shape is wrong is named",
+        "if is_right == [False, True]:",
+        "if False:",
+        ("plan/test_refusals_base.py::test_the_bias_and_the_other_blocks_tell_which_shape_is_wrong",),
     ),
 )

@@ -88,7 +88,7 @@ def test_a_variant_that_the_index_names_is_read(files: tuple[str, ...], sharded:
 def test_one_file_without_its_folder(sharded: Path) -> None:
     (sharded / "config.json").write_text('{"model_type": "of another tool"}')
     with CheckpointReader(sharded / B) as reader:
-        assert (reader.path, reader.files, reader.config) == (sharded, (B,), {})
+        assert (reader.path, reader.folder, reader.files, reader.config) == (sharded / B, sharded, (B,), {})
         assert reader.tensors.keys() == SHARDS[B].keys()
         assert reader.read("b.weight") == bytes(SHARDS[B]["b.weight"].tolist())
     assert reader_refusal(sharded / "config.json").code.startswith("header.")

@@ -18,7 +18,9 @@ from support import copy, edit, load, run_mopt
 import modelopt_convert as mopt
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.preset.patterns import siblings
+from modelopt_convert.preset.preset import load_preset, preset_names
 
 # With ModelOpt's export of each, which has the modules that its recipe quantizes.
 BUILT = (*FAMILIES, "z_image") if LONG else ("z_image", "wan", "hunyuan_video")
@@ -137,6 +139,9 @@ def test_what_is_no_base_is_refused_in_one_line(families: Path, exports: Path, t
     shutil.copy(base / "config.json", nothing)
     language = copy(no_config, tmp_path / "language")
     (language / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    vae, no_class = copy(no_config, tmp_path / "vae"), copy(no_config, tmp_path / "no-class")
+    (vae / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    (no_class / "config.json").write_text('{"model_type": "clip_text_model"}')
     hollow = copy(no_config, tmp_path / "hollow")
     save_file({}, hollow / "model.safetensors")
     shutil.copy(base / "config.json", hollow)
@@ -165,6 +170,8 @@ def test_what_is_no_base_is_refused_in_one_line(families: Path, exports: Path, t
         nothing: "preset.draft",
         hollow: "preset.draft",
         language: "preset.not_diffusion",
+        vae: "preset.not_diffusion",
+        no_class: "preset.draft",
         odd: "preset.draft",
     }.items():
         if code == "base.quantized" and not place.exists():
@@ -200,3 +207,42 @@ def test_a_draft_names_no_repo_so_that_a_build_needs_a_base(families: Path, tmp_
     outcome = run_mopt("build-nvfp4", "--preset", mine, "--output", tmp_path / "out")
     assert outcome.exit_code == 2 and "names no repo" in outcome.message, outcome.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("columns", [24, 1])
+def test_what_nvfp4_cannot_hold_is_drafted_for_fp8(tmp_path: Path, columns: int) -> None:
+    base, mine, out = tmp_path / "base", tmp_path / "mine.toml", tmp_path / "out"
+    base.mkdir()
+    names = [f"blocks.{number}.ff.{role}.weight" for number in range(4) for role in ("up", "down")]
+    save_file({name: torch.ones(16, columns, dtype=torch.bfloat16) for name in names}, base / "model.safetensors")
+    (base / "config.json").write_text('{"_class_name": "MadeUpTransformer2DModel"}')
+    found = run_mopt("presets", "new", base, json_report=False)
+    assert found.exit_code == 0 and f"then mopt convert-fp8 --preset ./mine.toml --base {base}" in found.stderr
+    mine.write_text(found.stdout)
+    assert "# No [nvfp4]: " in found.stdout and "nvfp4" not in tomllib.loads(found.stdout)
+    assert run_mopt("build-nvfp4", "--preset", mine, "--base", base, "--output", out).error_code == "preset.algorithm"
+    outcome = run_mopt("convert-fp8", "--preset", mine, "--base", base, "--output", out)
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    assert sum(one.dtype == torch.float8_e4m3fn for one in load(out).values()) == 4
+    verified = run_mopt("verify", out, "--base", base)
+    assert verified.report is not None and verified.report["verify"]["proof"] == "proven"
+
+
+@pytest.mark.parametrize("place", ["hf://me/model", "./folder", "folder"])
+def test_a_base_in_the_place_of_a_preset_is_told_of_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    outcome = run_mopt("presets", place)
+    assert outcome.error_code == "preset.unknown" and f"`mopt presets new {place}` drafts one" in outcome.stderr
+    assert "presets new" not in run_mopt("presets", "./absent.toml").stderr
+
+
+def test_the_list_fits_a_terminal_and_stands_in_columns() -> None:
+    lines = run_mopt("presets", json_report=False).stdout.splitlines()
+    names = [preset.name for preset in (load_preset(name).preset for name in preset_names())]
+    starts = [lines[0].index(title) for title in ("class", *FORMATS)]
+    assert max(map(len, lines)) <= 80 and [line.split()[0] for line in lines[1:]] == names
+    for line in lines:
+        assert all(line[at - 2 : at] == "  " and line[at] != " " for at in starts), line

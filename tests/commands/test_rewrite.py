@@ -433,6 +433,21 @@ def test_a_rewrite_whose_scales_no_kernel_could_use_is_refused(
     assert [one.name for one in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_file_without_any_input_scale_is_no_damaged_one(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """As ComfyUI's files may be; none was there before the rewrite."""
+    source = edit(
+        nvfp4,
+        tmp_path / "source",
+        lambda tensors: [
+            swapped(tensors),
+            *(tensors.pop(one) for one in list(tensors) if one.endswith(".input_scale")),
+        ],
+    )
+    done = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
+    assert done.exit_code == 0 and done.report is not None, done.stderr
+    assert "export.odd_input_scale" in {one["code"] for one in done.report["warnings"]}
+
+
 def test_a_rewrite_says_what_is_odd_about_input_scales(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     def plant(tensors: Tensors) -> None:
         swapped(tensors)

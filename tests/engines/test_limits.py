@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 from conversions import rows
-from families import PRESETS
+from families import ALL, NOT_RUN
 from kit import converted, key, page, recorded
 from root import ROOT
 from set_up import ENGINES
@@ -37,8 +37,9 @@ def test_every_fact_that_was_shown_by_a_run_is_in_the_record() -> None:
 
 
 def test_every_engine_family_and_format_was_run() -> None:
-    expected = {(engine, family, algorithm) for engine in ENGINES for family in PRESETS for algorithm in FORMATS}
-    assert recorded().keys() == expected
+    pairs = {(engine, family) for engine in ENGINES for family in ALL} - NOT_RUN.keys()
+    assert recorded().keys() == {(*pair, algorithm) for pair in pairs for algorithm in FORMATS}
+    assert NOT_RUN.keys() <= {(engine, family) for engine in ENGINES for family in ALL}
     assert all(row["version"] == ENGINES[row["engine"]]["version"] for row in ROWS)
 
 
@@ -75,6 +76,29 @@ def test_a_fact_may_depend_on_a_value_of_the_config() -> None:
     for channels, expected in ((64, []), (128, ["fails"]), (384, ["fails"])):
         found = limits({"_class_name": "FluxTransformer2DModel", "in_channels": channels}, "fp8")
         assert [one.grade for one in found if one.engine == "sglang"] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "wrong"),
+        ({"use_prompt_embeddings": False}, "fails"),
+        ({"use_prompt_embeddings": False, "ff_bias": True}, "fails"),
+        ({"use_prompt_embeddings": False, "ff_bias": False}, "wrong"),
+    ],
+)
+def test_a_fact_of_some_values_goes_before_that_of_the_class(values: dict[str, bool], expected: str) -> None:
+    """SGLang knows the key of LTX-2.5's config.json, which the same value stands under, and not that of LTX-2.3's."""
+    found = limits({"_class_name": "LTX2VideoTransformer3DModel"} | values, "fp8")
+    assert [one.grade for one in found if one.engine == "sglang"] == [expected]
+
+
+def test_a_fact_may_depend_on_the_base() -> None:
+    """FLUX.1 Kontext has the config.json of FLUX.1 [dev]."""
+    flux1 = {"_class_name": "FluxTransformer2DModel", "in_channels": 64}
+    kontext = "black-forest-labs/FLUX.1-Kontext-dev"
+    for repos, expected in (((), []), (("black-forest-labs/FLUX.1-dev",), []), (("me/other", kontext), ["fails"])):
+        assert [one.grade for one in limits(flux1, "nvfp4", repos) if one.engine == "sglang"] == expected
 
 
 def test_a_fact_of_a_class_goes_before_that_of_all_classes() -> None:

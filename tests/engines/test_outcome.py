@@ -23,7 +23,7 @@ from support import Tensors, load
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.engines import comfyui, diffusers, sglang, vllm_omni
+from modelopt_convert.engines import comfyui, diffusers, sglang_files, vllm_omni
 from modelopt_convert.engines.outcome import HALVED, UNSCALED, Reading, is_quantized
 from modelopt_convert.formats.layout import CANONICAL
 from modelopt_convert.formats.nvfp4.codes import dequantize_nvfp4 as ours
@@ -63,7 +63,7 @@ def test_sglang_settles_on_what_is_said(tmp_path: Path) -> None:
             if not is_quantized(reader.tensors):
                 assert one["config"] == "NoneType"
                 continue
-            found = sglang.read(reader.tensors, reader.metadata, reader.config, is_file=source.is_file())
+            found = sglang_files.read(reader.tensors, reader.metadata, reader.config, is_file=source.is_file())
         compared += 1
         if "raises" in one:
             told = f"raises {one['raises']}" == found.how or found.how.startswith("refuses quant_algo")

@@ -36,7 +36,7 @@ def looked_at(folder: Path, base: Path | None) -> dict[str, EngineVerdict]:
     with CheckpointReader(folder) as reader:
         against = CheckpointReader(base) if base is not None else None
         component = inspect_component(reader, against, every_scale=False, max_error=0.2)
-        return {one.engine: one for one in engine_verdicts(reader, component.modules, is_file=False)}
+        return {one.engine: one for one in engine_verdicts(reader, component.modules)}
 
 
 @pytest.mark.parametrize(("family", "form"), [(family, form) for family in FAMILIES for form in ("nvfp4", "fp8")])

@@ -42,6 +42,30 @@ def test_a_base_of_another_shape_is_refused(
     refused(nvfp4, other, tmp_path, code="base.shape", names=names, hint="the base that the export was made from")
 
 
+def test_where_nothing_tells_which_shape_is_wrong_both_files_are_named(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """A bias outside of any block."""
+    other = edit(base, tmp_path / "base", lambda tensors: tensors.update({"x_embedder.bias": torch.zeros(3)}))
+    names = (f"{nvfp4 / 'transformer'}/{SHARD}", f"{other}/", "'x_embedder.bias'", "found [3]")
+    refused(nvfp4, other, tmp_path, code="base.shape", names=names, hint="or export again, if it is the export")
+
+
+@pytest.mark.parametrize("module", ["x_embedder", "transformer_blocks.1.norm1.linear"])
+def test_the_bias_and_the_other_blocks_tell_which_shape_is_wrong(
+    module: str, nvfp4: Path, base: Path, tmp_path: Path
+) -> None:
+    """Of a module outside of blocks, whose bias both have alike, and of one that another block has too."""
+
+    def cut(tensors: Tensors) -> None:
+        weight = tensors[f"{module}.weight"]
+        tensors[f"{module}.weight"] = weight[: len(weight) // 2].clone()
+
+    export = edit(nvfp4, tmp_path / "export", cut)
+    names = (f"{export}/{SHARD}", f"'{module}.weight'")
+    refused(export, base, tmp_path, code="export.shape", names=names, hint="export again")
+    other = edit(base, tmp_path / "base", cut)
+    refused(nvfp4, other, tmp_path, code="base.shape", names=(f"{other}/", f"'{module}.weight'"), hint="give the base")
+
+
 def test_many_tensors_of_another_shape_are_counted(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     def halve(tensors: Tensors) -> None:
         for name in list(tensors):
@@ -106,7 +130,7 @@ def test_who_wrote_the_base_does_not_matter(nvfp4: Path, base: Path, tmp_path: P
 @pytest.mark.parametrize("found", [{"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}])
 def test_a_quantized_base_is_refused(found: Any, nvfp4: Path, base: Path, tmp_path: Path) -> None:
     other = edit(base, tmp_path / "base", change_config=set_config("quantization_config", found))
-    refused(nvfp4, other, tmp_path, code="base.quantized", names=(f"{other}/config.json",), hint="--base")
+    refused(nvfp4, other, tmp_path, code="base.quantized", names=(f"{other}/config.json",), hint="the original model")
 
 
 def test_the_export_as_its_own_base_is_refused(nvfp4: Path, tmp_path: Path) -> None:

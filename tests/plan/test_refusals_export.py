@@ -209,7 +209,7 @@ def test_a_weight_that_is_no_whole_number_of_blocks_is_refused(nvfp4: Path, base
 
 def test_a_weight_narrower_than_the_bases_is_refused(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     export = edit(nvfp4, tmp_path / "export", cut("weight", lambda weight: weight[:, :-1]))
-    refused(export, base, tmp_path, code="base.shape", names=(f"{PACKED}.weight", "[160, 798]", "[160, 800]"))
+    refused(export, base, tmp_path, code="export.shape", names=(f"{PACKED}.weight", "[160, 798]", "[160, 800]"))
 
 
 @pytest.mark.parametrize(("row", "code"), [(45, "export.padding"), (None, None)])

@@ -81,7 +81,8 @@ def check(base: Headers) -> bool:
     preset = parse_preset(draft_text(draft), path="draft").preset
     matcher = PatternMatcher(dict.fromkeys(map(module_of, base.tensors)))
     linears = {name for name, shape in weights(base).items() if len(shape) == 2 and 0 not in shape}
-    assert sorted(preset.sets()) == sorted(FORMATS)
+    assert preset.sets().keys() == draft.sets.keys() >= {"fp8"}  # which can hold what NVFP4 can, and more
+    assert all((f"# No [{algorithm}]: " in draft_text(draft)) == (algorithm not in draft.sets) for algorithm in FORMATS)
     for algorithm, rules in preset.sets().items():
         one = draft.sets[algorithm]
         assert rules.structural == [line.pattern for line in one.structural]

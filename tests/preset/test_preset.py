@@ -102,7 +102,7 @@ def inherited_by(path: Path) -> list[Path]:
 def test_what_a_build_of_two_transformers_is_said_to_be(name: str) -> None:
     """docs/support.md said of one; test_fp8_hazards.py shows that it is of all."""
     for rules in load_preset(name).preset.sets().values():
-        assert "a build is of every transformer that the export quantized" in "; ".join(rules.known_limits)
+        assert "a build is of every transformer that the export quantized" in "; ".join(rules.export_limits)
 
 
 def test_a_made_preset_is_read() -> None:

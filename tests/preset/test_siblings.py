@@ -88,7 +88,8 @@ def test_a_repo_alone_tells_two_apart(folder: Path) -> None:
         assert chosen(unknown) == ("one", ["two"], False)
     found = choose_preset({"_class_name": "FluxTransformer2DModel"}, "nvfp4")
     assert found.made_for(None) is None and found.made_for("me/tuned") is None
-    assert "limit of all" in found.limits("nvfp4") and not [one for one in found.limits("nvfp4") if "of one" in one]
+    told = found.limits("nvfp4", exported=True)
+    assert "limit of all" in told and not [one for one in told if "of one" in one]
     for repo in ("org/Repo-two", "org/Other-two"):
         made = found.made_for(repo)
         assert made is not None and made.name == "two"
@@ -125,10 +126,10 @@ def test_a_shipped_preset_is_chosen_by_its_repos_and_names_no_other_model(preset
         assert not found.is_named and found.made_for(None) is None and found.made_for("me/tuned") is None
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "flux1-kontext-dev"])
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-krea-dev"])
 def test_a_base_on_the_hub_gets_its_own_name(name: str, hub: LoopbackHub, exports: Path, tmp_path: Path) -> None:
-    """FLUX.1 Kontext has the config.json of FLUX.1 [dev]: its repo alone tells them apart."""
-    names = [name, *({"flux1-dev", "flux1-kontext-dev"} - {name})]
+    """FLUX.1 Krea [dev] has the config.json of FLUX.1 [dev]: its repo alone tells them apart."""
+    names = [name, *({"flux1-dev", "flux1-krea-dev"} - {name})]
     wanted, other = (load_preset(one).preset for one in names)
     hub.seed(wanted.base_repo, make_pipeline(exports / "base", tmp_path / "base"))
     request = ["build-nvfp4", "--export", exports / "nvfp4", "--base", f"hf://{wanted.base_repo}", "--pipeline-output"]
@@ -211,7 +212,14 @@ def test_nothing_is_called_by_a_siblings_name(
 
 def test_an_output_is_not_named_after_one_of_two(folder: Path, exports: Path, tmp_path: Path) -> None:
     put(folder, alpha=sibling("alpha"), beta=sibling("beta"))
-    request = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base", "--dry-run"]
+    request = ["build-nvfp4", "--export", exports / "nvfp4", "--base", exports / "base"]
     outcome = run_mopt(*request)
     assert (outcome.exit_code, outcome.error_code) == (3, "output.unnamed") and "alpha, beta" in outcome.message
+    planned = run_mopt(*request, "--dry-run")
+    assert planned.exit_code == 0 and planned.report is not None and planned.report["output"]["path"] == ""
+    assert "alpha, beta" in next(
+        one["message"] for one in planned.report["warnings"] if one["code"] == "output.unnamed"
+    )
+    assert "would write OUT: " in run_mopt(*request, "--dry-run", json_report=False).stdout
+    request.append("--dry-run")
     assert run_mopt(*request, "--base-model", "org/Repo-beta").report["output"]["path"].endswith("/beta-nvfp4")  # type: ignore[index]

@@ -41,7 +41,7 @@ from modelopt_convert.proof.judgement import (
     scale_words,
     with_shared_scales,
 )
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 
 
 @dataclass
@@ -451,11 +451,13 @@ def test_another_base_is_named_where_most_modules_say_so(related: int, unrelated
     modules = {f"good {number}": made_up() for number in range(related)}
     modules |= {f"bad {number}": made_up("unrelated") for number in range(unrelated)}
     export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
+    faults = Faults()
+    assert concluded(Proof("nvfp4", modules=modules), modules, export, faults).modules == modules
     if not is_named:
-        assert concluded(Proof("nvfp4", modules=modules), modules, export).modules == modules
+        assert not faults
         return
     with pytest.raises(InputError) as caught:
-        concluded(Proof("nvfp4", modules=modules), modules, export)
+        faults.refuse()
     assert caught.value.code == "export.other_base" and f"{unrelated} of 3" in caught.value.message
 
 
@@ -464,16 +466,18 @@ def test_a_reciprocal_scale_is_named_where_it_fits(verdict: str) -> None:
     export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
     divided = made_up(verdict, reading=Layout("low", "linear", "divide"))
     modules = {"one": divided, "other": made_up()}
+    faults, others = Faults(), Faults()
+    concluded(Proof("nvfp4", modules=modules), modules, export, faults)
     with pytest.raises(InputError, match="1 of 2 modules have a reciprocal"):
-        concluded(Proof("nvfp4", modules=modules), modules, export)
+        faults.refuse()
     refuted = {"one": dataclasses.replace(divided, verdict="mismatch")}
-    assert concluded(Proof("nvfp4", modules=refuted), refuted, export).modules == refuted
+    assert concluded(Proof("nvfp4", modules=refuted), refuted, export, others).modules == refuted and not others
 
 
 def test_scales_of_a_build_are_compared_once_it_is_written() -> None:
     export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
     modules = {"other scale": made_up(scale=1.5), "same": made_up()}
-    found = concluded(Proof("nvfp4", modules=modules), modules, export).modules
+    found = concluded(Proof("nvfp4", modules=modules), modules, export, Faults()).modules
     assert {name: one.verdict for name, one in found.items()} == {"other scale": "nearest", "same": "reproduced"}
 
 
@@ -482,9 +486,9 @@ def test_what_rows_told_is_kept_beside_what_all_tell() -> None:
     export: CheckpointReader = SimpleNamespace(path=Path("export"))  # type: ignore[assignment]
     seen, own = Closeness(0.1, 1.0, 0.1, 0.1, 1.0), Closeness(0.2, 1.0, 0.1, 0.1, 1.0)
     before = Proof("nvfp4", modules={"one": made_up("near", closeness=seen), "kept": made_up("near")})
-    after = concluded(before, {"one": made_up()}, export)
+    after = concluded(before, {"one": made_up()}, export, Faults())
     assert after.modules["one"] == made_up(closeness=seen) and after.modules["kept"] == before.modules["kept"]
-    after = concluded(before, {"one": made_up(closeness=own)}, export)
+    after = concluded(before, {"one": made_up(closeness=own)}, export, Faults())
     assert after.modules["one"].closeness == own and before.modules["one"].verdict == "near"
 
 

@@ -239,7 +239,8 @@ def test_a_few_modules_of_other_weights_fail_the_check(nvfp4: Path, base: Path, 
     export = edit(nvfp4, tmp_path / "export", change)
     outcome = refused(export, base, tmp_path, code="check.proof", exit_code=1, names=("4 of 40", *modules))
     assert outcome.report is not None
-    assert outcome.report["proof"]["counts"] == {"reproduced (sampled rows)": 36, "unrelated": 4}
+    counts = {"reproduced": 22, "reproduced (sampled rows)": 14, "unrelated": 4}
+    assert outcome.report["proof"]["counts"] == counts
 
 
 def test_max_error_decides_where_codes_are_not_reproduced(exports: Path, base: Path, tmp_path: Path) -> None:
@@ -318,3 +319,14 @@ def test_a_merged_lora_is_refused_and_never_called_proven(
     verified = run_mopt("verify", tmp_path / "out", "--base", base)
     assert verified.exit_code == 1 and verified.report is not None
     assert verified.report["verify"]["proof"] == "not proven: near"
+
+
+def test_a_module_that_the_base_replaces_is_not_near_with_a_wrong_row(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    """A row that is sampled, in a module kept in BF16: most codes are right, and the row is far beyond the limit."""
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{REPLACED}.weight"][0, :20] ^= 0x77
+
+    export = edit(nvfp4, tmp_path / "export", change)
+    names = ("1 of 40 packed modules are not the base's", f"{REPLACED} (row 0, column 0: expected code")
+    refused(export, base, tmp_path, code="check.proof", exit_code=1, names=names)

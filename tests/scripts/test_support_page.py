@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_support import DOCS, ENGINES, render
@@ -27,6 +28,9 @@ LIMITS = [
     "wants `a_*_b` and <more>",
     *(f"does not do {count}" for count in range(30)),
 ]
+# The words of a cell's grade in its notes.
+GRADES = {"fails": "fails to load it: ", "wrong": "loads it wrong: ", "loss": "loads it with a loss: "}
+VERDICT = "fail|load|has no|does not|drop|hand"
 SHIPPED = [load_preset(name).preset for name in preset_names()]
 
 
@@ -71,19 +75,25 @@ def check(presets: list[Preset]) -> None:
         }
         for algorithm, rules in preset.sets().items():
             line = lines[preset.name, algorithm]
-            _, _, status, gpu, flag, *words, more = line.cells
+            _, _, status, gpu, flag, *words, dynamic, more = line.cells
             assert (line.family, status, flag) == (title, rules.status, f"`{preset.load_flag}`")
             assert rules.min_gpu.startswith(gpu) and rules.min_gpu in text
-            assert line.refers_to(more) == set(rules.known_limits)
+            assert line.refers_to(more) == {*rules.known_limits, *rules.export_limits}
+            without = limits(config | {"quantization_config": {"dynamic_input_scale": True}}, algorithm, preset.repos)
+            others = dict(re.findall(r"([\w-]+) (fails|wrong|loss) \(", dynamic))
             for engine, word in zip(ENGINES, words, strict=True):
-                known = [one for one in limits(config, algorithm) if one.engine == engine]
+                known = [one for one in limits(config, algorithm, preset.repos) if one.engine == engine]
+                other = {one.grade for one in without if one.engine == engine} - {one.grade for one in known}
+                assert ({others[ENGINES[engine]]} if ENGINES[engine] in others else set()) == other
                 grade = word.partition(" ")[0]
                 assert (grade in {one.grade for one in known}) if known else (grade in ("right", "untried"))
                 assert known or (grade == "right") == was_right(engine, algorithm, preset.class_name)
                 said = line.refers_to(word) if known else set()
                 assert len(said) == len(known)
                 assert all(any(one.what in sentence and one.figure in sentence for sentence in said) for one in known)
-    for sentence in {limit for preset in presets for rules in preset.sets().values() for limit in rules.known_limits}:
+                assert all(GRADES[grade] in sentence for sentence in said)
+    sets = [rules for preset in presets for rules in preset.sets().values()]
+    for sentence in {limit for rules in sets for limit in (*rules.known_limits, *rules.export_limits)}:
         notes = re.findall(r"^(?:\d+\.|- \*\w+\*:) (.*)$", text, re.MULTILINE)
         assert notes.count(sentence) == 1
     assert all(rules.source in text for preset in SHIPPED if preset in presets for rules in preset.sets().values())
@@ -101,6 +111,23 @@ def was_right(engine: EngineName, algorithm: str, class_name: str) -> bool:
 
 def test_the_page_of_mopts_own_presets() -> None:
     check(SHIPPED)
+
+
+@pytest.mark.parametrize("preset", SHIPPED, ids=lambda preset: preset.name)
+def test_a_preset_leaves_verdicts_on_engines_to_their_facts(preset: Preset) -> None:
+    """So no note can say another thing than its cell; what `source` says of a loader is what was recorded."""
+    text = render([preset])
+    for algorithm, rules in preset.sets().items():
+        for told in (*rules.known_limits, *rules.export_limits):
+            assert not re.match(rf"({'|'.join(ENGINES.values())}) [\d.]+\w* ({VERDICT})", told), told
+        (line,) = (one for one in read_back(text) if one.cells[1].lower() == algorithm)
+        cells = dict(zip(ENGINES.values(), line.cells[5:-2], strict=True))
+        for engine in re.findall(rf"({'|'.join(ENGINES.values())})[ \d.]*'s loader h[eo]ld", rules.source):
+            assert cells[engine] == "right", (engine, rules.source)
+        before, its, _ = rules.source.partition(" its loader h")
+        if its:
+            *_, engine = re.findall("|".join(ENGINES.values()), before)
+            assert cells[engine] == "right", (engine, rules.source)
 
 
 def rules(limits: list[str], status: str) -> str:

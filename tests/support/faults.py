@@ -98,6 +98,7 @@ def refusal(
     assert [name for name in names if name not in error["message"]] == [], error["message"]
     assert error["hint"] and hint in error["hint"]
     assert "\n" not in error["message"] + error["hint"]
+    assert "tensor '" not in error["message"] or any(one["names"] for one in error["faults"]), error
     assert "\n".join(told(error)) in outcome.stderr
     assert outcome.report["exit_code"] == exit_code and outcome.report["output"]["published"] is False
     assert entries(room) == before

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
+from hints import not_runnable
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -41,11 +42,13 @@ class Outcome:
 
 
 def run_mopt(*arguments: str | Path, json_report: bool = True) -> Outcome:
-    """Run mopt in this process, with --json unless told otherwise."""
+    """Run mopt in this process, with --json unless told otherwise; whatever hint it gives names its own options."""
     words = [str(argument) for argument in arguments] + (["--json"] if json_report else [])
     result = CliRunner().invoke(app, words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    hints = [line.removeprefix("hint: ") for line in result.stderr.splitlines() if line.startswith("hint: ")]
+    assert [one for hint in hints for one in not_runnable(words[0], hint)] == []
     report = None
     if json_report and result.stdout.startswith("{"):
         report = json.loads(result.stdout)

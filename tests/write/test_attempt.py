@@ -1,5 +1,6 @@
 """One shard's task by itself, done in this process: plain data, the same file however often, and nothing half done."""
 
+import json
 import pickle
 import shutil
 import sys
@@ -15,17 +16,21 @@ from safetensors.torch import load_file, save_file
 from support import run_mopt
 
 from modelopt_convert import __version__
+from modelopt_convert.checkpoint import recipe
 from modelopt_convert.checkpoint.header import TensorSpec
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.location import parse_location
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.recipe import halves_swapped
+from modelopt_convert.checkpoint.recipe import halves_swapped, joined_rows
+from modelopt_convert.dialects import decoded, resized, values
+from modelopt_convert.dialects.form import constant
 from modelopt_convert.plan.plan import Op, ShardPlan, Step
 from modelopt_convert.run.errors import InputError, MoptError, RemoteError, StorageError, UsageError
 from modelopt_convert.stage.shard_writer import ShardWriter
 from modelopt_convert.write.attempt import ATTEMPTS, ShardJob, attempt, attempt_packed, pack, unpack
 from modelopt_convert.write.executors import refuse_far
 from modelopt_convert.write.part import part_of
+from modelopt_convert.write.recipe_data import from_data, to_data
 from modelopt_convert.write.task import shard_tasks
 
 FILE = "model-00002-of-00002.safetensors"
@@ -50,15 +55,38 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_input_in_another_naming_is_not_sent(source: Path) -> None:
+def test_recipes_are_sent_as_plain_data(source: Path, tmp_path: Path) -> None:
+    """Of two files at once, with known bytes between: what is written is what is read here."""
+    (tmp_path / "stage" / ATTEMPTS).mkdir(parents=True)
     with CheckpointReader(source) as reader:
-        reader.present({"a.weight": halves_swapped(reader.tensors["a.weight"], "a.weight")})
-        spec = TensorSpec("a.weight", "F32", (40, 8))
+        known = constant("k", "F32", (1, 8), bytes(range(32)), "one.safetensors")
+        parts = [reader.tensors["c.weight"], known, halves_swapped(reader.tensors["a.weight"], "a.weight")]
+        reader.present({"a.weight": joined_rows("a.weight", parts)})
+        spec = TensorSpec("a.weight", "F32", (81, 8))
         plan = SimpleNamespace(shards=(ShardPlan(FILE, (spec,)),), steps={spec.name: Step(spec, "base", "copy")})
         (task,) = shard_tasks(plan, {}, "")
-        with pytest.raises(InputError) as refused:
-            part_of(reader, "base", task)
-    assert refused.value.code == "executor.presented"
+        job = ShardJob(task, {"base": part_of(reader, "base", task)}, tmp_path / "stage", 2)
+        wanted = reader.read("a.weight")
+    assert set(job.parts["base"].files) == {"one.safetensors", "two.safetensors"}
+    attempt_packed(__version__, pack(job))
+    assert load_file(tmp_path / "stage" / FILE)["a.weight"].numpy().tobytes() == wanted
+
+
+EXTENT = recipe.Extent("one.safetensors", 8, 64)
+RECIPES: list[recipe.Recipe] = [
+    EXTENT,
+    recipe.Joined((recipe.Zeros(4), recipe.Cut(EXTENT, 1, 2), recipe.Constant(b"\xff\0"))),
+    recipe.Tiled(recipe.RowMajor(recipe.NibblesSwapped(EXTENT), 3, 5), 3, 5),
+    values.Mapped(values.Cast(EXTENT, "F32", "BF16"), bytes(256)),
+    values.Requantized(EXTENT, "BF16", "scales", 0.5),
+    decoded.Decoded("nvfp4", 2, 32, EXTENT, EXTENT, None, "F32"),
+    resized.Columns(EXTENT, 2, 3, 4),
+]
+
+
+@pytest.mark.parametrize("made", RECIPES, ids=lambda one: type(one).__name__)
+def test_a_recipe_comes_back_as_it_was(made: recipe.Recipe) -> None:
+    assert from_data(json.loads(json.dumps(to_data(made)))) == made
 
 
 @pytest.fixture

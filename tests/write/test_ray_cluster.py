@@ -86,6 +86,10 @@ def test_other_commands_and_what_goes_wrong(
     quantize = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, *SMALL]
     cast = ["convert-fp8", "--preset", "flux1-dev", "--export", old, "--checkpoint", good, "--base", base, *SMALL]
     equal = {"quantize": quantize, "cast": cast, "swap": ["swap-nibbles", exports / "nvfp4_sharded" / "transformer"]}
+    # One file under native names, which fuses modules: read by recipes.
+    assert run_mopt("convert", base, tmp_path / "native", "--to", "comfyui").exit_code == 0
+    (native,) = (tmp_path / "native").glob("*.safetensors")
+    equal["native"] = ["build-nvfp4", "--preset", "flux1-dev", "--export", exports / "nvfp4", "--base", native, *SMALL]
     for name, words in equal.items():
         where = [room / f"{name}-threads"] if name == "swap" else ["--output", room / f"{name}-threads"]
         assert run_mopt(*words, *where).exit_code == 0

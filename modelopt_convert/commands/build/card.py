@@ -67,6 +67,11 @@ class Made:
         return self.chosen.known_as(self.base) if self.chosen is not None else self.base
 
     @property
+    def repos(self) -> list[str]:
+        """Hub ids of the model, where something tells which it is."""
+        return self.chosen.repos(self.base) if self.chosen is not None else []
+
+    @property
     def model(self) -> Preset | None:
         """What is known of the base's model: the preset that was made for just this base."""
         return self.chosen.made_for(self.base) if self.chosen is not None else None
@@ -155,7 +160,7 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
         how += [f"**{proof.words.capitalize()}**: {why}."]
     else:
         how += ["Before publishing, every code and scale that is packed here was compared with the", f"base: {proven}."]
-    facts = limits(plan.config, target.algorithm)
+    facts = limits(plan.config, target.algorithm, made.repos)
     body = [
         f"# {title}, {target.quant_algo}",
         "",
@@ -181,7 +186,8 @@ def model_card(plan: BuildPlan, made: Made, proof: ProofReport, producer: str) -
     ]
     if made.to == "modelopt":  # what is known of engines is known of this dialect
         lost = dynamic_words(plan.config)
-        known = (chosen.limits(target.algorithm) if chosen else []) + ([lost] if here and lost is not None else [])
+        known = chosen.limits(target.algorithm, exported=not here) if chosen else []
+        known += [lost] if here and lost is not None else []
         known += [one.words for one in facts]
         body += ["## Known limits", "", *(f"- {limit}" for limit in known), ""]
     return "\n".join(_head(target.algorithm, made) + body)
@@ -226,7 +232,7 @@ def pipeline_card(plans: Mapping[str, BuildPlan], made: Made) -> str:
     """
     components = list(plans)
     algorithm = next(one.algorithm for one in FORMATS.values() if one.command == made.command)
-    facts = list(dict.fromkeys(one for plan in plans.values() for one in limits(plan.config, algorithm)))
+    facts = list(dict.fromkeys(one for plan in plans.values() for one in limits(plan.config, algorithm, made.repos)))
     title = _title(made, "Transformers")
     body = [
         f"# {title}, {FORMATS[algorithm].quant_algo}",

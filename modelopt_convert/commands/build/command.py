@@ -16,9 +16,10 @@ from modelopt_convert.checkpoint.location import Location, local_path, parse_loc
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, Component, resolve_components
 from modelopt_convert.checkpoint.record import RECORD
 from modelopt_convert.commands.build.card import Made
+from modelopt_convert.commands.build.faults import look_on, refuse_found
 from modelopt_convert.commands.build.files import pipeline_files, small_files
 from modelopt_convert.commands.build.inputs import Opened, base_repo, open_all, refuse_other_claim, to_fetch
-from modelopt_convert.commands.build.proof import Proven, conclude_part, measure_part, prove_part, refuse_unproven
+from modelopt_convert.commands.build.proof import Proven, conclude_part, measure_part, prove_part
 from modelopt_convert.commands.build.report import Steps, build_report, clipped_warning
 from modelopt_convert.commands.build.space import build_bytes
 from modelopt_convert.commands.build.structure import check_structure, refuse_misread
@@ -43,7 +44,7 @@ from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
 from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset
 from modelopt_convert.report.report import ClippedReport, Report
-from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.errors import Faults, InputError, about
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
@@ -55,6 +56,9 @@ from modelopt_convert.write.stream import Executor, stream
 
 if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
+
+
+_OF_VALUES = ("export.not_finite", "base.not_finite")  # what comparing finds in a module, and no other check
 
 
 class BuildCommand:
@@ -118,22 +122,27 @@ class BuildCommand:
                 steps.parts.append(part)
                 steps.warned += warned
             refuse_other_claim(steps.parts, request.base_model)
+            known = request.base_model or base_repo(steps.parts)
             if request.preset is None:
-                known = request.base_model or base_repo(steps.parts)
-                steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
+                with about(str(steps.parts[0].model.path)):
+                    steps.chosen = choose_preset(steps.parts[0].model.config, request.algorithm, known)
                 steps.warned += _chosen(steps.chosen)
                 output = self._output(inputs)
             faults, plans = Faults(), list[BuildPlan]()
             for part in steps.parts:
-                with steps.clock.timed("plan"), faults.taken(prefix=part.prefix):
-                    plans.append(self._plan(part))
-            faults.refuse()
+                mine = faults.under(part.prefix, where=str(part.model.path))
+                with steps.clock.timed("plan"), mine.taken():
+                    plans += filter(None, [self._plan(part, mine)])
+            if faults:
+                with steps.clock.timed("prove"):
+                    look_on(steps.parts, plans, request, progress, faults)
             steps.plans += plans
+            repos = steps.chosen.repos(known) if steps.chosen is not None else ()
             for part, plan in zip(steps.parts, plans, strict=True):
                 path = str(part.model.path)
                 steps.warned += plan.warnings
                 if request.to == "modelopt":  # what is known of engines is known of this dialect
-                    steps.warned += refuse_broken(plan.config, request.algorithm, path, request)
+                    steps.warned += refuse_broken(plan.config, request.algorithm, path, request, repos)
                 refuse_misread(plan, path)
             fits = self._fits()
             if self._export is None:
@@ -175,7 +184,7 @@ class BuildCommand:
                 steps.inputs.check_unchanged()
                 self._close(stage, progress)
                 if request.to != "modelopt":
-                    self._convert(stage, executor, progress)
+                    self._convert(stage, progress)
                 with steps.clock.timed("publish"):
                     try:
                         stage.publish()
@@ -197,14 +206,18 @@ class BuildCommand:
     def _output(self, inputs: Sequence[Path]) -> Path:
         request, chosen, output = self._request, self.steps.chosen, self._request.output
         if output is None:
-            if chosen is None:
-                hint = "give --output"
-                raise InputError("there is no preset to name the output after", code="output.unnamed", hint=hint)
-            if chosen.also:
-                names = ", ".join([chosen.loaded.preset.name, *chosen.also])
-                message = f"presets {names} fit alike, so there is no one name for the output"
-                raise InputError(message, code="output.unnamed", hint="give --output, or the model with --base-model")
-            output = f"{chosen.loaded.preset.name}-{request.algorithm}"
+            assert chosen is not None  # without a preset the request requires an output
+            names = [chosen.loaded.preset.name, *chosen.also]
+            if len(names) > 1:
+                message = f"presets {', '.join(names)} fit alike, so there is no one name for the output"
+                if not request.dry_run:
+                    hint = "give --output, or the model with --base-model"
+                    raise InputError(message, code="output.unnamed", hint=hint)
+                self.steps.warned.append(
+                    ("output.unnamed", f"{message}: give --output, or the model with --base-model")
+                )
+                return Path.cwd() / names[0]  # of which the disk alone is looked at
+            output = f"{names[0]}-{request.algorithm}"
         path = canonical_output(Path(output))
         self.steps.output = str(path)
         standing = check_output_allowed(path, inputs, **request.consent)
@@ -227,7 +240,7 @@ class BuildCommand:
         self.steps.companions = companions
         return folders
 
-    def _plan(self, part: Opened) -> BuildPlan:
+    def _plan(self, part: Opened, faults: Faults) -> BuildPlan | None:
         request, target = self._request, FORMATS[self._request.algorithm]
         preset = self.steps.chosen.loaded.preset if self.steps.chosen else None
         keeps = Keeps(preset, preset.rules(request.algorithm) if preset else None, tuple(request.keep_bf16))
@@ -238,6 +251,7 @@ class BuildCommand:
             part.export,
             part.base,
             keeps,
+            faults,
             max_shard_size=request.shard_bytes,
             calibration=part.calibration,
             output=None if request.output is None else str(request.output),
@@ -254,11 +268,13 @@ class BuildCommand:
         steps.warned += fits.warned
         return fits
 
-    def _convert(self, stage: StagingDir, executor: Executor, progress: Progress) -> None:
+    def _convert(self, stage: StagingDir, progress: Progress) -> None:
         """Write the target's files, read them back, and take out of the stage what they were made from."""
         steps = self.steps
         with_proof = (steps.parts[0], steps.proofs[0].report)
-        done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
+        # Here, whoever wrote what it is made of: it takes the base's files too, which a task does not.
+        with open_executor("threads") as executor:
+            done = convert_staged(stage, *with_proof, self._request, executor, progress, steps.clock)
         steps.converted = done
         steps.warned += done.warned
         for closed in done.closed:
@@ -285,21 +301,25 @@ class BuildCommand:
 
     def _prove(self, progress: Progress, gpu: "Gpu | None") -> None:
         """Prove, or measure, every transformer; its plan is brought in line with what was found."""
-        request, steps = self._request, self.steps
-        for number, part in enumerate(steps.parts):
-            asked = (part, steps.plans[number], request, progress)
-            with steps.clock.timed("measure" if part.export is None else "prove"):
-                found = measure_part(*asked, gpu) if part.export is None else prove_part(*asked)
-            steps.proofs.append(found)
-            self._take(number, part, found)
+        request, steps, faults = self._request, self.steps, Faults()
+        for part, plan in zip(steps.parts, steps.plans, strict=True):
+            asked, mine = (part, plan, request, progress), faults.under(part.prefix)
+            if part.export is None:
+                with steps.clock.timed("measure"), mine.taken():
+                    steps.proofs.append(measure_part(*asked, gpu))
+            else:
+                with steps.clock.timed("prove"):
+                    steps.proofs.append(prove_part(*asked, mine))
+        refuse_found(steps.parts, steps.proofs, request, progress, faults)
+        for number, found in enumerate(steps.proofs):
+            self._take(number, found)
 
-    def _take(self, number: int, part: Opened, found: Proven) -> None:
-        """Take over what was found of one transformer, and refuse what is refuted."""
-        steps = self.steps
+    def _take(self, number: int, found: Proven) -> None:
+        """Take over what was found of one transformer."""
+        steps, part = self.steps, self.steps.parts[number]
         steps.proofs[number] = found
         steps.warned += found.warned
         steps.clipped |= {f"{part.prefix}{name}": one for name, one in found.clipped.items()}
-        refuse_unproven(part, found.report, accept_near=self._request.accept_near)
         steps.plans[number] = found.plan
 
     def _write(self, stage: StagingDir, made: Made, executor: Executor, progress: Progress, gpu: "Gpu | None") -> None:
@@ -310,20 +330,30 @@ class BuildCommand:
                 place = f"{self._staged}{part.prefix}"
                 if place:
                     stage.add_folder(place.rstrip("/"))
-                done = stream(
-                    stage,
-                    steps.plans[number],
-                    part.readers,
-                    progress,
-                    place,
-                    workers=self._request.worker_count,
-                    executor=executor,
-                    due=proven.due,
-                    gpu=gpu,
-                )
+                try:
+                    done = stream(
+                        stage,
+                        steps.plans[number],
+                        part.readers,
+                        progress,
+                        place,
+                        workers=self._request.worker_count,
+                        executor=executor,
+                        due=proven.due,
+                        gpu=gpu,
+                    )
+                except InputError as error:
+                    if error.code in _OF_VALUES:  # of one module, where the others may have faults, too
+                        rest = steps.parts, steps.proofs, self._request, progress, Faults()
+                        refuse_found(*rest, is_certain=True)
+                    raise
             if proven.due:
-                proven = conclude_part(part, proven, done.judgements, self._request)
-                self._take(number, part, proven)
+                faults = Faults()
+                steps.proofs[number] = conclude_part(
+                    part, proven, done.judgements, self._request, faults.under(part.prefix)
+                )
+                refuse_found(steps.parts, steps.proofs, self._request, progress, faults)
+                self._take(number, proven := steps.proofs[number])
             steps.clipped |= {
                 f"{part.prefix}{name}": ClippedReport(count=one.count, largest=one.largest)
                 for name, one in done.clipped.items()

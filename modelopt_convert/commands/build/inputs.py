@@ -17,6 +17,7 @@ from modelopt_convert.dialects.calibration import Amax
 from modelopt_convert.dialects.presented import Presented
 from modelopt_convert.plan.plan import BuildPlan, Origin
 from modelopt_convert.plan.prediction import proof_readings, step_readings, whole_readings
+from modelopt_convert.preset.preset import load_preset, preset_names
 from modelopt_convert.run.errors import InputError
 
 
@@ -137,12 +138,25 @@ def base_repo(parts: Sequence[Opened]) -> str | None:
 
 
 def refuse_other_claim(parts: Sequence[Opened], claimed: str | None) -> None:
-    """Refuse a claim that the base is of another repo than it was observed to be of.
+    """Refuse a claim that the base is of another repo than it was observed to be of, or its config.json says.
 
     Raises:
         InputError: ``base.claimed_otherwise``.
     """
-    for base in (part.base for part in parts if part.base is not None and claimed is not None):
+    if claimed is None:
+        return
+    for model in (part.model for part in parts):
+        for preset in (load_preset(name).preset for name in preset_names()):
+            found = preset.contradiction(model.config) if claimed in preset.repos else None
+            if found is not None:
+                raise InputError(
+                    f"{model.path}: --base-model says {claimed}, whose config.json has {found[1]} under {found[0]!r}; "
+                    f"found {model.config[found[0]]!r}",
+                    code="base.claimed_otherwise",
+                    path=str(model.path),
+                    hint="leave --base-model out, or name the repo of this model",
+                )
+    for base in (part.base for part in parts if part.base is not None):
         repo = base.identity().get("repo")
         if repo is not None and repo != claimed:
             raise InputError(

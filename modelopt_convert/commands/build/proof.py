@@ -26,7 +26,7 @@ from modelopt_convert.report.words import (
     REFUTED,
     SAMPLED_WORDS,
 )
-from modelopt_convert.run.errors import CheckFailedError, joint
+from modelopt_convert.run.errors import CheckFailedError, Faults
 from modelopt_convert.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -62,12 +62,15 @@ class Proven:
         return self.proof.due if self.proof is not None else {}
 
 
-def prove_part(opened: Opened, plan: BuildPlan, request: BuildRequest, progress: Progress) -> Proven:
+def prove_part(opened: Opened, plan: BuildPlan, request: BuildRequest, progress: Progress, faults: Faults) -> Proven:
     """Prove one transformer, up to the comparisons that are done while it is written.
 
-    Raises:
-        InputError: A cause of failure that can be named.
-        CheckFailedError: ``check.proof``.
+    Args:
+        opened: Its inputs.
+        plan: What will be built from them, or as much as has no fault.
+        request: What is asked for.
+        progress: Told what is read.
+        faults: Gets causes of failure that can be named.
     """
     from modelopt_convert.proof.export import prove
 
@@ -82,37 +85,46 @@ def prove_part(opened: Opened, plan: BuildPlan, request: BuildRequest, progress:
         opened.base,
         plan,
         opened.calibration,
+        faults,
         max_error=request.max_error,
         accept_near=request.accept_near,
         is_whole=request.proof == "all",
         workers=request.worker_count,
         advance=progress.advance,
     )
-    return _proven(opened, plan, proof, request)
+    return _proven(opened, plan, proof, request, faults)
 
 
-def conclude_part(opened: Opened, proven: Proven, found: Mapping[str, "Judgement"], request: BuildRequest) -> Proven:
-    """The proof of one transformer once it is written, and so compared.
-
-    Raises:
-        InputError: A cause of failure that can be named.
-        CheckFailedError: ``check.proof``.
-    """
+def conclude_part(
+    opened: Opened, proven: Proven, found: Mapping[str, "Judgement"], request: BuildRequest, faults: Faults
+) -> Proven:
+    """The proof of one transformer once it is written, and so compared; ``faults`` gets causes that can be named."""
     from modelopt_convert.proof.export import concluded
 
     if not proven.due:
         return proven
     assert proven.proof is not None and opened.export is not None  # something is due
-    proof = concluded(proven.proof, found, opened.export)
-    return _proven(opened, proven.plan, proof, request)
+    proof = concluded(proven.proof, found, opened.export, faults)
+    return _proven(opened, proven.plan, proof, request, faults)
 
 
-def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildRequest) -> Proven:
-    """What is reported of a proof; what it refutes is refused.
+def compare_rest(opened: Opened, proven: Proven, request: BuildRequest, progress: Progress, faults: Faults) -> Proven:
+    """The proof of one transformer that will not be written: what is due is compared all the same."""
+    from modelopt_convert.proof.due import due_readings
+    from modelopt_convert.proof.export import compared
 
-    Raises:
-        CheckFailedError: ``check.proof``.
-    """
+    if not proven.due:
+        return proven
+    assert opened.export is not None and opened.base is not None  # something is due
+    progress.begin(f"compare {opened.prefix}".rstrip("/ "), 0)
+    for role, reader in opened.readers.items():
+        reader.prefetch(due_readings(proven.due, role, reader.tensors))
+    found = compared(opened.export, opened.base, proven.due, request.worker_count, faults)
+    return conclude_part(opened, proven, found, request, faults)
+
+
+def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildRequest, faults: Faults) -> Proven:
+    """What is reported of a proof."""
     modules = {name: module_report(one) for name, one in proof.modules.items()}
     if opened.base is not None:
         modules |= {
@@ -120,7 +132,7 @@ def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildReque
         }
     else:
         modules |= {name: ModuleReport(verdict=NO_BASE_WORDS) for name in plan.modules}
-    written = {name: modules[name] for name in plan.packed}
+    written = {name: modules[name] for name in plan.packed if name in modules}
     failing = [name for name, one in modules.items() if one.verdict in REFUTED]
     near = [name for name, one in modules.items() if one.verdict == "near" and not (proof.due and name in written)]
     differ = [*proof.biases_differ, *proof.unquantized_differ]
@@ -128,8 +140,8 @@ def _proven(opened: Opened, plan: BuildPlan, proof: "Proof", request: BuildReque
     status: Literal["pass", "fail", "not proven"] = "not proven" if words != PROVEN_WORDS else "pass"
     report = ProofReport(
         method=proof.method,
-        status="fail" if failing or (near and not request.accept_near) else status,
-        words=MISMATCH_WORDS if failing else words,
+        status="fail" if failing or faults.names or (near and not request.accept_near) else status,
+        words=MISMATCH_WORDS if failing or faults.names else words,
         max_error=request.max_error,
         counts=verdict_counts(modules),
         fused_scales_differ=proof.fused_differ,
@@ -158,14 +170,10 @@ def _in_words(opened: Opened, proof: "Proof", near: Sequence[str], written: Mapp
     return PROVEN_WORDS
 
 
-def refuse_unproven(opened: Opened, report: ProofReport, *, accept_near: bool) -> None:
-    """Refuse what failed.
-
-    Raises:
-        CheckFailedError: ``check.proof``.
-    """
-    if report.status != "fail":
-        return
+def add_unproven(opened: Opened, report: ProofReport, faults: Faults, *, accept_near: bool) -> None:
+    """Add what failed, ``check.proof``, but for modules of which a cause is known."""
+    told = faults.names
+    modules = {name: one for name, one in report.modules.items() if name not in told}
     kinds = (
         (
             REFUTED,
@@ -180,9 +188,8 @@ def refuse_unproven(opened: Opened, report: ProofReport, *, accept_near: bool) -
             "quantized, or --accept-near to build what is not proven. Nothing was published",
         ),
     )
-    failures = []
     for verdicts, what, hint in kinds:
-        failing = [name for name, one in report.modules.items() if one.verdict in verdicts]
+        failing = [name for name, one in modules.items() if one.verdict in verdicts]
         if failing:
             failure = CheckFailedError(
                 f"{opened.model.path}: {len(failing)} of {len(report.modules)} packed modules {what}: "
@@ -191,8 +198,7 @@ def refuse_unproven(opened: Opened, report: ProofReport, *, accept_near: bool) -
                 path=str(opened.model.path),
                 hint=hint,
             )
-            failures += [(f"{opened.prefix}{name}", failure) for name in failing]
-    raise joint(failures)
+            faults.add("", failure.at(failing))
 
 
 def _figures(one: ModuleReport) -> str:

@@ -1,6 +1,6 @@
 """The report of a build, put together in one place from what its steps returned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modelopt_convert.checkpoint.companions import Companions
@@ -34,6 +34,10 @@ from modelopt_convert.report.report import (
 )
 from modelopt_convert.report.verify import VerifyReport
 from modelopt_convert.stage.directory import Published
+
+# What is said of engines that read ModelOpt's dialect, and of SGLang among them.
+_OF_MODELOPT = frozenset({"build.fused_scales", "engine.fused_scales", "export.fused_scales"})
+_OF_SGLANG = frozenset({"engine.dynamic_input_scale", "engine.shared_name", "preset.structural"})
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
     both = list(zip(steps.parts, steps.plans, strict=False))  # a plan may be refused after others were made
     done = steps.converted
     specs = {f"{part.prefix}{shard.file}": shard.tensors for part, plan in both for shard in plan.shards}
+    repos = steps.chosen.repos(request.base_model or base_repo(steps.parts)) if steps.chosen is not None else ()
     if done is not None:
         specs = {shard.file: shard.tensors for shard in done.plan.shards}
     ledger = {f"{part.prefix}{role}": fates for part, plan in both for role, fates in fates_of(part, plan).items()}
@@ -111,13 +116,13 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         command=request.command,
         inputs=steps.inputs.reports(),
         network=steps.inputs.network(),
-        preset=_preset(steps.chosen, request.algorithm),
+        preset=_preset(steps.chosen, request.algorithm, exported=calibrated),
         output=output_report(steps.output, specs, copied, steps.published, error).model_copy(
             update={"load": _pipeline_command(request, steps)}
         ),
         engine=request.engine,
         engines=known_limits(
-            [plan.config for _, plan in both] or [part.model.config for part in steps.parts], request.algorithm
+            [plan.config for _, plan in both] or [part.model.config for part in steps.parts], request.algorithm, repos
         )
         if request.to == "modelopt"
         else [],
@@ -139,10 +144,17 @@ def build_report(request: BuildRequest, steps: Steps, *, calibrated: bool, error
         device=steps.device,
         peak_gpu_bytes=steps.peak_gpu_bytes,
         timings_s=steps.clock.seconds,
-        warnings=warnings_of([*steps.inputs.left_aside(), *steps.warned]),
+        warnings=warnings_of([*steps.inputs.left_aside(), *_meant(steps.warned, request)]),
         versions=versions(),
         **ending(error, "planned" if steps.is_planned else "ok"),
     )
+
+
+def _meant(warned: Sequence[Warned], request: BuildRequest) -> list[Warned]:
+    """What is said to somebody who builds for an engine: nothing of how others read what is not for them."""
+    left = frozenset[str]() if request.engine == "sglang" else _OF_SGLANG
+    left = left if request.to == "modelopt" else _OF_SGLANG | _OF_MODELOPT
+    return [one for one in warned if one[0] not in left]
 
 
 def _pipeline_command(request: BuildRequest, steps: Steps) -> str | None:
@@ -153,7 +165,7 @@ def _pipeline_command(request: BuildRequest, steps: Steps) -> str | None:
     return pipeline_command(steps.output, made.named_by_engine)
 
 
-def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, object] | None:
+def _preset(chosen: ChosenPreset | None, algorithm: Algorithm, *, exported: bool) -> dict[str, object] | None:
     if chosen is None:
         return None
     known = algorithm in chosen.loaded.preset.sets()
@@ -162,7 +174,7 @@ def _preset(chosen: ChosenPreset | None, algorithm: Algorithm) -> dict[str, obje
         "path": chosen.loaded.path,
         "sha256": chosen.loaded.sha256,
         "status": chosen.status(algorithm) if known else None,
-        "known_limits": chosen.limits(algorithm) if known else [],
+        "known_limits": chosen.limits(algorithm, exported=exported) if known else [],
         "also": chosen.also,
     }
 

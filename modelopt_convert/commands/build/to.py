@@ -4,8 +4,9 @@ The build writes and proves its checkpoint in a folder of the stage. This step r
 files beside it, reads these back, and takes the folder out again. All of it is one publication of OUT.
 """
 
+import shlex
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,20 +21,20 @@ from modelopt_convert.commands.closing import Closed, opened_stage
 from modelopt_convert.commands.command import Clock, Warned, not_finite_warnings
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.output import ConvertPlan, plan_output, small_files
-from modelopt_convert.commands.convert.plan import fused_groups, refuse_without_map, unequal_groups
+from modelopt_convert.commands.convert.plan import Unequal, fused_groups, refuse_without_map, unequal_groups
 from modelopt_convert.commands.convert.told import convert_report
 from modelopt_convert.commands.convert.way_back import KEY, Kept, keep
 from modelopt_convert.commands.convert.written import read_back, stream_converted
 from modelopt_convert.commands.requests import BuildRequest, ConvertRequest
 from modelopt_convert.dialects.form import Algorithm, Canonical, Quantized, constant, grouped
 from modelopt_convert.dialects.source import describe
-from modelopt_convert.dialects.targets import FORMS
+from modelopt_convert.dialects.targets import CHECKS, FORMS
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import recognise
 from modelopt_convert.plan.plan import BuildPlan, Step
 from modelopt_convert.report.convert import ConvertReport
 from modelopt_convert.report.report import ProofReport
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, about
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import StagingDir
@@ -62,13 +63,16 @@ def refuse_inexact(part: Opened, plan: BuildPlan, request: BuildRequest) -> Fits
     """Find the modules that the target fuses and that the build makes unequal: from headers and scales.
 
     Raises:
-        InputError: ``convert.inexact``, ``convert.family``.
+        InputError: ``convert.inexact``, ``convert.family``, ``convert.no_input_scale``.
     """
     target, where = FORMS[request.to], str(part.model.path)
     if request.to == "bf16":
         weights = (plan.modules[name].rows * plan.modules[name].columns * 2 for name in plan.packed)
         return Fits(sum(weights), [])
     described = _planned(part, plan)
+    if request.to in CHECKS:
+        with about(where):
+            CHECKS[request.to](described)
     found = recognise({name: info.shape for name, info in described.tensors.items()})
     family = found.family if found is not None else Family("", str(plan.config.get("_class_name")), (), (), ())
     refuse_without_map(family, target, target.naming, where)
@@ -90,9 +94,23 @@ def refuse_inexact(part: Opened, plan: BuildPlan, request: BuildRequest) -> Fits
         f"{where}: {many} of {target.name} cannot be written exactly: {shown}",
         code="convert.inexact",
         path=where,
-        hint=f"--inexact bf16 writes these in BF16, {cost} bytes more for {len(members)} quantized modules; or build "
-        "without --to, and `mopt convert` has other ways",
+        hint=f"--inexact bf16 writes these in BF16, {cost} bytes more for {len(members)} quantized modules"
+        + _afterwards(unequal, part, request),
     )
+
+
+def _afterwards(unequal: Sequence[Unequal], part: Opened, request: BuildRequest) -> str:
+    """What a person can do instead, once a checkpoint is built without ``--to``: a command that runs as it is."""
+    built = str(request.output or "OUT")
+    words = ["mopt", "convert", built, f"{built}-{request.to}", "--to", request.to, "--inexact"]
+    base = part.base or (part.model if part.export is None else None)
+    if all(one.rebases for one in unequal):
+        words += ["rebase"]
+    elif base is not None and all(one.requantizes for one in unequal):
+        words += ["requantize", "--base", str(base.path)]
+    else:
+        return ""
+    return f"; or build without --to, then `{shlex.join(words)}`"
 
 
 def room_needed(build: int, plan: BuildPlan, fits: Fits) -> int:
@@ -204,7 +222,7 @@ def _record(
     reader: CheckpointReader, plan: ConvertPlan, kept: Kept, files: Mapping[str, bytes], digests: Mapping[str, str]
 ) -> bytes:
     """The build's record, and what the way back to the build's checkpoint needs."""
-    built = read_record(reader.path)
+    built = read_record(reader.folder)
     assert built is not None  # the build wrote it
     own = ("schema", "tool", "command", "digests")
     more = {key: value for key, value in built.items() if key not in own} | {KEY: kept.entry}

@@ -132,12 +132,13 @@ def near_base(errors: Mapping[str, float], limit: float, where: str, what: str) 
     far = {name: error for name, error in errors.items() if not error <= limit}
     if far:
         shown = "; ".join(f"{name}: {error:.3g}" for name, error in list(far.items())[:_SHOWN])
-        raise CheckFailedError(
+        failure = CheckFailedError(
             f"{where}: {len(far)} of {len(errors)} modules are further from the base than {limit:g}: {shown}",
             code="check.proof",
             path=where,
             hint="the checkpoint is damaged, or was made from another base; give that base. Nothing was published",
         )
+        raise failure.at(far)
     if not errors:
         return "not proven: nothing is quantized"
     return (
@@ -184,12 +185,13 @@ def _refused(packed: list[str], roles: _Roles, target: str, where: str) -> Input
     what = "SVDQuant's low-rank parts" if low_rank else "AWQ's pre_quant_scale"
     what += ", several in a fused module," if target == "comfyui" and not low_rank else ""
     keeps = "" if low_rank or target == "comfyui" else ", --to comfyui keeps pre_quant_scale"
-    return InputError(
+    fault = InputError(
         f"{where}: {target} has no place for {what} of {len(packed)} modules ({packed[0]} first)",
         code="convert.inexact",
         path=where,
         hint=f"--to bf16 multiplies them out{keeps}, and --inexact requantize makes plain NVFP4 of that, or of --base",
     )
+    return fault.at(packed)
 
 
 def _multiplied_out(

@@ -3,6 +3,7 @@
 Everything is moved by recipes: what is written is a copy of tensors that the source's reader presents.
 """
 
+from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 from modelopt_convert.checkpoint.config import OWN
 from modelopt_convert.checkpoint.header import json_object
 from modelopt_convert.checkpoint.location import local_path, read_small
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
+from modelopt_convert.checkpoint.strict_json import json_bytes
+from modelopt_convert.commands.beside import beside_transformer
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import refuse_failed
@@ -20,7 +24,6 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
-    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,
@@ -35,7 +38,13 @@ from modelopt_convert.commands.convert.awq import prove_near
 from modelopt_convert.commands.convert.engine_names import known_of_engines
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.nunchaku import is_nunchaku, prove_near_nunchaku, refuse_other_targets
-from modelopt_convert.commands.convert.output import ConvertPlan, not_restored_warnings, plan_output, small_files
+from modelopt_convert.commands.convert.output import (
+    SAID_BY_CONFIG,
+    ConvertPlan,
+    not_restored_warnings,
+    plan_output,
+    small_files,
+)
 from modelopt_convert.commands.convert.proof import (
     Compared,
     check_blocks,
@@ -51,12 +60,12 @@ from modelopt_convert.commands.convert.written import read_back, stream_converte
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import compare_bases, compare_configs, rewritten_report
 from modelopt_convert.dialects.awq import transformed_modules
-from modelopt_convert.dialects.source import Source, describe
+from modelopt_convert.dialects.source import Source, describe_sound
 from modelopt_convert.engines.limits import DEFAULT
 from modelopt_convert.plan.inputs import check_config_unquantized
 from modelopt_convert.report.report import EngineLimitReport, ProofReport, Report
 from modelopt_convert.report.words import NO_BASE_WORDS
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import Published, StagingDir
@@ -120,7 +129,10 @@ class ConvertCommand:
                 check_config_unquantized(against)
                 self._warned += self._inputs.present("base")
             with self._clock.timed("plan"):
-                found = self._source = describe(reader, request.from_, against.tensors if against is not None else {})
+                known, faults = against.tensors if against is not None else {}, Faults()
+                found = self._source = describe_sound(reader, request.from_, known, faults)
+                if against is None or stage is None:  # no data is compared
+                    faults.refuse()
             if request.config is not None and found.other_class is not None:
                 raise InputError(
                     f"{request.config}: expected a config.json of {found.found.family.class_names[0]}, as the names of "
@@ -136,14 +148,17 @@ class ConvertCommand:
             else:
                 reader.take_beside(BASE, against)
                 self._warned += _configs_compared(reader, found, against)
-                check_whole(found.described, against, str(reader.path))
+                told = faults.names.union(module_of(name) for name in faults.names if name in reader.stored)
+                with faults.taken():
+                    check_whole(found.described, against, str(reader.path), told)
                 if stage is not None:
-                    with self._clock.timed("prove"), torch_on_one_thread():
-                        self._prove(reader, found, against)
+                    with self._clock.timed("prove"), torch_on_one_thread(), faults.taken():
+                        self._prove(reader, found, against, told | faults.names)
+                faults.refuse()
             with self._clock.timed("plan"):
                 claim = self._claim(reader, found, source_path.name if source_path.is_file() else None)
                 plan = self._plan = plan_output(reader, found, against, claim, request, measure=stage is not None)
-                self._kept = keep(reader, found, plan.settled, plan.expected, _own_config(reader), request.to)
+                self._kept = keep(reader, found, plan.settled, plan.expected, _kept_config(reader, found), request.to)
             self._warned += [*plan.warned, *not_restored_warnings(plan)]
             if request.to == "modelopt" and plan.config is not None:
                 config = json_object(plan.config.decode())
@@ -203,7 +218,7 @@ class ConvertCommand:
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )
 
-    def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader) -> None:
+    def _prove(self, reader: CheckpointReader, source: Source, base: CheckpointReader, told: Collection[str]) -> None:
         if transformed_modules(source.described):
             self._words = prove_near(reader, source.described, base, self._request.max_error)
             return
@@ -214,7 +229,7 @@ class ConvertCommand:
         if why is not None:
             self._words = why
             return
-        found = prove_source(reader, source.described, base, self._request)
+        found = prove_source(reader, source.described, base, self._request, told)
         self._proof, self._words = found.report, found.report.words
         self._warned += [("proof.scale_factor", words) for words in found.scales]
 
@@ -281,8 +296,8 @@ def _configs_compared(reader: CheckpointReader, source: Source, base: Checkpoint
     return compare_configs(reader, base)
 
 
-def _own_config(reader: CheckpointReader) -> str | None:
-    """The text of a folder's own config.json."""
-    if reader.config_from != OWN:
-        return None
-    return read_small(reader.path / "config.json", _MAX_CONFIG, code="config").decode()
+def _kept_config(reader: CheckpointReader, source: Source) -> str | None:
+    """The text of a folder's own config.json; of a file whose dialect needs one, what stood in for it."""
+    if reader.config_from == OWN:
+        return read_small(reader.folder / "config.json", _MAX_CONFIG, code="config").decode()
+    return json_bytes(reader.config).decode() if reader.config and source.form.name in SAID_BY_CONFIG else None

@@ -12,8 +12,8 @@ from modelopt_convert.commands.convert.engine_names import with_engine_names
 from modelopt_convert.commands.convert.inexact import Lossy, settle, unpacked
 from modelopt_convert.commands.convert.nunchaku import is_nunchaku, settle_decoded
 from modelopt_convert.commands.convert.plan import fused_groups, refuse_unequal, refuse_without_map, unequal_groups
-from modelopt_convert.commands.convert.restore import Restored, other_model, restore
-from modelopt_convert.commands.convert.restored_config import claimed_config
+from modelopt_convert.commands.convert.restore import Restored, changed_since, other_model, restore
+from modelopt_convert.commands.convert.restored_config import claimed_architecture, claimed_config
 from modelopt_convert.commands.convert.way_back import Claim, named
 from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.dialects.form import Canonical, Form, Naming, Written
@@ -25,10 +25,10 @@ from modelopt_convert.engines.comfyui import factors, row_scales
 from modelopt_convert.families.family import Family
 from modelopt_convert.families.table import Found
 from modelopt_convert.plan.plan import ShardPlan, Step, split_into_shards
-from modelopt_convert.run.errors import InputError
+from modelopt_convert.run.errors import InputError, about
 
 # Of these nothing but config.json says that the weights are quantized, and how.
-_SAID_BY_CONFIG = frozenset({"modelopt", "torchao", "compressed-tensors"})
+SAID_BY_CONFIG = frozenset({"modelopt", "torchao", "compressed-tensors"})
 
 
 _RECORD = "the record, mopt.json beside SOURCE, says what the source was made from"
@@ -107,8 +107,9 @@ def plan_output(
     found = unequal_groups(described, groups, reader.read_of)
     refuse_unequal(found, request.inexact, target.name, where, has_base=base is not None)
     settled = settle(described, found, request.inexact, base, reader.read_of, measure=measure)
-    now = named(settled.described, family, spelling, prefix)
-    written = target.write(now, reader.read_of)
+    with about(where):
+        now = named(settled.described, family, spelling, prefix)
+        written = target.write(now, reader.read_of)
     expected = written.expected(now)
     if spelling != "diffusers" or prefix:
         expected = under_diffusers_names(expected, Found(family, spelling, prefix, []), where)
@@ -122,13 +123,17 @@ def plan_output(
             written, shards = restored.written, restored.shards
             expected = replace(expected, tensors={**expected.tensors, **restored.found})
     warned = _in_comfyui(written) if target.name == "comfyui" else ()
+    is_claimed = claim is not None and not described.config
     if isinstance(restored, Restored) and restored.config.text is not None:
         config: bytes | None = restored.config.text.encode()
     else:
+        if claim is not None and is_claimed and changed_since(claim.digests, reader.tensors, reader.read_of) is None:
+            again = replace(now, config=claimed_architecture(claim, family))
+            written = replace(written, config=target.write(again, reader.read_of).config)
         if target.name == "modelopt" and spelling == "diffusers" and not prefix:
             written, warned = with_engine_names(written, now.modules)
         config = json_bytes(written.config) if written.config is not None else None
-    is_lacking = config is None and target.name in _SAID_BY_CONFIG
+    is_lacking = config is None and target.name in SAID_BY_CONFIG
     if is_lacking or (written.config is not None and not written.config.get("_class_name")):
         raise InputError(
             f"{where}: expected a config.json of {family.class_names[0]}, which {target.name} needs, "
@@ -140,6 +145,9 @@ def plan_output(
         )
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in written.tensors.values()]
     steps = {spec.name: Step(spec, "export", "copy") for spec in specs}
+    if is_claimed and config is not None:
+        claimed = "config.json is what the record of SOURCE claims: no file here says the same; --base checks it"
+        warned = (*warned, ("convert.config_claimed", claimed))
     kept = (settled.described, lossy, {**first.told, **settled.told})
     return ConvertPlan(steps, shards, written, config, *kept, expected, announced, restored, warned)
 
@@ -169,9 +177,6 @@ def not_restored_warnings(plan: ConvertPlan) -> list[Warned]:
     found = plan.restored
     if isinstance(found, Restored):
         told: list[Warned] = []
-        if found.config.is_alone:
-            claimed = "config.json is what the record of SOURCE claims: no file here says the same; --base checks it"
-            told.append(("convert.config_claimed", claimed))
         if found.alone:
             claimed = f"{len(found.alone)} scales are what the record of SOURCE claims ({found.alone[0]!r} first)"
             told.append(("convert.scales_claimed", f"{claimed}: no file here says the same, and nothing checks them"))

@@ -1,6 +1,7 @@
 """Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from threading import Event
 
@@ -113,22 +114,23 @@ def _difference(
     return None
 
 
-def check_whole(described: Canonical, base: CheckpointReader, where: str) -> None:
+def check_whole(described: Canonical, base: CheckpointReader, where: str, told: Collection[str]) -> None:
     """Require that SOURCE and base have the same tensors, beside what quantization adds.
 
     Args:
         described: Of SOURCE, under diffusers' names.
         base: The base, under the same.
         where: SOURCE, for messages.
+        told: Modules of which something else is wrong: nothing is said of these.
 
     Raises:
         InputError: ``export.missing_tensor`` or ``base.missing_tensor``.
     """
     names = _unquantized_names(described)
     faults = Faults()
-    if missing := sorted(base.tensors.keys() - names):
+    if missing := sorted(name for name in base.tensors.keys() - names if module_of(name) not in told):
         fault = InputError(
-            f"{where}: expected every tensor of the base, found {len(missing)} missing",
+            f"{where}: expected every tensor of the base, found {len(missing)} missing (base: {base.path})",
             code="export.missing_tensor",
             path=where,
             hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
@@ -136,7 +138,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str) -> Non
         faults.add("", fault.at(missing))
     if extra := sorted(names - base.tensors.keys()):
         fault = InputError(
-            f"{base.path}: expected every tensor of SOURCE, found {len(extra)} missing",
+            f"{base.path}: expected every tensor of {where}, found {len(extra)} missing",
             code="base.missing_tensor",
             path=str(base.path),
             hint="give the base that the checkpoint was made from, whole",
@@ -216,7 +218,11 @@ def _has_rows(info: TensorInfo | None) -> bool:
 
 
 def prove_source(
-    reader: CheckpointReader, described: Canonical, base: CheckpointReader, request: ConvertRequest
+    reader: CheckpointReader,
+    described: Canonical,
+    base: CheckpointReader,
+    request: ConvertRequest,
+    told: Collection[str],
 ) -> Rewritten:
     """Prove every byte of every quantized module of SOURCE, and every other tensor, against the base.
 
@@ -225,6 +231,7 @@ def prove_source(
         described: Its description.
         base: The base.
         request: What is asked for.
+        told: Modules and tensors of which something else is wrong: nothing is said of these.
 
     Raises:
         CheckFailedError: ``check.proof``.
@@ -244,5 +251,5 @@ def prove_source(
     finally:
         reader.present(tensors)
         reader.config = config
-    refuse_unproven(found, str(reader.path), _REFUSAL, accept_near=request.accept_near)
+    refuse_unproven(found.but_for(told), str(reader.path), _REFUSAL, accept_near=request.accept_near)
     return replace(found, report=found.report.model_copy(update={"method": format_proof(target.algorithm).method}))

@@ -86,7 +86,7 @@ def restore(
     if missing:
         config = ClaimedConfig(None)
     alone = set() if missing else _alone(written, claim)
-    changed = _changed(claim.digests, raw, read) if alone else None
+    changed = changed_since(claim.digests, raw, read) if alone else None
     refused = alone if changed is not None else set()
     for _ in range(3):  # each round has fewer tensors of the claim; what is left after that is not used
         candidate, used = _candidate(written, claim, refused, extra=not missing)
@@ -173,7 +173,7 @@ def _alone(written: Written, claim: Claim) -> set[str]:
     }
 
 
-def _changed(digests: Mapping[str, str], raw: Mapping[str, TensorInfo], read: ReadBytes) -> str | None:
+def changed_since(digests: Mapping[str, str], raw: Mapping[str, TensorInfo], read: ReadBytes) -> str | None:
     """The first tensor of the file at hand that is not the one that its record is of; None if all are."""
     for name in sorted(digests.keys() | raw.keys()):
         info = raw.get(name)

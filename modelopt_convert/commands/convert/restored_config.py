@@ -8,6 +8,7 @@ from typing import Any
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.commands.command import without_quantization
 from modelopt_convert.commands.convert.way_back import Claim
 from modelopt_convert.dialects.form import Canonical, Form, ReadBytes, constant
 from modelopt_convert.families.family import Family
@@ -28,12 +29,10 @@ class ClaimedConfig:
     Attributes:
         text: The text; None where the output's own is written.
         not_used: Why, in words.
-        is_alone: Whether the record alone says what is in it: neither SOURCE nor a base has a config.
     """
 
     text: str | None
     not_used: tuple[str, ...] = ()
-    is_alone: bool = False
 
 
 def claimed_config(
@@ -58,7 +57,24 @@ def claimed_config(
         why = str(error)
     if why is not None:
         return ClaimedConfig(None, (f"{_CONFIG}: {why}",))
-    return ClaimedConfig(claim.config, is_alone=not known)
+    return ClaimedConfig(claim.config)
+
+
+def claimed_architecture(claim: Claim, family: Family) -> dict[str, Any]:
+    """What a claimed config.json says of the model, for an output that is quantized otherwise than it says.
+
+    Args:
+        claim: The claim, of the very bytes at hand.
+        family: Of the model.
+
+    Returns:
+        The config without what it says of quantization; empty where it is none of the family's.
+    """
+    try:
+        said = parse_json_object((claim.config or "").encode(), code="config", path=_CONFIG)
+    except (InputError, UnicodeEncodeError):
+        return {}
+    return without_quantization(said) if said.get("_class_name") in family.class_names else {}
 
 
 def _contradiction(

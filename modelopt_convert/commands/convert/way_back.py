@@ -13,7 +13,7 @@ from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes
 from modelopt_convert.dialects.renaming import under_native_names
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.family import Family
-from modelopt_convert.families.table import Found
+from modelopt_convert.families.table import Found, beside
 from modelopt_convert.formats.dtypes import DTYPE_BITS
 from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
 from modelopt_convert.run.errors import InputError
@@ -88,8 +88,11 @@ def keep(
         native_name(name, found) for name in before.keys() | after.keys() if before.get(name) is not after.get(name)
     }
     files: dict[str, dict[str, Any]] = {}
-    lost: list[str] = []
+    # What lies beside the transformer does not come back in part, either.
+    lost = list(rest := beside(reader.tensors, found))
     for name, info in reader.tensors.items():
+        if name in rest:
+            continue
         entry: list[Any] = [info.dtype, list(info.shape)]
         made = again.get(name)
         if name in touched:
@@ -122,7 +125,7 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
     Raises:
         InputError: ``record.*``: a record is there, and cannot be used.
     """
-    record = read_record(reader.path)
+    record = read_record(reader.folder)
     said = record.get(KEY) if record is not None else None
     if record is None or not isinstance(said, dict):
         return None
@@ -131,7 +134,7 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
     try:
         return _claim(said, record["digests"]["tensors"])
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
-        where = str(reader.path / "mopt.json")
+        where = str(reader.folder / "mopt.json")
         raise InputError(
             f"{where}: what it says of the conversion is malformed ({str(error)[:80]})",
             code="record.content",

@@ -129,7 +129,7 @@ def publishable(checkpoint: Path, token: Callable[[], str | None], stack: ExitSt
             f"{checkpoint}: expected the folder of a checkpoint, found a file",
             code="push.folder",
             path=str(checkpoint),
-            hint=f"mopt push {checkpoint.parent} REPO_ID",
+            hint="give the folder that mopt wrote: its record and its card are published with the weights",
         )
     copied = copied_files(read_pipeline(checkpoint))
     transformers = [one for one in transformers_of(checkpoint, None) if f"{one[0]}/config.json" not in copied]

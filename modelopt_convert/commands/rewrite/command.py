@@ -6,13 +6,16 @@ otherwise are stripped. With a base only modules that need it are rewritten, and
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modelopt_convert.checkpoint.location import local_path
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import resolve_component
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, write_record
+from modelopt_convert.commands.beside import present_transformer
 from modelopt_convert.commands.build.files import counted, proof_record
 from modelopt_convert.commands.build.space import CONTENT_BYTES, LONGEST
 from modelopt_convert.commands.closing import Closed, opened_stage, refuse_failed, structure_checked, written_faults
@@ -20,7 +23,6 @@ from modelopt_convert.commands.command import (
     Clock,
     Inputs,
     Warned,
-    beside_transformer,
     ending,
     foreign_warnings,
     not_finite_warnings,
@@ -36,13 +38,14 @@ from modelopt_convert.commands.rewrite.plan import (
     BASIS,
     Kind,
     RewritePlan,
+    add_parts,
     against_words,
     choose,
     config_and_index,
     plan_rewrite,
     proven_answers,
     refuse_names,
-    refuse_parts,
+    scale_faults,
 )
 from modelopt_convert.commands.rewrite.proof import (
     REWRITE,
@@ -54,13 +57,13 @@ from modelopt_convert.commands.rewrite.proof import (
     rewritten_report,
 )
 from modelopt_convert.dialects.presented import present_under_names_of
-from modelopt_convert.families.table import recognise
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.report.inspect import ModuleLayout
 from modelopt_convert.report.report import ProofReport, Report
+from modelopt_convert.run.errors import Faults, kinds
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import Published, StagingDir
@@ -111,7 +114,8 @@ class RewriteCommand:
             stack.enter_context(self._inputs)
             with self._clock.timed("open"):
                 reader = self._inputs.open("source", source_path)
-                self._leave_out(reader)
+                self._beside, warned = present_transformer(reader)
+                self._warned += warned
             refuse_names(reader, request)
             stage: StagingDir | None = None
             if not request.dry_run:
@@ -123,10 +127,18 @@ class RewriteCommand:
             if against is not None:
                 present_under_names_of(against, reader)
                 self._warned += compare_configs(reader, against)
+            faults = Faults()
             with self._clock.timed("inspect"):
-                modules = self._look(reader, against)
+                modules = self._look(reader, against, faults)
                 self._evidence = {name: getattr(one, BASIS[self._kind]) for name, one in modules.items()}
-            chosen = choose(modules, self._kind, reader, against)
+            chosen = choose(modules, self._kind, reader, against, faults)
+            if faults and against is not None and not request.dry_run:
+                # What would be refused once it is written is told with what is known now.
+                with self._clock.timed("inspect"), faults.taken():
+                    found = prove_rewritten(reader, against, request, Faults()).but_for(faults.names)
+                    found = replace(found, misdeclared=[])  # which is what shall be mended
+                    refuse_unproven(found, str(source_path), REWRITE, accept_near=request.accept_near)
+            faults.refuse()
             plan = self._plan = plan_rewrite(reader, modules, chosen, self._kind)
             if against is None:
                 message = f"{len(chosen)} modules are rewritten as told; without --base nothing proves they needed it"
@@ -178,20 +190,19 @@ class RewriteCommand:
             **ending(error, "planned" if self._request.dry_run else "ok"),
         )
 
-    def _leave_out(self, reader: CheckpointReader) -> None:
-        """Present the transformer alone, of a whole checkpoint: what lies beside it has an order of its own."""
-        found = recognise({name: info.shape for name, info in reader.tensors.items()})
-        self._beside, warned = beside_transformer(reader, found) if found is not None else ({}, [])
-        self._warned += warned
-        if self._beside:
-            reader.present({name: one for name, one in reader.tensors.items() if name not in self._beside})
-
-    def _look(self, reader: CheckpointReader, base: CheckpointReader | None) -> dict[str, ModuleLayout]:
+    def _look(self, reader: CheckpointReader, base: CheckpointReader | None, faults: Faults) -> dict[str, ModuleLayout]:
         found = inspect_component(reader, base, every_scale=False, max_error=self._request.max_error)
         modules = {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
-        refuse_parts(reader, modules)
+        add_parts(reader, modules, faults)
+        if modules:
+            lacking, told = scale_faults(reader, base), faults.names
+            if base is None:  # it is done as told
+                self._warned += [(one.code, f"{one.line}: {one.hint}") for one in kinds(lacking)]
+            for name, fault in lacking if base is not None else ():
+                if told.isdisjoint((name, module_of(name))):
+                    faults.add(name, fault)
         if base is not None and modules:  # a few rows may not tell what the whole weight does
-            for name, layout in proven_layouts(reader, base, self._request).items():
+            for name, layout in proven_layouts(reader, base, self._request, Faults()).items():
                 modules[name] = proven_answers(modules[name], layout)
         return modules
 

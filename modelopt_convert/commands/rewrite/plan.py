@@ -10,15 +10,16 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.requests import RewriteRequest
 from modelopt_convert.dialects.modelopt.dialect import INDEX_NAME
-from modelopt_convert.dialects.packed import is_layout_marker
+from modelopt_convert.dialects.packed import Evidence, add_faults, find_packed, is_layout_marker
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, PACKED_QKV
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.layout import BASES, CANONICAL, UNDETERMINED, Layout, declared_layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import padded_shape
+from modelopt_convert.formats.table import declares_dynamic_inputs
 from modelopt_convert.plan.plan import ShardPlan, Step
 from modelopt_convert.report.inspect import ModuleLayout
-from modelopt_convert.run.errors import CheckFailedError, Faults, InputError
+from modelopt_convert.run.errors import CheckFailedError, Faults, InputError, Parts
 
 Kind = Literal["swap", "unswizzle", "swizzle"]
 # The field of ``ModuleLayout`` that a kind of rewrite changes, that which says how it is known, and what it shall be.
@@ -71,7 +72,11 @@ def refuse_names(reader: CheckpointReader, request: RewriteRequest) -> None:
 
 
 def choose(
-    modules: Mapping[str, ModuleLayout], kind: Kind, reader: CheckpointReader, base: CheckpointReader | None
+    modules: Mapping[str, ModuleLayout],
+    kind: Kind,
+    reader: CheckpointReader,
+    base: CheckpointReader | None,
+    faults: Faults,
 ) -> frozenset[str]:
     """The modules that need the rewrite.
 
@@ -80,9 +85,10 @@ def choose(
         kind: Of rewrite.
         reader: The source.
         base: Its base, or None: then the rewrite is done as told.
+        faults: What is wrong with modules already; gets ``layout.undetermined`` and ``layout.shape``.
 
     Raises:
-        InputError: ``layout.nothing_packed``, ``layout.undetermined`` or ``layout.shape``.
+        InputError: ``layout.nothing_packed``.
         CheckFailedError: ``check.already_in_order``.
     """
     where, field, wanted = str(reader.path), _FIELD[kind], _WANTED[kind]
@@ -94,9 +100,14 @@ def choose(
             hint="`mopt inspect` says what this is",
         )
     answers = {name: getattr(one, field) for name, one in modules.items()}
+    refused = faults.names
     if base is not None:
         told = {name for name, one in modules.items() if _is_weight(base, name, one.shape)}
-        unclear = [name for name, answer in answers.items() if answer == "undetermined" or name not in told]
+        unclear = [
+            name
+            for name, answer in answers.items()
+            if name not in refused and (answer == "undetermined" or name not in told)
+        ]
         if unclear:
             fault = InputError(
                 f"{where}: the base does not tell the layout of {len(unclear)} of {len(modules)} modules",
@@ -104,19 +115,18 @@ def choose(
                 path=where,
                 hint="give the base that the checkpoint was made from; without --base all is rewritten, unproven",
             )
-            raise fault.at(unclear)
+            faults.add("", fault.at(unclear))
         chosen = {name for name, answer in answers.items() if answer not in (wanted, "equivalent")}
     else:
         # The shape of the scales is evidence too; a guess is not.
         known = {name for name, one in modules.items() if one.scale_basis == "shape" and kind != "swap"}
         chosen = {name for name in modules if name not in known or answers[name] != wanted}
     if kind != "swap":
-        faults, asked, chosen = Faults(), [name for name in modules if name in chosen], set()
+        asked, chosen = [name for name in modules if name in chosen and name not in refused], set()
         for name in asked:
             with faults.taken(name):
                 chosen |= {name} if _can(reader, modules[name], name, kind) else set()
-        faults.refuse()
-    if not chosen:
+    if not chosen and not faults:
         raise CheckFailedError(
             f"{where}: already in order: {_in_order(wanted, len(modules))}",
             code="check.already_in_order",
@@ -126,22 +136,19 @@ def choose(
     return frozenset(chosen)
 
 
-def refuse_parts(reader: CheckpointReader, modules: Collection[str]) -> None:
-    """Refuse packed weights without usable block scales: the rest would be rewritten, and these left as they are.
+def add_parts(reader: CheckpointReader, modules: Collection[str], faults: Faults) -> None:
+    """Add packed weights without usable block scales: the rest would be rewritten, and these left as they are.
 
     Args:
         reader: The source.
         modules: The NVFP4 modules that were recognised; if there are none, something else is said.
-
-    Raises:
-        InputError: ``layout.scale``.
+        faults: Gets ``layout.scale``.
     """
-    faults = Faults()
-    for info in reader.tensors.values():
+    for info in reader.tensors.values() if modules else ():
         module, _, role = info.name.rpartition(".")
         if role != "weight" or info.dtype != FORMAT.packed_dtype or len(info.shape) != 2:
             continue
-        scale, path = reader.tensors.get(f"{module}.weight_scale"), str(reader.path / info.file)
+        scale, path = reader.tensors.get(f"{module}.weight_scale"), str(reader.folder / info.file)
         if module not in modules or scale is None or scale.dtype not in _SCALE_DTYPES:
             found = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
             fault = InputError(
@@ -151,8 +158,17 @@ def refuse_parts(reader: CheckpointReader, modules: Collection[str]) -> None:
                 hint="the checkpoint is incomplete or damaged: get it again, or export again",
             )
             faults.add(module, fault)
-    if modules:
-        faults.refuse()
+
+
+def scale_faults(reader: CheckpointReader, base: CheckpointReader | None) -> Parts:
+    """What is wrong with the scales of modules, by headers; with a base also what is no NVFP4 module at all."""
+    true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
+    evidence = Evidence(true_shapes, dynamic_inputs=declares_dynamic_inputs(reader.config))
+    found, faults = find_packed(reader.tensors, FORMAT, evidence, path=str(reader.path)), Faults()
+    for name, fault in found.refused.items() if base is not None else ():
+        faults.add(name, fault)
+    add_faults(faults, found.modules, str(reader.path))
+    return faults.parts()
 
 
 def _in_order(wanted: str, count: int) -> str:
@@ -192,10 +208,10 @@ def _can(reader: CheckpointReader, module: ModuleLayout, name: str, kind: Kind) 
     if not linear or size == (rows, columns):
         return True
     raise InputError(
-        f"{reader.path / info.file}: tensor {info.name!r}: expected {list(size)} as 128x4 scales have, "
+        f"{reader.folder / info.file}: tensor {info.name!r}: expected {list(size)} as 128x4 scales have, "
         f"found {list(info.shape)}",
         code="layout.shape",
-        path=str(reader.path / info.file),
+        path=str(reader.folder / info.file),
         hint="scales of this shape are row-major; `mopt inspect --base` proves it",
     )
 

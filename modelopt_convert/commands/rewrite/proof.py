@@ -3,9 +3,10 @@
 torch is imported on the way.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import other_base, read_record
 from modelopt_convert.commands.build.proof import module_report, verdict_counts
@@ -17,7 +18,7 @@ from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.plan.inputs import check_same_config, one_sided_words
 from modelopt_convert.report.report import ModuleReport, ProofReport
 from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, PROVEN_WORDS, REFUTED
-from modelopt_convert.run.errors import CheckFailedError, InputError, joint
+from modelopt_convert.run.errors import CheckFailedError, Faults, InputError, joint
 from modelopt_convert.verification.options import VerifyOptions
 
 _SHOWN = 10
@@ -43,21 +44,32 @@ class Rewritten:
     odd: list[str]
     scales: list[str]
 
+    def but_for(self, told: Collection[str]) -> "Rewritten":
+        """What is said of other modules and tensors than these."""
 
-def proven_layouts(source: CheckpointReader, base: CheckpointReader, request: RewriteRequest) -> dict[str, Layout]:
+        def rest(found: list[str]) -> list[str]:
+            return [one for one in found if {at := one.partition(": ")[0], module_of(at)}.isdisjoint(told)]
+
+        return replace(self, wrong=rest(self.wrong), near=rest(self.near), misdeclared=rest(self.misdeclared))
+
+
+def proven_layouts(
+    source: CheckpointReader, base: CheckpointReader, request: RewriteRequest, faults: Faults
+) -> dict[str, Layout]:
     """How packed modules lie, by all bytes; only those that are the base's under some layout.
 
     Args:
         source: The checkpoint to be rewritten.
         base: Its base.
         request: What is asked for.
+        faults: Gets modules that are none of NVFP4.
     """
     import torch
 
     from modelopt_convert.verification.levels.decode import judge_modules
     from modelopt_convert.verification.subject import find_subject
 
-    subject = replace(find_subject(source, base), layout=first_layout(request.kind))
+    subject = replace(find_subject(source, base, faults), layout=first_layout(request.kind))
     with torch.inference_mode():
         found, _ = judge_modules(
             subject, base, VerifyOptions(workers=request.worker_count), request.max_error, lambda _: None
@@ -85,16 +97,26 @@ def compare_bases(source: CheckpointReader, base: CheckpointReader) -> list[Warn
         base: Its base, all of which was read.
     """
     try:
-        record = read_record(source.path)
+        record = read_record(source.folder)
     except InputError as error:
         return [(error.code, error.message)]
     return [("base.not_recorded", words) for words in other_base(record, base.identity())]
 
 
 def prove_rewritten(
-    written: CheckpointReader, base: CheckpointReader, request: RewriteRequest | ConvertRequest
+    written: CheckpointReader,
+    base: CheckpointReader,
+    request: RewriteRequest | ConvertRequest,
+    faults: Faults | None = None,
 ) -> Rewritten:
-    """Prove every byte of every packed module, and every other tensor; see that all scales can be used."""
+    """Prove every byte of every packed module, and every other tensor; see that all scales can be used.
+
+    Args:
+        written: The checkpoint.
+        base: Its base.
+        request: What is asked for.
+        faults: Gets modules that are none of the format; without it they are refused.
+    """
     import torch
 
     from modelopt_convert.proof.judgement import format_proof, scale_words
@@ -103,7 +125,7 @@ def prove_rewritten(
     from modelopt_convert.verification.levels.layout import misdeclared
     from modelopt_convert.verification.subject import find_subject
 
-    subject, limit = find_subject(written, base), request.max_error
+    subject, limit = find_subject(written, base, faults), request.max_error
     options = VerifyOptions(workers=request.worker_count)
     with torch.inference_mode():
         found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
@@ -114,8 +136,14 @@ def prove_rewritten(
     wrong = [f"{name}: {one.verdict}{_place(one)}" for name, one in modules.items() if one.verdict in REFUTED]
     near = [f"{name}: near{_place(one)}" for name, one in modules.items() if one.verdict == "near"]
     report = rewritten_report(modules, limit, format_proof(FORMAT.algorithm).method, unlike=unlike, like=like)
-    unusable = [f"{one.module}: {one.message}" for one in lint if one.code in SCALE_FAULTS]
+    # A file without any, as ComfyUI's may be, is not damaged by that, and a rewrite takes none away.
+    has_inputs = any(name.endswith(".input_scale") for name in written.tensors)
+    due = SCALE_FAULTS if has_inputs else SCALE_FAULTS - {"input_scale.missing"}
+    unusable = [f"{one.module}: {one.message}" for one in lint if one.code in due]
     odd = [one.message for one in lint if one.code == "input_scale.odd"]
+    odd += ["no module has an input_scale, nor had one in the source"] * any(
+        one.code == "input_scale.missing" for one in lint if not has_inputs
+    )
     readings = {name: one.reading for name, one in found.items() if one.reading is not None}
     scales = scale_words(found, ())
     bad, close = [*wrong, *unusable, *unlike], [*near, *like]

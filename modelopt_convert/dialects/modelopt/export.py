@@ -57,7 +57,13 @@ def check_exported(config: Mapping[str, Any], names: Iterable[str], *, path: str
 
 
 def check_quant_config(
-    config: Mapping[str, Any], target: Format, *, path: str, base: str = "BASE", output: str | None = None
+    config: Mapping[str, Any],
+    target: Format,
+    *,
+    path: str,
+    export: str = "EXPORT",
+    base: str = "BASE",
+    output: str | None = None,
 ) -> Mapping[str, Any]:
     """The ``quantization_config`` of an export.
 
@@ -65,6 +71,7 @@ def check_quant_config(
         config: config.json.
         target: Whose ``quant_algo`` it must have, to the letter: engines that look for a part of it load others wrong.
         path: Of config.json, for messages.
+        export: The export as the command line has it, for messages.
         base: The base as the command line has it, for messages.
         output: Likewise, if it is given.
 
@@ -95,8 +102,14 @@ def check_quant_config(
             hint = f"`mopt convert` undoes that with --to bf16; or {hint}"
         if other is not None:
             why = f"it is an {declared} export, not {target.quant_algo}"
-            folder = path.removesuffix("/config.json")
-            words = [other.command, "--export", folder, "--base", base, *(["--output", output] if output else [])]
+            words = [
+                other.command,
+                "--export",
+                export or path.removesuffix("/config.json"),
+                "--base",
+                base,
+                *(["--output", output] if output else []),
+            ]
             hint = f"run `mopt {shlex.join(words)}`, or {hint}"
         raise InputError(
             f"{path}: quant_algo: expected {target.quant_algo!r}, found {declared!r} ({why})",

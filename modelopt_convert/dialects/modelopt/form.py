@@ -133,7 +133,9 @@ class _ModelOpt:
                 "ModelOpt's checkpoints have one of NVFP4, FP8, MXFP8 or a scale a row for all modules, found "
                 + (f"{len(algorithms)} of them: {', '.join(found)}" if found else "no quantized module"),
                 code="convert.no_place",
-                hint="--to bf16 takes every format, --to comfyui those that ComfyUI reads",
+                hint="--to bf16 takes every format, --to comfyui those that ComfyUI reads"
+                if found
+                else "`mopt build-nvfp4` and `mopt convert-fp8` quantize such a checkpoint, given as --base",
             )
         (algorithm,) = algorithms
         calibrated = [name for name in described.modules if f"{name}.input_scale" in described.tensors]

@@ -17,6 +17,7 @@ Before ModelOpt 0.42 the weight stayed in the model's dtype, and the two amax la
 
 from collections.abc import Iterator, Mapping
 
+from modelopt_convert.checkpoint.names import inside
 from modelopt_convert.dialects.packed import (
     SCALE_SHAPES,
     Evidence,
@@ -51,14 +52,14 @@ class _Fp8Modules:
             linears = [
                 module for module, roles in grouped.items() if "weight" in roles and len(roles["weight"].shape) == 2
             ]
-            left = ignored(evidence.ignore, linears, path=f"{path}/config.json")
+            left = ignored(evidence.ignore, linears, path=inside(path, "config.json"))
             quantized += [module for module in linears if module not in left]
         return quantized
 
     def module(self, name: str, roles: Roles, evidence: Evidence, path: str) -> PackedModule:
         weight = roles.get("weight")
         calibrated = evidence.calibration.get(name, {})
-        where = f"{path}/{(weight or next(iter(roles.values()))).file}"
+        where = inside(path, (weight or next(iter(roles.values()))).file)
         allowed = {FORMAT.packed_dtype} | (HALF_AND_FLOAT if evidence.calibration else frozenset())
         if weight is None or weight.dtype not in allowed or len(weight.shape) != 2 or 0 in weight.shape:
             found = f"{weight.dtype} {list(weight.shape)}" if weight else "no weight"
@@ -113,7 +114,8 @@ def _faults(
                     f"{where}: {module}: expected a finite positive {role} in the checkpoint, found {known[role]}",
                     code="export.unusable_scale",
                     path=where,
-                    hint=f"the module was all zero or never calibrated; quantize again, or --keep-bf16 '{module}'",
+                    hint="the module was all zero or never calibrated; quantize again, or build with "
+                    f"--keep-bf16 '{module}'",
                 )
             continue
         if role not in scales and role not in due:
@@ -128,6 +130,7 @@ def _faults(
                 + (" (a scale per row)" if len(info.shape) == 1 else ""),
                 code="export.shape",
                 path=where,
-                hint="the runtime takes one scale per weight; export again with --format fp8, or see what "
-                "`mopt convert` makes of it with --to modelopt or comfyui",
+                hint=("the runtime takes one scale per weight" if info.shape not in SCALE_SHAPES else "scales are F32")
+                + "; export again with --format fp8, or see what `mopt convert` makes of it with --to modelopt or "
+                "comfyui",
             )

@@ -18,6 +18,7 @@ activations at hand.
 from collections.abc import Iterator, Mapping
 
 from modelopt_convert.checkpoint.header import TensorInfo
+from modelopt_convert.checkpoint.names import inside
 from modelopt_convert.dialects.packed import (
     SCALE_SHAPES,
     Evidence,
@@ -46,7 +47,7 @@ class _Nvfp4Modules:
 
     def module(self, name: str, roles: Roles, evidence: Evidence, path: str) -> PackedModule:
         weight = roles.get("weight")
-        where = f"{path}/{(weight or next(iter(roles.values()))).file}"
+        where = inside(path, (weight or next(iter(roles.values()))).file)
         if weight is None or weight.dtype != FORMAT.packed_dtype or len(weight.shape) != 2 or 0 in weight.shape:
             found = f"{weight.dtype} {list(weight.shape)}" if weight else "no weight"
             fp8 = weight is not None and weight.dtype.startswith("F8_")

@@ -83,7 +83,8 @@ def container_level(
     """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors, the config against the base's."""
     rules = stored_format(subject.format.algorithm)
     fatal = _FATAL | rules.fatal
-    failures = [_words(fault) for fault in seen.lint if fault.code in fatal]
+    said = {fault.module for fault in seen.lint if fault.code in fatal and fault.code.endswith("scale.missing")}
+    failures = [_words(fault) for fault in seen.lint if fault.code in fatal and fault.module not in subject.refused]
     warnings = [_words(fault) for fault in seen.lint if fault.code not in fatal and fault.code != "scale.zero"]
     failures += _declaration_faults(subject) + _bias_faults(subject)
     if base is not None and base.config:
@@ -95,6 +96,7 @@ def container_level(
         for module in subject.modules.values()
         if module.fault is not None
         for fault in module.fault.each()
+        if not (module.name in said and fault.code.startswith("export.missing_"))
     ]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
     if scanned.not_finite:
@@ -120,7 +122,7 @@ def _words(fault: LintReport) -> str:
 def _declaration_faults(subject: Subject) -> list[str]:
     """Engines load by config.json: what it says must be what the tensors are."""
     try:
-        path = str(subject.reader.path / "config.json")
+        path = subject.reader.config_place
         check_quant_config(subject.reader.config, subject.format, path=path)
     except InputError as error:
         return [error.message]

@@ -8,6 +8,7 @@ from threading import Event
 import torch
 import xxhash
 
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
@@ -208,7 +209,7 @@ def _beside_scales(subject: Subject) -> set[str]:
     """Tensors that a base may have, too."""
     scales = {info.name for module in subject.modules.values() for info in module.scales.values()}
     known = {name for name in subject.reader.tensors if not is_quantizer_state(name) and not is_layout_marker(name)}
-    return known - scales
+    return {name for name in known - scales if module_of(name) not in subject.refused}
 
 
 def _unpacked(subject: Subject, base: CheckpointReader) -> list[str]:
@@ -233,7 +234,8 @@ def unlike_base(
         Those that are other tensors, and those that are near the base's.
     """
     mine = _beside_scales(subject)
-    failures = [f"{name}: the base has it, the checkpoint has not" for name in sorted(base.tensors.keys() - mine)]
+    lost = (name for name in base.tensors if name not in mine and module_of(name) not in subject.refused)
+    failures = [f"{name}: the base has it, the checkpoint has not" for name in sorted(lost)]
     failures += [f"{name}: the checkpoint has it, the base has not" for name in sorted(mine - base.tensors.keys())]
 
     def compared(name: str, stopped: Event) -> tuple[bool, str] | None:

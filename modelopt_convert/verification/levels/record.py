@@ -104,17 +104,17 @@ def scan(
     if record is not None:
         found.failures += _header_faults(reader, record) + _name_faults(reader, record)
         # ComfyUI's files have no config.json, nor has what mopt made of one file.
-        due = {*(["config.json"] if is_there(reader.path / "config.json") else []), *reader.indexes}
+        due = {*(["config.json"] if is_there(reader.folder / "config.json") else []), *reader.indexes}
         found.failures += [f"file {name} is not recorded" for name in sorted(due - record["digests"]["files"].keys())]
     known = {RECORD, *(record["digests"]["files"] if record is not None else ())}
-    failures, warnings = unlisted(reader.path, set(reader.skipped) - known)
+    failures, warnings = unlisted(reader.folder, set(reader.skipped) - known)
     found.failures += failures
     found.warnings += warnings if record is not None else []
     files: Mapping[str, str] = record["digests"]["files"] if record is not None else {}
     for name, wanted in files.items():
         # Only what the folder lists: a name of the record may be any text.
         there = name in {"config.json", *reader.skipped, *reader.indexes}
-        if not there or _digest(reader.path, name) != wanted:
+        if not there or _digest(reader.folder, name) != wanted:
             is_editable = name in _EDITABLE
             found.edited += [name] * is_editable
             list_ = found.warnings if is_editable else found.failures

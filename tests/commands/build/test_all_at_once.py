@@ -5,6 +5,7 @@ The law: of modules with planted faults, at random, the report names all under t
 
 import random
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -90,6 +91,28 @@ VALUES: Mapping[str, Mapping[str, tuple[str, Plant]]] = {
         "another bias": ("export.other_base", filled("bias", 7.0)),
     },
 }
+
+
+def lost(export: Tensors, _base: Tensors, module: str) -> None:
+    for name in [name for name in export if module_of(name) == module]:
+        del export[name]
+
+
+def one_code(export: Tensors, _base: Tensors, module: str) -> None:
+    """The signs of one byte of codes, or of one code, anywhere: the rows that are sampled need not see it."""
+    codes = export[f"{module}.weight"].view(torch.uint8)
+    flips = 0x88 if export[f"{module}.weight"].dtype == torch.uint8 else 0x80
+    large = ((codes & 0x07) > 1) & ((codes & 0x70) > 0x10)
+    row, column = random.Random(module).choice(large.nonzero().tolist())
+    codes[row, column] ^= flips
+
+
+MIXED = {
+    algorithm: HEADERS[algorithm]
+    | VALUES[algorithm]
+    | {"a module that is lost": ("export.missing_tensor", lost), "a wrong code": ("check.proof", one_code)}
+    for algorithm in HEADERS
+}
 COMMANDS = {"nvfp4": "build-nvfp4", "fp8": "convert-fp8"}
 
 
@@ -160,19 +183,81 @@ def test_each_kind_in_all_modules_is_one_line(look: str, algorithm: str, exports
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("algorithm", COMMANDS)
-@pytest.mark.parametrize("look", ["headers", "values"])
+@pytest.mark.parametrize("look", ["headers", "values", "mixed"])
 def test_several_kinds_in_some_modules_are_all_told(
     look: str, algorithm: str, seed: int, exports: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(f"{look} {algorithm} {seed}")
-    kinds = {"headers": HEADERS, "values": VALUES}[look][algorithm]
+    kinds = {"headers": HEADERS, "values": VALUES, "mixed": MIXED}[look][algorithm]
     packed = quantized(exports / algorithm)
     draw.shuffle(packed)
     where = {}
-    for kind in draw.sample(sorted(kinds), draw.choice([2, 2, 3])):
+    chosen = draw.sample(sorted(kinds), draw.choice([2, 2, 3]))
+    if look == "mixed":  # of what headers tell, of what values tell, and of what only the comparison of all bytes does
+        chosen = [*draw.sample(sorted(HEADERS[algorithm]), 2), *draw.sample(sorted(VALUES[algorithm]), 2)]
+        chosen += ["a module that is lost", "a wrong code"]
+    for kind in chosen:
         count = draw.choice([1, 2, 5])
         where[kind], packed = packed[:count], packed[count:]
     source, base = planted(exports / algorithm, exports / "base", tmp_path, kinds, where)
     request = [COMMANDS[algorithm], "--preset", "none", "--export", source, "--base", base]
     outcome = run_mopt(*request, "--output", tmp_path / "out")
     refused_for(outcome, {name: code for name, (code, _) in kinds.items()}, where)
+
+
+def test_faults_of_two_transformers_come_together(exports: Path, tmp_path: Path) -> None:
+    """One has a fault in its headers, the other a code that only the comparison of all bytes finds."""
+    kinds, packed = MIXED["nvfp4"], quantized(exports / "nvfp4")
+    faults = {"transformer": "no weight_scale", "transformer_2": "a wrong code"}
+    for (folder, kind), module in zip(faults.items(), packed, strict=False):
+        source, base = planted(exports / "nvfp4", exports / "base", tmp_path / kind, kinds, {kind: [module]})
+        for what, path in (("export", source), ("base", base)):
+            (tmp_path / what).mkdir(exist_ok=True)
+            shutil.move(path, tmp_path / what / folder)
+    request = ["build-nvfp4", "--preset", "none", "--export", tmp_path / "export", "--base", tmp_path / "base"]
+    outcome = run_mopt(*request, "--output", tmp_path / "out")
+    assert outcome.report is not None and outcome.exit_code == 3, outcome.stderr
+    found = {fault["code"]: fault["names"] for fault in outcome.report["error"]["faults"]}
+    first, second = f"transformer/{packed[0]}", f"transformer_2/{packed[1]}"
+    assert found == {"export.missing_weight_scale": [first], "check.proof": [second]}
+
+
+def test_headers_alone_are_told_where_a_pattern_is_wrong_too(exports: Path, tmp_path: Path) -> None:
+    """Which modules the pattern was to keep is unknown, and so whose data may be at fault."""
+    kinds, module = MIXED["nvfp4"], quantized(exports / "nvfp4")[0]
+    where = {"no input_scale": [module], "a wrong code": [quantized(exports / "nvfp4")[1]]}
+    source, base = planted(exports / "nvfp4", exports / "base", tmp_path, kinds, where)
+    request = ["build-nvfp4", "--preset", "none", "--export", source, "--base", base, "--keep-bf16", "no.such"]
+    outcome = run_mopt(*request, "--output", tmp_path / "out")
+    assert outcome.report is not None and outcome.exit_code == 3, outcome.stderr
+    codes = {fault["code"] for fault in outcome.report["error"]["faults"]}
+    assert codes == {"preset.no_match", "export.missing_input_scale"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("algorithm", COMMANDS)
+def test_what_the_hints_say_makes_the_build_succeed(algorithm: str, seed: int, exports: Path, tmp_path: Path) -> None:
+    """Scales are missing in some modules, and unusable in others; members of fused groups among them."""
+    draw = random.Random(f"{algorithm} {seed}")
+    kinds = MIXED[algorithm] | {"a scale of 0": ("export.unusable_scale", filled("input_scale", 0.0))}
+    chosen = ["no input_scale", "no weight_scale", "a scale of 0"]
+    request = [COMMANDS[algorithm], "--preset", "flux1-dev", "--base", exports / "base"]
+    plan = run_mopt(*request, "--export", exports / algorithm, "--output", tmp_path / "plan", "--dry-run").report
+    assert plan is not None
+    kept = [name for name, fate in plan["ledger"]["export"].items() if fate.startswith("kept")]
+    packed = sorted({module_of(name) for name in kept if name.endswith(".input_scale")})
+    draw.shuffle(packed)
+    where = {kind: packed[3 * number : 3 * number + 3] for number, kind in enumerate(chosen)}
+    source, _ = planted(exports / algorithm, exports / "base", tmp_path, kinds, where)
+    refused = run_mopt(*request, "--export", source, "--output", tmp_path / "out")
+    refused_for(refused, {name: code for name, (code, _) in kinds.items()}, where)
+    assert refused.report is not None
+    options = [
+        option
+        for fault in refused.report["error"]["faults"]
+        for option in re.findall(r"--keep-bf16 '([^']*)'", fault["hint"])
+    ]
+    assert len(options) <= 9 * 4
+    more = [word for option in dict.fromkeys(options) for word in ("--keep-bf16", option)]
+    built = run_mopt(*request, "--export", source, "--output", tmp_path / "out", *more)
+    assert built.exit_code == 0, built.stderr

@@ -6,7 +6,7 @@ import pytest
 import sglang_runtime
 import torch
 import vllm_runtime
-from families import ALL, PRESETS, UNRECORDED, WITHOUT_PRESET, allowed
+from families import ALL, MORE, PRESETS, WITHOUT_PRESET, allowed
 from fp8_support import convert
 from support import Tensors, build, config_of, edit, load, run_mopt, same_bits
 
@@ -89,9 +89,9 @@ def test_every_family_with_its_preset(families: Path, tmp_path: Path, family: st
         assert {name for name in linears if excluded(name, ignore)} == linears - packed
 
 
-@pytest.mark.parametrize("family", UNRECORDED)
+@pytest.mark.parametrize("family", MORE)
 def test_families_that_no_engine_loaded_are_proven_by_verify(families: Path, tmp_path: Path, family: str) -> None:
-    where, base, (name, _) = families / family, families / family / "base", UNRECORDED[family]
+    where, base, (name, _) = families / family, families / family / "base", MORE[family]
     nvfp4, fp8 = tmp_path / "nvfp4", tmp_path / "fp8"
     assert build(where / "nvfp4", base, nvfp4, *allowed(family), preset=name).exit_code == 0
     assert convert(where / "fp8", base, fp8, *allowed(family, "fp8"), preset=name).exit_code == 0

@@ -158,7 +158,8 @@ def test_scales_of_another_dtype_or_shape_are_refused(
 ) -> None:
     """Per row, per block, or of another algorithm: the runtime takes one F32 number."""
     export = edit(fp8, tmp_path / "export", put(name, value))
-    fp8_refused(export, base, tmp_path, code="export.shape", names=(SHARD, name, found))
+    why = "scales are F32;" if value.ndim == 0 else "one scale per weight;"
+    fp8_refused(export, base, tmp_path, code="export.shape", names=(SHARD, name, found), hint=why)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_a_module_that_is_not_plain_fp8_is_refused(
 def test_a_packed_weight_of_another_shape_than_the_bases_is_refused(fp8: Path, base: Path, tmp_path: Path) -> None:
     name = f"{PACKED}.weight"
     export = edit(fp8, tmp_path / "export", lambda tensors: tensors.update({name: tensors[name][:, :-1]}))
-    fp8_refused(export, base, tmp_path, code="base.shape", names=(name, "[160, 799]", "[160, 800]"))
+    fp8_refused(export, base, tmp_path, code="export.shape", names=(name, "[160, 799]", "[160, 800]"))
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])

@@ -115,7 +115,7 @@ def test_a_language_model(preset: tuple[str, ...], nvfp4: Path, base: Path, tmp_
     assert said("build-nvfp4", *arguments, "--output", tmp_path / "out") == (
         "preset.not_diffusion",
         f"{where}: expected a diffusion transformer of diffusers, found LlamaForCausalLM: not a diffusion transformer",
-        "mopt is for diffusion transformers; give the export of a language model to its engine as it is",
+        "mopt is for diffusion transformers; give a language model or a VAE to its engine as it is",
     )
 
 

@@ -189,6 +189,57 @@ def test_of_a_local_model_no_sibling_is_named(
         assert preset.title not in found.said and preset.base_repo not in found.said
 
 
+@pytest.mark.parametrize(
+    ("family", "claimed", "key"),
+    [
+        ("flux2_klein", "black-forest-labs/FLUX.2-dev", "guidance_embeds"),
+        ("flux2", "black-forest-labs/FLUX.2-klein-4B", "guidance_embeds"),
+        ("flux1", "black-forest-labs/FLUX.1-Fill-dev", "in_channels"),
+        ("flux1", "Qwen/Qwen-Image", "_class_name"),
+    ],
+)
+@pytest.mark.parametrize("command", ["build-nvfp4", "convert-fp8"])
+def test_a_claim_that_config_json_contradicts_is_refused(
+    bases: dict[str, Path], tmp_path: Path, family: str, claimed: str, key: str, command: str
+) -> None:
+    words = ("--base", bases[family], "--base-model", claimed, "--output", tmp_path / "out", "--allow-known-broken")
+    named = ("--preset", {"flux1": "flux1-dev", "flux2": "flux2-dev"}.get(family, "flux2-klein-4b"))
+    outcome = run_mopt(command, *words, *named)
+    assert (outcome.exit_code, outcome.error_code) == (3, "base.claimed_otherwise")
+    assert claimed in outcome.message and repr(key) in outcome.message and not (tmp_path / "out").exists()
+    fine = run_mopt(command, *words, *named, "--base-model", "me/mine", "--dry-run")
+    assert fine.exit_code == 0, fine.stderr
+
+
+@pytest.mark.parametrize("command", ["build-nvfp4", "convert-fp8"])
+def test_kontext_is_not_for_sglang_where_something_says_that_it_is_kontext(
+    bases: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    """Its config.json is that of FLUX.1 [dev]: the fact goes by the repo."""
+    words = (command, "--base", bases["flux1"], "--output", tmp_path / "out", "--dry-run")
+    for said in (("--preset", "flux1-kontext-dev"), ("--base-model", "black-forest-labs/FLUX.1-Kontext-dev")):
+        outcome = run_mopt(*words, *said)
+        assert (outcome.exit_code, outcome.error_code) == (3, "engine.known_broken") and "Kontext" in outcome.message
+        allowed = run_mopt(*words, *said, "--allow-known-broken")
+        assert allowed.exit_code == 0 and allowed.report is not None
+        assert "FLUX.1 Kontext" in " ".join(one["what"] for one in allowed.report["engines"])
+    assert run_mopt(*words, "--preset", "flux1-dev").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["build-nvfp4", "convert-fp8"])
+def test_of_exports_is_told_where_there_is_one(families: Path, tmp_path: Path, command: str) -> None:
+    where = families / "chroma"
+    words = (command, "--preset", "chroma", "--base", where / "base", "--allow-known-broken", "--engine", "comfyui")
+    export = ("--export", where / command.partition("-")[2])
+    for number, more in enumerate([(), export]):
+        out = tmp_path / str(number)
+        outcome = run_mopt(*words, *more, "--output", out)
+        assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+        told = "the export needs a calibration of your own"
+        assert (told in str(outcome.report["preset"]["known_limits"])) == bool(number)
+        assert (told in (out / "README.md").read_text()) == bool(number)
+
+
 def test_no_repo_is_of_two_presets() -> None:
     repos = [repo for name in preset_names() for repo in load_preset(name).preset.repos]
     assert len(repos) == len(set(repos))

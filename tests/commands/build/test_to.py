@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -212,3 +213,34 @@ def test_of_two_transformers_one_is_named(families: Path, tmp_path: Path) -> Non
     assert refused.exit_code == 2 and "--component says which" in refused.stderr, refused.stderr
     planned = run_mopt(*asked, "--to", "torchao", "--component", "transformer_2")
     assert planned.exit_code == 0, planned.stderr
+
+
+def test_what_the_hint_proposes_runs(exports: Path, built_nvfp4: Path, tmp_path: Path) -> None:
+    """Of FLUX.1 the preset keeps a part of what ComfyUI fuses."""
+    given = ("--preset", "flux1-dev", "--export", exports / "nvfp4", "--base", exports / "base")
+    refused = run_mopt(NVFP4, *given, "--output", tmp_path / "out", "--to", "comfyui")
+    assert refused.exit_code == 3 and refused.error_code == "convert.inexact", refused.stderr
+    hint = refused.message.splitlines()[1]
+    assert hint.startswith("--inexact bf16 writes these in BF16, ") and hint.count("`") == 2
+    program, *words = shlex.split(hint.split("`")[1])
+    shutil.copytree(built_nvfp4, tmp_path / "out")  # what the build without --to writes
+    done = run_mopt(*words)
+    assert program == "mopt" and done.exit_code == 0, done.stderr
+    assert len(list((tmp_path / "out-comfyui").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("to", ["modelopt", "torchao", "comfyui"])
+def test_no_engine_is_told_of_that_is_not_asked_for(to: str, exports: Path, tmp_path: Path) -> None:
+    words = (NVFP4, "--preset", "flux1-dev", "--base", exports / "base", "--output", tmp_path / "out", "--dry-run")
+    outcome = run_mopt(*words, *([] if to == "modelopt" else ["--to", to, "--inexact", "bf16"]))
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    told = {one["code"] for one in outcome.report["warnings"]}
+    assert "build.uncalibrated" in told and ("engine.dynamic_input_scale" in told) is (to == "modelopt")
+    assert ("sglang" in outcome.stderr.lower()) is (to == "modelopt"), outcome.stderr
+
+
+def test_what_the_target_cannot_hold_is_said_before_the_work(exports: Path, tmp_path: Path) -> None:
+    words = (NVFP4, "--preset", "flux1-dev", "--base", exports / "base", "--output", tmp_path / "out")
+    refused = run_mopt(*words, "--to", "bfl-diffusers", "--inexact", "bf16", "--dry-run")
+    assert refused.exit_code == 3 and refused.error_code == "convert.no_input_scale", refused.stderr
+    assert str(exports / "base" / "transformer") in refused.message and "--to torchao" in refused.message

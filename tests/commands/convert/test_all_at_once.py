@@ -82,6 +82,80 @@ def test_modules_that_no_dialect_allows_are_all_told(
     assert outcome.stderr.splitlines()[-len(told(error)) :] == told(error)
 
 
+def put(role: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors, str], object]:
+    return lambda tensors, module: tensors.update({f"{module}.{role}": how(tensors[f"{module}.{role}"])})
+
+
+def lost(tensors: Tensors, module: str) -> None:
+    for name in [name for name in tensors if module_of(name) == module]:
+        del tensors[name]
+
+
+KINDS: dict[str, Callable[[Tensors, str], object]] = {
+    "no weight": lambda tensors, module: tensors.pop(f"{module}.weight"),
+    "no weight_scale": lambda tensors, module: tensors.pop(f"{module}.weight_scale"),
+    "lost": lost,
+    "unknown tensor": lambda tensors, module: tensors.update({f"{module}.odd": torch.ones(2, dtype=torch.bfloat16)}),
+    "scales of another dtype": put("weight_scale", lambda one: one.double()),
+    "scales of another shape": put("weight_scale", lambda one: one.repeat(2, *[1] * (one.ndim - 1))),
+    "other codes": put("weight", lambda one: (one.view(torch.uint8) ^ 0x19).view(one.dtype)),
+    "a bias that is not the base's": put("bias", lambda one: one + 7),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("command", ["verify", "convert", "swap-nibbles"])
+@pytest.mark.parametrize("seed", range(2))
+def test_kinds_of_headers_and_of_data_are_told_in_one_run(
+    seed: int, command: str, algorithm: str, families: Path, tmp_path: Path
+) -> None:
+    """The report names the modules of all kinds, and no other."""
+    if (command, algorithm) == ("swap-nibbles", "fp8"):
+        return  # FP8 has no nibbles
+    draw, family = random.Random(f"{seed} {command} {algorithm}"), families / "qwen_image"
+    source = copy(family / algorithm / "transformer", tmp_path / "source")
+    modules = quantized(source, "modelopt")
+    draw.shuffle(modules)
+    kinds = ["other codes", *draw.sample(sorted(KINDS.keys() - {"other codes"}), 4)]
+    where = {kind: [modules.pop() for _ in range(draw.choice([1, 2]))] for kind in kinds}
+
+    def plant(tensors: Tensors) -> None:
+        if command == "swap-nibbles":
+            for module in quantized(source, "modelopt"):
+                tensors[f"{module}.weight"] = (tensors[f"{module}.weight"] << 4) | (tensors[f"{module}.weight"] >> 4)
+        for kind, chosen in where.items():
+            for module in chosen:
+                KINDS[kind](tensors, module)
+
+    change(source, plant)
+    more = {"verify": [], "convert": [tmp_path / "out", "--to", "bf16"], "swap-nibbles": [tmp_path / "out"]}[command]
+    outcome = run_mopt(command, source, *more, "--base", family / "base" / "transformer")
+    assert outcome.exit_code in (1, 3) and outcome.report is not None, outcome.stderr
+    error = outcome.report["error"]
+    planted = {module for chosen in where.values() for module in chosen}
+    named = {name for fault in error["faults"] for name in fault["names"]}
+    assert {name if name in planted else module_of(name) for name in named} == planted, (where, error)
+    assert not (tmp_path / "out").exists() and "--keep-bf16" not in json.dumps(error)
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_an_export_that_was_never_calibrated_names_all_modules(algorithm: str, exports: Path, tmp_path: Path) -> None:
+    export, base = exports / f"{algorithm}_uncalibrated", ["--base", exports / "base"]
+    modules = set(quantized(export / "transformer", "modelopt"))
+    build = {"nvfp4": "build-nvfp4", "fp8": "convert-fp8"}[algorithm]
+    commands = [[build, "--preset", "none", "--export", export, *base, "--output", tmp_path / "out"]]
+    commands += [["verify", export], ["verify", export, *base]]
+    if algorithm == "nvfp4":
+        commands += [["swap-nibbles", export, tmp_path / "out", *base]]
+        commands += [["convert", export, tmp_path / "out", "--to", target] for target in ("bf16", "comfyui")]
+    for command in commands:
+        outcome = run_mopt(*command)
+        assert outcome.exit_code in (1, 3) and outcome.report is not None, (command, outcome.stderr)
+        error = outcome.report["error"]
+        assert {name for fault in error["faults"] for name in fault["names"]} == modules, (command, error)
+        assert "calibrate with real prompts" in error["hint"], (command, error["hint"])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_verify_names_every_module(seed: int, families: Path, tmp_path: Path) -> None:
     """What is missing, what has another shape, and what is not the base's: in one run, and each kind in one line."""

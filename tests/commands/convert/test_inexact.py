@@ -1,12 +1,13 @@
 """Fused groups whose members differ: refused, or one of three ways, each against an oracle nobody here wrote."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import comfy_kitchen
 import pytest
 import torch
-from support import Tensors, load, run_mopt
+from support import Tensors, config_of, load, run_mopt, same_bits
 
 LINEAR1 = "single_blocks.0.linear1"
 MEMBERS = [f"single_transformer_blocks.0.{one}" for one in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
@@ -107,3 +108,50 @@ def test_requantized_is_what_modelopt_makes_of_the_base(exports: Path, base: Pat
 def test_requantize_needs_a_base(exports: Path, tmp_path: Path) -> None:
     refused = run_mopt("convert", exports / "nvfp4", tmp_path / "out", "--to", "comfyui", "--inexact", "requantize")
     assert refused.exit_code == 3 and "[convert.inexact]" in refused.stderr and "--base" in refused.stderr
+
+
+def test_the_way_back_needs_no_config(exports: Path, tmp_path: Path) -> None:
+    """What is in BF16 stays so; all else is the export's, and the record has the config."""
+    source = exports / "nvfp4"
+    assert run_mopt("convert", source, tmp_path / "there", "--to", "comfyui", "--inexact", "bf16").exit_code == 0
+    back = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt")
+    assert back.exit_code == 0 and back.report is not None, back.stderr
+    assert "convert.config_claimed" in {one["code"] for one in back.report["warnings"]}
+    # State of quantizers, which no engine reads, is not given back where anything is missing.
+    before = {name: one for name, one in load(source / "transformer").items() if "_quantizer." not in name}
+    after = load(tmp_path / "back")
+    same = {name for name in after if name in before and same_bits(after[name], before[name])}
+    changed = {name.rpartition(".")[0] for name in before.keys() | after.keys() if name not in same}
+    packed = {name.removesuffix("_scale_2") for name in before if name.endswith(".weight_scale_2")}
+    assert len(same) > 150 and changed and all(after[f"{name}.weight"].dtype == torch.bfloat16 for name in changed)
+    assert {f"{name}.weight" for name in changed} < packed
+    made, own = config_of(tmp_path / "back"), config_of(source / "transformer")
+    left = ("quantization_config", "_name_or_path")
+    assert {key: made[key] for key in made if key not in left} == {key: own[key] for key in own if key not in left}
+    assert set(made["quantization_config"]["ignore"]) >= changed
+
+
+def test_a_config_of_other_bytes_is_not_taken(exports: Path, tmp_path: Path) -> None:
+    assert (
+        run_mopt("convert", exports / "nvfp4", tmp_path / "there", "--to", "comfyui", "--inexact", "bf16").exit_code
+        == 0
+    )
+    (file,) = (tmp_path / "there").glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    back = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt")
+    assert back.exit_code == 3 and back.error_code == "convert.config", back.stderr
+
+
+def test_the_config_of_one_file_is_kept(exports: Path, tmp_path: Path) -> None:
+    """A file has no config.json of its own: what stood in for it comes back."""
+    source = exports / "nvfp4" / "transformer"
+    (weights,) = source.glob("*.safetensors")
+    shutil.copy(weights, tmp_path / "one.safetensors")
+    given = ("--config", source, "--to", "torchao")
+    assert run_mopt("convert", tmp_path / "one.safetensors", tmp_path / "there", *given).exit_code == 0
+    (tmp_path / "there" / "config.json").unlink()
+    back = run_mopt("convert", tmp_path / "there", tmp_path / "back", "--to", "modelopt", "--from", "torchao")
+    assert back.exit_code == 0, back.stderr
+    assert load(tmp_path / "back").keys() == load(source).keys() and config_of(tmp_path / "back") == config_of(source)
