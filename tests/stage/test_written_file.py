@@ -22,6 +22,7 @@ from modelopt_convert.run.errors import ExitCode, OutputRefusedError, StorageErr
 from modelopt_convert.stage import fsops, written_file
 from modelopt_convert.stage.written_file import (
     PAGE_HEAD,
+    SHEET_HEAD,
     check_file_place,
     check_file_replaced,
     is_same_place,
@@ -37,6 +38,8 @@ OURS = {
     "indented": json.dumps(json.loads(REPORT), indent=2),
     "page": f"{PAGE_HEAD}<title>x</title></html>",
     "empty": "",
+    "a comparison": '{"schema":"mopt.fidelity/1"}',
+    "a sheet": f"{SHEET_HEAD}</html>\n",
 }
 FOREIGN = {
     "text": "mine",
