@@ -76,7 +76,8 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
     if output.is_symlink():
         raise _refuse(output, "is a symlink", "symlink", "give the folder itself")
     if not parent.is_dir():
-        raise _refuse(output, *_no_folder(parent))
+        what, hint = _no_folder(parent)
+        raise _refuse(output, what, "no_parent", hint)
     for source in inputs:
         if source.exists():  # an input that was removed meanwhile cannot be harmed
             refuse_overlap(output, source)
@@ -93,12 +94,12 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
         raise _refuse(output, "is the home or the current folder", "special_folder", "give a folder inside it")
 
 
-def _no_folder(parent: Path) -> tuple[str, str, str]:
-    """What is wrong with a parent that is no folder, the code and what to do: below a file none can be made."""
+def _no_folder(parent: Path) -> tuple[str, str]:
+    """What is wrong with a parent that is no folder, and what to do: below a file none can be made."""
     standing = next(one for one in (parent, *parent.parents) if one.exists())
     if not standing.is_dir():
-        return f"has no parent folder: {standing} is a file", "no_parent", "give an OUT in a folder"
-    return f"has no parent folder: {parent} does not exist", "no_parent", f"mkdir -p {shlex.quote(str(parent))}"
+        return f"has no parent folder: {standing} is a file", "give an OUT in a folder"
+    return f"has no parent folder: {parent} does not exist", f"mkdir -p {shlex.quote(str(parent))}"
 
 
 def _special_folders() -> list[Path]:
