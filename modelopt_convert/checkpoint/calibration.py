@@ -69,18 +69,20 @@ class Calibrated:
             InputError: ``calibration.no_module``, ``calibration.never_ran`` or ``calibration.amax``.
         """
         if module not in self.amax:
-            raise self._unusable(module, "expected its amax, found no such module", "no_module")
+            raise self._unusable(module, "expected its amax, found no such module", "calibration.no_module")
         found = self.amax[module]
         if found is None:
-            raise self._unusable(module, "expected its amax, but it never ran while calibrating", "never_ran")
+            raise self._unusable(
+                module, "expected its amax, but it never ran while calibrating", "calibration.never_ran"
+            )
         if not _LEAST < found < _MOST:
-            raise self._unusable(module, f"expected an amax above 0 and finite, found {found!r}", "amax")
+            raise self._unusable(module, f"expected an amax above 0 and finite, found {found!r}", "calibration.amax")
         return found
 
-    def _unusable(self, module: str, what: str, kind: str) -> InputError:
+    def _unusable(self, module: str, what: str, code: str) -> InputError:
         return InputError(
             f"{self.path}: module {module!r}: {what}",
-            code=f"calibration.{kind}",
+            code=code,
             path=str(self.path),
             hint=f"calibrate with prompts, frames and steps that reach it, or --keep-bf16 '{module}'",
         )

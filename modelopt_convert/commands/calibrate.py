@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from modelopt_convert.fidelity.runs import KeptRuns, Merged
 
 _LOW_RATIO = 0.9  # of the amax of one half of the runs; fidelity tests had 0.98 in the mean of modules
-_DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}
 
 
 @dataclass(slots=True)
@@ -221,7 +220,10 @@ class CalibrateCommand:
 
         request, found = self._request, self._found
         tensors = merged.tensors()
-        specs = [TensorSpec(name, _DTYPES[str(one.dtype)], tuple(one.shape)) for name, one in tensors.items()]
+        specs = [
+            TensorSpec(name, "F32" if one.is_floating_point() else "I64", tuple(one.shape))
+            for name, one in tensors.items()
+        ]
         said = {
             "schema": SCHEMA,
             **{key: one for key, one in settings.items() if key != "base"},

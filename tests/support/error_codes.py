@@ -9,7 +9,7 @@ from rooms import TREES
 CODE = re.compile(r"[a-z_]+\.[a-z_0-9]+")
 # Constants of the same form that are none: files, modules, tensors.
 OTHERS = re.compile(
-    r".*\.(json|toml|pkl|zip|safetensors|offline|hf_xet|0)|torch\.(device|dtype|uint8)|(?!export).*\.(weight|bias|modulation)|modelopt_convert\..*|preset\.preset|report\.(inspect|report|fidelity)|__future__.*"
+    r".*\.(json|toml|pkl|zip|safetensors|offline|hf_xet|0)|torch\.(device|dtype|uint8)|(?!export).*\.(weight|bias|modulation)|modelopt_convert\..*|preset\.preset|report\.(advice|inspect|report|fidelity)|__future__.*"
 )
 # Functions that put a prefix before the word that they are given, and which argument that is.
 MAKERS = {
