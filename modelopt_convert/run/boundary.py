@@ -83,9 +83,9 @@ def foreseen(error: Exception, inputs: Sequence[Path] = (), where: str = "the sy
             return StorageError(f"memory ran out: {said}", code="storage.limits", hint=_LIMITS)
         case RuntimeError() if "home directory" in str(error):
             return StorageError(
-                f"there is no home for the Hub's cache: {said}",
+                "there is no home folder: HOME is not set, and the system does not know this user",
                 code="storage.home",
-                hint="set HF_HOME to a folder that can be written, then run again",
+                hint="set HOME (for inputs of the Hub HF_HOME is enough) to a folder that can be written, then run again",
             )
         case ImportError() if not (error.name or "").startswith(_PACKAGE):
             return StorageError(f"a library cannot be loaded: {said}", code="storage.library", hint=_LIBRARY)

@@ -100,6 +100,16 @@ class Headers:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        """The folder of its files."""
+        return self.path
+
+    @property
+    def config_place(self) -> str:
+        """Where its config is, for messages."""
+        return f"{self.path}: config.json"
+
 
 @dataclass(frozen=True)
 class Tried:

@@ -23,6 +23,7 @@ from modelopt_convert.verification.gemm.names import NAMES
 # A user of whom the system knows nothing; the files that are ours are that user's, and modes are heeded even for root.
 NOBODY = 'unshare --user --map-user=4242 --map-group=4242 env -u HOME "$@"'
 UNREPORTED = ("explain", "presets")  # commands without a run, and so without its report
+DRAWING = ("advise", "calibrate", "compare")  # those that run a model
 ODD = os.fsdecode(b"o\xff\xc3 d")
 
 
@@ -32,6 +33,13 @@ def places(exports: Path, built: Path, tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "top").mkdir()
     named = {name: exports / name for name in ("nvfp4", "fp8", "base")}
     preset = ROOT / "presets" / "flux1-dev.toml"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red seven\n")
+    named |= {
+        "tiny": ROOT / "tests" / "data" / "tiny_flux1",
+        "prompts": prompts,
+        "mine": tmp_path / "top" / "mine.toml",
+    }
     return named | {"built": built, "preset": preset, "out": tmp_path / "top" / "out"}
 
 
@@ -67,9 +75,12 @@ def test_a_user_whom_the_system_does_not_know(places: dict[str, Path], tmp_path:
     ended = run_outside(words_of(command, places), script=f"cd {tmp_path}; {NOBODY}", environment=environment)
     if command == "push":
         assert ended.returncode == ExitCode.STORAGE and "[hub.unreachable]" in told(ended.stderr)
+    elif command in DRAWING:  # diffusers cannot be imported without a home
+        assert ended.returncode == ExitCode.STORAGE and "[storage.home]" in told(ended.stderr)
+        assert "set HOME " in ended.stderr
     else:
         assert ended.returncode == 0, ended.stderr
-    assert {path.name for path in tmp_path.iterdir() if path.name != "_home"} <= {"top"}
+    assert {path.name for path in tmp_path.iterdir() if path.name != "_home"} <= {"top", "prompts.txt"}
 
 
 def test_a_user_without_a_home_reads_from_a_hub(
@@ -197,7 +208,7 @@ def test_names_that_are_not_utf8(places: dict[str, Path], tmp_path: Path, hub: L
             more += ["--report-json", str(odd / f"{kind}{ODD}.json")]
         if command == "verify":
             more += ["--report", str(odd / f"{kind}{ODD}.html")]
-        places["out"] = odd / f"{kind}{ODD}"
+        places["out"], places["mine"] = odd / f"{kind}{ODD}", odd / f"{kind}{ODD}.toml"
         # The preset's path has a blank, as has that of everything else.
         words = [command]
         words += [word.format(**places) for word in WORDS[command].split()]
@@ -211,6 +222,8 @@ def test_names_that_are_not_utf8(places: dict[str, Path], tmp_path: Path, hub: L
         assert [text for text in texts(report) if text.encode("utf-8") is None] == []
         if kind == "json":
             assert json.loads(ended.stdout) == report
+        if command == "advise":
+            assert report["output"].endswith(f"{kind}o\\udcff\\udcc3 d.toml") and places["mine"].is_file()
         if "{out}" in WORDS[command]:
             assert report["output"]["path"].endswith(f"{kind}o\\udcff\\udcc3 d") and report["output"]["published"]
             assert places["out"].is_dir()
@@ -263,7 +276,10 @@ def test_the_report_file_comes_before_what_cannot_be_printed(
     assert "could not be printed: No space left on device (ENOSPC) [storage.no_space]" in told(ended.stderr)
     found = json.loads(report.read_text())
     assert (found["status"], found["exit_code"]) == ("ok", ExitCode.STORAGE)
-    assert "output" not in found or found["output"]["published"] is (places["out"].exists())
+    if command == "advise":
+        assert Path(found["output"]).is_file()
+    else:
+        assert "output" not in found or found["output"]["published"] is (places["out"].exists())
 
 
 def test_what_an_encoding_does_not_have_is_escaped(places: dict[str, Path], tmp_path: Path) -> None:

@@ -13,8 +13,12 @@ from modelopt_convert.run.errors import ExitCode
 
 MOPT = [sys.executable, "-m", "modelopt_convert"]
 # A command that has no row here fails every test over all commands.
+_DRAWN = "--pipeline {tiny} --prompts {prompts} --steps 1 --size 32"
 WORDS = {
+    "advise": f"{{tiny}}/transformer {_DRAWN} --effective-bits 6 --scored 1 --points 0 --output {{mine}}",
     "build-nvfp4": "--preset flux1-dev --export {nvfp4} --base {base} --output {out}",
+    "calibrate": f"{{tiny}}/transformer {_DRAWN} --output {{out}}",
+    "compare": "{built} --base {base} --seeds 1",
     "convert": "{nvfp4} {out} --to comfyui --inexact bf16 --base {base}",
     "convert-fp8": "--preset flux1-dev --export {fp8} --base {base} --output {out}",
     "explain": "header.foreign",
