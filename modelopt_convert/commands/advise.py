@@ -183,7 +183,7 @@ class AdviseCommand:
         from modelopt_convert.fidelity.checkpoint import has_room
         from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline
         from modelopt_convert.fidelity.quantized_here import packed_weight
-        from modelopt_convert.fidelity.selftest import can_compile, self_test
+        from modelopt_convert.fidelity.selftest import kernels_agree, self_test
         from modelopt_convert.fidelity.transformer import load_transformer
         from modelopt_convert.fidelity.trials import Trials
         from modelopt_convert.verification.subject import device_of
@@ -205,7 +205,7 @@ class AdviseCommand:
         how = Drawing(request.steps, request.size, request.frames)
         with found.clock.timed("self_test"):
             self_test({request.format}, device)
-            compiled = device.type == "cuda" and can_compile({request.format}, device)
+            compiled = device.type == "cuda" and kernels_agree(device)
         keep = request.offload == "none" and has_room(weights, device)
         scales = _input_scales(plan)
         trials = Trials(pipeline, transformer, weights, rule, scales, how, pairs, keep=keep, compiled=compiled)

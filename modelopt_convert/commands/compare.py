@@ -200,7 +200,7 @@ class CompareCommand:
         """Every checkpoint, read, after the emulation was tested for its format."""
         from modelopt_convert.fidelity.checkpoint import has_room, read_quantized
         from modelopt_convert.fidelity.comparison import Made
-        from modelopt_convert.fidelity.selftest import can_compile, self_test
+        from modelopt_convert.fidelity.selftest import kernels_agree, self_test
 
         request, made = self._request, list[Made]()
         with self._clock.timed("load"):
@@ -211,7 +211,7 @@ class CompareCommand:
         algorithms = {part.format.algorithm for one in made for part in one.parts.values()}
         with self._clock.timed("self_test"):
             self._oracles = [OracleReport(name=one.name, against=one.detail) for one in self_test(algorithms, device)]
-            compiled = device.type == "cuda" and can_compile(algorithms, device)
+            compiled = device.type == "cuda" and kernels_agree(device)
         whole = {name: weight for one in made for part in one.parts.values() for name, weight in part.weights.items()}
         keep = request.offload == "none" and has_room(whole, device)
         return [Made(one.path, one.parts, one.models, keep=keep, compiled=compiled) for one in made]

@@ -36,7 +36,7 @@ class Made:
         parts: What is quantized, by the transformer's name.
         models: Its transformers, whose quantized layers are empty, by the same names.
         keep: Whether decoded weights are kept.
-        compiled: Whether quantizers of activations are compiled.
+        compiled: As for ``Emulated``.
     """
 
     path: str

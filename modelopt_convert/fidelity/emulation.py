@@ -6,7 +6,6 @@ quantized GEMM, but for the order of additions. What follows is SGLang's (0.5.23
 ``input_scale * weight_scale``, rounded to the activations' dtype, and then plus the bias, rounded again.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modelopt_convert.fidelity.activations import Quantized, quantizer_of
+from modelopt_convert.formats.nvfp4.format import FORMAT
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
 from modelopt_convert.verification.gemm.operands import Weight
 
 Rule = Literal["static", "dynamic", "weight-only"]
@@ -35,11 +36,6 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     if left.device.type == "cuda":
         return torch.mm(left, right.t(), out_dtype=torch.float32)
     return left.to(torch.float32) @ right.to(torch.float32).t()
-
-
-@functools.cache
-def _compiled(function: Callable[..., Quantized]) -> Callable[..., Quantized]:
-    return torch.compile(function, dynamic=True)
 
 
 class Emulated(nn.Module):
@@ -73,7 +69,7 @@ class Emulated(nn.Module):
             input_scale: For ``static``.
             dtype: Of the layer's output, where it is asked before it runs.
             keep: Whether the decoded weight is kept after the first call.
-            compiled: Whether ``torch.compile`` makes the quantizer of activations.
+            compiled: Whether NVFP4 runs by the kernels of ``triton_kernels.py``.
 
         Raises:
             ValueError: ``static`` without a finite positive scale.
@@ -84,40 +80,61 @@ class Emulated(nn.Module):
         self.packed, self.rule, self.input_scale = packed, rule, input_scale
         self.out_features, self.in_features = packed.shape
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        self._keep, self._compiled = keep, compiled
+        self._keep, self._compiled = keep, compiled and packed.algorithm == FORMAT.algorithm
         self._decoded: Tensor | None = None
+        self._scale: Tensor | None = None
 
     def forward(self, values: Tensor) -> Tensor:
         """The layer's output [..., N] of activations [..., K], in their dtype."""
         rows = values.reshape(-1, self.in_features)
-        if self.rule == "weight-only":
-            output = functional.linear(rows, self.decoded(rows.device).to(rows.dtype))
+        bias = self.packed.bias.to(rows.device, values.dtype) if self.packed.bias is not None else None
+        if self.rule == "weight-only":  # a plain linear layer, which rounds once
+            output = functional.linear(rows, self.decoded(rows.device).to(rows.dtype), bias)
         else:
             found = self.quantized(rows)
             product = multiply(found.operand, self.decoded(rows.device))
-            output = product.mul_(found.scale * self.packed.tensor_scale).to(values.dtype)
-        if self.packed.bias is not None:
-            output = output + self.packed.bias.to(output.device, output.dtype)
+            scale = found.scale * self.packed.tensor_scale
+            if self._compiled:
+                from modelopt_convert.fidelity import triton_kernels as kernels
+
+                output = kernels.finish(product, scale, bias, values.dtype)
+            else:
+                output = product.mul_(scale).to(values.dtype)
+                output = output if bias is None else output + bias
         return output.view(*values.shape[:-1], self.out_features)
 
     def quantized(self, rows: Tensor) -> Quantized:
         """Activations [M, K] as the rule has them; not for ``weight-only``."""
         quantizer = quantizer_of(self.packed.algorithm)
-        if self.rule == "dynamic":
-            return self._made(quantizer.dynamic)(rows)
-        scale = torch.tensor(self.input_scale, dtype=torch.float32, device=rows.device)
-        return self._made(quantizer.static)(rows, scale)
+        scale = quantizer.own_scale(rows) if self.rule == "dynamic" else self._calibrated(rows.device)
+        if self._compiled:
+            from modelopt_convert.fidelity import triton_kernels as kernels
+
+            return Quantized(kernels.quantize(rows.contiguous(), scale), scale, quantizer.limit(scale))
+        return quantizer.static(rows, scale)
 
     def decoded(self, device: torch.device) -> Tensor:
         """BF16 [N, K]: codes times block scales; for ``weight-only`` times the tensor's scale, too, and rounded."""
         if self._decoded is not None and self._decoded.device == device:
             return self._decoded
-        found = self.packed.to(device).in_bf16()
+        packed = self.packed.to(device)
+        if self._compiled and isinstance(packed, Nvfp4Weight):
+            from modelopt_convert.fidelity import triton_kernels as kernels
+
+            found = kernels.decode(packed.packed.contiguous(), packed.scale.contiguous())
+        else:
+            found = packed.in_bf16()
         if self.rule == "weight-only":
-            found = (found.to(torch.float32) * self.packed.tensor_scale).to(torch.bfloat16)
+            found = (found.to(torch.float32) * packed.tensor_scale).to(torch.bfloat16)
         if self._keep:
             self._decoded = found
         return found
+
+    def _calibrated(self, device: torch.device) -> Tensor:
+        """The input scale, float32 []; made once a device, since each copy to a GPU waits for it."""
+        if self._scale is None or self._scale.device != device:
+            self._scale = torch.tensor(self.input_scale, dtype=torch.float32, device=device)
+        return self._scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Emulated":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -125,9 +142,6 @@ class Emulated(nn.Module):
         if self._decoded is not None:
             self._decoded = self._decoded.to(self.weight.device)
         return self
-
-    def _made(self, function: Callable[..., Quantized]) -> Callable[..., Quantized]:
-        return _compiled(function) if self._compiled else function
 
 
 @contextmanager

@@ -60,28 +60,37 @@ def self_test(algorithms: set[Algorithm], device: torch.device) -> list[Check]:
     return found
 
 
-def can_compile(algorithms: set[Algorithm], device: torch.device) -> bool:
-    """Whether ``torch.compile`` makes quantizers of activations that give the same bits on a device."""
+def kernels_agree(device: torch.device) -> bool:
+    """Whether the kernels of Triton run on a device, and give the bits that plain torch gives there for NVFP4."""
     try:
         with torch.inference_mode():
-            return all(_compiled_equal(algorithm, device) for algorithm in algorithms)
-    except Exception:  # a missing compiler shows as any kind of error, and the plain code is right
+            return _same_bits(device)
+    except Exception:  # a missing compiler shows as any kind of error, and plain torch is right
         return False
 
 
-def _compiled_equal(algorithm: Algorithm, device: torch.device) -> bool:
-    weight, values = synthetic(algorithm, device), _values(512, device)
-    for rule in ("static", "dynamic"):
-        plain = emulation.Emulated(weight, rule, 0.01).quantized(values)
-        quick = emulation.Emulated(weight, rule, 0.01, compiled=True).quantized(values)
-        if not torch.equal(plain.operand, quick.operand) or not torch.equal(plain.scale, quick.scale):
-            return False
-    return True
+def _same_bits(device: torch.device) -> bool:
+    """Of layers whose activations are usual, empty, lost and clipped, and of all finite BF16 values."""
+    weight, values = synthetic("nvfp4", device), _values(512, device)
+    values[0], values[1], values[2, :16], values[3] = 0.0, values[1] * 1e-7, 0.0, values[3] * 1e5
+    rules: tuple[emulation.Rule, ...] = ("static", "dynamic", "weight-only")
+    for rule in rules:
+        plain, quick = emulation.Emulated(weight, rule, 0.01), emulation.Emulated(weight, rule, 0.01, compiled=True)
+        for dtype in (torch.bfloat16, torch.float32):
+            if not torch.equal(plain(values.to(dtype)), quick(values.to(dtype))):
+                return False
+    every = _finite_bf16(device).view(-1, 480)
+    plain, quick = (emulation.Emulated(weight, "static", 0.01, compiled=compiled) for compiled in (False, True))
+    return torch.equal(plain.quantized(every).operand, quick.quantized(every).operand)
+
+
+def _finite_bf16(device: torch.device) -> Tensor:
+    values = torch.arange(1 << 16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
+    return values[values.isfinite()]
 
 
 def _rounding(device: torch.device) -> Check:
-    values = torch.arange(1 << 16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
-    values = values[values.isfinite()].to(torch.float32)
+    values = _finite_bf16(device).to(torch.float32)
     _require(torch.equal(nvfp4.round_to_e2m1(values), decode_e2m1(encode_e2m1(values))), "E2M1 of BF16 values differs")
     return Check("E2M1 rounding", f"ModelOpt's codes, all {len(values):,} finite BF16 values")
 
@@ -101,7 +110,7 @@ def _layer(algorithm: Algorithm, device: torch.device) -> list[Check]:
     exact = weight.decode(0, weight.shape[0])
     _require(torch.equal(weight.in_bf16().to(torch.float64), exact), f"{algorithm} weights are decoded otherwise")
     values = _values(weight.shape[1], device)
-    made = activations.quantizer_of(algorithm).dynamic(values)
+    made = activations.dynamic(algorithm, values)
     operand = made.operand.to(torch.float64)
     product, found = operand @ exact.t(), emulation.multiply(made.operand, weight.in_bf16())
     # The order of additions is the device's own: K roundings of float32 at most.

@@ -27,7 +27,7 @@ class Trials:
         how: How pictures are drawn.
         pairs: Prompts and seeds.
         keep: Whether decoded weights are kept for a trial.
-        compiled: Whether quantizers of activations are compiled.
+        compiled: As for ``Emulated``.
         pictures: Of the unquantized transformer, float32 [F, H, W, 3] in 0..1, one a pair.
         calls: Calls of the unquantized transformer.
         ran: Modules that ran.

@@ -24,7 +24,7 @@ class EmulationReport(_Model):
         default="rounded", description="an engine's kernel takes approximate ones: ties may differ"
     )
     weights: Literal["decoded per call", "kept decoded"] = Field(description="what the memory had room for")
-    compiled: bool = Field(description="whether torch.compile made the quantizer of activations")
+    compiled: bool = Field(description="whether NVFP4 layers ran by kernels of Triton; bits are those of plain torch")
 
 
 class OracleReport(_Model):

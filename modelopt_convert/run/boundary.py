@@ -85,7 +85,7 @@ def foreseen(error: Exception, inputs: Sequence[Path] = (), where: str = "the sy
             return StorageError(
                 "there is no home folder: HOME is not set, and the system does not know this user",
                 code="storage.home",
-                hint="set HOME, or HF_HOME for inputs of the Hub alone, to a folder that can be written, then run again",
+                hint="set HOME (for the Hub alone: HF_HOME) to a folder that can be written, then run again",
             )
         case ImportError() if not (error.name or "").startswith(_PACKAGE):
             return StorageError(f"a library cannot be loaded: {said}", code="storage.library", hint=_LIBRARY)

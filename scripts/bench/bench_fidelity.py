@@ -3,7 +3,7 @@
     python scripts/bench/bench_fidelity.py [--device cuda] [--sizes 512 1024] [--runs 5] [--tiny] [--output FILE.json]
 
 Runs the transformer in BF16, then with the modules that the preset packs emulated as W4A4 with dynamic input scales:
-packed weights decoded per call, and decoded copies kept; the activation quantizer as it is, and under torch.compile.
+packed weights decoded per call, and decoded copies kept; by plain torch, and by kernels of Triton.
 Where nvidia-modelopt can be imported, its Triton kernel quantizes the same activations, and values and times are
 compared. Needs torch, diffusers and this source tree; what else mopt imports on the way is not called here.
 """
@@ -30,9 +30,9 @@ for _name in ("xxhash", "pydantic", "pydantic_core", "llvmlite"):
     if find_spec(_name) is None:
         sys.modules[_name] = ModuleType(_name)
 
-from modelopt_convert.fidelity.activations import quantizer_of  # noqa: E402
+from modelopt_convert.fidelity.activations import dynamic  # noqa: E402
 from modelopt_convert.fidelity.emulation import Emulated  # noqa: E402
-from modelopt_convert.fidelity.selftest import can_compile, self_test  # noqa: E402
+from modelopt_convert.fidelity.selftest import kernels_agree, self_test  # noqa: E402
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4, shared_global_scale  # noqa: E402
 from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight  # noqa: E402
 
@@ -127,20 +127,21 @@ def fake_quant(device: torch.device, rows: int, columns: int, runs: int) -> dict
         from modelopt.torch.kernels.quantization.gemm.fp4_kernel_hopper import fp4_fake_quant_block
     except Exception as error:  # not installed, or for other versions of torch and triton
         return {"skipped": f"{type(error).__name__}: {error}"}
+    from modelopt_convert.fidelity import triton_kernels as kernels
+
     found: dict[str, Any] = {}
-    ours = torch.compile(quantizer_of("nvfp4").static, dynamic=True)
     for size in (1.0, 1e-3, 1e-5):
         draw = torch.Generator(device).manual_seed(3)
         values = (torch.randn(rows, columns, device=device, generator=draw) * size).to(torch.bfloat16)
         amax = values.abs().amax().float()
-        made = ours(values, amax / 2688)
-        mine = (made.operand.float() * made.scale).to(torch.bfloat16)
+        scale = amax / 2688
+        mine = (kernels.quantize(values, scale).float() * scale).to(torch.bfloat16)
         theirs = fp4_fake_quant_block(values, amax)
         found[f"activations of {size:g}"] = {
             "values_that_differ": float((mine != theirs).float().mean()),
             "ours_sqnr_db": sqnr_db(values, mine),
             "modelopt_sqnr_db": sqnr_db(values, theirs),
-            "ours": timed(lambda values=values, amax=amax: ours(values, amax / 2688), device, runs),  # type: ignore[misc]
+            "ours": timed(lambda values=values, scale=scale: kernels.quantize(values, scale), device, runs),  # type: ignore[misc]
             "modelopt": timed(lambda values=values, amax=amax: fp4_fake_quant_block(values, amax), device, runs),  # type: ignore[misc]
         }
     return found
@@ -152,8 +153,8 @@ def gemm(device: torch.device, shape: tuple[int, int, int]) -> dict[str, Any]:
 
     rows, columns, outputs = shape
     draw = torch.Generator(device).manual_seed(4)
-    left = quantizer_of("nvfp4").dynamic(torch.randn(rows, columns, device=device, generator=draw)).operand
-    right = quantizer_of("nvfp4").dynamic(torch.randn(outputs, columns, device=device, generator=draw)).operand
+    left = dynamic("nvfp4", torch.randn(rows, columns, device=device, generator=draw)).operand
+    right = dynamic("nvfp4", torch.randn(outputs, columns, device=device, generator=draw)).operand
     got, exact = multiply(left, right), left.double() @ right.double().t()
     different = (got.to(torch.bfloat16) != exact.to(torch.bfloat16)).float().mean()
     return {"shape": list(shape), "sqnr_db": sqnr_db(exact, got), "bf16_outputs_that_differ": float(different)}
@@ -173,7 +174,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "self_test": [f"{one.name}: {one.detail}" for one in self_test({"nvfp4", "fp8"}, device)],
-        "compiles_to_equal_bits": can_compile({"nvfp4", "fp8"}, device) if on_gpu else None,
+        "kernels_agree": kernels_agree(device) if on_gpu else None,
         "gemm": gemm(device, (96, 512, 256) if options.tiny else (4608, 3072, 12288)),
         "fake_quant": fake_quant(device, 4608, 3072, options.runs),
     }
@@ -200,7 +201,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
                 row["sqnr_db"] = sqnr_db(base[size], model(**given)[0].cpu())
                 rows[size] = row
             where = "kept" if keep else "decoded per call"
-            title = f"{rule}, {'compiled' if quick else 'eager'} quantizer, weights {where}"
+            title = f"{rule}, {'Triton' if quick else 'plain torch'}, weights {where}"
             found[title] = rows
             print(json.dumps({title: rows}, indent=2), flush=True)
     text = json.dumps(found, indent=2) + "\n"

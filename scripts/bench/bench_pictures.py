@@ -94,7 +94,7 @@ def commands(folder: Path, device: str, *, tiny: bool) -> dict[str, tuple[bool, 
     build = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, "--overwrite", "--device", device]
     compare = ["compare", out, "--base", base, *drawn, "--steps", "8", "--seeds", "1"]
     calibrate = ["calibrate", base, *drawn, "--steps", "8", "--overwrite"]
-    advise = ["advise", base, "--calibration", calib, *drawn, "--steps", "8", "--effective-bits", "5.5"]
+    advise = ["advise", base, *drawn, "--steps", "8", "--effective-bits", "5.5"]
     advise += ["--score", "forward", "--output", str(folder / "mine.toml")]
     return {
         "calibrate 8 prompts x 8 steps": (False, [*calibrate, "--output", calib]),

@@ -77,7 +77,7 @@ def test_a_user_whom_the_system_does_not_know(places: dict[str, Path], tmp_path:
         assert ended.returncode == ExitCode.STORAGE and "[hub.unreachable]" in told(ended.stderr)
     elif command in DRAWING:  # diffusers cannot be imported without a home
         assert ended.returncode == ExitCode.STORAGE and "[storage.home]" in told(ended.stderr)
-        assert "set HOME," in ended.stderr
+        assert "set HOME " in ended.stderr
     else:
         assert ended.returncode == 0, ended.stderr
     assert {path.name for path in tmp_path.iterdir() if path.name != "_home"} <= {"top", "prompts.txt"}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_flux1 import fp8_activations, nvfp4_activations
 
-from modelopt_convert.fidelity.activations import quantizer_of
+from modelopt_convert.fidelity.activations import dynamic, quantizer_of
 from modelopt_convert.fidelity.activations.nvfp4 import round_to_e2m1
 from modelopt_convert.formats.nvfp4.codes import decode_e2m1
 from modelopt_convert.formats.table import FORMATS
@@ -55,13 +55,12 @@ def test_static_scales_give_what_ml_dtypes_gives(seed: int, size: float, outlier
 def test_laws(seed: int, size: float) -> None:
     values = rows(seed, size)
     for algorithm in FORMATS:
-        quantizer = quantizer_of(algorithm)
-        found = quantizer.dynamic(values)
+        found = dynamic(algorithm, values)
         got = found.operand.float() * found.scale
         assert not got[values == 0].any()
         assert not (got.abs() > found.limit * (1 + 1e-6)).any()
-        assert torch.equal(quantizer.dynamic(-values).operand, -found.operand)
-        louder = quantizer.dynamic(values * 8)  # a power of two changes the scale alone
+        assert torch.equal(dynamic(algorithm, -values).operand, -found.operand)
+        louder = dynamic(algorithm, values * 8)  # a power of two changes the scale alone
         assert torch.equal(louder.operand, found.operand) and torch.allclose(louder.scale, found.scale * 8, rtol=1e-6)
         block = values.float().view(5, -1, 16).abs().amax(dim=-1, keepdim=True)
         error = (got - values.float()).view(5, -1, 16).abs()
@@ -87,5 +86,5 @@ def test_a_scale_that_is_too_large_loses_small_blocks_and_one_too_small_clips() 
 
 @pytest.mark.parametrize("algorithm", FORMATS)
 def test_rows_of_zeros_stay_zeros(algorithm: str) -> None:
-    found = quantizer_of(algorithm).dynamic(torch.zeros(3, 32, dtype=torch.bfloat16))
+    found = dynamic(algorithm, torch.zeros(3, 32, dtype=torch.bfloat16))
     assert not found.operand.any() and bool(found.scale.isfinite().all())

@@ -31,18 +31,27 @@ class Quantizer(Protocol):
     """How a format's activations are made: the entry of a format in this folder."""
 
     def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
-        """By a calibrated scale.
+        """By a scale.
 
         Args:
             values: [M, K], any float dtype.
-            input_scale: float32 [].
+            input_scale: float32 [], or [M, 1].
         """
 
-    def dynamic(self, values: Tensor) -> Quantized:
-        """By a scale taken from the values [M, K] themselves."""
+    def own_scale(self, values: Tensor) -> Tensor:
+        """The scale of values [M, K] that have no calibrated one: float32 [], or [M, 1] where each row has its own."""
+
+    def limit(self, input_scale: Tensor) -> Tensor:
+        """The largest magnitude that a scale can hold."""
 
 
 def quantizer_of(algorithm: Algorithm) -> Quantizer:
     """How a format's activations are made."""
     found: Quantizer = entry("modelopt_convert.fidelity.activations", algorithm)
     return found
+
+
+def dynamic(algorithm: Algorithm, values: Tensor) -> Quantized:
+    """Activations by a scale of their own."""
+    quantizer = quantizer_of(algorithm)
+    return quantizer.static(values, quantizer.own_scale(values))

@@ -17,11 +17,13 @@ class _Fp8Quantizer:
     def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
         scaled = (values.to(torch.float32) * input_scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX)
         operand = scaled.to(torch.float8_e4m3fn).to(torch.bfloat16)
-        return Quantized(operand, input_scale, input_scale * E4M3_MAX)
+        return Quantized(operand, input_scale, self.limit(input_scale))
 
-    def dynamic(self, values: Tensor) -> Quantized:
-        largest = values.abs().amax(dim=-1, keepdim=True).to(torch.float32).clamp(min=_LEAST_AMAX)
-        return self.static(values, largest / E4M3_MAX)
+    def own_scale(self, values: Tensor) -> Tensor:
+        return values.abs().amax(dim=-1, keepdim=True).to(torch.float32).clamp(min=_LEAST_AMAX) / E4M3_MAX
+
+    def limit(self, input_scale: Tensor) -> Tensor:
+        return input_scale * E4M3_MAX
 
 
 ENTRY: Quantizer = _Fp8Quantizer()

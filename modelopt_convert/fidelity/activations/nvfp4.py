@@ -19,7 +19,7 @@ _LEAST_AMAX = 1e-8
 
 
 def round_to_e2m1(values: Tensor) -> Tensor:
-    """Round to E2M1: nearest, ties to even, saturating at 6; NaN becomes 0. Arithmetic alone, so that it compiles.
+    """Round to E2M1: nearest, ties to even, saturating at 6; NaN becomes 0.
 
     Steps are 0.5 below 2, 1 below 4, and 2 above; an even multiple of the step is an even code.
 
@@ -57,11 +57,13 @@ def quantize_blocks(values: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor
 class _Nvfp4Quantizer:
     def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
         codes, scale = quantize_blocks(values, input_scale)
-        return Quantized((codes * scale).flatten(-2).to(torch.bfloat16), input_scale, input_scale * _LARGEST)
+        return Quantized((codes * scale).flatten(-2).to(torch.bfloat16), input_scale, self.limit(input_scale))
 
-    def dynamic(self, values: Tensor) -> Quantized:
-        largest = values.abs().amax().to(torch.float32).clamp(min=_LEAST_AMAX)
-        return self.static(values, largest / _LARGEST)
+    def own_scale(self, values: Tensor) -> Tensor:
+        return values.abs().amax().to(torch.float32).clamp(min=_LEAST_AMAX) / _LARGEST
+
+    def limit(self, input_scale: Tensor) -> Tensor:
+        return input_scale * _LARGEST
 
 
 ENTRY: Quantizer = _Nvfp4Quantizer()
