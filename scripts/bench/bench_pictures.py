@@ -1,6 +1,6 @@
 """What calibrate, compare and advise cost at FLUX.1-dev's full size, on a whole pipeline of random weights.
 
-    python scripts/bench/bench_pictures.py FOLDER [--device cuda] [--only WORD ...] [--card 24] [--tiny] [--output JSON]
+    python scripts/bench/bench_pictures.py FOLDER [--device cuda] [--only WORD ...] [--prompts 8] [--card 24] [--tiny] [--output JSON]
 
 FOLDER/pipeline is made once: the transformer and the VAE of FLUX.1-dev's sizes, and text encoders of one layer whose
 outputs have the widths of CLIP-L and T5-XXL. Then each command runs as its own process, and its seconds, the phases of
@@ -84,10 +84,10 @@ def make_pipeline(folder: Path, device: str, *, tiny: bool) -> None:
     shutil.copyfile(TINY_PIPELINE / "model_index.json", folder / "model_index.json")
 
 
-def commands(folder: Path, device: str, *, tiny: bool) -> dict[str, tuple[bool, list[str]]]:
+def commands(folder: Path, device: str, count: int, *, tiny: bool) -> dict[str, tuple[bool, list[str]]]:
     """Of each name, whether it runs on a card of less memory, and its arguments."""
     pipeline, prompts = folder / "pipeline", folder / "prompts.txt"
-    prompts.write_text("".join(f"a picture of number {number}\n" for number in range(8)))
+    prompts.write_text("".join(f"a picture of number {number}\n" for number in range(count)))
     base, out, calib = str(pipeline / "transformer"), str(folder / "nvfp4"), str(folder / "calib")
     size = ["--size", "64" if tiny else "512", "--device", device]
     drawn = ["--pipeline", str(pipeline), "--prompts", str(prompts), *size]
@@ -97,9 +97,9 @@ def commands(folder: Path, device: str, *, tiny: bool) -> dict[str, tuple[bool, 
     advise = ["advise", base, *drawn, "--steps", "8", "--effective-bits", "5.5"]
     advise += ["--score", "forward", "--output", str(folder / "mine.toml")]
     return {
-        "calibrate 8 prompts x 8 steps": (False, [*calibrate, "--output", calib]),
+        f"calibrate {count} prompts x 8 steps": (False, [*calibrate, "--output", calib]),
         "build with the calibration": (False, [*build, "--calibration", calib, "--output", out]),
-        "compare 8 pairs x 8 steps": (False, compare),
+        f"compare {count} pairs x 8 steps": (False, compare),
         "compare, offloaded by components": (True, [*compare, "--offload", "model"]),
         "compare, offloaded by layers": (True, [*compare, "--offload", "sequential"]),
         "calibrate, offloaded by layers": (True, [*calibrate, "--output", f"{calib}2", "--offload", "sequential"]),
@@ -134,6 +134,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="the commands whose names have one of them"
     )
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--card", type=float, default=24.0, metavar="GB")
     parser.add_argument("--tiny", action="store_true", help="two blocks of width 256, to try the script")
     parser.add_argument("--output", type=Path)
@@ -142,7 +143,7 @@ def main(arguments: list[str]) -> None:
     if not pipeline.exists():
         make_pipeline(pipeline, options.device, tiny=options.tiny)
     found = {}
-    for name, (small, command) in commands(options.folder, options.device, tiny=options.tiny).items():
+    for name, (small, command) in commands(options.folder, options.device, options.prompts, tiny=options.tiny).items():
         if any(word in name for word in options.only):
             found[name] = measured(command, options.card if small else 0)
             print(json.dumps({name: found[name]}, indent=2), flush=True)
