@@ -1,6 +1,6 @@
 """What calibrate, compare and advise cost at FLUX.1-dev's full size, on a whole pipeline of random weights.
 
-    python scripts/bench/bench_pictures.py FOLDER [--device cuda] [--only WORD ...] [--prompts 8] [--card 24] [--tiny] [--output JSON]
+    python scripts/bench/bench_pictures.py FOLDER [--only WORD ...] [--prompts 8] [--card 24] [--output JSON]
 
 FOLDER/pipeline is made once: the transformer and the VAE of FLUX.1-dev's sizes, and text encoders of one layer whose
 outputs have the widths of CLIP-L and T5-XXL. Then each command runs as its own process, and its seconds, the phases of
