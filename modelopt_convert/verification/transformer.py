@@ -113,12 +113,12 @@ def verify_opened(
     record = read_record(reader.folder) if with_record and not reader.is_alone else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
-    if with_record:
-        progress.begin("read", reader.num_bytes)
-        scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
-    seen = look(subject)
-    progress.begin("decode", decode_size(subject, base))
     with torch_on_one_thread():
+        if with_record:
+            progress.begin("read", reader.num_bytes)
+            scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
+        seen = look(subject)
+        progress.begin("decode", decode_size(subject, base))
         decoded = decode_level(
             subject,
             base,
@@ -127,14 +127,14 @@ def verify_opened(
             recorded=recorded_verdicts(record) or {},
             advance=progress.advance,
         )
-    if base is not None:  # all of it was read by now, or nothing is said
-        scanned.warnings += other_base(record, base.identity())
-    levels = [
-        _record_level(record, scanned),
-        container_level(subject, seen, scanned, options.workers, base),
-        layout_level(subject, seen, base, decoded.readings),
-        decoded.level,
-    ]
+        if base is not None:  # all of it was read by now, or nothing is said
+            scanned.warnings += other_base(record, base.identity())
+        levels = [
+            _record_level(record, scanned),
+            container_level(subject, seen, scanned, options.workers, base),
+            layout_level(subject, seen, base, decoded.readings),
+            decoded.level,
+        ]
     kernels = run_kernels(subject, decoded.modules, options, device, progress)
     unchanged = UNCHANGED_WORDS if record is not None and levels[0].status != "fail" else NO_BASE_WORDS
     found = VerifyReport(

@@ -32,7 +32,7 @@ from modelopt_convert.report.words import (
     SAMPLED_WORDS,
 )
 from modelopt_convert.run.errors import InputError
-from modelopt_convert.run.workers import in_order
+from modelopt_convert.run.workers import in_order, small_calls
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject
 
@@ -171,7 +171,7 @@ def _digest_modules(subject: Subject, modules: Mapping[str, ModuleVerify], optio
     def digested(module: PackedModule, _stopped: Event) -> str | None:
         found = modules[module.name]
         try:
-            with torch.inference_mode():  # of each thread
+            with small_calls(), torch.inference_mode():  # of each thread
                 found.digest = _digest(subject, module, sample_rows(module.rows, options.sample or SAMPLED_ROWS))
         except (InputError, ValueError) as error:
             found.worsen("fail")
