@@ -42,6 +42,7 @@ from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, de
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, SWEPT, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.padding import not_padding, padding_bytes
+from modelopt_convert.proof.scale_values import tensor_scale, unusable_scale
 from modelopt_convert.proof.tensors import (
     MANY_VALUES,
     Again,
@@ -53,9 +54,7 @@ from modelopt_convert.proof.tensors import (
     load,
     load_rows,
     stored_rows,
-    tensor_scale,
     tiles,
-    unusable_scale,
 )
 from modelopt_convert.report.words import PROVEN
 from modelopt_convert.run.errors import Faults, InputError

@@ -83,6 +83,9 @@ ROWS: list[tuple[str, int, set[str]]] = [
     ("swap-nibbles {nvfp4} {out} --overwrite --json", 0, MOVED),
     ("unswizzle-scales {nvfp4} {out} --overwrite --reverse --json", 0, MOVED),
     ("unswizzle-scales {swizzled} {out} --overwrite --json", 0, MOVED),
+    # What a record says is compared, and a few rows are decoded by tables.
+    ("verify {swizzled} --device cpu --json", 0, MOVED),
+    ("verify {fp8_out} --device cpu --json", 0, MOVED),
 ]
 
 
@@ -106,7 +109,11 @@ def places(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     new = {name: damaged.parent / name for name in ("gone", "out", "swizzled")}
     swap = ("unswizzle-scales", str(named["nvfp4"]), str(new["swizzled"]), "--reverse", "--json")
     assert modules(*swap)[0] == 0
-    return named | new | {"damaged": damaged}
+    # By record alone: a record is what a build writes.
+    fp8 = damaged.parent / "fp8_out"
+    convert = ("convert-fp8", "--preset", "flux1-dev", "--export", str(named["fp8"]), "--base", str(named["base"]))
+    assert modules(*convert, "--output", str(fp8), "--verify", "off", "--json")[0] == 0
+    return named | new | {"damaged": damaged, "fp8_out": fp8}
 
 
 @pytest.mark.parametrize(("command", "exit_code", "without"), ROWS, ids=[row[0] for row in ROWS])

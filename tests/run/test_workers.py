@@ -83,7 +83,6 @@ def test_no_worker_opens_threads_of_torch(
             (*build, "--export", exports / "nvfp4"),
             (*build, "--overwrite"),
             ("verify", out, "--base", base, "--device", "cpu", *more),
-            ("verify", out, "--device", "cpu", *more),
         ):
             assert run_mopt(*words).exit_code == 0
             assert seen and set(seen) == {1}, words

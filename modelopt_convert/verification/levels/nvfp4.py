@@ -1,15 +1,17 @@
-"""NVFP4 modules in L0 and L1: padding, zero scales, and what the scales say of their own order."""
+"""NVFP4 modules as they are stored: padding, zero scales, what scales say of their order; rows decoded. No torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from modelopt_convert.checkpoint.reader import MAX_READ_BYTES, CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.floats import values_of
 from modelopt_convert.formats.layout import ScaleOrder
-from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.nvfp4.stored import all_positive, read_scales
 from modelopt_convert.proof.scale_hint import hint_scale_order
+from modelopt_convert.proof.scale_values import tensor_scale
 from modelopt_convert.verification.levels.container import StoredFormat
 from modelopt_convert.verification.subject import Subject
 
@@ -35,6 +37,20 @@ class _Nvfp4Stored:
         padding = [] if readings else [f"{module.name}: the padding of weight_scale is not zero"]
         return padding + _padding_of_weight(subject, module) + _zero_faults(subject, module, readings)
 
+    def decoded(self, subject: Subject, module: PackedModule, rows: Sequence[int]) -> "NDArray[np.float32]":
+        import numpy as np
+
+        readings, order = _readings(subject, module), subject.layout.scales
+        if order not in readings:
+            stored = list(module.scales["weight_scale"].shape)
+            raise ValueError(f"scales {stored} cannot be read as {order}")
+        packed = _codes(subject, module, rows)
+        tensor_scale(subject.reader, module, FORMAT.tensor_scale)
+        both = (packed & 0x0F, packed >> 4)
+        codes = np.stack(both if subject.layout.nibbles == "low" else both[::-1], axis=-1)
+        factors = values_of("F8_E4M3")[readings[order][list(rows)]]
+        return values_of("F4")[codes].reshape(len(rows), -1) * np.repeat(factors, BLOCK_SIZE, axis=1)
+
     def hint(self, subject: Subject, module: PackedModule) -> ScaleOrder:
         readings = _readings(subject, module)
         if not readings:
@@ -58,7 +74,7 @@ def _readings(subject: Subject, module: PackedModule) -> "Readings":
     return read_scales(subject.reader.read(info.name), info.shape, module.rows, module.columns // BLOCK_SIZE)
 
 
-def _codes(subject: Subject, module: PackedModule, rows: list[int]) -> "NDArray[np.uint8]":
+def _codes(subject: Subject, module: PackedModule, rows: Sequence[int]) -> "NDArray[np.uint8]":
     """Packed codes of some rows, without padding."""
     import numpy as np
 
