@@ -60,7 +60,8 @@ def _correlation(scale: "NDArray[np.uint8]", energy: "NDArray[np.float32]") -> f
     left, right = (
         _centred(np.log2(np.where(usable, values, 1.0)), usable) for values in (factors, energy.astype(np.float64))
     )
-    norm = float(np.linalg.norm(left) * np.linalg.norm(right))
+    # Not by linalg: BLAS would open threads of its own, one for each core and worker.
+    norm = math.sqrt(float(np.square(left).sum()) * float(np.square(right).sum()))
     return float((left * right).sum()) / norm if norm > 0 else 0.0
 
 

@@ -135,7 +135,7 @@ def verify_opened(
         levels = [
             _record_level(record, scanned),
             container_level(subject, seen, scanned, options.workers, base),
-            layout_level(subject, seen, base, decoded.readings),
+            layout_level(subject, seen, base, decoded.readings, options.workers),
             decoded.level,
         ]
     kernels = run_kernels(subject, decoded.modules, options, device, progress) if device is not None else None
@@ -180,7 +180,6 @@ def _decoded(
     progress: Progress,
 ) -> Decoded:
     if base is None:
-        progress.begin("decode", 0)
         return decode_alone(subject, options)
     from modelopt_convert.verification.levels.decode import decode_level, decode_size
 
