@@ -5,7 +5,6 @@ checkpoint in another dialect or naming is read as the one that it stands for, i
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -13,13 +12,11 @@ from typing import Protocol
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.formats.dtypes import num_bytes as num_bytes_of
-from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, round_up
+from modelopt_convert.formats.nvfp4.shapes import ROW_TILE, padded_shape, round_up
+from modelopt_convert.formats.nvfp4.stored import swap_nibbles_in, tiled, untiled
 
 Fetch = Callable[[str, int, memoryview], None]
 """Fills a buffer with bytes of a file: the file's name, and the first byte."""
-_PIECE_WORDS = 1 << 15  # a quarter of a million bytes, which a core's cache holds beside the same again
-_OWN = threading.local()  # what each thread works in
-_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 
 
 class Recipe(Protocol):
@@ -173,24 +170,8 @@ class NibblesSwapped:
         """Fill ``target`` with the bytes from ``begin`` on."""
         import numpy as np
 
-        low, nibble = np.uint64(_LOW_NIBBLES), np.uint64(4)
         self.of.fill(begin, target, fetch)
-        codes = np.frombuffer(target, np.uint8)
-        whole = codes.size // 8 * 8
-        words = codes[:whole].view(np.uint64)
-        # In place: fresh memory would cost more than the work. In large pieces: numpy gives up Python's lock for each.
-        if not hasattr(_OWN, "room"):
-            _OWN.room = np.empty(_PIECE_WORDS, np.uint64)
-        for first in range(0, words.size, _PIECE_WORDS):
-            piece = words[first : first + _PIECE_WORDS]
-            high = _OWN.room[: piece.size]
-            np.right_shift(piece, nibble, out=high)
-            high &= low
-            piece &= low
-            piece <<= nibble
-            piece |= high
-        rest = codes[whole:]
-        rest[:] = rest >> 4 | rest << 4
+        swap_nibbles_in(np.frombuffer(target, np.uint8))
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
         """What ``fill`` takes of files."""
@@ -225,9 +206,7 @@ class RowMajor:
         width = padded_shape(self.rows, self.columns)[1]
         stored = np.empty((last - first) * ROW_TILE * width, np.uint8)
         self.of.fill(first * ROW_TILE * width, stored.data, fetch)
-        tiles = stored.view(np.int32).reshape(last - first, width // COLUMN_TILE, 32, 4)  # four scales a word
-        grid = np.ascontiguousarray(tiles.transpose(0, 3, 2, 1)).view(np.uint8).reshape(-1, width)
-        rows = np.ascontiguousarray(grid[:, : self.columns]).reshape(-1)
+        rows = np.ascontiguousarray(untiled(stored, width)[:, : self.columns]).reshape(-1)
         skipped = begin - first * ROW_TILE * self.columns
         target[:] = rows[skipped : skipped + num_bytes].data
 
@@ -274,10 +253,8 @@ class Tiled:
         taken = np.empty(count, np.uint8)
         self.of.fill(start, taken.data, fetch)
         grid[: count // self.columns, : self.columns] = taken.reshape(count // self.columns, self.columns)
-        words = grid.view(np.int32).reshape(last - first, 4, 32, width // COLUMN_TILE)
-        tiled = np.ascontiguousarray(words.transpose(0, 3, 2, 1)).view(np.uint8).reshape(-1)
         skipped = begin - first * ROW_TILE * width
-        target[:] = tiled[skipped : skipped + num_bytes].data
+        target[:] = tiled(grid)[skipped : skipped + num_bytes].data
 
     def extents(self, begin: int, num_bytes: int) -> Iterator[Extent]:
         """What ``fill`` takes of files."""

@@ -81,10 +81,9 @@ def _show(out: "Output", report: "Report") -> None:
             [[one.name, one.kind, str(one.modules), one.status, one.reason] for one in found.backends],
         )
         out.line("")
-    counts = Counter((one.verdict, one.rule) for one in found.modules.values())
-    for (verdict, rule), count in sorted(counts.items(), key=lambda one: (one[0][0], one[0][1] or "")):
-        if rule is not None:
-            out.line(f"proof: {count} modules {verdict} ({rule})")
+    judged = Counter((str(one.verdict), one.rule) for one in found.modules.values() if one.rule is not None)
+    for (verdict, rule), count in sorted(judged.items()):
+        out.line(f"proof: {count} modules {verdict} ({rule})")
     if found.modules:
         out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
     show_cost(out, report)

@@ -1,6 +1,10 @@
-"""``mopt verify``: open, run every level, write the page, conclude. torch is imported once refusals are past."""
+"""``mopt verify``: open, run every level, write the page, conclude.
 
-from collections.abc import Mapping
+torch is imported once refusals are past, and only for a base or a kernel.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -133,8 +137,6 @@ class VerifyCommand:
                     self._warned += not_compared(reader, against) if against is not None else []
                     inputs.lend_config(f"{prefix}checkpoint", against)
                 opened[prefix] = reader, against
-            import torch
-
             from modelopt_convert.verification.levels.record import beside_faults
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
@@ -146,12 +148,13 @@ class VerifyCommand:
                 failures_of,
             )
 
-            device, options = device_of(self._options.device), self._options
+            options = self._options
+            device = device_of(options.device) if self._needs_device() else None
             found: dict[str, VerifyReport] = {}
             faults = Faults()
-            with torch.inference_mode():
+            with _inference(device is not None or base is not None):
                 for prefix, (reader, against) in opened.items():
-                    if options.prewarm:
+                    if device is not None and options.prewarm:
                         found[prefix] = prewarm_kernels(reader, against, options, device, progress)
                         continue
                     with self._clock.timed("verify"):
@@ -196,6 +199,14 @@ class VerifyCommand:
                 self._found = whole.model_copy(update={"verdict": "inconclusive", "statement": error.message})
                 raise
 
+    def _needs_device(self) -> bool:
+        """Whether a kernel may run; else torch is not asked which devices there are: to import it takes seconds."""
+        from modelopt_convert.verification.subject import may_have_gpu
+
+        options = self._options
+        is_for_gpu = options.device == "cuda" or (options.device is None and may_have_gpu())
+        return is_for_gpu or options.names_backends or options.prewarm
+
     def _write_page(self, error: MoptError | None) -> None:
         if self._request.report is None or self._found is None:
             return
@@ -204,6 +215,18 @@ class VerifyCommand:
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         found = self.report(error).model_dump()
         write_report(Path(self._request.report), render(found, command=command_line(self._request), date=date))
+
+
+@contextmanager
+def _inference(with_torch: bool) -> Iterator[None]:
+    """Without gradients, where torch is needed at all."""
+    if not with_torch:
+        yield
+        return
+    import torch
+
+    with torch.inference_mode():
+        yield
 
 
 def _places(reader: CheckpointReader, base: CheckpointReader | None) -> set[str]:

@@ -12,7 +12,7 @@ from modelopt_convert.fidelity.emulation import Emulated, Rule
 from modelopt_convert.fidelity.transformer import load_transformer
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.table import declares_dynamic_inputs
-from modelopt_convert.proof.tensors import tensor_scale
+from modelopt_convert.proof.scale_values import tensor_scale
 from modelopt_convert.run.errors import InputError, joint
 from modelopt_convert.verification.gemm.operands import Weight
 from modelopt_convert.verification.subject import find_subject

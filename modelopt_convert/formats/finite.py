@@ -77,6 +77,21 @@ def _not_finite(piece: bytes | memoryview, dtype: str) -> tuple[int, int]:
     return len(places), int(places[0])
 
 
+def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
+    """The same bytes, once it is known that no code is NaN.
+
+    Raises:
+        ValueError: Some codes are NaN; the message says how many.
+    """
+    import numpy as np
+
+    codes = np.frombuffer(raw, np.uint8)
+    # NaN is the largest of the codes without a sign, and of those with one: so two largest values tell.
+    if codes.size and (codes.view(np.int8).max() == 0x7F or codes.max() == 0xFF):
+        raise ValueError(f"expected finite codes, found {np.count_nonzero((codes & 0x7F) == 0x7F)} NaN")
+    return raw
+
+
 def not_finite_words(found: Mapping[str, NotFinite]) -> str:
     """Which tensors hold how many values that are not finite, and where the first ones lie.
 

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.fp8.codes import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
-from modelopt_convert.formats.layout import ScaleOrder
-from modelopt_convert.formats.nvfp4.codes import swap_nibbles_
-from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
 from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -66,66 +63,6 @@ def equal_after(base: Tensor, path: Sequence[str], export: Tensor) -> bool:
     for dtype in path:
         base = base.to(TORCH_DTYPES[dtype])
     return torch.equal(base.contiguous().view(torch.uint8), export.contiguous().view(torch.uint8))
-
-
-def repack_rows(raw: bytes | memoryview, stored_half: int, half: int, num_rows: int, *, swap: bool) -> memoryview:
-    """Bring rows of packed codes into the canonical layout: padding cut, the even column in the low nibble.
-
-    Args:
-        raw: Whole stored rows; a buffer that may be written to is used as room for the result.
-        stored_half: Bytes of a stored row.
-        half: Bytes of a row without padding, K/2.
-        num_rows: Rows to keep; what follows is padding.
-        swap: Whether the high nibble holds the even column.
-
-    Raises:
-        ValueError: The padding is not zero.
-    """
-    rows = from_bytes(raw, "U8", (-1, stored_half))
-    if bool(rows[num_rows:].any()) or bool(rows[:, half:].any()):
-        raise ValueError("the padding to be cut is not zero")
-    kept = rows[:num_rows, :half].contiguous()
-    return to_bytes(swap_nibbles_(kept) if swap else kept)
-
-
-def reorder_scales(raw: bytes, stored: Sequence[int], rows: int, columns: int, order: ScaleOrder) -> memoryview:
-    """Bring block scales into row-major [rows, columns] from ``order``.
-
-    Args:
-        raw: All bytes of the tensor.
-        stored: Its shape.
-        rows: N.
-        columns: K/16.
-        order: The stored order, ``linear`` or ``128x4``.
-
-    Raises:
-        ValueError: The stored shape allows no such reading.
-    """
-    readings = scale_readings(from_bytes(raw, "F8_E4M3", stored), rows, columns)
-    if order not in readings:
-        raise ValueError(f"scales {list(stored)} cannot be [{rows}, {columns}] in the {order} order")
-    return to_bytes(readings[order])
-
-
-def swizzle_scales(raw: bytes, stored: Sequence[int]) -> memoryview:
-    """Bring row-major block scales [N, K/16] into the 128x4 order, padded.
-
-    Raises:
-        ValueError: Not two dimensions.
-    """
-    return to_bytes(swizzle_128x4(from_bytes(raw, "F8_E4M3", stored)))
-
-
-def check_e4m3(raw: bytes | memoryview) -> bytes | memoryview:
-    """The same bytes, once it is known that no code is NaN.
-
-    Raises:
-        ValueError: Some codes are NaN; the message says how many.
-    """
-    broken = int(((from_bytes(raw, "U8", (-1,)) & 0x7F) == 0x7F).count_nonzero())
-    if broken:
-        raise ValueError(f"expected finite codes, found {broken} NaN")
-    return raw
 
 
 def quantize_chunk(

@@ -1,7 +1,7 @@
 """What one transformer is, how each module is laid out and how that is known, and what is wrong with it.
 
 Headers and a few rows only, unless every scale is asked for. A fault found here is data, not a failure. torch is
-imported only where the bytes of a packed module are looked at.
+imported only where the bytes of a packed module are compared with a base.
 """
 
 from collections import Counter

@@ -16,6 +16,7 @@ from modelopt_convert.inspection.lint import (
     module_faults,
     odd_input_faults,
 )
+from modelopt_convert.inspection.module_bytes import ModuleBytes
 from modelopt_convert.report.inspect import LintReport, ModuleLayout
 
 SAMPLED_MODULES = 8
@@ -56,8 +57,6 @@ def orders_by_shape(module: PackedModule) -> set[ScaleOrder]:
 
 
 def _look(subject: Subject, module: PackedModule, *, sampled: bool) -> tuple[ModuleLayout, list[LintReport]]:
-    from modelopt_convert.inspection.module_bytes import ModuleBytes
-
     reader, base, faults = subject.reader, subject.base, list[LintReport]()
     # Without a base, modules that are not sampled are judged by shape and declaration, from headers alone.
     looks = ModuleBytes(reader, module, reader.read(module.scales["weight_scale"].name)) if sampled or base else None
@@ -71,8 +70,11 @@ def _look(subject: Subject, module: PackedModule, *, sampled: bool) -> tuple[Mod
         if info is None or info.shape != shape or info.dtype not in HALF_AND_FLOAT:
             message = "the base has no such weight"
             faults.append(LintReport(code="base.no_counterpart", message=message, module=module.name))
-        elif 0.0 < scale < float("inf") and (found := looks.against(base, info, scale, subject.max_error)) is not None:
-            return module_layout(FORMAT, shape, found.layout, found.closeness.relative_error), faults
+        elif 0.0 < scale < float("inf"):
+            from modelopt_convert.inspection.against_base import detect
+
+            if (found := detect(looks, base, info, scale, subject.max_error)) is not None:
+                return module_layout(FORMAT, shape, found.layout, found.closeness.relative_error), faults
     layout = subject.declared
     orders = orders_by_shape(module)
     if len(orders) == 1:

@@ -1,4 +1,4 @@
-"""Find out how a packed weight is laid out: against its base (proof), or from its own statistics (hint). Pure.
+"""Find out how a packed weight is laid out, against its base. Pure; ``scale_hint.py`` does without a base.
 
 Three questions, each decided on its own: which nibble holds the even column, in which order the scales lie, and whether
 the global scale multiplies or divides. An answer is given only where the others are ruled out; otherwise it is
@@ -23,7 +23,6 @@ from modelopt_convert.formats.nvfp4.codes import (
     swap_nibbles,
     unpack_e2m1,
 )
-from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.proof.closeness import Closeness, closeness
 
 # A reading is accepted on its error alone only if it is this many times better than the best of the other readings.
@@ -217,53 +216,3 @@ def _decide(tried: Sequence[_Tried], accepted: Sequence[_Tried], axis: str, exac
     mine = min(one.closeness.relative_error for one in accepted)
     clear = all(not math.isfinite(error) or error >= RUNNER_UP_FACTOR * mine for error in others)
     return str(value) if clear else "undetermined"
-
-
-def hint_scale_order(packed: Tensor, readings: Mapping[ScaleOrder, Tensor]) -> ScaleOrder:
-    """Guess the order of the scales without a base.
-
-    In a quantized weight a block's scale and the energy of its codes are anti-correlated once rows and columns are
-    centred: a block whose amax is an outlier has small codes elsewhere. In the wrong order there is no such relation.
-
-    Args:
-        packed: uint8 [R, K/2], some rows.
-        readings: Scales [R, K/16] of the same rows, by order.
-    """
-    if len(readings) == 1:
-        return _orders(readings)[0]
-    if torch.equal(readings["linear"].view(torch.uint8), readings["128x4"].view(torch.uint8)):
-        return "equivalent"
-    codes = decode_e2m1(unpack_e2m1(packed)).view(len(packed), -1, BLOCK_SIZE)
-    energy = codes.square().mean(dim=-1).sqrt()
-    # A zero scale over codes that are not zero cannot be meant.
-    possible = [order for order in _orders(readings) if not _zero_over_codes(readings[order], energy)]
-    if len(possible) == 1:
-        return possible[0]
-    correlations = {order: _correlation(readings[order], energy) for order in _orders(readings)}
-    best = min(_orders(readings), key=lambda order: correlations[order])
-    other = max(correlations.values())
-    mine = correlations[best]
-    clear = mine < -0.05 and (other - mine) * math.sqrt(energy.numel()) > 8 and mine < 2 * min(other, 0.0)
-    return best if clear else "undetermined"
-
-
-def _zero_over_codes(scale: Tensor, energy: Tensor) -> bool:
-    # ModelOpt up to 0.44 let scales underflow to zero; all codes of such a block are saturated.
-    return bool(((scale.view(torch.uint8) == 0) & (energy > 0) & (energy < 6.0)).any())
-
-
-def _correlation(scale: Tensor, energy: Tensor) -> float:
-    usable = (scale.to(torch.float64) > 0) & (energy > 0)
-    logs = [_centred(torch.where(usable, values.to(torch.float64), 1.0).log2(), usable) for values in (scale, energy)]
-    norm = logs[0].norm() * logs[1].norm()
-    return float((logs[0] * logs[1]).sum() / norm) if float(norm) > 0 else 0.0
-
-
-def _centred(values: Tensor, usable: Tensor) -> Tensor:
-    """Less the means of its row and of its column, unusable places at zero."""
-    weight = usable.to(torch.float64)
-    for _ in range(3):  # with gaps one pass of each does not centre exactly
-        for dim in (0, 1):
-            mean = (values * weight).sum(dim=dim, keepdim=True) / weight.sum(dim=dim, keepdim=True).clamp(min=1.0)
-            values = (values - mean) * weight
-    return values

@@ -30,7 +30,7 @@ from modelopt_convert.proof.unquantized import first_difference, is_near_base, r
 from modelopt_convert.report.words import REFUTED
 from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.text import few
-from modelopt_convert.run.workers import all_in_order, in_order
+from modelopt_convert.run.workers import all_in_order, in_order, small_calls
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ def prove(
     }
 
     def looked(one: Due, _stopped: Event) -> Judgement:
-        with torch.inference_mode():  # of each thread
+        with small_calls(), torch.inference_mode():  # of each thread
             found = rules.look(export, base, one)
         advance(sum(num_bytes(row_readings(one.module, side.tensors)) for side in (export, base)))
         return found
@@ -230,7 +230,8 @@ def judge_module(
     """
     rules = format_proof(due.algorithm)
     with torch.inference_mode():  # of each thread
-        look = rules.look(export, base, due)
+        with small_calls():
+            look = rules.look(export, base, due)
         found = _compared(rules, export, base, _informed(due, look), stopped, rows)
     return replace(found, closeness=found.closeness or look.closeness)
 

@@ -25,7 +25,8 @@ from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, Counts, FormatProof, Judgement, Verdict
-from modelopt_convert.proof.tensors import Quantizer, Tile, finite_amax, tensor_scale, tiles
+from modelopt_convert.proof.scale_values import tensor_scale
+from modelopt_convert.proof.tensors import Quantizer, Tile, finite_amax, tiles
 from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import until
 

@@ -30,8 +30,9 @@ from modelopt_convert.formats.nvfp4.codes import (
     unpack_e2m1,
 )
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
-from modelopt_convert.formats.nvfp4.scales import all_positive, scale_readings
+from modelopt_convert.formats.nvfp4.scales import scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
+from modelopt_convert.formats.nvfp4.stored import all_positive
 from modelopt_convert.formats.nvfp4.sweep import sweep
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import first_place
@@ -41,6 +42,7 @@ from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, de
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, SWEPT, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.padding import not_padding, padding_bytes
+from modelopt_convert.proof.scale_values import tensor_scale, unusable_scale
 from modelopt_convert.proof.tensors import (
     MANY_VALUES,
     Again,
@@ -52,9 +54,7 @@ from modelopt_convert.proof.tensors import (
     load,
     load_rows,
     stored_rows,
-    tensor_scale,
     tiles,
-    unusable_scale,
 )
 from modelopt_convert.report.words import PROVEN
 from modelopt_convert.run.errors import Faults, InputError
@@ -405,7 +405,7 @@ class _Nvfp4Proof:
         self, export: CheckpointReader, base: CheckpointReader, module: PackedModule, global_scale: float
     ) -> None:
         raw = load(export, module.scales["weight_scale"].name).view(torch.uint8)
-        if all_positive(raw):
+        if all_positive(raw.numpy()):
             return
         for wrong, what, expected in (
             ((raw & 0x7F) == 0x7F, "NaN", "finite scales"),

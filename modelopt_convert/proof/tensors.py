@@ -228,27 +228,3 @@ def common_dtype(export: CheckpointReader) -> str:
         and not is_quantizer_state(name)
     )
     return max(counts, key=lambda dtype: (counts[dtype], dtype), default="BF16")
-
-
-def unusable_scale(export: CheckpointReader, module: PackedModule, role: str, expected: str, found: str) -> InputError:
-    """The error for a scale that no kernel could use."""
-    info = module.scales[role]
-    where = str(export.folder / info.file)
-    return InputError(
-        f"{where}: tensor {info.name!r}: expected {expected}, found {found}",
-        code="export.unusable_scale",
-        path=where,
-        hint=f"the module was all zero or never calibrated; export again, or build with --keep-bf16 '{module.name}'",
-    )
-
-
-def tensor_scale(export: CheckpointReader, module: PackedModule, role: str) -> float:
-    """A scale of one number.
-
-    Raises:
-        InputError: ``export.unusable_scale``: not finite and positive.
-    """
-    value = float(load(export, module.scales[role].name))
-    if not 0.0 < value < float("inf"):
-        raise unusable_scale(export, module, role, "a finite positive scale", str(value))
-    return value

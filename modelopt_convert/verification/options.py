@@ -30,3 +30,8 @@ class VerifyOptions:
     prewarm: bool = False
     preferred: str | None = None
     workers: int = field(default_factory=default_workers)
+
+    @property
+    def names_backends(self) -> bool:
+        """Whether some backend is asked for by its name, and so also where there is no GPU."""
+        return self.backends not in (("best",), ("all",))

@@ -1,9 +1,13 @@
-"""A checkpoint's quantized modules, and their operands as the checkpoint declares them."""
+"""A checkpoint's quantized modules, and their operands as the checkpoint declares them.
 
+torch is imported only where operands or a device are asked for.
+"""
+
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -17,7 +21,11 @@ from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.layout import CANONICAL, Layout, declared_layout
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
 from modelopt_convert.run.errors import Faults, InconclusiveError, InputError
-from modelopt_convert.verification.gemm.operands import Weight, operand_format
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelopt_convert.verification.gemm.operands import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class Subject:
     layout: Layout
     refused: frozenset[str] = frozenset()
 
-    def operands(self, module: PackedModule, rows: Sequence[int] | None = None) -> Weight:
+    def operands(self, module: PackedModule, rows: Sequence[int] | None = None) -> "Weight":
         """One module's weight in the canonical layout, read as declared.
 
         Args:
@@ -49,6 +57,8 @@ class Subject:
             InputError: A scale that cannot be used.
             ValueError: The stored shape does not allow the declared reading.
         """
+        from modelopt_convert.verification.gemm.operands import operand_format
+
         return operand_format(self.format.algorithm).read(self.reader, module, self.layout, rows)
 
 
@@ -87,12 +97,23 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None, faults
     return Subject(reader, target, modules, declared_layout(keys).over(CANONICAL), refused)
 
 
-def device_of(wanted: str | None) -> torch.device:
+def may_have_gpu() -> bool:
+    """Whether torch could see a GPU: a driver's library can be loaded, or AMD's driver is there. No torch."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
+
+
+def device_of(wanted: str | None) -> "torch.device":
     """The device asked for, or the GPU if there is one.
 
     Raises:
         InconclusiveError: ``verify.no_gpu``.
     """
+    import torch
+
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise InconclusiveError(

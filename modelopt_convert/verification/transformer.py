@@ -1,28 +1,35 @@
-"""Verify one opened transformer: all levels, one verdict; or the backends alone."""
+"""Verify one opened transformer: all levels, one verdict; or the backends alone.
+
+torch is imported where there is a base, or a device: what a record says is verified without.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from contextlib import nullcontext
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_preset, recorded_verdicts
 from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
+from modelopt_convert.proof.limits import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
 from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
 from modelopt_convert.run.errors import Faults, first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import by_kind
 from modelopt_convert.run.workers import torch_on_one_thread
-from modelopt_convert.verification.gemm import metrics
+from modelopt_convert.verification.gemm import limits
 from modelopt_convert.verification.levels.container import container_level, look
-from modelopt_convert.verification.levels.decode import decode_level, decode_size
-from modelopt_convert.verification.levels.kernels import Kernels, agreement, choose, disagree, prewarm
 from modelopt_convert.verification.levels.layout import layout_level
 from modelopt_convert.verification.levels.record import Scanned, scan
+from modelopt_convert.verification.levels.row_digests import Decoded, decode_alone
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject, find_subject
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelopt_convert.verification.levels.kernels import Kernels
 
 _ALL_BYTES = "every byte is as mopt.json says"
 
@@ -31,10 +38,12 @@ def prewarm_kernels(
     reader: CheckpointReader,
     base: CheckpointReader | None,
     options: VerifyOptions,
-    device: torch.device,
+    device: "torch.device",
     progress: Progress,
 ) -> VerifyReport:
     """Build the kernels for one transformer's shapes, and judge nothing."""
+    from modelopt_convert.verification.levels.kernels import choose, prewarm
+
     subject = find_subject(reader, base)
     backends, reports = choose(options.backends, options.preferred, subject.format.algorithm, device)
     progress.begin("prewarm", _weight_bytes(subject))
@@ -62,11 +71,13 @@ def _weight_bytes(subject: Subject) -> int:
     return sum(sum(info.num_bytes for info in one.tensors) for one in subject.modules.values())
 
 
-def verify_backends(options: VerifyOptions, device: torch.device, progress: Progress) -> VerifyReport:
+def verify_backends(options: VerifyOptions, device: "torch.device", progress: Progress) -> VerifyReport:
     """Self-test the backends without a checkpoint, which also builds their kernels.
 
     The reference is what they are compared with: its own word, alone, says nothing of any backend.
     """
+    from modelopt_convert.verification.levels.kernels import choose
+
     backends: list[BackendReport] = []
     alone = []
     for algorithm in FORMATS:
@@ -89,7 +100,7 @@ def verify_opened(
     reader: CheckpointReader,
     base: CheckpointReader | None,
     options: VerifyOptions,
-    device: torch.device,
+    device: "torch.device | None",
     progress: Progress,
     *,
     with_record: bool,
@@ -102,7 +113,7 @@ def verify_opened(
         reader: The opened checkpoint.
         base: Its opened base, or None.
         options: What to run.
-        device: Where.
+        device: Where; None for the CPU where no kernel is asked for, which does without torch unless there is a base.
         progress: Told what is read.
         with_record: Whether mopt.json is asked, and all bytes are read for it.
         proof: How the proof of a build ended, in words; None where the bytes and the record say it.
@@ -113,29 +124,21 @@ def verify_opened(
     record = read_record(reader.folder) if with_record and not reader.is_alone else None
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
-    if with_record:
-        progress.begin("read", reader.num_bytes)
-        scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
-    seen = look(subject)
-    progress.begin("decode", decode_size(subject, base))
-    with torch_on_one_thread():
-        decoded = decode_level(
-            subject,
-            base,
-            options,
-            max_error=max_error,
-            recorded=recorded_verdicts(record) or {},
-            advance=progress.advance,
-        )
-    if base is not None:  # all of it was read by now, or nothing is said
-        scanned.warnings += other_base(record, base.identity())
-    levels = [
-        _record_level(record, scanned),
-        container_level(subject, seen, scanned, options.workers, base),
-        layout_level(subject, seen, base, decoded.readings),
-        decoded.level,
-    ]
-    kernels = run_kernels(subject, decoded.modules, options, device, progress)
+    with nullcontext() if device is None and base is None else torch_on_one_thread():
+        if with_record:
+            progress.begin("read", reader.num_bytes)
+            scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
+        seen = look(subject)
+        decoded = _decoded(subject, base, options, max_error, recorded_verdicts(record) or {}, progress)
+        if base is not None:  # all of it was read by now, or nothing is said
+            scanned.warnings += other_base(record, base.identity())
+        levels = [
+            _record_level(record, scanned),
+            container_level(subject, seen, scanned, options.workers, base),
+            layout_level(subject, seen, base, decoded.readings, options.workers),
+            decoded.level,
+        ]
+    kernels = run_kernels(subject, decoded.modules, options, device, progress) if device is not None else None
     unchanged = UNCHANGED_WORDS if record is not None and levels[0].status != "fail" else NO_BASE_WORDS
     found = VerifyReport(
         checkpoint=str(reader.path),
@@ -143,21 +146,21 @@ def verify_opened(
         preset=recorded_preset(record),
         proof=proof or decoded.proof or unchanged,
         device=describe(device),
-        levels=[*levels, kernels.level],
-        backends=list(kernels.backends),
-        modules=dict(kernels.modules),
-        agreement=list(kernels.agreement),
-        native_executed=f"{kernels.native} of {len(kernels.modules)}",
-        peak_gpu_bytes=kernels.peak_gpu_bytes,
+        levels=[*levels, kernels.level if kernels is not None else not_multiplied()],
+        backends=list(kernels.backends) if kernels is not None else [],
+        modules=dict(kernels.modules) if kernels is not None else decoded.modules,
+        agreement=list(kernels.agreement) if kernels is not None else [],
+        native_executed=f"{kernels.native if kernels is not None else 0} of {len(decoded.modules)}",
+        peak_gpu_bytes=kernels.peak_gpu_bytes if kernels is not None else None,
         thresholds={
             "relative_error": max_error,
             "gain": GAIN_LIMIT,
             "worst_row": ROW_LIMIT,
             "worst_column": COLUMN_LIMIT,
-            "kernel_calc_diff": metrics.CALC_DIFF_LIMIT,
-            "kernel_gain": metrics.GAIN_LIMIT,
-            "kernel_worst_row": metrics.ROW_LIMIT,
-            "kernel_worst_column": metrics.COLUMN_LIMIT,
+            "kernel_calc_diff": limits.CALC_DIFF_LIMIT,
+            "kernel_gain": limits.GAIN_LIMIT,
+            "kernel_worst_row": limits.ROW_LIMIT,
+            "kernel_worst_column": limits.COLUMN_LIMIT,
         },
     )
     verdict, statement = _verdict(found, record, scanned.edited)
@@ -166,6 +169,28 @@ def verify_opened(
     is_refuted = verdict == "fail" and not is_near
     proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
+
+
+def _decoded(
+    subject: Subject,
+    base: CheckpointReader | None,
+    options: VerifyOptions,
+    max_error: float,
+    recorded: Mapping[str, str],
+    progress: Progress,
+) -> Decoded:
+    if base is None:
+        return decode_alone(subject, options)
+    from modelopt_convert.verification.levels.decode import decode_level, decode_size
+
+    progress.begin("decode", decode_size(subject, base))
+    return decode_level(subject, base, options, max_error=max_error, recorded=recorded, advance=progress.advance)
+
+
+def not_multiplied() -> LevelReport:
+    """L3 where nothing asks for it."""
+    reason = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
+    return LevelReport(level="L3", title="kernel parity", status="skipped", reason=reason)
 
 
 def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:
@@ -182,9 +207,9 @@ def run_kernels(
     subject: Subject,
     decoded: Mapping[str, ModuleVerify],
     options: VerifyOptions,
-    device: torch.device,
+    device: "torch.device",
     progress: Progress,
-) -> Kernels:
+) -> "Kernels":
     """L3, where there is something to run it on; a GPU that fails is no fault of the checkpoint.
 
     Args:
@@ -194,13 +219,14 @@ def run_kernels(
         device: Where.
         progress: Told what is read.
     """
-    found = Kernels(
-        LevelReport(level="L3", title="kernel parity", status="skipped"),
-        {name: one.model_copy(deep=True) for name, one in decoded.items()},
-    )
-    if device.type == "cpu" and options.backends in (("best",), ("all",)):
-        found.level.reason = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
+    import torch
+
+    from modelopt_convert.verification.levels.kernels import Kernels, agreement, choose, prewarm
+
+    found = Kernels(not_multiplied(), {name: one.model_copy(deep=True) for name, one in decoded.items()})
+    if device.type == "cpu" and not options.names_backends:
         return found
+    found.level.reason = ""
     try:
         backends, found.backends = choose(options.backends, options.preferred, subject.format.algorithm, device)
         if not backends:
@@ -228,8 +254,11 @@ def _verdict(found: VerifyReport, record: dict[str, Any] | None, edited: Sequenc
     failed = [level for level in found.levels if level.status == "fail"]
     if any(level.level != "L3" for level in failed):
         return "fail", by_kind(failed[0].failures)[0]
-    if (words := disagree(found.modules)) is not None:
-        return "backends disagree", words
+    if found.backends:
+        from modelopt_convert.verification.levels.kernels import disagree
+
+        if (words := disagree(found.modules)) is not None:
+            return "backends disagree", words
     if failed:
         return "fail", failed[0].failures[0]
     healthy = [one for one in found.backends if one.status in ("pass", "warn") and one.kind != "reference"]
@@ -245,8 +274,12 @@ def _verdict(found: VerifyReport, record: dict[str, Any] | None, edited: Sequenc
     return "pass", f"{found.proof}, {where}"
 
 
-def describe(device: torch.device) -> DeviceReport:
+def describe(device: "torch.device | None") -> DeviceReport:
     """The device and torch's build."""
+    if device is None:
+        return DeviceReport(name="cpu", capability=None, torch=version("torch"), cuda=None)
+    import torch
+
     if device.type != "cuda":
         return DeviceReport(name="cpu", capability=None, torch=torch.__version__, cuda=None)
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,6 +1,6 @@
 """The bytes of one output tensor, from its input, in pieces: what does not change never passes through a tensor.
 
-torch is imported only for steps that change bytes.
+torch is imported only for steps that compute with values.
 """
 
 import struct
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from modelopt_convert.checkpoint.header import TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
-from modelopt_convert.formats.finite import FiniteWatch, NotFinite
+from modelopt_convert.formats.finite import FiniteWatch, NotFinite, check_e4m3
+from modelopt_convert.formats.nvfp4.stored import reorder_scales, repack_rows, swizzle_scales
 from modelopt_convert.plan.plan import Step
 from modelopt_convert.run.errors import InputError
 
@@ -90,45 +91,24 @@ def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Mad
     if step.op == "copy":
         yield from reader.buffered(source.name, _COPIED_BYTES)
         return
-    from modelopt_convert.formats import tensor_bytes as raw
-
     try:
         if step.op == "copy_e4m3":
             for chunk in reader.buffered(source.name, _COPIED_BYTES):
-                yield raw.check_e4m3(chunk)
-        elif step.op == "quantize_fp8":
-            scale = _scale_of(step, reader)
-            for chunk in reader.buffered(source.name, _COMPUTED_BYTES):
-                codes, clipped = raw.quantize_chunk(chunk, source.dtype, scale, step.quotient)
-                made.note_clipped(clipped)
-                yield codes
-        elif step.op == "dequantize_fp8":
-            scale = _scale_of(step, reader)
-            for chunk in reader.buffered(source.name, _COMPUTED_BYTES):
-                yield raw.dequantize_chunk(raw.check_e4m3(chunk), scale)
-        elif step.op == "quantize_nvfp4":
-            assert step.value is not None  # measured by now
-            columns = source.shape[1]
-            row_bytes = source.num_bytes // source.shape[0]
-            for chunk in reader.buffered(source.name, max(1, _COMPUTED_BYTES // row_bytes) * row_bytes):
-                codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, step.value, step.weights)
-                made.block_scales.append(scales)
-                yield codes
-        elif step.op == "cast_bf16":
-            for chunk in reader.buffered(source.name, _COMPUTED_BYTES):  # a multiple of every dtype's size
-                yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)
+                yield check_e4m3(chunk)
         elif step.op == "repack":
             num_rows, half = step.output.shape
             stored_half = source.shape[1]
             height = max(1, _COPIED_BYTES // stored_half)
             for number, stored in enumerate(reader.buffered(source.name, height * stored_half)):
                 keep = max(0, min(height, num_rows - number * height))
-                yield raw.repack_rows(stored, stored_half, half, keep, swap=step.layout.nibbles == "high")
+                yield repack_rows(stored, stored_half, half, keep, swap=step.layout.nibbles == "high")
         elif step.op == "swizzle_scales":
-            yield raw.swizzle_scales(reader.read(source.name), source.shape)
-        else:
+            yield swizzle_scales(reader.read(source.name), source.shape)
+        elif step.op == "reorder_scales":
             rows, columns = step.output.shape
-            yield raw.reorder_scales(reader.read(source.name), source.shape, rows, columns, step.layout.scales)
+            yield reorder_scales(reader.read(source.name), source.shape, rows, columns, step.layout.scales)
+        else:
+            yield from _computed(step, reader, source, made)
     except ValueError as error:
         where = str(reader.folder / source.file)
         fp8 = step.op in ("copy_e4m3", "quantize_fp8", "dequantize_fp8")
@@ -140,3 +120,30 @@ def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Mad
             if fp8
             else "what would be cut is not padding; export again without padding options. Nothing was written",
         ) from error
+
+
+def _computed(step: Step, reader: CheckpointReader, source: TensorInfo, made: Made) -> Iterator[bytes | memoryview]:
+    """What comes of arithmetic on values."""
+    from modelopt_convert.formats import tensor_bytes as raw
+
+    if step.op == "quantize_fp8":
+        scale = _scale_of(step, reader)
+        for chunk in reader.buffered(source.name, _COMPUTED_BYTES):
+            codes, clipped = raw.quantize_chunk(chunk, source.dtype, scale, step.quotient)
+            made.note_clipped(clipped)
+            yield codes
+    elif step.op == "dequantize_fp8":
+        scale = _scale_of(step, reader)
+        for chunk in reader.buffered(source.name, _COMPUTED_BYTES):
+            yield raw.dequantize_chunk(check_e4m3(chunk), scale)
+    elif step.op == "quantize_nvfp4":
+        assert step.value is not None  # measured by now
+        columns = source.shape[1]
+        row_bytes = source.num_bytes // source.shape[0]
+        for chunk in reader.buffered(source.name, max(1, _COMPUTED_BYTES // row_bytes) * row_bytes):
+            codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, step.value, step.weights)
+            made.block_scales.append(scales)
+            yield codes
+    else:
+        for chunk in reader.buffered(source.name, _COMPUTED_BYTES):  # a multiple of every dtype's size
+            yield raw.cast_chunk(chunk, source.dtype, step.output.dtype)

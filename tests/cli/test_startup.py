@@ -19,6 +19,7 @@ HEAVY = {
     "torch", "numpy", "safetensors", "modelopt", "diffusers", "transformers", "rich", "huggingface_hub", "httpx",
     "requests", "yaml",
 }  # fmt: skip
+MOVED = HEAVY - {"numpy", "huggingface_hub"}  # which cuts the shards
 # Typer imports pydantic for any option that it has to convert.
 NO_OPTION = HEAVY | {"pydantic"}
 BUILD = "build-nvfp4 --export {nvfp4} --base {base}"
@@ -76,6 +77,15 @@ ROWS: list[tuple[str, int, set[str]]] = [
     ("inspect {base} --json", 0, HEAVY),
     ("inspect {fp8} --json", 0, HEAVY),
     ("inspect {base}", 0, HEAVY),
+    # Bytes are looked at and moved, by numpy.
+    ("inspect {nvfp4} --json", 0, MOVED),
+    ("inspect {nvfp4} --all --json", 0, MOVED),
+    ("swap-nibbles {nvfp4} {out} --overwrite --json", 0, MOVED),
+    ("unswizzle-scales {nvfp4} {out} --overwrite --reverse --json", 0, MOVED),
+    ("unswizzle-scales {swizzled} {out} --overwrite --json", 0, MOVED),
+    # What a record says is compared, and a few rows are decoded by tables.
+    ("verify {swizzled} --device cpu --json", 0, MOVED),
+    ("verify {fp8_out} --device cpu --json", 0, MOVED),
 ]
 
 
@@ -96,7 +106,14 @@ def places(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     header = b'{"proj_out.weight":{"dtype":"BF16"'
     (damaged / "diffusion_pytorch_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     named = {name: exports / name / "transformer" for name in ("nvfp4", "fp8", "base")}
-    return named | {"damaged": damaged, "gone": damaged.parent / "gone"}
+    new = {name: damaged.parent / name for name in ("gone", "out", "swizzled")}
+    swap = ("unswizzle-scales", str(named["nvfp4"]), str(new["swizzled"]), "--reverse", "--json")
+    assert modules(*swap)[0] == 0
+    # By record alone: a record is what a build writes.
+    fp8 = damaged.parent / "fp8_out"
+    convert = ("convert-fp8", "--preset", "flux1-dev", "--export", str(named["fp8"]), "--base", str(named["base"]))
+    assert modules(*convert, "--output", str(fp8), "--verify", "off", "--json")[0] == 0
+    return named | new | {"damaged": damaged, "fp8_out": fp8}
 
 
 @pytest.mark.parametrize(("command", "exit_code", "without"), ROWS, ids=[row[0] for row in ROWS])
@@ -108,9 +125,9 @@ def test_nothing_is_imported_before_it_is_needed(
     assert imported & without == set()
 
 
-def test_packed_weights_are_looked_at_with_torch(places: dict[str, Path]) -> None:
+def test_packed_weights_are_compared_with_torch(places: dict[str, Path]) -> None:
     """So that the rows above can fail."""
-    found, imported = modules("inspect", str(places["nvfp4"]))
+    found, imported = modules("inspect", str(places["nvfp4"]), "--base", str(places["base"]))
     assert found == 0 and {"torch", "pydantic"} <= imported
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import same_bits
 
+from modelopt_convert.formats.finite import check_e4m3
 from modelopt_convert.formats.nvfp4.codes import (
     decode_e2m1,
     dequantize_nvfp4,
@@ -20,15 +21,14 @@ from modelopt_convert.formats.nvfp4.codes import (
     swap_nibbles_,
     unpack_e2m1,
 )
-from modelopt_convert.formats.nvfp4.scales import all_positive, padded_shape, swizzle_128x4, unswizzle_128x4
+from modelopt_convert.formats.nvfp4.scales import padded_shape, swizzle_128x4, unswizzle_128x4
+from modelopt_convert.formats.nvfp4.stored import all_positive, reorder_scales, repack_rows
 from modelopt_convert.formats.tensor_bytes import (
     cast_chunk,
     cast_paths,
     equal_after,
     equal_bytes,
     from_bytes,
-    reorder_scales,
-    repack_rows,
     to_bytes,
 )
 
@@ -76,7 +76,17 @@ def test_equal_bytes_sees_any_difference(raw: bytes, data: st.DataObject) -> Non
 @given(st.binary(max_size=20))
 def test_all_positive_is_what_torch_says_of_each(raw: bytes) -> None:
     scales = torch.tensor(list(raw), dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert all_positive(scales) == bool((scales.float() > 0).all())
+    assert all_positive(scales.view(torch.uint8).numpy()) == bool((scales.float() > 0).all())
+
+
+@given(st.binary(max_size=20))
+def test_nan_is_found_among_codes_as_torch_says_of_each(raw: bytes) -> None:
+    broken = int(torch.tensor(list(raw), dtype=torch.uint8).view(torch.float8_e4m3fn).float().isnan().sum())
+    if not broken:
+        assert check_e4m3(raw) is raw
+        return
+    with pytest.raises(ValueError, match=f"found {broken} NaN"):
+        check_e4m3(raw)
 
 
 @pytest.mark.parametrize("function", [unpack_e2m1, swap_nibbles])

@@ -1,14 +1,19 @@
 """Layout detection on adversarial tensors, and hints without a base."""
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.formats.nvfp4.codes import pack_e2m1, quantize_nvfp4, shared_global_scale, swap_nibbles
 from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
+from modelopt_convert.formats.nvfp4.stored import read_scales
 from modelopt_convert.formats.rows import sample_rows
 from modelopt_convert.inspection.component import common_answer
-from modelopt_convert.proof.detector import Detection, detect_with_base, hint_scale_order, telling_rows
+from modelopt_convert.proof.detector import Detection, detect_with_base, telling_rows
+from modelopt_convert.proof.scale_hint import hint_scale_order
 
 
 def detect(base: Tensor, packed: Tensor, stored: Tensor, global_scale: Tensor) -> Detection:
@@ -16,6 +21,10 @@ def detect(base: Tensor, packed: Tensor, stored: Tensor, global_scale: Tensor) -
     rows = sorted({*sample_rows(len(base), 16), *telling_rows(readings, 4)})
     index = torch.tensor(rows)
     return detect_with_base([base[index]], packed[index], readings, rows, global_scale, max_error=0.15)
+
+
+def raw_readings(stored: Tensor, rows: int, columns: int) -> dict[ScaleOrder, NDArray[np.uint8]]:
+    return read_scales(stored.view(torch.uint8).numpy(), stored.shape, rows, columns)
 
 
 def gauss(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -106,7 +115,7 @@ def test_hints_are_never_wrong(kind: str, seed: int) -> None:
     global_scale = shared_global_scale([base]).clamp(min=1e-30)
     packed, scale = quantize_nvfp4(base, global_scale)
     for order, stored in (("linear", scale), ("128x4", swizzle_128x4(scale))):
-        hint = hint_scale_order(packed, scale_readings(stored, *scale.shape))
+        hint = hint_scale_order(packed.numpy(), raw_readings(stored, *scale.shape))
         assert hint in (order, "equivalent", "undetermined")
         if kind in ("gauss", "heavy"):
             assert hint == order
@@ -119,8 +128,8 @@ def test_a_zero_scale_over_codes_rules_an_order_out() -> None:
     codes = packed.clone()
     raw[0, 1] = 0
     codes[0, 8:16] = 0  # the zero scale lies over codes of zero in the linear order only
-    readings = scale_readings(raw.view(torch.float8_e4m3fn), 128, 4)
-    assert hint_scale_order(codes, readings) == "linear"
+    readings = raw_readings(raw, 128, 4)
+    assert hint_scale_order(codes.numpy(), readings) == "linear"
 
 
 def test_common_answer() -> None:

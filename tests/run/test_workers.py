@@ -2,8 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from support import edit, run_mopt, tree
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.proof import nvfp4
 from modelopt_convert.run.workers import Stopped, default_workers, in_order, until
 from modelopt_convert.verification.levels.record import scan
 
@@ -52,8 +55,73 @@ def test_the_first_error_in_order_is_raised_and_the_others_are_stopped() -> None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker")]
 
 
-def test_default_is_within_reason() -> None:
-    assert 1 <= default_workers() <= 4
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (16, 16), (128, 16)])
+def test_the_default_is_a_worker_for_each_core_within_reason(
+    cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(cores)))
+    assert default_workers() == workers
+
+
+def test_no_worker_opens_threads_of_torch(
+    exports: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen workers of sixteen threads each wait for each other."""
+    seen = list[int]()
+
+    class Watched(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., Any], /, *words: Any, **more: Any) -> Future[Any]:
+            def watched() -> Any:
+                seen.append(torch.get_num_threads())
+                return work(*words, **more)
+
+            return super().submit(watched)
+
+    monkeypatch.setattr("modelopt_convert.run.workers.ThreadPoolExecutor", Watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    out, more = tmp_path / "out", ("--workers", "3")
+    build = ("build-nvfp4", "--preset", "flux1-dev", "--base", base, "--output", out, "--verify", "cpu", *more)
+    try:
+        for words in (
+            (*build, "--export", exports / "nvfp4"),
+            (*build, "--overwrite"),
+            ("verify", out, "--base", base, "--device", "cpu", *more),
+        ):
+            assert run_mopt(*words).exit_code == 0
+            assert seen and set(seen) == {1}, words
+            seen.clear()
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_four_workers_at_most_are_at_small_calls(
+    exports: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, lock, within, most = nvfp4.ENTRY.look, threading.Lock(), 0, list[int]()
+
+    def counted(*words: Any) -> Any:
+        nonlocal within
+        with lock:
+            within += 1
+            most.append(within)
+        time.sleep(0.02)
+        try:
+            return look(*words)
+        finally:
+            with lock:
+                within -= 1
+
+    monkeypatch.setattr(type(nvfp4.ENTRY), "look", staticmethod(counted))
+    out, more = tmp_path / "out", ("--workers", "9")
+    for words in (
+        ("build-nvfp4", "--export", exports / "nvfp4", "--preset", "flux1-dev", "--output", out, "--verify", "off"),
+        ("verify", out, "--device", "cpu"),
+    ):
+        assert run_mopt(*words, "--base", base, *more).exit_code == 0
+        assert max(most) == 4, words
+        most.clear()
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "fp8", "none"])

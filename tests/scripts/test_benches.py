@@ -1,11 +1,13 @@
 """What the benchmarks rest on: inputs as they claim, peaks as the OS has them, lines, curves and comparisons."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
 import bench_growth
 import bench_peers
+import full
 import numpy as np
 import pytest
 import torch
@@ -106,3 +108,55 @@ def test_the_old_fp8_export_is_one_that_mopt_takes(tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_algo"] == "FP8"
     kept = {module for module in config["quantization_config"]["ignore"] if module.startswith("single_")}
     assert kept == {"single_transformer_blocks.0.norm.linear", "single_transformer_blocks.0.proj_mlp"}
+
+
+def test_the_full_size_is_that_of_flux1_dev() -> None:
+    found = full.shapes(full.BLOCKS)
+    assert 2 * sum(int(np.prod(shape)) for shape in found.values()) == 23_802_816_640
+    assert full.shapes((1, 2)).keys() < found.keys() and len(full.shapes((1, 2), full.NARROW)) == len(
+        full.shapes((1, 2))
+    )
+
+
+def test_the_proof_holds_on_inputs_of_the_full_size_and_names_fuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full, "POOL", 1 << 20)
+    full.pool.cache_clear()
+    full.make(tmp_path / "made", (1, 1), full.NARROW)
+    full.pool.cache_clear()
+    base, export = tmp_path / "made" / "BASE", tmp_path / "made" / "EXPORT"
+    words = ("--preset", "flux1-dev", "--base", base, "--export", export, "--verify", "off")
+    outcome = run_mopt("build-nvfp4", *words, "--output", tmp_path / "out")
+    assert outcome.exit_code == 0 and outcome.report is not None
+    assert outcome.report["proof"]["status"] == "pass"
+    assert run_mopt("convert", export, tmp_path / "converted", "--to", "comfyui").exit_code == 0
+
+
+def test_the_table_and_the_plot_have_what_was_measured_and_a_later_call_goes_on() -> None:
+    every = full.cases(has_gpu=False)
+    swap = next(one for one in every if one.name.startswith("swap"))
+    assert [one for one in full.cases(has_gpu=True) if one not in every]
+    results = full.Results("a machine", (1, 2), sizes={swap.name: 4_000_000_000}, copies={"OUT": [3.0, 1.0, 2.0]})
+    results.starts[swap.name] = full.Result([0.5], [100_000_000], [{}])
+    results.commands[swap.name] = {
+        count: full.Result([seconds], [100_000_000 + count * 7_000_000], [{"stream": seconds - 1, "plan": 0.01}])
+        for count, seconds in ((2, 4.0), (1, 8.0))
+    }
+    assert full.Results.parse(json.dumps(asdict(results))) == results
+    text = full.written_out(results, every)
+    assert f"| {swap.name} | 1 | 8.00 | 0.50 | stream 7.0 | 4.00 | 0.50 | 4.00 | 7 |" in text
+    assert f"| {swap.name} | 2 | 4.00 | 0.50 | stream 3.0 | 4.00 | 1.00 | 2.00 | 7 |" in text
+    (panel,) = full.panels(results, every)
+    assert panel.lines[0].points == [(1, 0.5), (2, 1.0)] and panel.lines[1].points == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_run_that_would_not_end_in_time_is_left_out(tmp_path: Path) -> None:
+    swap = next(one for one in full.cases(has_gpu=False) if one.name.startswith("swap"))
+    results = full.Results("a machine", (1, 2), {swap.name: {4: full.Result([30.0], [0], [{}])}})
+    results.starts[swap.name] = full.Result([0.5], [0], [{}])
+    bench = full.Bench(tmp_path)
+    end = full.time.monotonic() + 100
+    assert list(full.measure(results, bench, bench, [swap], [4, 1], 1, end)) == [
+        f"{swap.name}, 1 workers: no time left"
+    ]

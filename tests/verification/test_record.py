@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from root import LONG
 from support import load, run_mopt
 from verify_support import SHARD, found, verify
 
-from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES
+from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
+from modelopt_convert.verification.levels.container import stored_format
+from modelopt_convert.verification.subject import find_subject
 
 SHAPES = {"blocks.0.ff": (64, 32), "blocks.1.ff": (48, 64)}
 WRONG = (None, True, 0, -1, 7, 1.5, 10**30, "", "x", "proven", "pass", "0" * 32, [], ["x"], {}, {"x": 1})
@@ -393,3 +396,22 @@ def test_what_is_no_file_is_no_missing_record(pair: tuple[Path, Path], tmp_path:
     for where in ((folder,), (folder, "--base", pair[1]), (above,)):
         outcome = verify(*where)
         assert (outcome.exit_code, outcome.error_code) == (3, code), outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8"])
+def test_the_digests_of_rows_are_those_of_what_kernels_multiply(name: str, exports: Path, tmp_path: Path) -> None:
+    """Tables decode rows for the digests, torch decodes whole weights for the kernels."""
+    source = exports / name / "transformer"
+    if name == "nvfp4":
+        done = run_mopt("unswizzle-scales", source, tmp_path / "swizzled", "--reverse")
+        assert done.exit_code == 0
+    for folder in (source, *tmp_path.glob("swizzled")):
+        with CheckpointReader(folder) as reader:
+            subject = find_subject(reader, None)
+            rules = stored_format(subject.format.algorithm)
+            for layout in (subject.layout, replace(subject.layout, nibbles="high")):
+                other = replace(subject, layout=layout)
+                for module in subject.modules.values():
+                    rows = [0, module.rows // 2, module.rows - 1]
+                    wanted = other.operands(module, rows).decode(0, len(rows)).to(torch.float32)
+                    assert rules.decoded(other, module, rows).tobytes() == wanted.numpy().tobytes()

@@ -461,17 +461,45 @@ def test_a_gpu_that_fails_is_no_fault_of_the_checkpoint(
     from modelopt_convert.checkpoint.reader import CheckpointReader
     from modelopt_convert.cli._output import Output, ProgressBar
     from modelopt_convert.verification import transformer as run
+    from modelopt_convert.verification.levels import kernels
     from modelopt_convert.verification.options import VerifyOptions
     from modelopt_convert.verification.subject import find_subject
 
     def busy(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run, "choose", busy)
+    monkeypatch.setattr(kernels, "choose", busy)
     with CheckpointReader(built["nvfp4"]) as reader:
         progress = ProgressBar(Output(json=True, quiet=True))
         found = run.run_kernels(find_subject(reader, None), {}, VerifyOptions(), torch.device("cuda"), progress)
     assert found.level.status == "skipped" and "out of memory" in found.level.reason
+
+
+@pytest.mark.parametrize("words", [(), ("--device", "cpu"), ("--backend", "reference"), ("--prewarm",)])
+@pytest.mark.parametrize("has_driver", [False, True])
+def test_torch_is_asked_for_a_device_where_a_kernel_may_run(
+    words: tuple[str, ...], has_driver: bool, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelopt_convert.verification import subject
+
+    asked = list[str | None]()
+
+    def device_of(wanted: str | None) -> torch.device:
+        asked.append(wanted)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(subject, "may_have_gpu", lambda: has_driver)
+    monkeypatch.setattr(subject, "device_of", device_of)
+    outcome = verify(built["nvfp4"], *words)
+    assert outcome.exit_code == 0 and outcome.report is not None
+    is_needed = has_driver if not words else words[0] != "--device"
+    assert bool(asked) == is_needed
+    assert outcome.report["verify"]["device"] == {
+        "name": "cpu",
+        "capability": None,
+        "torch": torch.__version__,
+        "cuda": None,
+    }
 
 
 def test_a_page_is_written(built: dict[str, Path], tmp_path: Path) -> None:

@@ -65,7 +65,6 @@ from modelopt_convert.report.inspect import ModuleLayout
 from modelopt_convert.report.report import ProofReport, Report
 from modelopt_convert.run.errors import Faults, kinds
 from modelopt_convert.run.progress import Progress
-from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
 from modelopt_convert.stage.space import DIGEST, disk_bytes, shard_sizes
@@ -147,7 +146,7 @@ class RewriteCommand:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
             stage.check_space(self._disk_bytes(reader, plan, modules if against is not None else None))
-            with self._clock.timed("stream"), torch_on_one_thread():
+            with self._clock.timed("stream"):
                 readers: dict[Origin, CheckpointReader] = {"export": reader}
                 done = stream(stage, plan, readers, progress, workers=request.worker_count, executor=executor)
             reader.check_unchanged()

@@ -264,7 +264,7 @@ def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale
     return None if amax > int(infinity) else torch.tensor([amax], dtype=torch.int16).view(blocks.dtype)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # the most workers, each with a weight of its own; less than 3 MB
 def kernel_tables(dtype: torch.dtype, global_scale: float) -> tuple[Tensor, Tensor]:
     """What ``quantize_blocks`` goes by: scale bytes by largest magnitude, and the bounds of codes by scale byte.
 

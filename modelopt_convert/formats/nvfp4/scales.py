@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.formats.layout import ScaleOrder
-from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape, scale_shapes
-
-_NAN = 0x7F  # the bits of NaN in E4M3; larger bytes are negative
+from modelopt_convert.formats.nvfp4.shapes import COLUMN_TILE, ROW_TILE, padded_shape
+from modelopt_convert.formats.nvfp4.stored import read_scales
 
 
 def swizzle_128x4(scale: Tensor) -> Tensor:
@@ -62,37 +61,17 @@ def unswizzle_128x4(swizzled: Tensor, rows: int, columns: int) -> Tensor:
     return linear[:rows, :columns].contiguous().view(swizzled.dtype)
 
 
-def all_positive(stored: Tensor) -> bool:
-    """Whether every scale is a positive number, none NaN or zero: the least and the largest byte tell.
-
-    Args:
-        stored: Any shape, float8_e4m3fn or its bytes.
-    """
-    if not stored.numel():
-        return True
-    least, most = stored.view(torch.uint8).aminmax()
-    return int(least) > 0 and int(most) < _NAN
-
-
 def scale_readings(stored: Tensor, rows: int, columns: int) -> dict[ScaleOrder, Tensor]:
-    """The orders in which scales can be stored, as far as shape and zeros in the padding allow.
+    """``read_scales`` of a tensor.
 
     Args:
-        stored: float8_e4m3fn as in the file.
+        stored: As in the file, on the CPU, any dtype of one byte.
         rows: N of the weight.
         columns: K/16 of the weight.
 
     Returns:
-        The scales read as ``linear`` and as ``128x4``, as far as possible, each [N, K/16] row-major; empty if the
-        shape is not a known one, or if no reading has zeros for padding.
+        By order, in the dtype of ``stored``.
     """
-    found: dict[ScaleOrder, Tensor] = {}
-    for shape in scale_shapes(rows, columns):
-        order: ScaleOrder = "128x4" if shape.swizzled else "linear"
-        if tuple(stored.shape) != shape.stored or order in found:
-            continue
-        whole = unswizzle_128x4(stored, *shape.grid) if shape.swizzled else stored
-        raw = whole.view(torch.uint8)
-        if not bool(raw[rows:].any()) and not bool(raw[:, columns:].any()):
-            found[order] = whole[:rows, :columns].contiguous()
-    return found
+    raw = stored.contiguous().view(-1).view(torch.uint8).numpy()
+    found = read_scales(raw, stored.shape, rows, columns)
+    return {order: torch.from_numpy(one).view(stored.dtype) for order, one in found.items()}

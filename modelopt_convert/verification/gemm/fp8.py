@@ -14,7 +14,8 @@ from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.formats.fp8.codes import quantize_fp8
 from modelopt_convert.formats.fp8.format import FORMAT
 from modelopt_convert.formats.layout import Layout
-from modelopt_convert.proof.tensors import load, load_rows, load_weight, tensor_scale
+from modelopt_convert.proof.scale_values import tensor_scale
+from modelopt_convert.proof.tensors import load, load_rows, load_weight
 from modelopt_convert.verification.gemm.operands import OperandFormat, Weight, one_row_zero
 
 

@@ -23,7 +23,8 @@ from modelopt_convert.formats.nvfp4.codes import (
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE, FORMAT
 from modelopt_convert.formats.nvfp4.scales import scale_readings, swizzle_128x4
 from modelopt_convert.formats.tensor_bytes import from_bytes
-from modelopt_convert.proof.tensors import load, load_weight, tensor_scale
+from modelopt_convert.proof.scale_values import tensor_scale
+from modelopt_convert.proof.tensors import load, load_weight
 from modelopt_convert.verification.gemm.operands import OperandFormat, Weight, one_row_zero
 
 _ONE_E2M1 = 2  # the code of 1.0

@@ -1,24 +1,27 @@
 """L0 and L1: what the container holds, and whether the layout found is the one declared."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.modelopt.export import check_quant_config
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.finite import not_finite_words
+from modelopt_convert.formats.finite import FiniteWatch, not_finite_words
 from modelopt_convert.formats.format import Algorithm, entry
 from modelopt_convert.formats.layout import ScaleOrder
 from modelopt_convert.inspection.component import inspect_component
 from modelopt_convert.plan.inputs import differing_keys, one_sided_words
-from modelopt_convert.proof.tensors import load
 from modelopt_convert.report.inspect import ComponentReport, LintReport
 from modelopt_convert.report.verify import LevelReport, LevelStatus
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
 from modelopt_convert.verification.levels.record import Scanned
 from modelopt_convert.verification.subject import Subject
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCALE_FAULTS = frozenset(
     {
@@ -50,6 +53,14 @@ class StoredFormat(Protocol):
 
     def stored_faults(self, subject: Subject, module: PackedModule) -> list[str]:
         """What is wrong with the stored bytes of a module, in words."""
+
+    def decoded(self, subject: Subject, module: PackedModule, rows: Sequence[int]) -> "NDArray[np.float32]":
+        """Some rows of codes times block scales, without the scale of the tensor: float32 [R, K], exact.
+
+        Raises:
+            InputError: A scale that cannot be used.
+            ValueError: The stored shape does not allow the declared reading.
+        """
 
     def hint(self, subject: Subject, module: PackedModule) -> ScaleOrder:
         """The order of a module's scales, by what one tile of rows says."""
@@ -144,6 +155,9 @@ def _bias_faults(subject: Subject) -> list[str]:
             continue
         if bias.shape != (module.rows,) or bias.dtype not in HALF_AND_FLOAT:
             faults.append(f"{name}: bias is {bias.dtype} {list(bias.shape)}, expected [{module.rows}]")
-        elif not bool(load(subject.reader, bias.name).isfinite().all()):
-            faults.append(f"{name}: bias holds NaN or infinity")
+        else:
+            watch = FiniteWatch(bias.dtype, bias.shape)
+            watch.add(subject.reader.read(bias.name))
+            if watch.found() is not None:
+                faults.append(f"{name}: bias holds NaN or infinity")
     return faults

@@ -1,28 +1,25 @@
-"""L2: every code and scale against the base, and a digest of decoded rows that can be compared across machines."""
+"""L2: every code and scale against the base."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from threading import Event
 
 import torch
-import xxhash
 
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule, is_layout_marker, is_quantizer_state
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.layout import Layout
-from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import to_bytes
+from modelopt_convert.formats.rows import sample_rows
 from modelopt_convert.preset.patterns import siblings
 from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module
 from modelopt_convert.proof.judgement import Judgement, format_proof, scale_words, with_shared_scales
-from modelopt_convert.proof.tensors import casts_of, common_dtype, tensor_scale
+from modelopt_convert.proof.scale_values import tensor_scale
+from modelopt_convert.proof.tensors import casts_of, common_dtype
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
-from modelopt_convert.report.verify import LevelReport, LevelStatus, ModuleVerify
+from modelopt_convert.report.verify import LevelReport, ModuleVerify
 from modelopt_convert.report.words import (
     MISMATCH_WORDS,
     NEAR_WORDS,
@@ -33,30 +30,14 @@ from modelopt_convert.report.words import (
 )
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
+from modelopt_convert.verification.levels.row_digests import Decoded, digest_modules
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What the level found.
-
-    Attributes:
-        level: Its entry in the report.
-        modules: By name; one that cannot be read has its shape alone.
-        readings: The layout under which each NVFP4 module fits the base.
-        proof: Whether the checkpoint is proven by its bytes, in words; empty without a base.
-    """
-
-    level: LevelReport
-    modules: dict[str, ModuleVerify]
-    readings: dict[str, Layout]
-    proof: str
-
-
 def decode_level(
     subject: Subject,
-    base: CheckpointReader | None,
+    base: CheckpointReader,
     options: VerifyOptions,
     *,
     max_error: float,
@@ -67,20 +48,18 @@ def decode_level(
 
     Args:
         subject: The checkpoint.
-        base: Its base; without one values are only decoded.
+        base: Its base.
         options: How many rows are compared, on how many threads, and whether what is near passes.
         max_error: Limit of the relative error where codes are not reproduced.
         recorded: Verdicts that a record claims, by module. A claim better than the bytes is a failure.
         advance: Called with the number of bytes just read.
     """
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
-    failures = _digest_modules(subject, modules, options)
-    judgements: dict[str, Judgement] = {}
-    if base is not None:
-        judgements, unreadable = judge_modules(subject, base, options, max_error, advance)
-        for name, words in unreadable.items():
-            modules[name].worsen("fail")
-            failures.setdefault(name, words)
+    failures = digest_modules(subject, modules, options)
+    judgements, unreadable = judge_modules(subject, base, options, max_error, advance)
+    for name, words in unreadable.items():
+        modules[name].worsen("fail")
+        failures.setdefault(name, words)
     near: list[str] = []
     for name, one in judgements.items():
         _fill(modules[name], one, accept_near=options.accept_near)
@@ -92,11 +71,6 @@ def decode_level(
         else:
             failures.setdefault(name, words)
     told = list(failures.values())
-    if base is None:
-        status: LevelStatus = "fail" if told else "skipped"
-        reason = "without a base values are decoded, not compared"
-        level = LevelReport(level="L2", title="decode", status=status, reason=reason, failures=told)
-        return Decoded(level, modules, {}, "")
     told += _weaker_than_recorded(modules, recorded)
     unlike, like = unlike_base(subject, base, max_error, options.workers, advance)
     told, near = told + unlike, near + like
@@ -165,24 +139,6 @@ def judge_modules(
     return with_shared_scales(format_proof(subject.format.algorithm), found), unreadable
 
 
-def _digest_modules(subject: Subject, modules: Mapping[str, ModuleVerify], options: VerifyOptions) -> dict[str, str]:
-    """Note the digest of some decoded rows of each module; what is wrong with modules that cannot be decoded."""
-
-    def digested(module: PackedModule, _stopped: Event) -> str | None:
-        found = modules[module.name]
-        try:
-            with torch.inference_mode():  # of each thread
-                found.digest = _digest(subject, module, sample_rows(module.rows, options.sample or SAMPLED_ROWS))
-        except (InputError, ValueError) as error:
-            found.worsen("fail")
-            return str(error) if module.name in str(error) else f"{module.name}: {error}"
-        return None
-
-    due = [module for module in subject.modules.values() if module.fault is None]
-    answers = zip(due, in_order(due, digested, options.workers), strict=True)
-    return {module.name: words for module, words in answers if words is not None}
-
-
 def _weaker_than_recorded(modules: Mapping[str, ModuleVerify], recorded: Mapping[str, str]) -> list[str]:
     """Modules that a record calls better than they are."""
     failures = []
@@ -198,11 +154,10 @@ def _at(one: ModuleVerify) -> str:
     return f" ({one.first})" if one.first is not None else ""
 
 
-def decode_size(subject: Subject, base: CheckpointReader | None) -> int:
+def decode_size(subject: Subject, base: CheckpointReader) -> int:
     """What ``decode_level`` counts in all: values of modules, and bytes of what is compared beside them."""
     values = sum(one.rows * one.columns for one in subject.modules.values())
-    beside = [] if base is None else _unpacked(subject, base)
-    return values + sum(subject.reader.tensors[name].num_bytes for name in beside)
+    return values + sum(subject.reader.tensors[name].num_bytes for name in _unpacked(subject, base))
 
 
 def _beside_scales(subject: Subject) -> set[str]:
@@ -291,9 +246,3 @@ def _fill(found: ModuleVerify, one: Judgement, *, accept_near: bool) -> None:
             found.sqnr_db = round(-20 * math.log10(near.relative_error), 2)
     is_accepted = accept_near and one.verdict == "near"
     found.worsen("pass" if one.passed else "warn" if is_accepted else "fail")
-
-
-def _digest(subject: Subject, module: PackedModule, rows: list[int]) -> str:
-    """Of the decoded rows in float32, without the scale of the tensor: exact, and so the same everywhere."""
-    values = subject.operands(module, rows).decode(0, len(rows))
-    return xxhash.xxh3_128_hexdigest(to_bytes(values.to(torch.float32)))

@@ -1,11 +1,14 @@
 """L1: whether the layout found is the one declared."""
 
 from collections.abc import Mapping
+from threading import Event
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.formats.layout import Layout
+from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.formats.layout import Layout, ScaleOrder
 from modelopt_convert.report.inspect import ComponentReport
 from modelopt_convert.report.verify import LevelReport
+from modelopt_convert.run.workers import in_order, small_calls
 from modelopt_convert.verification.levels.container import level_status, stored_format
 from modelopt_convert.verification.subject import Subject
 
@@ -15,6 +18,7 @@ def layout_level(
     seen: ComponentReport,
     base: CheckpointReader | None,
     readings: Mapping[str, Layout],
+    workers: int,
 ) -> LevelReport:
     """L1: the layout found against the one declared; by the base where there is one, else by what tells.
 
@@ -23,7 +27,13 @@ def layout_level(
         seen: By ``look``.
         base: Its base, or None.
         readings: Under which L2 found each module to fit the base.
+        workers: Modules that are looked at at a time.
     """
+
+    def hinted(module: PackedModule, _stopped: Event) -> ScaleOrder:
+        with small_calls():
+            return rules.hint(subject, module)
+
     level = LevelReport(level="L1", title="layout", status="pass")
     rules = stored_format(subject.format.algorithm)
     if rules.one_layout:
@@ -38,10 +48,10 @@ def layout_level(
     level.failures += misdeclared(subject.layout, readings)
     if base is None:
         level.reason = "without a base the nibble order is only declared; the order of the scales is a hint"
-        for name, module in subject.modules.items():
-            hint = rules.hint(subject, module) if module.fault is None else "undetermined"
+        due = [module for module in subject.modules.values() if module.fault is None]
+        for module, hint in zip(due, in_order(due, hinted, workers), strict=True):
             if hint in ("linear", "128x4") and hint != scales:
-                level.failures.append(f"{name}: scales and codes fit the {hint} order, declared {scales}")
+                level.failures.append(f"{module.name}: scales and codes fit the {hint} order, declared {scales}")
     level.failures += [
         f"{name}: weight_scale_2 is a reciprocal" for name, one in readings.items() if one.global_scale == "divide"
     ]

@@ -17,8 +17,7 @@ from modelopt_convert.checkpoint.location import Location, OpenFile, is_there, n
 from modelopt_convert.checkpoint.reader import MAX_INDEX_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, copied_files, parts_of
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
-from modelopt_convert.formats.finite import FiniteWatch, NotFinite
-from modelopt_convert.formats.tensor_bytes import check_e4m3
+from modelopt_convert.formats.finite import FiniteWatch, NotFinite, check_e4m3
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import in_order, until
