@@ -81,7 +81,8 @@ def _show(out: "Output", report: "Report") -> None:
             [[one.name, one.kind, str(one.modules), one.status, one.reason] for one in found.backends],
         )
         out.line("")
-    for (verdict, rule), count in sorted(Counter((one.verdict, one.rule) for one in found.modules.values()).items()):
+    counts = Counter((one.verdict, one.rule) for one in found.modules.values())
+    for (verdict, rule), count in sorted(counts.items(), key=lambda one: (one[0][0] or "", one[0][1] or "")):
         if rule is not None:
             out.line(f"proof: {count} modules {verdict} ({rule})")
     if found.modules:

@@ -10,19 +10,27 @@ from modelopt_convert.checkpoint.record import claim, other_base, read_record, r
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
-from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
+from modelopt_convert.report.words import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    NO_BASE_WORDS,
+    PROVEN_WORDS,
+    UNCALIBRATED_WORDS,
+    UNCHANGED_WORDS,
+)
 from modelopt_convert.run.errors import Faults, first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import by_kind
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm import metrics
-from modelopt_convert.verification.levels.container import container_level, look
+from modelopt_convert.verification.levels.container import container_level, look, unreadable
 from modelopt_convert.verification.levels.decode import decode_level, decode_size
 from modelopt_convert.verification.levels.kernels import Kernels, agreement, choose, disagree, prewarm
 from modelopt_convert.verification.levels.layout import layout_level
 from modelopt_convert.verification.levels.record import Scanned, scan
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject, find_subject
+from modelopt_convert.verification.verdict import is_uncalibrated
 
 _ALL_BYTES = "every byte is as mopt.json says"
 
@@ -117,6 +125,7 @@ def verify_opened(
         progress.begin("read", reader.num_bytes)
         scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
     seen = look(subject)
+    told_of = unreadable(subject, seen, scanned)
     progress.begin("decode", decode_size(subject, base))
     with torch_on_one_thread():
         decoded = decode_level(
@@ -125,14 +134,15 @@ def verify_opened(
             options,
             max_error=max_error,
             recorded=recorded_verdicts(record) or {},
+            told_of=told_of,
             advance=progress.advance,
         )
     if base is not None:  # all of it was read by now, or nothing is said
         scanned.warnings += other_base(record, base.identity())
     levels = [
         _record_level(record, scanned),
-        container_level(subject, seen, scanned, options.workers, base),
-        layout_level(subject, seen, base, decoded.readings),
+        container_level(subject, seen, scanned, options.workers, base, decoded.level),
+        layout_level(subject, seen, base, decoded.readings, told_of),
         decoded.level,
     ]
     kernels = run_kernels(subject, decoded.modules, options, device, progress)
@@ -164,8 +174,15 @@ def verify_opened(
     # What is near fails L2 alone. Where another level fails too, no consent to what is near would make it pass.
     is_near = found.proof == NEAR_WORDS and all(one.status != "fail" for one in found.levels if one.level != "L2")
     is_refuted = verdict == "fail" and not is_near
-    proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
+    proven = {"proof": _refuted(found)} if is_refuted else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
+
+
+def _refuted(found: VerifyReport) -> str:
+    """The words of what failed: they are about the weights, which are compared without input scales."""
+    if not is_uncalibrated(found.levels):
+        return MISMATCH_WORDS
+    return UNCALIBRATED_WORDS if found.proof == PROVEN_WORDS else found.proof
 
 
 def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:

@@ -1,6 +1,6 @@
 """L1: whether the layout found is the one declared."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.layout import Layout
@@ -15,6 +15,7 @@ def layout_level(
     seen: ComponentReport,
     base: CheckpointReader | None,
     readings: Mapping[str, Layout],
+    told: Collection[str],
 ) -> LevelReport:
     """L1: the layout found against the one declared; by the base where there is one, else by what tells.
 
@@ -23,6 +24,7 @@ def layout_level(
         seen: By ``look``.
         base: Its base, or None.
         readings: Under which L2 found each module to fit the base.
+        told: Modules whose scales L0 says to be unusable.
     """
     level = LevelReport(level="L1", title="layout", status="pass")
     rules = stored_format(subject.format.algorithm)
@@ -33,13 +35,13 @@ def layout_level(
     for name, one in seen.modules.items():
         if name not in readings and one.scale_basis == "shape" and one.scale_layout not in (scales, "equivalent"):
             level.failures.append(f"{name}: the scales are {one.scale_layout}, declared {scales}")
-        if one.global_scale == "divide" and name not in readings:
+        if one.global_scale == "divide" and name not in readings and name not in told:
             level.warnings.append(f"{name}: weight_scale_2 is so large that it may be a reciprocal")
     level.failures += misdeclared(subject.layout, readings)
     if base is None:
         level.reason = "without a base the nibble order is only declared; the order of the scales is a hint"
         for name, module in subject.modules.items():
-            hint = rules.hint(subject, module) if module.fault is None else "undetermined"
+            hint = rules.hint(subject, module) if module.has_weight else "undetermined"
             if hint in ("linear", "128x4") and hint != scales:
                 level.failures.append(f"{name}: scales and codes fit the {hint} order, declared {scales}")
     level.failures += [
