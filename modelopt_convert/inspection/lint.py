@@ -186,7 +186,7 @@ def config_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRe
             if name not in covered:
                 message = "not packed, yet not in `ignore`"
                 yield LintReport(code="ignore.misses_unpacked", message=message, module=name)
-        if keys.get("quant_method") == "fp8":
+        if keys["quant_method"] != "modelopt":  # of the dialect, and read by another key
             yield from _layer_faults(reader.config, keys.get("ignored_layers"), coded, linears)
         if declares_dynamic_inputs(reader.config) and not _are_dynamic(keys.get("config_groups", {})):
             message = (
