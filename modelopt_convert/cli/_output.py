@@ -28,7 +28,7 @@ from modelopt_convert.commands.requests import (
 from modelopt_convert.report.advice import AdviceReport
 from modelopt_convert.report.fidelity import FidelityReport
 from modelopt_convert.report.inspect import InspectReport
-from modelopt_convert.report.report import ErrorReport, Report
+from modelopt_convert.report.report import ErrorReport, FaultReport, Report
 from modelopt_convert.report.words import PROVEN_WORDS
 from modelopt_convert.run.boundary import bounded, debugging, storage_error
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
@@ -357,6 +357,9 @@ def _tell_error(output: Output, error: ErrorReport | None) -> None:
             output.aside(f"error: {one.message} [{one.code}]")
             if one.hint:
                 output.aside(f"hint: {one.hint}")
+            faults = [one] if isinstance(one, FaultReport) else error.faults
+            for name in (name for fault in faults for name in fault.names if output.verbose):
+                output.aside(f"at: {name}")
 
 
 def _written(output: Output, report: Shown) -> tuple[Shown, ErrorReport | None]:

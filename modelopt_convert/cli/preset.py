@@ -102,8 +102,7 @@ def presets(
             typer.echo(f"# {line}")
     if name == NEW:
         flags = [word for flag, value in given.items() for word in ("--base" if flag == "BASE" else flag, value)]
-        command = FORMATS[next(iter(loaded[0].preset.sets()))].command
-        build = shlex.join(["mopt", command, "--preset", "./mine.toml", *flags])
+        build = shlex.join(["mopt", *loaded[0].build, "--preset", "./mine.toml", *flags])
         with suppress(OSError):
             typer.echo(f"next: read it, save it as mine.toml, then {printable(build)}", err=True)
 

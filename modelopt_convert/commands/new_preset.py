@@ -7,6 +7,7 @@ from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.pipeline import resolve_components
 from modelopt_convert.commands.build.inputs import Opened, open_all
 from modelopt_convert.commands.command import Clock, Inputs, Warned
+from modelopt_convert.commands.serving import servable
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized
 from modelopt_convert.plan.inputs import check_merged, check_unquantized
@@ -28,7 +29,7 @@ def drafted(base: Location, config: Location | None, variant: str | None) -> Loa
         variant: Which weights of a folder are read.
 
     Returns:
-        The preset, with what there is to say of the base's files as its warnings.
+        The preset, with what there is to say of the base's files and of engines as its warnings.
 
     Raises:
         InputError: It is no unquantized transformer; ``preset.draft``; or ``input.ambiguous``: a pipeline with two
@@ -65,7 +66,10 @@ def drafted(base: Location, config: Location | None, variant: str | None) -> Loa
     found = parse_preset(texts[0], path=str(base))
     for model in models:
         _check_plans(model, found.preset)
-    return found.model_copy(update={"warnings": [f"{message} [{code}]" for code, message in warned]})
+    algorithm, flags, why = servable(first.config, found.preset.sets())
+    warned += [("engine.known_broken", why)] if why is not None else []
+    told = {"warnings": [f"{message} [{code}]" for code, message in warned]}
+    return found.model_copy(update=told | {"build": [FORMATS[algorithm].command, *flags]})
 
 
 def _check_plans(base: Source, preset: Preset) -> None:

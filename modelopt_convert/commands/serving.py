@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from modelopt_convert.commands.command import Warned
-from modelopt_convert.engines.limits import EngineName, limits
+from modelopt_convert.engines.limits import DEFAULT, EngineName, limits
 from modelopt_convert.formats.format import Algorithm
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.report.report import EngineLimitReport, InputReport
 from modelopt_convert.run.errors import InputError
 
@@ -53,6 +54,30 @@ def refuse_broken(
                 "--engine, or go on with --allow-known-broken",
             )
     return [("engine.known_broken" if one.is_broken else "engine.loss", one.words) for one in known]
+
+
+def servable(config: Mapping[str, Any], algorithms: Collection[Algorithm]) -> tuple[Algorithm, list[str], str | None]:
+    """How a base is built so that an engine loads the result: in which format, and with which flags.
+
+    Args:
+        config: config.json of the base.
+        algorithms: The formats that there are, the first one being the one wished for.
+
+    Returns:
+        The format; flags; and what is known of the default engine and the first format, where that is not the choice.
+    """
+    known = {one: limits({**config, "quantization_config": FORMATS[one].dynamic}, one) for one in algorithms}
+    broken = {(name, one.engine): one.words for name, facts in known.items() for one in facts if one.is_broken}
+    first = next(iter(algorithms))
+    why = broken.get((first, DEFAULT))
+    plain = next((name for name in algorithms if (name, DEFAULT) not in broken), None)
+    if plain is not None:
+        return plain, [], why
+    # Of another engine a fact has to say that it loads the checkpoint: no fact may mean that nobody looked.
+    loads = [(name, one.engine) for name, facts in known.items() for one in facts if (name, one.engine) not in broken]
+    for name, engine in loads:
+        return name, ["--engine", engine], why
+    return first, ["--allow-known-broken"], why
 
 
 def known_limits(

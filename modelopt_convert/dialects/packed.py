@@ -23,6 +23,9 @@ SCALE_SHAPES: tuple[tuple[int, ...], ...] = ((), (1,))  # of a scale per tensor:
 
 SCALE_ROLES = frozenset(role for one in FORMATS.values() for role in one.scales)
 
+UNCALIBRATED = frozenset({"export.missing_input_scale", "export.mixed_input_scale"})
+"""Codes of faults of input scales: a weight is decoded without them."""
+
 # Tensors that AWQ and SVDQuant leave beside a packed weight: without them the weight means something else.
 TRANSFORM_ROLES: Mapping[str, str] = {
     "pre_quant_scale": "AWQ or SVDQuant",
@@ -60,6 +63,11 @@ class PackedModule:
     bias: TensorInfo | None
     fault: InputError | None
     calibrated: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the weight can be decoded: what is wrong with input scales alone does not touch it."""
+        return self.fault is None or all(one.code in UNCALIBRATED for one in self.fault.each())
 
     @property
     def tensors(self) -> list[TensorInfo]:

@@ -2,7 +2,7 @@
 
 import itertools
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelopt_convert.checkpoint.header import TensorInfo
@@ -12,9 +12,10 @@ from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, dynamic_words
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs, is_modelopts
+from modelopt_convert.plan.ignore import ignored_layers, not_left, spellings
 from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.preset.patterns import ignored, siblings
-from modelopt_convert.preset.preset import load_preset, preset_names
+from modelopt_convert.preset.preset import load_preset, preset_names, preset_of_class
 from modelopt_convert.proof.input_scales import odd_input_scales
 from modelopt_convert.report.inspect import LintReport
 from modelopt_convert.run.errors import InputError
@@ -185,10 +186,44 @@ def config_faults(reader: CheckpointReader, modules: Modules) -> Iterator[LintRe
             if name not in covered:
                 message = "not packed, yet not in `ignore`"
                 yield LintReport(code="ignore.misses_unpacked", message=message, module=name)
+        if keys["quant_method"] != "modelopt":  # of the dialect, and read by another key
+            yield from _layer_faults(reader.config, keys.get("ignored_layers"), coded, linears)
+        if declares_dynamic_inputs(reader.config) and not _are_dynamic(keys.get("config_groups", {})):
+            message = (
+                "config_groups says that inputs are not dynamic, dynamic_input_scale that they are: engines differ"
+            )
+            yield LintReport(code="input_scale.dynamic", message=message, module=None)
     for file, entries in reader.metadata.items():
         if FLAT_METADATA_KEYS[0] in entries and '"layers"' not in entries[FLAT_METADATA_KEYS[0]]:
             message = f"{file}: a flat config under _quantization_metadata, where ComfyUI expects layers"
             yield LintReport(code="metadata.clash", message=message, module=None)
+
+
+def _layer_faults(
+    config: Mapping[str, object], listed: object, packed: Sequence[str], linears: Sequence[str]
+) -> Iterator[LintReport]:
+    """``ignored_layers``, which SGLang's method ``fp8`` reads in place of ``ignore``, against tensors both ways."""
+    entries = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    preset = preset_of_class(config)
+    for name in sorted(set(packed) - set(not_left(packed, entries, preset, config))):
+        yield LintReport(code="ignore.lists_packed", message="in `ignored_layers`, yet packed", module=name)
+    # No entry can name a module of whose name a packed one has every part.
+    names = {spelling for name in linears for spelling in spellings(name, preset, config)}
+    unnamed = set(not_left(linears, ignored_layers(names, packed, preset, config), preset, config))
+    for name in not_left(linears, entries, preset, config):
+        if name not in unnamed:
+            message = "not packed, yet not in `ignored_layers`"
+            yield LintReport(code="ignore.misses_unpacked", message=message, module=name)
+
+
+def _are_dynamic(groups: object) -> bool:
+    """Whether no group says that its inputs have scales; TensorRT-LLM goes by that."""
+    inputs = (
+        [one.get("input_activations") for one in groups.values() if isinstance(one, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    return all(one.get("dynamic") is True for one in inputs if isinstance(one, dict))
 
 
 def _fused_leaves(config: Mapping[str, object]) -> list[list[str]]:

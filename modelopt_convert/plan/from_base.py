@@ -53,7 +53,7 @@ def preset_required() -> InputError:
     return InputError(
         "--preset none without --export: nothing says which weights are those of Linears",
         code="preset.required",
-        hint="name a preset (`mopt presets` lists them), leave --preset out, or give the ModelOpt export as --export",
+        hint="leave --preset out, give the ModelOpt export as --export, or name a preset; `mopt presets` lists them",
     )
 
 

@@ -14,6 +14,7 @@ from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.modelopt.dialect import output_config, split_keys
 from modelopt_convert.dialects.modelopt.export import check_exported, check_quant_config
 from modelopt_convert.dialects.packed import (
+    UNCALIBRATED,
     Evidence,
     PackedModule,
     add_faults,
@@ -123,6 +124,9 @@ def plan_mixed(
         broken = _broken(faults.names, {*modules, *refused}, export, base)
         if broken is None:
             return None
+        # A weight is looked at without its input scale: an export that was never calibrated may be damaged, too.
+        broken -= {name for name, one in modules.items() if one.has_weight} - faults.names_but(UNCALIBRATED)
+        modules = {name: one if name in replaced else replace(one, fault=None) for name, one in modules.items()}
         export, base = _sound(export, broken), _sound(base, broken) if base is not None else None
         modules = {name: one for name, one in modules.items() if name not in broken}
         replaced = {name: by for name, by in replaced.items() if name not in broken}

@@ -170,6 +170,7 @@ class LoadedPreset(_Strict):
         path: The name or path by which it was asked for.
         inherited: The texts of the presets that it extends, nearest first.
         warnings: What there is to say of the base that it was drafted from; none of a preset that was read.
+        build: The command that builds with a draft, and its flags for an engine; none of a preset that was read.
     """
 
     preset: Preset
@@ -177,6 +178,7 @@ class LoadedPreset(_Strict):
     path: str
     inherited: list[str]
     warnings: list[str] = []
+    build: list[str] = []
 
     @property
     def sha256(self) -> str:
@@ -291,6 +293,9 @@ def _is_path(name: str) -> bool:
     return "/" in name or name.endswith(".toml")
 
 
+_OF_A_BASE = ("config.json", "model_index.json")
+
+
 def _read(path: Path, name: str) -> str:
     try:
         # Wherever a link leads: the user named it.
@@ -301,7 +306,7 @@ def _read(path: Path, name: str) -> str:
         begun = [one for one in known if parts and all(part in one for part in parts)]
         near = None if _is_path(name) else nearest(name, known) or " or ".join(begun)
         told = f"did you mean {near}? `mopt presets` lists all" if near else f"known are {', '.join(known)}"
-        if is_far(name) or Path(name).is_dir():
+        if is_far(name) or any((Path(name) / one).is_file() for one in _OF_A_BASE):
             told = f"a base is no preset: `mopt presets new {shlex.quote(name)}` drafts one for it"
         said = error.message if isinstance(error, InputError) else getattr(error, "strerror", None)
         why = f"cannot be read: {said or 'it is not UTF-8'}"
@@ -378,7 +383,10 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | N
     return ChosenPreset(loaded=fitting[0], also=names[1:], is_named=bool(listed))
 
 
-def refuse_other_kind(config: Mapping[str, Any], where: str = "config.json") -> None:
+_CONFIG = "config.json"  # of a model that the caller names
+
+
+def refuse_other_kind(config: Mapping[str, Any], where: str = _CONFIG) -> None:
     """Refuse a model of transformers, such as a language model, which its config names in another key, and a VAE.
 
     Raises:
@@ -393,6 +401,7 @@ def refuse_other_kind(config: Mapping[str, Any], where: str = "config.json") -> 
             f"{where}: expected a diffusion transformer of diffusers, found {str(other)[:80]}: not a diffusion "
             "transformer",
             code="preset.not_diffusion",
+            path=where if where != _CONFIG else None,
             hint="mopt is for diffusion transformers; give a language model or a VAE to its engine as it is",
         )
 

@@ -134,14 +134,13 @@ def prove(
         rules.name_cause(export, looks)
     proof.modules, told = looks, faults.names
     due = {name: _informed(due[name], one) for name, one in looks.items() if name not in told}
-    # What a few rows refute is refuted as a whole, or not at all, before anything is written. So is what they find too
-    # far from the base in a module that the base replaces: all of it is never compared while it is written.
+    # What a few rows refute is refuted as a whole, or not at all, before anything is written. So is what they find near
+    # the base in a module that the base replaces: all of it is never compared while it is written, and a few rows do
+    # not tell damage to a few codes from another way to round.
     now = {
         name: one
         for name, one in due.items()
-        if looks[name].verdict in REFUTED
-        or not is_whole
-        or (name in plan.replaced and looks[name].verdict == "near" and not _is_near(looks[name], max_error))
+        if looks[name].verdict in REFUTED or not is_whole or (name in plan.replaced and looks[name].verdict == "near")
     }
     rows = None if is_whole else SAMPLED_ROWS
     proof = concluded(proof, compared(export, base, now, workers, faults, rows), export, faults)
@@ -252,10 +251,6 @@ def _compared(
 def _informed(due: Due, look: Judgement) -> Due:
     """With what a few rows say that is to be tried first, unless that is known."""
     return replace(due, reading=due.reading or look.reading, rule=look.rule)
-
-
-def _is_near(one: Judgement, max_error: float) -> bool:
-    return one.closeness is not None and one.closeness.within(max_error)
 
 
 def _is_other_base(export: CheckpointReader, modules: Mapping[str, Judgement], faults: Faults) -> bool:

@@ -12,6 +12,7 @@ SAMPLED_WORDS = "not proven: sampled"
 NEAR_WORDS = "not proven: near"
 NO_BASE_WORDS = "not proven: no base"
 UNCHANGED_WORDS = "unchanged"
+UNCALIBRATED_WORDS = "weights proven, never calibrated"
 NOT_CALIBRATED_WORDS = "quantized here, not calibrated"
 CALIBRATED_WORDS = "quantized here, inputs calibrated"
 MISMATCH_WORDS = "mismatch"
@@ -21,6 +22,7 @@ PROOFS = (
     CALIBRATED_WORDS,
     NOT_CALIBRATED_WORDS,
     UNCHANGED_WORDS,
+    UNCALIBRATED_WORDS,
     SAMPLED_WORDS,
     NEAR_WORDS,
     NO_BASE_WORDS,

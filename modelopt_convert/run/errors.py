@@ -1,7 +1,7 @@
 """The errors mopt raises on purpose, one class per exit code, and the exit codes themselves."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -285,6 +285,12 @@ class Faults:
     def names(self) -> frozenset[str]:
         """All places at which something is wrong."""
         return frozenset(one.removeprefix(self._prefix) for one, _ in self._found if one.startswith(self._prefix))
+
+    def names_but(self, codes: Collection[str]) -> frozenset[str]:
+        """The places at which anything is wrong that has none of these codes."""
+        rest = Faults()
+        rest._found, rest._prefix = [one for one in self._found if one[1].code not in codes], self._prefix
+        return rest.names
 
     def parts(self) -> Parts:
         """What is wrong, each with its place."""

@@ -3,7 +3,7 @@
 torch is imported where there is a base, or a device: what a record says is verified without.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,26 @@ from modelopt_convert.checkpoint.record import claim, other_base, read_record, r
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.limits import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
-from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
+from modelopt_convert.report.words import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    NO_BASE_WORDS,
+    PROVEN_WORDS,
+    UNCALIBRATED_WORDS,
+    UNCHANGED_WORDS,
+)
 from modelopt_convert.run.errors import Faults, first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import by_kind
 from modelopt_convert.run.workers import torch_on_one_thread
 from modelopt_convert.verification.gemm import limits
-from modelopt_convert.verification.levels.container import container_level, look
+from modelopt_convert.verification.levels.container import container_level, look, unreadable
 from modelopt_convert.verification.levels.layout import layout_level
 from modelopt_convert.verification.levels.record import Scanned, scan
 from modelopt_convert.verification.levels.row_digests import Decoded, decode_alone
 from modelopt_convert.verification.options import VerifyOptions
 from modelopt_convert.verification.subject import Subject, find_subject
+from modelopt_convert.verification.verdict import is_uncalibrated
 
 if TYPE_CHECKING:
     import torch
@@ -129,13 +137,14 @@ def verify_opened(
             progress.begin("read", reader.num_bytes)
             scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
         seen = look(subject)
-        decoded = _decoded(subject, base, options, max_error, recorded_verdicts(record) or {}, progress)
+        told_of = unreadable(subject, seen, scanned)
+        decoded = _decoded(subject, base, options, max_error, recorded_verdicts(record) or {}, told_of, progress)
         if base is not None:  # all of it was read by now, or nothing is said
             scanned.warnings += other_base(record, base.identity())
         levels = [
             _record_level(record, scanned),
-            container_level(subject, seen, scanned, options.workers, base),
-            layout_level(subject, seen, base, decoded.readings, options.workers),
+            container_level(subject, seen, scanned, options.workers, base, decoded.level),
+            layout_level(subject, seen, base, decoded.readings, options.workers, told_of),
             decoded.level,
         ]
     kernels = run_kernels(subject, decoded.modules, options, device, progress) if device is not None else None
@@ -167,7 +176,7 @@ def verify_opened(
     # What is near fails L2 alone. Where another level fails too, no consent to what is near would make it pass.
     is_near = found.proof == NEAR_WORDS and all(one.status != "fail" for one in found.levels if one.level != "L2")
     is_refuted = verdict == "fail" and not is_near
-    proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
+    proven = {"proof": _refuted(found)} if is_refuted else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
 
 
@@ -177,20 +186,36 @@ def _decoded(
     options: VerifyOptions,
     max_error: float,
     recorded: Mapping[str, str],
+    told_of: Collection[str],
     progress: Progress,
 ) -> Decoded:
     if base is None:
-        return decode_alone(subject, options)
+        return decode_alone(subject, options, told_of)
     from modelopt_convert.verification.levels.decode import decode_level, decode_size
 
     progress.begin("decode", decode_size(subject, base))
-    return decode_level(subject, base, options, max_error=max_error, recorded=recorded, advance=progress.advance)
+    return decode_level(
+        subject,
+        base,
+        options,
+        max_error=max_error,
+        recorded=recorded,
+        told_of=told_of,
+        advance=progress.advance,
+    )
 
 
 def not_multiplied() -> LevelReport:
     """L3 where nothing asks for it."""
     reason = "no GPU: kernel parity needs one, or a --backend that runs on the CPU"
     return LevelReport(level="L3", title="kernel parity", status="skipped", reason=reason)
+
+
+def _refuted(found: VerifyReport) -> str:
+    """The words of what failed: they are about the weights, which are compared without input scales."""
+    if not is_uncalibrated(found.levels):
+        return MISMATCH_WORDS
+    return UNCALIBRATED_WORDS if found.proof == PROVEN_WORDS else found.proof
 
 
 def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:

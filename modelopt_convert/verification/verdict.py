@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
 from modelopt_convert.report.words import NEAR_WORDS, PROOFS
@@ -115,6 +115,12 @@ def failures_of(found: Mapping[str, VerifyReport], places: Mapping[str, Collecti
             name, where = words.partition(": ")[0], f"{one.checkpoint}: {prefix}{words}"
             failure = CheckFailedError(where, code="check.verify", path=one.checkpoint, hint=_remedied(one))
             yield f"{prefix}{name}" if name in places[prefix] else "", failure
+
+
+def is_uncalibrated(levels: Sequence[LevelReport]) -> bool:
+    """Whether nothing failed but that modules have no input scale, which says nothing of their weights."""
+    failures = [words for level in levels if level.status == "fail" for words in level.failures]
+    return bool(failures) and all(_UNCALIBRATED.search(words) for words in failures)
 
 
 def _remedied(found: VerifyReport) -> str:

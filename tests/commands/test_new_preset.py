@@ -1,6 +1,7 @@
 """``mopt presets new``: the draft of any base builds at once, and what is no base is refused in one line."""
 
 import json
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
@@ -97,9 +98,39 @@ def test_only_the_preset_is_on_stdout(families: Path, tmp_path: Path) -> None:
     (base / "diffusion_pytorch_model.fp16.safetensors").write_bytes(next(base.glob("*.safetensors")).read_bytes())
     outcome = run_mopt("presets", "new", base, json_report=False)
     assert tomllib.loads(outcome.stdout)["class_name"] == "ZImageTransformer2DModel"
-    warning, after = outcome.stderr.splitlines()
+    warning, broken, after = outcome.stderr.splitlines()
     assert warning.startswith("warning: ") and warning.endswith("[input.left_aside]")
-    assert after == f"next: read it, save it as mine.toml, then mopt build-nvfp4 --preset ./mine.toml --base '{base}'"
+    assert broken.startswith("warning: sglang@") and broken.endswith("[engine.known_broken]")
+    said = "next: read it, save it as mine.toml, then mopt build-nvfp4 --engine vllm-omni --preset ./mine.toml"
+    assert after == f"{said} --base '{base}'"
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("flux1", ["build-nvfp4"]),
+        ("flux2", ["convert-fp8"]),
+        ("sd3", ["convert-fp8"]),
+        ("ltx2", ["build-nvfp4", "--engine", "vllm-omni"]),
+        ("chroma", ["build-nvfp4", "--allow-known-broken"]),
+    ],
+)
+def test_the_next_command_builds_at_once(
+    families: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, how: list[str]
+) -> None:
+    """What no engine is known to load needs consent, which the command has, and the reason stands above it."""
+    base = families / family / "base" / "transformer"
+    outcome = run_mopt("presets", "new", base, json_report=False)
+    (tmp_path / "mine.toml").write_text(outcome.stdout)
+    *before, after = outcome.stderr.splitlines()
+    words = shlex.split(after.rpartition("then mopt ")[2])
+    assert words == [*how, "--preset", "./mine.toml", "--base", str(base)]
+    assert [line for line in before if "[engine.known_broken]" in line] == before and bool(before) == (
+        family != "flux1"
+    )
+    monkeypatch.chdir(tmp_path)
+    planned = run_mopt(*words, "-n", "--output", "out")
+    assert planned.exit_code == 0, planned.stderr
 
 
 def test_two_transformers_have_one_draft_or_none(families: Path, tmp_path: Path) -> None:
@@ -234,6 +265,9 @@ def test_a_base_in_the_place_of_a_preset_is_told_of_drafts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    if "hf://" not in place:  # of a folder without a config.json no draft could be made
+        assert "presets new" not in run_mopt("presets", place).stderr
+    (tmp_path / "folder" / "config.json").write_text("{}")
     outcome = run_mopt("presets", place)
     assert outcome.error_code == "preset.unknown" and f"`mopt presets new {place}` drafts one" in outcome.stderr
     assert "presets new" not in run_mopt("presets", "./absent.toml").stderr

@@ -178,7 +178,8 @@ def test_what_sglang_is_known_to_break(name: str, algorithm: Algorithm) -> None:
     broken = {
         ("flux2-dev", "nvfp4"): ["wrong"],
         **{(ltx, "nvfp4"): ["fails"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
-        **{(ltx, "fp8"): ["wrong"] for ltx in ("ltx2", "ltx-2.3", "ltx-2.5")},
+        **{(ltx, "fp8"): ["wrong"] for ltx in ("ltx2", "ltx-2.5")},
+        ("ltx-2.3", "fp8"): ["fails"],  # SGLang's loader was run: it does not know a key of that config
         ("wan2.1-i2v-14b", "nvfp4"): ["fails"],
         **{(f"flux2-klein-{size}", "nvfp4"): ["wrong"] for size in ("4b", "9b", "base-4b", "base-9b")},
         **{(f"flux1-{one}-dev", form): ["fails"] for one in ("canny", "depth", "fill") for form in FORMATS},

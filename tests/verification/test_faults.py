@@ -324,3 +324,38 @@ def test_negative_scales_fail(exports: Path, base: Path, tmp_path: Path) -> None
     damaged = edit(exports / "nvfp4", tmp_path / "damaged", both)
     outcome = run_mopt("verify", damaged, "--base", base, "--device", "cpu")
     assert outcome.exit_code == 1 and statuses(outcome)["L0"] == "fail"
+
+
+ONE_FAULT: dict[str, dict[str, Callable[[Tensors], object]]] = {
+    "nvfp4": {
+        "no block scales": lambda tensors: tensors.pop(SCALE),
+        "a block scale is NaN": put(SCALE, bytewise(lambda one: one[0].fill_(0x7F))),
+        "a block scale is negative": put(SCALE, bytewise(lambda one: one[0].fill_(0xB0))),
+        "a scale of NaN": put(TENSOR_SCALE, lambda one: one * float("nan")),
+        "scales of another shape": put(SCALE, lambda one: one.t().contiguous()),
+        "an input scale of zero": put(f"{PACKED}.input_scale", torch.zeros_like),
+        "a plain value is NaN": put("proj_out.bias", lambda one: one * float("nan")),
+    },
+    "fp8": {
+        "no scale": lambda tensors: tensors.pop(SCALE),
+        "a scale of NaN": put(SCALE, lambda one: one * float("nan")),
+        "a negative scale": put(SCALE, lambda one: -one),
+        "a scale of another shape": put(SCALE, lambda one: one.reshape(1, 1)),
+        "a code is NaN": put(WEIGHT, bytewise(lambda one: one[0, :1].fill_(0x7F))),
+        "an input scale of NaN": put(f"{PACKED}.input_scale", lambda one: one * float("nan")),
+    },
+}
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [(one, kind) for one, kinds in ONE_FAULT.items() for kind in kinds])
+def test_one_fault_is_one_line(algorithm: str, kind: str, exports: Path, tmp_path: Path) -> None:
+    """What follows from it is not told besides, by whichever level: a module is broken once."""
+    folder = edit(exports / algorithm, tmp_path / "out", ONE_FAULT[algorithm][kind])
+    for more in ([], ["--base", exports / "base", "--sample", "1"]):
+        outcome = run_mopt("verify", folder, *more)
+        if not more and kind == "a plain value is NaN":
+            continue  # without a base it is not read
+        assert outcome.exit_code == 1, outcome.stderr
+        lines = [one for level in found(outcome)["levels"] for one in level["failures"] + level["warnings"]]
+        assert len(lines) == 1, lines
+        assert PACKED in lines[0] or "proj_out.bias" in lines[0]

@@ -32,10 +32,12 @@ def look_on(
     if is_blind or any(any(to_fetch(*one, request).values()) for one in zip(parts, plans, strict=True)):
         faults.refuse()
     progress.announce("refused for what headers say; data is looked at too, so that all faults are told")
-    with torch_on_one_thread():
+    data = Faults()  # of its own: what headers say of a module's input scale excuses nothing of its weight
+    with torch_on_one_thread(), faults.taken():
         asked = zip(parts, plans, strict=True)
-        proofs = [prove_part(part, plan, request, progress, faults.under(part.prefix)) for part, plan in asked]
-        refuse_found(parts, proofs, request, progress, faults)
+        proofs = [prove_part(part, plan, request, progress, data.under(part.prefix)) for part, plan in asked]
+        refuse_found(parts, proofs, request, progress, data, is_certain=True)
+    faults.refuse()
 
 
 def refuse_found(

@@ -30,6 +30,7 @@ from modelopt_convert.preset.preset import ChosenPreset
 from modelopt_convert.report.calibrate import CalibrationReport
 from modelopt_convert.report.report import (
     ClippedReport,
+    EngineLimitReport,
     ProofReport,
     PushedReport,
     Report,
@@ -116,6 +117,8 @@ def build_report(request: BuildRequest, steps: Steps, *, has_export: bool, error
     ledger = {f"{part.prefix}{role}": fates for part, plan in both for role, fates in fates_of(part, plan).items()}
     beside = steps.companions.files if steps.companions is not None else {}
     copied = {path: file.num_bytes for path, file in beside.items()}
+    configs = [plan.config for _, plan in both] or [part.model.config for part in steps.parts]
+    engines = known_limits(configs, request.algorithm, repos) if request.to == "modelopt" else []
     return Report(
         command=request.command,
         inputs=steps.inputs.reports(),
@@ -125,11 +128,7 @@ def build_report(request: BuildRequest, steps: Steps, *, has_export: bool, error
             update={"load": _pipeline_command(request, steps)}
         ),
         engine=request.engine,
-        engines=known_limits(
-            [plan.config for _, plan in both] or [part.model.config for part in steps.parts], request.algorithm, repos
-        )
-        if request.to == "modelopt"
-        else [],
+        engines=engines,
         rules=[rule for part, plan in both for rule in rules_of(part, plan)],
         counts={role: counted(fates) for role, fates in ledger.items()},
         ledger=ledger,
@@ -150,16 +149,23 @@ def build_report(request: BuildRequest, steps: Steps, *, has_export: bool, error
         device=steps.device,
         peak_gpu_bytes=steps.peak_gpu_bytes,
         timings_s=steps.clock.seconds,
-        warnings=warnings_of([*steps.inputs.left_aside(), *_meant(steps.warned, request)]),
+        warnings=warnings_of([*steps.inputs.left_aside(), *_meant(steps.warned, request, engines)]),
         versions=versions(),
         **ending(error, "planned" if steps.is_planned else "ok"),
     )
 
 
-def _meant(warned: Sequence[Warned], request: BuildRequest) -> list[Warned]:
-    """What is said to somebody who builds for an engine: nothing of how others read what is not for them."""
+def _meant(warned: Sequence[Warned], request: BuildRequest, engines: Sequence[EngineLimitReport]) -> list[Warned]:
+    """What is said to somebody who builds for an engine: nothing of how others read what is not for them.
+
+    Of a checkpoint that SGLang does not load nothing is said of how it would read it; and where it is known to read it
+    wrong, no rule says it of single modules besides.
+    """
     left = frozenset[str]() if request.engine == "sglang" else _OF_SGLANG
     left = left if request.to == "modelopt" else _OF_SGLANG | _OF_MODELOPT
+    grades = {one.grade for one in engines if one.engine == "sglang"}
+    left |= {"engine.shared_name"} if grades & {"fails", "wrong"} else set()
+    left |= {"engine.dynamic_input_scale"} if "fails" in grades else set()
     return [one for one in warned if one[0] not in left]
 
 

@@ -51,6 +51,7 @@ from modelopt_convert.commands.convert.proof import (
     check_whole,
     no_proof,
     prove_source,
+    uncalibrated,
     unscaled,
     unusable_scales,
 )
@@ -165,6 +166,7 @@ class ConvertCommand:
                 self._engines = known_of_engines(config, plan.steps.keys(), plan.settled.modules)
                 self._warned += self._engines[1] if self._engines is not None else []
             self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
+            self._warned += uncalibrated(found.described)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return

@@ -18,6 +18,7 @@ from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.blocks import lacking
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.run.text import few
 from modelopt_convert.run.workers import in_order, until
 
 _NAN = {"F8_E4M3": b"\x7f\xff", "U8": b"\xff"}  # the bytes of a block scale that is no number
@@ -196,6 +197,17 @@ def unscaled(described: Canonical) -> list[Warned]:
         return []
     words = f"{len(found)} FP8 weights have no scale ({found[0]!r} first): the codes are taken for the values"
     return [("convert.unscaled", words)]
+
+
+def uncalibrated(described: Canonical) -> list[Warned]:
+    """A warning of a ModelOpt export that calibration never reached: FP8 is converted without input scales, too."""
+    packed = [name for name, one in described.modules.items() if one.algorithm == "fp8"]
+    found = [name for name in packed if f"{name}.input_scale" not in described.tensors]
+    keys = described.quantization
+    if not found or keys.get("quant_method") != "modelopt" or keys.get("dynamic_input_scale") is True:
+        return []
+    words = f"{len(found)} of {len(packed)} modules of SOURCE have no input_scale: never calibrated: {few(found)}"
+    return [("input_scale.missing", words)]
 
 
 def no_proof(described: Canonical) -> str | None:

@@ -117,7 +117,8 @@ def check_quant_config(
             path=path,
             hint=hint,
         )
-    for size in _group_sizes(found.get("config_groups")) if target.block_size is not None else []:
+    sizes = [found[key] for key in found if key == "group_size"] + _group_sizes(found.get("config_groups"))
+    for size in sizes if target.block_size is not None else []:
         if size != target.block_size:
             raise InputError(
                 f"{path}: group_size: expected {target.block_size}, found {size!r}",

@@ -47,6 +47,7 @@ from modelopt_convert.dialects.packed import (
     add_faults,
     find_packed,
     is_quantizer_state,
+    missing_scale,
 )
 from modelopt_convert.dialects.resized import with_columns
 from modelopt_convert.dialects.scales import fp8_scale, one_scale
@@ -206,9 +207,11 @@ def _eight_bits(
 ) -> tuple[list[TensorInfo], Quantized]:
     """A module of FP8 or MXFP8."""
     weight, scale = roles.get("weight"), roles.get("weight_scale")
-    if weight is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2 or scale is None:
+    if weight is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
         info = weight or next(iter(roles.values()))
         raise wrong(where, info, "F8_E4M3 [N, K] and a weight_scale beside it", code="dialect.shape", hint=_AGAIN)
+    if scale is None:
+        raise missing_scale(name, "weight_scale", "the scale of an FP8 weight", where)
     if "weight_scale_2" in roles:
         raise wrong(where, roles["weight_scale_2"], "one scale of FP8", code="dialect.shape", hint=_AGAIN)
     found, (rows, columns) = [weight], weight.shape

@@ -1,11 +1,13 @@
 """L0 and L1: what the container holds, and whether the layout found is the one declared."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.modelopt.export import check_quant_config
-from modelopt_convert.dialects.packed import PackedModule
+from modelopt_convert.dialects.packed import SCALE_ROLES, PackedModule
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.finite import FiniteWatch, not_finite_words
 from modelopt_convert.formats.format import Algorithm, entry
@@ -89,14 +91,34 @@ def look(subject: Subject) -> ComponentReport:
 
 
 def container_level(
-    subject: Subject, seen: ComponentReport, scanned: Scanned, workers: int, base: CheckpointReader | None
+    subject: Subject,
+    seen: ComponentReport,
+    scanned: Scanned,
+    workers: int,
+    base: CheckpointReader | None,
+    decoded: LevelReport,
 ) -> LevelReport:
-    """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors, the config against the base's."""
+    """L0: dtypes, shapes, finite scales, padding, ``ignore`` against tensors, the config against the base's.
+
+    Args:
+        subject: The checkpoint.
+        seen: By ``look``.
+        scanned: By one pass over its bytes.
+        workers: Modules looked at at a time.
+        base: Its base, or None.
+        decoded: L2, which tells what is not the base's.
+    """
     rules = stored_format(subject.format.algorithm)
+    unlike = {words.partition(": ")[0] for words in decoded.failures}
     fatal = _FATAL | rules.fatal
-    said = {fault.module for fault in seen.lint if fault.code in fatal and fault.code.endswith("scale.missing")}
+    said = {(fault.module, role) for fault in seen.lint if fault.code in fatal for role in _scales_of(fault)}
     failures = [_words(fault) for fault in seen.lint if fault.code in fatal and fault.module not in subject.refused]
-    warnings = [_words(fault) for fault in seen.lint if fault.code not in fatal and fault.code != "scale.zero"]
+    odd = {name for name, module in subject.modules.items() if not module.has_weight}  # no padding explains its shape
+    warnings = [
+        _words(fault)
+        for fault in seen.lint
+        if fault.code not in {*fatal, "scale.zero"} and not (fault.code == "shape.padded" and fault.module in odd)
+    ]
     failures += _declaration_faults(subject) + _bias_faults(subject)
     if base is not None and base.config:
         failures += _config_faults(subject.reader, base)
@@ -107,14 +129,16 @@ def container_level(
         for module in subject.modules.values()
         if module.fault is not None
         for fault in module.fault.each()
-        if not (module.name in said and fault.code.startswith("export.missing_"))
+        if not any((module.name, role) in said for role in _roles(fault.message))
     ]
     failures += [f"{name}: {why}" for name, why in scanned.broken.items()]
-    if scanned.not_finite:
-        warnings.append(not_finite_words(scanned.not_finite))
-    due = [module for module in subject.modules.values() if module.fault is None]
-    for found in in_order(due, lambda module, _stopped: rules.stored_faults(subject, module), workers):
-        failures += found
+    # Of scales and biases of quantized modules, and of what is not the base's, it is a failure already.
+    coded = {info.name for one in subject.modules.values() for info in (*one.scales.values(), one.bias) if info}
+    if found := {name: one for name, one in scanned.not_finite.items() if name not in coded | unlike}:
+        warnings.append(not_finite_words(found))
+    due = [module for module in subject.modules.values() if module.has_weight]
+    for faults in in_order(due, lambda module, _stopped: rules.stored_faults(subject, module), workers):
+        failures += faults
     failures = list(dict.fromkeys(failures))
     return LevelReport(
         level="L0", title="container", status=level_status(failures, warnings), failures=failures, warnings=warnings
@@ -124,6 +148,26 @@ def container_level(
 def level_status(failures: list[str], warnings: list[str]) -> LevelStatus:
     """``fail``, ``warn`` or ``pass``."""
     return "fail" if failures else "warn" if warnings else "pass"
+
+
+def unreadable(subject: Subject, seen: ComponentReport, scanned: Scanned) -> frozenset[str]:
+    """Modules that cannot be right for what L0 says of their codes or scales: no other level says it again."""
+    of_scales = {
+        str(one.module)
+        for one in seen.lint
+        if one.code in SCALE_FAULTS and any(role != "input_scale" for role in _scales_of(one) or [""])
+    }
+    return frozenset(of_scales | {module_of(name) for name in scanned.broken}) & subject.modules.keys()
+
+
+def _scales_of(fault: LintReport) -> list[str]:
+    """The scales that a fault is of, as far as it names them."""
+    return ["weight_scale"] if fault.code == "scale.missing" else _roles(fault.message)
+
+
+def _roles(message: str) -> list[str]:
+    """The scales that a message names."""
+    return [role for role in SCALE_ROLES if re.search(rf"\b{role}\b", message)]
 
 
 def _words(fault: LintReport) -> str:

@@ -1,7 +1,7 @@
 """L2: every code and scale against the base."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from threading import Event
 
 import torch
@@ -42,6 +42,7 @@ def decode_level(
     *,
     max_error: float,
     recorded: Mapping[str, str],
+    told_of: Collection[str],
     advance: Callable[[int], None],
 ) -> Decoded:
     """Judge every module that can be read.
@@ -52,6 +53,7 @@ def decode_level(
         options: How many rows are compared, on how many threads, and whether what is near passes.
         max_error: Limit of the relative error where codes are not reproduced.
         recorded: Verdicts that a record claims, by module. A claim better than the bytes is a failure.
+        told_of: Modules of which L0 says why they cannot be right: the level fails, and does not say it again.
         advance: Called with the number of bytes just read.
     """
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
@@ -60,13 +62,16 @@ def decode_level(
     for name, words in unreadable.items():
         modules[name].worsen("fail")
         failures.setdefault(name, words)
+    silent = [name for name in told_of if failures.pop(name, None) is not None]
     near: list[str] = []
     for name, one in judgements.items():
         _fill(modules[name], one, accept_near=options.accept_near)
         if one.passed:
             continue
         words = f"{name}: {one.verdict}{_figures(modules[name])}"
-        if one.verdict == "near":
+        if name in told_of:
+            silent.append(name)
+        elif one.verdict == "near":
             near.append(words)
         else:
             failures.setdefault(name, words)
@@ -74,7 +79,7 @@ def decode_level(
     told += _weaker_than_recorded(modules, recorded)
     unlike, like = unlike_base(subject, base, max_error, options.workers, advance)
     told, near = told + unlike, near + like
-    if not judgements and not told:
+    if not judgements and not told and not silent:
         told = ["no module was compared"]
     preset = preset_of_class(subject.reader.config)
     odd = scale_words(judgements, siblings(preset.fused if preset else [], judgements))
@@ -82,9 +87,11 @@ def decode_level(
     level = LevelReport(level="L2", title="decode", status=status, failures=told, warnings=[*near, *odd])
     if near and not options.accept_near:
         level.failures, level.warnings = [*told, *near], odd
-    if level.failures:
+    if level.failures or silent:
         level.status = "fail"
-    proof = MISMATCH_WORDS if told else NEAR_WORDS if near else SAMPLED_WORDS
+    if silent:
+        level.reason = f"L0 says what is wrong with {len(silent)} modules"
+    proof = MISMATCH_WORDS if told or silent else NEAR_WORDS if near else SAMPLED_WORDS
     if proof == SAMPLED_WORDS and all(one.is_whole for one in judgements.values()):
         proof = PROVEN_WORDS
     readings = {name: one.reading for name, one in judgements.items() if one.reading is not None}
@@ -132,7 +139,7 @@ def judge_modules(
         advance(module.rows * module.columns)
         return found
 
-    due = [module for module in subject.modules.values() if module.fault is None]
+    due = [module for module in subject.modules.values() if module.has_weight]
     answers = dict(zip((one.name for one in due), in_order(due, judged, options.workers), strict=True))
     found = {name: one for name, one in answers.items() if isinstance(one, Judgement)}
     unreadable = {name: one for name, one in answers.items() if isinstance(one, str)}

@@ -1,6 +1,6 @@
 """L1: whether the layout found is the one declared."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from threading import Event
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
@@ -19,6 +19,7 @@ def layout_level(
     base: CheckpointReader | None,
     readings: Mapping[str, Layout],
     workers: int,
+    told: Collection[str],
 ) -> LevelReport:
     """L1: the layout found against the one declared; by the base where there is one, else by what tells.
 
@@ -28,6 +29,7 @@ def layout_level(
         base: Its base, or None.
         readings: Under which L2 found each module to fit the base.
         workers: Modules that are looked at at a time.
+        told: Modules whose scales L0 says to be unusable.
     """
 
     def hinted(module: PackedModule, _stopped: Event) -> ScaleOrder:
@@ -43,12 +45,12 @@ def layout_level(
     for name, one in seen.modules.items():
         if name not in readings and one.scale_basis == "shape" and one.scale_layout not in (scales, "equivalent"):
             level.failures.append(f"{name}: the scales are {one.scale_layout}, declared {scales}")
-        if one.global_scale == "divide" and name not in readings:
+        if one.global_scale == "divide" and name not in readings and name not in told:
             level.warnings.append(f"{name}: weight_scale_2 is so large that it may be a reciprocal")
     level.failures += misdeclared(subject.layout, readings)
     if base is None:
         level.reason = "without a base the nibble order is only declared; the order of the scales is a hint"
-        due = [module for module in subject.modules.values() if module.fault is None]
+        due = [module for module in subject.modules.values() if module.has_weight]
         for module, hint in zip(due, in_order(due, hinted, workers), strict=True):
             if hint in ("linear", "128x4") and hint != scales:
                 level.failures.append(f"{module.name}: scales and codes fit the {hint} order, declared {scales}")

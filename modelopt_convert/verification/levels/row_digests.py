@@ -1,6 +1,6 @@
 """L2 without a base: a digest of some decoded rows, which can be compared across machines. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from threading import Event
 
@@ -34,13 +34,20 @@ class Decoded:
     proof: str
 
 
-def decode_alone(subject: Subject, options: VerifyOptions) -> Decoded:
-    """Decode some rows of every module that can be read, and compare nothing."""
+def decode_alone(subject: Subject, options: VerifyOptions, told_of: Collection[str]) -> Decoded:
+    """Decode some rows of every module that can be read, and compare nothing.
+
+    Args:
+        subject: The checkpoint.
+        options: How many rows, on how many threads.
+        told_of: Modules of which L0 says why they cannot be right: the level fails, and does not say it again.
+    """
     modules = {name: ModuleVerify(shape=[one.rows, one.columns]) for name, one in subject.modules.items()}
-    failures = list(digest_modules(subject, modules, options).values())
+    failures = digest_modules(subject, modules, options)
+    told = [words for name, words in failures.items() if name not in told_of]
     status: LevelStatus = "fail" if failures else "skipped"
     reason = "without a base values are decoded, not compared"
-    level = LevelReport(level="L2", title="decode", status=status, reason=reason, failures=failures)
+    level = LevelReport(level="L2", title="decode", status=status, reason=reason, failures=told)
     return Decoded(level, modules, {}, "")
 
 
@@ -61,6 +68,6 @@ def digest_modules(subject: Subject, modules: Mapping[str, ModuleVerify], option
             return str(error) if module.name in str(error) else f"{module.name}: {error}"
         return None
 
-    due = [module for module in subject.modules.values() if module.fault is None]
+    due = [module for module in subject.modules.values() if module.has_weight]
     answers = zip(due, in_order(due, digested, options.workers), strict=True)
     return {module.name: words for module, words in answers if words is not None}

@@ -20,6 +20,7 @@ _TERMS = {
     "verdict": "pass, fail, inconclusive (nothing to prove it by, or what was required did not run), backend broken or "
     "backends disagree (a kernel is in question, not the checkpoint).",
     "proven": "every byte of every quantized module was compared with the base, and fits.",
+    "weights proven, never calibrated": "as proven, but modules have no input scale.",
     "not proven: sampled": "only some rows of each module were compared; they fit.",
     "not proven: near": "something is close to the base, but is not the base quantized.",
     "unchanged": "every byte is as mopt.json, the record beside the weights, says. A record is what its author claims.",

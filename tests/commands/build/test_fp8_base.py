@@ -207,6 +207,49 @@ def test_config_declares_what_the_dynamic_paths_of_engines_read(built: Path) -> 
     assert {tensors[f"{module}.weight_scale"].shape for module in packed_modules(tensors)} == {(1,)}
 
 
+def without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda keys: keys.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        (without("ignored_layers"), "fail", "x_embedder: not packed, yet not in `ignored_layers`"),
+        (lambda keys: keys.update(ignored_layers=[]), "fail", "not packed, yet not in `ignored_layers`"),
+        (lambda keys: keys.update(ignored_layers="proj_out"), "fail", "not packed, yet not in `ignored_layers`"),
+        (lambda keys: keys["ignored_layers"].remove("x_embedder"), "fail", "not packed, yet not in `ignored_layers`"),
+        (
+            lambda keys: keys["ignored_layers"].append("single_transformer_blocks"),
+            "fail",
+            "`ignored_layers`, yet packed",
+        ),
+        (without("ignore"), "fail", "not packed, yet not in `ignore`"),
+        (without("activation_scheme"), "fail", "quant_method"),
+        (without("dynamic_input_scale"), "fail", "FP8 without input_scale"),
+        (
+            lambda keys: keys["config_groups"]["group_0"]["input_activations"].update(dynamic=False),
+            "warn",
+            "config_groups says that inputs are not dynamic",
+        ),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_engines_read_of_the_config_is_what_the_tensors_are(
+    exports: Path, built: Path, tmp_path: Path, change: Any, status: str, words: str, recorded: bool
+) -> None:
+    """SGLang's method ``fp8`` reads ``ignored_layers`` in place of ``ignore``; TensorRT-LLM reads ``config_groups``."""
+    folder = copy(built, tmp_path / "out")
+    config = config_of(folder)
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    if not recorded:
+        (folder / "mopt.json").unlink()
+    outcome = verify(folder, *CPU, "--base", exports / "base", "--sample", "1")
+    assert outcome.exit_code == (1 if status == "fail" or recorded else 0) and outcome.report is not None
+    (level,) = [one for one in outcome.report["verify"]["levels"] if one["level"] == "L0"]
+    assert level["status"] == status and any(words in one for one in level["failures"] + level["warnings"]), level
+
+
 def test_a_module_that_sglang_cannot_name_is_told(families: Path, tmp_path: Path) -> None:
     """Its classes leave FLUX.1's last projection plain whatever is declared. Of another one it has to find the name."""
     where = families / "hunyuan_video" / "base"
@@ -251,7 +294,7 @@ def scaled(tensors: Tensors) -> None:
 DAMAGE = {
     "nan": (value(math.nan), "base.not_finite", "NaN", "damaged"),
     "inf": (value(-math.inf), "base.not_finite", "infinity", "damaged"),
-    "scale": (scaled, "base.quantized", "quantizer's tensor", "--base"),
+    "scale": (scaled, "base.quantized", "quantizer's tensor", "as the base"),
 }
 
 

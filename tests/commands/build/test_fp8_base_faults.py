@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import PRESETS
+from families import ALL, PRESETS
 from faults import refusal
 from fp8_base_support import CPU, PACKED, WEIGHT, build, quantization
 from support import Tensors, edit, load
@@ -125,6 +125,16 @@ def test_each_engine_is_asked(families: Path, room: Path, family: str, engine: s
     assert "--allow-known-broken" in hint
     assert ("calibrated --export" in hint) == (engine in ("vllm-omni", "diffusers") or family == "wan_i2v_image")
     assert build(where, room / "out", *asked, "--allow-known-broken", preset=preset).exit_code == 0
+
+
+@pytest.mark.parametrize("family", ["chroma", "ltx2"])
+def test_one_engine_has_one_warning(families: Path, tmp_path: Path, family: str) -> None:
+    """What SGLang does not load, or casts whole, it does not cast one module of."""
+    more = ("-n", "--allow-known-broken")
+    outcome = build(families / family / "base", tmp_path / "out", *more, preset=ALL[family][0])
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    codes = [one["code"] for one in outcome.report["warnings"] if "sglang" in one["message"].lower()]
+    assert codes == ["engine.known_broken"]
 
 
 def test_an_export_is_still_what_it_was(families: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_language_model(preset: tuple[str, ...], nvfp4: Path, base: Path, tmp_
         config["architectures"] = ["LlamaForCausalLM"]
 
     export = edit(nvfp4, tmp_path / "export", change_config=change)
-    where = f"{export}/config.json" if preset else "config.json"
+    where = f"{export}/config.json" if preset else f"{export}: config.json"  # every refusal names its file, once
     arguments = (*preset, "--export", export, "--base", edit(base, tmp_path / "base", change_config=change))
     assert said("build-nvfp4", *arguments, "--output", tmp_path / "out") == (
         "preset.not_diffusion",

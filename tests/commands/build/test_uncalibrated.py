@@ -170,7 +170,7 @@ DAMAGE = {
     "inf": (value(WEIGHT, float("-inf")), "base.not_finite", (WEIGHT, "infinity"), "damaged"),
     "zero": (zero, "base.all_zero", (WEIGHT,), f"--keep-bf16 '{PACKED}'"),
     "blocks": (cut, "base.block_size", (WEIGHT, "divisible by 16"), f"--keep-bf16 '{PACKED}'"),
-    "scale": (scaled, "base.quantized", (f"{WEIGHT}_scale",), "--base"),
+    "scale": (scaled, "base.quantized", (f"{WEIGHT}_scale",), "as the base"),  # presets new has no --base
     "codes": (coded, "base.dtype", (WEIGHT, "I8"), "unquantized"),
 }
 

@@ -1,6 +1,7 @@
 """A conversion, a rewrite and ``verify`` tell every module that has a fault in one run, as builds do."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,84 @@ def test_an_export_that_was_never_calibrated_names_all_modules(algorithm: str, e
         error = outcome.report["error"]
         assert {name for fault in error["faults"] for name in fault["names"]} == modules, (command, error)
         assert "calibrate with real prompts" in error["hint"], (command, error["hint"])
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_weights_of_an_export_that_was_never_calibrated_are_looked_at(
+    algorithm: str, exports: Path, tmp_path: Path
+) -> None:
+    """The word is about the weights that were compared; a build tells which are damaged, and with -v all modules."""
+    export, base = exports / f"{algorithm}_uncalibrated", ["--base", exports / "base"]
+    whole = run_mopt("verify", export, *base).report
+    assert whole is not None and whole["verify"]["verdict"] == "fail"
+    assert whole["verify"]["proof"] == "weights proven, never calibrated"
+    assert {one["verdict"] for one in whole["verify"]["modules"].values()} == {"reproduced"}
+    alone = run_mopt("verify", export).report
+    assert alone is not None and alone["verify"]["proof"] == "not proven: no base"
+    source = copy(export / "transformer", tmp_path / "source")
+    modules = quantized(source, "modelopt")
+    queries = [name for name in modules if name.endswith("attn.to_out.0")]
+
+    def plant(tensors: Tensors) -> None:
+        KINDS["other codes"](tensors, queries[0])
+        scale = tensors[f"{queries[1]}.weight_scale"]
+        tensors[f"{queries[1]}.weight_scale"] = torch.full_like(scale.float(), math.nan).to(scale.dtype)
+
+    change(source, plant)
+    command = ["build-nvfp4" if algorithm == "nvfp4" else "convert-fp8", "--preset", "none", "--export", source, *base]
+    outcome = run_mopt(*command, "--output", tmp_path / "out")
+    assert outcome.exit_code == 3 and outcome.report is not None, outcome.stderr
+    found = {one["code"]: set(one["names"]) for one in outcome.report["error"]["faults"]}
+    assert found["export.missing_input_scale"] == set(modules)
+    others = {
+        module_of(name) if name not in modules else name
+        for code in found.keys() - {"export.missing_input_scale"}
+        for name in found[code]
+    }
+    assert found["export.unusable_scale"] == {queries[1]} and others == set(queries[:2]), found
+    told = run_mopt(*command, "--output", tmp_path / "out", "-v", json_report=False).stderr
+    assert all(f"at: {name}" in told for name in modules)
+    outcome = run_mopt("verify", source, *base)
+    assert outcome.report is not None and outcome.report["verify"]["proof"] == "mismatch"
+    failures = [text for level in outcome.report["verify"]["levels"] for text in level["failures"]]
+    assert all(any(name in text and "input_scale" not in text for text in failures) for name in queries[:2])
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_one_wrong_code_has_one_verdict(algorithm: str, exports: Path, tmp_path: Path) -> None:
+    """Also in a module that the build takes from the base: a few rows would call it near."""
+    source, base = copy(exports / algorithm / "transformer", tmp_path / "source"), ["--base", exports / "base"]
+    module = "single_transformer_blocks.0.norm.linear"
+
+    def plant(tensors: Tensors) -> None:
+        tensors[f"{module}.weight"].view(torch.uint8)[0, 0] ^= 1
+
+    change(source, plant)
+    build = ["build-nvfp4" if algorithm == "nvfp4" else "convert-fp8", "--preset", "flux1-dev", "--export", source]
+    built = run_mopt(*build, *base, "--output", tmp_path / "out", "--accept-near").report
+    verified = run_mopt("verify", source, *base).report
+    assert built is not None and verified is not None
+    assert built["proof"]["modules"][module]["verdict"] == "mismatch"
+    assert verified["verify"]["modules"][module]["verdict"] == "mismatch"
+    assert built["exit_code"] == verified["exit_code"] == 1
+
+
+def test_a_conversion_says_that_fp8_was_never_calibrated(exports: Path, tmp_path: Path) -> None:
+    export = exports / "fp8_uncalibrated"
+    outcome = run_mopt("convert", export, tmp_path / "out", "--to", "bf16", "-n")
+    assert outcome.exit_code == 0 and outcome.report is not None, outcome.stderr
+    (told,) = [one["message"] for one in outcome.report["warnings"] if one["code"] == "input_scale.missing"]
+    count = len(quantized(export / "transformer", "modelopt"))
+    assert told.startswith(f"{count} of {count} modules of SOURCE have no input_scale: never calibrated")
+
+
+def test_a_conversion_names_the_scale_that_is_missing(exports: Path, tmp_path: Path) -> None:
+    source = copy(exports / "fp8" / "transformer", tmp_path / "source")
+    module = quantized(source, "modelopt")[0]
+    change(source, lambda tensors: [tensors.pop(f"{module}.weight_scale")])
+    outcome = run_mopt("convert", source, tmp_path / "out", "--to", "comfyui")
+    assert (outcome.exit_code, outcome.error_code) == (3, "export.missing_weight_scale")
+    assert f"tensor '{module}.weight_scale'" in outcome.message and "found no such tensor" in outcome.message
 
 
 @pytest.mark.parametrize("seed", range(3))
