@@ -90,14 +90,14 @@ class Emulated(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """The layer's output [..., N] of activations [..., K], in their dtype."""
         rows = values.reshape(-1, self.in_features)
-        if self.rule == "weight-only":
-            output = functional.linear(rows, self.decoded(rows.device).to(rows.dtype))
+        bias = self.packed.bias.to(rows.device, values.dtype) if self.packed.bias is not None else None
+        if self.rule == "weight-only":  # a plain linear layer, which rounds once
+            output = functional.linear(rows, self.decoded(rows.device).to(rows.dtype), bias)
         else:
             found = self.quantized(rows)
             product = multiply(found.operand, self.decoded(rows.device))
             output = product.mul_(found.scale * self.packed.tensor_scale).to(values.dtype)
-        if self.packed.bias is not None:
-            output = output + self.packed.bias.to(output.device, output.dtype)
+            output = output if bias is None else output + bias
         return output.view(*values.shape[:-1], self.out_features)
 
     def quantized(self, rows: Tensor) -> Quantized:

@@ -129,6 +129,8 @@ def verify_opened(
         )
     if base is not None:  # all of it was read by now, or nothing is said
         scanned.warnings += other_base(record, base.identity())
+        if with_record and record is None:
+            decoded.level.reason = _not_compared(subject)
     levels = [
         _record_level(record, scanned),
         container_level(subject, seen, scanned, options.workers, base),
@@ -166,6 +168,12 @@ def verify_opened(
     is_refuted = verdict == "fail" and not is_near
     proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
+
+
+def _not_compared(subject: Subject) -> str:
+    """That no base has input scales, and no record says what they were."""
+    count = sum("input_scale" in one.scales for one in subject.modules.values())
+    return f"not compared: input scales of {count} modules, which no base has and no mopt.json tells" if count else ""
 
 
 def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:
