@@ -175,18 +175,19 @@ class CompareCommand:
 
         request, device = self._request, device_of(self._request.device)
         self._env = describe(device)
-        made = self._made(opened, base, device)
-        with self._clock.timed("load"):
-            models = {name: load_transformer(reader) for name, reader in base.items()}
+        frames = request.frames or _FRAMES
         if request.pipeline is not None:
-            pairs = [*pairs_of(prompts, request.seeds)]
-            frames = request.frames or _FRAMES
-            how = Drawing(request.steps or _STEPS, request.size or _SIZE, frames)
             with self._clock.timed("identify"):
                 self._drew(
                     identity=pipeline_identity(request.pipeline, base),
                     frames=frames if takes_frames(request.pipeline) else None,
                 )
+        made = self._made(opened, base, device)
+        with self._clock.timed("load"):
+            models = {name: load_transformer(reader) for name, reader in base.items()}
+        if request.pipeline is not None:
+            pairs = [*pairs_of(prompts, request.seeds)]
+            how = Drawing(request.steps or _STEPS, request.size or _SIZE, frames)
             start = drawing(
                 request.pipeline,
                 pairs,

@@ -197,6 +197,15 @@ def _place(reference: str) -> _Place:
             path=reference,
             hint="give a pipeline without code of its own, or install a diffusers that has the class",
         )
+    for key, parameter in inspect.signature(kind.__init__).parameters.items():
+        found = index.get(key)
+        if key != "self" and parameter.default is parameter.empty and not (isinstance(found, list) and len(found) == 2):
+            raise InputError(
+                f"{reference}/{MODEL_INDEX}: {key}: expected [library, class] for {name}, found {ascii(found)[:80]}",
+                code="pipeline.index",
+                path=reference,
+                hint="download the pipeline again",
+            )
     return _Place(folder, commit, index, kind)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import Outcome, Tensors, edit, run_mopt
+from support import Outcome, Tensors, edit, edit_json, run_mopt
 from tiny_flux1 import FOLDER, inputs_of
 
 from modelopt_convert.run.workers import torch_on_one_thread
@@ -119,17 +119,23 @@ def test_tensors_that_are_not_the_bases_are_named_with_their_file(
         (b"[1]", "pipeline.json"),
         (b'{"_class_name": "os.system"}', "pipeline.index"),
         (b'{"_class_name": "FluxTransformer2DModel"}', "pipeline.index"),
-        (b'{"_class_name": "FluxPipeline"}', "pipeline.other_model"),
-        (b'{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": "x"}', None),
+        (b'{"_class_name": "FluxPipeline", "scheduler": ["diffusers", "x"], "vae": "x"}', "pipeline.index"),
     ],
 )
 def test_a_damaged_pipeline_is_one_line(
-    content: bytes, code: str | None, tiny_nvfp4: Path, prompts: Path, tmp_path: Path
+    content: bytes, code: str, tiny_nvfp4: Path, prompts: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_bytes(content)
     outcome = drawn(tiny_nvfp4, prompts, "--seeds", "1", pipeline=tmp_path / "pipeline")
-    assert outcome.exit_code == 3 and outcome.error_code == (code or "pipeline.load"), outcome.stderr
+    assert outcome.exit_code == 3 and outcome.error_code == code, outcome.stderr
+
+
+def test_a_component_that_cannot_be_loaded_is_one_line(tiny_nvfp4: Path, prompts: Path, tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "pipeline")
+    edit_json(tmp_path / "pipeline" / "model_index.json", lambda index: index.update(vae=["nosuch", "Nothing"]))
+    outcome = drawn(tiny_nvfp4, prompts, "--seeds", "1", pipeline=tmp_path / "pipeline")
+    assert outcome.exit_code == 3 and outcome.error_code == "pipeline.load", outcome.stderr
 
 
 def test_a_repo_that_the_hub_does_not_give_is_one_line(
