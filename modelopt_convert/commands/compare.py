@@ -202,7 +202,7 @@ class CompareCommand:
         progress.announce(f"{len(pairs)} runs of the base, and of {len(made)} checkpoint{'s' * (len(made) > 1)}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with self._clock.timed("run"), gpu_memory():
+        with self._clock.timed("run"), gpu_memory(is_alone=request.pipeline is None):
             drawn, seen = compare(
                 models, made, len(pairs), start, lambda what: progress.detail(f"ran: {what}"), device=device
             )

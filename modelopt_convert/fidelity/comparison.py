@@ -28,7 +28,6 @@ from modelopt_convert.run.text import few
 
 # Of the difference of a decoded weight, over the base's: no quantization of these weights is that far from them.
 _OTHER = 0.5
-_ON_CPU = "give --device cpu, or a pipeline with --offload sequential"
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +254,7 @@ def feeding(inputs: Sequence[Mapping[str, Any]], *, device: torch.device) -> Sta
     def start(models: Mapping[str, nn.Module]) -> Callable[[int], Drawn]:
         ((_, model),) = models.items()
         takes = inspect.signature(model.forward).parameters
-        with gpu_memory(_ON_CPU):
+        with gpu_memory(is_alone=True):
             model.to(device)
 
         def run(number: int) -> Drawn:
@@ -269,7 +268,7 @@ def feeding(inputs: Sequence[Mapping[str, Any]], *, device: torch.device) -> Sta
                     hint="give what its forward() takes, by the names of its arguments",
                 )
             try:
-                with torch.inference_mode(), gpu_memory(_ON_CPU):
+                with torch.inference_mode(), gpu_memory(is_alone=True):
                     output = model(**given, return_dict=False)[0]
             except (ValueError, TypeError, RuntimeError, AttributeError) as error:
                 absent = [name for name in takes if name not in given and name != "return_dict"]

@@ -145,11 +145,11 @@ def _no_bars() -> Iterator[None]:
 
 
 @contextmanager
-def gpu_memory(hint: str = "give --offload sequential, or a smaller --size") -> Iterator[None]:
+def gpu_memory(*, is_alone: bool = False) -> Iterator[None]:
     """Tell of a GPU whose memory runs out.
 
     Args:
-        hint: What takes less.
+        is_alone: Whether the transformer runs without a pipeline, which could offload it.
 
     Raises:
         StorageError: ``device.memory``.
@@ -161,7 +161,11 @@ def gpu_memory(hint: str = "give --offload sequential, or a smaller --size") -> 
         if torch.cuda.is_available():
             card = f"{torch.cuda.get_device_name()} of {torch.cuda.mem_get_info()[1] / 1e9:.1f} GB"
         raise StorageError(
-            f"the memory of {card} ran out: {first_line(error)}", code="device.memory", hint=hint
+            f"the memory of {card} ran out: {first_line(error)}",
+            code="device.memory",
+            hint="give --device cpu, or --pipeline and --prompts with --offload sequential"
+            if is_alone
+            else "give --offload sequential, or a smaller --size",
         ) from error
 
 
