@@ -12,8 +12,9 @@ from typing import Any
 import xxhash
 
 from modelopt_convert.checkpoint.content import CONTENT
+from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorSpec, parse_header
 from modelopt_convert.checkpoint.location import read_small
-from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record
+from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record, write_record
 from modelopt_convert.checkpoint.strict_json import parse_json_object
 from modelopt_convert.run.errors import InputError
 
@@ -145,7 +146,8 @@ def read_calibration(path: Path) -> CalibrationFolder:
             hint="give the folder that `mopt calibrate --output` named",
         )
     raw = read_small(path / FILE, _LIMIT, code="calibration")
-    digest, recorded = digest_of(raw), _recorded(path)
+    record = _record(path)
+    digest, recorded = digest_of(raw), str(record["digests"]["files"][FILE])
     if digest != recorded:
         raise _damaged(path / FILE, f"expected the digest {recorded[:12]} as in {RECORD}, found {digest[:12]}")
     said = parse_json_object(raw, code="calibration", path=str(path / FILE))
@@ -158,6 +160,7 @@ def read_calibration(path: Path) -> CalibrationFolder:
     found = file_digest(path / STATS)
     if found != stats:
         raise _damaged(path / STATS, f"expected the digest {stats[:12]} as in {FILE}, found {str(found)[:12]}")
+    _check_record(path, record, raw)
     return CalibrationFolder(path, digest, said, transformers)
 
 
@@ -173,16 +176,35 @@ def file_digest(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _recorded(path: Path) -> str:
+def _check_record(path: Path, record: Mapping[str, Any], raw: bytes) -> None:
+    """Require that a record says of the files what their writer says, but for its version.
+
+    Raises:
+        InputError: ``calibration.damaged``.
+    """
+    stats = (path / STATS).read_bytes()
+    length = int.from_bytes(stats[:PREFIX_BYTES], "little")
+    header = parse_header(stats[PREFIX_BYTES : PREFIX_BYTES + length], file=STATS, file_bytes=len(stats))
+    found = header.tensors.values()
+    tensors = {one.name: digest_of(stats[one.start : one.start + one.num_bytes]) for one in found}
+    headers = [TensorSpec(one.name, one.dtype, one.shape) for one in found], {STATS: header.metadata}
+    rewritten = write_record("calibrate", {}, tensors=tensors, files={FILE: raw}, headers=headers)
+    if {**record, "tool": None} != {**parse_json_object(rewritten, code="record", path=RECORD), "tool": None}:
+        raise _damaged(path / RECORD, f"expected the record of {FILE} and {STATS}, found another")
+
+
+def _record(path: Path) -> dict[str, Any]:
     try:
         record = read_record(path)
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise
-        record = None
+        raise _damaged(
+            path / RECORD, f"expected the record of {FILE}, found one that is damaged: {error.message}"
+        ) from None
     if record is None or FILE not in record["digests"]["files"]:
         raise _damaged(path / RECORD, f"expected the record of {FILE}, found none")
-    return str(record["digests"]["files"][FILE])
+    return record
 
 
 def _transformers(path: Path, said: Mapping[str, Any]) -> dict[str, Calibrated]:

@@ -21,6 +21,8 @@ from modelopt_convert.commands.flags import Request
 from modelopt_convert.commands.requests import (
     AdviseRequest,
     BuildRequest,
+    CalibrateRequest,
+    CompareRequest,
     PushRequest,
     RewriteRequest,
     VerifyRequest,
@@ -32,6 +34,7 @@ from modelopt_convert.report.report import ErrorReport, FaultReport, Report
 from modelopt_convert.report.words import PROVEN_WORDS
 from modelopt_convert.run.boundary import bounded, debugging, storage_error
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
+from modelopt_convert.run.quiet import quiet_libraries
 from modelopt_convert.run.signals import Signals
 from modelopt_convert.run.terminal import is_terminal
 from modelopt_convert.run.text import printable
@@ -285,7 +288,9 @@ def run(
         try:
             is_far = any(not isinstance(request.locate(name), Path | None) for name in request.inputs)
             bar = ProgressBar(output, steps_of(request), is_far=is_far)
-            with signals.acting(), bar as progress, bounded(request.reads()):
+            loads_models = isinstance(request, AdviseRequest | CalibrateRequest | CompareRequest)
+            silence = quiet_libraries() if loads_models and not output.verbose else contextlib.nullcontext()
+            with silence, signals.acting(), bar as progress, bounded(request.reads()):
                 if output.report_json is not None:
                     check_file_writable(output.report_json)
                 command.run(progress)

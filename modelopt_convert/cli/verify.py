@@ -60,6 +60,8 @@ def _show(out: "Output", report: "Report") -> None:
         out.line(found.proof, tone)
     out.line(f"verdict: {found.verdict}: {found.statement}", tone)
     for level in found.levels:
+        if level.level == "L2" and level.status != "skipped" and level.reason:
+            out.line(f"{level.level}: {level.reason}")
         for kind, words in (("fail", level.failures), ("warn", level.warnings)):
             for text in words if out.verbose else by_kind(words):
                 out.line(f"{kind}: {level.level}: {text}")

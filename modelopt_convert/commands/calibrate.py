@@ -74,6 +74,7 @@ class CalibrateCommand:
         self._output = Path(request.output)
         self._inputs = Inputs(request.locate("config"), request.variant)
         self._found = _Found()
+        self._frames: int | None = None
 
     def report(self, error: BaseException | None = None) -> Report:
         """What happened, also after a failure."""
@@ -108,6 +109,7 @@ class CalibrateCommand:
         self._output = output = canonical_output(self._output)
         check_output_allowed(output, paths, overwrite=request.overwrite)
         prompts = read_prompts(Path(request.prompts))
+        found.warned += prompts.warnings()
         with self._inputs:
             names = [str(one.name or COMPONENTS[0]) for one in components]
             folders = names if len(names) > 1 else [""]
@@ -119,12 +121,14 @@ class CalibrateCommand:
                 check_merged(part.model, "base")
                 found.warned += warned
                 parts[name] = part
-            from modelopt_convert.fidelity.pipeline import pipeline_identity
+            from modelopt_convert.fidelity.pipeline import pipeline_identity, takes_frames
             from modelopt_convert.fidelity.runs import KeptRuns
             from modelopt_convert.fidelity.transformer import require_diffusers
 
             require_diffusers()
-            identity = pipeline_identity(request.pipeline)
+            with found.clock.timed("identify"):
+                identity = pipeline_identity(request.pipeline, names)
+                self._frames = request.frames if takes_frames(request.pipeline) else None
             kept = Parts(output)
             kept.open()
             runs = KeptRuns(kept, prompts.texts, request.seeds, request.part)
@@ -165,7 +169,7 @@ class CalibrateCommand:
             "seeds": request.seeds,
             "steps": request.steps,
             "size": request.size,
-            "frames": request.frames,
+            "frames": self._frames,
         }
 
     def _load(self, parts: Mapping[str, Opened], progress: Progress) -> "dict[str, nn.Module]":

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from modelopt_convert.fidelity.comparison import Made, Pair
 
 _ALONE, _NAME = ".", "transformer"
+_STEPS, _SIZE, _FRAMES = 8, 512, 1
+_CLIPPED = 0.01  # of the activations of a module: a calibration that saw such prompts clips next to none
 
 
 class CompareCommand:
@@ -69,15 +71,15 @@ class CompareCommand:
             check_file_writable(Path(request.report))
         prompts = read_prompts(Path(request.prompts)) if request.prompts is not None else None
         if prompts is not None:
+            self._warned += prompts.warnings()
             self._drawing = DrawingReport(
                 kind="pictures",
                 pipeline=request.pipeline,
                 prompts_sha256=prompts.sha256,
                 prompts=len(prompts.texts),
                 seeds=request.seeds,
-                steps=request.steps,
-                size=request.size,
-                frames=request.frames,
+                steps=request.steps or _STEPS,
+                size=request.size or _SIZE,
                 pairs=len(prompts.texts) * request.seeds,
             )
         with self._inputs as inputs:
@@ -132,6 +134,7 @@ class CompareCommand:
                 self._warned += inputs.present(f"{key}{field}", base[name].tensors)
                 self._warned += not_compared(reader, base[name])
                 inputs.lend_config(f"{key}{field}", base[name])
+                self._warned += self._taken(reader)
             opened[str(getattr(request, field))] = mine
             if mine.keys() != base.keys():
                 raise InputError(
@@ -141,6 +144,13 @@ class CompareCommand:
                     hint="compare one transformer of each, or both whole pipelines",
                 )
         return opened, base
+
+    def _taken(self, reader: CheckpointReader) -> list[Warned]:
+        """The rule, where config.json does not say which."""
+        if self._request.rule is not None or reader.config.get("quantization_config") is not None:
+            return []
+        words = f"{reader.path}: no quantization_config says how activations are quantized: static input scales taken"
+        return [("fidelity.rule_taken", words)]
 
     def _compare(
         self,
@@ -158,27 +168,41 @@ class CompareCommand:
         from modelopt_convert.fidelity.figures import checkpoint_figures
         from modelopt_convert.fidelity.metrics import lpips_measure
         from modelopt_convert.fidelity.page import png
-        from modelopt_convert.fidelity.pipeline import Drawing
+        from modelopt_convert.fidelity.pipeline import Drawing, gpu_memory, pipeline_identity, takes_frames
         from modelopt_convert.fidelity.transformer import load_transformer
         from modelopt_convert.verification.subject import device_of
         from modelopt_convert.verification.transformer import describe
 
         request, device = self._request, device_of(self._request.device)
         self._env = describe(device)
+        frames = request.frames or _FRAMES
+        if request.pipeline is not None:
+            with self._clock.timed("identify"):
+                self._drew(
+                    identity=pipeline_identity(request.pipeline, base),
+                    frames=frames if takes_frames(request.pipeline) else None,
+                )
         made = self._made(opened, base, device)
         with self._clock.timed("load"):
             models = {name: load_transformer(reader) for name, reader in base.items()}
         if request.pipeline is not None:
             pairs = [*pairs_of(prompts, request.seeds)]
-            how = Drawing(request.steps, request.size, request.frames)
-            start = drawing(request.pipeline, pairs, how, device=str(device), offload=request.offload)
+            how = Drawing(request.steps or _STEPS, request.size or _SIZE, frames)
+            start = drawing(
+                request.pipeline,
+                pairs,
+                how,
+                device=str(device),
+                offload=request.offload,
+                tell_tokens=lambda count: self._drew(max_sequence_length=count),
+            )
         else:
             pairs, inputs = self._inputs_alone(models)
             start = feeding(inputs, device=device)
         progress.announce(f"{len(pairs)} runs of the base, and of {len(made)} checkpoint{'s' * (len(made) > 1)}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with self._clock.timed("run"):
+        with self._clock.timed("run"), gpu_memory(is_alone=request.pipeline is None):
             drawn, seen = compare(
                 models, made, len(pairs), start, lambda what: progress.detail(f"ran: {what}"), device=device
             )
@@ -188,8 +212,14 @@ class CompareCommand:
             lpips = lpips_measure() if request.pipeline is not None else None
             for one, each in zip(made, seen, strict=True):
                 self._found.append(checkpoint_figures(one, each, drawn, pairs, request.thresholds, lpips))
+                self._warned += _clipped(self._found[-1])
             if request.report is not None and request.pipeline is not None:
                 self._pictures = [png(number, drawn, [each.runs for each in seen]) for number in range(len(pairs))]
+
+    def _drew(self, **known: Any) -> None:
+        """Something of what is drawn is known by now."""
+        assert self._drawing is not None  # of a pipeline, it is there from the start
+        self._drawing = self._drawing.model_copy(update=known)
 
     def _made(
         self,
@@ -221,7 +251,7 @@ class CompareCommand:
         import torch
 
         from modelopt_convert.fidelity.comparison import Pair
-        from modelopt_convert.fidelity.inputs import captured, random_inputs
+        from modelopt_convert.fidelity.inputs import captured, distinct, random_inputs
 
         request = self._request
         if len(models) > 1:
@@ -232,10 +262,14 @@ class CompareCommand:
                 hint="give one of them, or --pipeline and --prompts",
             )
         if request.captured is not None:
-            inputs: list[dict[str, Any]] = [*captured(Path(request.captured), torch.bfloat16)]
+            calls = captured(Path(request.captured), torch.bfloat16)
+            inputs: list[dict[str, Any]] = [*distinct(calls)]
+            if len(inputs) < len(calls):
+                words = f"{len(calls) - len(inputs)} of {len(calls)} inputs are repeated: each counts once"
+                self._warned.append(("fidelity.repeated", words))
             kind = "captured inputs"
         else:
-            inputs = random_inputs(next(iter(models.values())), request.seeds, request.size)
+            inputs = random_inputs(next(iter(models.values())), request.seeds, request.size or _SIZE)
             kind = "random inputs"
             self._warned.append(
                 ("fidelity.random", "inputs are random, and unlike those of pictures: figures compare, and no more")
@@ -276,6 +310,19 @@ class CompareCommand:
         found = self.report(error).model_dump()
         page = render(found, self._pictures, command=command_line(self._request), date=date)
         write_report(Path(self._request.report), page)
+
+
+def _clipped(one: CheckpointFidelity) -> list[Warned]:
+    """That input scales are too small for what comes in."""
+    found = {name: module.clipped for name, module in one.modules.items() if module.clipped > _CLIPPED}
+    if not found:
+        return []
+    worst = max(found, key=lambda name: found[name])
+    words = (
+        f"{one.path}: {len(found)} of {len(one.modules)} modules clip more than {_CLIPPED:.0%} of their activations: "
+        f"{worst} {found[worst]:.1%}; their input scales are too small"
+    )
+    return [("fidelity.clipped", words)]
 
 
 def _diffusers_version() -> dict[str, str]:

@@ -31,7 +31,7 @@ from modelopt_convert.commands.flags import (
 )
 from modelopt_convert.engines import sglang
 from modelopt_convert.engines.limits import DEFAULT, EngineName
-from modelopt_convert.fidelity.thresholds import Threshold, parse_thresholds
+from modelopt_convert.fidelity.thresholds import Threshold, has_lpips, parse_thresholds
 from modelopt_convert.formats.format import Algorithm, Weights
 from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
@@ -444,6 +444,12 @@ class ConvertRequest(_Replacing):
         return size_bytes(self, "max_shard_size", self.max_shard_size)
 
 
+def _check_size(request: Request[Any], size: int | None) -> None:
+    """Refuse pictures that pipelines would make smaller without a word: one place of latents has 16 x 16 pixels."""
+    if size is not None and size % 16:
+        request.refuse("size", f"{size} is no multiple of 16; give {size // 16 * 16} or {size // 16 * 16 + 16}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateRequest(Request["Report"]):
     """Run a pipeline on prompts, and keep what goes into each Linear of its transformer, for input scales."""
@@ -462,7 +468,7 @@ class CalibrateRequest(Request["Report"]):
     variant: Variant = None
     config: Config = None
     steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
-    size: Annotated[int, Flag("Height and width, in pixels.", minimum=8, maximum=8192)] = 512
+    size: Annotated[int, Flag("Height and width, in pixels, a multiple of 16.", minimum=16, maximum=8192)] = 512
     frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
     seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
     headroom: Annotated[
@@ -486,6 +492,9 @@ class CalibrateRequest(Request["Report"]):
         for name in ("prompts", "output"):
             if is_far(getattr(self, name)):
                 self.refuse(name, "is on disk")
+        if self.offload != "none" and self.device == "cpu":
+            self.refuse("offload", "is for a GPU")
+        _check_size(self, self.size)
         if not 1 <= self.part[0] <= self.part[1]:
             self.refuse("share", f"{shown(self.share)} is not a share such as 2/8, the second of eight")
 
@@ -547,7 +556,7 @@ class AdviseRequest(Request["AdviceReport"]):
         int, Flag("Points of the frontier that are drawn beside the chosen one.", minimum=0, maximum=100)
     ] = 3
     steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
-    size: Annotated[int, Flag("Height and width, in pixels.", minimum=8, maximum=8192)] = 512
+    size: Annotated[int, Flag("Height and width, in pixels, a multiple of 16.", minimum=16, maximum=8192)] = 512
     frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
     seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
     device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
@@ -571,6 +580,9 @@ class AdviseRequest(Request["AdviceReport"]):
         for name in ("prompts", "output", "calibration", "svg", "report"):
             if getattr(self, name) is not None and is_far(getattr(self, name)):
                 self.refuse(name, "is on disk")
+        if self.offload != "none" and self.device == "cpu":
+            self.refuse("offload", "is for a GPU")
+        _check_size(self, self.size)
         if self.preset == "none":
             self.refuse("preset", "none says nothing of what an engine cannot load")
         _ = self.budget_bytes
@@ -749,9 +761,11 @@ class CompareRequest(Request["FidelityReport"]):
         ),
     ] = None
     seeds: Annotated[int, Flag("Pictures of each prompt; or random inputs.", minimum=1, maximum=1000)] = 4
-    steps: Annotated[int, Flag("Of the scheduler.", minimum=1, maximum=1000)] = 8
-    size: Annotated[int, Flag("Height and width in pixels.", minimum=8, maximum=8192)] = 512
-    frames: Annotated[int, Flag("Of a video.", minimum=1, maximum=1000)] = 1
+    steps: Annotated[int | None, Flag("Of the scheduler; default 8.", minimum=1, maximum=1000)] = None
+    size: Annotated[
+        int | None, Flag("Height and width in pixels, a multiple of 16; default 512.", minimum=16, maximum=8192)
+    ] = None
+    frames: Annotated[int | None, Flag("Of a video; default 1.", minimum=1, maximum=1000)] = None
     device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
     offload: Annotated[
         Offload, Flag("What leaves the GPU between calls: nothing, whole components, or layer after layer.")
@@ -782,6 +796,12 @@ class CompareRequest(Request["FidelityReport"]):
             self.refuse("offload", "is for a pipeline; give --pipeline and --prompts")
         if self.offload != "none" and self.device == "cpu":
             self.refuse("offload", "is for a GPU")
+        for name in ("steps", "frames") if self.pipeline is None else ():
+            if getattr(self, name) is not None:
+                self.refuse(name, "is for a pipeline; give --pipeline and --prompts")
+        if self.size is not None and self.captured is not None:
+            self.refuse("size", "is of pictures or random inputs; --inputs have their own")
+        _check_size(self, self.size)
         try:
             thresholds = self.thresholds
         except ValueError as error:
@@ -789,6 +809,8 @@ class CompareRequest(Request["FidelityReport"]):
         drawn = [one.metric for one in thresholds if one.metric in ("psnr", "ssim", "lpips")]
         if drawn and self.pipeline is None:
             self.refuse("require", f"{drawn[0]} is of pictures; give --pipeline and --prompts")
+        if "lpips" in drawn and not has_lpips():
+            self.refuse("require", "lpips needs the package lpips, which is not installed: pip install lpips")
 
     @property
     def thresholds(self) -> tuple[Threshold, ...]:

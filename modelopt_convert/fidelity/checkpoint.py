@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.fidelity.emulation import Emulated, Rule
 from modelopt_convert.fidelity.transformer import load_transformer
+from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.table import declares_dynamic_inputs
+from modelopt_convert.plan.inputs import model_tensors
 from modelopt_convert.proof.scale_values import tensor_scale
-from modelopt_convert.run.errors import InputError, joint
+from modelopt_convert.run.errors import Faults, InputError, joint
 from modelopt_convert.verification.gemm.operands import Weight
 from modelopt_convert.verification.subject import find_subject
 
@@ -67,6 +70,8 @@ def read_quantized(reader: CheckpointReader, base: CheckpointReader, rule: Rule 
             ``load_transformer`` refuse.
     """
     subject = find_subject(reader, base)
+    _check_declared(reader, subject.format)
+    _check_tensors(reader, base, subject.modules)
     declared: Rule = "dynamic" if declares_dynamic_inputs(reader.config) else "static"
     chosen = rule if rule is not None else declared
     ignored = () if chosen == "static" else (f"export.missing_{_SCALE}", "export.mixed_input_scale")
@@ -113,6 +118,66 @@ def read_quantized(reader: CheckpointReader, base: CheckpointReader, rule: Rule 
             )
     theirs = sum(len(one.tensors) + (one.bias is not None) for one in subject.modules.values())
     return Quantized(subject.format, chosen, weights, scales, len(reader.tensors) - theirs), model
+
+
+def _check_declared(reader: CheckpointReader, target: Format) -> None:
+    """Require that config.json does not declare another format than the tensors have.
+
+    Raises:
+        InputError: ``fidelity.declared``.
+    """
+    keys = reader.config.get("quantization_config")
+    declared = keys.get("quant_algo", target.quant_algo) if isinstance(keys, dict) else target.quant_algo
+    if declared != target.quant_algo:
+        raise InputError(
+            f"{reader.config_place}: quant_algo: expected {target.quant_algo!r}, which the tensors are, found "
+            f"{declared!r}",
+            code="fidelity.declared",
+            path=reader.config_place,
+            hint="an engine would load it wrongly; give the checkpoint with its own config.json",
+        )
+
+
+def _check_tensors(reader: CheckpointReader, base: CheckpointReader, modules: Mapping[str, PackedModule]) -> None:
+    """Require that a checkpoint has the base's tensors, by names, shapes and dtypes, and none beside.
+
+    Args:
+        reader: The opened checkpoint.
+        base: The opened base.
+        modules: What is quantized.
+
+    Raises:
+        InputError: ``fidelity.tensors``, of everything that is wrong.
+    """
+    theirs = {info.name for one in modules.values() for info in one.tensors if info.name != one.weight.name}
+    shapes = {name: info.shape for name, info in reader.tensors.items()}
+    shapes |= {one.weight.name: (one.rows, one.columns) for one in modules.values()}
+    packed = {one.weight.name for one in modules.values()}
+    faults = Faults()
+
+    def refuse(name: str, words: str) -> None:
+        info = reader.tensors.get(name)
+        place = f"{reader.folder}/{info.file}" if info is not None else str(reader.path)
+        fault = InputError(
+            f"{place}: tensor {name!r}: {words}",
+            code="fidelity.tensors",
+            path=place,
+            hint=f"give the whole checkpoint that was made from the base {base.path}",
+        )
+        faults.add(name, fault)
+
+    for name, wanted in base.tensors.items():
+        info = reader.tensors.get(name)
+        if info is None:
+            refuse(name, f"expected {wanted.dtype} {list(wanted.shape)} as in the base, found no such tensor")
+        elif shapes[name] != wanted.shape:
+            refuse(name, f"expected {list(wanted.shape)} as in the base, found {list(shapes[name])}")
+        elif name not in packed and not (info.dtype == wanted.dtype or {info.dtype, wanted.dtype} <= HALF_AND_FLOAT):
+            refuse(name, f"expected {wanted.dtype} as in the base, found {info.dtype}")
+    for name in model_tensors(reader):
+        if name not in base.tensors and name not in theirs | packed:  # diffusers' class tells of packed ones
+            refuse(name, "expected the tensors of the base alone, which has none of this name")
+    faults.refuse()
 
 
 def put_layers(model: nn.Module, layers: Mapping[str, Emulated]) -> nn.Module:

@@ -1,8 +1,9 @@
 """Base and checkpoints, drawn from the same prompts and the same noise, or run on the same inputs."""
 
 import gc
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,19 @@ from torch import Tensor, nn
 
 from modelopt_convert.fidelity.checkpoint import Quantized, put_layers
 from modelopt_convert.fidelity.emulation import Emulated
-from modelopt_convert.fidelity.observe import Ran, Sums, beside, block_cosines, first_outputs, weigh
-from modelopt_convert.fidelity.pipeline import Drawing, Drawn, Offload, draw, load_pipeline
+from modelopt_convert.fidelity.observe import (
+    NotFiniteError,
+    Ran,
+    Sums,
+    beside,
+    block_cosines,
+    first_outputs,
+    refuse_not_finite,
+    weigh,
+)
+from modelopt_convert.fidelity.pipeline import Drawing, Drawn, Offload, draw, gpu_memory, load_pipeline, longest_text
 from modelopt_convert.run.errors import InputError, first_line
+from modelopt_convert.run.text import few
 
 # Of the difference of a decoded weight, over the base's: no quantization of these weights is that far from them.
 _OTHER = 0.5
@@ -127,13 +138,13 @@ def _run_made(
     run = start(one.models)
     with ExitStack() as stack:
         watched = {name: stack.enter_context(first_outputs(model)) for name, model in one.models.items()}
-        seen.runs.append(_finite(run(0), one.path))
+        seen.runs.append(_finite(run, 0, one.models, prefixes, one.path))
     tell(one.path)
     for name, got in watched.items():
         ours = block_cosines(base[name], got)
         seen.blocks |= {f"{prefixes[name]}{block}": value for block, value in ours.items()}
     for number in range(1, count):
-        seen.runs.append(_finite(run(number), one.path))
+        seen.runs.append(_finite(run, number, one.models, prefixes, one.path))
         tell(one.path)
 
 
@@ -162,7 +173,7 @@ def _run_base(
                         layers = one.layers(name, keep=False)
                         sums = {module: seen.modules[f"{prefixes[name]}{module}"] for module in layers}
                         stack.enter_context(beside(model, layers, sums))
-            drawn.append(_finite(run(number), "the base"))
+            drawn.append(_finite(run, number, base, prefixes, "the base"))
         tell("base")
     for one, seen in zip(made, found, strict=True):
         idle = sorted(seen.modules.keys() - ran.names)
@@ -189,14 +200,27 @@ def _check_base(path: str, seen: Seen) -> None:
         )
 
 
-def _finite(drawn: Drawn, what: str) -> Drawn:
-    if not bool(drawn.latents[-1].isfinite().all()):
-        raise InputError(
-            f"{what}: expected finite outputs, found NaN or infinity",
-            code="fidelity.not_finite",
-            hint="`mopt verify` looks for damage in the weights; else the model overflows in its dtype",
-        )
-    return drawn
+def _finite(
+    run: Callable[[int], Drawn],
+    number: int,
+    models: Mapping[str, nn.Module],
+    prefixes: Mapping[str, str],
+    what: str,
+) -> Drawn:
+    """One run; where it gives what is no number, it runs again to find the module that is the first to do so."""
+    with suppress(NotFiniteError):
+        drawn = run(number)
+        if all(bool(one.isfinite().all()) for one in (drawn.latents[-1], drawn.frames)):
+            return drawn
+    with ExitStack() as stack:
+        for name, model in models.items():
+            stack.enter_context(refuse_not_finite(model, prefixes[name], what))
+        run(number)
+    raise InputError(
+        f"{what}: expected finite pictures, found NaN or infinity that no module of the transformer gave",
+        code="fidelity.not_finite",
+        hint="the pipeline is damaged, or its VAE overflows in BF16; draw a picture with it first",
+    )
 
 
 def _free() -> None:
@@ -205,11 +229,20 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def drawing(reference: str, pairs: Sequence[Pair], how: Drawing, *, device: str, offload: Offload) -> Start:
-    """``start`` for a pipeline: run N draws pair N."""
+def drawing(
+    reference: str,
+    pairs: Sequence[Pair],
+    how: Drawing,
+    *,
+    device: str,
+    offload: Offload,
+    tell_tokens: Callable[[int | None], None],
+) -> Start:
+    """``start`` for a pipeline: run N draws pair N; ``tell_tokens`` is told to how many tokens prompts are padded."""
 
     def start(models: Mapping[str, nn.Module]) -> Callable[[int], Drawn]:
         pipeline = load_pipeline(reference, models, device=device, offload=offload)
+        tell_tokens(longest_text(pipeline))
         return lambda number: draw(pipeline, pairs[number].prompt, pairs[number].seed, how)
 
     return start
@@ -220,16 +253,28 @@ def feeding(inputs: Sequence[Mapping[str, Any]], *, device: torch.device) -> Sta
 
     def start(models: Mapping[str, nn.Module]) -> Callable[[int], Drawn]:
         ((_, model),) = models.items()
-        model.to(device)
+        takes = inspect.signature(model.forward).parameters
+        with gpu_memory(is_alone=True):
+            model.to(device)
 
         def run(number: int) -> Drawn:
             given = {name: _placed(value, device) for name, value in inputs[number].items()}
+            unknown = [name for name in given if name not in takes]
+            if unknown and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+                raise InputError(
+                    f"inputs {number}: {type(model).__name__} has no argument {few(unknown)}; it takes "
+                    f"{', '.join(takes)}",
+                    code="fidelity.inputs",
+                    hint="give what its forward() takes, by the names of its arguments",
+                )
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), gpu_memory(is_alone=True):
                     output = model(**given, return_dict=False)[0]
             except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+                absent = [name for name in takes if name not in given and name != "return_dict"]
                 raise InputError(
-                    f"the transformer fails on inputs {number}: {first_line(error)}",
+                    f"the transformer fails on inputs {number}: {first_line(error)}; arguments that are not among "
+                    f"them: {', '.join(absent) or 'none'}",
                     code="fidelity.inputs",
                     hint="give what its forward() takes, by the names of its arguments",
                 ) from error

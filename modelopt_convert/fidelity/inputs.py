@@ -1,5 +1,7 @@
 """Inputs of a transformer that runs without its pipeline: captured ones from a file, or random ones."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ def captured(path: Path, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """
     from safetensors.torch import load_file
 
+    if path.is_dir():
+        raise _refused(path, "expected a safetensors file, found a folder")
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors has its own kinds, and the system's
@@ -32,11 +36,29 @@ def captured(path: Path, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         number, _, argument = name.rpartition(".")
         if number and not number.isdecimal():
             raise _refused(path, f"tensor {name!r}: expected ARGUMENT or NUMBER.ARGUMENT")
+        call = calls.setdefault(int(number or 0), {})
+        if argument in call:
+            raise _refused(
+                path, f"tensor {name!r}: expected {argument} of call {int(number or 0)} once, found it twice"
+            )
         wide = value.is_floating_point() and value.ndim > 1
-        calls.setdefault(int(number or 0), {})[argument] = value.to(dtype) if wide else value
+        call[argument] = value.to(dtype) if wide else value
     if sorted(calls) != [*range(len(calls))] or not calls:
         raise _refused(path, f"expected calls from 0 on, found {sorted(calls)[:5]}")
     return [calls[number] for number in range(len(calls))]
+
+
+def distinct(calls: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Calls without those that are equal to one before them: of a run that is repeated nothing more is known."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for call in calls:
+        digest = hashlib.sha256()
+        for name in sorted(call):
+            value = call[name].contiguous()
+            digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        found.setdefault(digest.hexdigest(), call)
+    return [*found.values()]
 
 
 def random_inputs(model: nn.Module, count: int, size: int) -> list[dict[str, Any]]:

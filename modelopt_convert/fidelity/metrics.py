@@ -5,7 +5,6 @@ Cosine, RMSE and PSNR are those of SGLang's ``compare_diffusion_trajectory_simil
 
 import functools
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from modelopt_convert.fidelity.thresholds import has_lpips
 
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -86,7 +87,7 @@ def ssim(one: Tensor, other: Tensor) -> float | None:
 
 def lpips_measure() -> Callable[[Tensor, Tensor], float] | None:
     """LPIPS (AlexNet) of two pictures [F, H, W, 3] in 0..1, the mean over frames; None without the package."""
-    if importlib.util.find_spec("lpips") is None:
+    if not has_lpips():
         return None
     return _lpips(_lpips_model())
 

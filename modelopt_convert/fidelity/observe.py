@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modelopt_convert.fidelity.emulation import Emulated
 from modelopt_convert.fidelity.metrics import cosine, sqnr_db
+from modelopt_convert.fidelity.sensitivity import tensors_of
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import InputError
 
@@ -103,6 +104,43 @@ def watch(sums: Sums, layer: Emulated, values: Tensor, output: Tensor) -> None:
     sums.output = _plus(sums.output, output, layer(values).to(torch.float32))
 
 
+class NotFiniteError(Exception):
+    """Activations are NaN or infinite; where that began is not known yet."""
+
+
+@contextmanager
+def refuse_not_finite(model: nn.Module, prefix: str, what: str) -> Iterator[None]:
+    """Look at the output of every module, in the order in which they end, and refuse the first that is not finite.
+
+    Args:
+        model: The transformer.
+        prefix: Of its modules' names.
+        what: Whose modules they are.
+
+    Raises:
+        InputError: ``fidelity.not_finite``, from within the call.
+    """
+
+    def hook_of(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not all(bool(one.isfinite().all()) for one in tensors_of(output)):
+                raise InputError(
+                    f"{what}: module {f'{prefix}{name}'!r}: expected finite outputs, found NaN or infinity; it is the "
+                    "first to give any",
+                    code="fidelity.not_finite",
+                    hint="`mopt verify` looks for damage in the weights; else the model overflows in its dtype",
+                ).at([f"{prefix}{name}"])
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Ran:
     """Which modules of a transformer ran, and whether their activations were numbers."""
 
@@ -115,7 +153,7 @@ class Ran:
         """Look at some linear layers while they run.
 
         Raises:
-            InputError: ``fidelity.not_finite``, from within the call.
+            NotFiniteError: From within the call.
         """
         layers = dict(model.named_modules())
         handles = [layers[name].register_forward_pre_hook(self._seen(f"{prefix}{name}")) for name in names]
@@ -129,11 +167,7 @@ class Ran:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.names.add(name)
             if not bool(inputs[0].isfinite().all()):
-                raise InputError(
-                    f"{name}: expected finite activations, found NaN or infinity",
-                    code="fidelity.not_finite",
-                    hint="the base or the pipeline is damaged, or overflows in its dtype; run it alone first",
-                )
+                raise NotFiniteError
 
         return hook
 

@@ -15,12 +15,21 @@ class Prompts:
     """Prompts of a file.
 
     Attributes:
-        texts: In the order of the file, without empty lines.
+        texts: In the order of the file, each once, without empty lines.
         sha256: Of the file's bytes.
+        repeated: Lines that are equal to one before them, and say nothing that it does not.
     """
 
     texts: tuple[str, ...]
     sha256: str
+    repeated: int = 0
+
+    def warnings(self) -> list[tuple[str, str]]:
+        """That lines are left aside, as a command warns of it."""
+        if not self.repeated:
+            return []
+        words = f"{self.repeated} of {self.repeated + len(self.texts)} prompts are repeated: each counts once"
+        return [("prompts.repeated", words)]
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -30,8 +39,9 @@ def read_prompts(path: Path) -> Prompts:
         InputError: ``prompts.missing``, ``prompts.too_large``, ``prompts.not_text`` or ``prompts.none``.
     """
     if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
         raise InputError(
-            f"{path}: expected a text file with one prompt a line, found no such file",
+            f"{path}: expected a text file with one prompt a line, found {found}",
             code="prompts.missing",
             path=str(path),
             hint="write one, or name the one you have",
@@ -46,7 +56,8 @@ def read_prompts(path: Path) -> Prompts:
             path=str(path),
             hint="save the file as UTF-8 text with one prompt a line",
         ) from None
-    texts = tuple(line.strip() for line in lines if line.strip())
+    every = [line.strip() for line in lines if line.strip()]
+    texts = tuple(dict.fromkeys(every))
     if not texts:
         raise InputError(
             f"{path}: expected one prompt a line, found no prompt",
@@ -54,4 +65,4 @@ def read_prompts(path: Path) -> Prompts:
             path=str(path),
             hint="write at least one prompt",
         )
-    return Prompts(texts, hashlib.sha256(raw).hexdigest())
+    return Prompts(texts, hashlib.sha256(raw).hexdigest(), len(every) - len(texts))

@@ -1,5 +1,6 @@
 """Conditions on figures, such as ``cosine>=0.99,psnr>=26``. No torch."""
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ _LARGE = ("cosine", "psnr", "ssim", "sqnr_db")
 _SMALL = ("rmse", "lpips")
 METRICS = (*_LARGE, *_SMALL)
 _CONDITION = re.compile(r"([a-z_]+)\s*(>=|<=)\s*([0-9.eE+-]+)")
+
+
+def has_lpips() -> bool:
+    """Whether the package that measures LPIPS is installed."""
+    return importlib.util.find_spec("lpips") is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,8 @@ def check_unquantized(base: Source) -> None:
     Raises:
         InputError: ``base.quantized`` or ``base.dtype``.
     """
+    check_config_unquantized(base)  # that there are scales, too, is no second fault
     faults = Faults()
-    with faults.taken(_QUANTIZATION):
-        check_config_unquantized(base)
     for name, info in base.tensors.items():
         where = f"{base.folder}/{info.file}"
         role = name.rpartition(".")[2]

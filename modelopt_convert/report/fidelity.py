@@ -41,13 +41,19 @@ class DrawingReport(_Model):
         description="a pipeline with prompts, or the transformer alone"
     )
     pipeline: str | None = Field(default=None, description="as it was given")
+    identity: dict[str, str] | None = Field(
+        default=None, description="of a folder digests of its index and of what runs beside the base; else the commit"
+    )
     prompts_sha256: str | None = Field(default=None, description="of the file of prompts")
-    prompts: int = Field(default=0, description="how many")
+    prompts: int = Field(default=0, description="how many, equal ones once")
     seeds: int = Field(default=0, description="of each prompt, from 0")
     steps: int | None = Field(default=None, description="of the scheduler")
     size: int | None = Field(default=None, description="height and width in pixels")
-    frames: int | None = Field(default=None, description="of a video")
-    pairs: int = Field(default=0, description="how many runs were compared with the base's")
+    frames: int | None = Field(default=None, description="of a video; null for a pipeline of images")
+    max_sequence_length: int | None = Field(
+        default=None, description="tokens that prompts are padded to: the pipeline's number, or its tokenizer's limit"
+    )
+    pairs: int = Field(default=0, description="how many different runs were compared with the base's")
 
 
 class ModuleFidelity(_Model):

@@ -141,6 +141,8 @@ def verify_opened(
         decoded = _decoded(subject, base, options, max_error, recorded_verdicts(record) or {}, told_of, progress)
         if base is not None:  # all of it was read by now, or nothing is said
             scanned.warnings += other_base(record, base.identity())
+            if with_record and record is None:
+                decoded.level.reason = decoded.level.reason or _not_compared(subject)
         levels = [
             _record_level(record, scanned),
             container_level(subject, seen, scanned, options.workers, base, decoded.level),
@@ -216,6 +218,12 @@ def _refuted(found: VerifyReport) -> str:
     if not is_uncalibrated(found.levels):
         return MISMATCH_WORDS
     return UNCALIBRATED_WORDS if found.proof == PROVEN_WORDS else found.proof
+
+
+def _not_compared(subject: Subject) -> str:
+    """That no base has input scales, and no record says what they were."""
+    count = sum("input_scale" in one.scales for one in subject.modules.values())
+    return f"not compared: input scales of {count} modules, which no base has and no mopt.json tells" if count else ""
 
 
 def _record_level(record: dict[str, Any] | None, scanned: Scanned) -> LevelReport:

@@ -165,3 +165,45 @@ def test_wrong_inputs_get_one_line(calib: Path, tmp_path: Path) -> None:
     for share in ("0/2", "3/2", "1", "x/2"):
         assert run_mopt("calibrate", TINY, "--prompts", prompts, *words, "--share", share).exit_code == 2
     assert not (tmp_path / "calib").exists()
+
+
+def test_a_pipeline_whose_files_changed_is_another(tmp_path: Path) -> None:
+    """The transformer is the base's; a text encoder of other bytes draws other pictures."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(TINY, pipeline)
+    assert calibrate(tmp_path / "calib", "--share", "1/4", pipeline=pipeline).exit_code == 0
+    (weights,) = (pipeline / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes() + b"\0")  # nothing of it runs
+    assert calibrate(tmp_path / "calib", "--share", "1/4", pipeline=pipeline).exit_code == 0
+    (encoder,) = (pipeline / "text_encoder").glob("*.safetensors")
+    raw = bytearray(encoder.read_bytes())
+    raw[-1] ^= 1
+    encoder.write_bytes(raw)
+    other = calibrate(tmp_path / "calib", "--share", "2/4", pipeline=pipeline)
+    assert other.exit_code == 4 and other.error_code == "calibrate.other_runs" and "pipeline: expected" in other.message
+
+
+def test_equal_prompts_run_once_and_images_have_no_frames(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red seven\n" * 3)
+    made = calibrate(tmp_path / "calib")
+    assert made.exit_code == 0 and made.report is not None and made.report["calibrated"]["runs"] == 1
+    assert "prompts.repeated" in [one["code"] for one in made.report["warnings"]]
+    said = json.loads((tmp_path / "calib" / "calibration.json").read_text())
+    assert said["frames"] is None and said["prompts"]["count"] == 1
+
+
+def test_a_quantized_base_is_one_error(tmp_path: Path) -> None:
+    assert run_mopt("build-nvfp4", "--preset", "flux1-dev", "--base", TINY, "--output", tmp_path / "out").exit_code == 0
+    refused = calibrate(tmp_path / "calib", base=tmp_path / "out")
+    assert refused.report is not None and len(refused.report["error"]["faults"]) <= 1
+    assert "besides" not in refused.message
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\xfe", b"[1]", b'{"_class_name": "os.system"}'], ids=["cut", "no text", "list", "class"]
+)
+def test_a_damaged_pipeline_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_bytes(content)
+    found = calibrate(tmp_path / "calib", pipeline=tmp_path / "pipeline")
+    assert found.exit_code == 3 and found.error_code in ("pipeline.json", "pipeline.index")

@@ -32,9 +32,12 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def compared(*words: str | Path, prompts: Path | None = None, base: Path = FOLDER) -> Outcome:
-    pictures = ["--pipeline", FOLDER, "--prompts", prompts] if prompts is not None else []
+    if prompts is not None:
+        words = (*words, "--pipeline", FOLDER, "--prompts", prompts, *LOOK)
+    elif "--inputs" not in words:
+        words = (*words, "--size", "32")
     with torch_on_one_thread():
-        return run_mopt("compare", *words, "--base", base, *pictures, *LOOK)
+        return run_mopt("compare", *words, "--base", base, "--device", "cpu")
 
 
 def found(outcome: Outcome) -> dict[str, Any]:
@@ -275,7 +278,7 @@ def test_activations_that_are_no_numbers_are_refused(tiny_nvfp4: Path, tmp_path:
     base = edit(FOLDER, tmp_path / "base", _not_a_number)
     outcome = compared(tiny_nvfp4, "--seeds", "1", base=base)
     assert outcome.exit_code == 3 and outcome.error_code == "fidelity.not_finite"
-    assert "expected finite activations" in outcome.message
+    assert "the base: module 'x_embedder': expected finite outputs" in outcome.message
 
 
 def test_a_module_that_never_ran_is_named(tiny_nvfp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:

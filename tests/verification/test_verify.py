@@ -649,3 +649,20 @@ def test_a_page_replaces_a_page_and_nothing_else(built: dict[str, Path], tmp_pat
         verify(built["nvfp4"], "--report", page)
         assert '<meta name="generator" content="mopt verify">' in page.read_text(encoding="utf-8")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "page.html"]
+
+
+@pytest.mark.parametrize("algorithm", ["nvfp4", "fp8"])
+def test_input_scales_that_neither_base_nor_record_has_are_told(
+    algorithm: str, built: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    def shrunk(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(".input_scale"):
+                tensors[name] *= 1e-3
+
+    told = "L2: not compared: input scales of 24 modules"
+    alone = edit(built[algorithm], tmp_path / "out", shrunk)  # without a record
+    outcome = run_mopt("verify", alone, "--base", base, "--device", "cpu", json_report=False)
+    assert outcome.exit_code == 0 and outcome.stdout.startswith("proven\n") and told in outcome.stdout
+    recorded = run_mopt("verify", built[algorithm], "--base", base, "--device", "cpu", json_report=False)
+    assert recorded.exit_code == 0 and told not in recorded.stdout

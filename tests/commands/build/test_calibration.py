@@ -218,3 +218,18 @@ def test_damage_anywhere_is_refused_or_changes_nothing(calib: Path, tmp_path: Pa
         shutil.rmtree(place)
     assert refused > 200
     assert tree(calib)
+
+
+def test_a_record_that_was_changed_anywhere_is_told(calib: Path, tmp_path: Path) -> None:
+    copied = copy(calib, tmp_path / "calib")
+    record = copied / "mopt.json"
+    raw = record.read_text()
+    digest = next(iter(json.loads(raw)["digests"]["tensors"].values()))
+    for changed, words in (
+        (raw.replace(digest, digest[::-1]), "found another"),
+        (raw[:-3], "found one that is damaged"),
+    ):
+        record.write_text(changed)
+        with pytest.raises(InputError, match=words) as refused:
+            read_calibration(copied)
+        assert refused.value.code == "calibration.damaged" and "mopt.json" in refused.value.message
