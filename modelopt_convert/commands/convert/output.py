@@ -127,7 +127,10 @@ def plan_output(
     if isinstance(restored, Restored) and restored.config.text is not None:
         config: bytes | None = restored.config.text.encode()
     else:
-        if claim is not None and is_claimed and changed_since(claim.digests, reader.tensors, reader.read_of) is None:
+        # What the tensors contradict is forged, or of another file: nothing of it is taken, its architecture neither.
+        is_refuted = isinstance(restored, Restored) and bool(restored.config.not_used)
+        is_taken = claim is not None and is_claimed and not is_refuted
+        if is_taken and changed_since(claim.digests, reader.tensors, reader.read_of) is None:
             again = replace(now, config=claimed_architecture(claim, family))
             written = replace(written, config=target.write(again, reader.read_of).config)
         if target.name == "modelopt" and spelling == "diffusers" and not prefix:
