@@ -24,7 +24,7 @@ from modelopt_convert.formats.layout import BASES, Basis, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
 from modelopt_convert.inspection.engines import engine_reports, sglang_reading
-from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults, transformed_faults
+from modelopt_convert.inspection.lint import config_faults, fused_faults, marker_faults, role_faults, transformed_faults
 from modelopt_convert.report.inspect import (
     ComponentReport,
     DialectReport,
@@ -121,6 +121,7 @@ def inspect_component(
             *roles,
             *(fault for each in seen for fault in each.faults),
             *(LintReport(code="engine.misread", message=words, module=None) for words in misreads),
+            *marker_faults(reader, headers),
             *transformed_faults(reader),
             *_known(reader.config, modules, dialect.name),
             *fused_faults(reader, packed),

@@ -14,6 +14,7 @@ NO_BASE_WORDS = "not proven: no base"
 UNCHANGED_WORDS = "unchanged"
 NOT_CALIBRATED_WORDS = "quantized here, not calibrated"
 CALIBRATED_WORDS = "quantized here, inputs calibrated"
+UNCOMPARED_WORDS = "not proven: nothing compared"
 MISMATCH_WORDS = "mismatch"
 PROOFS = (
     "",
@@ -24,6 +25,7 @@ PROOFS = (
     SAMPLED_WORDS,
     NEAR_WORDS,
     NO_BASE_WORDS,
+    UNCOMPARED_WORDS,
     MISMATCH_WORDS,
 )
 """What is said of a whole transformer, from strongest to weakest; empty where nothing was verified."""

@@ -10,7 +10,13 @@ from modelopt_convert.checkpoint.record import claim, other_base, read_record, r
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
-from modelopt_convert.report.words import MISMATCH_WORDS, NEAR_WORDS, NO_BASE_WORDS, UNCHANGED_WORDS
+from modelopt_convert.report.words import (
+    MISMATCH_WORDS,
+    NEAR_WORDS,
+    NO_BASE_WORDS,
+    UNCHANGED_WORDS,
+    UNCOMPARED_WORDS,
+)
 from modelopt_convert.run.errors import Faults, first_line
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import by_kind
@@ -164,7 +170,7 @@ def verify_opened(
     # What is near fails L2 alone. Where another level fails too, no consent to what is near would make it pass.
     is_near = found.proof == NEAR_WORDS and all(one.status != "fail" for one in found.levels if one.level != "L2")
     is_refuted = verdict == "fail" and not is_near
-    proven = {"proof": MISMATCH_WORDS} if is_refuted else {}
+    proven = {"proof": MISMATCH_WORDS} if is_refuted and found.proof != UNCOMPARED_WORDS else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
 
 

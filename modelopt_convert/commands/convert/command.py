@@ -51,6 +51,8 @@ from modelopt_convert.commands.convert.proof import (
     check_whole,
     no_proof,
     prove_source,
+    silent_markers,
+    uncalibrated,
     unscaled,
     unusable_scales,
 )
@@ -165,6 +167,9 @@ class ConvertCommand:
                 self._engines = known_of_engines(config, plan.steps.keys(), plan.settled.modules)
                 self._warned += self._engines[1] if self._engines is not None else []
             self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
+            self._warned += silent_markers(found.described)
+            if request.to != "bf16":  # which has no inputs that are scaled
+                self._warned += uncalibrated(found.described)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return

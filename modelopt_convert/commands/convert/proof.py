@@ -13,11 +13,12 @@ from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import Refusal, Rewritten, prove_rewritten, refuse_unproven
 from modelopt_convert.dialects.awq import is_transformed
 from modelopt_convert.dialects.comfyui_form import UNSCALED
+from modelopt_convert.dialects.comfyui_markers import SILENT
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.blocks import lacking
-from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
+from modelopt_convert.run.errors import CheckFailedError, Faults, InputError
 from modelopt_convert.run.workers import in_order, until
 
 _NAN = {"F8_E4M3": b"\x7f\xff", "U8": b"\xff"}  # the bytes of a block scale that is no number
@@ -198,6 +199,34 @@ def unscaled(described: Canonical) -> list[Warned]:
     return [("convert.unscaled", words)]
 
 
+def silent_markers(described: Canonical) -> list[Warned]:
+    """A warning of ComfyUI's markers that name no format."""
+    found = {name: fate for name, fate in described.fates.items() if fate.startswith(SILENT)}
+    if not found:
+        return []
+    name, fate = min(found.items())
+    words = (
+        f"{len(found)} markers of quantized modules name no format ({name!r} first: {fate.removeprefix('left out: ')})"
+    )
+    return [("dialect.no_format", f"{words}; ComfyUI has one layout of each format, and --base proves it")]
+
+
+def uncalibrated(described: Canonical) -> list[Warned]:
+    """A warning of modules without an input scale, in formats that may have one; not where SOURCE says so."""
+    if declares_dynamic_inputs({"quantization_config": described.quantization}):
+        return []
+    due = [
+        name
+        for name, one in described.modules.items()
+        if one.algorithm in FORMATS and not (one.algorithm == "fp8" and described.tensors[f"{name}.weight_scale"].shape)
+    ]
+    lacking = [name for name in due if f"{name}.input_scale" not in described.tensors]
+    if not lacking:
+        return []
+    words = f"{len(lacking)} of {len(due)} modules have no input_scale ({lacking[0]!r} first)"
+    return [("convert.dynamic_inputs", f"{words}: nothing in the file scales their inputs, engines do it as they come")]
+
+
 def no_proof(described: Canonical) -> str | None:
     """Why a description cannot be proven against a base; None if it can."""
     algorithms = {one.algorithm for one in described.modules.values()}
@@ -242,14 +271,45 @@ def prove_source(
     (algorithm,) = {one.algorithm for one in described.modules.values()}
     target = FORMATS[algorithm]  # one of them, or no proof would be asked for
     keys: dict[str, object] = {"quant_method": "modelopt", "quant_algo": target.quant_algo}
-    if not any(name.endswith(".input_scale") for name in described.tensors):
-        keys |= {"dynamic_input_scale": True}
+    given = {name for name in described.tensors if name.endswith(".input_scale")}
+    is_whole = len(given) == len(described.modules)
+    # The base tells no input scale: modules that have one are proven like those that have none.
+    keys |= {} if is_whole else {"dynamic_input_scale": True}
+    shown = {name: one for name, one in described.tensors.items() if is_whole or name not in given}
     try:
-        reader.present(described.tensors)
+        reader.present(shown)
         reader.config = {**described.config, "quantization_config": {**keys, **target.declared}}
         found = prove_rewritten(reader, base, request)
     finally:
         reader.present(tensors)
         reader.config = config
-    refuse_unproven(found.but_for(told), str(reader.path), _REFUSAL, accept_near=request.accept_near)
+    found = found.but_for(told)
+    _refuse_rounded(described, found, str(reader.path), accept_near=request.accept_near)
+    refuse_unproven(found, str(reader.path), _REFUSAL, accept_near=request.accept_near)
     return replace(found, report=found.report.model_copy(update={"method": format_proof(target.algorithm).method}))
+
+
+def _refuse_rounded(described: Canonical, found: Rewritten, where: str, *, accept_near: bool) -> None:
+    """Say it in one line where codes do not fit the base because the scales that they were made under are rounded.
+
+    Raises:
+        CheckFailedError: ``check.proof``.
+    """
+    rounded = [
+        name
+        for name, info in described.keep.items()
+        if info.dtype in ("BF16", "F16") and name.endswith((".weight_scale", ".scale_weight", ".weight_scale_2"))
+    ]
+    wrong = [*found.wrong, *([] if accept_near else found.near)]
+    modules = {one.partition(": ")[0] for one in wrong}
+    if not rounded or not wrong or found.misdeclared or not modules <= described.modules.keys():
+        return
+    dtype = described.keep[rounded[0]].dtype
+    fault = CheckFailedError(
+        f"{where}: {len(rounded)} scales are rounded to {dtype} ({rounded[0]!r} first), so that {len(modules)} of "
+        f"{len(described.modules)} modules no longer decode to what quantizing the base gives",
+        code="check.proof",
+        path=where,
+        hint="get the file with its scales in F32. Without --base it is converted unproven. Nothing was published",
+    )
+    raise fault.at(sorted(modules))
