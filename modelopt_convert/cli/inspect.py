@@ -29,6 +29,8 @@ def inspect(request: InspectRequest, output: "Output") -> None:
     def show(out: "Output", report: "InspectReport") -> None:
         for name, component in report.components.items():
             _show_component(out, name, component, has_base=request.base is not None)
+            if request.engines and not component.verdicts:
+                out.line("engines: nothing here is quantized, so there is nothing that they could misread")
 
     run(output, request, show)
 

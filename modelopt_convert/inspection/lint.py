@@ -12,6 +12,7 @@ from modelopt_convert.dialects.comfyui_form import check_said
 from modelopt_convert.dialects.comfyui_markers import MARKER, SILENT, is_sentinel, modern, said_of, sentinel_format
 from modelopt_convert.dialects.dialect import Headers
 from modelopt_convert.dialects.form import grouped
+from modelopt_convert.dialects.modelopt.export import check_exported
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, dynamic_words
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
@@ -82,6 +83,15 @@ def transformed_faults(reader: CheckpointReader) -> Iterator[LintReport]:
             "leave it out compute something else; `mopt convert` with --to bf16 multiplies them out",
             module=modules[0],
         )
+
+
+def saved_faults(reader: CheckpointReader) -> list[LintReport]:
+    """A quantized model that was saved and not exported, as builds refuse it."""
+    try:
+        check_exported(reader.config, reader.tensors, path=reader.config_place)
+    except InputError as error:
+        return [LintReport(code=error.code, message=f"{error.message}; {error.hint}", module=None)]
+    return []
 
 
 def marker_faults(reader: CheckpointReader, headers: Headers) -> Iterator[LintReport]:

@@ -35,7 +35,7 @@ from modelopt_convert.commands.command import (
     warnings_of,
 )
 from modelopt_convert.commands.convert.awq import prove_near
-from modelopt_convert.commands.convert.engine_names import known_of_engines
+from modelopt_convert.commands.convert.engine_names import known_of_engines, limit_warnings
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.nunchaku import is_nunchaku, prove_near_nunchaku, refuse_other_targets
 from modelopt_convert.commands.convert.output import (
@@ -166,6 +166,7 @@ class ConvertCommand:
                 config = json_object(plan.config.decode())
                 self._engines = known_of_engines(config, plan.steps.keys(), plan.settled.modules)
                 self._warned += self._engines[1] if self._engines is not None else []
+                self._warned += limit_warnings(config)
             self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
             self._warned += silent_markers(found.described)
             if request.to != "bf16":  # which has no inputs that are scaled

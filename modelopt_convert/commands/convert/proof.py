@@ -1,7 +1,7 @@
 """Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event
 
@@ -27,6 +27,8 @@ _REFUSAL = Refusal(
     "`mopt inspect SOURCE --base BASE` says how; swap-nibbles or unswizzle-scales puts a ModelOpt file right",
     "it is converted unproven",
 )
+_SHOWN = 10
+_ALIKE = 0.9  # of two names
 _PIECE = 1 << 20  # bytes of both sides are in a core's cache when they are compared
 
 
@@ -129,7 +131,19 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str, told: 
     """
     names = _unquantized_names(described)
     faults = Faults()
-    if missing := sorted(name for name in base.tensors.keys() - names if module_of(name) not in told):
+    missing = sorted(name for name in base.tensors.keys() - names if module_of(name) not in told)
+    extra = sorted(names - base.tensors.keys())
+    renamed = _renamed(missing, extra)
+    if renamed:
+        pairs = ", ".join(f"{theirs!r} in place of {own!r}" for own, theirs in list(renamed.items())[:_SHOWN])
+        fault = InputError(
+            f"{where}: expected the tensor names of the base, found {len(renamed)} others: {pairs} (base: {base.path})",
+            code="export.missing_tensor",
+            path=where,
+            hint="give these tensors the names of the base, or get the checkpoint again",
+        )
+        faults.add("", fault.at([*renamed, *renamed.values()]))
+    if missing := [name for name in missing if name not in renamed]:
         fault = InputError(
             f"{where}: expected every tensor of the base, found {len(missing)} missing (base: {base.path})",
             code="export.missing_tensor",
@@ -137,7 +151,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str, told: 
             hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
         )
         faults.add("", fault.at(missing))
-    if extra := sorted(names - base.tensors.keys()):
+    if extra := [name for name in extra if name not in renamed.values()]:
         fault = InputError(
             f"{base.path}: expected every tensor of {where}, found {len(extra)} missing",
             code="base.missing_tensor",
@@ -146,6 +160,17 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str, told: 
         )
         faults.add("", fault.at(extra))
     faults.refuse()
+
+
+def _renamed(missing: Sequence[str], extra: Sequence[str]) -> dict[str, str]:
+    """Which of the names that the base does not have stand for names of the base: few, and each like one alone."""
+    from difflib import get_close_matches  # only where names differ
+
+    if not missing or len(missing) != len(extra) or len(missing) > _SHOWN:
+        return {}
+    found = {name: get_close_matches(name, extra, n=1, cutoff=_ALIKE) for name in missing}
+    pairs = {name: one[0] for name, one in found.items() if one}
+    return pairs if len(set(pairs.values())) == len(missing) else {}
 
 
 def check_blocks(source: Source, where: str) -> None:

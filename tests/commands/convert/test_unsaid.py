@@ -166,3 +166,64 @@ def test_markers_and_sentinels_that_contradict_dtypes_are_lint(comfyui: Path, fa
         lint = inspected(tmp_path / "sentinel.safetensors")["lint"]
         assert [one["code"] for one in lint] == ["dialect.contradiction"] * count
         assert all("float8_e5m2" in one["message"] for one in lint)
+
+
+def test_one_renamed_tensor_is_one_line(families: Path, tmp_path: Path) -> None:
+    name = "blocks.0.norm2.bias"
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{name}x"] = tensors.pop(name)
+
+    source = edit(families / "wan" / "nvfp4", tmp_path / "source", change)
+    more = ("--to", "torchao", "--base", families / "wan" / "base")
+    refused = run_mopt("convert", source, tmp_path / "out", *more)
+    assert (refused.exit_code, refused.error_code) == (3, "export.missing_tensor"), refused.stderr
+    assert refused.stderr.count("error:") == 1 and f"'{name}x' in place of '{name}'" in refused.stderr
+
+
+def test_what_verify_says_of_sglang_convert_says_too(families: Path, tmp_path: Path) -> None:
+    source, base = families / "chroma" / "nvfp4", families / "chroma" / "base"
+    done = run_mopt("convert", source, tmp_path / "out", "--to", "modelopt", "--base", base)
+    assert done.exit_code == 0 and "engine.fails" in codes(done), done.stderr
+
+
+def test_one_order_of_a_file_without_a_config_is_rewritten_and_told(
+    comfyui: Path, families: Path, tmp_path: Path
+) -> None:
+    base = families / "flux2" / "base"
+    done = run_mopt("swap-nibbles", comfyui, tmp_path / "once", "--base", base, "--force-names")
+    assert done.exit_code == 0 and "layout.undeclared" in codes(done), done.stderr
+    again = run_mopt("unswizzle-scales", tmp_path / "once", tmp_path / "twice", "--base", base, "--force-names")
+    assert again.exit_code == 0 and "layout.undeclared" not in codes(again), again.stderr
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_model_that_was_saved_and_not_exported_is_lint(says: bool, base: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{Q}.weight_quantizer._amax"] = torch.tensor(5.5, dtype=torch.bfloat16)
+
+    said = {"quant_method": "modelopt", "quant_type": "NVFP4"}
+    saved = edit(
+        base, tmp_path / "it", change, lambda config: config.update(quantization_config=said) if says else None
+    )
+    assert [one["code"] for one in inspected(saved)["lint"]] == ["export.saved"]
+
+
+def test_where_presets_of_the_class_do_not_fit_hints_name_the_way_out(base: Path, tmp_path: Path) -> None:
+    other = edit(base, tmp_path / "other", None, lambda config: config.update(in_channels=77))
+    for more in ((), ("--preset", "flux1-dev")):
+        refused = run_mopt("build-nvfp4", "--base", other, "--output", tmp_path / "out", *more)
+        assert refused.exit_code == 3 and refused.error_code in ("preset.none_fits", "preset.wrong_model")
+        assert "flux1-dev" in refused.stderr and "77" in refused.stderr
+        assert "presets new BASE" in refused.stderr and "leave --preset out" not in refused.stderr
+
+
+def test_a_base_that_lacks_a_block_is_blamed_itself(base: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in [one for one in tensors if one.startswith("single_transformer_blocks.1.")]:
+            del tensors[name]
+
+    refused = run_mopt("build-nvfp4", "--base", edit(base, tmp_path / "part", change), "--output", tmp_path / "out")
+    assert (refused.exit_code, refused.error_code) == (3, "base.missing_tensor"), refused.stderr
+    shown = run_mopt("inspect", base, "--engines", json_report=False)
+    assert "nothing here is quantized" in shown.stdout
