@@ -250,6 +250,9 @@ class ConvertCommand:
         except InputError as error:
             self._warned.append((error.code, error.message))
             return None
+        if claim is not None and claim.malformed:
+            where, many = reader.folder / RECORD, len(claim.malformed)
+            self._warned.append(("record.content", f"{where}: {many} entries are not used: {claim.malformed[0]}"))
         if claim is not None and claim.to not in (None, source.form.name) and self._request.from_ is None:
             # Two dialects may have the same names, dtypes and shapes, and another order of nibbles.
             raise InputError(
