@@ -81,9 +81,10 @@ def _show(out: "Output", report: "Report") -> None:
             [[one.name, one.kind, str(one.modules), one.status, one.reason] for one in found.backends],
         )
         out.line("")
-    for (verdict, rule), count in sorted(Counter((one.verdict, one.rule) for one in found.modules.values()).items()):
-        if rule is not None:
-            out.line(f"proof: {count} modules {verdict} ({rule})")
+    # A module that was not judged has neither verdict nor rule.
+    judged = Counter((one.verdict, one.rule) for one in found.modules.values() if one.rule is not None)
+    for (verdict, rule), count in sorted(judged.items(), key=str):
+        out.line(f"proof: {count} modules {verdict} ({rule})")
     if found.modules:
         out.line(f"native FP{FORMATS[found.algorithm].bits} kernels executed: {found.native_executed} modules")
     show_cost(out, report)

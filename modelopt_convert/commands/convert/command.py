@@ -170,7 +170,7 @@ class ConvertCommand:
             self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
             self._warned += silent_markers(found.described)
             if request.to != "bf16":  # which has no inputs that are scaled
-                self._warned += uncalibrated(found.described)
+                self._warned += uncalibrated(found.described, plan.expected)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return

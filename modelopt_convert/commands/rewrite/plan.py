@@ -165,10 +165,10 @@ def has_input_scales(reader: CheckpointReader) -> bool:
     return any(name.endswith(".input_scale") for name in reader.tensors)
 
 
-def scale_faults(reader: CheckpointReader, base: CheckpointReader | None) -> Parts:
+def scale_faults(reader: CheckpointReader, base: CheckpointReader | None, *, needs_inputs: bool) -> Parts:
     """What is wrong with the scales of modules, by headers; with a base also what is no NVFP4 module at all."""
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
-    without_inputs = not has_input_scales(reader) or declares_dynamic_inputs(reader.config)
+    without_inputs = not needs_inputs or declares_dynamic_inputs(reader.config)
     evidence = Evidence(true_shapes, dynamic_inputs=without_inputs)
     found, faults = find_packed(reader.tensors, FORMAT, evidence, path=str(reader.path)), Faults()
     for name, fault in found.refused.items() if base is not None else ():
