@@ -385,7 +385,10 @@ def check_blocks(base: Source) -> None:
         InputError: ``base.missing_tensor``.
     """
     family = next((one for one in FAMILIES if base.config.get("_class_name") in one.class_names), None)
-    found = lacking(family, base.tensors, base.config) if family is not None else None
+    plain = [
+        name for name in model_tensors(base) if name.rpartition(".")[2] not in SCALE_ROLES | TRANSFORM_ROLES.keys()
+    ]
+    found = lacking(family, plain, base.config) if family is not None else None
     if found is not None:
         raise InputError(
             f"{base.path}: expected all blocks of the model, found {found}",

@@ -366,11 +366,12 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | N
     names = [one.preset.name for one in fitting]
     if not fitting:
         same = [one.preset for one in loaded if one.preset.class_name == config.get("_class_name")]
+        misfits = "".join(_misfit(one, config) for one in same)
         raise InputError(
-            f"no preset fits {config.get('_class_name')!r}" + "".join(_misfit(one, config) for one in same),
+            f"no preset fits {config.get('_class_name')!r}" + misfits,
             code="preset.none_fits",
             hint=OF_YOUR_OWN
-            if same
+            if misfits
             else "`mopt presets new BASE` drafts one for this model; else --preset names a TOML of your own or one of "
             f"{', '.join(preset_names())}",
         )
