@@ -4,6 +4,7 @@ A name that is not on disk is an error, never a guess at a repo.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
@@ -102,6 +103,8 @@ class Storage(Protocol):
 
 Location = Path | FarPath
 NO_FOLDER = "no such folder"
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
 _STORAGES: Mapping[str, Storage] = {hub_path.PREFIX: hub_path.parse_hub_path}
 
 
@@ -122,6 +125,32 @@ def parse_location(text: str, *, download: bool = False) -> Location:
     """
     parse = next((parse for prefix, parse in _STORAGES.items() if text.startswith(prefix)), None)
     return Path(text) if parse is None else parse(text, download=download)
+
+
+def as_written(place: Location) -> str:
+    """A place as the user wrote it: a Path has made one slash of the several in an address."""
+    slashes = {"file": "///"}
+    return _ADDRESS.sub(lambda found: f"{found[1]}:{slashes.get(found[1], '//')}{found[2]}", str(place))
+
+
+def foreign_address(place: Location) -> tuple[str, str] | None:
+    """What kind of address mopt does not read, and what to do; None for a path, or a place in a storage.
+
+    Args:
+        place: What the user named.
+    """
+    text = str(place)
+    if _WINDOWS.match(text):
+        return "a Windows path", "give the path as this system has it, with /; in WSL C:\\ is /mnt/c"
+    found = _ADDRESS.match(text)
+    if found is None or is_far(text):
+        return None
+    scheme, rest = found.groups()
+    if scheme == "file":
+        return "a file: address", f"give the path alone: /{rest}"
+    if scheme not in ("http", "https"):
+        return f"an address ({scheme}:), which mopt does not reach", "give a path on disk"
+    return "a web address, which mopt does not open", "give a path on disk"
 
 
 def open_file(folder: Location, name: str) -> OpenFile:

@@ -1,6 +1,5 @@
 """Which folders of a pipeline hold the transformers that a user means. No torch."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from modelopt_convert.checkpoint.hub.hub_path import hub_address
 from modelopt_convert.checkpoint.location import (
     NO_FOLDER,
     Location,
+    as_written,
     fault_of_folder,
+    foreign_address,
     hint_if_missing,
     is_file,
     names,
@@ -154,13 +155,16 @@ def _found(path: Location, *, what: str) -> list[Location]:
         absent = fault == NO_FOLDER
         repo = hub_address(str(path))
         hint = f"give a folder that exists, or {repo} if the repo on the Hub is meant" if repo is not None else _WHICH
+        if repo is None and absent and (address := foreign_address(path)) is not None:
+            what_it_is, hint = address
+            fault = f"expected a path or hf://ORGANIZATION/NAME, found {what_it_is}"
+            hint += "; download the file first" if "web" in what_it_is else ""
         if absent and is_file(path):
             fault = "expected a folder, found a file"
             hint = "give the transformer folder that its config.json lies in"
             hint += f": {path.parent}" if _holds(path.parent) else ""
-        shown = re.sub(r"^(https?):/(?!/)", r"\1://", str(path))  # a Path has made one slash of two
         raise InputError(
-            f"{what} {shown}: {fault}",
+            f"{what} {as_written(path)}: {fault}",
             code="input.missing" if absent else "input.unreadable",
             path=str(path),
             hint=hint_if_missing(path, hint) if absent else "check that the path is right and that you may read it",

@@ -101,6 +101,7 @@ class CheckpointReader:
                 if config is not None and self.config_from is None:
                     self.config, self.config_from = dict(config), GIVEN
             self.stored, self._own_config = self.tensors, self.config
+            self._has_config_file = self.config_from in (OWN, BESIDE)
             self._origin = identify(self.folder, small, self._files)
         except BaseException:
             self._release()
@@ -132,8 +133,11 @@ class CheckpointReader:
 
     @property
     def config_place(self) -> str:
-        """Where the config is, for messages; what was opened, where the config is in no config.json that lies there."""
-        return str(self.folder / CONFIG if self.config_from in (OWN, BESIDE) else self.path)
+        """Where the config is, for messages; what was opened, where no config.json lies there.
+
+        A config that is lent of a base keeps what the own config.json says of quantization.
+        """
+        return str(self.folder / CONFIG if self._has_config_file else self.path)
 
     def opened(self, name: str) -> OpenFile:
         """One of the opened safetensors files, by its name."""

@@ -113,6 +113,8 @@ def _next(report: "Report", request: ConvertRequest) -> str:
     model = model_of(report.inputs, request.base)
     if model is not None and report.engine == DEFAULT and loads_right(report.engines, DEFAULT) and not against:
         return load_command(out, model, [])
+    if report.convert is None or not report.convert.verifiable:
+        return f"mopt inspect {out}"
     return f"mopt verify {out}" + (f" --base {shlex.quote(str(request.base))}" if request.base is not None else "")
 
 

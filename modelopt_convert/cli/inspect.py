@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from modelopt_convert.cli._options import from_request
 from modelopt_convert.commands.requests import InspectRequest
-from modelopt_convert.run.text import few
+from modelopt_convert.formats.table import FORMATS
+from modelopt_convert.run.text import few, general
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output
@@ -28,6 +29,8 @@ def inspect(request: InspectRequest, output: "Output") -> None:
     def show(out: "Output", report: "InspectReport") -> None:
         for name, component in report.components.items():
             _show_component(out, name, component, has_base=request.base is not None)
+            if request.engines and not component.verdicts:
+                out.line("engines: nothing here is quantized, so there is nothing that they could misread")
 
     run(output, request, show)
 
@@ -48,7 +51,8 @@ def _show_component(out: "Output", name: str, component: "ComponentReport", *, h
             out.line(f"{layout.modules_contradicting} modules contradict what is declared or believed")
     kinds: dict[str, list[LintReport]] = {}
     for fault in component.lint:
-        kinds.setdefault(fault.code if fault.module else f"{fault.code} {fault.message}", []).append(fault)
+        words = general(fault.message.replace(fault.module, "")) if fault.module else fault.message
+        kinds.setdefault(f"{fault.code} {words}", []).append(fault)
     for faults in kinds.values():
         out.line(f"lint: {_joint(faults)} [{faults[0].code}]")
     if component.verdicts:
@@ -97,11 +101,13 @@ def _show_modules(out: "Output", component: "ComponentReport", *, has_base: bool
     if any("proven" in (one.nibble_basis, one.scale_basis) for one in component.modules.values()):
         out.line("  proven: sampled rows of each weight tell the layout; `mopt verify --base` compares every byte")
     elif any("undetermined" in (one.nibble_order, one.scale_layout) for one in component.modules.values()):
-        why = (
-            "read in no layout that mopt knows do the codes fit the base"
-            if has_base
-            else "--base BASE, the model that it was made from, tells"
-        )
+        can_tell = {one.algorithm for one in component.modules.values()} & {one.quant_algo for one in FORMATS.values()}
+        if not can_tell:
+            why = "neither shape nor marker tells, nor does a base: `mopt convert` asks for --from comfyui or modelopt"
+        elif has_base:
+            why = "read in no layout that mopt knows do the codes fit the base"
+        else:
+            why = "--base BASE, the model that it was made from, tells"
         out.line(f"  undetermined: {why}")
 
 

@@ -25,8 +25,10 @@ from modelopt_convert.checkpoint.recipe import NibblesSwapped, RowMajor, Tiled, 
 from modelopt_convert.dialects.awq import PRE_QUANT_SCALE, check_carried, check_transforms, is_transformed
 from modelopt_convert.dialects.comfyui_markers import (
     AGAIN,
-    FORMATS,
+    CAST,
+    E8M0,
     MARKER,
+    WORDS,
     check_spelling,
     is_dropped,
     is_sentinel,
@@ -56,9 +58,8 @@ from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.nvfp4.shapes import padded_shape, round_up
 from modelopt_convert.run.errors import Faults, InputError
 
-_WORDS = {algorithm: word for word, algorithm in FORMATS.items()}
 _PAD = {"nvfp4": 16, "mxfp8": 32}  # rows, and columns of mxfp8
-_CAST: Mapping[str, Algorithm] = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
+_NAME_ORDER = "`mopt convert` with --from comfyui reads scales in the 128x4 order, with --from modelopt row by row"
 UNSCALED = "read as codes without a scale, which are the values"
 _DTYPES: Mapping[Algorithm, str] = {"nvfp4": "U8", "mxfp8": "F8_E4M3", "fp8": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 
@@ -83,7 +84,9 @@ class _ComfyUI:
                 fates[info.name], keep[info.name] = words or sentinel_words(info), info
         rest = [info for name, info in headers.tensors.items() if name not in fates]
         faults = Faults()
-        for module, spelled in grouped(rest).items():
+        by_module = grouped(rest)
+        is_tiled = headers.is_named or any(map(_is_padded, by_module.values()))
+        for module, spelled in by_module.items():
             with faults.taken(module):
                 roles = modern(spelled, where)
                 fates |= {info.name: f"read as {module}.{role}" for role, info in roles.items() if role not in spelled}
@@ -92,7 +95,7 @@ class _ComfyUI:
                 if marker is not None:
                     fates[marker.name] = said.words
                     keep |= {marker.name: marker} if said.more else {}
-                algorithm = said.algorithm or _unmarked(roles, marked or bool(layers), where)
+                algorithm = said.algorithm or _unmarked(roles, marked or bool(layers), is_tiled, where)
                 if algorithm is None:
                     _no_factor(roles, where)
                     for info in roles.values():
@@ -111,7 +114,7 @@ class _ComfyUI:
         return Canonical(tensors, modules, fates, headers.config, keep=keep)
 
     def write(self, described: Canonical, read: ReadBytes) -> Written:
-        check_algorithms(described, "a ComfyUI file", _WORDS)
+        check_algorithms(described, "a ComfyUI file", WORDS)
         check_carried(described, "a ComfyUI file", (PRE_QUANT_SCALE,))
         tensors: dict[str, TensorInfo] = {}
         layers: dict[str, dict[str, str]] = {}
@@ -120,7 +123,7 @@ class _ComfyUI:
             if quantized is None:
                 tensors |= {info.name: info for info in roles.values()}
                 continue
-            entry = layers[module] = {"format": _WORDS[quantized.algorithm]}
+            entry = layers[module] = {"format": WORDS[quantized.algorithm]}
             marker = json.dumps(entry).encode()
             written = _laid(quantized, roles)
             written[MARKER] = constant(f"{module}.{MARKER}", "U8", (len(marker),), marker, roles["weight"].file)
@@ -133,26 +136,57 @@ class _ComfyUI:
 FORM = _ComfyUI()
 
 
-def _unmarked(roles: Mapping[str, TensorInfo], marked: bool, where: str) -> Algorithm | None:
+def _unmarked(roles: Mapping[str, TensorInfo], marked: bool, is_tiled: bool, where: str) -> Algorithm | None:
     """The format of a module of which the file says nothing.
 
+    Args:
+        roles: Its tensors.
+        marked: Whether the file marks other modules.
+        is_tiled: Whether the user, or the shape of some scales, says that the scales of MXFP8 are in the 128x4 order.
+        where: The checkpoint, for messages.
+
     Raises:
-        InputError: ``dialect.unmarked``: packed, in a file that marks other modules; ``dialect.contradiction``: scales
-            of a weight that is not quantized.
+        InputError: ``dialect.unmarked``: packed, in a file that marks other modules, or MXFP8 of which nothing tells
+            the order of the scales; ``dialect.contradiction``: scales of a weight that is not quantized.
     """
     weight, scale = roles.get("weight"), roles.get("weight_scale")
     if weight is not None and weight.dtype == "U8" and scale is not None:
         if marked:
             raise wrong(where, weight, "a marker, as other modules have", code="dialect.unmarked", hint=AGAIN)
         return "nvfp4"
-    if weight is not None and len(weight.shape) == 2 and weight.dtype in _CAST:
-        if scale is not None and scale.dtype in ("U8", "F8_E8M0", "F8_E4M3"):
+    if weight is not None and len(weight.shape) == 2 and weight.dtype in CAST:
+        if scale is not None and scale.dtype in E8M0 and len(scale.shape) == 2 and not marked:
+            if is_tiled:
+                return "mxfp8"
+            expected = "a marker that tells the order of MXFP8's scales, as their shape does not"
+            raise wrong(where, scale, expected, code="dialect.unmarked", hint=_NAME_ORDER)
+        if scale is not None and scale.dtype in (*E8M0, "F8_E4M3"):
             raise wrong(where, scale, "a marker that says of which format it is", code="dialect.unmarked", hint=AGAIN)
-        return _CAST[weight.dtype]
+        return CAST[weight.dtype]
     lonely = next((info for role, info in roles.items() if role in SCALES), None)
     if lonely is not None:
         raise wrong(where, lonely, "scales of quantized weights alone", code="dialect.contradiction", hint=AGAIN)
     return None
+
+
+def _is_padded(roles: Mapping[str, TensorInfo]) -> bool:
+    """Whether a module is MXFP8 whose scales have the shape that they have in the 128x4 order alone."""
+    weight, scale = roles.get("weight"), roles.get("weight_scale")
+    if weight is None or scale is None or weight.dtype != "F8_E4M3" or scale.dtype not in E8M0:
+        return False
+    return len(weight.shape) == 2 and tiled_by_shape(weight.shape, scale.shape) is True
+
+
+def tiled_by_shape(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool | None:
+    """Whether scales of MXFP8 are in the 128x4 order, as far as their shape tells; None where it does not.
+
+    Args:
+        weight: The shape of the weight, [N, K].
+        scale: That of its scales.
+    """
+    plain = weight[0], -(-weight[1] // E8M0_BLOCK)
+    tiled = padded_shape(*plain)
+    return None if plain == tiled or scale not in (plain, tiled) else scale == tiled
 
 
 def _check_scaled_alike(
@@ -164,7 +198,7 @@ def _check_scaled_alike(
         InputError: ``dialect.unscaled``.
     """
     bare = [name for name, fate in fates.items() if fate == UNSCALED]
-    scaled = sum(one.algorithm in _CAST.values() for one in modules.values()) - len(bare)
+    scaled = sum(one.algorithm in CAST.values() for one in modules.values()) - len(bare)
     if bare and scaled:
         path = inside(where, headers.tensors[bare[0]].file)
         raise InputError(
@@ -177,16 +211,30 @@ def _check_scaled_alike(
 
 def _is_widened(role: str, info: TensorInfo) -> bool:
     """Whether a tensor of a quantized module is described in more bits than it has."""
-    return (role in SCALES and info.dtype in ("BF16", "F16")) or (role == "bias" and info.dtype in _CAST)
+    return (role in SCALES and info.dtype in ("BF16", "F16")) or (role == "bias" and info.dtype in CAST)
 
 
 def _plain(info: TensorInfo, where: str) -> TensorInfo:
     """A tensor that is no matrix of codes; what a plain cast left in FP8 has the same values in BF16."""
-    if info.dtype in _CAST:
+    if info.dtype in CAST:
         return widened(info, "BF16")
     if info.name.endswith(".weight") and info.dtype in ("U8", "I8"):
         raise wrong(where, info, "scales beside a packed weight", code="dialect.shape", hint=AGAIN)
     return info
+
+
+def check_said(roles: Mapping[str, TensorInfo], said: Algorithm, where: str) -> TensorInfo:
+    """The weight of a module, which has to be in the format that the file says.
+
+    Raises:
+        InputError: ``dialect.contradiction``.
+    """
+    weight = roles.get("weight")
+    if weight is None or weight.dtype != _DTYPES[said] or len(weight.shape) != 2 or 0 in weight.shape:
+        info = weight or next(iter(roles.values()))
+        expected = f"{_DTYPES[said]} {'[N, K/2]' if said == 'nvfp4' else '[N, K]'}, as the file says {WORDS[said]}"
+        raise wrong(where, info, expected, code="dialect.contradiction", hint=AGAIN)
+    return weight
 
 
 def _module(
@@ -199,11 +247,7 @@ def _module(
 ) -> tuple[list[TensorInfo], Quantized]:
     plain = {role: info for role, info in roles.items() if role != PRE_QUANT_SCALE} if said == "nvfp4" else roles
     check_roles(module, plain, where)
-    weight = roles.get("weight")
-    if weight is None or weight.dtype != _DTYPES[said] or len(weight.shape) != 2 or 0 in weight.shape:
-        info = weight or next(iter(roles.values()))
-        expected = f"{_DTYPES[said]} {'[N, K/2]' if said == 'nvfp4' else '[N, K]'}, as the file says {_WORDS[said]}"
-        raise wrong(where, info, expected, code="dialect.contradiction", hint=AGAIN)
+    weight = check_said(roles, said, where)
     rest = {"bias": _plain(roles["bias"], where)} if "bias" in roles else {}
     if said in ("fp8", "fp8_e5m2"):
         _no_second(roles, where)
@@ -252,7 +296,7 @@ def _blocks(
 ) -> tuple[TensorInfo, TensorInfo, Quantized]:
     """Weight and block scales, row-major and without padding."""
     scale, pad, packing = roles.get("weight_scale"), _PAD[said], 2 if said == "nvfp4" else 1
-    block, dtypes = (BLOCK_SIZE, ("F8_E4M3", "U8")) if said == "nvfp4" else (E8M0_BLOCK, ("U8", "F8_E8M0"))
+    block, dtypes = (BLOCK_SIZE, ("F8_E4M3", "U8")) if said == "nvfp4" else (E8M0_BLOCK, E8M0)
     stored_rows, stored = weight.shape[0], weight.shape[1] * packing
     if scale is None or scale.dtype not in dtypes or len(scale.shape) != 2 or stored % block:
         raise wrong(where, scale or weight, f"block scales, {' or '.join(dtypes)}", code="dialect.shape", hint=AGAIN)

@@ -23,6 +23,9 @@ FORMATS: Mapping[str, Algorithm] = {
     "float8_e5m2": "fp8_e5m2",
     "mxfp8": "mxfp8",
 }
+WORDS: Mapping[Algorithm, str] = {algorithm: word for word, algorithm in FORMATS.items()}
+CAST: Mapping[str, Algorithm] = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
+E8M0 = ("U8", "F8_E8M0")
 AGAIN = "get the file again from its publisher"
 LEGACY: Mapping[str, str] = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 """ModelOpt's role of a scale by its older spelling."""
@@ -47,6 +50,8 @@ class Said:
 
 
 NOTHING = Said(None, False, "")
+SILENT = "left out: no format in a marker"
+"""How the fate of a marker begins that names no format, though its module is quantized."""
 
 
 def check_spelling(headers: Headers, where: str) -> None:
@@ -72,9 +77,14 @@ def is_sentinel(name: str) -> bool:
     return name == SENTINEL or name.endswith(f".{SENTINEL}")
 
 
+def sentinel_format(info: TensorInfo) -> tuple[str, str]:
+    """The dtype and the format that the sentinel says; ComfyUI takes one of F32 for E4M3."""
+    return ("F8_E5M2", "float8_e5m2") if info.dtype == "F8_E5M2" else ("F8_E4M3", "float8_e4m3fn")
+
+
 def sentinel_words(info: TensorInfo) -> str:
-    """What the sentinel says; ComfyUI takes one of F32 for E4M3."""
-    format_ = "float8_e5m2" if info.dtype == "F8_E5M2" else "float8_e4m3fn"
+    """What the sentinel says, in words."""
+    format_ = sentinel_format(info)[1]
     full = ", in full precision" if info.num_bytes and info.shape == (2,) else ""
     return f"left out: says that modules with .scale_weight are {format_}{full}"
 
@@ -115,18 +125,28 @@ def said_of(module: str, roles: Mapping[str, TensorInfo], layer: object, read: R
     """
     marker, weight = roles.get(MARKER), roles.get("weight")
     if marker is None:
-        return NOTHING if layer is None else _entry(f"_quantization_metadata of {module!r}", layer, where)
+        return NOTHING if layer is None else _entry(_layer(module), layer, where)
     raw = read(marker, 0, min(marker.num_bytes, _MARKER_BYTES))
-    if not raw.strip(b"\0 ") and weight is not None and weight.dtype in _FLOATS:
-        return Said(None, True, "left out: an empty marker of a module that is not quantized")
-    try:
-        entry = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise wrong(where, marker, 'JSON such as {"format": "nvfp4"}', code="dialect.marker", hint=AGAIN) from error
-    if isinstance(entry, dict) and "format" not in entry and weight is not None and weight.dtype in _FLOATS:
-        return Said(None, True, "left out: a marker without a format, of a module that is not quantized")
+    what = "NUL bytes" if marker.num_bytes else "no bytes"
+    entry: Any = {}
+    if raw.strip(b"\0 "):
+        what = "JSON without it"
+        try:
+            entry = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise wrong(where, marker, 'JSON such as {"format": "nvfp4"}', code="dialect.marker", hint=AGAIN) from error
+    if isinstance(entry, dict) and "format" not in entry:
+        if weight is not None and weight.dtype in _FLOATS:
+            return Said(None, True, f"left out: a marker ({what}) of a module that is not quantized")
+        _check_keys(marker.name, entry, where)
+        algorithm = _by_tensors(roles) if layer is None else _entry(_layer(module), layer, where).algorithm
+        if algorithm is None:
+            expected = "a format, or tensors that are those of NVFP4, FP8 or MXFP8"
+            raise wrong(where, marker, expected, code="dialect.marker", hint=AGAIN)
+        told = "its tensors" if layer is None else "the header"
+        return Said(algorithm, True, f"{SILENT} ({what}), read as {WORDS[algorithm]} by {told}")
     said = _entry(marker.name, entry, where)
-    if layer is not None and _entry(f"_quantization_metadata of {module!r}", layer, where).algorithm != said.algorithm:
+    if layer is not None and _entry(_layer(module), layer, where).algorithm != said.algorithm:
         raise wrong(
             where, marker, "the same format as in _quantization_metadata", code="dialect.contradiction", hint=AGAIN
         )
@@ -149,6 +169,16 @@ def _entry(what: str, entry: Any, where: str) -> Said:
             path=where,
             hint="mopt does not convert this format",
         )
+    _check_keys(what, entry, where)
+    full = ", in full precision" if entry.get(_FULL_PRECISION) is True else ""
+    return Said(FORMATS[word], entry.keys() != {"format"}, f"read as a marker: {word}{full}")
+
+
+def _layer(module: str) -> str:
+    return f"_quantization_metadata of {module!r}"
+
+
+def _check_keys(what: str, entry: Mapping[str, Any], where: str) -> None:
     unknown = sorted(entry.keys() - {"format", _FULL_PRECISION})
     if unknown:
         raise InputError(
@@ -157,5 +187,16 @@ def _entry(what: str, entry: Any, where: str) -> Said:
             path=where,
             hint="another key may say that the weight lies otherwise; mopt does not guess what it means",
         )
-    full = ", in full precision" if entry.get(_FULL_PRECISION) is True else ""
-    return Said(FORMATS[word], entry.keys() != {"format"}, f"read as a marker: {word}{full}")
+
+
+def _by_tensors(roles: Mapping[str, TensorInfo]) -> Algorithm | None:
+    """The one format whose tensors a module has, by roles, dtypes and dimensions: ComfyUI has one layout of each."""
+    weight, scale = roles.get("weight"), roles.get("weight_scale")
+    if weight is None or scale is None or len(weight.shape) != 2:
+        return None
+    is_grid = len(scale.shape) == 2
+    if weight.dtype == "U8" and is_grid and scale.dtype in ("F8_E4M3", "U8") and "weight_scale_2" in roles:
+        return "nvfp4"
+    if weight.dtype == "F8_E4M3" and is_grid and scale.dtype in E8M0:
+        return "mxfp8"
+    return CAST.get(weight.dtype) if scale.dtype in _FLOATS else None

@@ -21,12 +21,14 @@ class Headers:
         metadata: Header metadata by file.
         config: config.json.
         other_files: Names of the files that are neither shard, index nor config.
+        is_named: Whether the user named the dialect: it holds where no mark is.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Mapping[str, str]]
     config: Mapping[str, Any]
     other_files: tuple[str, ...]
+    is_named: bool = False
 
     def ending(self, *suffixes: str) -> list[str]:
         """Tensors whose names end so."""

@@ -63,7 +63,7 @@ def describe(
     # A text encoder may be in a dialect of its own, and with faults of its own.
     rest = beside(reader.tensors, several[0] if len(several) == 1 else None)
     tensors = {name: info for name, info in reader.tensors.items() if name not in rest}
-    headers = Headers(tensors, reader.metadata, reader.config, reader.skipped)
+    headers = Headers(tensors, reader.metadata, reader.config, reader.skipped, is_named=wanted is not None)
     dialect, evidence = detect_dialect(headers)
     form = FORMS[wanted] if wanted is not None else form_of(dialect)
     if form is None:

@@ -24,7 +24,14 @@ from modelopt_convert.formats.layout import BASES, Basis, Layout
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
 from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
 from modelopt_convert.inspection.engines import engine_reports, sglang_reading
-from modelopt_convert.inspection.lint import config_faults, fused_faults, role_faults, transformed_faults
+from modelopt_convert.inspection.lint import (
+    config_faults,
+    fused_faults,
+    marker_faults,
+    role_faults,
+    saved_faults,
+    transformed_faults,
+)
 from modelopt_convert.report.inspect import (
     ComponentReport,
     DialectReport,
@@ -98,7 +105,7 @@ def inspect_component(
     reader: CheckpointReader, base: CheckpointReader | None, *, every_scale: bool, max_error: float
 ) -> ComponentReport:
     """What one opened transformer is; ``Subject`` says what each argument means."""
-    roles = role_faults(reader, base)
+    roles, saved = role_faults(reader, base), saved_faults(reader)
     base = None if roles else base  # what is said of the layout would be about another thing
     headers = Headers(reader.tensors, reader.metadata, reader.config, reader.skipped)
     dialect, evidence = detect_dialect(headers)
@@ -121,10 +128,11 @@ def inspect_component(
             *roles,
             *(fault for each in seen for fault in each.faults),
             *(LintReport(code="engine.misread", message=words, module=None) for words in misreads),
+            *marker_faults(reader, headers),
             *transformed_faults(reader),
             *_known(reader.config, modules, dialect.name),
             *fused_faults(reader, packed),
-            *config_faults(reader, packed),
+            *(saved or config_faults(reader, packed)),
         ],
         totals=_totals(reader),
         engine=engine,

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.reader import CheckpointReader
+from modelopt_convert.dialects.comfyui_form import check_said
+from modelopt_convert.dialects.comfyui_markers import MARKER, SILENT, is_sentinel, modern, said_of, sentinel_format
+from modelopt_convert.dialects.dialect import Headers
+from modelopt_convert.dialects.form import grouped
+from modelopt_convert.dialects.modelopt.export import check_exported
 from modelopt_convert.dialects.packed import TRANSFORM_ROLES, PackedModule
 from modelopt_convert.engines.sglang import FLAT_METADATA_KEYS, dynamic_words
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
@@ -81,6 +86,45 @@ def transformed_faults(reader: CheckpointReader) -> Iterator[LintReport]:
         )
 
 
+def saved_faults(reader: CheckpointReader) -> list[LintReport]:
+    """A quantized model that was saved and not exported, as builds refuse it."""
+    try:
+        check_exported(reader.config, reader.tensors, path=reader.config_place)
+    except InputError as error:
+        return [LintReport(code=error.code, message=f"{error.message}; {error.hint}", module=None)]
+    return []
+
+
+def marker_faults(reader: CheckpointReader, headers: Headers) -> Iterator[LintReport]:
+    """What ComfyUI's markers, or a header, say of modules that their tensors are not, or leave unsaid."""
+    layers, where = headers.layers(), str(reader.path)
+    for module, spelled in grouped(headers.tensors.values()).items():
+        if MARKER not in spelled and module not in layers:
+            continue
+        try:
+            said = said_of(module, modern(spelled, where), layers.get(module), reader.read_of, where)
+            if said.algorithm is not None:
+                check_said(spelled, said.algorithm, where)
+        except InputError as error:
+            yield LintReport(code=error.code, message=error.message.removeprefix(f"{where}: "), module=module)
+            continue
+        if said.words.startswith(SILENT):
+            yield LintReport(code="dialect.no_format", message=said.words.removeprefix("left out: "), module=module)
+    for info in headers.tensors.values():
+        if not is_sentinel(info.name):
+            continue
+        dtype, word = sentinel_format(info)
+        odd = [name for name in headers.ending(".weight") if _is_other_fp8(headers, name, dtype)]
+        if odd:
+            message = f"{info.name} says {word} of all weights, and {len(odd)} are in another FP8 ({odd[0]!r} first)"
+            yield LintReport(code="dialect.contradiction", message=message, module=None)
+
+
+def _is_other_fp8(headers: Headers, weight: str, dtype: str) -> bool:
+    is_scaled = f"{module_of(weight)}.scale_weight" in headers.tensors
+    return is_scaled and headers.tensors[weight].dtype in {"F8_E4M3", "F8_E5M2"} - {dtype}
+
+
 def odd_input_faults(reader: CheckpointReader, modules: Modules, role: str) -> Iterator[LintReport]:
     """Input scales that calibration does not make; ``role`` is that of the weight's tensor scale."""
     scales: dict[str, dict[str, float]] = {"input_scale": {}, role: {}}
@@ -102,7 +146,8 @@ def input_scale_faults(reader: CheckpointReader, modules: Modules) -> Iterator[L
     if 0 < len(calibrated) < len(modules):
         mixed = "has an input_scale, though config.json declares dynamic_input_scale, as others need it"
         yield from (LintReport(code="input_scale.mixed", message=mixed, module=name) for name in calibrated)
-    elif modules and not calibrated and (message := dynamic_words(reader.config)) is not None:
+    elif modules and not calibrated:
+        message = dynamic_words(reader.config) or "no module has an input_scale: engines scale the inputs as they come"
         yield LintReport(code="input_scale.dynamic", message=message, module=None)
 
 

@@ -18,7 +18,7 @@ from modelopt_convert.dialects.packed import PackedModule, module_format
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format, Weights, entry
 from modelopt_convert.plan.ignore import ignore_list, ignored_layers, merged_modules, not_left
-from modelopt_convert.plan.inputs import check_merged, check_preset, check_unquantized
+from modelopt_convert.plan.inputs import check_blocks, check_merged, check_preset, check_unquantized
 from modelopt_convert.plan.keeps import apply_patterns, count_rules, fused_groups, keep_fp32, plain_dtype, with_keep
 from modelopt_convert.plan.plan import BuildPlan, Keeps, Source, Step, split_into_shards
 from modelopt_convert.preset.patterns import PatternMatcher, siblings
@@ -88,6 +88,7 @@ def plan_quantized(
         raise preset_required()
     check_merged(base, "base")
     check_preset(preset, base)
+    check_blocks(base)
     faults = Faults()
     with faults.taken():
         check_unquantized(base)

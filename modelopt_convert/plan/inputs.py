@@ -13,9 +13,11 @@ from modelopt_convert.dialects.packed import (
     is_layout_marker,
     is_quantizer_state,
 )
+from modelopt_convert.families.blocks import lacking
+from modelopt_convert.families.table import FAMILIES
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.plan.plan import Source
-from modelopt_convert.preset.preset import Preset, refuse_other_kind
+from modelopt_convert.preset.preset import OF_YOUR_OWN, Preset, fits_any, refuse_other_kind
 from modelopt_convert.run.errors import Faults, InputError
 
 _QUANTIZATION = "quantization_config"
@@ -220,7 +222,9 @@ def check_preset(preset: Preset | None, export: Source) -> None:
             f"{export.config_place}: {key}: preset {preset.name} expects {expected}, found {export.config.get(key)!r}",
             code="preset.wrong_model",
             path=export.config_place,
-            hint="leave --preset out to have it chosen, or name the model's own",
+            hint="leave --preset out to have it chosen, or name the model's own"
+            if fits_any(export.config)
+            else OF_YOUR_OWN,
         )
         faults.add(key, fault)
     faults.refuse()
@@ -371,3 +375,23 @@ def check_plain(export: Source, modules: Mapping[str, PackedModule], refused: Co
             )
             faults.add(name, fault)
     faults.refuse()
+
+
+def check_blocks(base: Source) -> None:
+    """Require that no block of a base is missing: of a part of the model a preset's patterns would match nothing.
+
+    Raises:
+        InputError: ``base.missing_tensor``.
+    """
+    family = next((one for one in FAMILIES if base.config.get("_class_name") in one.class_names), None)
+    plain = [
+        name for name in model_tensors(base) if name.rpartition(".")[2] not in SCALE_ROLES | TRANSFORM_ROLES.keys()
+    ]
+    found = lacking(family, plain, base.config) if family is not None else None
+    if found is not None:
+        raise InputError(
+            f"{base.path}: expected all blocks of the model, found {found}",
+            code="base.missing_tensor",
+            path=str(base.path),
+            hint="the base is incomplete: give it whole",
+        )

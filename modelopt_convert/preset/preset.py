@@ -344,6 +344,10 @@ def load_preset(name: str) -> LoadedPreset:
     return parse_preset(_read(path, name), path=name)
 
 
+OF_YOUR_OWN = "`mopt presets new BASE` drafts one for this model; with --export, --preset none keeps what it keeps"
+"""What to do where presets of the model's class expect other sizes."""
+
+
 def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | None = None) -> ChosenPreset:
     """The preset for a config.json, when the user named none.
 
@@ -366,10 +370,14 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | N
     fitting = listed or [one for one, count in zip(fitting, said, strict=True) if count == max(said)]
     names = [one.preset.name for one in fitting]
     if not fitting:
+        same = [one.preset for one in loaded if one.preset.class_name == config.get("_class_name")]
+        misfits = "".join(_misfit(one, config) for one in same)
         raise InputError(
-            f"no preset fits {config.get('_class_name')!r}",
+            f"no preset fits {config.get('_class_name')!r}" + misfits,
             code="preset.none_fits",
-            hint="`mopt presets new BASE` drafts one for this model; else --preset names a TOML of your own or one of "
+            hint=OF_YOUR_OWN
+            if misfits
+            else "`mopt presets new BASE` drafts one for this model; else --preset names a TOML of your own or one of "
             f"{', '.join(preset_names())}",
         )
     sets = {_rule_key(one.preset, algorithm) for one in fitting}
@@ -381,6 +389,17 @@ def choose_preset(config: Mapping[str, Any], algorithm: Algorithm, repo: str | N
             "--base-model",
         )
     return ChosenPreset(loaded=fitting[0], also=names[1:], is_named=bool(listed))
+
+
+def fits_any(config: Mapping[str, Any]) -> bool:
+    """Whether a preset that comes with mopt would be chosen."""
+    return any(load_preset(name).preset.fits(config) for name in preset_names())
+
+
+def _misfit(preset: Preset, config: Mapping[str, Any]) -> str:
+    """Why a preset of the class does not fit, in words; it may have no section for the format instead."""
+    key, expected = next(iter(preset.misfits(config)), (None, None))
+    return f"; {preset.name} expects {key} {expected}, found {config.get(key)!r}" if key is not None else ""
 
 
 _CONFIG = "config.json"  # of a model that the caller names

@@ -68,4 +68,5 @@ class ConvertReport(_Model):
     restorable: bool = Field(description="whether converting OUTPUT back gives every tensor of SOURCE")
     not_restorable: list[str] = Field(description="tensors of SOURCE that converting back does not give")
     proven: bool = Field(description="whether SOURCE was proven against a base by all bytes, and OUTPUT is equal to it")
+    verifiable: bool = Field(default=True, description="whether mopt verify reads the format of OUTPUT")
     words: str = Field(description="proven, or why not")

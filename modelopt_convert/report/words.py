@@ -15,6 +15,7 @@ UNCHANGED_WORDS = "unchanged"
 UNCALIBRATED_WORDS = "weights proven, never calibrated"
 NOT_CALIBRATED_WORDS = "quantized here, not calibrated"
 CALIBRATED_WORDS = "quantized here, inputs calibrated"
+UNCOMPARED_WORDS = "not proven: nothing compared"
 MISMATCH_WORDS = "mismatch"
 PROOFS = (
     "",
@@ -26,6 +27,7 @@ PROOFS = (
     SAMPLED_WORDS,
     NEAR_WORDS,
     NO_BASE_WORDS,
+    UNCOMPARED_WORDS,
     MISMATCH_WORDS,
 )
 """What is said of a whole transformer, from strongest to weakest; empty where nothing was verified."""

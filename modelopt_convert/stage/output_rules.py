@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from modelopt_convert.checkpoint.location import as_written, foreign_address
 from modelopt_convert.run.boundary import storage_error
 from modelopt_convert.run.errors import OutputRefusedError
 from modelopt_convert.stage.mounts import is_mounted_below, mount_table, place_of, places_below
@@ -115,8 +116,14 @@ def canonical_output(output: Path) -> Path:
     """OUT with its parent resolved and its own name kept, so that a link is seen; ``.`` and ``x/..`` are resolved.
 
     Raises:
-        OutputRefusedError: ``output.no_parent``: a relative path where the current folder was removed.
+        OutputRefusedError: ``output.no_parent``: a relative path where the current folder was removed;
+            ``output.address``: a web address, a file: address or a Windows path, of which Path makes odd folders.
     """
+    if (address := foreign_address(output)) is not None:
+        what, hint = address
+        shown = as_written(output)
+        message = f"output {shown}: expected a path, found {what}"
+        raise OutputRefusedError(message, code="output.address", path=shown, hint=hint)
     try:
         if output.name in {"", ".."}:
             return output.resolve()

@@ -4,6 +4,7 @@ torch is imported only where operands or a device are asked for.
 """
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from modelopt_convert.verification.gemm.operands import Weight
+
+_ROWS = 5  # more scales than a fused weight has members
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +65,28 @@ class Subject:
         return operand_format(self.format.algorithm).read(self.reader, module, self.layout, rows)
 
 
-def find_subject(reader: CheckpointReader, base: CheckpointReader | None, faults: Faults | None = None) -> Subject:
+def find_subject(
+    reader: CheckpointReader,
+    base: CheckpointReader | None,
+    faults: Faults | None = None,
+    *,
+    needs_inputs: bool = True,
+) -> Subject:
     """Make out what is quantized in a checkpoint, by dtype and shape.
 
     Args:
         reader: The opened checkpoint.
         base: Its opened base, or None.
         faults: Gets what ``find_packed`` refuses of modules, where there are others to be looked at.
+        needs_inputs: Whether modules without input scales are at fault, where config.json does not allow them.
 
     Raises:
-        InputError: ``verify.nothing_quantized``, or what ``find_packed`` refuses.
+        InputError: ``verify.nothing_quantized``, ``dialect.formats``, or what ``find_packed`` refuses.
     """
     path = str(reader.path)
     target = format_of(reader.tensors)
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
-    evidence = Evidence(true_shapes, dynamic_inputs=declares_dynamic_inputs(reader.config))
+    evidence = Evidence(true_shapes, dynamic_inputs=not needs_inputs or declares_dynamic_inputs(reader.config))
     found = find_packed(reader.tensors, target, evidence, path=path)
     refused = frozenset(module_of(name) if name in reader.tensors else name for name in found.refused)
     modules = {name: one for name, one in found.modules.items() if name not in refused}
@@ -92,6 +102,7 @@ def find_subject(reader: CheckpointReader, base: CheckpointReader | None, faults
             path=path,
             hint="give what build-nvfp4 or convert-fp8 wrote, or a ModelOpt export",
         )
+    _refuse_several_scales(target, modules, path)
     declared = reader.config.get("quantization_config")
     keys = declared if isinstance(declared, dict) else {}
     return Subject(reader, target, modules, declared_layout(keys).over(CANONICAL), refused)
@@ -104,6 +115,24 @@ def may_have_gpu() -> bool:
     except OSError:
         return Path("/dev/kfd").exists()
     return True
+
+
+def _refuse_several_scales(target: Format, modules: Mapping[str, PackedModule], path: str) -> None:
+    """Refuse once what is in another format with the same dtype: each weight has a scale for each row or block."""
+    scales = [one.scales[target.tensor_scale] for one in modules.values() if target.tensor_scale in one.scales]
+    if (
+        target.block_size is not None
+        or len(scales) < len(modules)
+        or any(math.prod(one.shape) < _ROWS for one in scales)
+    ):
+        return
+    raise InputError(
+        f"{path}: expected one scale for each {target.quant_algo} weight, found several for each of {len(scales)} "
+        f"({scales[0].name!r}: {scales[0].dtype} {list(scales[0].shape)})",
+        code="dialect.formats",
+        path=path,
+        hint="there is no proof of this format; mopt convert writes it in another dialect, or as BF16",
+    )
 
 
 def device_of(wanted: str | None) -> "torch.device":

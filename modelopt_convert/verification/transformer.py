@@ -20,6 +20,7 @@ from modelopt_convert.report.words import (
     PROVEN_WORDS,
     UNCALIBRATED_WORDS,
     UNCHANGED_WORDS,
+    UNCOMPARED_WORDS,
 )
 from modelopt_convert.run.errors import Faults, first_line
 from modelopt_convert.run.progress import Progress
@@ -178,7 +179,7 @@ def verify_opened(
     # What is near fails L2 alone. Where another level fails too, no consent to what is near would make it pass.
     is_near = found.proof == NEAR_WORDS and all(one.status != "fail" for one in found.levels if one.level != "L2")
     is_refuted = verdict == "fail" and not is_near
-    proven = {"proof": _refuted(found)} if is_refuted else {}
+    proven = {"proof": _refuted(found)} if is_refuted and found.proof != UNCOMPARED_WORDS else {}
     return found.model_copy(update={"verdict": verdict, "statement": statement, **proven})
 
 

@@ -258,8 +258,8 @@ RULES = (
     Mutant(
         "commands/rewrite/proof.py",
         "the rest is the base's",
-        "[*wrong, *unusable, *unlike]",
-        "[*wrong, *unusable]",
+        "[*wrong, *unusable, *unread, *unlike]",
+        "[*wrong, *unusable, *unread]",
         ("commands/test_rewrite.py::test_a_rewrite_whose_rest_is_not_the_bases_is_refused",),
     ),
     Mutant(
@@ -286,9 +286,23 @@ RULES = (
     Mutant(
         "commands/convert/output.py",
         "the config of a record is of the file's bytes",
-        "and changed_since(claim.digests, reader.tensors, reader.read_of) is None:",
+        "and changed_since(taken.digests, reader.tensors, reader.read_of) is None:",
         "and True:",
         ("commands/convert/test_inexact.py::test_a_config_of_other_bytes_is_not_taken",),
+    ),
+    Mutant(
+        "commands/convert/output.py",
+        "a config that the tensors contradict gives no architecture",
+        "if is_claimed and not is_refuted else None",
+        "if is_claimed else None",
+        ("commands/convert/test_forged_records.py::test_a_config_that_is_not_of_the_tensors_is_not_taken",),
+    ),
+    Mutant(
+        "commands/rewrite/proof.py",
+        "a file without input scales is compared all the same",
+        "subject = find_subject(written, base, faults, needs_inputs=has_inputs)",
+        "subject = find_subject(written, base, faults)",
+        ("commands/test_rewrite.py::test_a_file_without_any_input_scale_is_no_damaged_one",),
     ),
     Mutant(
         "commands/rewrite/proof.py",

@@ -10,6 +10,8 @@ from support import run_mopt, tree
 from modelopt_convert.checkpoint import location
 from modelopt_convert.checkpoint.local_file import LocalFile
 from modelopt_convert.checkpoint.location import is_far, local_path, parse_location
+from modelopt_convert.checkpoint.pipeline import resolve_component
+from modelopt_convert.run.errors import InputError
 
 PREFIX = "shelf://"
 
@@ -126,3 +128,18 @@ def test_a_prefix_names_a_storage(place: str | Path, far: bool) -> None:
 def test_a_place_without_a_prefix_is_on_disk() -> None:
     assert parse_location("some/where") == Path("some/where") == local_path(Path("some/where"))
     assert local_path(parse_location("hf://some/where")) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "what", "hint"),
+    [
+        ("https://civitai.com/models/1?modelVersionId=2", "a web address", "download"),
+        ("file:///data/flux", "a file: address", "/data/flux"),
+        ("C:\\models\\flux", "a Windows path", "/mnt/c"),
+        ("s3://bucket/flux", "an address (s3:)", "on disk"),
+    ],
+)
+def test_what_is_no_path_is_named_and_shown_as_written(address: str, what: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_component(parse_location(address), what="source")
+    assert address in caught.value.message and what in caught.value.message and hint in caught.value.hint

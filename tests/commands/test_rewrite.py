@@ -446,6 +446,17 @@ def test_a_file_without_any_input_scale_is_no_damaged_one(nvfp4: Path, base: Pat
     done = run_mopt("swap-nibbles", source, tmp_path / "out", "--base", base)
     assert done.exit_code == 0 and done.report is not None, done.stderr
     assert "export.odd_input_scale" in {one["code"] for one in done.report["warnings"]}
+    assert done.report["proof"]["counts"]["reproduced"] == len(done.report["proof"]["modules"]) > 20
+
+
+def test_what_was_not_compared_is_no_mismatch(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in [one for one in tensors if one.endswith(".input_scale")]:
+            del tensors[name]
+
+    looked = run_mopt("verify", edit(nvfp4, tmp_path / "source", change), "--base", base)
+    assert looked.exit_code == 1 and looked.report is not None
+    assert looked.report["verify"]["proof"] == "not proven: nothing compared"
 
 
 def test_a_rewrite_says_what_is_odd_about_input_scales(nvfp4: Path, base: Path, tmp_path: Path) -> None:

@@ -211,11 +211,55 @@ def fp8(**roles: torch.Tensor) -> Callable[[], Tensors]:
     return lambda: said | {f"a.{role}": tensor for role, tensor in roles.items()}
 
 
+NUL = torch.zeros(9, dtype=torch.uint8)
+SILENT = {
+    "NUL bytes": NUL,
+    "no bytes": torch.zeros(0, dtype=torch.uint8),
+    "JSON without it": marker({"full_precision_matrix_mult": False}),
+}
+
+
+@pytest.mark.parametrize("what", SILENT)
+@pytest.mark.parametrize("said", [{}, layers(a={"format": "nvfp4"})], ids=["tensors", "header"])
+@pytest.mark.parametrize("kind", [Module("nvfp4", 16, 64), Module("mxfp8", 32, 64), Module("fp8", 4, 16)])
+def test_a_marker_without_a_format_leaves_it_to_the_tensors(what: str, said: dict[str, str], kind: Module) -> None:
+    if said and kind.algorithm != "nvfp4":
+        said = layers(a={"format": {"fp8": "float8_e4m3fn"}.get(kind.algorithm, kind.algorithm)})
+    files = Files()
+    described = description({"a": kind}, files, 0)
+    written = FORM.write(described, files.read).tensors
+    tensors = {name: files.tensor(info) for name, info in written.items()} | {"a.comfy_quant": SILENT[what]}
+    found, stored = read(tensors, said)
+    same(described, files, replace(found, fates={}, keep={}), stored)
+    told = found.fates["a.comfy_quant"]
+    assert (
+        what in told and told.endswith("by the header" if said else "by its tensors") and "a.comfy_quant" in found.keep
+    )
+
+
+@pytest.mark.parametrize(("rows", "way"), [(128, "named"), (32, "shape"), (128, "")])
+def test_mxfp8_without_a_marker_needs_a_name_or_a_shape(rows: int, way: str) -> None:
+    files, others = Files(), Files()
+    described = description({"a": Module("mxfp8", rows, 128)}, files, 0)
+    infos = {one.name: one for one in FORM.write(described, files.read).tensors.values()}
+    del infos["a.comfy_quant"]
+    bare = {name: others.put(name, files.tensor(one)) for name, one in infos.items()}
+    headers = Headers(bare, {"f": {}}, {}, (), is_named=way == "named")
+    if way:
+        return same(described, files, FORM.read(headers, others.read, {}, "IN"), others)
+    with pytest.raises(InputError) as caught:
+        FORM.read(headers, others.read, {}, "IN")
+    assert caught.value.code == "dialect.unmarked" and "--from modelopt row by row" in caught.value.hint
+
+
 PLAIN = torch.ones(16, 64, dtype=torch.bfloat16)
 REFUSED: list[tuple[str, Callable[[], Tensors], dict[str, str], str]] = [
-    ("NUL beside packed", changed(comfy_quant=torch.zeros(9, dtype=torch.uint8)), {}, "dialect.marker"),
-    ("empty beside packed", changed(comfy_quant=torch.zeros(0, dtype=torch.uint8)), {}, "dialect.marker"),
-    ("no format", changed(comfy_quant=marker({"full_precision_matrix_mult": False})), {}, "dialect.marker"),
+    ("NUL, no global", changed(comfy_quant=NUL, weight_scale_2=None), {}, "dialect.marker"),
+    ("NUL, no scales", changed(comfy_quant=NUL, weight_scale=None), {}, "dialect.marker"),
+    ("NUL beside I8", changed(comfy_quant=NUL, weight=torch.ones(16, 32, dtype=torch.int8)), {}, "dialect.marker"),
+    ("NUL, scales row-major", changed(comfy_quant=NUL, weight_scale=torch.ones(16, 4).to(E4M3)), {}, "dialect.shape"),
+    ("no format, a key nobody knows", changed(comfy_quant=marker({"t": True})), {}, "dialect.marker"),
+    ("NUL, header says otherwise", changed(comfy_quant=NUL), layers(a={"format": "mxfp8"}), "dialect.contradiction"),
     ("a list", changed(comfy_quant=marker(["nvfp4"])), {}, "dialect.marker"),
     ("deeply nested", changed(comfy_quant=torch.full((4000,), ord("["), dtype=torch.uint8)), {}, "dialect.marker"),
     ("a key nobody knows", changed(comfy_quant=marker({"format": "nvfp4", "t": True})), {}, "dialect.marker"),

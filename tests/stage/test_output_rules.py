@@ -318,3 +318,15 @@ def test_a_user_without_a_home_is_refused_nothing(top: Path, monkeypatch: pytest
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
     check_output_allowed(lay(top / "out", "old"), [], overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "address", ["C:\\out\\flux", "C:/out", "file:///data/out", "https://example.org/out", "s3://a/b"]
+)
+def test_an_address_is_no_path(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputRefusedError) as caught:
+        canonical_output(Path(address))
+    assert caught.value.code == "output.address" and address in caught.value.message
+    assert "/data/out" in caught.value.hint or not address.startswith("file:")
+    assert canonical_output(tmp_path / address.replace("/", "-")).parent == tmp_path

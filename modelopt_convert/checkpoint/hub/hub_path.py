@@ -17,7 +17,7 @@ PREFIX = "hf://"
 # A Path has made one slash of the two in an address.
 _WRITTEN = re.compile(
     r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/+)?([\w-][\w.-]*/[\w-][\w.-]*)"
-    r"(?:/(?:tree|blob)/([\w.-]+)(?:/(.+?))?)?/?",
+    r"(?:/(?:tree|blob|resolve)/([\w.-]+)(?:/(.+?))?)?/?",
     re.ASCII,
 )
 

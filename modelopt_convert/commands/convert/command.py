@@ -35,7 +35,7 @@ from modelopt_convert.commands.command import (
     warnings_of,
 )
 from modelopt_convert.commands.convert.awq import prove_near
-from modelopt_convert.commands.convert.engine_names import known_of_engines
+from modelopt_convert.commands.convert.engine_names import known_of_engines, limit_warnings
 from modelopt_convert.commands.convert.inexact import BASE
 from modelopt_convert.commands.convert.nunchaku import is_nunchaku, prove_near_nunchaku, refuse_other_targets
 from modelopt_convert.commands.convert.output import (
@@ -51,6 +51,7 @@ from modelopt_convert.commands.convert.proof import (
     check_whole,
     no_proof,
     prove_source,
+    silent_markers,
     uncalibrated,
     unscaled,
     unusable_scales,
@@ -165,8 +166,11 @@ class ConvertCommand:
                 config = json_object(plan.config.decode())
                 self._engines = known_of_engines(config, plan.steps.keys(), plan.settled.modules)
                 self._warned += self._engines[1] if self._engines is not None else []
+                self._warned += limit_warnings(config)
             self._warned += [*unusable_scales(found.described, reader.read_of), *unscaled(found.described)]
-            self._warned += uncalibrated(found.described)
+            self._warned += silent_markers(found.described)
+            if request.to != "bf16":  # which has no inputs that are scaled
+                self._warned += uncalibrated(found.described, plan.expected)
             if stage is None:
                 self._warned += foreign_warnings(standing.foreign if standing is not None else (), "would go")
                 return
@@ -246,6 +250,9 @@ class ConvertCommand:
         except InputError as error:
             self._warned.append((error.code, error.message))
             return None
+        if claim is not None and claim.malformed:
+            where, many = reader.folder / RECORD, len(claim.malformed)
+            self._warned.append(("record.content", f"{where}: {many} entries are not used: {claim.malformed[0]}"))
         if claim is not None and claim.to not in (None, source.form.name) and self._request.from_ is None:
             # Two dialects may have the same names, dtypes and shapes, and another order of nibbles.
             raise InputError(

@@ -13,6 +13,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.commands.serving import known_limits
 from modelopt_convert.dialects.form import Written
+from modelopt_convert.engines.limits import DEFAULT, limits
 from modelopt_convert.formats.format import Format
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.ignore import ignore_list, ignored_layers
@@ -68,6 +69,15 @@ def known_of_engines(
     against = structural_warnings(preset, target, matcher, packed, config)
     words = [(code, f"{message}, in a build with this as --export") for code, message in against]
     return known_limits([config], target.algorithm), words
+
+
+def limit_warnings(config: Mapping[str, Any]) -> list[Warned]:
+    """What is known of the default engine and a checkpoint in ModelOpt's form, as ``verify`` says it."""
+    target = _format_of(config.get("quantization_config"))
+    if target is None:
+        return []
+    found = limits(config, target.algorithm)
+    return [(f"engine.{one.grade}", one.words) for one in found if one.engine == DEFAULT]
 
 
 def _format_of(said: object) -> Format | None:

@@ -127,8 +127,11 @@ def plan_output(
     if isinstance(restored, Restored) and restored.config.text is not None:
         config: bytes | None = restored.config.text.encode()
     else:
-        if claim is not None and is_claimed and changed_since(claim.digests, reader.tensors, reader.read_of) is None:
-            again = replace(now, config=claimed_architecture(claim, family))
+        # What the tensors contradict is forged, or of another file: nothing of it is taken, its architecture neither.
+        is_refuted = isinstance(restored, Restored) and bool(restored.config.not_used)
+        taken = claim if is_claimed and not is_refuted else None
+        if taken is not None and changed_since(taken.digests, reader.tensors, reader.read_of) is None:
+            again = replace(now, config=claimed_architecture(taken, family))
             written = replace(written, config=target.write(again, reader.read_of).config)
         if target.name == "modelopt" and spelling == "diffusers" and not prefix:
             written, warned = with_engine_names(written, now.modules)

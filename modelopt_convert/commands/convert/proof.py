@@ -1,7 +1,7 @@
 """Two proofs: SOURCE is its base, quantized; what was written is SOURCE. No torch before weights are read."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event
 
@@ -13,11 +13,12 @@ from modelopt_convert.commands.requests import ConvertRequest
 from modelopt_convert.commands.rewrite.proof import Refusal, Rewritten, prove_rewritten, refuse_unproven
 from modelopt_convert.dialects.awq import is_transformed
 from modelopt_convert.dialects.comfyui_form import UNSCALED
+from modelopt_convert.dialects.comfyui_markers import SILENT
 from modelopt_convert.dialects.form import SCALES, Canonical, ReadBytes, value_of
 from modelopt_convert.dialects.source import Source
 from modelopt_convert.families.blocks import lacking
-from modelopt_convert.formats.table import FORMATS
-from modelopt_convert.run.errors import Faults, InputError
+from modelopt_convert.formats.table import FORMATS, declares_dynamic_inputs
+from modelopt_convert.run.errors import CheckFailedError, Faults, InputError
 from modelopt_convert.run.text import few
 from modelopt_convert.run.workers import in_order, until
 
@@ -27,6 +28,8 @@ _REFUSAL = Refusal(
     "`mopt inspect SOURCE --base BASE` says how; swap-nibbles or unswizzle-scales puts a ModelOpt file right",
     "it is converted unproven",
 )
+_SHOWN = 10
+_ALIKE = 0.9  # of two names
 _PIECE = 1 << 20  # bytes of both sides are in a core's cache when they are compared
 
 
@@ -129,7 +132,19 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str, told: 
     """
     names = _unquantized_names(described)
     faults = Faults()
-    if missing := sorted(name for name in base.tensors.keys() - names if module_of(name) not in told):
+    missing = sorted(name for name in base.tensors.keys() - names if module_of(name) not in told)
+    extra = sorted(names - base.tensors.keys())
+    renamed = _renamed(missing, extra)
+    if renamed:
+        pairs = ", ".join(f"{theirs!r} in place of {own!r}" for own, theirs in list(renamed.items())[:_SHOWN])
+        fault = InputError(
+            f"{where}: expected the tensor names of the base, found {len(renamed)} others: {pairs} (base: {base.path})",
+            code="export.missing_tensor",
+            path=where,
+            hint="give these tensors the names of the base, or get the checkpoint again",
+        )
+        faults.add("", fault.at([*renamed, *renamed.values()]))
+    if missing := [name for name in missing if name not in renamed]:
         fault = InputError(
             f"{where}: expected every tensor of the base, found {len(missing)} missing (base: {base.path})",
             code="export.missing_tensor",
@@ -137,7 +152,7 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str, told: 
             hint="the checkpoint is incomplete, or was made from another base: get it again, or give that base",
         )
         faults.add("", fault.at(missing))
-    if extra := sorted(names - base.tensors.keys()):
+    if extra := [name for name in extra if name not in renamed.values()]:
         fault = InputError(
             f"{base.path}: expected every tensor of {where}, found {len(extra)} missing",
             code="base.missing_tensor",
@@ -146,6 +161,17 @@ def check_whole(described: Canonical, base: CheckpointReader, where: str, told: 
         )
         faults.add("", fault.at(extra))
     faults.refuse()
+
+
+def _renamed(missing: Sequence[str], extra: Sequence[str]) -> dict[str, str]:
+    """Which of the names that the base does not have stand for names of the base: few, and each like one alone."""
+    from difflib import get_close_matches  # only where names differ
+
+    if not missing or len(missing) != len(extra) or len(missing) > _SHOWN:
+        return {}
+    found = {name: get_close_matches(name, extra, n=1, cutoff=_ALIKE) for name in missing}
+    pairs = {name: one[0] for name, one in found.items() if one}
+    return pairs if len(set(pairs.values())) == len(missing) else {}
 
 
 def check_blocks(source: Source, where: str) -> None:
@@ -199,15 +225,35 @@ def unscaled(described: Canonical) -> list[Warned]:
     return [("convert.unscaled", words)]
 
 
-def uncalibrated(described: Canonical) -> list[Warned]:
-    """A warning of a ModelOpt export that calibration never reached: FP8 is converted without input scales, too."""
-    packed = [name for name, one in described.modules.items() if one.algorithm == "fp8"]
-    found = [name for name in packed if f"{name}.input_scale" not in described.tensors]
-    keys = described.quantization
-    if not found or keys.get("quant_method") != "modelopt" or keys.get("dynamic_input_scale") is True:
+def silent_markers(described: Canonical) -> list[Warned]:
+    """A warning of ComfyUI's markers that name no format."""
+    found = {name: fate for name, fate in described.fates.items() if fate.startswith(SILENT)}
+    if not found:
         return []
-    words = f"{len(found)} of {len(packed)} modules of SOURCE have no input_scale: never calibrated: {few(found)}"
-    return [("input_scale.missing", words)]
+    name, fate = min(found.items())
+    words = (
+        f"{len(found)} markers of quantized modules name no format ({name!r} first: {fate.removeprefix('left out: ')})"
+    )
+    return [("dialect.no_format", f"{words}; ComfyUI has one layout of each format, and --base proves it")]
+
+
+def uncalibrated(described: Canonical, expected: Canonical) -> list[Warned]:
+    """A warning of modules without an input scale, in formats that may have one; not where SOURCE says so."""
+    if declares_dynamic_inputs({"quantization_config": described.quantization}):
+        return []
+    due = [
+        name
+        for name, one in described.modules.items()
+        if one.algorithm in FORMATS and not (one.algorithm == "fp8" and described.tensors[f"{name}.weight_scale"].shape)
+    ]
+    # A record may give back what the file at hand has no place for.
+    known = described.tensors.keys() | expected.tensors.keys()
+    lacking = [name for name in due if f"{name}.input_scale" not in known]
+    if not lacking:
+        return []
+    never = ", never calibrated" if described.quantization.get("quant_method") == "modelopt" else ""
+    words = f"{len(lacking)} of {len(due)} modules of SOURCE have no input_scale{never} ({few(lacking)})"
+    return [("convert.dynamic_inputs", f"{words}: nothing in the file scales their inputs, engines do it as they come")]
 
 
 def no_proof(described: Canonical) -> str | None:
@@ -254,14 +300,45 @@ def prove_source(
     (algorithm,) = {one.algorithm for one in described.modules.values()}
     target = FORMATS[algorithm]  # one of them, or no proof would be asked for
     keys: dict[str, object] = {"quant_method": "modelopt", "quant_algo": target.quant_algo}
-    if not any(name.endswith(".input_scale") for name in described.tensors):
-        keys |= {"dynamic_input_scale": True}
+    given = {name for name in described.tensors if name.endswith(".input_scale")}
+    is_whole = len(given) == len(described.modules)
+    # The base tells no input scale: modules that have one are proven like those that have none.
+    keys |= {} if is_whole else {"dynamic_input_scale": True}
+    shown = {name: one for name, one in described.tensors.items() if is_whole or name not in given}
     try:
-        reader.present(described.tensors)
+        reader.present(shown)
         reader.config = {**described.config, "quantization_config": {**keys, **target.declared}}
         found = prove_rewritten(reader, base, request)
     finally:
         reader.present(tensors)
         reader.config = config
-    refuse_unproven(found.but_for(told), str(reader.path), _REFUSAL, accept_near=request.accept_near)
+    found = found.but_for(told)
+    _refuse_rounded(described, found, str(reader.path), accept_near=request.accept_near)
+    refuse_unproven(found, str(reader.path), _REFUSAL, accept_near=request.accept_near)
     return replace(found, report=found.report.model_copy(update={"method": format_proof(target.algorithm).method}))
+
+
+def _refuse_rounded(described: Canonical, found: Rewritten, where: str, *, accept_near: bool) -> None:
+    """Say it in one line where codes do not fit the base because the scales that they were made under are rounded.
+
+    Raises:
+        CheckFailedError: ``check.proof``.
+    """
+    rounded = [
+        name
+        for name, info in described.keep.items()
+        if info.dtype in ("BF16", "F16") and name.endswith((".weight_scale", ".scale_weight", ".weight_scale_2"))
+    ]
+    wrong = [*found.wrong, *([] if accept_near else found.near)]
+    modules = {one.partition(": ")[0] for one in wrong}
+    if not rounded or not wrong or found.misdeclared or not modules <= described.modules.keys():
+        return
+    dtype = described.keep[rounded[0]].dtype
+    fault = CheckFailedError(
+        f"{where}: {len(rounded)} scales are rounded to {dtype} ({rounded[0]!r} first), so that {len(modules)} of "
+        f"{len(described.modules)} modules no longer decode to what quantizing the base gives",
+        code="check.proof",
+        path=where,
+        hint="get the file with its scales in F32. Without --base it is converted unproven. Nothing was published",
+    )
+    raise fault.at(sorted(modules))

@@ -4,7 +4,7 @@ from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.commands.build.proof import verdict_counts
 from modelopt_convert.commands.convert.nunchaku import is_nunchaku
 from modelopt_convert.commands.convert.output import ConvertPlan
-from modelopt_convert.commands.convert.proof import Compared
+from modelopt_convert.commands.convert.proof import Compared, no_proof
 from modelopt_convert.commands.convert.restore import Restored
 from modelopt_convert.commands.convert.way_back import Kept
 from modelopt_convert.dialects.source import Source
@@ -69,6 +69,7 @@ def convert_report(
             "restorable": not kept.lost,
             "not_restorable": list(kept.lost),
             "proven": words == PROVEN_WORDS and is_equal,
+            "verifiable": no_proof(plan.settled) is None,
             "words": words,
         }
     )

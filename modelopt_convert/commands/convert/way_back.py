@@ -1,14 +1,14 @@
 """The way back: what a record keeps of SOURCE, and what the record of a converted checkpoint says. No torch."""
 
 import base64
-import binascii
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import read_record
+from modelopt_convert.checkpoint.record import RECORD, read_record
 from modelopt_convert.dialects.form import Canonical, Naming, ReadBytes
 from modelopt_convert.dialects.renaming import under_native_names
 from modelopt_convert.dialects.source import Source
@@ -21,6 +21,11 @@ from modelopt_convert.run.errors import InputError
 KEY = "converted"
 SMALL = 4096  # bytes of a tensor that a record keeps
 _MAX_FILES = 10_000
+_LONGEST = 255  # bytes of a file's name
+_SHOWN = 160  # characters of what was found
+_WITHOUT_BYTES = 2  # parts of a tensor's entry
+SPELLINGS: tuple[Naming, ...] = ("diffusers", "comfyui", "original")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Claim:
         config: The text of its config.json, if it had one.
         files: For each of its files, the header's metadata and the tensors: dtype, shape, and bytes where kept.
         digests: Of the tensors of the file at hand, as the record has them, by their names there.
+        malformed: Entries of tensors that cannot be read, in words.
     """
 
     dialect: str
@@ -57,6 +63,7 @@ class Claim:
     config: str | None
     files: Mapping[str, tuple[Mapping[str, str], Mapping[str, tuple[str, tuple[int, ...], bytes | None]]]]
     digests: Mapping[str, str]
+    malformed: tuple[str, ...] = ()
 
 
 def keep(
@@ -126,49 +133,91 @@ def read_claim(reader: CheckpointReader, single: str | None) -> Claim | None:
         InputError: ``record.*``: a record is there, and cannot be used.
     """
     record = read_record(reader.folder)
-    said = record.get(KEY) if record is not None else None
-    if record is None or not isinstance(said, dict):
+    if record is None or record.get(KEY) is None:
         return None
     if single is not None and record["digests"].get("shards") != [single]:
         return None
+    where = str(reader.folder / RECORD)
     try:
-        return _claim(said, record["digests"]["tensors"])
-    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
-        where = str(reader.folder / "mopt.json")
+        return _claim(_entry(dict, record, KEY, "an object"), record["digests"]["tensors"])
+    except _MalformedError as error:
         raise InputError(
-            f"{where}: what it says of the conversion is malformed ({str(error)[:80]})",
+            f"{where}: {error}",
             code="record.content",
             path=where,
             hint="the record was edited or is of a newer mopt; without it the conversion goes on as told",
         ) from error
 
 
+class _MalformedError(ValueError):
+    """An entry that is not what it has to be: its place, what was expected and what was found."""
+
+    def __init__(self, place: str, expected: str, found: object) -> None:
+        super().__init__(f"{place}: expected {expected}, found {json.dumps(found)[:_SHOWN]}")
+
+
+def _entry(kind: type[_T], holder: Mapping[str, Any], key: str, expected: str, place: str = "") -> _T:
+    found = holder.get(key)
+    if not isinstance(found, kind):
+        raise _MalformedError(f"{place}[{key!r}]" if place else key, expected, found)
+    return found
+
+
+def _text(holder: Mapping[str, Any], key: str) -> str | None:
+    """An entry that need not be there."""
+    return None if holder.get(key) is None else _entry(str, holder, key, "text")
+
+
 def _claim(said: Mapping[str, Any], digests: Mapping[str, str]) -> Claim:
     files: dict[str, tuple[Mapping[str, str], Mapping[str, tuple[str, tuple[int, ...], bytes | None]]]] = {}
-    if len(said["files"]) > _MAX_FILES:
-        raise ValueError("too many files")
-    for name, one in said["files"].items():
+    malformed: list[str] = []
+    listed = _entry(dict, said, "files", "an object of files")
+    if len(listed) > _MAX_FILES:
+        raise _MalformedError("files", f"at most {_MAX_FILES} files", len(listed))
+    for name in listed:
         plain = name.endswith(".safetensors") and "/" not in name and "\\" not in name and not name.startswith(".")
-        if not plain or "\0" in name or len(name.encode()) > 255:
-            raise ValueError(f"no name of a file: {name[:40]!r}")
-        metadata = {str(key): str(value) for key, value in one["metadata"]}
+        if not plain or "\0" in name or len(name.encode(errors="replace")) > _LONGEST:
+            raise _MalformedError("files", "names of .safetensors files", name)
+        place = f"files[{name!r}]"
+        one = _entry(dict, listed, name, "an object with metadata and tensors", "files")
         tensors: dict[str, tuple[str, tuple[int, ...], bytes | None]] = {}
-        for tensor, entry in one["tensors"].items():
-            dtype, shape = str(entry[0]), tuple(entry[1])
-            if dtype not in DTYPE_BITS or any(type(size) is not int or size < 0 for size in shape):
-                raise ValueError(f"no tensor: {tensor[:40]!r}")
-            data = base64.b64decode(entry[2], validate=True) if len(entry) > 2 else None
-            if data is not None and (len(data) > SMALL or len(data) != num_bytes_of(dtype, shape)):
-                raise ValueError(f"size of {tensor[:40]!r}")
-            tensors[tensor] = dtype, shape, data
-        files[name] = metadata, tensors
-    spelling = said["spelling"]
-    if spelling not in ("diffusers", "comfyui", "original"):
-        raise ValueError("spelling")
-    to, config = said.get("to"), said.get("config")
-    told = None if to is None else str(to)
-    text = None if config is None else str(config)
-    return Claim(str(said["from"]), told, spelling, str(said["prefix"]), text, files, digests)
+        for tensor, entry in _entry(dict, one, "tensors", "an object of tensors", place).items():
+            try:
+                tensors[tensor] = _tensor(entry, f"{place}['tensors'][{tensor!r}]")
+            except _MalformedError as error:  # as if the record had no such entry
+                malformed.append(str(error))
+        files[name] = _metadata(_entry(list, one, "metadata", "a list of pairs", place), place), tensors
+    spelling = _entry(str, said, "spelling", "text")
+    if spelling not in SPELLINGS:
+        raise _MalformedError("spelling", f"one of {', '.join(SPELLINGS)}", spelling)
+    origin, prefix = _entry(str, said, "from", "a dialect"), _entry(str, said, "prefix", "text")
+    return Claim(origin, _text(said, "to"), spelling, prefix, _text(said, "config"), files, digests, tuple(malformed))
+
+
+def _metadata(pairs: list[Any], place: str) -> dict[str, str]:
+    odd = next((one for one in pairs if not isinstance(one, list) or [type(part) for part in one] != [str, str]), None)
+    if odd is not None:
+        raise _MalformedError(f"{place}['metadata']", "pairs of text", odd)
+    return dict(pairs)
+
+
+def _tensor(entry: object, place: str) -> tuple[str, tuple[int, ...], bytes | None]:
+    """Dtype, shape and, where they are kept, the bytes of a tensor."""
+    expected = "a dtype, a shape and perhaps bytes in base64"
+    if not isinstance(entry, list) or len(entry) not in (2, 3) or not isinstance(entry[1], list):
+        raise _MalformedError(place, expected, entry)
+    dtype, shape = entry[0], tuple(entry[1])
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS or any(type(one) is not int or one < 0 for one in shape):
+        raise _MalformedError(place, expected, entry)
+    if len(entry) == _WITHOUT_BYTES:
+        return dtype, shape, None
+    try:
+        data = base64.b64decode(entry[2], validate=True)
+    except (TypeError, ValueError) as error:
+        raise _MalformedError(place, expected, entry) from error
+    if len(data) > SMALL or len(data) != num_bytes_of(dtype, shape):
+        raise _MalformedError(place, f"the bytes of {dtype} {list(shape)}, at most {SMALL}", f"{len(data)} bytes")
+    return dtype, shape, data
 
 
 def named(described: Canonical, family: Family, spelling: Naming, prefix: str) -> Canonical:

@@ -42,6 +42,7 @@ from modelopt_convert.commands.rewrite.plan import (
     against_words,
     choose,
     config_and_index,
+    has_input_scales,
     plan_rewrite,
     proven_answers,
     refuse_names,
@@ -63,7 +64,7 @@ from modelopt_convert.plan.inputs import check_roles
 from modelopt_convert.plan.plan import Origin
 from modelopt_convert.report.inspect import ModuleLayout
 from modelopt_convert.report.report import ProofReport, Report
-from modelopt_convert.run.errors import Faults, kinds
+from modelopt_convert.run.errors import CheckFailedError, Faults, kinds
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.stage.directory import Published, StagingDir
 from modelopt_convert.stage.output_rules import canonical_output, check_output_allowed
@@ -130,7 +131,13 @@ class RewriteCommand:
             with self._clock.timed("inspect"):
                 modules = self._look(reader, against, faults)
                 self._evidence = {name: getattr(one, BASIS[self._kind]) for name, one in modules.items()}
-            chosen = choose(modules, self._kind, reader, against, faults)
+            try:
+                chosen = choose(modules, self._kind, reader, against, faults)
+            except CheckFailedError:  # what is in order and was never calibrated is not to be used as it is
+                for name, fault in scale_faults(reader, against, needs_inputs=True) if against is not None else ():
+                    faults.add(name, fault)
+                faults.refuse()
+                raise
             if faults and against is not None and not request.dry_run:
                 # What would be refused once it is written is told with what is known now.
                 with self._clock.timed("inspect"), faults.taken():
@@ -194,7 +201,7 @@ class RewriteCommand:
         modules = {name: one for name, one in found.modules.items() if one.algorithm == FORMAT.quant_algo}
         add_parts(reader, modules, faults)
         if modules:
-            lacking, told = scale_faults(reader, base), faults.names
+            lacking, told = scale_faults(reader, base, needs_inputs=has_input_scales(reader)), faults.names
             if base is None:  # it is done as told
                 self._warned += [(one.code, f"{one.line}: {one.hint}") for one in kinds(lacking)]
             for name, fault in lacking if base is not None else ():
@@ -216,6 +223,10 @@ class RewriteCommand:
             if base is None:
                 return
             found = prove_rewritten(written, base, self._request)
+            if not written.config and found.misdeclared:  # one order of two was asked for, and no config can say it
+                words = f"OUT has no config.json that says how it lies: {found.misdeclared[0]}"
+                self._warned.append(("layout.undeclared", f"{words} ({len(found.misdeclared)} such)"))
+                found = replace(found, misdeclared=[])
         self._proof = found.report
         self._warned += [("export.odd_input_scale", words) for words in found.odd]
         self._warned += [("proof.scale_factor", words) for words in found.scales]

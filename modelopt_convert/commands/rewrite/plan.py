@@ -160,10 +160,16 @@ def add_parts(reader: CheckpointReader, modules: Collection[str], faults: Faults
             faults.add(module, fault)
 
 
-def scale_faults(reader: CheckpointReader, base: CheckpointReader | None) -> Parts:
+def has_input_scales(reader: CheckpointReader) -> bool:
+    """Whether any module has one: a file without, as ComfyUI's may be, is whole, and a rewrite takes none away."""
+    return any(name.endswith(".input_scale") for name in reader.tensors)
+
+
+def scale_faults(reader: CheckpointReader, base: CheckpointReader | None, *, needs_inputs: bool) -> Parts:
     """What is wrong with the scales of modules, by headers; with a base also what is no NVFP4 module at all."""
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
-    evidence = Evidence(true_shapes, dynamic_inputs=declares_dynamic_inputs(reader.config))
+    without_inputs = not needs_inputs or declares_dynamic_inputs(reader.config)
+    evidence = Evidence(true_shapes, dynamic_inputs=without_inputs)
     found, faults = find_packed(reader.tensors, FORMAT, evidence, path=str(reader.path)), Faults()
     for name, fault in found.refused.items() if base is not None else ():
         faults.add(name, fault)

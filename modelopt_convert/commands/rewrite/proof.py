@@ -12,7 +12,7 @@ from modelopt_convert.checkpoint.record import other_base, read_record
 from modelopt_convert.commands.build.proof import module_report, verdict_counts
 from modelopt_convert.commands.command import Warned, not_compared
 from modelopt_convert.commands.requests import ConvertRequest, RewriteRequest
-from modelopt_convert.commands.rewrite.plan import first_layout
+from modelopt_convert.commands.rewrite.plan import first_layout, has_input_scales
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.formats.nvfp4.format import FORMAT
 from modelopt_convert.plan.inputs import check_same_config, one_sided_words
@@ -69,7 +69,8 @@ def proven_layouts(
     from modelopt_convert.verification.levels.decode import judge_modules
     from modelopt_convert.verification.subject import find_subject
 
-    subject = replace(find_subject(source, base, faults), layout=first_layout(request.kind))
+    subject = find_subject(source, base, faults, needs_inputs=has_input_scales(source))
+    subject = replace(subject, layout=first_layout(request.kind))
     with torch.inference_mode():
         found, _ = judge_modules(
             subject, base, VerifyOptions(workers=request.worker_count), request.max_error, lambda _: None
@@ -125,7 +126,8 @@ def prove_rewritten(
     from modelopt_convert.verification.levels.layout import misdeclared
     from modelopt_convert.verification.subject import find_subject
 
-    subject, limit = find_subject(written, base, faults), request.max_error
+    has_inputs, limit = has_input_scales(written), request.max_error
+    subject = find_subject(written, base, faults, needs_inputs=has_inputs)
     options = VerifyOptions(workers=request.worker_count)
     with torch.inference_mode():
         found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
@@ -136,17 +138,18 @@ def prove_rewritten(
     wrong = [f"{name}: {one.verdict}{_place(one)}" for name, one in modules.items() if one.verdict in REFUTED]
     near = [f"{name}: near{_place(one)}" for name, one in modules.items() if one.verdict == "near"]
     report = rewritten_report(modules, limit, format_proof(FORMAT.algorithm).method, unlike=unlike, like=like)
-    # A file without any, as ComfyUI's may be, is not damaged by that, and a rewrite takes none away.
-    has_inputs = any(name.endswith(".input_scale") for name in written.tensors)
     due = SCALE_FAULTS if has_inputs else SCALE_FAULTS - {"input_scale.missing"}
     unusable = [f"{one.module}: {one.message}" for one in lint if one.code in due]
     odd = [one.message for one in lint if one.code == "input_scale.odd"]
     odd += ["no module has an input_scale, nor had one in the source"] * any(
         one.code == "input_scale.missing" for one in lint if not has_inputs
     )
+    # A fault that lint does not know keeps a module from being compared, too.
+    told = modules.keys() | {one.module for one in lint if one.code in due}
+    unread = [f"{name}: {one.fault}" for name, one in subject.modules.items() if name not in told]
     readings = {name: one.reading for name, one in found.items() if one.reading is not None}
     scales = scale_words(found, ())
-    bad, close = [*wrong, *unusable, *unlike], [*near, *like]
+    bad, close = [*wrong, *unusable, *unread, *unlike], [*near, *like]
     return Rewritten(report, bad, close, misdeclared(subject.layout, readings), odd, scales)
 
 

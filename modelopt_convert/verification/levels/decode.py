@@ -27,6 +27,7 @@ from modelopt_convert.report.words import (
     PROVEN_WORDS,
     QUANTIZED_HERE,
     SAMPLED_WORDS,
+    UNCOMPARED_WORDS,
 )
 from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.workers import in_order
@@ -79,7 +80,8 @@ def decode_level(
     told += _weaker_than_recorded(modules, recorded)
     unlike, like = unlike_base(subject, base, max_error, options.workers, advance)
     told, near = told + unlike, near + like
-    if not judgements and not told and not silent:
+    is_empty = not judgements and not told and not near and not silent
+    if is_empty:
         told = ["no module was compared"]
     preset = preset_of_class(subject.reader.config)
     odd = scale_words(judgements, siblings(preset.fused if preset else [], judgements))
@@ -91,7 +93,8 @@ def decode_level(
         level.status = "fail"
     if silent:
         level.reason = f"L0 says what is wrong with {len(silent)} modules"
-    proof = MISMATCH_WORDS if told or silent else NEAR_WORDS if near else SAMPLED_WORDS
+    refuted = MISMATCH_WORDS if told or silent else NEAR_WORDS if near else SAMPLED_WORDS
+    proof = UNCOMPARED_WORDS if is_empty else refuted
     if proof == SAMPLED_WORDS and all(one.is_whole for one in judgements.values()):
         proof = PROVEN_WORDS
     readings = {name: one.reading for name, one in judgements.items() if one.reading is not None}

@@ -129,6 +129,7 @@ def test_a_language_model(preset: tuple[str, ...], nvfp4: Path, base: Path, tmp_
         ("huggingface.co/black-forest-labs/FLUX.1-dev/tree/main", FLUX),
         ("https://hf.co/black-forest-labs/FLUX.1-dev/tree/abc123/transformer", f"{FLUX}@abc123/transformer"),
         ("https://huggingface.co/black-forest-labs/FLUX.1-dev/tree/main/transformer/", f"{FLUX}/transformer"),
+        ("https://hf.co/black-forest-labs/FLUX.1-dev/resolve/main/a.safetensors", f"{FLUX}/a.safetensors"),
         ("FLUX.1-dev", None),
         ("/models/flux", None),
         ("./models/flux", None),

@@ -41,9 +41,9 @@ def test_there_and_back_are_the_very_files(
     claimed = ["convert.config_claimed"] if to == "comfyui" else []
     # torchao's FP8 has no place for input scales.
     claimed += ["convert.scales_claimed"] if (algorithm, to) == ("fp8", "torchao") else []
-    # What ModelOpt packs and SGLang cannot is told, and is in the export too.
+    # What ModelOpt packs and SGLang cannot is told, and is in the export too; so is what SGLang makes of its class.
     told = [one["code"] for one in back.report["warnings"] if one["code"] != "preset.structural"]
-    assert told == claimed, back.report["warnings"]
+    assert [one for one in told if not one.startswith("engine.")] == claimed, back.report["warnings"]
     assert back.report["convert"]["words"] == "not proven: no base"
     files = sorted(one.name for one in (source / "transformer").iterdir())
     for name in files:
