@@ -285,7 +285,10 @@ class BuildNvfp4Request(BuildRequest):
     ] = "cpu"
     weights: Annotated[
         Weights,
-        Flag("Without --export, each block's scale: by its largest value, or the best of ten by squared error."),
+        Flag(
+            "Without --export, each block's scale: by its largest value, or the best of ten by squared error, which "
+            "--calibration may weigh."
+        ),
     ] = "max"
 
     @property
@@ -299,6 +302,8 @@ class BuildNvfp4Request(BuildRequest):
             self.refuse("device", "cuda is for --executor threads")
         if self.weights != "max" and self.export is not None:
             self.refuse("weights", f"{self.weights} is for a base alone: an export has its scales; leave --export out")
+        if self.weights == "sweep-weighted" and self.calibration is None:
+            self.refuse("weights", "sweep-weighted needs --calibration CALIB, the folder that `mopt calibrate` writes")
         BuildRequest.check(self)
 
 
@@ -597,12 +602,16 @@ class VerifyRequest(Request["VerifiedReport"]):
     """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own."""
 
     command: ClassVar[str] = "verify"
-    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config")
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config", "calibration")
     checkpoint: Annotated[
         Place | None,
         Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="CHECKPOINT"),
     ] = field(default=None, kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base, to prove the weights again.", metavar="BASE")] = None
+    calibration: Annotated[
+        Folder | None,
+        Flag("What a build with --weights sweep-weighted was given, to prove its scales.", metavar="CALIB"),
+    ] = None
     variant: Variant = None
     config: Config = None
     backend: Annotated[
@@ -647,6 +656,10 @@ class VerifyRequest(Request["VerifiedReport"]):
             self.refuse("checkpoint", "is required, but for --self-test and --prewarm")
         if self.checkpoint is not None and self.self_test:
             self.refuse("checkpoint", "is not looked at by --self-test")
+        if self.calibration is not None and self.base is None:
+            self.refuse("calibration", "is for a comparison with --base")
+        if self.calibration is not None and is_far(self.calibration):
+            self.refuse("calibration", "is a folder on disk")
         if self.require is not None and (self.self_test or self.prewarm):
             self.refuse("require", "is about the kernel level, which --self-test and --prewarm do not run")
 

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_preset, recorded_verdicts
+from modelopt_convert.checkpoint.record import (
+    calibration_of,
+    claim,
+    other_base,
+    read_record,
+    recorded_preset,
+    recorded_verdicts,
+)
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.closeness import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -111,6 +118,11 @@ def verify_opened(
     subject = find_subject(reader, base, faults)
     # A record is about all that a folder holds; one file is looked at alone.
     record = read_record(reader.folder) if with_record and not reader.is_alone else None
+    if options.calibrated is not None and base is not None:
+        if (recorded := calibration_of(record)) is not None:
+            options.calibrated.refuse_other(recorded, str(reader.path))
+        else:
+            options.calibrated.refuse_other_base(base.identity(), str(base.path))
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
     if with_record:
@@ -124,7 +136,7 @@ def verify_opened(
             base,
             options,
             max_error=max_error,
-            recorded=recorded_verdicts(record) or {},
+            recorded=recorded_verdicts(record),
             advance=progress.advance,
         )
     if base is not None:  # all of it was read by now, or nothing is said

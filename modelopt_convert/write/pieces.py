@@ -72,7 +72,8 @@ def produce(step: Step, reader: CheckpointReader, made: Made, gpu: "Gpu | None" 
         return
     if step.op == "quantize_nvfp4" and gpu is not None:
         assert step.value is not None  # measured by now
-        for codes, scales in gpu.quantized(reader, reader.tensors[step.output.name], step.value, step.weights):
+        info = reader.tensors[step.output.name]
+        for codes, scales in gpu.quantized(reader, info, step.value, step.weights, step.importance):
             made.block_scales.append(memoryview(bytes(scales)))  # theirs is good until the next only
             yield codes
         return
@@ -111,7 +112,8 @@ def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Mad
             columns = source.shape[1]
             row_bytes = source.num_bytes // source.shape[0]
             for chunk in reader.buffered(source.name, max(1, _COMPUTED_BYTES // row_bytes) * row_bytes):
-                codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, step.value, step.weights)
+                how = (step.value, step.weights, step.importance)
+                codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, *how)
                 made.block_scales.append(scales)
                 yield codes
         elif step.op == "cast_bf16":

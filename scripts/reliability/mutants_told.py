@@ -122,8 +122,8 @@ TOLD = (
     _cli(
         "_usage",
         "a usage error of inspect is an inspection",
-        '{"inspect": InspectReport, ',
-        "{",
+        ', "inspect": InspectReport}',
+        "}",
         f"{_SURFACE}a_usage_error_under_json_is_one_document",
     ),
     Mutant(

@@ -435,7 +435,9 @@ class BuildCommand:
             workers=request.worker_count,
         )
         with steps.clock.timed("verify"):
-            closed = verify_stage(folder, parts, options, steps.output, progress)
+            of = steps.calibration.of if steps.calibration is not None else None
+            calibrated = {part.prefix: of(part.component.name) for part in steps.parts} if of is not None else {}
+            closed = verify_stage(folder, parts, options, steps.output, progress, calibrated)
         steps.verify = closed.verify
         self._keep(closed)
 
