@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from modelopt_convert.checkpoint.companions import places_read
-from modelopt_convert.checkpoint.location import is_far, is_file, parse_location
+from modelopt_convert.checkpoint.location import Location, is_far, is_file, parse_location
 from modelopt_convert.commands.flags import (
     Config,
     Download,
@@ -738,13 +738,13 @@ class CompareRequest(Request["FidelityReport"]):
     """Compare what a checkpoint draws with what its base draws, its quantized modules emulated on any device."""
 
     command: ClassVar[str] = "compare"
-    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "other", "base", "config")
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config")
     checkpoint: Annotated[
         Place, Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="OUT")
     ] = field(kw_only=False)
-    other: Annotated[Place | None, Flag("Another checkpoint of the same base, beside the first.", metavar="OUT2")] = (
-        field(default=None, kw_only=False)
-    )
+    others: Annotated[
+        Sequence[Place], Flag("Further checkpoints of the same base, beside the first.", metavar="OUT2")
+    ] = field(default=(), kw_only=False)
     base: Annotated[Place, Flag("The unquantized base.", metavar="BASE")]
     variant: Variant = None
     config: Config = None
@@ -787,6 +787,7 @@ class CompareRequest(Request["FidelityReport"]):
 
     def check(self) -> None:
         """Refuse what cannot be meant."""
+        _ = self.checkpoints
         if (self.pipeline is None) != (self.prompts is None):
             self.refuse("prompts" if self.prompts is None else "pipeline", "--pipeline and --prompts go together")
         if self.pipeline is not None and self.captured is not None:
@@ -802,6 +803,20 @@ class CompareRequest(Request["FidelityReport"]):
         drawn = [one.metric for one in thresholds if one.metric in ("psnr", "ssim", "lpips")]
         if drawn and self.pipeline is None:
             self.refuse("require", f"{drawn[0]} is of pictures; give --pipeline and --prompts")
+
+    @property
+    def checkpoints(self) -> dict[str, Location]:
+        """Where each checkpoint lies, by its name, in the order in which they were given."""
+        found = {str(self.checkpoint): self.located("checkpoint", self.checkpoint)}
+        return found | {str(one): self.located("others", one) for one in self.others}
+
+    def reads(self) -> list[Path]:
+        """All checkpoints, too."""
+        return [*Request.reads(self), *(Path(one) for one in self.others if not is_far(one))]
+
+    def on_disk(self) -> list[Path]:
+        """All checkpoints, too."""
+        return [*Request.on_disk(self), *(Path(one) for one in self.others if not is_far(one))]
 
     @property
     def thresholds(self) -> tuple[Threshold, ...]:

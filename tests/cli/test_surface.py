@@ -68,7 +68,7 @@ FLAGS = {
         "--headroom", "--device", "--offload", "--share", "--overwrite", "--verbose", "-v", *_TELLING,
     },
     "compare": {
-        "checkpoint", "other", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",
+        "checkpoint", "others", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",
         "--size", "--frames", "--device", "--offload", "--rule", "--require", "--download", "--report", "--verbose",
         "-v", *_TELLING,
     },
