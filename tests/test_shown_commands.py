@@ -38,7 +38,8 @@ ELSEWHERE = {
     "mopt compare OUT --base BASE --pipeline PIPELINE --prompts prompts.txt "
     "--require 'cosine>=0.99,psnr>=26'": "likewise",
     "mopt compare demo/nvfp4-pictures demo/fp8-pictures demo/advised-pictures --base tests/data/tiny_flux1 "
-    "--pipeline tests/data/tiny_flux1 --prompts demo/prompts.txt --seeds 2 --steps 6 --size 32 --report demo/pictures.html": "likewise, and make demo",
+    "--pipeline tests/data/tiny_flux1 --prompts demo/prompts.txt --seeds 2 --steps 6 --size 32 "
+    "--report demo/pictures.html": "likewise, and make demo",
     **dict.fromkeys(
         (line for line in SHOWN if line.startswith(("mopt calibrate ", "mopt advise "))),
         "tests/fidelity has it, with fewer pixels",
