@@ -35,6 +35,7 @@ from modelopt_convert.fidelity.thresholds import Threshold, parse_thresholds
 from modelopt_convert.formats.format import Algorithm, Weights
 from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.text import nearest, runnable, shown
 from modelopt_convert.run.workers import default_workers
@@ -527,7 +528,11 @@ class AdviseRequest(Request["AdviceReport"]):
         Flag("Most bits for each weight that could be packed, scales included.", minimum=1.0, maximum=16.0),
     ] = None
     psnr: Annotated[
-        float | None, Flag("Fewest bytes whose pictures have this PSNR against the base's, in dB.", minimum=0.0)
+        float | None,
+        Flag(
+            "Fewest bytes whose pictures have this PSNR against the base's, in dB, by the lower 95% bound.",
+            minimum=0.0,
+        ),
     ] = None
     preset: Annotated[
         str | Path | None,
@@ -576,6 +581,10 @@ class AdviseRequest(Request["AdviceReport"]):
         for name in ("prompts", "output", "calibration", "svg", "report"):
             if getattr(self, name) is not None and is_far(getattr(self, name)):
                 self.refuse(name, "is on disk")
+        if self.format not in FORMATS:
+            self.refuse("format", none_of(self.format, [*FORMATS]))
+        if not str(self.output).endswith(".toml"):
+            self.refuse("output", f"is a FILE.toml, found {shown(str(self.output))}: --preset knows a file by that")
         if self.preset == "none":
             self.refuse("preset", "none says nothing of what an engine cannot load")
         _ = self.budget_bytes
