@@ -177,14 +177,14 @@ ENGINES = (
                 "diffusers_refuses_nvfp4_that_is_not_declared",
             ),
             (
-                "sglang",
+                "sglang_files",
                 "FP8 that a header declares",
-                "if is_file and named:",
-                "if False:",
+                "_float8(metadata) if is_file and method is None else []",
+                "[]",
                 "sglang_settles_on_what_is_said",
             ),
             (
-                "sglang",
+                "sglang_files",
                 "methods that it does not have",
                 "if keys is not None and method not in _METHODS:",
                 "if False:",
