@@ -32,7 +32,8 @@ $(HUB2)/installed: $(INSTALLED) constraints-hub2.txt
 	touch $@
 
 # A real ModelOpt export of a small FLUX.1 on the CPU, and the mixed repo built from it. Then a tiny FLUX.1 that was
-# trained, built in both formats, and a sheet of what base, NVFP4 and FP8 draw: demo/pictures.html.
+# trained, built in both formats and by a preset that mopt advises, and a sheet of what base, NVFP4, FP8 and the advised
+# checkpoint draw: demo/pictures.html. Two pictures judge a unit here, so that the demo stays short.
 TINY := tests/data/tiny_flux1
 demo: $(INSTALLED)
 	$(BIN)/python scripts/make/make_export.py demo nvfp4
@@ -40,7 +41,10 @@ demo: $(INSTALLED)
 	$(BIN)/mopt build-nvfp4 --preset flux1-dev --base $(TINY) --output demo/nvfp4-pictures --overwrite
 	$(BIN)/mopt convert-fp8 --preset flux1-dev --base $(TINY) --output demo/fp8-pictures --overwrite
 	printf '%s\n' 'a red seven' 'a green three' 'a blue zero' 'a yellow six' > demo/prompts.txt
-	$(BIN)/mopt compare demo/nvfp4-pictures demo/fp8-pictures --base $(TINY) --pipeline $(TINY) \
+	$(BIN)/mopt advise $(TINY) --pipeline $(TINY) --prompts demo/prompts.txt --effective-bits 6 --scored 2 --points 0 \
+		--steps 6 --size 32 --output demo/advised.toml
+	$(BIN)/mopt build-nvfp4 --preset demo/advised.toml --base $(TINY) --output demo/advised-pictures --overwrite
+	$(BIN)/mopt compare demo/nvfp4-pictures demo/fp8-pictures demo/advised-pictures --base $(TINY) --pipeline $(TINY) \
 		--prompts demo/prompts.txt --seeds 2 --steps 6 --size 32 --report demo/pictures.html
 
 $(ALL_EXPORTS): $(INSTALLED) scripts/make/make_export.py scripts/make/tiny_models.py

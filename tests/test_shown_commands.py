@@ -32,12 +32,14 @@ ELSEWHERE = {
     "mopt verify --self-test --backend all --json": "minutes without a GPU; tests/verification has it",
     "mopt verify OUT --base FLUX.1-dev --backend all --report verify.html": "likewise",
     "mopt build-nvfp4 --preset flux1-dev --export EXPORT --base BASE --output OUT --executor ray": "tests/write has it",
+    "mopt verify OUT --base BASE --calibration CALIB": "tests/commands/build/test_weighted.py",
     "mopt compare OUT --base BASE --pipeline PIPELINE --prompts prompts.txt --report pictures.html": "tests/fidelity",
-    "mopt compare OUT OUT2 --base BASE --pipeline PIPELINE --prompts prompts.txt --seeds 8": "likewise",
+    "mopt compare OUT OUT2 OUT3 --base BASE --pipeline PIPELINE --prompts prompts.txt --seeds 8": "likewise",
     "mopt compare OUT --base BASE --pipeline PIPELINE --prompts prompts.txt "
     "--require 'cosine>=0.99,psnr>=26'": "likewise",
-    "mopt compare demo/nvfp4-pictures demo/fp8-pictures --base tests/data/tiny_flux1 --pipeline tests/data/tiny_flux1 "
-    "--prompts demo/prompts.txt --seeds 2 --steps 6 --size 32 --report demo/pictures.html": "likewise, and make demo",
+    "mopt compare demo/nvfp4-pictures demo/fp8-pictures demo/advised-pictures --base tests/data/tiny_flux1 "
+    "--pipeline tests/data/tiny_flux1 --prompts demo/prompts.txt --seeds 2 --steps 6 --size 32 "
+    "--report demo/pictures.html": "likewise, and make demo",
     **dict.fromkeys(
         (line for line in SHOWN if line.startswith(("mopt calibrate ", "mopt advise "))),
         "tests/fidelity has it, with fewer pixels",

@@ -1,18 +1,20 @@
-"""What ``mopt calibrate`` wrote, as builds read it: the largest input of every module. No torch, no numpy.
+"""What ``mopt calibrate`` wrote, as builds read it: the inputs of every module, in figures. No torch, no numpy.
 
 CALIB holds ``calibration.json``, ``stats.safetensors`` and a record. The record has the digest of the first, and the
 first that of the second, so that a damaged CALIB is told from a whole one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
+from struct import iter_unpack
 from typing import Any
 
 import xxhash
 
 from modelopt_convert.checkpoint.content import CONTENT
-from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorSpec, parse_header
+from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, TensorSpec, parse_header, read_header_length
 from modelopt_convert.checkpoint.location import read_small
 from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record, write_record
 from modelopt_convert.checkpoint.strict_json import parse_json_object
@@ -33,15 +35,19 @@ class Calibrated:
 
     Attributes:
         path: CALIB.
+        digest: What identifies CALIB: the digest of ``calibration.json``.
         headroom: By which amax is multiplied before a scale is made of it.
         base: The identity of the base that ran.
         amax: Largest magnitude of a module's input by module; None of one that never ran.
+        squares: Where ``stats.safetensors`` has the mean square of each input channel, by module.
     """
 
     path: Path
+    digest: str
     headroom: float
     base: Mapping[str, str]
     amax: Mapping[str, float | None]
+    squares: Mapping[str, TensorInfo] = field(repr=False)
 
     def refuse_other_base(self, identity: Mapping[str, str], path: str) -> None:
         """Require that a base is the one that was calibrated, as far as is known by now.
@@ -79,6 +85,47 @@ class Calibrated:
         if not _LEAST < found < _MOST:
             raise self._unusable(module, f"expected an amax above 0 and finite, found {found!r}", "calibration.amax")
         return found
+
+    def refuse_other(self, recorded: object, checkpoint: str) -> None:
+        """Require that it is the calibration that a checkpoint was built with.
+
+        Args:
+            recorded: The digest in the checkpoint's record.
+            checkpoint: Where the checkpoint lies.
+
+        Raises:
+            InputError: ``calibration.other``.
+        """
+        if recorded != self.digest:
+            raise InputError(
+                f"{self.path}: expected the calibration that {checkpoint} was built with, of the digest "
+                f"{str(recorded)[:12]}, found {self.digest[:12]}",
+                code="calibration.other",
+                path=str(self.path),
+                hint="give the folder that the build was given",
+            )
+
+    def importance(self, module: str, columns: int) -> bytes:
+        """The mean square of each channel of a module's input, float32 [K].
+
+        Args:
+            module: Its name.
+            columns: K.
+
+        Raises:
+            InputError: As ``largest``, or ``calibration.damaged``.
+        """
+        self.largest(module)
+        path, info = self.path / STATS, self.squares.get(module)
+        if info is None or (info.dtype, info.shape) != ("F32", (columns,)):
+            found = "none" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise _damaged(path, f"module {module!r}: expected mean squares F32 [{columns}], found {found}")
+        with path.open("rb") as file:
+            file.seek(info.start)
+            raw = file.read(info.num_bytes)
+        if len(raw) != info.num_bytes or not all(0 <= one < inf for (one,) in iter_unpack("<f", raw)):
+            raise _damaged(path, f"module {module!r}: expected {columns} mean squares from 0 on, and finite")
+        return raw
 
     def _unusable(self, module: str, what: str, code: str) -> InputError:
         return InputError(
@@ -154,13 +201,20 @@ def read_calibration(path: Path) -> CalibrationFolder:
     if said.get("schema") != SCHEMA:
         raise _damaged(path / FILE, f"expected {SCHEMA}, found {str(said.get('schema'))[:40]!r}")
     try:
-        stats, transformers = str(said["stats_xxh3_128"]), _transformers(path, said)
+        stats = str(said["stats_xxh3_128"])
+        transformers = _transformers(path, digest, said)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _damaged(path / FILE, f"expected the fields of {SCHEMA}, found others") from None
     found = file_digest(path / STATS)
     if found != stats:
         raise _damaged(path / STATS, f"expected the digest {stats[:12]} as in {FILE}, found {str(found)[:12]}")
     _check_record(path, record, raw)
+    tensors = _stored(path / STATS)
+    for name, one in transformers.items():
+        prefix = f"{name}/" if len(transformers) > 1 else ""
+        squares = {module: tensors.get(f"{prefix}{module}.mean_square") for module in one.amax}
+        known = {module: info for module, info in squares.items() if info is not None}
+        transformers[name] = replace(one, squares=known)
     return CalibrationFolder(path, digest, said, transformers)
 
 
@@ -193,6 +247,14 @@ def _check_record(path: Path, record: Mapping[str, Any], raw: bytes) -> None:
         raise _damaged(path / RECORD, f"expected the record of {FILE} and {STATS}, found another")
 
 
+def _stored(path: Path) -> Mapping[str, TensorInfo]:
+    """What the header of ``stats.safetensors`` lists."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = read_header_length(file.read(PREFIX_BYTES), file=str(path), file_bytes=size)
+        return parse_header(file.read(length), file=str(path), file_bytes=size).tensors
+
+
 def _record(path: Path) -> dict[str, Any]:
     try:
         record = read_record(path)
@@ -207,8 +269,8 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _transformers(path: Path, said: Mapping[str, Any]) -> dict[str, Calibrated]:
-    """What is said of each transformer.
+def _transformers(path: Path, digest: str, said: Mapping[str, Any]) -> dict[str, Calibrated]:
+    """What is said of each transformer; where its mean squares lie, another file says.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: It is not of the schema.
@@ -218,7 +280,8 @@ def _transformers(path: Path, said: Mapping[str, Any]) -> dict[str, Calibrated]:
         raise ValueError
     for name, one in said["transformers"].items():
         amax = {module: None if kept["n"] == 0 else float(kept["amax"]) for module, kept in one["modules"].items()}
-        found[name] = Calibrated(path, headroom, {key: str(value) for key, value in one["base"].items()}, amax)
+        base = {key: str(value) for key, value in one["base"].items()}
+        found[name] = Calibrated(path, digest, headroom, base, amax, {})
     if any(key not in said for key in ("prompts", "runs", "steps", "size", "pipeline")):
         raise KeyError
     return found

@@ -25,7 +25,11 @@ _ALGORITHM = "xxh3-128"
 _SHOWN = 12  # digits of a digest, in words
 # Statuses of the proof at build after which the bytes are known to be the base's.
 _KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build, not calibrated, from"}
-
+# What is found of modules that were quantized by such a rule; without their calibration weighted ones are near.
+_SEARCHED: Mapping[str, tuple[str, str | None]] = {
+    "sweep": ("nearest", WEIGHTS_WORDS["sweep"]),
+    "sweep-weighted": ("nearest", None),
+}
 _CALIBRATED = "quantized at build, with input scales of `mopt calibrate`, from"
 
 
@@ -135,13 +139,27 @@ def _texts(found: object) -> dict[str, str]:
     return {name: str(one) for name, one in found.items()} if isinstance(found, dict) else {}
 
 
-def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """The verdicts of the proof at build by module, or None where there is no record of one."""
+def recorded_verdicts(record: Mapping[str, Any] | None) -> dict[str, tuple[str, str | None]]:
+    """The verdict of the proof at build and its rule, if it was told, by module; empty where no record has them.
+
+    What was quantized by mopt itself is to be found as the rule of the build leaves it.
+    """
     proof = record.get("proof") if record is not None else None
     modules = proof.get("modules") if isinstance(proof, dict) and str(proof.get("status")) in _KNOWN else None
-    if not isinstance(modules, dict):
-        return None
-    return {name: str(one.get("verdict")) for name, one in modules.items() if isinstance(one, dict)}
+    if record is None or not isinstance(modules, dict):
+        return {}
+    here, found = _SEARCHED.get(str(record.get("weights")), ("reproduced", None)), dict[str, tuple[str, str | None]]()
+    for name, one in modules.items():
+        if isinstance(one, dict):
+            verdict, rule = str(one.get("verdict")), one.get("rule")
+            found[name] = here if verdict == QUANTIZED_HERE else (verdict, rule if isinstance(rule, str) else None)
+    return found
+
+
+def calibration_of(record: Mapping[str, Any] | None) -> str | None:
+    """The digest of the calibration that a checkpoint was built with, as its record has it."""
+    found = record.get("calibration") if record is not None else None
+    return str(found["digest"]) if isinstance(found, dict) and "digest" in found else None
 
 
 def recorded_preset(record: Mapping[str, Any] | None) -> str:

@@ -77,7 +77,10 @@ def _parameter(one: Field[Any], kind: Any, flag: Flag) -> Parameter:
     taken = [each for each in get_args(kind) if each is not NoneType] if get_origin(kind) is UnionType else [kind]
     words = choices_of(kind)
     single = str if words else taken[0]  # the request itself says which word was meant
-    typed = GenericAlias(list, str if words else get_args(kind)[0]) if get_origin(kind) is Sequence else single
+    if get_origin(kind) is Sequence:
+        each = get_args(kind)[0]
+        single = GenericAlias(list, str if words else get_args(each)[0] if isinstance(each, UnionType) else each)
+    typed = single
     default = Parameter.empty if one.default is MISSING else one.default
     if default in (None, ()):
         typed, default = typed | None, None

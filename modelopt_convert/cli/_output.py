@@ -34,6 +34,7 @@ from modelopt_convert.report.report import ErrorReport, FaultReport, Report
 from modelopt_convert.report.words import PROVEN_WORDS
 from modelopt_convert.run.boundary import bounded, debugging, storage_error
 from modelopt_convert.run.errors import ExitCode, InternalError, Interrupted, MoptError, OutputRefusedError
+from modelopt_convert.run.progress import Forwards
 from modelopt_convert.run.quiet import quiet_libraries
 from modelopt_convert.run.signals import Signals
 from modelopt_convert.run.terminal import is_terminal
@@ -149,16 +150,28 @@ class ProgressBar:
                 BarColumn,
                 DownloadColumn,
                 Progress,
+                Task,
                 TextColumn,
                 TimeRemainingColumn,
                 TransferSpeedColumn,
             )
+            from rich.text import Text
+
+            class Done(DownloadColumn):
+                def render(self, task: Task) -> Text:
+                    if not task.fields.get("is_counted"):
+                        return super().render(task)
+                    return Text(f"{task.completed:.0f}/{task.total or 0:.0f} forwards")
+
+            class Speed(TransferSpeedColumn):
+                def render(self, task: Task) -> Text:
+                    return Text() if task.fields.get("is_counted") else super().render(task)
 
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
-                DownloadColumn(),
-                TransferSpeedColumn(),
+                Done(),
+                Speed(),
                 TimeRemainingColumn(compact=True),
             )
             console = Console(stderr=True, markup=False, highlight=False, no_color=output.no_color or None)
@@ -193,11 +206,12 @@ class ProgressBar:
             if number == 1:
                 for task in self._bar.task_ids:
                     self._bar.remove_task(task)
-                self._bar.add_task(text, total=total)
+                self._bar.add_task(text, total=total, is_counted=isinstance(total_bytes, Forwards))
             else:
                 self._bar.update(self._bar.task_ids[-1], description=text, total=self._bar.tasks[-1].completed + total)
         elif not self._output.quiet:
-            self._output.aside(f"{what}: {human_bytes(total_bytes)}")
+            is_counted = isinstance(total_bytes, Forwards)
+            self._output.aside(f"{what}: {f'{total_bytes} forwards' if is_counted else human_bytes(total_bytes)}")
 
     def _described(self, what: str) -> str:
         """A phase with the step that it belongs to; a push after a build verifies once more, and goes no step back."""

@@ -57,7 +57,7 @@ def _show(out: "Output", report: "AdviceReport") -> None:
     out.line(f"wrote {report.output}: {len(report.units) - len(kept)} of {len(report.units)} units packed")
     drawn = [one for one in report.frontier if one.measured is not None and one.keeps != chosen.keeps]
     rows = [["chosen", *_figures(chosen)], *(["frontier", *_figures(one)] for one in drawn)]
-    out.table(["choice", "bytes", "bits", "kept", "predicted", "measured", "PSNR dB"], rows)
+    out.table(["choice", "bytes", "bits", "kept", "predicted", "measured", "PSNR dB", "lower 95%"], rows)
     out.line("")
     by_density = sorted(report.units, key=lambda one: -one.error_alone / one.bytes_kept)
     shown = by_density if out.verbose else by_density[:3]
@@ -77,7 +77,8 @@ def _figures(one: "PointReport") -> list[str]:
     assert measured is not None  # only such are shown
     psnr = "equal" if measured.psnr is None else f"{measured.psnr:.2f}"
     predicted, found = f"{one.error_predicted:.3g}", f"{measured.error:.3g}"
-    return [str(one.bytes), f"{one.bits:.2f}", str(len(one.keeps)), predicted, found, psnr]
+    bound = "-" if measured.lower95 is None else f"{measured.lower95:.2f}"
+    return [str(one.bytes), f"{one.bits:.2f}", str(len(one.keeps)), predicted, found, psnr, bound]
 
 
 def _as_path(preset: str) -> str:

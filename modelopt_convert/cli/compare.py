@@ -19,7 +19,7 @@ def compare(request: CompareRequest, output: "Output") -> None:
     \b
     Examples:
       mopt compare OUT --base BASE --pipeline PIPELINE --prompts prompts.txt --report pictures.html
-      mopt compare OUT OUT2 --base BASE --pipeline PIPELINE --prompts prompts.txt --seeds 8
+      mopt compare OUT OUT2 OUT3 --base BASE --pipeline PIPELINE --prompts prompts.txt --seeds 8
       mopt compare OUT --base BASE --inputs captured.safetensors
 
     No kernel of an engine takes part: products are the same but for the order of additions. Without a pipeline the

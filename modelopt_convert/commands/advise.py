@@ -35,7 +35,7 @@ from modelopt_convert.preset.advised import advised_text, patterns_of
 from modelopt_convert.preset.preset import LoadedPreset, choose_preset, load_preset, parse_preset
 from modelopt_convert.report.advice import AdviceReport, DrawnReport, MeasuredReport, PointReport, UnitReport
 from modelopt_convert.run.errors import InputError
-from modelopt_convert.run.progress import Progress
+from modelopt_convert.run.progress import Forwards, Progress
 from modelopt_convert.stage.written_file import check_file_place, check_file_writable, sealed, write_report
 
 if TYPE_CHECKING:
@@ -239,14 +239,14 @@ class AdviseCommand:
 
         request, found, path = self._request, self._found, str(base.path)
         scored = self._scored(len(trials.pairs))
-        self._begin(progress, "draw unquantized", len(trials.pairs), base)
+        self._begin(progress, "draw unquantized", len(trials.pairs))
         with found.clock.timed("draw"):
             for _ in trials.draw_unquantized(scored if request.score == "forward" else 0):
-                progress.advance(request.steps * base.num_bytes)
+                progress.advance(request.steps)
         check_recorded(trials.calls, trials.pictures, trials.ran, list(trials.weights), path)
         numbers = spread_over(range(len(trials.pairs)), scored)
         forwards = scored if request.score == "forward" else scored * request.steps
-        progress.begin(f"score {len(choices.units)} units", len(choices.units) * forwards * base.num_bytes)
+        progress.begin(f"score {len(choices.units)} units", Forwards(len(choices.units) * forwards))
         items: list[Item] = []
         with found.clock.timed("score"):
             for unit in choices.units:
@@ -262,7 +262,7 @@ class AdviseCommand:
                         hint="give a preset that has it as structural",
                     )
                 items.append(Item(unit.name, error, unit.bytes_kept - unit.bytes_packed))
-                progress.advance(forwards * base.num_bytes)
+                progress.advance(forwards)
                 progress.detail(f"{unit.name}: {error:.3e}")
         self._keep(
             score=request.score,
@@ -287,13 +287,13 @@ class AdviseCommand:
         """
         from modelopt_convert.fidelity.frontier import best_within, first_reaching, frontier
 
-        base, request = self._inputs.readers["base"], self._request
+        request = self._request
         measured: dict[tuple[str, ...], MeasuredReport] = {}
 
         def run(point: "Point") -> MeasuredReport:
             if point.keeps not in measured:
                 what = f"draw with {len(items) - len(point.keeps)} of {len(items)} units packed"
-                self._begin(progress, what, len(trials.pairs), base)
+                self._begin(progress, what, len(trials.pairs))
                 with self._found.clock.timed("draw packed"):
                     measured[point.keeps] = self._measured(trials, choices, point.keeps, progress)
             return measured[point.keeps]
@@ -305,14 +305,15 @@ class AdviseCommand:
             assert point is not None  # it was checked that the budget holds the least
         else:
             wanted = request.psnr or 0.0
-            point = first_reaching(hull, lambda one: _reaches(run(one), wanted))
+            point = first_reaching(hull, lambda one: reaches(run(one), wanted))
             if point is None:
                 raise InputError(
-                    f"{request.base}: expected a PSNR of {wanted:g} dB, found {_db(run(hull[-1]))} with all "
-                    "units but one kept",
+                    f"{request.base}: expected a PSNR whose lower 95% bound is {wanted:g} dB, found "
+                    f"{_db(run(hull[-1]))} of {len(trials.pairs)} pictures with all units but one kept",
                     code="advise.psnr",
                     path=str(request.base),
-                    hint="give less, or use the base as it is",
+                    hint="ask for a smaller --psnr, draw more pictures by --seeds, which brings the bound nearer to "
+                    "the mean, or use the base as it is",
                 )
         run(point)
         room = choices.most_bytes - choices.least_bytes
@@ -342,7 +343,7 @@ class AdviseCommand:
         errors: list[float] = []
         for one in trials.errors(packed, range(len(trials.pairs))):
             errors.append(one)
-            progress.advance(self._request.steps * self._inputs.readers["base"].num_bytes)
+            progress.advance(self._request.steps)
         over = spread([-10 * log10(one) if one else inf for one in errors])
         is_forward = self._request.score == "forward"
         return MeasuredReport(
@@ -353,8 +354,8 @@ class AdviseCommand:
             n=over.n,
         )
 
-    def _begin(self, progress: Progress, what: str, pictures: int, base: CheckpointReader) -> None:
-        progress.begin(what, pictures * self._request.steps * base.num_bytes)
+    def _begin(self, progress: Progress, what: str, pictures: int) -> None:
+        progress.begin(what, Forwards(pictures * self._request.steps))
 
     def _write(
         self,
@@ -442,9 +443,13 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or value == float("inf") else value
 
 
-def _reaches(found: MeasuredReport, wanted: float) -> bool:
-    return found.psnr is None or found.psnr >= wanted
+def reaches(found: MeasuredReport, wanted: float) -> bool:
+    """Whether the lower bound does, as ``mopt compare --require`` asks; the mean of few pictures is chance."""
+    return found.psnr is None or (found.lower95 is not None and found.lower95 >= wanted)
 
 
 def _db(found: MeasuredReport) -> str:
-    return "without bound" if found.psnr is None else f"{found.psnr:.2f} dB"
+    if found.psnr is None:
+        return "without bound"
+    bound = "no bound" if found.lower95 is None else f"lower bound {found.lower95:.2f}"
+    return f"{found.psnr:.2f} dB ({bound})"

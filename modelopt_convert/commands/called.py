@@ -15,5 +15,8 @@ def command_line(request: Request[Any]) -> str:
         if one.name == "progress" or value == one.default:
             continue
         flag = [request.spelled(one.name)] if one.kw_only else []
-        words += flag if value is True else [*flag, str(value)]
+        if isinstance(value, tuple):
+            words += [word for each in value for word in (*flag, str(each))]
+        else:
+            words += flag if value is True else [*flag, str(value)]
     return shlex.join(words)

@@ -6,10 +6,11 @@ checkpoint: it is published, and the report says that GPU parity was not shown.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from modelopt_convert.checkpoint.calibration import Calibrated
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.commands.command import Warned
 from modelopt_convert.plan.plan import ShardPlan, Step
@@ -104,6 +105,7 @@ def verify_stage(
     options: VerifyOptions,
     output: str,
     progress: Progress,
+    calibrated: Mapping[str, Calibrated],
 ) -> Closed:
     """Verify every transformer of a finished stage.
 
@@ -113,6 +115,7 @@ def verify_stage(
         options: What to run.
         output: Where the checkpoint will stand.
         progress: Told what is read.
+        calibrated: The calibration of each that was built with one, by the folder in the stage.
     """
     import torch
 
@@ -124,14 +127,16 @@ def verify_stage(
     found: dict[str, VerifyReport] = {}
     warned: list[Warned] = []
     for prefix, (base, proof) in parts.items():
+        asked = replace(options, calibrated=calibrated.get(prefix))
 
         def verified(
             reader: CheckpointReader,
             device: torch.device,
             base: CheckpointReader | None = base,
             words: str = proof.words,
+            asked: VerifyOptions = asked,
         ) -> VerifyReport:
-            return verify_opened(reader, base, options, device, progress, with_record=False, proof=words)
+            return verify_opened(reader, base, asked, device, progress, with_record=False, proof=words)
 
         with opened_stage(stage / prefix) as reader, torch.inference_mode():
             try:

@@ -117,25 +117,23 @@ class CompareCommand:
         request, against = self._request, self._request.locate("base")
         opened: dict[str, dict[str, CheckpointReader]] = {}
         base: dict[str, CheckpointReader] = {}
-        for field in ("checkpoint", "other"):
-            place = request.locate(field)
-            if place is None:
-                continue
+        for number, (where, place) in enumerate(request.checkpoints.items()):
+            role = f"other_{number}" if number > 1 else "other" if number else "checkpoint"
             mine: dict[str, CheckpointReader] = {}
             for folder, path, base_path in transformers_of(place, against):
                 name = _NAME if folder == _ALONE else folder
                 key = f"{name}/" if name != _NAME else ""
-                mine[name] = reader = inputs.open(f"{key}{field}", path)
+                mine[name] = reader = inputs.open(f"{key}{role}", path)
                 if name not in base:
                     assert base_path is not None  # a base is given
                     base[name] = inputs.open(f"{key}base", base_path, is_base=True)
                     self._warned += inputs.present(f"{key}base")
                 check_roles(reader, base[name])
-                self._warned += inputs.present(f"{key}{field}", base[name].tensors)
+                self._warned += inputs.present(f"{key}{role}", base[name].tensors)
                 self._warned += not_compared(reader, base[name])
-                inputs.lend_config(f"{key}{field}", base[name])
+                inputs.lend_config(f"{key}{role}", base[name])
                 self._warned += self._taken(reader)
-            opened[str(getattr(request, field))] = mine
+            opened[where] = mine
             if mine.keys() != base.keys():
                 raise InputError(
                     f"{place}: expected {' and '.join(base)} as in the other checkpoint, found {' and '.join(mine)}",

@@ -128,8 +128,14 @@ class Request(Generic[Result]):
             UsageError: It is written ``hf://`` and names no repo, or so for another storage.
         """
         place: Place | None = getattr(self, name)
-        if place is None:
-            return None
+        return None if place is None else self.located(name, place)
+
+    def located(self, name: str, place: Place) -> Location:
+        """Where a place lies that a field names.
+
+        Raises:
+            UsageError: As ``locate``.
+        """
         try:
             return parse_location(str(place), download=self.fetches_whole)
         except InputError as error:
@@ -168,14 +174,15 @@ def check_value(flag: str, kind: Any, value: Any, low: float | None = None, high
     """
     if get_origin(kind) is Sequence and isinstance(value, str):
         raise UsageError(flag, f"takes a list, found {shown(value)}")
-    if isinstance(value, str) and not value:  # as a path it would be the current folder
-        raise UsageError(flag, "must not be empty")
-    choices = choices_of(kind)
+    choices, each = choices_of(kind), get_args(kind)[0] if get_origin(kind) is Sequence else kind
     words = value if get_origin(kind) is Sequence and isinstance(value, tuple | list) else (value,)
+    is_path = Path in get_args(each)
     for word in words:
+        if isinstance(word, str) and not word and (is_path or word is value):  # it would be the current folder
+            raise UsageError(flag, "must not be empty")
         if choices and isinstance(word, str) and word not in choices:
             raise UsageError(flag, none_of(word, choices))
-        if isinstance(word, str | Path) and not _is_text(str(word), Path in get_args(kind) and not is_far(word)):
+        if isinstance(word, str | Path) and not _is_text(str(word), is_path and not is_far(word)):
             raise UsageError(flag, f"{shown(word)} holds NUL, or what is not UTF-8")
     if not _takes(kind, value):
         raise UsageError(flag, f"{shown(value)} is not what it takes: {_words(kind)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from modelopt_convert.checkpoint.companions import places_read
-from modelopt_convert.checkpoint.location import is_far, is_file, parse_location
+from modelopt_convert.checkpoint.location import Location, is_far, is_file, parse_location
 from modelopt_convert.commands.flags import (
     Config,
     Download,
@@ -35,6 +35,7 @@ from modelopt_convert.fidelity.thresholds import Threshold, has_lpips, parse_thr
 from modelopt_convert.formats.format import Algorithm, Weights
 from modelopt_convert.formats.fp8.format import FORMAT as FP8
 from modelopt_convert.formats.nvfp4.format import FORMAT as NVFP4
+from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.run.errors import InputError, UsageError
 from modelopt_convert.run.text import nearest, runnable, shown
 from modelopt_convert.run.workers import default_workers
@@ -285,7 +286,10 @@ class BuildNvfp4Request(BuildRequest):
     ] = "cpu"
     weights: Annotated[
         Weights,
-        Flag("Without --export, each block's scale: by its largest value, or the best of ten by squared error."),
+        Flag(
+            "Without --export, each block's scale: by its largest value, or the best of ten by squared error, which "
+            "--calibration may weigh."
+        ),
     ] = "max"
 
     @property
@@ -299,6 +303,8 @@ class BuildNvfp4Request(BuildRequest):
             self.refuse("device", "cuda is for --executor threads")
         if self.weights != "max" and self.export is not None:
             self.refuse("weights", f"{self.weights} is for a base alone: an export has its scales; leave --export out")
+        if self.weights == "sweep-weighted" and self.calibration is None:
+            self.refuse("weights", "sweep-weighted needs --calibration CALIB, the folder that `mopt calibrate` writes")
         BuildRequest.check(self)
 
 
@@ -531,7 +537,11 @@ class AdviseRequest(Request["AdviceReport"]):
         Flag("Most bits for each weight that could be packed, scales included.", minimum=1.0, maximum=16.0),
     ] = None
     psnr: Annotated[
-        float | None, Flag("Fewest bytes whose pictures have this PSNR against the base's, in dB.", minimum=0.0)
+        float | None,
+        Flag(
+            "Fewest bytes whose pictures have this PSNR against the base's, in dB, by the lower 95% bound.",
+            minimum=0.0,
+        ),
     ] = None
     preset: Annotated[
         str | Path | None,
@@ -583,6 +593,10 @@ class AdviseRequest(Request["AdviceReport"]):
         if self.offload != "none" and self.device == "cpu":
             self.refuse("offload", "is for a GPU")
         _check_size(self, self.size)
+        if self.format not in FORMATS:
+            self.refuse("format", none_of(self.format, [*FORMATS]))
+        if not str(self.output).endswith(".toml"):
+            self.refuse("output", f"is a FILE.toml, found {shown(str(self.output))}: --preset knows a file by that")
         if self.preset == "none":
             self.refuse("preset", "none says nothing of what an engine cannot load")
         _ = self.budget_bytes
@@ -609,12 +623,16 @@ class VerifyRequest(Request["VerifiedReport"]):
     """Verify a checkpoint: container, layout, decoded values and kernels, each level on its own."""
 
     command: ClassVar[str] = "verify"
-    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config")
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config", "calibration")
     checkpoint: Annotated[
         Place | None,
         Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="CHECKPOINT"),
     ] = field(default=None, kw_only=False)
     base: Annotated[Place | None, Flag("The unquantized base, to prove the weights again.", metavar="BASE")] = None
+    calibration: Annotated[
+        Folder | None,
+        Flag("What a build with --weights sweep-weighted was given, to prove its scales.", metavar="CALIB"),
+    ] = None
     variant: Variant = None
     config: Config = None
     backend: Annotated[
@@ -659,6 +677,10 @@ class VerifyRequest(Request["VerifiedReport"]):
             self.refuse("checkpoint", "is required, but for --self-test and --prewarm")
         if self.checkpoint is not None and self.self_test:
             self.refuse("checkpoint", "is not looked at by --self-test")
+        if self.calibration is not None and self.base is None:
+            self.refuse("calibration", "is for a comparison with --base")
+        if self.calibration is not None and is_far(self.calibration):
+            self.refuse("calibration", "is a folder on disk")
         if self.require is not None and (self.self_test or self.prewarm):
             self.refuse("require", "is about the kernel level, which --self-test and --prewarm do not run")
 
@@ -737,13 +759,13 @@ class CompareRequest(Request["FidelityReport"]):
     """Compare what a checkpoint draws with what its base draws, its quantized modules emulated on any device."""
 
     command: ClassVar[str] = "compare"
-    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "other", "base", "config")
+    inputs: ClassVar[tuple[str, ...]] = ("checkpoint", "base", "config")
     checkpoint: Annotated[
         Place, Flag("A transformer folder, the pipeline folder that holds it, or one file.", metavar="OUT")
     ] = field(kw_only=False)
-    other: Annotated[Place | None, Flag("Another checkpoint of the same base, beside the first.", metavar="OUT2")] = (
-        field(default=None, kw_only=False)
-    )
+    others: Annotated[
+        Sequence[Place], Flag("Further checkpoints of the same base, beside the first.", metavar="OUT2")
+    ] = field(default=(), kw_only=False)
     base: Annotated[Place, Flag("The unquantized base.", metavar="BASE")]
     variant: Variant = None
     config: Config = None
@@ -788,6 +810,7 @@ class CompareRequest(Request["FidelityReport"]):
 
     def check(self) -> None:
         """Refuse what cannot be meant."""
+        _ = self.checkpoints
         if (self.pipeline is None) != (self.prompts is None):
             self.refuse("prompts" if self.prompts is None else "pipeline", "--pipeline and --prompts go together")
         if self.pipeline is not None and self.captured is not None:
@@ -811,6 +834,20 @@ class CompareRequest(Request["FidelityReport"]):
             self.refuse("require", f"{drawn[0]} is of pictures; give --pipeline and --prompts")
         if "lpips" in drawn and not has_lpips():
             self.refuse("require", "lpips needs the package lpips, which is not installed: pip install lpips")
+
+    @property
+    def checkpoints(self) -> dict[str, Location]:
+        """Where each checkpoint lies, by its name, in the order in which they were given."""
+        found = {str(self.checkpoint): self.located("checkpoint", self.checkpoint)}
+        return found | {str(one): self.located("others", one) for one in self.others}
+
+    def reads(self) -> list[Path]:
+        """All checkpoints, too."""
+        return [*Request.reads(self), *(Path(one) for one in self.others if not is_far(one))]
+
+    def on_disk(self) -> list[Path]:
+        """All checkpoints, too."""
+        return [*Request.on_disk(self), *(Path(one) for one in self.others if not is_far(one))]
 
     @property
     def thresholds(self) -> tuple[Threshold, ...]:

@@ -5,10 +5,12 @@ torch is imported once refusals are past, and only for a base or a kernel.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from modelopt_convert.checkpoint.calibration import read_calibration
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of
 from modelopt_convert.checkpoint.pipeline import transformers_of
@@ -114,6 +116,8 @@ class VerifyCommand:
         conclude_backends(self._found, self._options)
 
     def _verify(self, checkpoint: Location, base: Location | None, progress: Progress) -> None:
+        asked = self._request.calibration
+        calibration = read_calibration(Path(asked)) if asked is not None else None
         record = read_pipeline(checkpoint)
         copied = copied_files(record)
         transformers = [one for one in transformers_of(checkpoint, base) if f"{one[0]}/config.json" not in copied]
@@ -121,6 +125,7 @@ class VerifyCommand:
             raise _incomplete(checkpoint, f"{' and '.join(parts_of(record))} was built and is gone")
         with self._inputs as inputs:
             opened: dict[str, tuple[CheckpointReader, CheckpointReader | None]] = {}
+            names = dict[str, str]()
             for name, path, base_path in transformers:
                 prefix = f"{name}/" if len(transformers) > 1 else ""
                 with self._clock.timed("open"):
@@ -136,7 +141,7 @@ class VerifyCommand:
                     self._warned += inputs.present(f"{prefix}checkpoint", known)
                     self._warned += not_compared(reader, against) if against is not None else []
                     inputs.lend_config(f"{prefix}checkpoint", against)
-                opened[prefix] = reader, against
+                opened[prefix], names[prefix] = (reader, against), path.name if name == "." else name
             from modelopt_convert.verification.levels.record import beside_faults
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
@@ -157,9 +162,11 @@ class VerifyCommand:
                     if device is not None and options.prewarm:
                         found[prefix] = prewarm_kernels(reader, against, options, device, progress)
                         continue
+                    calibrated = calibration.of(names[prefix]) if calibration is not None else None
+                    mine = replace(options, calibrated=calibrated)
                     with self._clock.timed("verify"):
                         found[prefix] = verify_opened(
-                            reader, against, options, device, progress, with_record=True, faults=faults.under(prefix)
+                            reader, against, mine, device, progress, with_record=True, faults=faults.under(prefix)
                         )
             for prefix, (name, _, _) in zip(opened, transformers, strict=True):
                 if name in parts_of(record) and part_digest(checkpoint / name) != parts_of(record)[name]:

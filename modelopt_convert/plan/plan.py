@@ -86,6 +86,7 @@ class Step:
             without it, in the dtype that it is stored in.
         layout: How the input lies, for ``repack`` and ``reorder_scales``.
         weights: How block scales are chosen, for ``quantize_nvfp4``.
+        importance: How much an error in each input channel weighs, float32 [K], for ``sweep-weighted``.
     """
 
     output: TensorSpec
@@ -95,6 +96,7 @@ class Step:
     quotient: Literal["BF16", "F32"] | None = None
     layout: Layout = CANONICAL
     weights: Weights = "max"
+    importance: bytes = field(default=b"", repr=False)
 
     def laid(self, stored: tuple[int, ...], layout: Layout) -> "Step":
         """The step that brings codes, or block scales, of this shape and layout into the canonical one."""

@@ -180,6 +180,11 @@ class LoadedPreset(_Strict):
     warnings: list[str] = []
     build: list[str] = []
 
+    def formats_instead(self, algorithm: Algorithm) -> list[Algorithm]:
+        """The formats that the text itself has sets for, where it has none for this one and inherits what it has."""
+        own = [one for one in FORMATS if one in tomllib.loads(self.text)]
+        return own if self.inherited and algorithm not in own else []
+
     @property
     def sha256(self) -> str:
         """Digest of the TOML text and of the texts that it extends, recorded in mopt.json."""

@@ -1,7 +1,7 @@
 """What is still to be compared: plain data, which travels to whoever writes the module. No torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import Reading
@@ -22,6 +22,7 @@ class Due:
         max_error: Limit of the relative error of a weight that is near.
         reading: NVFP4: how the module lies, as it is declared or as sampled rows tell; it is tried first.
         rule: FP8: how the exporter divided, likewise.
+        importance: NVFP4: the weight of each input channel in a calibration, float32 [K]; empty without one.
     """
 
     algorithm: Algorithm
@@ -31,6 +32,7 @@ class Due:
     max_error: float
     reading: Layout | None = None
     rule: str | None = None
+    importance: bytes = field(default=b"", repr=False)
 
     def block_scales(self) -> list[TensorInfo]:
         """The scales that are written as the weight's layout says: none where the format has one layout."""

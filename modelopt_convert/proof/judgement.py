@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.calibration import Calibration
 from modelopt_convert.dialects.packed import PackedModule
-from modelopt_convert.formats.format import Algorithm, entry
+from modelopt_convert.formats.format import WEIGHTS_WORDS, Algorithm, entry
 from modelopt_convert.formats.fp8.codes import Clipped
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.proof.closeness import Closeness
@@ -30,8 +30,8 @@ Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "u
 
 COMPRESSED = "max calibration, --compress: block scales rounded twice"
 """A rule that holds only where another module has the scale of the group."""
-SWEPT = "a sweep of block scales"
-"""The rule of ``formats/nvfp4/sweep.py``, under the tensor scale of max calibration."""
+SWEPT, WEIGHTED = WEIGHTS_WORDS["sweep"], WEIGHTS_WORDS["sweep-weighted"]
+"""The rules of ``formats/nvfp4/sweep.py``: every byte is theirs. The second holds where its calibration is at hand."""
 
 AMPLE = 256.0
 """A scale so many times that of max calibration still tells the weights apart. Above, codes may be right and say
@@ -208,7 +208,8 @@ def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> 
             continue
         calibrated = [rules.scale_of(amax) for amax in (one.amax, largest[one.scale])]
         if one.scale not in calibrated:
-            verdict: Verdict = "near" if one.rule == COMPRESSED else "nearest"  # codes are of another scale there
+            # Codes are of another scale there, or errors not the least plain ones.
+            verdict: Verdict = "near" if one.rule in (COMPRESSED, WEIGHTED) else "nearest"
             factor, of_group = (one.scale / scale if scale else 1.0 for scale in calibrated)
             words = f"{rules.tensor_scale} is {factor:.9g} times that of max calibration" if factor != 1.0 else None
             if words is not None and of_group != factor:

@@ -35,12 +35,12 @@ from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.nvfp4.stored import all_positive
 from modelopt_convert.formats.nvfp4.sweep import sweep
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
-from modelopt_convert.formats.tensor_bytes import first_place
+from modelopt_convert.formats.tensor_bytes import first_place, from_bytes
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows, worst_row
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, SWEPT, Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, SWEPT, WEIGHTED, Counts, FormatProof, Judgement, Verdict
 from modelopt_convert.proof.padding import not_padding, padding_bytes
 from modelopt_convert.proof.scale_values import tensor_scale, unusable_scale
 from modelopt_convert.proof.tensors import (
@@ -56,7 +56,7 @@ from modelopt_convert.proof.tensors import (
     stored_rows,
     tiles,
 )
-from modelopt_convert.report.words import PROVEN
+from modelopt_convert.report.words import ALL_NEAREST, PROVEN
 from modelopt_convert.run.errors import Faults, InputError
 from modelopt_convert.run.workers import until
 
@@ -103,27 +103,39 @@ def _scale_readings(export: CheckpointReader, module: PackedModule) -> dict[Scal
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A reading and a cast, and what came of comparing under them."""
+    """A reading and a cast, and what came of comparing under them.
+
+    Attributes:
+        reading: How the export is read.
+        cast: What the base is brought to.
+        tally: Of all blocks that were seen.
+        amax: Largest magnitude of the base.
+        is_complete: Whether all blocks were seen.
+        swept: The rule by which mopt's own sweep gives every byte, if it does.
+    """
 
     reading: Layout
     cast: str
     tally: BlockTally
     amax: float
     is_complete: bool
-    is_swept: bool = False
+    swept: str | None = None
 
     @property
     def counts(self) -> Counts:
-        """Of what was compared; what a sweep reproduces equals what it makes, to the last byte."""
+        """Of what was compared; what a weighted sweep reproduces equals what it makes, to the last byte."""
         found = Counts.of(self.tally)
-        if not self.is_swept:
+        if self.swept != WEIGHTED:
             return found
         return Counts(found.codes, found.codes, scales=found.scales, scales_equal=found.scales)
 
     @property
     def verdict(self) -> Verdict:
-        """What an attempt that explains the export makes of it."""
-        if self.tally.is_exact or self.is_swept:
+        """What an attempt that explains the export makes of it.
+
+        A plain sweep needs no other word than any search by plain error: both are held to the same law.
+        """
+        if self.tally.is_exact or self.swept == WEIGHTED:
             return "reproduced"
         return "reproduced but for ties" if self.tally.is_tied else "nearest"
 
@@ -131,7 +143,7 @@ class _Attempt:
     def rule(self) -> str:
         """How the bytes are made of the base."""
         searched = "nearest codes under searched scales"
-        return SWEPT if self.is_swept else searched if self.verdict == "nearest" else "max calibration"
+        return self.swept or (searched if self.verdict == "nearest" else "max calibration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,17 +260,23 @@ class _Comparison:
         """The attempt under the reading in which all bytes are those of mopt's own sweep; None if there is none.
 
         The rule is run again on the base, rounded to BF16 as a build rounds it: nothing that a record says is needed.
+        That of a calibration comes first, where one is at hand: it proves more.
         """
-        cast = "BF16"
-        for reading in self.readings():
+        cast, rules = "BF16", dict[str, Tensor | None]()
+        if self.due.importance:
+            rules[WEIGHTED] = from_bytes(self.due.importance, "F32", (self.due.module.columns,))
+        rules[SWEPT] = None
+        for (rule, importance), reading in itertools.product(rules.items(), self.readings()):
             factor, scales = self.global_scale(reading), self.scales[reading.scales].view(torch.uint8)
             for tile in self.tiles(cast):
-                packed, scale = sweep(tile.base, factor)
+                packed, scale = sweep(tile.base, factor, importance)
                 same = torch.equal(scale.view(torch.uint8), scales[tile.rows])
                 if not same or not torch.equal(packed, _canonical(tile.stored, reading)):
                     break
             else:
-                return dataclasses.replace(self.attempt(reading, cast, to_the_end=True), is_swept=True)
+                found = dataclasses.replace(self.attempt(reading, cast, to_the_end=True), swept=rule)
+                if self.is_scaled(found):  # else BF16 is not what the global scale was made of
+                    return found
         return None
 
     def amax(self, cast: str) -> float:
@@ -333,7 +351,7 @@ class _Comparison:
             if is_whole and float(self.global_scale(found.reading)) > AMPLE * found.amax / (E2M1_MAX * E4M3_MAX):
                 near = self.nearness(found.reading).whole.closeness()
                 verdict = verdict if near.within(self.due.max_error) else "mismatch"
-            first = tally.first.in_words() if tally.first is not None and not found.is_swept else None
+            first = tally.first.in_words() if tally.first is not None and found.swept is None else None
             return Judgement(
                 verdict,
                 is_whole,
@@ -370,7 +388,7 @@ class _Comparison:
         if near.within(limit) and sums.worst_strip() <= limit and not tried.tally.is_damaged:
             verdict = "near" if self.is_clear(reading, near.relative_error) else "undetermined"
         first = tried.tally.first.in_words() if tried.tally.first is not None else None
-        rule = "all codes nearest" if tried.tally.wrong_codes == 0 else None
+        rule = ALL_NEAREST if tried.tally.wrong_codes == 0 else None
         return Judgement(
             verdict, is_whole, counts, tried.amax, self.due.scale, near, reading, rule, self.due.casts[0], first
         )

@@ -7,6 +7,8 @@ PROVEN = ("reproduced", "reproduced but for ties", "nearest")
 """Verdicts on a module that is the base, quantized."""
 REFUTED = ("undetermined", "unrelated", "mismatch")
 """Verdicts on a module that is not."""
+ALL_NEAREST = "all codes nearest"
+"""The rule of modules that are near, and whose scales alone are not the base's."""
 PROVEN_WORDS = "proven"
 SAMPLED_WORDS = "not proven: sampled"
 NEAR_WORDS = "not proven: near"

@@ -5,11 +5,17 @@ from contextlib import contextmanager
 from typing import Protocol
 
 
+class Forwards(int):
+    """A total that counts forwards of a model: of a phase that is not measured in bytes."""
+
+    __slots__ = ()
+
+
 class Progress(Protocol):
     """What the work tells whoever watches."""
 
     def begin(self, what: str, total_bytes: int) -> None:
-        """A phase begins."""
+        """A phase begins; a total of ``Forwards`` counts these, and ``advance`` does then, too."""
 
     def advance(self, num_bytes: int) -> None:
         """So many more bytes are done."""

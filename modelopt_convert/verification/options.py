@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from modelopt_convert.checkpoint.calibration import Calibrated
 from modelopt_convert.run.workers import default_workers
 
 
@@ -19,6 +20,7 @@ class VerifyOptions:
         prewarm: Build the kernels for this checkpoint's shapes, and stop.
         preferred: The backend that ``best`` takes if it runs.
         workers: Modules that are decoded at a time.
+        calibrated: The calibration that may have weighed the choice of block scales, if it is at hand.
     """
 
     backends: tuple[str, ...] = ("best",)
@@ -30,6 +32,7 @@ class VerifyOptions:
     prewarm: bool = False
     preferred: str | None = None
     workers: int = field(default_factory=default_workers)
+    calibrated: Calibrated | None = None
 
     @property
     def names_backends(self) -> bool:

@@ -9,7 +9,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.checkpoint.record import claim, other_base, read_record, recorded_preset, recorded_verdicts
+from modelopt_convert.checkpoint.record import (
+    calibration_of,
+    claim,
+    other_base,
+    read_record,
+    recorded_preset,
+    recorded_verdicts,
+)
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.proof.limits import COLUMN_LIMIT, GAIN_LIMIT, ROW_LIMIT
 from modelopt_convert.report.verify import BackendReport, DeviceReport, LevelReport, ModuleVerify, Verdict, VerifyReport
@@ -131,6 +138,11 @@ def verify_opened(
     subject = find_subject(reader, base, faults)
     # A record is about all that a folder holds; one file is looked at alone.
     record = read_record(reader.folder) if with_record and not reader.is_alone else None
+    if options.calibrated is not None and base is not None:
+        if (recorded := calibration_of(record)) is not None:
+            options.calibrated.refuse_other(recorded, str(reader.path))
+        else:
+            options.calibrated.refuse_other_base(base.identity(), str(base.path))
     max_error = subject.format.max_error if options.max_error is None else options.max_error
     scanned = Scanned()
     with nullcontext() if device is None and base is None else torch_on_one_thread():
@@ -139,7 +151,7 @@ def verify_opened(
             scanned = scan(reader.as_stored(), record, options.workers, progress.advance, is_compared=base is not None)
         seen = look(subject)
         told_of = unreadable(subject, seen, scanned)
-        decoded = _decoded(subject, base, options, max_error, recorded_verdicts(record) or {}, told_of, progress)
+        decoded = _decoded(subject, base, options, max_error, recorded_verdicts(record), told_of, progress)
         if base is not None:  # all of it was read by now, or nothing is said
             scanned.warnings += other_base(record, base.identity())
             if with_record and record is None:
@@ -188,7 +200,7 @@ def _decoded(
     base: CheckpointReader | None,
     options: VerifyOptions,
     max_error: float,
-    recorded: Mapping[str, str],
+    recorded: Mapping[str, tuple[str, str | None]],
     told_of: Collection[str],
     progress: Progress,
 ) -> Decoded:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from modelopt_convert.report.verify import LevelReport, Verdict, VerifyReport
-from modelopt_convert.report.words import NEAR_WORDS, PROOFS
+from modelopt_convert.report.words import ALL_NEAREST, NEAR_WORDS, PROOFS
 from modelopt_convert.run.errors import BackendError, CheckFailedError, InconclusiveError
 from modelopt_convert.verification.gemm.names import ALIASES
 from modelopt_convert.verification.options import VerifyOptions
@@ -128,6 +128,12 @@ def _remedied(found: VerifyReport) -> str:
     uncalibrated = {words.partition(": ")[0] for words in found.level("L0").failures if _UNCALIBRATED.search(words)}
     if found.modules and uncalibrated == found.modules.keys():
         return "never calibrated: calibrate with real prompts and export again"
+    near = [one for one in found.modules.values() if one.verdict == "near"]
+    if found.proof == NEAR_WORDS and near and all(one.rule == ALL_NEAREST for one in near):
+        return (
+            "all codes are nearest, so scales were chosen by weighted errors: --calibration CALIB proves them where "
+            "the build was given one; --accept-near passes what is not proven"
+        )
     instead = ", or --accept-near to pass what is not proven" if found.proof == NEAR_WORDS else ""
     return f"the report names every module; build or export it again{instead}"
 

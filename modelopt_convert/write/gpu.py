@@ -18,8 +18,8 @@ from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
-from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
-from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, largest_bits, magnitude, to_bytes
+from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS, quantize
+from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes, largest_bits, magnitude, to_bytes
 from modelopt_convert.proof.tensors import Again
 from modelopt_convert.run.errors import BackendError, InconclusiveError, first_line
 
@@ -100,7 +100,12 @@ class Gpu:
             yield slot.num_bytes, magnitude(slot.largest.view(torch.int16)[0])
 
     def quantized(
-        self, reader: CheckpointReader, info: TensorInfo, scale: float, weights: Weights = "max"
+        self,
+        reader: CheckpointReader,
+        info: TensorInfo,
+        scale: float,
+        weights: Weights = "max",
+        importance: bytes = b"",
     ) -> Iterator[tuple[memoryview, memoryview]]:
         """Codes and block scales of a weight, as ``quantize_nvfp4_rows`` has them, in pieces good until the next.
 
@@ -109,13 +114,18 @@ class Gpu:
             info: Its place; K a multiple of 16, so that blocks lie one behind the other.
             scale: The global scale.
             weights: How block scales are chosen.
+            importance: For ``sweep-weighted``: how much an error in each column weighs, float32 [K].
 
         Raises:
             BackendError: ``device.failed``.
         """
-        work = _quantizing(info.dtype, "BF16", scale, weights)
-        elements = info.num_bytes // (info.shape[0] * info.shape[1])
-        for slot in self._through(reader, info, work):
+        row_bytes = info.num_bytes // info.shape[0]
+        elements, height = row_bytes // info.shape[1], None
+        counts = from_bytes(importance, "F32", (info.shape[1],)) if importance else None
+        if counts is not None:  # of whole rows, so that a chunk begins with the first column
+            height = self.height(row_bytes) * row_bytes
+        work = _quantizing(info.dtype, "BF16", scale, weights, counts)
+        for slot in self._through(reader, info, work, height):
             blocks = slot.num_bytes // elements // BLOCK_SIZE
             yield to_bytes(slot.codes[: blocks * BLOCK_SIZE // 2]), to_bytes(slot.scales[:blocks])
 
@@ -169,14 +179,16 @@ class Gpu:
             BackendError: ``device.differs`` or ``device.failed``.
         """
         slot = Slot(self._device)
-        for dtype, scale, weights in itertools.product(("BF16", "F16"), _CHECKED_SCALES, QUANTIZERS):
+        counts = torch.logspace(-3, 3, BLOCK_SIZE)
+        rules: dict[Weights, Tensor | None] = {**dict.fromkeys(QUANTIZERS), "sweep-weighted": counts}
+        for dtype, scale, (weights, importance) in itertools.product(("BF16", "F16"), _CHECKED_SCALES, rules.items()):
             values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(TORCH_DTYPES[dtype])
             rows = values[values.isfinite()].reshape(BLOCK_SIZE, -1)
             blocks = torch.cat([rows.reshape(-1, BLOCK_SIZE), rows.t()])  # of neighbours, and of far apart
             raw = blocks.contiguous().view(torch.uint8).reshape(-1)
-            packed, scales = QUANTIZERS[weights](blocks, torch.tensor(scale, dtype=torch.float32))
+            packed, scales = quantize(weights, blocks, torch.tensor(scale, dtype=torch.float32), importance)
             slot.given.numpy()[: raw.numel()] = raw.numpy()
-            slot.launch(_quantizing(dtype, dtype, scale, weights), raw.numel())
+            slot.launch(_quantizing(dtype, dtype, scale, weights, importance), raw.numel())
             slot.wait()
             codes = slot.codes[: packed.numel()]
             if not (
@@ -238,12 +250,17 @@ def open_gpu() -> Gpu:
     return gpu
 
 
-def _quantizing(dtype: str, cast: str, scale: float, weights: Weights = "max") -> _Work:
+def _quantizing(
+    dtype: str, cast: str, scale: float, weights: Weights = "max", importance: Tensor | None = None
+) -> _Work:
+    columns = BLOCK_SIZE if importance is None else len(importance)
+
     def work(given: Tensor, slot: Slot) -> None:
-        blocks = given.view(TORCH_DTYPES[dtype]).to(TORCH_DTYPES[cast]).view(-1, BLOCK_SIZE)
+        rows = given.view(TORCH_DTYPES[dtype]).to(TORCH_DTYPES[cast]).view(-1, columns)
         # On the same device: by a divisor that lies on the CPU, torch divides by multiplying with its reciprocal.
         factor = torch.full((), scale, dtype=torch.float32, device=given.device)
-        packed, scales = QUANTIZERS[weights](blocks, factor)
+        counts = importance.to(given.device) if importance is not None else None
+        packed, scales = quantize(weights, rows, factor, counts)
         slot.codes[: packed.numel()].copy_(packed.reshape(-1), non_blocking=True)
         slot.scales[: scales.numel()].copy_(scales.view(torch.uint8).reshape(-1), non_blocking=True)
 

@@ -73,7 +73,8 @@ def produce(step: Step, reader: CheckpointReader, made: Made, gpu: "Gpu | None" 
         return
     if step.op == "quantize_nvfp4" and gpu is not None:
         assert step.value is not None  # measured by now
-        for codes, scales in gpu.quantized(reader, reader.tensors[step.output.name], step.value, step.weights):
+        info = reader.tensors[step.output.name]
+        for codes, scales in gpu.quantized(reader, info, step.value, step.weights, step.importance):
             made.block_scales.append(memoryview(bytes(scales)))  # theirs is good until the next only
             yield codes
         return
@@ -139,9 +140,9 @@ def _computed(step: Step, reader: CheckpointReader, source: TensorInfo, made: Ma
     elif step.op == "quantize_nvfp4":
         assert step.value is not None  # measured by now
         columns = source.shape[1]
-        row_bytes = source.num_bytes // source.shape[0]
+        row_bytes, how = source.num_bytes // source.shape[0], (step.value, step.weights, step.importance)
         for chunk in reader.buffered(source.name, max(1, _COMPUTED_BYTES // row_bytes) * row_bytes):
-            codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, step.value, step.weights)
+            codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, *how)
             made.block_scales.append(scales)
             yield codes
     else:

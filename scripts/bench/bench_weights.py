@@ -1,9 +1,11 @@
 """What rules for NVFP4 block scales are worth, on weights and in pictures of a small trained model; and their time.
 
-    python scripts/bench/bench_weights.py [--shuffles 16] [--pictures 4]
+    mopt calibrate tests/data/tiny_flux1 --pipeline tests/data/tiny_flux1 --prompts PROMPTS --size 32 --output CALIB
+    python scripts/bench/bench_weights.py [--shuffles 16] [--pictures 4] [--calibration CALIB]
 
 Rules: max calibration; four-over-six, which has the better of two scales, for a largest value that comes out at 6 or at
-4; mopt's sweep of ten scales; and the best of all 126 positive scales, the bound of all three. Weights: Gaussian,
+4; mopt's sweep of ten scales; the best of all 126 positive scales, the bound of all three; and, with a calibration, the
+sweep of which it weighs the errors. Weights: Gaussian,
 Student t with 4 and with 2 degrees of freedom, and the packed weights of the trained FLUX.1 of ``tests/data``. SQNR is
 the sum of squares over that of the errors, in dB. Pictures are drawn by that model with its weights quantized and
 decoded, activations untouched (W4A16), and compared with its own, seed by seed. One set of weights has one error, whose
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modelopt_convert.checkpoint.calibration import Calibrated, read_calibration
 from modelopt_convert.formats.nvfp4.codes import (
     decode_e2m1,
     dequantize_nvfp4,
@@ -38,6 +41,7 @@ _PIPELINE = Path(__file__).parents[2] / "tests" / "data" / "tiny_flux1"
 _PROMPTS = ["a red zero", "a green three", "a blue five", "a red eight"]  # such as it was trained on
 _KEPT = ("proj_mlp", "embedder", "norm", "proj_out", "context")
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+WeightedRule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def tried(weight: Tensor, factor: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,13 +108,14 @@ def sqnr(weights: list[Tensor], rule: Rule) -> float:
     return 10 * float(torch.tensor(signal / noise).log10())
 
 
-def shuffled(weight: Tensor, rule: Rule, seed: int) -> Tensor:
+def shuffled(weight: Tensor, rule: Rule | WeightedRule, seed: int, importance: Tensor | None = None) -> Tensor:
     """A weight, quantized and decoded with other columns in a block; as it lies with seed 0."""
     order = torch.arange(weight.shape[1])
     if seed:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
     factor = shared_global_scale([weight])
-    return dequantize_nvfp4(*rule(weight[:, order].contiguous(), factor), factor)[:, order.argsort()]
+    more = () if importance is None else (importance[order],)
+    return dequantize_nvfp4(*rule(weight[:, order].contiguous(), factor, *more), factor)[:, order.argsort()]
 
 
 class Painter:
@@ -128,10 +133,14 @@ class Painter:
         self._count = count
         self._own = self._draw()
 
-    def psnr(self, rule: Rule, seed: int) -> float:
+    def psnr(self, rule: Rule | WeightedRule, seed: int, calibrated: Calibrated | None = None) -> float:
         """Mean over the pictures, in dB."""
         for name, weight in self._weights.items():
-            self._state[name].copy_(shuffled(weight, rule, seed))
+            importance = None
+            if calibrated is not None:
+                raw = calibrated.importance(name.removesuffix(".weight"), weight.shape[1])
+                importance = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+            self._state[name].copy_(shuffled(weight, rule, seed, importance))
         noise = (self._draw() - self._own).square().flatten(1).mean(dim=1)
         return float(-10 * noise.log10().mean())
 
@@ -149,11 +158,18 @@ class Painter:
         return found
 
 
+def told(painter: Painter, rule: Rule | WeightedRule, shuffles: int, calibrated: Calibrated | None = None) -> str:
+    """PSNR over the ways of shuffling: the mean, and its standard error."""
+    psnr = [painter.psnr(rule, seed, calibrated) for seed in range(shuffles)]
+    return f"{statistics.mean(psnr):.2f} +- {statistics.stdev(psnr) / len(psnr) ** 0.5:.2f}"
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shuffles", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=4, choices=range(2, 5))
+    parser.add_argument("--calibration", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -166,9 +182,11 @@ def main() -> None:
     painter = Painter(options.pictures)
     for name, rule in RULES.items():
         cells = [f"{sqnr(weights, rule):.2f}" for weights in sets.values()]
-        psnr = [painter.psnr(rule, seed) for seed in range(options.shuffles)]
-        told = f"{statistics.mean(psnr):.2f} +- {statistics.stdev(psnr) / len(psnr) ** 0.5:.2f}"
-        print(f"| {name} | {' | '.join(cells)} | {told} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} | {told(painter, rule, options.shuffles)} |", flush=True)
+    if options.calibration is not None:
+        calibrated = read_calibration(options.calibration).of(None)
+        pictures = told(painter, sweep, options.shuffles, calibrated)
+        print(f"| sweep-weighted | {' | '.join('' for _ in sets)} | {pictures} |", flush=True)
     for name, rule in (("max", quantize_nvfp4), ("sweep", sweep)):
         weight, seconds = torch.randn(4096, 16384).to(torch.bfloat16), []
         factor = shared_global_scale([weight])

@@ -22,6 +22,7 @@ from mutants_disk import DISK, Mutant
 from mutants_edge import EDGE
 from mutants_engines import ENGINES
 from mutants_families import FAMILIES
+from mutants_fidelity import FIDELITY
 from mutants_forms import FORMS
 from mutants_hub import HUB
 from mutants_identity import IDENTITY
@@ -40,6 +41,7 @@ MUTANTS = (
     *(DISK + RULES + ENGINES + OWNED + TASKS + PROOF + HUB + EDGE + IDENTITY + PIPELINE + TOLD + FAMILIES + FORMS),
     *NUNCHAKU,
     *LOST,
+    *FIDELITY,
 )
 _SECONDS = 900
 HEAD = """# Guards taken away, one at a time

@@ -97,7 +97,9 @@ PROOF = (
     Mutant("proof/nvfp4.py", "a cast that no scale was made of", "beyond = beyond or one", "return one", (_CASTS,)),
     _nvfp4("a scale far too large", "verdict if near.within(self.due.max_error) else", "verdict if near else"),
     _nvfp4(
-        "what is tied is not exact", "if self.tally.is_exact or self.is_swept", "if self.tally.is_tied or self.is_swept"
+        "what is tied is not exact",
+        "if self.tally.is_exact or self.swept == WEIGHTED:",
+        "if self.tally.is_tied or self.swept == WEIGHTED:",
     ),
     _nvfp4("compressed: codes", "if not torch.equal(packed, _canonical(tile.stored, reading)) or not", "if not"),
     _nvfp4("compressed: the scale of another", "if not 0.0 < float(own) < float(factor):", "if False:"),
@@ -130,7 +132,7 @@ PROOF = (
     _shared("of the largest", "max(largest[one.scale], one.amax)", "one.amax"),
     _shared("of the module itself", "if not (one.is_whole and one.passed):", "if not one.is_whole:"),
     _shared("of what was compared whole", "if not (one.is_whole and one.passed):", "if not one.passed:"),
-    _shared("compressed beside the largest alone", '"near" if one.rule == COMPRESSED else "nearest"', '"nearest"'),
+    _shared("compressed beside the largest alone", "in (COMPRESSED, WEIGHTED)", "in (WEIGHTED,)"),
     _shared("a weight of zeros", " if scale else 1.0", ""),
     _export("the scales of all modules together", "in with_shared_scales(rules, found).items():", "in found.items():"),
     _export("most modules tell another base", "2 * len(unrelated) <= len(", "2 * len(unrelated) < len("),

@@ -20,6 +20,9 @@ def _codes(what: str, old: str, new: str) -> Mutant:
     return Mutant("formats/nvfp4/codes.py", what, old, new, ("formats/test_codes.py",))
 
 
+_WEIGHTED = "commands/build/test_weighted.py::"
+
+
 def _swept(file: str, what: str, old: str, new: str) -> Mutant:
     return Mutant(file, what, old, new, ("formats/test_sweep.py",))
 
@@ -103,7 +106,56 @@ TASKS = (
         "the scales of a sweep are compared",
         "if not same or not torch.equal",
         "if not torch.equal",
-        ("proof/test_judgement.py::test_mopts_own_sweep_is_reproduced",),
+        ("proof/test_judgement.py::test_mopts_own_sweep_is_nearest_byte_for_byte",),
+    ),
+    Mutant(
+        "proof/nvfp4.py",
+        "a weighted sweep is heeded with its calibration alone",
+        'if self.tally.is_exact or self.swept == WEIGHTED:\n            return "reproduced"',
+        'if self.tally.is_exact or self.swept:\n            return "reproduced"',
+        ("proof/test_judgement.py::test_mopts_own_sweep_is_nearest_byte_for_byte",),
+    ),
+    Mutant(
+        "proof/nvfp4.py",
+        "a sweep in BF16 under a scale that BF16 reaches",
+        "if self.is_scaled(found):  # else",
+        "if True:  # else",
+        ("proof/test_judgement.py::test_a_sweep_under_a_scale_that_bf16_does_not_reach_is_no_proof",),
+    ),
+    Mutant(
+        "checkpoint/calibration.py",
+        "the calibration of the build",
+        "if recorded != self.digest:",
+        "if False:",
+        (f"{_WEIGHTED}test_another_calibration_is_refused_by_name",),
+    ),
+    Mutant(
+        "checkpoint/calibration.py",
+        "mean squares are none below 0",
+        "not all(0 <= one < inf for",
+        "not all(one < inf for",
+        (f"{_WEIGHTED}test_mean_squares_that_are_none_are_refused",),
+    ),
+    Mutant(
+        "commands/requests.py",
+        "a weighted sweep needs its weights",
+        'if self.weights == "sweep-weighted" and self.calibration is None:',
+        "if False:",
+        (f"{_WEIGHTED}test_what_cannot_be_meant_is_a_usage_error",),
+    ),
+    Mutant(
+        "verification/levels/decode.py",
+        "a record's sweep is still a sweep",
+        " or (is_swept and one.rule != SWEPT):",
+        ":",
+        ("commands/build/test_weights.py::test_a_scale_of_max_calibration_among_swept_ones_is_another_search",),
+    ),
+    Mutant(
+        "write/gpu.py",
+        "a chunk of a weighted sweep is whole rows",
+        "height = self.height(row_bytes) * row_bytes",
+        "pass",
+        ("write/test_gpu.py::test_a_chunk_of_a_weighted_sweep_begins_with_the_first_column",),
     ),
     Mutant(
         "commands/requests.py",

@@ -68,7 +68,7 @@ FLAGS = {
         "--headroom", "--device", "--offload", "--share", "--overwrite", "--verbose", "-v", *_TELLING,
     },
     "compare": {
-        "checkpoint", "other", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",
+        "checkpoint", "others", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",
         "--size", "--frames", "--device", "--offload", "--rule", "--require", "--download", "--report", "--verbose",
         "-v", *_TELLING,
     },
@@ -83,9 +83,9 @@ FLAGS = {
         "--engine", "--allow-known-broken", "--verify", "--push-to", "--base-model", "--proof", *_WRITING, *_TELLING,
     },
     "verify": {
-        "checkpoint", "--base", *_CHOOSING, "--backend", "--device", "--sample", "--require", "--self-test",
-        "--prewarm", "--max-error", "--accept-near", "--report", "--workers", "--download", "--verbose", "-v",
-        *_TELLING,
+        "checkpoint", "--base", "--calibration", *_CHOOSING, "--backend", "--device", "--sample", "--require",
+        "--self-test", "--prewarm", "--max-error", "--accept-near", "--report", "--workers", "--download", "--verbose",
+        "-v", *_TELLING,
     },
     "inspect": {
         "source", "--base", *_CHOOSING, "--all", "--engine", "--engines", "--max-error", "--download", "--verbose",

@@ -12,9 +12,11 @@ from calibrated import TINY, calibrate
 from safetensors import safe_open
 from support import Outcome, run_mopt
 
+from modelopt_convert.commands.advise import reaches
 from modelopt_convert.fidelity.frontier import Item, best_within
 from modelopt_convert.fidelity.sensitivity import Call, check_recorded, moved_by, recorded, spread_over, tensors_of
-from modelopt_convert.report.advice import AdviceReport
+from modelopt_convert.fidelity.thresholds import Threshold
+from modelopt_convert.report.advice import AdviceReport, MeasuredReport
 from modelopt_convert.run.errors import InputError
 
 QUICK = ("--steps", "2", "--size", "32", "--scored", "1", "--points", "1", "--device", "cpu")
@@ -113,10 +115,20 @@ def test_a_budget_that_cannot_be_says_what_can(tmp_path: Path, goal: tuple[str, 
 
 
 @pytest.mark.parametrize(
-    "more", [("--psnr", "30"), ("--preset", "none"), ("--svg", "hf://a/b")], ids=["two goals", "no preset", "far"]
+    ("more", "words"),
+    [
+        (("--psnr", "30"), "one of --budget, --effective-bits and --psnr"),
+        (("--preset", "none"), "none says nothing"),
+        (("--svg", "hf://a/b"), "is on disk"),
+        (("--format", "nope"), "nope is none of nvfp4, fp8"),
+        (("--output", "noext"), "is a FILE.toml, found noext"),
+    ],
+    ids=["two goals", "no preset", "far", "format", "output"],
 )
-def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path, more: tuple[str, str]) -> None:
-    assert advise(tmp_path, *more).exit_code == 2
+def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path, more: tuple[str, str], words: str) -> None:
+    found = advise(tmp_path, *more)
+    told = " ".join(found.stderr.replace("'", "").split())
+    assert found.exit_code == 2 and words in told
 
 
 def test_no_prompts_and_a_pipeline_of_another_model_get_one_line(tmp_path: Path) -> None:
@@ -136,10 +148,36 @@ def test_no_prompts_and_a_pipeline_of_another_model_get_one_line(tmp_path: Path)
 
 def test_a_psnr_that_nothing_reaches_says_what_is_reached(tmp_path: Path) -> None:
     refused = advise(tmp_path, goal=("--psnr", "500"))
-    assert (refused.exit_code, refused.error_code) == (
-        3,
-        "advise.psnr",
-    ) and "with all units but one kept" in refused.stderr
+    assert (refused.exit_code, refused.error_code) == (3, "advise.psnr")
+    assert "of 2 pictures with all units but one kept" in refused.stderr and "(lower bound" in refused.stderr
+    assert "hint: ask for a smaller --psnr, draw more pictures by --seeds" in refused.stderr
+    assert "score 20 units: 40 forwards" in refused.stderr  # and no bytes: nothing is read
+
+
+@pytest.mark.parametrize(
+    ("psnr", "lower95", "is_enough"),
+    [(31.0, 30.0, True), (31.0, 29.9, False), (99.0, None, False), (None, None, True)],
+    ids=["at the bound", "the mean alone", "one picture", "equal pictures"],
+)
+def test_a_psnr_is_reached_by_the_bound_that_compare_asks_for(
+    psnr: float | None, lower95: float | None, is_enough: bool
+) -> None:
+    found = MeasuredReport(error=0.0, psnr=psnr, std=None, lower95=lower95, n=2)
+    assert reaches(found, 30.0) is is_enough
+    if psnr is not None:
+        assert Threshold("psnr", True, 30.0).holds(lower95) is is_enough
+
+
+def test_built_in_another_format_it_warns(advised: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Its choice is of NVFP4: FP8 is built with the sets of the preset that it extends."""
+    words = ["--preset", advised[0] / "mine.toml", "--base", TINY, "--output", tmp_path / "out", "--dry-run"]
+    told = {}
+    for command in ("convert-fp8", "build-nvfp4"):
+        report = run_mopt(command, *words).report
+        assert report is not None and report["exit_code"] == 0
+        told[command] = [one["message"] for one in report["warnings"] if one["code"] == "preset.other_format"]
+    message = "preset flux1-dev-advised chooses for nvfp4 alone: for fp8 its sets are inherited"
+    assert told == {"convert-fp8": [message], "build-nvfp4": []}
 
 
 class _Model(torch.nn.Module):

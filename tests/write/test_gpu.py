@@ -15,10 +15,10 @@ from support import build, edit, run_mopt, tree
 from torch import Tensor
 
 from modelopt_convert.checkpoint.reader import CheckpointReader
-from modelopt_convert.formats.format import Weights
+from modelopt_convert.formats.format import WEIGHTS_WORDS, Weights
 from modelopt_convert.formats.nvfp4.codes import quantize_nvfp4
-from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS
-from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, quantize_nvfp4_rows
+from modelopt_convert.formats.nvfp4.sweep import quantize
+from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, quantize_nvfp4_rows, to_bytes
 from modelopt_convert.run.errors import BackendError
 from modelopt_convert.write import gpu as gpu_module
 from modelopt_convert.write.gpu import Gpu, Slot
@@ -96,6 +96,23 @@ def test_the_next_chunk_is_under_way_before_one_is_waited_for(
     ]  # fmt: skip
 
 
+def test_a_chunk_of_a_weighted_sweep_begins_with_the_first_column(
+    exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_module, "CHUNK_BYTES", SMALL)
+    device, name = Gpu(torch.device("cpu")), f"{PACKED}.weight"
+    with CheckpointReader(exports / "base/transformer") as reader:
+        info = reader.tensors[name]
+        importance = bytes(to_bytes(torch.logspace(-3, 3, info.shape[1])))
+        assert SMALL % (info.num_bytes // info.shape[0])  # else chunks are whole rows by chance
+        how = (3e-5, "sweep-weighted", importance)
+        pieces = [(bytes(codes), bytes(scales)) for codes, scales in device.quantized(reader, info, *how)]  # type: ignore[arg-type]
+        expected = quantize_nvfp4_rows(reader.read(name), info.dtype, info.shape[1], *how)  # type: ignore[arg-type]
+    assert len(pieces) > 4
+    assert b"".join(codes for codes, _ in pieces) == bytes(expected[0])
+    assert b"".join(scales for _, scales in pieces) == bytes(expected[1])
+
+
 def test_the_error_is_the_cpus(exports: Path, room: Path, gpu: str) -> None:
     def damage(tensors: dict[str, Tensor]) -> None:
         tensors[f"{PACKED}.weight"].view(-1)[-1] = float("nan")
@@ -163,12 +180,14 @@ def test_people_are_told_what_is_compared(exports: Path, tmp_path: Path, gpu: st
     assert outcome.exit_code == 0 and f"compared on {name}, with " in outcome.stdout
 
 
-@pytest.mark.parametrize("fault", ["reciprocal", "one code", "one swept code"])
+@pytest.mark.parametrize("fault", ["reciprocal", *(f"one code by {weights}" for weights in WEIGHTS_WORDS)])
 def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     device = Gpu(torch.device("cpu"))
     device.check()
 
-    def damaged(dtype: str, cast: str, scale: float, weights: Weights) -> Callable[[Tensor, Slot], None]:
+    def damaged(
+        dtype: str, cast: str, scale: float, weights: Weights, importance: Tensor | None
+    ) -> Callable[[Tensor, Slot], None]:
         assert dtype == cast
 
         def work(given: Tensor, slot: Slot) -> None:
@@ -180,8 +199,8 @@ def test_a_device_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
                 scales = amax.masked_fill(amax == 0, 1.0).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
                 packed, _ = quantize_nvfp4(blocks, torch.tensor(scale))
             else:
-                packed, scales = QUANTIZERS[weights](blocks, torch.tensor(scale))
-                packed[-1, -1] ^= fault == ("one code" if weights == "max" else "one swept code")
+                packed, scales = quantize(weights, blocks, torch.tensor(scale), importance)
+                packed[-1, -1] ^= fault == f"one code by {weights}"
             slot.codes[: packed.numel()] = packed.reshape(-1)
             slot.scales[: scales.numel()] = scales.view(torch.uint8).reshape(-1)
 

@@ -28,6 +28,8 @@ _LOADED: dict[TargetName, str] = {
 _CHOSEN: dict[Weights, str] = {
     "max": "by max calibration",
     "sweep": "by max calibration for each weight, and for each block the best of ten scales (`--weights sweep`)",
+    "sweep-weighted": "by max calibration for each weight, and for each block the best of ten scales, errors "
+    "weighted by the mean square of each input channel in a calibration (`--weights sweep-weighted`)",
 }
 _WHY = {
     NEAR_WORDS: "some weights or other tensors are near the base's, and are not what the base itself gives",

@@ -38,13 +38,13 @@ from modelopt_convert.commands.requests import BuildNvfp4Request, BuildRequest, 
 from modelopt_convert.commands.serving import refuse_broken
 from modelopt_convert.dialects.modelopt.amax_file import resolve_checkpoint
 from modelopt_convert.engines.sglang import dynamic_words
-from modelopt_convert.formats.format import WEIGHTS_WORDS
+from modelopt_convert.formats.format import WEIGHTS_WORDS, Algorithm
 from modelopt_convert.formats.rows import SAMPLED_ROWS
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized, preset_required
 from modelopt_convert.plan.from_export import plan_mixed
 from modelopt_convert.plan.plan import BuildPlan, Keeps
-from modelopt_convert.preset.preset import ChosenPreset, choose_preset, load_preset
+from modelopt_convert.preset.preset import ChosenPreset, LoadedPreset, choose_preset, load_preset
 from modelopt_convert.report.report import ClippedReport, Report
 from modelopt_convert.run.errors import Faults, InputError, about
 from modelopt_convert.run.progress import Progress
@@ -101,6 +101,7 @@ class BuildCommand:
             raise preset_required()
         if request.preset not in (None, "none"):
             steps.chosen = ChosenPreset(loaded=load_preset(str(request.preset)), also=[], is_named=True)
+            steps.warned += _of_other_format(steps.chosen.loaded, request.algorithm)
             self._take_base(steps.chosen)
         refuse_far(request.executor, self._export, self._base)
         components = resolve_components(self._export, self._base, request.components)
@@ -435,7 +436,9 @@ class BuildCommand:
             workers=request.worker_count,
         )
         with steps.clock.timed("verify"):
-            closed = verify_stage(folder, parts, options, steps.output, progress)
+            of = steps.calibration.of if steps.calibration is not None else None
+            calibrated = {part.prefix: of(part.component.name) for part in steps.parts} if of is not None else {}
+            closed = verify_stage(folder, parts, options, steps.output, progress, calibrated)
         steps.verify = closed.verify
         self._keep(closed)
 
@@ -476,6 +479,16 @@ def _fused_warning(losses: Mapping[str, Mapping[str, float]], prefix: str) -> li
     said = " and ".join(f"{error:.1%} in {engine}, {how[engine]}" for engine, error in worst.items())
     message = f"{prefix}one global scale for each of {len(losses)} fused weights costs up to {said}"
     return [("engine.fused_scales", message)]
+
+
+def _of_other_format(loaded: LoadedPreset, algorithm: Algorithm) -> list[Warned]:
+    """What is said of a preset whose choice, such as that of ``mopt advise``, is of another format."""
+    if not (own := loaded.formats_instead(algorithm)):
+        return []
+    message = (
+        f"preset {loaded.preset.name} chooses for {' and '.join(own)} alone: for {algorithm} its sets are inherited"
+    )
+    return [("preset.other_format", message)]
 
 
 def _chosen(chosen: ChosenPreset) -> list[Warned]:

@@ -118,4 +118,13 @@ QUANTIZERS: Mapping[Weights, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] 
     "max": quantize_nvfp4,
     "sweep": sweep,
 }
-"""What makes codes and block scales of a weight and its tensor scale."""
+"""What makes codes and block scales of a weight and its tensor scale alone."""
+
+
+def quantize(
+    weights: Weights, weight: Tensor, weight_scale_2: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes and block scales by a rule; ``importance`` is for ``sweep-weighted``, which cannot do without."""
+    if importance is None:
+        return QUANTIZERS[weights](weight, weight_scale_2)
+    return sweep(weight, weight_scale_2, importance)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from threading import Event
 
 import torch
@@ -15,7 +16,7 @@ from modelopt_convert.preset.patterns import siblings
 from modelopt_convert.preset.preset import preset_of_class
 from modelopt_convert.proof.due import Due
 from modelopt_convert.proof.export import judge_module
-from modelopt_convert.proof.judgement import Judgement, format_proof, scale_words, with_shared_scales
+from modelopt_convert.proof.judgement import SWEPT, Judgement, format_proof, scale_words, with_shared_scales
 from modelopt_convert.proof.scale_values import tensor_scale
 from modelopt_convert.proof.tensors import casts_of, common_dtype
 from modelopt_convert.proof.unquantized import first_difference, is_near_base, rounded_side
@@ -25,7 +26,6 @@ from modelopt_convert.report.words import (
     NEAR_WORDS,
     PROVEN,
     PROVEN_WORDS,
-    QUANTIZED_HERE,
     SAMPLED_WORDS,
     UNCOMPARED_WORDS,
 )
@@ -42,7 +42,7 @@ def decode_level(
     options: VerifyOptions,
     *,
     max_error: float,
-    recorded: Mapping[str, str],
+    recorded: Mapping[str, tuple[str, str | None]],
     told_of: Collection[str],
     advance: Callable[[int], None],
 ) -> Decoded:
@@ -53,7 +53,7 @@ def decode_level(
         base: Its base.
         options: How many rows are compared, on how many threads, and whether what is near passes.
         max_error: Limit of the relative error where codes are not reproduced.
-        recorded: Verdicts that a record claims, by module. A claim better than the bytes is a failure.
+        recorded: Verdicts and rules that a record claims, by module. A claim better than the bytes is a failure.
         told_of: Modules of which L0 says why they cannot be right: the level fails, and does not say it again.
         advance: Called with the number of bytes just read.
     """
@@ -149,14 +149,23 @@ def judge_modules(
     return with_shared_scales(format_proof(subject.format.algorithm), found), unreadable
 
 
-def _weaker_than_recorded(modules: Mapping[str, ModuleVerify], recorded: Mapping[str, str]) -> list[str]:
-    """Modules that a record calls better than they are."""
+def _weaker_than_recorded(
+    modules: Mapping[str, ModuleVerify], recorded: Mapping[str, tuple[str, str | None]]
+) -> list[str]:
+    """Modules that a record calls better than they are.
+
+    Another search is nearest too. So where mopt's own sweep made all bytes, it still has to.
+    """
     failures = []
     for name, one in modules.items():
-        claimed = "reproduced" if recorded.get(name) == QUANTIZED_HERE else recorded.get(name)
-        if claimed in PROVEN and one.verdict in PROVEN and PROVEN.index(one.verdict) > PROVEN.index(claimed):
+        claimed, rule = recorded.get(name, ("", None))
+        if claimed not in PROVEN or one.verdict not in PROVEN:
+            continue
+        is_swept = rule == SWEPT and PROVEN.index(one.verdict) == PROVEN.index(claimed)
+        if PROVEN.index(one.verdict) > PROVEN.index(claimed) or (is_swept and one.rule != SWEPT):
             one.worsen("fail")
-            failures.append(f"{name}: {one.verdict}, recorded as {claimed}{_at(one)}")
+            words = f"{claimed} ({rule})" if is_swept else claimed
+            failures.append(f"{name}: {one.verdict}, recorded as {words}{_at(one)}")
     return failures
 
 
@@ -239,6 +248,8 @@ def _judge(
     target = subject.format
     scale = tensor_scale(subject.reader, module, target.tensor_scale)
     due = Due(target.algorithm, module, casts_of(common, base, module), scale, max_error, reading=subject.layout)
+    if options.calibrated is not None:
+        due = replace(due, importance=options.calibrated.importance(module.name, module.columns))
     rows = None if options.sample is None else sample_rows(module.rows, options.sample)
     return judge_module(subject.reader, base, due, stopped, rows)
 
