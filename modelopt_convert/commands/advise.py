@@ -205,7 +205,7 @@ class AdviseCommand:
         how = Drawing(request.steps, request.size, request.frames)
         with found.clock.timed("self_test"):
             self_test({request.format}, device)
-            compiled = device.type == "cuda" and kernels_agree(device)
+            compiled = device.type == "cuda" and kernels_agree({request.format}, device)
         keep = request.offload == "none" and has_room(weights, device)
         scales = _input_scales(plan)
         trials = Trials(pipeline, transformer, weights, rule, scales, how, pairs, keep=keep, compiled=compiled)

@@ -239,7 +239,7 @@ class CompareCommand:
         algorithms = {part.format.algorithm for one in made for part in one.parts.values()}
         with self._clock.timed("self_test"):
             self._oracles = [OracleReport(name=one.name, against=one.detail) for one in self_test(algorithms, device)]
-            compiled = device.type == "cuda" and kernels_agree(device)
+            compiled = device.type == "cuda" and kernels_agree(algorithms, device)
         whole = {name: weight for one in made for part in one.parts.values() for name, weight in part.weights.items()}
         keep = request.offload == "none" and has_room(whole, device)
         return [Made(one.path, one.parts, one.models, keep=keep, compiled=compiled) for one in made]

@@ -8,15 +8,14 @@ quantized GEMM, but for the order of additions. What follows is SGLang's (0.5.23
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modelopt_convert.fidelity.activations import Quantized, quantizer_of
-from modelopt_convert.formats.nvfp4.format import FORMAT
-from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
 from modelopt_convert.verification.gemm.operands import Weight
 
 Rule = Literal["static", "dynamic", "weight-only"]
@@ -69,7 +68,7 @@ class Emulated(nn.Module):
             input_scale: For ``static``.
             dtype: Of the layer's output, where it is asked before it runs.
             keep: Whether the decoded weight is kept after the first call.
-            compiled: Whether NVFP4 runs by the kernels of ``triton_kernels.py``.
+            compiled: Whether it runs by the kernels of its format, if that has any.
 
         Raises:
             ValueError: ``static`` without a finite positive scale.
@@ -80,7 +79,9 @@ class Emulated(nn.Module):
         self.packed, self.rule, self.input_scale = packed, rule, input_scale
         self.out_features, self.in_features = packed.shape
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        self._keep, self._compiled = keep, compiled and packed.algorithm == FORMAT.algorithm
+        self._keep, self._quantizer = keep, quantizer_of(packed.algorithm)
+        name = self._quantizer.kernels if compiled else None
+        self._kernels: Any = import_module(name) if name is not None else None
         self._decoded: Tensor | None = None
         self._scale: Tensor | None = None
 
@@ -94,10 +95,8 @@ class Emulated(nn.Module):
             found = self.quantized(rows)
             product = multiply(found.operand, self.decoded(rows.device))
             scale = found.scale * self.packed.tensor_scale
-            if self._compiled:
-                from modelopt_convert.fidelity import triton_kernels as kernels
-
-                output = kernels.finish(product, scale, bias, values.dtype)
+            if self._kernels is not None:
+                output = self._kernels.finish(product, scale, bias, values.dtype)
             else:
                 output = product.mul_(scale).to(values.dtype)
                 output = output if bias is None else output + bias
@@ -105,25 +104,17 @@ class Emulated(nn.Module):
 
     def quantized(self, rows: Tensor) -> Quantized:
         """Activations [M, K] as the rule has them; not for ``weight-only``."""
-        quantizer = quantizer_of(self.packed.algorithm)
-        scale = quantizer.own_scale(rows) if self.rule == "dynamic" else self._calibrated(rows.device)
-        if self._compiled:
-            from modelopt_convert.fidelity import triton_kernels as kernels
-
-            return Quantized(kernels.quantize(rows.contiguous(), scale), scale, quantizer.limit(scale))
-        return quantizer.static(rows, scale)
+        scale = self._quantizer.own_scale(rows) if self.rule == "dynamic" else self._calibrated(rows.device)
+        if self._kernels is not None:
+            return Quantized(self._kernels.quantize(rows.contiguous(), scale), scale, self._quantizer.limit(scale))
+        return self._quantizer.static(rows, scale)
 
     def decoded(self, device: torch.device) -> Tensor:
         """BF16 [N, K]: codes times block scales; for ``weight-only`` times the tensor's scale, too, and rounded."""
         if self._decoded is not None and self._decoded.device == device:
             return self._decoded
         packed = self.packed.to(device)
-        if self._compiled and isinstance(packed, Nvfp4Weight):
-            from modelopt_convert.fidelity import triton_kernels as kernels
-
-            found = kernels.decode(packed.packed.contiguous(), packed.scale.contiguous())
-        else:
-            found = packed.in_bf16()
+        found: Tensor = packed.in_bf16() if self._kernels is None else self._kernels.decode(packed)
         if self.rule == "weight-only":
             found = (found.to(torch.float32) * packed.tensor_scale).to(torch.bfloat16)
         if self._keep:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight
+
 _BLOCKS = 64  # of 16 values, a program
 _VALUES = 1024  # of an output, a program
 _WARPS = 4
@@ -103,21 +105,18 @@ def quantize(values: Tensor, input_scale: Tensor) -> Tensor:
     return operand
 
 
-def decode(packed: Tensor, scale: Tensor) -> Tensor:
+def decode(weight: Nvfp4Weight) -> Tensor:
     """A weight, as ``decode_nvfp4`` has it.
-
-    Args:
-        packed: uint8 [N, K/2], low nibble first, contiguous.
-        scale: float8_e4m3fn [N, K/16], row-major.
 
     Returns:
         BF16 [N, K], exact.
     """
-    weight = torch.empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.bfloat16, device=packed.device)
-    count = weight.numel() // 16
+    packed, scale = weight.packed.contiguous(), weight.scale.contiguous()
+    values = torch.empty(weight.shape, dtype=torch.bfloat16, device=packed.device)
+    count = values.numel() // 16
     grid = (triton.cdiv(count, _BLOCKS),)
-    _decode[grid](packed, scale.view(torch.uint8), weight, count, BLOCKS=_BLOCKS, num_warps=_WARPS)
-    return weight
+    _decode[grid](packed, scale.view(torch.uint8), values, count, BLOCKS=_BLOCKS, num_warps=_WARPS)
+    return values
 
 
 def finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ RUN = """
 import json, torch
 from modelopt_convert.fidelity import triton_kernels as kernels
 from modelopt_convert.fidelity.activations import quantizer_of
-from modelopt_convert.verification.gemm.nvfp4 import decode_nvfp4
+from modelopt_convert.verification.gemm.nvfp4 import Nvfp4Weight, decode_nvfp4
 
 static, found = quantizer_of("nvfp4").static, {}
 every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -34,7 +34,7 @@ packed = torch.randint(0, 256, (48, 32), dtype=torch.uint8)
 codes = torch.randint(0, 255, (48, 4), dtype=torch.uint8)
 codes[codes == 127] = 0
 block = codes.view(torch.float8_e4m3fn)
-found["decode"] = int((kernels.decode(packed, block) != decode_nvfp4(packed, block)).sum())
+found["decode"] = int((kernels.decode(Nvfp4Weight(packed, block, 1.0)) != decode_nvfp4(packed, block)).sum())
 product, scale, bias = torch.randn(37, 48), torch.tensor(0.0137), torch.randn(48)
 got = kernels.finish(product, scale, None, torch.float32)
 found["finish"] = int((got != product * scale).sum())

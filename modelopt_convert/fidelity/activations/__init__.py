@@ -28,7 +28,13 @@ class Quantized:
 
 
 class Quantizer(Protocol):
-    """How a format's activations are made: the entry of a format in this folder."""
+    """How a format's activations are made: the entry of a format in this folder.
+
+    Attributes:
+        kernels: The module of Triton kernels that run layers of the format; None where plain torch runs all of them.
+    """
+
+    kernels: str | None
 
     def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
         """By a scale.

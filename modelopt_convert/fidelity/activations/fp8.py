@@ -14,6 +14,8 @@ _LEAST_AMAX = 1e-10
 
 
 class _Fp8Quantizer:
+    kernels: str | None = None
+
     def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
         scaled = (values.to(torch.float32) * input_scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX)
         operand = scaled.to(torch.float8_e4m3fn).to(torch.bfloat16)

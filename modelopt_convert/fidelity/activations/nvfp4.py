@@ -55,6 +55,8 @@ def quantize_blocks(values: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor
 
 
 class _Nvfp4Quantizer:
+    kernels: str | None = "modelopt_convert.fidelity.triton_kernels"
+
     def static(self, values: Tensor, input_scale: Tensor) -> Quantized:
         codes, scale = quantize_blocks(values, input_scale)
         return Quantized((codes * scale).flatten(-2).to(torch.bfloat16), input_scale, self.limit(input_scale))
