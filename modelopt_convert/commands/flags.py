@@ -71,6 +71,21 @@ Config = Annotated[
         after="variant",
     ),
 ]
+# Of commands that draw.
+Offload = Literal["none", "model", "sequential"]
+UnquantizedBase = Annotated[Place, Flag("The unquantized base: transformer, pipeline or file.", metavar="BASE")]
+Pipeline = Annotated[
+    str,
+    Flag("The pipeline that BASE is the transformer of: a folder, or a repo as diffusers has it.", metavar="REF"),
+]
+Prompts = Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
+Steps = Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)]
+Size = Annotated[int, Flag("Height and width, in pixels, a multiple of 16.", minimum=16, maximum=8192)]
+Frames = Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)]
+Seeds = Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)]
+Offloaded = Annotated[
+    Offload, Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)

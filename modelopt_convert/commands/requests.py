@@ -22,9 +22,18 @@ from modelopt_convert.commands.flags import (
     Download,
     Flag,
     Folder,
+    Frames,
+    Offload,
+    Offloaded,
+    Pipeline,
     Place,
+    Prompts,
     Request,
     Result,
+    Seeds,
+    Size,
+    Steps,
+    UnquantizedBase,
     Variant,
     Workers,
     none_of,
@@ -50,7 +59,6 @@ if TYPE_CHECKING:
 TargetName = Literal["comfyui", "modelopt", "bfl-diffusers", "torchao", "compressed-tensors", "bf16"]
 TransformerName = Literal["transformer", "transformer_2"]
 Device = Literal["cuda", "cpu"]
-Offload = Literal["none", "model", "sequential"]
 Activations = Literal["static", "dynamic", "weight-only"]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # ASCII: else a Kelvin sign is a K, and a dotless i an i.
@@ -462,29 +470,21 @@ class CalibrateRequest(Request["Report"]):
 
     command: ClassVar[str] = "calibrate"
     inputs: ClassVar[tuple[str, ...]] = ("base", "prompts", "config")
-    base: Annotated[Place, Flag("The unquantized base: transformer, pipeline or file.", metavar="BASE")] = field(
-        kw_only=False
-    )
-    pipeline: Annotated[
-        str,
-        Flag("The pipeline that BASE is the transformer of: a folder, or a repo as diffusers has it.", metavar="REF"),
-    ]
-    prompts: Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
+    base: UnquantizedBase = field(kw_only=False)
+    pipeline: Pipeline
+    prompts: Prompts
     output: Annotated[Folder, Flag("The folder to write.", metavar="CALIB")]
     variant: Variant = None
     config: Config = None
-    steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
-    size: Annotated[int, Flag("Height and width, in pixels, a multiple of 16.", minimum=16, maximum=8192)] = 512
-    frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
-    seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
+    steps: Steps = 8
+    size: Size = 512
+    frames: Frames = 17
+    seeds: Seeds = 1
     headroom: Annotated[
         float, Flag("By which the largest input is multiplied before a scale is made of it.", minimum=1.0, maximum=64.0)
     ] = 2.0
     device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
-    offload: Annotated[
-        Literal["none", "model", "sequential"],
-        Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
-    ] = "none"
+    offload: Offloaded = "none"
     share: Annotated[
         str | None,
         Flag("Run this share alone, such as 2/8; without it what is missing is run and merged.", metavar="I/N"),
@@ -522,14 +522,9 @@ class AdviseRequest(Request["AdviceReport"]):
 
     command: ClassVar[str] = "advise"
     inputs: ClassVar[tuple[str, ...]] = ("base", "calibration", "prompts", "config")
-    base: Annotated[Place, Flag("The unquantized base: transformer, pipeline or file.", metavar="BASE")] = field(
-        kw_only=False
-    )
-    pipeline: Annotated[
-        str,
-        Flag("The pipeline that BASE is the transformer of: a folder, or a repo as diffusers has it.", metavar="REF"),
-    ]
-    prompts: Annotated[Folder, Flag("A text file with one prompt a line.", metavar="FILE")]
+    base: UnquantizedBase = field(kw_only=False)
+    pipeline: Pipeline
+    prompts: Prompts
     output: Annotated[Folder, Flag("The preset to write, for --preset of a build.", metavar="FILE.toml")]
     budget: Annotated[str | None, Flag("Most bytes of the transformer's tensors, such as 9GB.", metavar="SIZE")] = None
     effective_bits: Annotated[
@@ -565,15 +560,12 @@ class AdviseRequest(Request["AdviceReport"]):
     points: Annotated[
         int, Flag("Points of the frontier that are drawn beside the chosen one.", minimum=0, maximum=100)
     ] = 3
-    steps: Annotated[int, Flag("Steps of the scheduler for each prompt.", minimum=1, maximum=1000)] = 8
-    size: Annotated[int, Flag("Height and width, in pixels, a multiple of 16.", minimum=16, maximum=8192)] = 512
-    frames: Annotated[int, Flag("Frames of a video; images have none.", minimum=1, maximum=1000)] = 17
-    seeds: Annotated[int, Flag("Seeds for each prompt, from 0.", minimum=1, maximum=1000)] = 1
+    steps: Steps = 8
+    size: Size = 512
+    frames: Frames = 17
+    seeds: Seeds = 1
     device: Annotated[Device | None, Flag("Default: the GPU if there is one.")] = None
-    offload: Annotated[
-        Literal["none", "model", "sequential"],
-        Flag("What leaves the GPU while it is not needed: nothing, whole components, or layer after layer."),
-    ] = "none"
+    offload: Offloaded = "none"
     svg: Annotated[Folder | None, Flag("Write a plot of the frontier, too.", metavar="FILE.svg")] = None
     report: Annotated[
         Folder | None,
