@@ -121,11 +121,13 @@ def plan_mixed(
     with faults.taken():
         fp32 = keep_fp32(keeps.preset, matcher, base or export)
     if faults.names:
-        broken = _broken(faults.names, {*modules, *refused}, export, base)
-        if broken is None:
+        known_names = {*modules, *refused}
+        broken = _broken(faults.names, known_names, export, base)
+        otherwise = _broken(faults.names_but(UNCALIBRATED), known_names, export, base)
+        if broken is None or otherwise is None:
             return None
         # A weight is looked at without its input scale: an export that was never calibrated may be damaged, too.
-        broken -= {name for name, one in modules.items() if one.has_weight} - faults.names_but(UNCALIBRATED)
+        broken -= {name for name, one in modules.items() if one.has_weight} - otherwise
         modules = {name: one if name in replaced else replace(one, fault=None) for name, one in modules.items()}
         export, base = _sound(export, broken), _sound(base, broken) if base is not None else None
         modules = {name: one for name, one in modules.items() if name not in broken}
