@@ -146,8 +146,7 @@ def input_scale_faults(reader: CheckpointReader, modules: Modules) -> Iterator[L
     if 0 < len(calibrated) < len(modules):
         mixed = "has an input_scale, though config.json declares dynamic_input_scale, as others need it"
         yield from (LintReport(code="input_scale.mixed", message=mixed, module=name) for name in calibrated)
-    elif modules and not calibrated:
-        message = dynamic_words(reader.config) or "no module has an input_scale: engines scale the inputs as they come"
+    elif modules and not calibrated and (message := dynamic_words(reader.config)) is not None:
         yield LintReport(code="input_scale.dynamic", message=message, module=None)
 
 

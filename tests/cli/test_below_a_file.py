@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import WORDS, words_of
+from root import ROOT
 from support import run_mopt
 
 WRITING = sorted(command for command in WORDS if "{out}" in WORDS[command])
@@ -17,11 +18,13 @@ def test_the_file_is_named(command: str, deep: str, exports: Path, tmp_path: Pat
     file = tmp_path / "a file"
     file.write_text("mine")
     places = {"nvfp4": exports / "nvfp4", "fp8": exports / "fp8", "base": exports / "base", "out": file / "X"}
+    places |= {"tiny": ROOT / "tests" / "data" / "tiny_flux1", "prompts": tmp_path / "prompts.txt"}
+    places["prompts"].write_text("a red seven\n")
     words = [word.replace(str(file / "X"), str(file / deep)) for word in words_of(command, places)]
     refused = run_mopt(*words)
     assert refused.exit_code == 4 and refused.error_code == "output.no_parent", refused.stderr
     assert f"{file} is a file" in refused.message and "mkdir" not in refused.message
-    assert file.read_text() == "mine" and [one.name for one in tmp_path.iterdir()] == ["a file"]
+    assert file.read_text() == "mine" and {one.name for one in tmp_path.iterdir()} == {"a file", "prompts.txt"}
 
 
 def test_a_missing_folder_can_be_made_as_the_hint_says(exports: Path, tmp_path: Path) -> None:

@@ -449,14 +449,14 @@ def test_a_file_without_any_input_scale_is_no_damaged_one(nvfp4: Path, base: Pat
     assert done.report["proof"]["counts"]["reproduced"] == len(done.report["proof"]["modules"]) > 20
 
 
-def test_what_was_not_compared_is_no_mismatch(nvfp4: Path, base: Path, tmp_path: Path) -> None:
+def test_weights_without_input_scales_are_compared_and_no_mismatch(nvfp4: Path, base: Path, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
         for name in [one for one in tensors if one.endswith(".input_scale")]:
             del tensors[name]
 
     looked = run_mopt("verify", edit(nvfp4, tmp_path / "source", change), "--base", base)
     assert looked.exit_code == 1 and looked.report is not None
-    assert looked.report["verify"]["proof"] == "not proven: nothing compared"
+    assert looked.report["verify"]["proof"] == "weights proven, never calibrated"
 
 
 def test_a_rewrite_says_what_is_odd_about_input_scales(nvfp4: Path, base: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ REFUSED: list[tuple[str, Module, Change, str]] = [
     ("modelopt", NVFP4, tensor("x.weight_scale", None), "export.missing_weight_scale"),
     ("modelopt", NVFP4, tensor("x.pre_quant_scale", ONE), "dialect.shape"),
     ("modelopt", NVFP4, tensor("x.weight_zero_point", ZERO_POINT), "dialect.role"),
-    ("modelopt", FP8, tensor("x.weight_scale", None), "dialect.shape"),
+    ("modelopt", FP8, tensor("x.weight_scale", None), "export.missing_weight_scale"),
     ("modelopt", FP8, tensor("x.weight", torch.ones(8, 64).bfloat16()), "dialect.shape"),
     ("modelopt", FP8, tensor("x.weight_scale_2", ONE), "dialect.shape"),
     ("modelopt", FP8, tensor("x.weight_scale", ONES), "dialect.shape"),

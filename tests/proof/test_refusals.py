@@ -249,7 +249,7 @@ def test_max_error_decides_where_codes_are_not_reproduced(exports: Path, base: P
     refused(export, base, tmp_path, code="check.proof", exit_code=1, names=("40 of 40",), hint="--accept-near")
     outcome = build(export, base, tmp_path / "out", "--accept-near")
     assert outcome.exit_code == 0 and outcome.report is not None
-    assert outcome.report["proof"]["counts"] == {"near": 24, "near (sampled rows)": 16}
+    assert outcome.report["proof"]["counts"] == {"near": 40}
     assert "proof.near" in {one["code"] for one in outcome.report["warnings"]}
     found = {name: one["relative_error"] for name, one in outcome.report["proof"]["modules"].items()}
     limit = sorted(found.values())[len(found) // 2]

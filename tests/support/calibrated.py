@@ -11,7 +11,8 @@ import torch
 from root import ROOT
 from support import Outcome, run_mopt
 
-from modelopt_convert.checkpoint.record import digest_of
+from modelopt_convert.checkpoint.header import TensorSpec, parse_header
+from modelopt_convert.checkpoint.record import digest_of, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
 
 TINY = ROOT / "tests" / "data" / "tiny_flux1"
@@ -52,9 +53,20 @@ def edit_calibration(folder: Path, change: Callable[[dict[str, Any]], object]) -
     change(said)
     raw = json_bytes(said)
     (folder / "calibration.json").write_bytes(raw)
-    record = json.loads((folder / "mopt.json").read_text())
-    record["digests"]["files"]["calibration.json"] = digest_of(raw)
-    (folder / "mopt.json").write_bytes(json_bytes(record))
+    stats = (folder / "stats.safetensors").read_bytes()
+    header = parse_header(stats[8 : 8 + int.from_bytes(stats[:8], "little")], file="", file_bytes=len(stats))
+    found = header.tensors.values()
+    record = write_record(
+        "calibrate",
+        {},
+        tensors={one.name: digest_of(stats[one.start : one.start + one.num_bytes]) for one in found},
+        files={"calibration.json": raw},
+        headers=(
+            [TensorSpec(one.name, one.dtype, one.shape) for one in found],
+            {"stats.safetensors": header.metadata},
+        ),
+    )
+    (folder / "mopt.json").write_bytes(record)
     return folder
 
 

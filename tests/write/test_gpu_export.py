@@ -51,7 +51,7 @@ EXPORTS: dict[str, tuple[Callable[[Tensor], Packed], Change, str | None]] = {
     "reproduced": (max_calibration, lambda _: None, "reproduced"),
     "tied": (ties_away, lambda _: None, "reproduced but for ties"),
     "nearest": (larger_global_scale, lambda _: None, "nearest"),
-    "swept": (ten_scales, lambda _: None, "reproduced"),
+    "swept": (ten_scales, lambda _: None, "nearest"),
     "swapped": (max_calibration, swapped, "reproduced"),
     "swizzled": (max_calibration, postprocess, "reproduced"),
     "one bit": (max_calibration, one_bit, None),
