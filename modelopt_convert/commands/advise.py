@@ -94,6 +94,7 @@ class AdviseCommand:
         self._check_files()
         require_diffusers()
         prompts = read_prompts(Path(request.prompts))
+        self._found.warned += prompts.warnings()
         base = request.locate("base")
         assert base is not None  # the request requires it
         calibration = read_calibration(Path(request.calibration)) if request.calibration is not None else None
@@ -181,7 +182,7 @@ class AdviseCommand:
 
     def _load(self, part: Opened, choices: "Choices", prompts: "Prompts", progress: Progress) -> "Trials":
         from modelopt_convert.fidelity.checkpoint import has_room
-        from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline
+        from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline, takes_frames
         from modelopt_convert.fidelity.quantized_here import packed_weight
         from modelopt_convert.fidelity.selftest import kernels_agree, self_test
         from modelopt_convert.fidelity.transformer import load_transformer
@@ -217,7 +218,7 @@ class AdviseCommand:
                 seeds=request.seeds,
                 steps=request.steps,
                 size=request.size,
-                frames=request.frames,
+                frames=request.frames if takes_frames(request.pipeline) else None,
                 scored=self._scored(len(pairs)),
             )
         )

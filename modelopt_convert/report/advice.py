@@ -52,7 +52,7 @@ class DrawnReport(_Model):
     seeds: int = Field(description="of each prompt, from 0")
     steps: int = Field(description="of the scheduler")
     size: int = Field(description="height and width in pixels")
-    frames: int = Field(description="of a video")
+    frames: int | None = Field(description="of a video; null for a model of images")
     scored: int = Field(description="pictures, or recorded calls of the transformer, that each unit was judged by")
 
 

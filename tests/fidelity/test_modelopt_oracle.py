@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import PROMPTS, SIZE, STEPS, TINY, calibrate, edit_calibration, one_thread
+from calibrated import PROMPTS, SIZE, STEPS, TINY, calibrate, edit_calibration
 from safetensors.torch import load_file
 from support import copy, run_mopt
+
+from modelopt_convert.run.workers import torch_on_one_thread
 
 COMMANDS = {"NVFP4_DEFAULT_CFG": "build-nvfp4", "FP8_DEFAULT_CFG": "convert-fp8"}
 
@@ -37,7 +39,7 @@ def quantized(request: pytest.FixtureRequest) -> tuple[str, Any]:
                 output_type="latent",
             )
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), one_thread():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch_on_one_thread():
         warnings.simplefilter("ignore")
         mtq.quantize(pipeline.transformer, getattr(mtq, request.param), run)
     return COMMANDS[request.param], pipeline.transformer

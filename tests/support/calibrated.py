@@ -1,19 +1,18 @@
 """Calibrations of the tiny pipeline, and edits of them that stay whole."""
 
-import contextlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from root import ROOT
 from support import Outcome, run_mopt
 
 from modelopt_convert.checkpoint.header import TensorSpec, parse_header
 from modelopt_convert.checkpoint.record import digest_of, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
+from modelopt_convert.run.workers import torch_on_one_thread
 
 TINY = ROOT / "tests" / "data" / "tiny_flux1"
 PROMPTS = ("a red seven", "a green three", "a blue zero", "a yellow six")
@@ -32,19 +31,8 @@ def calibrate(output: Path, *more: str | Path, base: Path = TINY, pipeline: Path
     """Run ``mopt calibrate`` on the tiny pipeline; the prompts lie beside OUTPUT."""
     prompts = output.parent / "prompts.txt"
     words = ("--pipeline", pipeline, "--prompts", prompts if prompts.exists() else write_prompts(output.parent))
-    with one_thread():
+    with torch_on_one_thread():
         return run_mopt("calibrate", base, *words, "--output", output, *LOOK, "--device", "cpu", *more)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: the order of its sums, and so the bytes, may depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def edit_calibration(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
