@@ -69,8 +69,6 @@ def find_subject(
     reader: CheckpointReader,
     base: CheckpointReader | None,
     faults: Faults | None = None,
-    *,
-    needs_inputs: bool = True,
 ) -> Subject:
     """Make out what is quantized in a checkpoint, by dtype and shape.
 
@@ -78,7 +76,6 @@ def find_subject(
         reader: The opened checkpoint.
         base: Its opened base, or None.
         faults: Gets what ``find_packed`` refuses of modules, where there are others to be looked at.
-        needs_inputs: Whether modules without input scales are at fault, where config.json does not allow them.
 
     Raises:
         InputError: ``verify.nothing_quantized``, ``dialect.formats``, or what ``find_packed`` refuses.
@@ -86,7 +83,7 @@ def find_subject(
     path = str(reader.path)
     target = format_of(reader.tensors)
     true_shapes = {name: info.shape for name, info in base.tensors.items()} if base is not None else {}
-    evidence = Evidence(true_shapes, dynamic_inputs=not needs_inputs or declares_dynamic_inputs(reader.config))
+    evidence = Evidence(true_shapes, dynamic_inputs=declares_dynamic_inputs(reader.config))
     found = find_packed(reader.tensors, target, evidence, path=path)
     refused = frozenset(module_of(name) if name in reader.tensors else name for name in found.refused)
     modules = {name: one for name, one in found.modules.items() if name not in refused}

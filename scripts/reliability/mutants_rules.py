@@ -299,13 +299,6 @@ RULES = (
     ),
     Mutant(
         "commands/rewrite/proof.py",
-        "a file without input scales is compared all the same",
-        "subject = find_subject(written, base, faults, needs_inputs=has_inputs)",
-        "subject = find_subject(written, base, faults)",
-        ("commands/test_rewrite.py::test_a_file_without_any_input_scale_is_no_damaged_one",),
-    ),
-    Mutant(
-        "commands/rewrite/proof.py",
         "the rest is near the base's by consent only",
         "[*near, *like]",
         "near",

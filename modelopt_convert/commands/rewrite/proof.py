@@ -69,7 +69,7 @@ def proven_layouts(
     from modelopt_convert.verification.levels.decode import judge_modules
     from modelopt_convert.verification.subject import find_subject
 
-    subject = find_subject(source, base, faults, needs_inputs=has_input_scales(source))
+    subject = find_subject(source, base, faults)
     subject = replace(subject, layout=first_layout(request.kind))
     with torch.inference_mode():
         found, _ = judge_modules(
@@ -127,7 +127,7 @@ def prove_rewritten(
     from modelopt_convert.verification.subject import find_subject
 
     has_inputs, limit = has_input_scales(written), request.max_error
-    subject = find_subject(written, base, faults, needs_inputs=has_inputs)
+    subject = find_subject(written, base, faults)
     options = VerifyOptions(workers=request.worker_count)
     with torch.inference_mode():
         found, unreadable = judge_modules(subject, base, options, limit, lambda _: None)
