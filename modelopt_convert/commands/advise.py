@@ -94,7 +94,7 @@ class AdviseCommand:
         self._check_files()
         require_diffusers()
         prompts = read_prompts(Path(request.prompts))
-        self._found.warned += prompts.warnings()
+        found.warned += prompts.warnings()
         base = request.locate("base")
         assert base is not None  # the request requires it
         calibration = read_calibration(Path(request.calibration)) if request.calibration is not None else None
