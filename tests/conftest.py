@@ -158,6 +158,19 @@ def calib(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return _made_once(folder, make) / "calib"
 
 
+@pytest.fixture(scope="session")
+def calib_gptq(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The same with what GPTQ needs."""
+    from calibrated import calibrate
+
+    def make() -> None:
+        assert calibrate(folder / "calib", "--gptq").exit_code == 0
+
+    folder = _shared(tmp_path_factory, worker_id) / "calibrated-gptq"
+    folder.mkdir(exist_ok=True)
+    return _made_once(folder, make) / "calib"
+
+
 @pytest.fixture
 def base(exports: Path) -> Path:
     return exports / "base"

@@ -14,19 +14,59 @@ from typing import Any
 import xxhash
 
 from modelopt_convert.checkpoint.content import CONTENT
-from modelopt_convert.checkpoint.header import PREFIX_BYTES, TensorInfo, TensorSpec, parse_header, read_header_length
+from modelopt_convert.checkpoint.header import (
+    PREFIX_BYTES,
+    Header,
+    TensorInfo,
+    TensorSpec,
+    parse_header,
+    read_header_length,
+)
 from modelopt_convert.checkpoint.location import read_small
 from modelopt_convert.checkpoint.record import RECORD, digest_of, read_record, write_record
 from modelopt_convert.checkpoint.strict_json import parse_json_object
+from modelopt_convert.formats.format import Weights
+from modelopt_convert.formats.nvfp4.shapes import num_stored
 from modelopt_convert.run.errors import InputError
 
 SCHEMA = "mopt.calibration/1"
 FILE = "calibration.json"
 STATS = "stats.safetensors"
+COMPENSATIONS = "compensations.safetensors"
 _LIMIT = 64 << 20  # bytes: a line of each of a hundred thousand modules is less
 _READ_BYTES = 8 << 20
 _LEAST, _MOST = 2.0**-112, 2.0**120  # beyond these a scale, or amax times headroom, is none in float32
 _AGAIN = "run `mopt calibrate` again, or copy CALIB again, whole"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCompensation:
+    """Where CALIB has what GPTQ needs of one input (``formats/nvfp4/gptq.py``); plain data, read where it is used.
+
+    Attributes:
+        path: The file.
+        module: The first module with that input.
+        tensors: Panels and exponents.
+        digests: xxh3-128 of each.
+    """
+
+    path: Path
+    module: str
+    tensors: tuple[TensorInfo, TensorInfo] = field(repr=False)
+    digests: tuple[str, str] = field(repr=False)
+
+    def read(self) -> tuple[bytes, bytes]:
+        """The bytes of both.
+
+        Raises:
+            InputError: ``calibration.damaged``.
+        """
+        panels, exponents = (_bytes_of(self.path, info) for info in self.tensors)
+        for info, raw, digest in zip(self.tensors, (panels, exponents), self.digests, strict=True):
+            if (found := digest_of(raw)) != digest:
+                words = f"expected the digest {digest[:12]} as in {FILE}, found {found[:12]}"
+                raise _damaged(self.path, f"tensor {info.name!r}: {words}")
+        return panels, exponents
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +80,7 @@ class Calibrated:
         base: The identity of the base that ran.
         amax: Largest magnitude of a module's input by module; None of one that never ran.
         squares: Where ``stats.safetensors`` has the mean square of each input channel, by module.
+        compensations: What GPTQ needs, by module; empty where CALIB was made without ``--gptq``.
     """
 
     path: Path
@@ -48,6 +89,7 @@ class Calibrated:
     base: Mapping[str, str]
     amax: Mapping[str, float | None]
     squares: Mapping[str, TensorInfo] = field(repr=False)
+    compensations: Mapping[str, StoredCompensation] = field(default_factory=dict, repr=False)
 
     def refuse_other_base(self, identity: Mapping[str, str], path: str) -> None:
         """Require that a base is the one that was calibrated, as far as is known by now.
@@ -120,12 +162,47 @@ class Calibrated:
         if info is None or (info.dtype, info.shape) != ("F32", (columns,)):
             found = "none" if info is None else f"{info.dtype} {list(info.shape)}"
             raise _damaged(path, f"module {module!r}: expected mean squares F32 [{columns}], found {found}")
-        with path.open("rb") as file:
-            file.seek(info.start)
-            raw = file.read(info.num_bytes)
+        raw = _bytes_of(path, info)
         if len(raw) != info.num_bytes or not all(0 <= one < inf for (one,) in iter_unpack("<f", raw)):
             raise _damaged(path, f"module {module!r}: expected {columns} mean squares from 0 on, and finite")
         return raw
+
+    def needed(self, weights: Weights, module: str, columns: int) -> dict[str, Any]:
+        """What a rule needs of a module's input, by the names that steps and comparisons have for it.
+
+        Args:
+            weights: The rule.
+            module: Its name.
+            columns: K.
+
+        Raises:
+            InputError: As ``importance``, or ``calibration.no_compensation``.
+        """
+        if weights not in ("sweep-weighted", "gptq"):
+            return {}
+        wanted: dict[str, Any] = {"importance": self.importance(module, columns)}
+        if weights == "gptq":
+            if module not in self.compensations:
+                raise InputError(
+                    f"{self.path}: module {module!r}: expected what GPTQ needs of its input, found none",
+                    code="calibration.no_compensation",
+                    path=str(self.path),
+                    hint="run `mopt calibrate --gptq` again, or build with --weights sweep-weighted",
+                )
+            found = self.compensations[module]
+            shapes = [(one.dtype, one.shape) for one in found.tensors]
+            if shapes != [("I16", (num_stored(columns),)), ("I16", (columns,))]:
+                raise _damaged(found.path, f"module {module!r}: expected what {columns} channels have, found {shapes}")
+            wanted["compensation"] = found
+        return wanted
+
+    def known(self, module: str, columns: int) -> dict[str, Any]:
+        """All that ``needed`` can give of a module.
+
+        Raises:
+            InputError: As ``importance``.
+        """
+        return self.needed("gptq" if module in self.compensations else "sweep-weighted", module, columns)
 
     def _unusable(self, module: str, what: str, code: str) -> InputError:
         return InputError(
@@ -208,13 +285,17 @@ def read_calibration(path: Path) -> CalibrationFolder:
     found = file_digest(path / STATS)
     if found != stats:
         raise _damaged(path / STATS, f"expected the digest {stats[:12]} as in {FILE}, found {str(found)[:12]}")
-    _check_record(path, record, raw)
-    tensors = _stored(path / STATS)
+    compensations = _compensations(path, said)
+    _check_record(path, record, raw, compensations)
+    tensors = _header(path / STATS).tensors
     for name, one in transformers.items():
         prefix = f"{name}/" if len(transformers) > 1 else ""
+        inputs = {module: kept.get("compensation") for module, kept in said["transformers"][name]["modules"].items()}
         squares = {module: tensors.get(f"{prefix}{module}.mean_square") for module in one.amax}
         known = {module: info for module, info in squares.items() if info is not None}
-        transformers[name] = replace(one, squares=known)
+        of = {module: compensations.get(f"{prefix}{first}") for module, first in inputs.items()}
+        gptq = {module: found for module, found in of.items() if found is not None}
+        transformers[name] = replace(one, squares=known, compensations=gptq)
     return CalibrationFolder(path, digest, said, transformers)
 
 
@@ -230,29 +311,64 @@ def file_digest(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _check_record(path: Path, record: Mapping[str, Any], raw: bytes) -> None:
+def _check_record(
+    path: Path, record: Mapping[str, Any], raw: bytes, compensations: Mapping[str, StoredCompensation]
+) -> None:
     """Require that a record says of the files what their writer says, but for its version.
 
     Raises:
         InputError: ``calibration.damaged``.
     """
-    stats = (path / STATS).read_bytes()
-    length = int.from_bytes(stats[:PREFIX_BYTES], "little")
-    header = parse_header(stats[PREFIX_BYTES : PREFIX_BYTES + length], file=STATS, file_bytes=len(stats))
-    found = header.tensors.values()
-    tensors = {one.name: digest_of(stats[one.start : one.start + one.num_bytes]) for one in found}
-    headers = [TensorSpec(one.name, one.dtype, one.shape) for one in found], {STATS: header.metadata}
+    header = _header(path / STATS)
+    infos, metadata = list(header.tensors.values()), {STATS: header.metadata}
+    tensors = {one.name: digest_of(_bytes_of(path / STATS, one)) for one in infos}
+    for one in compensations.values():
+        infos += one.tensors
+        tensors |= {info.name: digest for info, digest in zip(one.tensors, one.digests, strict=True)}
+    if compensations:
+        metadata[COMPENSATIONS] = _header(path / COMPENSATIONS).metadata
+    headers = [TensorSpec(one.name, one.dtype, one.shape) for one in infos], metadata
     rewritten = write_record("calibrate", {}, tensors=tensors, files={FILE: raw}, headers=headers)
     if {**record, "tool": None} != {**parse_json_object(rewritten, code="record", path=RECORD), "tool": None}:
         raise _damaged(path / RECORD, f"expected the record of {FILE} and {STATS}, found another")
 
 
-def _stored(path: Path) -> Mapping[str, TensorInfo]:
-    """What the header of ``stats.safetensors`` lists."""
+def _header(path: Path) -> Header:
+    """The header of a safetensors file of CALIB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = read_header_length(file.read(PREFIX_BYTES), file=str(path), file_bytes=size)
-        return parse_header(file.read(length), file=str(path), file_bytes=size).tensors
+        return parse_header(file.read(length), file=str(path), file_bytes=size)
+
+
+def _bytes_of(path: Path, info: TensorInfo) -> bytes:
+    with path.open("rb") as file:
+        file.seek(info.start)
+        return file.read(info.num_bytes)
+
+
+def _compensations(path: Path, said: Mapping[str, Any]) -> dict[str, StoredCompensation]:
+    """What GPTQ needs, by the module that its tensors are named after, with the prefix of its transformer.
+
+    The digests in ``calibration.json`` are held against the bytes where they are read: most commands need none of them.
+
+    Raises:
+        InputError: ``calibration.damaged``.
+    """
+    claimed = said.get("compensations", {})
+    if not claimed:
+        return {}
+    file = path / COMPENSATIONS
+    if not file.is_file():
+        raise _damaged(file, f"expected the {len(claimed)} compensations of {FILE}, found no such file")
+    tensors, found = _header(file).tensors, dict[str, StoredCompensation]()
+    for name, one in claimed.items():
+        try:
+            infos = tensors[f"{name}.compensation"], tensors[f"{name}.compensation_exponents"]
+            found[name] = StoredCompensation(file, name, infos, (str(one["panels"]), str(one["exponents"])))
+        except (KeyError, TypeError):
+            raise _damaged(file, f"expected the compensation of {name!r}, found none") from None
+    return found
 
 
 def _record(path: Path) -> dict[str, Any]:

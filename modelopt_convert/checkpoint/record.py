@@ -29,6 +29,7 @@ _KNOWN = {"pass": "proven at build against", QUANTIZED_HERE: "quantized at build
 _SEARCHED: Mapping[str, tuple[str, str | None]] = {
     "sweep": ("nearest", WEIGHTS_WORDS["sweep"]),
     "sweep-weighted": ("nearest", None),
+    "gptq": ("near", None),
 }
 _CALIBRATED = "quantized at build, with input scales of `mopt calibrate`, from"
 

@@ -3,17 +3,19 @@
 torch and diffusers are imported on the way.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelopt_convert.checkpoint.calibration import FILE, SCHEMA, STATS, file_digest
+from modelopt_convert.checkpoint.calibration import COMPENSATIONS, FILE, SCHEMA, STATS, file_digest
 from modelopt_convert.checkpoint.content import CONTENT
 from modelopt_convert.checkpoint.header import METADATA, TensorSpec, build_header
 from modelopt_convert.checkpoint.location import local_path
 from modelopt_convert.checkpoint.pipeline import COMPONENTS, resolve_components
-from modelopt_convert.checkpoint.reader import CHUNK_BYTES
+from modelopt_convert.checkpoint.reader import CHUNK_BYTES, CheckpointReader
 from modelopt_convert.checkpoint.record import RECORD, digest_of, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
 from modelopt_convert.commands.build.inputs import Opened, open_all
@@ -41,11 +43,13 @@ from modelopt_convert.stage.resumable import Parts
 from modelopt_convert.stage.space import disk_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
     from modelopt_convert.fidelity.calibration import Watch
+    from modelopt_convert.fidelity.moments import KeptCompensations
+    from modelopt_convert.fidelity.pipeline import Drawing
     from modelopt_convert.fidelity.prompts import Prompts
     from modelopt_convert.fidelity.runs import KeptRuns, Merged
 
@@ -63,6 +67,37 @@ class _Found:
     published: Published | None = None
     device: str | None = None
     peak_rss_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    """A pipeline that is loaded.
+
+    Attributes:
+        pipeline: diffusers'.
+        device: As torch names it.
+        device_name: What it is called.
+        transformers: By the prefix of their modules' names.
+        bases: What each was loaded from, by prefix.
+    """
+
+    pipeline: Any
+    device: str
+    device_name: str
+    transformers: "Mapping[str, nn.Module]"
+    bases: Mapping[str, CheckpointReader]
+
+    @property
+    def step_bytes(self) -> int:
+        """Of all transformers, which each step reads."""
+        return sum(one.num_bytes for one in self.bases.values())
+
+    def weight(self, module: str) -> "Tensor":
+        """A Linear's weight, as it lies: with ``offload`` the model itself has it elsewhere."""
+        from modelopt_convert.proof.tensors import load_weight
+
+        prefix = next(one for one in self.bases if module.startswith(one))
+        return load_weight(self.bases[prefix], f"{module.removeprefix(prefix)}.weight")
 
 
 class CalibrateCommand:
@@ -134,24 +169,29 @@ class CalibrateCommand:
             runs = KeptRuns(kept, prompts.texts, request.seeds, request.part)
             missing = runs.missing()
             progress.announce(self._line(runs, len(missing)))
-            if missing:
+            compensations: KeptCompensations | None = None
+            if missing or request.gptq:
                 models = self._load(parts, progress)
                 settings = self._settings(parts, identity, prompts)
                 runs.require(settings)
-                self._run(runs, missing, parts, models, progress)
+                at_work = self._begin(parts, models)
+                self._run(runs, missing, at_work, progress)
+                if request.gptq and runs.done == runs.count:
+                    compensations = self._compensate(runs, settings, at_work, progress)
             else:
                 with found.clock.timed("read"):
                     _read_whole(parts, progress)
                 settings = self._settings(parts, identity, prompts)
                 runs.require(settings)
             self._inputs.check_unchanged()
-            if runs.done < runs.count or request.share is not None:
+            left = compensations.missing((1, 1)) if compensations is not None else []
+            if runs.done < runs.count or left or request.share is not None:
                 self._tell(runs, len(missing))
-                found.warned.append(("calibrate.unmerged", _unmerged(runs)))
+                found.warned.append(("calibrate.unmerged", _unmerged(runs, gptq=request.gptq)))
                 return
             with found.clock.timed("merge"):
                 merged = runs.merged()
-            self._publish(paths, merged, parts, settings)
+            self._publish(paths, merged, compensations, parts, settings)
         with found.clock.timed("remove"):
             try:
                 kept.remove()
@@ -183,43 +223,86 @@ class CalibrateCommand:
                 progress.advance(part.model.num_bytes)
         return models
 
-    def _run(
-        self,
-        runs: "KeptRuns",
-        missing: Sequence[int],
-        parts: Mapping[str, Opened],
-        models: "Mapping[str, nn.Module]",
-        progress: Progress,
-    ) -> None:
-        """Do what is not done, and keep each run as it ends."""
-        from modelopt_convert.fidelity.calibration import Watch
-        from modelopt_convert.fidelity.pipeline import Drawing, load_pipeline, run_once
+    def _begin(self, parts: Mapping[str, Opened], models: "Mapping[str, nn.Module]") -> _AtWork:
+        """The pipeline, ready to run."""
+        from modelopt_convert.fidelity.pipeline import load_pipeline
 
         request = self._request
         device, name = _device(request.device)
         self._found.device = name
         with self._found.clock.timed("load"):
             pipeline = load_pipeline(request.pipeline, models, device=device, offload=request.offload)
-        how = Drawing(request.steps, request.size, request.frames)
-        step_bytes = sum(part.model.num_bytes for part in parts.values())
-        progress.begin("run", step_bytes * request.steps * len(missing))
+        transformers = {parts[one].prefix: model for one, model in models.items()}
+        return _AtWork(pipeline, device, name, transformers, {one.prefix: one.model for one in parts.values()})
+
+    def _run(self, runs: "KeptRuns", missing: Sequence[int], at_work: _AtWork, progress: Progress) -> None:
+        """Do what is not done, and keep each run as it ends."""
+        from modelopt_convert.fidelity.calibration import Watch
+        from modelopt_convert.fidelity.pipeline import run_once
+
+        progress.begin("run", at_work.step_bytes * self._request.steps * len(missing))
         for done, number in enumerate(missing, 1):
             prompt, seed = runs.of(number)
             words = f"prompt {prompt[:60]!r}, seed {seed}"
             with self._found.clock.timed("run"):
-                with Watch({parts[one].prefix: model for one, model in models.items()}) as watch:
-                    run_once(
-                        pipeline, prompt, seed, how, _after_step(watch, words, step_bytes, progress), output="latent"
-                    )
+                with Watch(at_work.transformers) as watch:
+                    after_step = _after_step(watch, words, at_work.step_bytes, progress)
+                    run_once(at_work.pipeline, prompt, seed, self._drawing, after_step, output="latent")
                 watch.refuse_not_finite(f"after the last step of {words}")
-            runs.keep(number, watch, name)
+            runs.keep(number, watch, at_work.device_name)
             progress.detail(f"run {number + 1} of {runs.count}: {words}")
             self._tell(runs, done)
 
+    def _compensate(
+        self, runs: "KeptRuns", settings: Mapping[str, Any], at_work: _AtWork, progress: Progress
+    ) -> "KeptCompensations":
+        """Run everything again for the inputs of this share, as many at a time as there is room for."""
+        import torch
+
+        from modelopt_convert.fidelity.calibration import linears
+        from modelopt_convert.fidelity.moments import KeptCompensations, Moments, first_with_input, windows
+        from modelopt_convert.fidelity.pipeline import gpu_memory, run_once
+
+        modules = linears(at_work.transformers)
+        merged = runs.merged()
+        by_input: defaultdict[str, list[str]] = defaultdict(list)
+        for name, first in first_with_input(merged.seen).items():
+            by_input[first].append(name)
+        squares, device = merged.tensors(), torch.device(at_work.device)
+
+        def weights_of(names: Sequence[str]) -> "Iterator[tuple[Tensor, Tensor]]":
+            for name in names:
+                yield at_work.weight(name).to(device, torch.bfloat16), squares[f"{name}.mean_square"].to(device)
+
+        kept = KeptCompensations(runs.parts, runs.count, list(by_input), settings)
+        columns = {name: modules[name].in_features for name in kept.missing(self._request.part)}
+        for window in windows(columns, device):
+            progress.begin(f"moments of {len(window)} inputs", at_work.step_bytes * self._request.steps * runs.count)
+            with self._found.clock.timed("moments"), Moments({name: modules[name] for name in window}) as moments:
+                for number in range(runs.count):
+                    after_step = _advancing(at_work.step_bytes, progress)
+                    run_once(at_work.pipeline, *runs.of(number), self._drawing, after_step, output="latent")
+            with self._found.clock.timed("compensate"), gpu_memory():
+                for name in window:
+                    kept.keep(name, moments.sums.pop(name), partial(weights_of, by_input[name]))
+        return kept
+
+    @property
+    def _drawing(self) -> "Drawing":
+        from modelopt_convert.fidelity.pipeline import Drawing
+
+        return Drawing(self._request.steps, self._request.size, self._request.frames)
+
     def _publish(
-        self, paths: Sequence[Path], merged: "Merged", parts: Mapping[str, Opened], settings: Mapping[str, Any]
+        self,
+        paths: Sequence[Path],
+        merged: "Merged",
+        compensations: "KeptCompensations | None",
+        parts: Mapping[str, Opened],
+        settings: Mapping[str, Any],
     ) -> None:
         """Write CALIB beside its place, and put it there."""
+        from modelopt_convert.fidelity.moments import first_with_input
         from modelopt_convert.formats.tensor_bytes import to_bytes
 
         request, found = self._request, self._found
@@ -228,6 +311,8 @@ class CalibrateCommand:
             TensorSpec(name, "F32" if one.is_floating_point() else "I64", tuple(one.shape))
             for name, one in tensors.items()
         ]
+        firsts = first_with_input(merged.seen) if compensations is not None else {}
+        larger = list(compensations.specs()) if compensations is not None else []
         said = {
             "schema": SCHEMA,
             **{key: one for key, one in settings.items() if key != "base"},
@@ -235,11 +320,12 @@ class CalibrateCommand:
             "headroom": request.headroom,
             "devices": list(merged.devices),
             "transformers": {
-                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix)} for name, part in parts.items()
+                name: {"base": _bytes_of(part), "modules": merged.modules(part.prefix, firsts)}
+                for name, part in parts.items()
             },
         }
-        size = build_header(specs, METADATA)[2]
-        need = disk_bytes([size, *[2 * len(json_bytes(said)) + 64 * len(specs)] * 2])
+        size = build_header([*specs, *larger], METADATA)[2]
+        need = disk_bytes([size, *[2 * len(json_bytes(said)) + 64 * len([*specs, *larger])] * 2])
         with (
             found.clock.timed("publish"),
             StagingDir(self._output, paths, overwrite=request.overwrite, need_bytes=need) as stage,
@@ -248,17 +334,26 @@ class CalibrateCommand:
                 for spec in writer.layout:
                     writer.write(spec.name, [to_bytes(tensors[spec.name])])
             stage.written(STATS, durable=writer.durable)
+            digests, metadata = dict(writer.digests), {STATS: METADATA}
+            if compensations is not None:
+                with stage.shard(COMPENSATIONS, larger) as writer:
+                    for spec in writer.layout:
+                        writer.write(spec.name, [to_bytes(compensations.tensor(spec.name))])
+                stage.written(COMPENSATIONS, durable=writer.durable)
+                said["compensations"] = compensations.said(writer.digests)
+                digests |= writer.digests
+                metadata[COMPENSATIONS] = METADATA
             raw = json_bytes(said | {"stats_xxh3_128": file_digest(stage.path / STATS)})
             stage.write_file(FILE, raw)
-            headers = (specs, {STATS: METADATA})
-            record = write_record(request.command, {}, tensors=writer.digests, files={FILE: raw}, headers=headers)
+            headers = ([*specs, *larger], metadata)
+            record = write_record(request.command, {}, tensors=digests, files={FILE: raw}, headers=headers)
             stage.write_file(RECORD, record)
             try:
                 stage.publish()
             finally:  # also when a signal that was held acts right after the swap
                 found.published = stage.published
                 found.warned += published_warnings(stage.published)
-        found.specs = {STATS: specs}
+        found.specs = {STATS: specs, **({COMPENSATIONS: larger} if larger else {})}
         never = [name for name in merged.names if name not in merged.seen]
         if never:
             message = f"{len(never)} modules never ran, and have no amax: {few(never)}"
@@ -307,9 +402,17 @@ def _after_step(watch: "Watch", words: str, num_bytes: int, progress: Progress) 
     return after_step
 
 
-def _unmerged(runs: "KeptRuns") -> str:
+def _advancing(num_bytes: int, progress: Progress) -> "Callable[[int, Tensor], None]":
+    def after_step(_: int, __: "Tensor") -> None:
+        progress.advance(num_bytes)
+
+    return after_step
+
+
+def _unmerged(runs: "KeptRuns", *, gptq: bool) -> str:
+    more = ", after the same shares once more for --gptq," if gptq else ""
     return (
-        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there the same "
+        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there{more} the same "
         "command without --share merges them"
     )
 

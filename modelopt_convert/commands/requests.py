@@ -296,7 +296,7 @@ class BuildNvfp4Request(BuildRequest):
         Weights,
         Flag(
             "Without --export, each block's scale: by its largest value, or the best of ten by squared error, which "
-            "--calibration may weigh."
+            "--calibration may weigh; gptq: and each code with a view to those before it."
         ),
     ] = "max"
 
@@ -311,8 +311,9 @@ class BuildNvfp4Request(BuildRequest):
             self.refuse("device", "cuda is for --executor threads")
         if self.weights != "max" and self.export is not None:
             self.refuse("weights", f"{self.weights} is for a base alone: an export has its scales; leave --export out")
-        if self.weights == "sweep-weighted" and self.calibration is None:
-            self.refuse("weights", "sweep-weighted needs --calibration CALIB, the folder that `mopt calibrate` writes")
+        if self.weights in ("sweep-weighted", "gptq") and self.calibration is None:
+            words = "that `mopt calibrate` writes" + (" with --gptq" if self.weights == "gptq" else "")
+            self.refuse("weights", f"{self.weights} needs --calibration CALIB, the folder {words}")
         BuildRequest.check(self)
 
 
@@ -480,6 +481,10 @@ class CalibrateRequest(Request["Report"]):
     size: Size = 512
     frames: Frames = 17
     seeds: Seeds = 1
+    gptq: Annotated[
+        bool,
+        Flag("Keep what `--weights gptq` needs, too: all prompts run once more, and CALIB is about as large as BASE."),
+    ] = False
     headroom: Annotated[
         float, Flag("By which the largest input is multiplied before a scale is made of it.", minimum=1.0, maximum=64.0)
     ] = 2.0
@@ -623,7 +628,7 @@ class VerifyRequest(Request["VerifiedReport"]):
     base: Annotated[Place | None, Flag("The unquantized base, to prove the weights again.", metavar="BASE")] = None
     calibration: Annotated[
         Folder | None,
-        Flag("What a build with --weights sweep-weighted was given, to prove its scales.", metavar="CALIB"),
+        Flag("What a build with --weights sweep-weighted or gptq was given, to prove what it chose.", metavar="CALIB"),
     ] = None
     variant: Variant = None
     config: Config = None

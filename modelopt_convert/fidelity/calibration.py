@@ -4,8 +4,8 @@ ModelOpt's max calibration keeps the largest magnitude that an input quantizer e
 calib/max.py). A hook before each Linear sees the same tensors.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +40,7 @@ class Seen:
 
     def add(self, inputs: Tensor) -> None:
         """Take note of an input [..., K]; NaN and infinity stay in ``amax``."""
-        values = inputs.detach().flatten(0, -2).to(self.amax.device)
+        values = inputs.flatten(0, -2).to(self.amax.device)
         for piece in torch.split(values, max(1, _PIECE // values.shape[1])):
             self.rows += len(piece)
             blocks = nn.functional.pad(piece.float().abs(), (0, -piece.shape[1] % BLOCK_SIZE))
@@ -60,29 +60,35 @@ class Seen:
         )
 
 
-class Watch(AbstractContextManager["Watch"]):
-    """Hooks before every Linear of some transformers.
+def linears(transformers: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    """Every Linear of some transformers, by its name with the prefix of its transformer.
 
-    Attributes:
-        names: Of all Linears, with the prefix of their transformer.
-        seen: By name, in the order in which modules ran first; without those that did not run.
+    Args:
+        transformers: By prefix.
     """
+    return {
+        f"{prefix}{name}": module
+        for prefix, model in transformers.items()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
-    def __init__(self, transformers: Mapping[str, nn.Module]) -> None:
+
+class Inputs(ABC):
+    """Hooks before some Linears; a context manager."""
+
+    def __init__(self, modules: Mapping[str, nn.Linear]) -> None:
         """Watch nothing yet.
 
         Args:
-            transformers: By the prefix of their modules' names.
+            modules: By name.
         """
-        self._modules = {
-            f"{prefix}{name}": module
-            for prefix, model in transformers.items()
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        self._modules = modules
         self._hooks: list[RemovableHandle] = []
-        self.names = list(self._modules)
-        self.seen: dict[str, Seen] = {}
+
+    @abstractmethod
+    def see(self, name: str, inputs: Tensor) -> None:
+        """Take note of an input [..., K] that is not empty."""
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -96,6 +102,44 @@ class Watch(AbstractContextManager["Watch"]):
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(_: nn.Linear, words: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            inputs = words[0] if words else named["input"]
+            if inputs.numel():
+                self.see(name, inputs.detach())
+
+        return hook
+
+
+class Watch(Inputs):
+    """Statistics of the inputs of every Linear of some transformers.
+
+    Attributes:
+        names: Of all Linears, with the prefix of their transformer.
+        seen: By name, in the order in which modules ran first; without those that did not run.
+    """
+
+    def __init__(self, transformers: Mapping[str, nn.Module]) -> None:
+        """Watch nothing yet.
+
+        Args:
+            transformers: By the prefix of their modules' names.
+        """
+        super().__init__(linears(transformers))
+        self.names = list(self._modules)
+        self.seen: dict[str, Seen] = {}
+
+    def see(self, name: str, inputs: Tensor) -> None:
+        """See ``Seen.add``."""
+        if name not in self.seen:
+            self.seen[name] = Seen(
+                0,
+                torch.zeros((), device=inputs.device),
+                torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device),
+                torch.zeros(BINS, dtype=torch.int64, device=inputs.device),
+            )
+        self.seen[name].add(inputs)
 
     def refuse_not_finite(self, words: str) -> None:
         """Require that all that was seen so far is finite.
@@ -115,19 +159,3 @@ class Watch(AbstractContextManager["Watch"]):
                 code="calibrate.not_finite",
                 hint="check the base, the pipeline and the prompt; this module is the first to run of those",
             )
-
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Linear, words: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            inputs = words[0] if words else named["input"]
-            if inputs.numel() == 0:
-                return
-            if name not in self.seen:
-                self.seen[name] = Seen(
-                    0,
-                    torch.zeros((), device=inputs.device),
-                    torch.zeros(module.in_features, dtype=torch.float64, device=inputs.device),
-                    torch.zeros(BINS, dtype=torch.int64, device=inputs.device),
-                )
-            self.seen[name].add(inputs)
-
-        return hook

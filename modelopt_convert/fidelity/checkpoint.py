@@ -1,6 +1,5 @@
 """A quantized checkpoint as diffusers' transformer, in which an emulated layer stands for each packed module."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import nn
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.fidelity.emulation import Emulated, Rule
+from modelopt_convert.fidelity.memory import free_bytes
 from modelopt_convert.fidelity.transformer import load_transformer
 from modelopt_convert.formats.dtypes import HALF_AND_FLOAT
 from modelopt_convert.formats.format import Format
@@ -190,6 +190,4 @@ def put_layers(model: nn.Module, layers: Mapping[str, Emulated]) -> nn.Module:
 def has_room(weights: Mapping[str, Weight], device: torch.device) -> bool:
     """Whether decoded copies of all weights take no more than half of the free memory of a device."""
     needed = 2 * sum(weight.shape[0] * weight.shape[1] for weight in weights.values())
-    if device.type == "cuda":
-        return needed < torch.cuda.mem_get_info(device)[0] // 2
-    return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return needed < free_bytes(device) // 2

@@ -108,8 +108,13 @@ class Merged:
         ]
         return sum(ratios) / len(ratios) if ratios else None
 
-    def modules(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """What calibration.json says of the modules with a prefix, under their names without it."""
+    def modules(self, prefix: str, firsts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """What calibration.json says of the modules with a prefix, under their names without it.
+
+        Args:
+            prefix: Of a transformer.
+            firsts: The module whose compensation GPTQ takes, by module; empty without any.
+        """
         found: dict[str, dict[str, Any]] = {}
         for name in self.names:
             if name.startswith(prefix):
@@ -118,6 +123,7 @@ class Merged:
                     "n": one.rows if one is not None else 0,
                     "amax": float(one.amax) if one is not None else None,
                     "amax_by_half": list(self.halves[name]),
+                    **({"compensation": firsts[name].removeprefix(prefix)} if name in firsts else {}),
                 }
         return found
 
@@ -144,6 +150,16 @@ def merged(runs: Iterable[Run]) -> Merged:
         tuple(ordered),
         {name: seen[name] for name in ordered if name in seen},
         {name: (halves[name][0], halves[name][1]) if name in halves else (None, None) for name in ordered},
+    )
+
+
+def lost(parts: Parts, what: str) -> StorageError:
+    """Of a part that was finished, and is not there any more."""
+    return StorageError(
+        f"{parts.path}: {what} was finished, and is not whole any more",
+        code="calibrate.run_lost",
+        path=str(parts.path),
+        hint="run the same command again: it does what is missing",
     )
 
 
@@ -224,12 +240,7 @@ class KeptRuns:
         data = self.parts.read(number)
         run = read_run(data) if data is not None else None
         if run is None or run.settings != self._settings:
-            raise StorageError(
-                f"{self.parts.path}: run {number} was finished, and is not whole any more",
-                code="calibrate.run_lost",
-                path=str(self.parts.path),
-                hint="run the same command again: it does that run again",
-            )
+            raise lost(self.parts, f"run {number}")
         return run
 
     def _read(self, number: int) -> Mapping[str, Any] | None:

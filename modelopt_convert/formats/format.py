@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 Algorithm = str
 """A format as presets and commands name it: the name of its folder."""
-Weights = Literal["max", "sweep", "sweep-weighted"]
-"""How scales are chosen where a base is quantized: by largest magnitudes, or block scales by least squared error, which
-a calibration may weigh by the mean square of each input channel."""
+Weights = Literal["max", "sweep", "sweep-weighted", "gptq"]
+"""How a base is quantized: scales by largest magnitudes, or block scales by least squared error, which a calibration
+may weigh by the mean square of each input channel; and under these, codes by GPTQ."""
 WEIGHTS_WORDS: Mapping[Weights, str] = {
     "max": "max",
     "sweep": "a sweep of block scales",
     "sweep-weighted": "a sweep weighted by a calibration",
+    "gptq": "GPTQ under a sweep weighted by a calibration",
 }
 """The same in words, to be put behind "by"."""
 

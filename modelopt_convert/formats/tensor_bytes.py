@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.fp8.codes import Clipped, bf16_codes, clipped, dequantize_fp8, quantize_fp8
+from modelopt_convert.formats.nvfp4.gptq import Compensation
 from modelopt_convert.formats.nvfp4.sweep import quantize
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -131,6 +132,7 @@ def quantize_nvfp4_rows(
     scale: float,
     weights: Weights = "max",
     importance: bytes = b"",
+    compensation: Compensation | None = None,
 ) -> tuple[memoryview, memoryview]:
     """Packed codes and block scales of whole rows, rounded to BF16 first, as ModelOpt's recipe loads a weight.
 
@@ -140,14 +142,15 @@ def quantize_nvfp4_rows(
         columns: K, a multiple of 16.
         scale: The global scale.
         weights: How block scales are chosen.
-        importance: For ``sweep-weighted``: how much an error in each column weighs, float32 [K].
+        importance: For ``sweep-weighted`` and ``gptq``: how much an error in each column weighs, float32 [K].
+        compensation: For ``gptq``.
 
     Returns:
         uint8 [R, K/2], low nibble first, and float8_e4m3fn [R, K/16], row-major.
     """
     rows = from_bytes(raw, source, (-1, columns)).to(torch.bfloat16)
     counts = from_bytes(importance, "F32", (columns,)) if importance else None
-    packed, scales = quantize(weights, rows, torch.tensor(scale, dtype=torch.float32), counts)
+    packed, scales = quantize(weights, rows, torch.tensor(scale, dtype=torch.float32), counts, compensation)
     return to_bytes(packed), to_bytes(scales)
 
 

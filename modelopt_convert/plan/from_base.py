@@ -73,8 +73,8 @@ def plan_quantized(
         base: The unquantized transformer, in BF16, F16 or F32.
         keeps: What stays in BF16; with a preset.
         max_shard_size: Largest output file, in bytes of tensors.
-        weights: How block scales are chosen.
-        calibrated: What input scales are made of, and what weighs errors for ``sweep-weighted``; None for inputs that
+        weights: How scales and codes are chosen.
+        calibrated: What input scales are made of, and what ``sweep-weighted`` and ``gptq`` need; None for inputs that
             the engine scales as they come.
 
     Returns:
@@ -110,13 +110,12 @@ def plan_quantized(
     shared: tuple[tuple[str, ...], ...] = ()
     with faults.taken():
         shared = _shared_groups(preset, packed) if quantizer.shares else ()
-    largest, importance = dict[str, float](), dict[str, bytes]()
+    largest, found_of = dict[str, float](), dict[str, dict[str, Any]]()
     if calibrated is not None:
         for name, module in packed.items():
             with faults.taken(name):
                 largest[name] = calibrated.largest(name)
-                if weights == "sweep-weighted":
-                    importance[name] = calibrated.importance(name, module.columns)
+                found_of[name] = calibrated.needed(weights, name, module.columns)
     faults.refuse()
     if len(replaced) == len(modules):
         raise InputError(
@@ -132,8 +131,8 @@ def plan_quantized(
         if name == f"{module_of(name)}.weight" and module_of(name) in packed:
             module = packed[module_of(name)]
             made = quantizer.steps(module, base.config.get("_class_name"), is_merged=module.name in merged)
-            counts = importance.get(module.name, b"")
-            found |= {step.output.name: replace(step, weights=weights, importance=counts) for step in made}
+            needed = found_of.get(module.name, {})
+            found |= {step.output.name: replace(step, weights=weights, **needed) for step in made}
             if calibrated is not None:
                 group = next((one for one in shared if module.name in one), (module.name,))
                 scale = input_scale(max(largest[one] for one in group), calibrated.headroom, quantizer.largest_input)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from modelopt_convert.checkpoint.calibration import StoredCompensation
 from modelopt_convert.checkpoint.header import METADATA, TensorInfo, TensorSpec
 from modelopt_convert.checkpoint.location import Location
 from modelopt_convert.checkpoint.names import module_of, natural_key
@@ -85,8 +86,9 @@ class Step:
         quotient: FP8 of a base: the weight is rounded to BF16, as it is loaded for ModelOpt, and divided in this dtype;
             without it, in the dtype that it is stored in.
         layout: How the input lies, for ``repack`` and ``reorder_scales``.
-        weights: How block scales are chosen, for ``quantize_nvfp4``.
-        importance: How much an error in each input channel weighs, float32 [K], for ``sweep-weighted``.
+        weights: How scales and codes are chosen, for ``quantize_nvfp4``.
+        importance: How much an error in each input channel weighs, float32 [K], for ``sweep-weighted`` and ``gptq``.
+        compensation: Where a calibration has what GPTQ needs, for ``gptq``.
     """
 
     output: TensorSpec
@@ -97,6 +99,7 @@ class Step:
     layout: Layout = CANONICAL
     weights: Weights = "max"
     importance: bytes = field(default=b"", repr=False)
+    compensation: StoredCompensation | None = None
 
     def laid(self, stored: tuple[int, ...], layout: Layout) -> "Step":
         """The step that brings codes, or block scales, of this shape and layout into the canonical one."""

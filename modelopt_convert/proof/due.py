@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from modelopt_convert.checkpoint.calibration import StoredCompensation
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import Reading
 from modelopt_convert.dialects.packed import PackedModule
@@ -23,6 +24,7 @@ class Due:
         reading: NVFP4: how the module lies, as it is declared or as sampled rows tell; it is tried first.
         rule: FP8: how the exporter divided, likewise.
         importance: NVFP4: the weight of each input channel in a calibration, float32 [K]; empty without one.
+        compensation: NVFP4: where a calibration has what GPTQ needs; None without it.
     """
 
     algorithm: Algorithm
@@ -33,6 +35,7 @@ class Due:
     reading: Layout | None = None
     rule: str | None = None
     importance: bytes = field(default=b"", repr=False)
+    compensation: StoredCompensation | None = None
 
     def block_scales(self) -> list[TensorInfo]:
         """The scales that are written as the weight's layout says: none where the format has one layout."""

@@ -30,8 +30,10 @@ Verdict = Literal["reproduced", "reproduced but for ties", "nearest", "near", "u
 
 COMPRESSED = "max calibration, --compress: block scales rounded twice"
 """A rule that holds only where another module has the scale of the group."""
-SWEPT, WEIGHTED = WEIGHTS_WORDS["sweep"], WEIGHTS_WORDS["sweep-weighted"]
-"""The rules of ``formats/nvfp4/sweep.py``: every byte is theirs. The second holds where its calibration is at hand."""
+SWEPT, WEIGHTED, COMPENSATED = (WEIGHTS_WORDS[rule] for rule in ("sweep", "sweep-weighted", "gptq"))
+"""The rules of ``formats/nvfp4/sweep.py``: every byte is theirs."""
+OF_CALIBRATION = (WEIGHTED, COMPENSATED)
+"""Of these, the rules that can be run again where their calibration is at hand, and say nothing without."""
 
 AMPLE = 256.0
 """A scale so many times that of max calibration still tells the weights apart. Above, codes may be right and say
@@ -209,7 +211,7 @@ def with_shared_scales(rules: FormatProof, modules: Mapping[str, Judgement]) -> 
         calibrated = [rules.scale_of(amax) for amax in (one.amax, largest[one.scale])]
         if one.scale not in calibrated:
             # Codes are of another scale there, or errors not the least plain ones.
-            verdict: Verdict = "near" if one.rule in (COMPRESSED, WEIGHTED) else "nearest"
+            verdict: Verdict = "near" if one.rule in (COMPRESSED, *OF_CALIBRATION) else "nearest"
             factor, of_group = (one.scale / scale if scale else 1.0 for scale in calibrated)
             words = f"{rules.tensor_scale} is {factor:.9g} times that of max calibration" if factor != 1.0 else None
             if words is not None and of_group != factor:

@@ -30,17 +30,29 @@ from modelopt_convert.formats.nvfp4.codes import (
     unpack_e2m1,
 )
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.gptq import VALUES, Compensation
 from modelopt_convert.formats.nvfp4.scales import scale_readings
 from modelopt_convert.formats.nvfp4.shapes import ROW_TILE
 from modelopt_convert.formats.nvfp4.stored import all_positive
-from modelopt_convert.formats.nvfp4.sweep import sweep
+from modelopt_convert.formats.nvfp4.sweep import quantize
 from modelopt_convert.formats.rows import SAMPLED_ROWS, sample_rows
 from modelopt_convert.formats.tensor_bytes import first_place, from_bytes
 from modelopt_convert.proof.blocks import BlockTally
 from modelopt_convert.proof.closeness import TiledNearness
 from modelopt_convert.proof.detector import RELATED_COSINE, RUNNER_UP_FACTOR, detect_with_base, telling_rows, worst_row
 from modelopt_convert.proof.due import Due
-from modelopt_convert.proof.judgement import AMPLE, COMPRESSED, SWEPT, WEIGHTED, Counts, FormatProof, Judgement, Verdict
+from modelopt_convert.proof.judgement import (
+    AMPLE,
+    COMPENSATED,
+    COMPRESSED,
+    OF_CALIBRATION,
+    SWEPT,
+    WEIGHTED,
+    Counts,
+    FormatProof,
+    Judgement,
+    Verdict,
+)
 from modelopt_convert.proof.padding import not_padding, padding_bytes
 from modelopt_convert.proof.scale_values import tensor_scale, unusable_scale
 from modelopt_convert.proof.tensors import (
@@ -111,7 +123,7 @@ class _Attempt:
         tally: Of all blocks that were seen.
         amax: Largest magnitude of the base.
         is_complete: Whether all blocks were seen.
-        swept: The rule by which mopt's own sweep gives every byte, if it does.
+        swept: The rule of mopt's own that gives every byte, if one does.
     """
 
     reading: Layout
@@ -123,9 +135,9 @@ class _Attempt:
 
     @property
     def counts(self) -> Counts:
-        """Of what was compared; what a weighted sweep reproduces equals what it makes, to the last byte."""
+        """Of what was compared; what a calibration reproduces equals what it makes, to the last byte."""
         found = Counts.of(self.tally)
-        if self.swept != WEIGHTED:
+        if self.swept not in OF_CALIBRATION:
             return found
         return Counts(found.codes, found.codes, scales=found.scales, scales_equal=found.scales)
 
@@ -135,7 +147,7 @@ class _Attempt:
 
         A plain sweep needs no other word than any search by plain error: both are held to the same law.
         """
-        if self.tally.is_exact or self.swept == WEIGHTED:
+        if self.tally.is_exact or self.swept in OF_CALIBRATION:
             return "reproduced"
         return "reproduced but for ties" if self.tally.is_tied else "nearest"
 
@@ -158,9 +170,9 @@ class _Comparison:
     rows: Sequence[int] | None
     gpu: Quantizer | None = None
 
-    def tiles(self, cast: str) -> Iterator[Tile]:
+    def tiles(self, cast: str, num_values: int = MANY_VALUES) -> Iterator[Tile]:
         """Rows of both, the base's in the dtype given."""
-        return until(self.stopped, tiles(self.export, self.base, self.due.module, cast, "U8", self.rows, MANY_VALUES))
+        return until(self.stopped, tiles(self.export, self.base, self.due.module, cast, "U8", self.rows, num_values))
 
     @property
     def first(self) -> Layout:
@@ -257,19 +269,23 @@ class _Comparison:
         return one.amax <= float(self.global_scale(one.reading)) * E2M1_MAX * E4M3_MAX * _CLIPPED
 
     def swept(self) -> _Attempt | None:
-        """The attempt under the reading in which all bytes are those of mopt's own sweep; None if there is none.
+        """The attempt under the reading in which all bytes are those of a rule of mopt's own; None if there is none.
 
         The rule is run again on the base, rounded to BF16 as a build rounds it: nothing that a record says is needed.
-        That of a calibration comes first, where one is at hand: it proves more.
+        Those of a calibration come first, where one is at hand: they prove more.
         """
-        cast, rules = "BF16", dict[str, Tensor | None]()
-        if self.due.importance:
-            rules[WEIGHTED] = from_bytes(self.due.importance, "F32", (self.due.module.columns,))
-        rules[SWEPT] = None
-        for (rule, importance), reading in itertools.product(rules.items(), self.readings()):
+        cast, columns = "BF16", self.due.module.columns
+        rules: dict[str, tuple[Tensor | None, Compensation | None]] = {}
+        importance = from_bytes(self.due.importance, "F32", (columns,)) if self.due.importance else None
+        if importance is not None:
+            rules[WEIGHTED] = importance, None
+        if self.due.compensation is not None:
+            rules[COMPENSATED] = importance, Compensation.from_bytes(*self.due.compensation.read())
+        rules[SWEPT] = None, None
+        for (rule, needed), reading in itertools.product(rules.items(), self.readings()):
             factor, scales = self.global_scale(reading), self.scales[reading.scales].view(torch.uint8)
-            for tile in self.tiles(cast):
-                packed, scale = sweep(tile.base, factor, importance)
+            for tile in self.tiles(cast, MANY_VALUES if needed[1] is None else VALUES):
+                packed, scale = quantize("sweep", tile.base, factor, *needed)
                 same = torch.equal(scale.view(torch.uint8), scales[tile.rows])
                 if not same or not torch.equal(packed, _canonical(tile.stored, reading)):
                     break

@@ -253,7 +253,8 @@ class Report(_Model):
     weights: Weights | None = Field(
         default=None,
         description="how the block scales of a base were chosen: by largest values, or swept for the least squared "
-        "error, which a calibration may weigh; null where mopt quantized nothing itself",
+        "error, which a calibration may weigh; gptq: the last, with codes by GPTQ; null where mopt quantized nothing "
+        "itself",
     )
     clipped: dict[str, ClippedReport] = Field(default_factory=dict, description="by module")
     dequantized: list[str] = Field(

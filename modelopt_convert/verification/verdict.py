@@ -134,8 +134,12 @@ def _remedied(found: VerifyReport) -> str:
             "all codes are nearest, so scales were chosen by weighted errors: --calibration CALIB proves them where "
             "the build was given one; --accept-near passes what is not proven"
         )
-    instead = ", or --accept-near to pass what is not proven" if found.proof == NEAR_WORDS else ""
-    return f"the report names every module; build or export it again{instead}"
+    if found.proof == NEAR_WORDS:
+        return (
+            "the report names every module; --calibration CALIB proves a build with --weights gptq; else build or export"
+            " it again, or --accept-near to pass what is not proven"
+        )
+    return "the report names every module; build or export it again"
 
 
 def _rewrite(found: VerifyReport, base: str | None) -> str | None:

@@ -14,16 +14,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from modelopt_convert.checkpoint.calibration import StoredCompensation
 from modelopt_convert.checkpoint.header import TensorInfo
 from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.formats.format import Weights
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.gptq import Compensation, compensation
 from modelopt_convert.formats.nvfp4.sweep import QUANTIZERS, quantize
 from modelopt_convert.formats.tensor_bytes import TORCH_DTYPES, from_bytes, largest_bits, magnitude, to_bytes
 from modelopt_convert.proof.tensors import Again
 from modelopt_convert.run.errors import BackendError, InconclusiveError, first_line
 
 CHUNK_BYTES = 16 << 20  # far above what a copy costs at least; a multiple of a block of every dtype
+_CHECKED_COLUMNS = 512  # several panels
+_GPTQ_VALUES = 1 << 26  # of a weight that GPTQ works on at a time, in about 2 GB of the GPU
 _CHECKED_SCALES = (3e-5, 1.0, 1e-40)  # as weights have them, and one whose products are subnormal
 
 _Work = Callable[[Tensor, "Slot"], None]
@@ -129,6 +133,33 @@ class Gpu:
             blocks = slot.num_bytes // elements // BLOCK_SIZE
             yield to_bytes(slot.codes[: blocks * BLOCK_SIZE // 2]), to_bytes(slot.scales[:blocks])
 
+    def compensated(
+        self, reader: CheckpointReader, info: TensorInfo, scale: float, importance: bytes, stored: StoredCompensation
+    ) -> Iterator[tuple[memoryview, memoryview]]:
+        """Codes by GPTQ and block scales, in pieces of whole rows; reading waits for the device, which is the slower.
+
+        Args:
+            reader: Holds the weight.
+            info: Its place.
+            scale: The global scale.
+            importance: How much an error in each column weighs, float32 [K].
+            stored: What GPTQ needs.
+
+        Raises:
+            InputError: ``calibration.damaged``.
+            BackendError: ``device.failed``.
+        """
+        rows, columns = info.shape
+        row_bytes, height = info.num_bytes // rows, max(1, _GPTQ_VALUES // columns)
+        counts = from_bytes(importance, "F32", (columns,)).to(self._device)
+        found = Compensation.from_bytes(*stored.read()).to(self._device)
+        factor = torch.full((), scale, dtype=torch.float32, device=self._device)
+        for chunk in reader.buffered(info.name, height * row_bytes):
+            with _failures(), torch.inference_mode():
+                given = from_bytes(chunk, info.dtype, (-1, columns)).to(self._device).to(torch.bfloat16)
+                packed, scales = (one.cpu() for one in quantize("gptq", given, factor, counts, found))
+            yield to_bytes(packed), to_bytes(scales)
+
     def height(self, row_bytes: int) -> int:
         """Rows of so many bytes that are worked on at a time; 0 if a row is too long."""
         return CHUNK_BYTES // row_bytes
@@ -191,15 +222,26 @@ class Gpu:
             slot.launch(_quantizing(dtype, dtype, scale, weights, importance), raw.numel())
             slot.wait()
             codes = slot.codes[: packed.numel()]
-            if not (
+            _refuse_unless(
                 torch.equal(codes, packed.reshape(-1))
                 and torch.equal(slot.scales[: scales.numel()], scales.view(torch.uint8).reshape(-1))
-            ):
-                raise BackendError(
-                    "--device cuda: this GPU, or torch's build for it, rounds otherwise than the CPU",
-                    code="device.differs",
-                    hint="leave --device out, and report the GPU and torch's version. Nothing was written",
-                )
+            )
+        self._check_gptq()
+
+    def _check_gptq(self) -> None:
+        """See that sums of products of whole numbers are exact here, too: GPTQ's codes depend on every one."""
+        made = torch.Generator().manual_seed(0)
+        inputs = torch.randn(64, _CHECKED_COLUMNS, generator=made, dtype=torch.float64)
+        weight = torch.randn(64, _CHECKED_COLUMNS, generator=made).to(torch.bfloat16)
+        factor, counts = torch.tensor(1e-3), torch.ones(_CHECKED_COLUMNS)
+        found, _ = compensation(inputs.T @ inputs)
+        expected = quantize("gptq", weight, factor, counts, found)
+        with _failures(), torch.inference_mode():
+            weight, factor, counts = (one.to(self._device) for one in (weight, factor, counts))
+            given = weight, factor, counts, found.to(self._device)
+            packed, scales = (one.cpu() for one in quantize("gptq", *given))
+        equal = (torch.equal(packed, expected[0]), torch.equal(scales.view(torch.uint8), expected[1].view(torch.uint8)))
+        _refuse_unless(all(equal))
 
     def _through(
         self, reader: CheckpointReader, info: TensorInfo, work: _Work, chunk_bytes: int | None = None
@@ -265,6 +307,15 @@ def _quantizing(
         slot.scales[: scales.numel()].copy_(scales.view(torch.uint8).reshape(-1), non_blocking=True)
 
     return work
+
+
+def _refuse_unless(is_equal: bool) -> None:
+    if not is_equal:
+        raise BackendError(
+            "--device cuda: this GPU, or torch's build for it, rounds otherwise than the CPU",
+            code="device.differs",
+            hint="leave --device out, and report the GPU and torch's version. Nothing was written",
+        )
 
 
 @contextmanager

@@ -74,7 +74,11 @@ def produce(step: Step, reader: CheckpointReader, made: Made, gpu: "Gpu | None" 
     if step.op == "quantize_nvfp4" and gpu is not None:
         assert step.value is not None  # measured by now
         info = reader.tensors[step.output.name]
-        for codes, scales in gpu.quantized(reader, info, step.value, step.weights, step.importance):
+        if step.compensation is not None:
+            pieces = gpu.compensated(reader, info, step.value, step.importance, step.compensation)
+        else:
+            pieces = gpu.quantized(reader, info, step.value, step.weights, step.importance)
+        for codes, scales in pieces:
             made.block_scales.append(memoryview(bytes(scales)))  # theirs is good until the next only
             yield codes
         return
@@ -126,6 +130,7 @@ def _produce(step: Step, reader: CheckpointReader, source: TensorInfo, made: Mad
 def _computed(step: Step, reader: CheckpointReader, source: TensorInfo, made: Made) -> Iterator[bytes | memoryview]:
     """What comes of arithmetic on values."""
     from modelopt_convert.formats import tensor_bytes as raw
+    from modelopt_convert.formats.nvfp4.gptq import VALUES, Compensation
 
     if step.op == "quantize_fp8":
         scale = _scale_of(step, reader)
@@ -140,8 +145,12 @@ def _computed(step: Step, reader: CheckpointReader, source: TensorInfo, made: Ma
     elif step.op == "quantize_nvfp4":
         assert step.value is not None  # measured by now
         columns = source.shape[1]
-        row_bytes, how = source.num_bytes // source.shape[0], (step.value, step.weights, step.importance)
-        for chunk in reader.buffered(source.name, max(1, _COMPUTED_BYTES // row_bytes) * row_bytes):
+        row_bytes, height = source.num_bytes // source.shape[0], _COMPUTED_BYTES
+        compensation = None
+        if step.compensation is not None:
+            compensation, height = Compensation.from_bytes(*step.compensation.read()), VALUES * row_bytes // columns
+        how = (step.value, step.weights, step.importance, compensation)
+        for chunk in reader.buffered(source.name, max(1, height // row_bytes) * row_bytes):
             codes, scales = raw.quantize_nvfp4_rows(chunk, source.dtype, columns, *how)
             made.block_scales.append(scales)
             yield codes

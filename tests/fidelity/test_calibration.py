@@ -91,8 +91,9 @@ def test_runs_together_are_the_largest_and_the_mean() -> None:
     runs = [_run(seed) for seed in range(5)]
     found = merged(runs)
     amax = [float(run.seen["used"].amax) for run in runs]
-    modules = found.modules("")
+    modules = found.modules("", {})
     assert modules["used"] == {"n": 15, "amax": max(amax), "amax_by_half": [max(amax[::2]), max(amax[1::2])]}
+    assert found.modules("", {"used": "other"})["used"]["compensation"] == "other"
     assert modules["idle"] == {"n": 0, "amax": None, "amax_by_half": [None, None]}
     total = sum(run.seen["used"].squares for run in runs)  # from left to right
     assert torch.equal(found.tensors()["used.mean_square"], (total / 15).float())

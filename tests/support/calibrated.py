@@ -41,19 +41,17 @@ def edit_calibration(folder: Path, change: Callable[[dict[str, Any]], object]) -
     change(said)
     raw = json_bytes(said)
     (folder / "calibration.json").write_bytes(raw)
-    stats = (folder / "stats.safetensors").read_bytes()
-    header = parse_header(stats[8 : 8 + int.from_bytes(stats[:8], "little")], file="", file_bytes=len(stats))
-    found = header.tensors.values()
-    record = write_record(
-        "calibrate",
-        {},
-        tensors={one.name: digest_of(stats[one.start : one.start + one.num_bytes]) for one in found},
-        files={"calibration.json": raw},
-        headers=(
-            [TensorSpec(one.name, one.dtype, one.shape) for one in found],
-            {"stats.safetensors": header.metadata},
-        ),
-    )
+    specs, digests, metadata = list[TensorSpec](), dict[str, str](), dict[str, dict[str, str]]()
+    for path in (folder / "stats.safetensors", folder / "compensations.safetensors"):
+        if path.exists():
+            data = path.read_bytes()
+            header = parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], file="", file_bytes=len(data))
+            metadata[path.name] = dict(header.metadata)
+            for one in header.tensors.values():
+                specs.append(TensorSpec(one.name, one.dtype, one.shape))
+                digests[one.name] = digest_of(data[one.start : one.start + one.num_bytes])
+    files, headers = {"calibration.json": raw}, (specs, metadata)
+    record = write_record("calibrate", {}, tensors=digests, files=files, headers=headers)
     (folder / "mopt.json").write_bytes(record)
     return folder
 

@@ -30,6 +30,8 @@ _CHOSEN: dict[Weights, str] = {
     "sweep": "by max calibration for each weight, and for each block the best of ten scales (`--weights sweep`)",
     "sweep-weighted": "by max calibration for each weight, and for each block the best of ten scales, errors "
     "weighted by the mean square of each input channel in a calibration (`--weights sweep-weighted`)",
+    "gptq": "by max calibration for each weight, for each block the best of ten scales, errors weighted by the mean "
+    "square of each input channel in a calibration, and codes by GPTQ with the same calibration (`--weights gptq`)",
 }
 _WHY = {
     NEAR_WORDS: "some weights or other tensors are near the base's, and are not what the base itself gives",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 ROW_TILE = 128
 COLUMN_TILE = 4
 _PAD = 16
+PANEL = 128
+"""Columns of a panel of GPTQ's compensation (``formats/nvfp4/gptq.py``)."""
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -49,3 +51,9 @@ def packed_shapes(rows: int, columns: int) -> set[tuple[int, int]]:
     """Shapes of the packed codes of an [N, K] weight: rows as they are or padded to 16, columns to 16 bytes."""
     half = columns // 2
     return {(height, width) for height in (rows, round_up(rows, _PAD)) for width in (half, round_up(half, _PAD))}
+
+
+def num_stored(columns: int) -> int:
+    """How many values GPTQ's compensation of so many columns has: each panel ends at its own last row."""
+    whole = columns // PANEL
+    return PANEL * PANEL * whole * (whole + 1) // 2 + columns % PANEL * columns

@@ -24,6 +24,7 @@ from modelopt_convert.formats.nvfp4.codes import (
 )
 from modelopt_convert.formats.nvfp4.compiled import STEPS, sweep_blocks
 from modelopt_convert.formats.nvfp4.format import BLOCK_SIZE
+from modelopt_convert.formats.nvfp4.gptq import Compensation, gptq_codes
 
 _LEAST, _MOST = 0x01, 0x7E  # bytes of 2^-9 and 448: what ModelOpt clamps scales to
 
@@ -122,9 +123,24 @@ QUANTIZERS: Mapping[Weights, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] 
 
 
 def quantize(
-    weights: Weights, weight: Tensor, weight_scale_2: Tensor, importance: Tensor | None = None
+    weights: Weights,
+    weight: Tensor,
+    weight_scale_2: Tensor,
+    importance: Tensor | None = None,
+    compensation: Compensation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and block scales by a rule; ``importance`` is for ``sweep-weighted``, which cannot do without."""
+    """Codes and block scales by a rule.
+
+    Args:
+        weights: The rule.
+        weight: As ``sweep`` takes it.
+        weight_scale_2: Likewise.
+        importance: For ``sweep-weighted`` and ``gptq``, which cannot do without.
+        compensation: For ``gptq``, likewise.
+    """
     if importance is None:
         return QUANTIZERS[weights](weight, weight_scale_2)
-    return sweep(weight, weight_scale_2, importance)
+    packed, scale = sweep(weight, weight_scale_2, importance)
+    if compensation is not None:
+        packed = gptq_codes(weight, scale, weight_scale_2, compensation)
+    return packed, scale

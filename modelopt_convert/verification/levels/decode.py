@@ -249,7 +249,7 @@ def _judge(
     scale = tensor_scale(subject.reader, module, target.tensor_scale)
     due = Due(target.algorithm, module, casts_of(common, base, module), scale, max_error, reading=subject.layout)
     if options.calibrated is not None:
-        due = replace(due, importance=options.calibrated.importance(module.name, module.columns))
+        due = replace(due, **options.calibrated.known(module.name, module.columns))
     rows = None if options.sample is None else sample_rows(module.rows, options.sample)
     return judge_module(subject.reader, base, due, stopped, rows)
 
