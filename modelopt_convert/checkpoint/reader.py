@@ -197,6 +197,16 @@ class CheckpointReader:
         self._check_size(name, self.tensors[name].num_bytes, limit)
         return self.read_range(name, 0, self.tensors[name].num_bytes)
 
+    def read_writable(self, name: str, *, limit: int = MAX_WHOLE_BYTES) -> memoryview:
+        """``read`` into memory that may be written to, which a tensor can use without a copy."""
+        import numpy as np
+
+        info = self.tensors[name]
+        self._check_size(name, info.num_bytes, limit)
+        buffer = np.empty(info.num_bytes, np.uint8).data
+        self.read_into(name, 0, buffer)
+        return buffer
+
     def read_range(self, name: str, begin: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes of a tensor from its byte ``begin``.
 

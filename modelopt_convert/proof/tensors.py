@@ -28,7 +28,7 @@ def load(reader: CheckpointReader, name: str, *, limit: int = MAX_WHOLE_BYTES) -
         MoptError: ``input.too_large``, or what reading raises.
     """
     info = reader.tensors[name]
-    return from_bytes(reader.read(name, limit=limit), info.dtype, info.shape)
+    return from_bytes(reader.read_writable(name, limit=limit), info.dtype, info.shape)
 
 
 def load_weight(reader: CheckpointReader, name: str) -> Tensor:
