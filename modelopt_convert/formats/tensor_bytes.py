@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,7 +126,13 @@ def largest_of_chunk(raw: bytes | memoryview, source: str) -> float:
     Raises:
         ValueError: An element is NaN or infinity, or rounds to infinity.
     """
-    return magnitude(largest_bits(from_bytes(raw, source, (-1,))))
+    if source != "BF16":
+        return magnitude(largest_bits(from_bytes(raw, source, (-1,))))
+    # As signed numbers, bits are in the order of magnitudes without a sign, as unsigned ones in that with one: two
+    # largest values tell, without an array.
+    bits = np.frombuffer(raw, np.uint16)
+    largest = max(int(bits.view(np.int16).max()), int(bits.max()) & 0x7FFF)
+    return magnitude(torch.tensor(largest, dtype=torch.int16))
 
 
 def quantize_nvfp4_rows(
