@@ -134,8 +134,13 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    table = torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=torch.float32, device=codes.device)
-    return table[codes.long()]
+    return _e2m1_values(codes.device).index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
+
+
+@lru_cache
+def _e2m1_values(device: torch.device) -> Tensor:
+    """float32 [16]: the values of all E2M1 codes."""
+    return torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=torch.float32, device=device)
 
 
 def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
