@@ -197,6 +197,16 @@ class CheckpointReader:
         self._check_size(name, self.tensors[name].num_bytes, limit)
         return self.read_range(name, 0, self.tensors[name].num_bytes)
 
+    def read_writable(self, name: str, *, limit: int = MAX_WHOLE_BYTES) -> memoryview:
+        """``read`` into memory that may be written to, which a tensor can use without a copy."""
+        import numpy as np
+
+        info = self.tensors[name]
+        self._check_size(name, info.num_bytes, limit)
+        buffer = np.empty(info.num_bytes, np.uint8).data
+        self.read_into(name, 0, buffer)
+        return buffer
+
     def read_range(self, name: str, begin: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes of a tensor from its byte ``begin``.
 
@@ -270,11 +280,14 @@ class CheckpointReader:
     def buffered(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
         """A tensor's bytes in pieces of at most ``chunk_bytes``, in one buffer: each is good until the next is read.
 
-        Fresh memory for every piece would cost more than the reading: the kernel has to clear it first.
+        Fresh memory for every piece would cost more than the reading: the kernel has to clear it first. A bytearray
+        would be cleared once more, under Python's lock.
         """
+        import numpy as np
+
         info = self.tensors[name]
         self.prefetch([(name, 0, info.num_bytes)])
-        buffer = memoryview(bytearray(min(chunk_bytes, info.num_bytes)))
+        buffer = np.empty(min(chunk_bytes, info.num_bytes), np.uint8).data
         for begin in range(0, info.num_bytes, chunk_bytes):
             piece = buffer[: min(chunk_bytes, info.num_bytes - begin)]
             self.read_into(name, begin, piece)

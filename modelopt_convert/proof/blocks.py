@@ -111,6 +111,13 @@ class BlockTally:
         """Whether nearly all blocks are those of max calibration, so that the rest is no search."""
         return 0 < self.odd_blocks < FEW * self.scales
 
+    def add_equal(self, count: int) -> None:
+        """Count so many blocks, of which each byte is that of max calibration."""
+        self.codes += count * BLOCK_SIZE
+        self.codes_equal += count * BLOCK_SIZE
+        self.scales += count
+        self.scales_equal += count
+
     def add(
         self,
         blocks: Tensor,
@@ -126,15 +133,12 @@ class BlockTally:
             expected: Those of max calibration under the export's global scale.
             places: The number of each block in the weight, int64 [M]; or of the first, if they are consecutive.
         """
-        count = len(blocks)
-        self.codes += count * BLOCK_SIZE
-        self.scales += count
         differs = found[0].view(torch.int64).view(-1) != expected[0].view(torch.int64).view(-1)
         differs |= found[1] != expected[1]
         where = differs.nonzero().view(-1)
-        same = count - len(where)
-        self.codes_equal += same * BLOCK_SIZE
-        self.scales_equal += same
+        self.add_equal(len(blocks) - len(where))
+        self.codes += len(where) * BLOCK_SIZE
+        self.scales += len(where)
         for some in torch.split(where, _LOOKED) if len(where) else ():
             self._look(
                 blocks[some].to(torch.float32),

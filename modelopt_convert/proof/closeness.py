@@ -3,6 +3,7 @@
 Relative error alone lets a zeroed row, two dropped columns or a global scale 5% off pass; cosine is blind to the scale.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +69,15 @@ class Nearness:
 
     def closeness(self) -> Closeness:
         """Of the rows so far."""
-        error, base = self._error.sum().sqrt(), self._base.sum().sqrt()
+        error, base = (math.sqrt(float(one.sum())) for one in (self._error, self._base))
         column = self._error.sqrt()
         column = column.masked_fill(column <= INHERENT_FACTOR * self._inherent.sqrt(), 0.0)
-        inner, squares = (torch.tensor(one, dtype=torch.float64) for one in (self._inner, self._squares))
         return Closeness(
             relative_error=_ratio(error, base),
-            gain=_ratio(inner, base * base, of_nothing=1.0),
+            gain=_ratio(self._inner, base * base, of_nothing=1.0),
             worst_row=self._worst_row,
             worst_column=_worst(column, self._base.sqrt()),
-            cosine=_ratio(inner, base * squares.sqrt()),
+            cosine=_ratio(self._inner, base * math.sqrt(self._squares)),
         )
 
 
@@ -121,11 +121,11 @@ def _larger(left: float, right: float) -> float:
     return right if right > left or right != right else left
 
 
-def _ratio(above: Tensor, below: Tensor, of_nothing: float = 0.0) -> float:
+def _ratio(above: float, below: float, of_nothing: float = 0.0) -> float:
     """``above / below``; where both are zero there is nothing to be wrong about."""
-    if float(above) == 0.0 and float(below) == 0.0:
-        return of_nothing
-    return float(above / below)
+    if below != 0.0:
+        return above / below
+    return of_nothing if above == 0.0 else above * math.inf
 
 
 def _worst(difference: Tensor, norm: Tensor) -> float:

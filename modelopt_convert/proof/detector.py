@@ -19,6 +19,7 @@ from modelopt_convert.formats.layout import GlobalScale, Layout, NibbleOrder, Sc
 from modelopt_convert.formats.nvfp4.codes import (
     block_scales,
     decode_e2m1,
+    encode_e2m1,
     quantize_codes,
     swap_nibbles,
     unpack_e2m1,
@@ -66,6 +67,7 @@ class _Tried:
     codes: Tensor
     scale: Tensor
     factor: Tensor
+    could_be: bool
 
     @functools.cached_property
     def equal(self) -> int:
@@ -73,17 +75,14 @@ class _Tried:
 
     @functools.cached_property
     def is_exact(self) -> bool:
-        first, scale = self.codes[:1], self.scale[:1]  # refutes most that are not
-        could = any(torch.equal(quantize_codes(one[:1], scale, self.factor), first) for one in self.bases)
-        return could and self.equal == self.codes.numel()
+        return self.could_be and self.equal == self.codes.numel()
 
     @functools.cached_property
     def closeness(self) -> Closeness:
-        base = self.bases[0].to(torch.float64)
-        again = decode_e2m1(quantize_codes(self.bases[0], self.scale, self.factor))
-        inherent = again * block_scales(self.scale, self.factor)
-        dequantized = decode_e2m1(self.codes) * block_scales(self.scale, self.factor)
-        return closeness(base, dequantized.to(torch.float64), inherent.to(torch.float64))
+        base, factors = self.bases[0].to(torch.float64), block_scales(self.scale, self.factor)
+        again = decode_e2m1(quantize_codes(self.bases[0], self.scale, self.factor)) * factors
+        dequantized = decode_e2m1(self.codes) * factors
+        return closeness(base, dequantized.to(torch.float64), again.to(torch.float64))
 
 
 def detect_with_base(
@@ -106,11 +105,14 @@ def detect_with_base(
         max_error: Largest relative error of a reading that is accepted without reproducing the codes.
     """
     index = torch.tensor(rows)
+    codes, conventions = _code_readings(packed_rows), _global_readings(global_scale)
+    sampled = {order: readings[order][index] for order in _orders(readings)}
+    both = list(itertools.product(sampled.items(), conventions))
+    could_be = _reproducing(base_rows, [one for _, one in codes], [(scale, one) for (_, scale), (_, one) in both])
     tried = [
-        _Tried(Layout(nibbles, order, convention), base_rows, codes, readings[order][index], factor)
-        for (nibbles, codes), order, (convention, factor) in itertools.product(
-            _code_readings(packed_rows), _orders(readings), _global_readings(global_scale)
-        )
+        _Tried(Layout(nibbles, order, convention), base_rows, one, scale, factor, could)
+        for (nibbles, one), of_codes in zip(codes, could_be, strict=True)
+        for ((order, scale), (convention, factor)), could in zip(both, of_codes, strict=True)
     ]
     num_codes = packed_rows.numel() * 2
     exact = [one for one in tried if one.is_exact]
@@ -137,6 +139,32 @@ def detect_with_base(
         closeness=best.closeness,
         related=bool(exact) or any(abs(one.closeness.cosine) >= RELATED_COSINE for one in tried),
     )
+
+
+def _reproducing(
+    base_rows: Sequence[Tensor], codes: Sequence[Tensor], factors: Sequence[tuple[Tensor, Tensor]]
+) -> list[list[bool]]:
+    """Whether the base's first row, quantized again, gives the first row of codes: that refutes most readings.
+
+    All at once: of one row, a call costs more than its arithmetic.
+
+    Args:
+        base_rows: Rows [R, K], once for each dtype.
+        codes: uint8 [R, K], by nibble order.
+        factors: Block scales float8_e4m3fn [R, K/16] and a global scale each.
+
+    Returns:
+        For each of ``codes`` one answer for each of ``factors``.
+    """
+    scale = torch.cat([one[:1] for one, _ in factors]).to(torch.float32)
+    divisors = (scale * torch.stack([one for _, one in factors]).unsqueeze(1)).unsqueeze(-1)
+    blocks = torch.cat([one[:1].to(torch.float32) for one in base_rows]).view(
+        len(base_rows), 1, *divisors.shape[1:-1], -1
+    )
+    again = encode_e2m1((blocks / divisors).flatten(-2))  # by dtype and factor
+    found = torch.cat([one[:1] for one in codes]).view(len(codes), 1, 1, -1)
+    equal: list[list[bool]] = (again == found).all(dim=-1).any(dim=1).tolist()
+    return equal
 
 
 def telling_rows(readings: Mapping[ScaleOrder, Tensor], count: int) -> list[int]:

@@ -28,7 +28,7 @@ def load(reader: CheckpointReader, name: str, *, limit: int = MAX_WHOLE_BYTES) -
         MoptError: ``input.too_large``, or what reading raises.
     """
     info = reader.tensors[name]
-    return from_bytes(reader.read(name, limit=limit), info.dtype, info.shape)
+    return from_bytes(reader.read_writable(name, limit=limit), info.dtype, info.shape)
 
 
 def load_weight(reader: CheckpointReader, name: str) -> Tensor:
@@ -159,7 +159,9 @@ def cast_to(values: Tensor, dtype: str) -> Tensor:
     A base has such values where no export was made from it in F16. That is for the comparison to find.
     """
     target = TORCH_DTYPES[dtype]
-    if dtype == "F16" and values.dtype != target:
+    if values.dtype == target:
+        return values
+    if dtype == "F16":
         values = values.clamp(-_F16_MAX, _F16_MAX)
     return values.to(target)
 

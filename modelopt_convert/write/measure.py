@@ -17,7 +17,7 @@ from modelopt_convert.run.workers import all_in_order, until
 if TYPE_CHECKING:
     from modelopt_convert.write.gpu import Gpu
 
-_MEASURED_BYTES = 1 << 20  # stays in a core's cache; a multiple of every dtype's size
+_MEASURED_BYTES = 1 << 22  # many workers wait for Python's lock between smaller ones; a multiple of every dtype's size
 
 
 def measure(

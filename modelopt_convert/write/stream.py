@@ -167,6 +167,7 @@ class _Writing:
         self._write(step, made, stopped)
         if step.op == "quantize_nvfp4":
             self.writer.write(f"{module_of(name)}.weight_scale", self._counted(made.block_scales))
+            made.block_scales.clear()  # what came of a tensor is kept until the shard is written
         return made
 
     def _compared(self, due: Due, made: Made, stopped: Event) -> None:

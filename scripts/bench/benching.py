@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ sys.path[:0] = [
     str(ROOT / "scripts" / "make"),
 ]  # this checkout's mopt, for whoever imports this, installed or not
 RUNS = 3
+# As where a package was installed by pip, which compiles it: half of the import of torch is compiling else.
+_BYTECODE = tempfile.TemporaryDirectory(prefix="mopt-bytecode-")
 MOPT = "from modelopt_convert.cli import main; main()"
 # VmHWM is the process's own peak; what wait4 says would begin with that of whoever started it.
 _WATCHED = """
@@ -67,7 +70,8 @@ def run_mopt(*arguments: str) -> Measured:
 
 def _measured(command: Sequence[str], *paths: Path) -> Measured:
     places = [str(ROOT), *map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONPYCACHEPREFIX": _BYTECODE.name}
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     os.sync()

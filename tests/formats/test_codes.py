@@ -29,6 +29,7 @@ from modelopt_convert.formats.tensor_bytes import (
     equal_after,
     equal_bytes,
     from_bytes,
+    largest_of_chunk,
     to_bytes,
 )
 
@@ -71,6 +72,16 @@ def test_equal_bytes_sees_any_difference(raw: bytes, data: st.DataObject) -> Non
         other = bytearray(raw)
         other[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
         assert not equal_bytes(memoryview(bytearray(raw)), memoryview(other))
+
+
+@given(st.lists(st.integers(0, 65535), min_size=1, max_size=20))
+def test_the_largest_of_a_chunk_is_what_torch_finds(bits: list[int]) -> None:
+    values = torch.tensor(bits, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    if bool(values.isfinite().all()):
+        assert largest_of_chunk(to_bytes(values), "BF16") == float(values.abs().amax())
+    else:
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            largest_of_chunk(to_bytes(values), "BF16")
 
 
 @given(st.binary(max_size=20))

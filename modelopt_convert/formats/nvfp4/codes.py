@@ -3,6 +3,8 @@
 The arithmetic is ModelOpt's, to the bit (``NVFP4QTensor``, modelopt/torch/quantization/qtensor/nvfp4_tensor.py, 0.47).
 """
 
+import math
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -132,8 +134,13 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    table = torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=torch.float32, device=codes.device)
-    return table[codes.long()]
+    return _e2m1_values(codes.device).index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
+
+
+@lru_cache
+def _e2m1_values(device: torch.device) -> Tensor:
+    """float32 [16]: the values of all E2M1 codes."""
+    return torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=torch.float32, device=device)
 
 
 def block_scales(scale: Tensor, global_scale: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ def quantize_nvfp4(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     Raises:
         ValueError: K is not a multiple of 16.
     """
-    packed, scale, _ = _quantized(weight, global_scale)
+    packed, scale, _ = _quantize_halves(weight, global_scale) or _quantize_parts(weight, global_scale)
     return packed, scale
 
 
@@ -211,7 +218,9 @@ def quantize_nvfp4_amax(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, T
     Raises:
         ValueError: K is not a multiple of 16.
     """
-    packed, scale, largest = _quantized(weight, global_scale)
+    if (done := _quantize_halves(weight, global_scale)) is not None:
+        return done
+    packed, scale, largest = _quantize_parts(weight, global_scale)
     return packed, scale, max_magnitude(torch.cat(largest))
 
 
@@ -222,23 +231,24 @@ def max_magnitude(values: Tensor) -> float:
     return float(values.abs().amax())
 
 
-def _quantized(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Codes, scales, and the largest magnitude of each block in the weight's dtype, in parts."""
-    if weight.shape[-1] % BLOCK_SIZE:
+def _room(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the packed codes and the scales of a weight."""
+    *rows, columns = weight.shape
+    if columns % BLOCK_SIZE:
         raise ValueError(f"K must be a multiple of {BLOCK_SIZE}, found {list(weight.shape)}")
-    blocks = weight.reshape(-1, BLOCK_SIZE)
-    packed = torch.empty(len(blocks), BLOCK_SIZE // 2, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(len(blocks), dtype=torch.float8_e4m3fn, device=weight.device)
-    on_cpu = weight.device.type == "cpu"
+    packed = torch.empty(*rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    return packed, torch.empty(*rows, columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
+
+
+def _quantize_parts(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Codes, scales, and the largest magnitude of each block in the weight's dtype, in parts."""
+    packed, scale = _room(weight)
+    codes, scales, blocks = packed.view(-1, BLOCK_SIZE // 2), scale.view(-1), weight.reshape(-1, BLOCK_SIZE)
     with torch.inference_mode():
-        if on_cpu and weight.dtype in _SIXTEEN_BITS and len(blocks):
-            done = _quantize_halves(blocks, global_scale, packed, scale)
-            if done is not None:
-                return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1), [done]
-        step = PART // BLOCK_SIZE if on_cpu else max(1, len(blocks))
+        step = PART // BLOCK_SIZE if weight.device.type == "cpu" else max(1, len(blocks))
         parts = [slice(top, top + step) for top in range(0, len(blocks), step)]
-        largest = [_quantize(blocks[part], global_scale, packed[part], scale[part]) for part in parts]
-    return packed.reshape(*weight.shape[:-1], -1), scale.reshape(*weight.shape[:-1], -1), largest
+        largest = [_quantize(blocks[part], global_scale, codes[part], scales[part]) for part in parts]
+    return packed, scale, largest
 
 
 def _quantize(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -250,18 +260,22 @@ def _quantize(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tenso
     return largest
 
 
-def _quantize_halves(blocks: Tensor, global_scale: Tensor, packed: Tensor, scale: Tensor) -> Tensor | None:
-    """As ``_quantize``, for values of 16 bits on the CPU, by comparing bits: a fifth of the time and no memory.
+def _quantize_halves(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """As ``_quantize_parts``, for values of 16 bits on the CPU, by comparing bits: a fifth of the time and no memory.
 
     Returns:
-        The largest magnitude [1] of all; None if one is NaN, which ``_quantize`` is left to do.
+        Codes, scales and the largest magnitude of all; None for other weights, and where a value is NaN.
     """
-    blocks, infinity = blocks.contiguous(), torch.tensor(float("inf"), dtype=blocks.dtype).view(torch.int16)
-    by_amax, bounds = kernel_tables(blocks.dtype, float(global_scale))
-    amax = quantize_blocks(
-        blocks.data_ptr(), by_amax.data_ptr(), bounds.data_ptr(), packed.data_ptr(), scale.data_ptr(), len(blocks)
-    )
-    return None if amax > int(infinity) else torch.tensor([amax], dtype=torch.int16).view(blocks.dtype)
+    if weight.device.type != "cpu" or weight.dtype not in _SIXTEEN_BITS or not weight.numel():
+        return None
+    packed, scale = _room(weight)
+    values, (by_amax, bounds) = weight.contiguous(), kernel_tables(weight.dtype, float(global_scale))
+    tables, taken = (by_amax.data_ptr(), bounds.data_ptr()), (packed.data_ptr(), scale.data_ptr())
+    bits = quantize_blocks(values.data_ptr(), *tables, *taken, scale.numel())
+    # No tensor is made of it: each of torch's calls takes Python's lock anew.
+    raw = struct.pack("<I", bits << 16) if weight.dtype == torch.bfloat16 else struct.pack("<H", bits)
+    (amax,) = struct.unpack("<f" if len(raw) == 4 else "<e", raw)
+    return None if math.isnan(amax) else (packed, scale, amax)
 
 
 @lru_cache(maxsize=64)  # the most workers, each with a weight of its own; less than 3 MB

@@ -78,6 +78,10 @@ class Fp8Weight:
         """The same without its bias."""
         return replace(self, bias=None)
 
+    def columns(self, begin: int, end: int) -> "Fp8Weight":
+        """See ``Weight``."""
+        return replace(self, codes=self.codes[:, begin:end])
+
 
 @dataclass(frozen=True, slots=True)
 class Fp8Activations:

@@ -93,6 +93,11 @@ class Nvfp4Weight:
         """The same without its bias."""
         return replace(self, bias=None)
 
+    def columns(self, begin: int, end: int) -> "Nvfp4Weight":
+        """See ``Weight``."""
+        scale = self.scale[:, begin // BLOCK_SIZE : end // BLOCK_SIZE]
+        return replace(self, packed=self.packed[:, begin // 2 : end // 2], scale=scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4Activations:

@@ -3,6 +3,7 @@
 M is the number of rows of activations, N of output features, K of input features.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
@@ -13,6 +14,8 @@ from modelopt_convert.checkpoint.reader import CheckpointReader
 from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.format import Algorithm, entry
 from modelopt_convert.formats.layout import Layout
+
+RANDOM_ROWS = 64
 
 
 class Activations(Protocol):
@@ -72,6 +75,9 @@ class Weight(Protocol):
     def without_bias(self) -> "Weight":
         """The same without its bias."""
 
+    def columns(self, begin: int, end: int) -> "Weight":
+        """Columns ``begin`` to ``end``: whole blocks of them."""
+
     def one_hot(self, begin: int, end: int, device: torch.device) -> Activations:
         """Rows ``begin`` to ``end`` of the K x K identity in the weight's own format, with a tensor scale of 1.
 
@@ -118,6 +124,12 @@ def operand_format(algorithm: Algorithm) -> OperandFormat:
     """Operands of a format."""
     found: OperandFormat = entry("modelopt_convert.verification.gemm", algorithm)
     return found
+
+
+@functools.lru_cache(maxsize=8)  # of the widths of one model, a few MB each: to make them takes longer than the GEMM
+def probing_values(num_columns: int) -> Tensor:
+    """``random_values`` for every module of a width."""
+    return random_values(RANDOM_ROWS, num_columns)
 
 
 def random_values(num_rows: int, num_columns: int) -> Tensor:

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from modelopt_convert.verification.gemm.backends.base import Backend
-from modelopt_convert.verification.gemm.backends.reference import exact, spread
+from modelopt_convert.verification.gemm.backends.reference import exact, spread, tile_rows
 from modelopt_convert.verification.gemm.metrics import Metrics, measure
-from modelopt_convert.verification.gemm.operands import Activations, Weight, random_values
+from modelopt_convert.verification.gemm.operands import (
+    RANDOM_ROWS,
+    Activations,
+    Weight,
+    probing_values,
+    random_values,
+)
 
 # Sizes of whole tiles and one past them; 512 text tokens with an image's 4096 make 4608.
 SWEEP = (1, 8, 17, 32, 33, 64, 128, 512, 1000, 4096, 4608)
-RANDOM_ROWS = 64
-_TILE_ROWS = 1024
+_TILE_COLUMNS = 1024
 _JUDGED_ROWS = 512  # at a time: bounds float64 memory, and a few wrong rows do not vanish among thousands
 # On a CPU: M * N * K of the exact product beyond 512 rows; a second or so.
 _CPU_ROWS, _CPU_WORK = 512, 1 << 32
@@ -58,16 +63,17 @@ def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> Pr
     num_rows, num_columns = weight.shape
     bad_rows = torch.zeros(num_rows, dtype=torch.bool, device=device)
     bad_columns = torch.zeros(num_columns, dtype=torch.bool, device=device)
-    for begin in range(0, num_columns, _TILE_ROWS):
-        end = min(begin + _TILE_ROWS, num_columns)
+    for begin in range(0, num_columns, _TILE_COLUMNS):
+        end = min(begin + _TILE_COLUMNS, num_columns)
         activations = plain.one_hot(begin, end, device)
         _soil(end - begin, num_rows, device)
         found = backend.gemm(prepared, activations, 1.0, None).T
-        for top in range(0, num_rows, _TILE_ROWS):
-            wanted = plain.decode(top, top + _TILE_ROWS)[:, begin:end].to(torch.bfloat16)
+        height, strip = tile_rows(end - begin, device), plain.columns(begin, end)
+        for top in range(0, num_rows, height):
+            wanted = strip.decode(top, top + height).to(torch.bfloat16)
             # + 0.0: a GEMM of -0 with zeros gives +0.
-            wrong = (found[top : top + _TILE_ROWS] + 0.0) != (wanted + 0.0)
-            bad_rows[top : top + _TILE_ROWS] |= wrong.any(dim=1)
+            wrong = (found[top : top + height] + 0.0) != (wanted + 0.0)
+            bad_rows[top : top + height] |= wrong.any(dim=1)
             bad_columns[begin:end] |= wrong.any(dim=0)
     rows, columns = bad_rows.nonzero().flatten().tolist(), bad_columns.nonzero().flatten().tolist()
     if not rows:
@@ -78,8 +84,8 @@ def identity_probe(backend: Backend, weight: Weight, device: torch.device) -> Pr
 
 def random_probe(backend: Backend, weight: Weight, device: torch.device, *, poison: bool = False) -> ProbeResult:
     """Multiply seeded activations with the real scales and bias."""
-    name, values = "poison" if poison else "random", random_values(RANDOM_ROWS, weight.shape[1])
-    return _compare(name, backend, weight, values, [RANDOM_ROWS], device, poison=poison)
+    name = "poison" if poison else "random"
+    return _compare(name, backend, weight, probing_values(weight.shape[1]), [RANDOM_ROWS], device, poison=poison)
 
 
 def sweep_probe(
@@ -123,9 +129,10 @@ def _compare(
 ) -> ProbeResult:
     prepared, num_features = backend.prepare(weight, poison=poison), weight.shape[0]
     worst: tuple[str, Metrics] | None = None
+    values = values.to(device)
     for num_rows in sizes:
         # The last rows: a row lies elsewhere at every M, so that what is left of another output is wrong here.
-        activations = weight.activations(values[-num_rows:].to(device))
+        activations = weight.activations(values[-num_rows:])
         alpha = weight.tensor_scale * activations.tensor_scale
         out = torch.full((num_rows, num_features), torch.nan, dtype=torch.bfloat16, device=device) if poison else None
         _soil(num_rows, num_features, device)

@@ -2,11 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from modelopt_convert.dialects.packed import PackedModule
 from modelopt_convert.formats.format import Algorithm
 from modelopt_convert.report.verify import (
     AgreementReport,
@@ -20,7 +23,7 @@ from modelopt_convert.run.errors import InputError, first_line
 from modelopt_convert.verification.gemm.backends import BACKENDS
 from modelopt_convert.verification.gemm.backends.base import Backend
 from modelopt_convert.verification.gemm.names import ALIASES
-from modelopt_convert.verification.gemm.operands import random_activations
+from modelopt_convert.verification.gemm.operands import Weight, random_activations
 from modelopt_convert.verification.gemm.probes import (
     SWEEP,
     ProbeResult,
@@ -33,6 +36,7 @@ from modelopt_convert.verification.gemm.selftest import SHAPE, self_test
 from modelopt_convert.verification.subject import Subject
 
 Probe = Callable[..., ProbeResult]
+_AHEAD = 2  # a GPU multiplies a module in less time than one thread takes to read the next
 
 
 def choose(
@@ -149,14 +153,11 @@ class Kernels:
         # A name may stand for two, of which one runs here.
         by_name = {report.name: report for report in self.backends if report.status == "pass"}
         seen: set[tuple[int, int]] = set()
-        for name, module in subject.modules.items():
-            if module.fault is not None:
-                continue
+        for module, stored in _read_ahead(subject):
+            name = module.name
             found = modules[name]
-            try:
-                stored = subject.operands(module)
-            except (InputError, ValueError) as error:
-                level.failures.append(f"{name}: {error}")
+            if isinstance(stored, Exception):
+                level.failures.append(f"{name}: {stored}")
                 found.worsen("fail")
                 continue
             weight = stored.to(device)
@@ -186,6 +187,25 @@ class Kernels:
             level.reason = _sizes(modules)
         else:
             level.reason = "nothing was compared: no backend but the reference went through all modules"
+
+
+def _read_ahead(subject: Subject) -> Iterator[tuple[PackedModule, Weight | InputError | ValueError]]:
+    """The operands of each module, or why there are none, read while those before it are multiplied."""
+
+    def read(module: PackedModule) -> Weight | InputError | ValueError:
+        try:
+            return subject.operands(module)
+        except (InputError, ValueError) as error:
+            return error.with_traceback(None)  # whose frames would hold what was read
+
+    due = iter([module for module in subject.modules.values() if module.fault is None])
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="reader") as pool:
+        reading = deque((module, pool.submit(read, module)) for module in itertools.islice(due, _AHEAD))
+        while reading:
+            module, future = reading.popleft()
+            found = future.result()
+            reading.extend((one, pool.submit(read, one)) for one in itertools.islice(due, 1))
+            yield module, found
 
 
 def _sizes(modules: Mapping[str, ModuleVerify]) -> str:

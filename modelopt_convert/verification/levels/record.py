@@ -22,7 +22,7 @@ from modelopt_convert.run.errors import InputError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.workers import in_order, until
 
-_SCANNED_BYTES = 1 << 20  # hashed while it is in a core's cache
+_SCANNED_BYTES = 1 << 22  # more than a core's cache holds: with many workers the calls for a piece cost more than that
 _WEIGHTS = (
     *(".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
     *(".pkl", ".pickle", ".onnx", ".msgpack", ".npz", ".h5", "hf_quant_config.json"),

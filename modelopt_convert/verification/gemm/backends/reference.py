@@ -8,7 +8,13 @@ from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.verification.gemm.backends.base import Kind
 from modelopt_convert.verification.gemm.operands import Activations, Weight
 
-_TILE_ROWS = 1024
+_TILE_ROWS = 1024  # on a CPU
+_TILE_VALUES = 1 << 24  # on a GPU: to start a kernel takes longer than a smaller tile; about half a GB of memory
+
+
+def tile_rows(num_columns: int, device: torch.device) -> int:
+    """Rows of so many columns that are decoded to float64 at a time."""
+    return _TILE_ROWS if device.type == "cpu" else max(_TILE_ROWS, _TILE_VALUES // num_columns)
 
 
 class Reference:
@@ -37,8 +43,9 @@ class Reference:
 def exact(weight: Weight, activations: Activations, alpha: float) -> Tensor:
     """``alpha * activations @ weight.T + bias`` in float64 [M, N], by tiles of rows of the weight."""
     rows, tiles = activations.decode(), []
-    for begin in range(0, weight.shape[0], _TILE_ROWS):
-        tiles.append(rows @ weight.decode(begin, begin + _TILE_ROWS).T)
+    height = tile_rows(weight.shape[1], rows.device)
+    for begin in range(0, weight.shape[0], height):
+        tiles.append(rows @ weight.decode(begin, begin + height).T)
     product = torch.cat(tiles, dim=1).mul_(alpha)
     return product if weight.bias is None else product.add_(weight.bias.to(torch.float64))
 
@@ -49,7 +56,8 @@ def spread(weight: Weight, activations: Activations, alpha: float) -> Tensor:
     Summed in float32, which is enough for a size and far faster on GPUs that have little float64.
     """
     squares, tiles = activations.decode().to(torch.float32).square(), []
-    for begin in range(0, weight.shape[0], _TILE_ROWS):
-        tiles.append(squares @ weight.decode(begin, begin + _TILE_ROWS).to(torch.float32).square().T)
+    height = tile_rows(weight.shape[1], squares.device)
+    for begin in range(0, weight.shape[0], height):
+        tiles.append(squares @ weight.decode(begin, begin + height).to(torch.float32).square().T)
     total = torch.cat(tiles, dim=1).to(torch.float64).mul_(alpha**2)
     return (total if weight.bias is None else total + weight.bias.to(torch.float64).square()).sqrt()
