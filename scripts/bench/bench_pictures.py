@@ -94,11 +94,14 @@ def commands(folder: Path, device: str, count: int, *, tiny: bool) -> dict[str, 
     build = ["build-nvfp4", "--preset", "flux1-dev", "--base", base, "--overwrite", "--device", device]
     compare = ["compare", out, "--base", base, *drawn, "--steps", "8", "--seeds", "1"]
     calibrate = ["calibrate", base, *drawn, "--steps", "8", "--overwrite"]
+    gptq = [*calibrate, "--gptq", "--output", f"{calib}3"]
     advise = ["advise", base, *drawn, "--steps", "8", "--effective-bits", "5.5"]
     advise += ["--score", "forward", "--output", str(folder / "mine.toml")]
     return {
         f"calibrate {count} prompts x 8 steps": (False, [*calibrate, "--output", calib]),
         "build with the calibration": (False, [*build, "--calibration", calib, "--output", out]),
+        "for GPTQ: calibrate": (False, gptq),
+        "by GPTQ: build": (False, [*build, "--calibration", f"{calib}3", "--weights", "gptq", "--output", f"{out}2"]),
         f"compare {count} pairs x 8 steps": (False, compare),
         "compare, offloaded by components": (True, [*compare, "--offload", "model"]),
         "compare, offloaded by layers": (True, [*compare, "--offload", "sequential"]),
