@@ -63,7 +63,16 @@ def test_no_room_imports_a_room_above_it() -> None:
 def test_formats_are_arithmetic() -> None:
     own = [module for module in INSIDE if room(module) == "formats"]
     used = {name.split(".")[1] if "." in name else name for module in own for name in ANYWHERE[module]}
-    assert used <= {*sys.stdlib_module_names, "torch", "numpy", "llvmlite", "modelopt_convert", "formats", "run"}
+    assert used <= {
+        *sys.stdlib_module_names,
+        "torch",
+        "numpy",
+        "llvmlite",
+        "triton",
+        "modelopt_convert",
+        "formats",
+        "run",
+    }
 
 
 def test_libraries_are_imported_where_they_are_used() -> None:

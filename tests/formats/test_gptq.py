@@ -1,10 +1,16 @@
 """Codes by GPTQ: as good as ModelOpt's, and the same bits however the work is cut and sums are taken."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse, gptq_blockwise_update
+from root import ROOT
 from torch import Tensor
 
 from modelopt_convert.formats.nvfp4 import gptq
@@ -138,3 +144,38 @@ def test_it_is_the_same_after_it_was_stored() -> None:
     found, _ = compensation(example(6, 8, 272)[1])
     again = Compensation.from_bytes(found.panels.numpy().tobytes(), found.exponents.numpy().tobytes())
     assert torch.equal(again.panels, found.panels) and torch.equal(again.exponents, found.exponents)
+
+
+KERNEL = """
+import sys
+from test_gptq import example, scaled
+from modelopt_convert.formats.nvfp4 import gptq, panel_kernel
+from modelopt_convert.formats.nvfp4.gptq import compensation, gptq_codes
+
+for seed, shape in enumerate(((40, 272), (33, 16), (64, 144), (1, 32))):
+    weight, moments = example(seed, *shape)
+    weight[0, ::7] *= 1000
+    weight[shape[0] // 2] = 0
+    _, scale, global_scale, _ = scaled(weight, moments)
+    found, _ = compensation(moments)
+    wanted = gptq_codes(weight, scale, global_scale, found)
+    gptq._panel_rounder = lambda _: panel_kernel.round_panel
+    assert gptq_codes(weight, scale, global_scale, found).equal(wanted), shape
+    gptq._panel_rounder = lambda _: gptq.round_panel
+"""
+
+
+def test_the_kernel_gives_the_bits_of_plain_torch_in_the_interpreter(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernel_divides_as_ieee_says(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelopt_convert.formats.nvfp4.panel_kernel import compile_ahead
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = compile_ahead(capability)
+    assert "div.rn.f64" in code and "div.approx" not in code and "div.full" not in code

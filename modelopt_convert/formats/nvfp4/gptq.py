@@ -9,7 +9,9 @@ numbers here: of 15 bits, by a power of two for each column, and of 23, by one f
 bits, and 32,768 of them add up to 53 at most: float64 holds every partial sum, and no order changes a bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ VALUES = 1 << 22
 """Of a weight that are worked on at a time on a CPU: enough for the product, and about 120 MB of float64."""
 MOST_COLUMNS = 1 << 15
 _FACTOR_BITS, _ERROR_BITS = 15, 23
+MOST_ERROR = 2.0**_ERROR_BITS
+RoundPanel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Shares of the mean of the diagonal that are added to it; the first is GPTQ's own."""
 
@@ -125,23 +129,47 @@ def gptq_codes(weight: Tensor, scale: Tensor, weight_scale_2: Tensor, found: Com
     factors = (scale.to(torch.float32) * weight_scale_2).t().to(torch.float64, memory_format=torch.contiguous_format)
     # No error of a row is as large as four times its largest value, unless errors run away.
     step = torch.ldexp(torch.ones_like(wanted[0]), torch.frexp(wanted.abs().amax(dim=0)).exponent + 2 - _ERROR_BITS)
-    most = 2.0**_ERROR_BITS
     units = torch.ldexp(torch.ones(columns, dtype=torch.float64, device=weight.device), found.exponents)
     errors = torch.empty(columns, count, dtype=torch.float64, device=weight.device)
     codes = torch.empty(columns, count, dtype=torch.uint8, device=weight.device)
+    round_panel = _panel_rounder(weight.device)
     for first in range(0, columns, PANEL):
         panel = found.panel(first)
         end = first + len(panel)
         unit = units[first:end, None]
         if first:  # whole numbers until here; by powers of two, no digit is lost
             wanted[first:end] -= (panel[:, :first] @ errors[:first]).mul_(unit).mul_(step)
-        within = panel[:, first:] * unit
-        for column in range(first, end):
-            value, factor = wanted[column], factors[column // BLOCK_SIZE]
-            code = encode_e2m1((value / factor).to(torch.float32))
-            codes[column] = code
-            error = (value - decode_e2m1(code).to(torch.float64) * factor).div_(step).round_().clamp_(-most, most)
-            errors[column] = error
-            # The product is exact, so that it is the same whether the device rounds it before it subtracts or not.
-            wanted[column + 1 : end].addr_(within[column - first + 1 :, column - first], error * step, alpha=-1)
+        within = (panel[:, first:] * unit).t().contiguous()
+        blocks = slice(first // BLOCK_SIZE, -(-end // BLOCK_SIZE))
+        round_panel(wanted[first:end], within, factors[blocks], step, errors[first:end], codes[first:end])
     return pack_e2m1(codes.t().clone(memory_format=torch.contiguous_format))
+
+
+def _panel_rounder(device: torch.device) -> RoundPanel:
+    """Whoever rounds a panel's columns one after the other: on a GPU one kernel, where triton is there to compile it."""
+    if device.type == "cuda" and find_spec("triton"):
+        from modelopt_convert.formats.nvfp4.panel_kernel import round_panel as by_kernel
+
+        return by_kernel
+    return round_panel
+
+
+def round_panel(wanted: Tensor, within: Tensor, factors: Tensor, step: Tensor, errors: Tensor, codes: Tensor) -> None:
+    """Round a panel column by column, and take each error back in the columns to its right.
+
+    Args:
+        wanted: float64 [W, N], the panel's columns; is changed.
+        within: float64 [W, W]: row by row how much each later column takes back.
+        factors: float64 [W/16, N], of each block's codes.
+        step: float64 [N]: the unit of errors, a power of two.
+        errors: float64 [W, N]: gets whole numbers.
+        codes: uint8 [W, N]: gets codes.
+    """
+    for column in range(len(wanted)):
+        value, factor = wanted[column], factors[column // BLOCK_SIZE]
+        code = encode_e2m1((value / factor).to(torch.float32))
+        codes[column] = code
+        error = (value - decode_e2m1(code).to(torch.float64) * factor).div_(step).round_()
+        errors[column] = error.clamp_(-MOST_ERROR, MOST_ERROR)
+        # The product is exact, so that it is the same whether the device rounds it before it subtracts or not.
+        wanted[column + 1 :].addr_(within[column, column + 1 :], error * step, alpha=-1)
