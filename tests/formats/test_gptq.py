@@ -166,7 +166,7 @@ for seed, shape in enumerate(((40, 272), (33, 16), (64, 144), (1, 32))):
 
 
 def test_the_kernel_gives_the_bits_of_plain_torch_in_the_interpreter(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), *sys.path])
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr

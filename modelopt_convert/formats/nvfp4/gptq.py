@@ -146,7 +146,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, weight_scale_2: Tensor, found: Com
 
 
 def _panel_rounder(device: torch.device) -> RoundPanel:
-    """Whoever rounds a panel's columns one after the other: on a GPU one kernel, where triton is there to compile it."""
+    """What rounds a panel, column by column: on a GPU one kernel, where triton is there to compile it."""
     if device.type == "cuda" and find_spec("triton"):
         from modelopt_convert.formats.nvfp4.panel_kernel import round_panel as by_kernel
 
