@@ -229,10 +229,10 @@ def stays_near(weight: Tensor, importance: Tensor, found: Compensation) -> bool:
         packed, scale = sweep(rows, global_scale, importance)
         factors = block_scales(scale, global_scale)
         nearest, chosen = (
-            (decode_e2m1(unpack_e2m1(codes)) * factors).double().cpu()
+            (decode_e2m1(unpack_e2m1(codes)) * factors).double()
             for codes in (packed, gptq_codes(rows, scale, global_scale, found))
         )
-        sums.add(rows.double().cpu(), chosen, nearest)
+        sums.add(rows.double(), chosen, nearest)
     most = _MARGIN * FORMAT.max_error
     return sums.whole.closeness().within(most) and sums.worst_strip() <= most
 

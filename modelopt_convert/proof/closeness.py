@@ -51,7 +51,7 @@ class Nearness:
         self._worst_row = 0.0
 
     def add(self, base: Tensor, dequantized: Tensor, inherent: Tensor | None = None) -> None:
-        """Add some rows.
+        """Add some rows, on whatever device.
 
         Args:
             base: float64 [R, K].
@@ -59,13 +59,13 @@ class Nearness:
             inherent: float64 [R, K]: what the format itself makes of the base; None to count every column.
         """
         difference = dequantized - base
-        self._error += difference.square().sum(dim=0)
-        self._base += base.square().sum(dim=0)
+        self._error += difference.square().sum(dim=0).cpu()
+        self._base += base.square().sum(dim=0).cpu()
         self._inner += float((dequantized * base).sum())
         self._squares += float(dequantized.square().sum())
         self._worst_row = _larger(self._worst_row, _worst(difference.norm(dim=1), base.norm(dim=1)))
         if inherent is not None:
-            self._inherent += (inherent - base).square().sum(dim=0)
+            self._inherent += (inherent - base).square().sum(dim=0).cpu()
 
     def closeness(self) -> Closeness:
         """Of the rows so far."""
