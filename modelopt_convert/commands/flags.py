@@ -51,7 +51,7 @@ def flags_of(kind: type[Any]) -> dict[str, tuple[Any, Flag]]:
 
 Download = Annotated[bool, Flag("Fetch files of the Hub whole, into its cache, and not only what is needed.")]
 Workers = Annotated[
-    int | None, Flag("Tensors worked on at a time; default: one for each core, up to four.", minimum=1, maximum=64)
+    int | None, Flag("Tensors worked on at a time; default: one for each core, up to eight.", minimum=1, maximum=64)
 ]
 
 

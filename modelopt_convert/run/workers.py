@@ -12,7 +12,7 @@ from modelopt_convert.run.errors import InputError
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 _Piece = TypeVar("_Piece")
-_MOST = 4  # beyond, disks and memory are the limit, and each worker has its buffers
+_MOST = 8  # beyond, disks and memory are the limit (docs/performance.md), and each worker has its buffers
 _AT_THE_LOCK = Semaphore(4)  # of the process, as Python's lock is
 
 

@@ -23,6 +23,13 @@ def _codes(what: str, old: str, new: str) -> Mutant:
 _WEIGHTED = "commands/build/test_weighted.py::"
 
 
+_GPTQ = "commands/build/test_gptq.py::"
+
+
+def _gptq(file: str, what: str, old: str, new: str, test: str) -> Mutant:
+    return Mutant(file, f"GPTQ: {what}", old, new, (f"{_GPTQ}{test}",))
+
+
 def _swept(file: str, what: str, old: str, new: str) -> Mutant:
     return Mutant(file, what, old, new, ("formats/test_sweep.py",))
 
@@ -68,8 +75,8 @@ TASKS = (
     Mutant(
         "write/gpu.py",
         "a GPU that rounds otherwise",
-        "            if not (\n",
-        "            if False and not (\n",
+        "    if not is_equal:\n",
+        "    if False:\n",
         (_DEVICE,),
     ),
     Mutant("write/gpu.py", "a chunk is waited for", "                    launched.wait()\n", "", (_DEVICE,)),
@@ -110,7 +117,7 @@ TASKS = (
     Mutant(
         "proof/nvfp4.py",
         "a weighted sweep is heeded with its calibration alone",
-        'if self.tally.is_exact or self.swept == WEIGHTED:\n            return "reproduced"',
+        'if self.tally.is_exact or self.swept in OF_CALIBRATION:\n            return "reproduced"',
         'if self.tally.is_exact or self.swept:\n            return "reproduced"',
         ("proof/test_judgement.py::test_mopts_own_sweep_is_nearest_byte_for_byte",),
     ),
@@ -138,7 +145,7 @@ TASKS = (
     Mutant(
         "commands/requests.py",
         "a weighted sweep needs its weights",
-        'if self.weights == "sweep-weighted" and self.calibration is None:',
+        'if self.weights in ("sweep-weighted", "gptq") and self.calibration is None:',
         "if False:",
         (f"{_WEIGHTED}test_what_cannot_be_meant_is_a_usage_error",),
     ),
@@ -162,5 +169,68 @@ TASKS = (
         'if self.weights != "max" and self.export is not None:',
         "if False:",
         ("commands/build/test_weights.py",),
+    ),
+    Mutant(
+        "formats/nvfp4/gptq.py",
+        "GPTQ: sums are exact in any order",
+        "_FACTOR_BITS, _ERROR_BITS = 15, 23",
+        "_FACTOR_BITS, _ERROR_BITS = 15, 40",
+        ("formats/test_gptq.py::test_no_order_of_additions_changes_a_bit",),
+    ),
+    Mutant(
+        "formats/nvfp4/gptq.py",
+        "GPTQ: a matrix too large for exact sums",
+        "if columns > MOST_COLUMNS:",
+        "if False:",
+        ("formats/test_gptq.py::test_moments_that_are_singular_get_more_damping_or_are_told",),
+    ),
+    Mutant(
+        "write/gpu.py",
+        "GPTQ: a device whose sums are not exact",
+        "        self._check_gptq()\n",
+        "",
+        (f"{_DEVICE}::test_a_device_whose_sums_are_not_exact_is_not_used",),
+    ),
+    _gptq(
+        "checkpoint/calibration.py",
+        "what is read is what calibration.json names",
+        "if (found := digest_of(raw)) != digest:",
+        "if (found := digest_of(raw)) is None:",
+        "test_what_is_said_of_compensations_is_held_against_the_file",
+    ),
+    _gptq(
+        "checkpoint/calibration.py",
+        "the input of another width",
+        "if shapes != [",
+        "if False and shapes != [",
+        "test_what_is_said_of_compensations_is_held_against_the_file",
+    ),
+    _gptq(
+        "checkpoint/calibration.py",
+        "a CALIB without what it needs",
+        "if module not in self.compensations:",
+        "if False:",
+        "test_what_was_not_calibrated_for_it_is_refused",
+    ),
+    _gptq(
+        "fidelity/moments.py",
+        "weights stay near the base",
+        "if damping > least or all(stays_near(*one, here) for one in weights()):",
+        "if True:",
+        "test_without_it_weights_are_near",
+    ),
+    _gptq(
+        "fidelity/moments.py",
+        "parts of another calibration",
+        'if said["settings"] != self._settings or said["name"] != name:',
+        "if False:",
+        "test_parts_of_another_calibration_are_not_mixed_in",
+    ),
+    _gptq(
+        "proof/nvfp4.py",
+        "every code is its own",
+        "                if not same or not torch.equal(packed, _canonical(tile.stored, reading)):\n",
+        "                if not same:\n",
+        "test_a_planted_fault_is_seen",
     ),
 )

@@ -65,7 +65,7 @@ FLAGS = {
     },
     "calibrate": {
         "base", "--pipeline", "--prompts", "--output", *_CHOOSING, "--steps", "--size", "--frames", "--seeds",
-        "--headroom", "--device", "--offload", "--share", "--overwrite", "--verbose", "-v", *_TELLING,
+        "--gptq", "--headroom", "--device", "--offload", "--share", "--overwrite", "--verbose", "-v", *_TELLING,
     },
     "compare": {
         "checkpoint", "others", "--base", *_CHOOSING, "--pipeline", "--prompts", "--inputs", "--seeds", "--steps",

@@ -41,6 +41,7 @@ def test_a_sparse_checkpoint_takes_no_disk_and_is_rewritten(tmp_path: Path) -> N
 
 
 def test_peak_memory_is_that_of_the_process_and_arguments_arrive() -> None:
+    run_python("pass", [])  # compiles what a process imports
     small = run_python("pass", [])
     large = run_python("import sys; data = bytearray(200_000_000); print(sys.argv[1:])", ["a", "--b"])
     assert large.printed == "['a', '--b']\n"
