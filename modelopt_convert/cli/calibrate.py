@@ -31,7 +31,8 @@ def calibrate(request: CalibrateRequest, output: "Output") -> None:
             out.line(f"{told.runs_done} of {told.runs} runs are done, kept in {told.kept_in}")
         else:
             out.line(f"wrote {told.path}: inputs of {told.modules} Linears in {told.runs} runs")
-            words = shlex.join(["--base", str(request.base), "--calibration", told.path])
+            weights = ["--weights", "gptq"] if request.gptq else []
+            words = shlex.join(["--base", str(request.base), "--calibration", told.path, *weights])
             out.line(f"next: mopt build-nvfp4 {words} --output OUT")
         out.line("")
         if told.half_ratio is not None:

@@ -133,6 +133,10 @@ def test_moments_that_are_singular_get_more_damping_or_are_told() -> None:
     off = torch.outer(row, row)
     off[0, 0] -= 0.05 * off.diagonal().mean()  # no sum of squares: as rounding may leave it
     assert compensation(off)[1] > 0.01
+    none = torch.eye(32, dtype=torch.float64)
+    none[3, 4] = none[4, 3] = 50.0
+    with pytest.raises(ValueError, match="a matrix that is none"):
+        compensation(none)
     off[3, 4] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         compensation(off)

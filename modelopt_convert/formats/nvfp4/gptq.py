@@ -78,7 +78,7 @@ def compensation(moments: Tensor, least: float = DAMPING[0]) -> tuple[Compensati
         there is nothing to add to.
 
     Raises:
-        ValueError: K is above 32,768, or a moment is not finite.
+        ValueError: K is above 32,768, a moment is not finite, or they are no moments.
     """
     columns = len(moments)
     if columns > MOST_COLUMNS:
@@ -88,7 +88,6 @@ def compensation(moments: Tensor, least: float = DAMPING[0]) -> tuple[Compensati
     mean = moments.diagonal().mean()
     if not bool(mean > 0):
         return _stored(torch.zeros_like(moments)), 0.0  # inputs of zeros: nothing goes together
-    share = least
     for share in (one for one in DAMPING if one >= least):
         damped = moments.flip(0, 1).div_(mean)
         damped.diagonal().add_(share)
@@ -96,6 +95,8 @@ def compensation(moments: Tensor, least: float = DAMPING[0]) -> tuple[Compensati
         del damped  # three matrices at a time: of 15,360 columns one is 1.9 GB
         if not bool(failed):
             break
+    else:
+        raise ValueError("expected sums of squares of inputs, found a matrix that is none")
     lower /= lower.diagonal().clone()
     inverse = torch.eye(columns, dtype=lower.dtype, device=lower.device)
     torch.linalg.solve_triangular(lower, inverse, upper=False, unitriangular=True, out=inverse)

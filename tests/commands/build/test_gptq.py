@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated import TINY, calibrate, damage, edit_calibration
+from calibrated import LOOK, TINY, calibrate, damage, edit_calibration
 from support import Outcome, Tensors, copy, edit, load, packed_in, run_mopt, tree
 from torch import Tensor, nn
 from verify_support import verify
@@ -31,6 +31,12 @@ def made(calib_gptq: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     outcome = build(calib_gptq, out)
     assert outcome.exit_code == 0, outcome.stderr
     return out, outcome
+
+
+def made_of(folder: Path) -> tuple[str | Path, ...]:
+    """The command of ``calibrate``, with all that it says."""
+    drawn = ("--pipeline", TINY, "--prompts", folder / "prompts.txt", *LOOK, "--device", "cpu")
+    return ("calibrate", TINY, *drawn, "--output", folder / "calib")
 
 
 def without_record(folder: Path) -> Path:
@@ -168,7 +174,8 @@ def test_few_inputs_at_a_time_and_shares_are_one_calibration(
                 if not (target / "calib.parts" / path.name).exists():
                     shutil.copy(path, target / "calib.parts" / path.name)
     monkeypatch.setattr("modelopt_convert.fidelity.moments.Moments.see", None)  # nothing is left to be seen
-    assert calibrate(one / "calib", "--gptq").exit_code == 0
+    merged = run_mopt(*made_of(one), "--gptq", json_report=False)
+    assert merged.exit_code == 0 and "--weights gptq --output OUT" in merged.stdout
     assert tree(one / "calib") == tree(calib_gptq) and not (one / "calib.parts").exists()
 
 
