@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
-from struct import iter_unpack
+from struct import iter_unpack, pack
 from typing import Any
 
 import xxhash
@@ -229,26 +229,28 @@ class CalibrationFolder:
     said: Mapping[str, Any]
     transformers: Mapping[str, Calibrated]
 
-    def of(self, component: str | None) -> Calibrated:
+    def of(self, *names: str | None) -> Calibrated:
         """That of a transformer.
 
         Args:
-            component: Its name in the pipeline; None where its folder has none.
+            names: What may be its name in the pipeline, the likeliest first: its own, or those of folders.
 
         Raises:
             InputError: ``calibration.no_transformer``.
         """
-        name = component or "transformer"
+        asked = [name for name in names if name is not None] or ["transformer"]
         if len(self.transformers) == 1:
             return next(iter(self.transformers.values()))
-        if name not in self.transformers:
+        found = next((name for name in asked if name in self.transformers), None)
+        if found is None:
             raise InputError(
-                f"{self.path}: expected a calibration of {name}, found those of {', '.join(self.transformers)}",
+                f"{self.path}: expected a calibration of {' or '.join(asked)}, found those of "
+                f"{', '.join(self.transformers)}",
                 code="calibration.no_transformer",
                 path=str(self.path),
-                hint="calibrate the whole pipeline",
+                hint="give the base's folder of that transformer as --base; or calibrate the whole pipeline",
             )
-        return self.transformers[name]
+        return self.transformers[found]
 
     def claim(self) -> dict[str, Any]:
         """What a record says of it."""
@@ -287,12 +289,18 @@ def read_calibration(path: Path) -> CalibrationFolder:
         raise _damaged(path / STATS, f"expected the digest {stats[:12]} as in {FILE}, found {str(found)[:12]}")
     compensations = _compensations(path, said)
     _check_record(path, record, raw, compensations)
-    tensors = _header(path / STATS).tensors
+    tensors, stats_bytes = _header(path / STATS).tensors, (path / STATS).read_bytes()
     for name, one in transformers.items():
         prefix = f"{name}/" if len(transformers) > 1 else ""
         inputs = {module: kept.get("compensation") for module, kept in said["transformers"][name]["modules"].items()}
         squares = {module: tensors.get(f"{prefix}{module}.mean_square") for module in one.amax}
         known = {module: info for module, info in squares.items() if info is not None}
+        for module, amax in one.amax.items():
+            info = tensors.get(f"{prefix}{module}.amax")
+            stored = None if info is None else stats_bytes[info.start : info.start + info.num_bytes]
+            if stored != (None if amax is None else _float32(amax)):
+                found = "none" if stored is None else stored.hex()
+                raise _damaged(path / STATS, f"module {module!r}: expected the amax {amax!r} of {FILE}, found {found}")
         of = {module: compensations.get(f"{prefix}{first}") for module, first in inputs.items()}
         gptq = {module: found for module, found in of.items() if found is not None}
         transformers[name] = replace(one, squares=known, compensations=gptq)
@@ -398,9 +406,21 @@ def _transformers(path: Path, digest: str, said: Mapping[str, Any]) -> dict[str,
         amax = {module: None if kept["n"] == 0 else float(kept["amax"]) for module, kept in one["modules"].items()}
         base = {key: str(value) for key, value in one["base"].items()}
         found[name] = Calibrated(path, digest, headroom, base, amax, {})
-    if any(key not in said for key in ("prompts", "runs", "steps", "size", "pipeline")):
-        raise KeyError
+    counts = [said["prompts"]["count"], *(said[key] for key in ("runs", "seeds", "steps", "size"))]
+    if not all(type(one) is int and one > 0 for one in counts):
+        raise ValueError
+    for strings in (said["pipeline"].values(), said["devices"], [said["prompts"]["sha256"]]):
+        if not all(isinstance(one, str) for one in strings):
+            raise ValueError
+    said.get("compensations", {}).items()
     return found
+
+
+def _float32(value: float) -> bytes:
+    try:
+        return pack("<f", value)
+    except OverflowError:
+        return b""
 
 
 def _damaged(path: Path, what: str) -> InputError:

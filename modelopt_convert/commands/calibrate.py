@@ -34,7 +34,7 @@ from modelopt_convert.commands.requests import CalibrateRequest
 from modelopt_convert.plan.inputs import check_merged, check_unquantized
 from modelopt_convert.report.calibrate import CalibrationReport
 from modelopt_convert.report.report import Report
-from modelopt_convert.run.errors import InconclusiveError
+from modelopt_convert.run.errors import InconclusiveError, OutputRefusedError
 from modelopt_convert.run.progress import Progress
 from modelopt_convert.run.text import few
 from modelopt_convert.stage.directory import Published, StagingDir
@@ -142,7 +142,7 @@ class CalibrateCommand:
         components = resolve_components(None, base, ())
         paths = tuple(filter(None, map(local_path, (base, *(one.base for one in components))))) + tuple(request.reads())
         self._output = output = canonical_output(self._output)
-        check_output_allowed(output, paths, overwrite=request.overwrite)
+        check_output_allowed(output, paths, overwrite=request.overwrite, overwrite_foreign=None)
         prompts = read_prompts(Path(request.prompts))
         found.warned += prompts.warnings()
         with self._inputs:
@@ -167,6 +167,14 @@ class CalibrateCommand:
             kept = Parts(output)
             kept.open()
             runs = KeptRuns(kept, prompts.texts, request.seeds, request.part)
+            if not request.gptq and any(number >= runs.count for number in kept.numbers()):
+                raise OutputRefusedError(
+                    f"{kept.path}: holds more than the {runs.count} runs of this calibration: others, or what was kept "
+                    "for --gptq",
+                    code="calibrate.other_runs",
+                    path=str(kept.path),
+                    hint="give --gptq, give another --output, or remove that folder",
+                )
             missing = runs.missing()
             progress.announce(self._line(runs, len(missing)))
             compensations: KeptCompensations | None = None
@@ -187,7 +195,7 @@ class CalibrateCommand:
             left = compensations.missing((1, 1)) if compensations is not None else []
             if runs.done < runs.count or left or request.share is not None:
                 self._tell(runs, len(missing))
-                found.warned.append(("calibrate.unmerged", _unmerged(runs, gptq=request.gptq)))
+                found.warned.append(("calibrate.unmerged", _unmerged(runs, compensations, gptq=request.gptq)))
                 return
             with found.clock.timed("merge"):
                 merged = runs.merged()
@@ -328,7 +336,9 @@ class CalibrateCommand:
         need = disk_bytes([size, *[2 * len(json_bytes(said)) + 64 * len([*specs, *larger])] * 2])
         with (
             found.clock.timed("publish"),
-            StagingDir(self._output, paths, overwrite=request.overwrite, need_bytes=need) as stage,
+            StagingDir(
+                self._output, paths, overwrite=request.overwrite, overwrite_foreign=None, need_bytes=need
+            ) as stage,
         ):
             with stage.shard(STATS, specs) as writer:
                 for spec in writer.layout:
@@ -409,11 +419,14 @@ def _advancing(num_bytes: int, progress: Progress) -> "Callable[[int, Tensor], N
     return after_step
 
 
-def _unmerged(runs: "KeptRuns", *, gptq: bool) -> str:
-    more = ", after the same shares once more for --gptq," if gptq else ""
+def _unmerged(runs: "KeptRuns", compensations: "KeptCompensations | None", *, gptq: bool) -> str:
+    more, also = ", after the same shares once more for --gptq," if gptq else "", ""
+    if compensations is not None:
+        count = len(compensations.names)
+        more, also = "", f" and {count - len(compensations.missing((1, 1)))} of {count} inputs for --gptq"
     return (
-        f"{runs.done} of {runs.count} runs are done, and kept in {runs.parts.path}; once all are there{more} the same "
-        "command without --share merges them"
+        f"{runs.done} of {runs.count} runs{also} are done, and kept in {runs.parts.path}; once all are there{more} the "
+        "same command without --share merges them"
     )
 
 

@@ -125,7 +125,7 @@ class VerifyCommand:
             raise _incomplete(checkpoint, f"{' and '.join(parts_of(record))} was built and is gone")
         with self._inputs as inputs:
             opened: dict[str, tuple[CheckpointReader, CheckpointReader | None]] = {}
-            names = dict[str, str]()
+            names = dict[str, tuple[str, ...]]()
             for name, path, base_path in transformers:
                 prefix = f"{name}/" if len(transformers) > 1 else ""
                 with self._clock.timed("open"):
@@ -141,7 +141,8 @@ class VerifyCommand:
                     self._warned += inputs.present(f"{prefix}checkpoint", known)
                     self._warned += not_compared(reader, against) if against is not None else []
                     inputs.lend_config(f"{prefix}checkpoint", against)
-                opened[prefix], names[prefix] = (reader, against), path.name if name == "." else name
+                folders = (path.name,) if base_path is None else (base_path.name, path.name)
+                opened[prefix], names[prefix] = (reader, against), folders if name == "." else (name,)
             from modelopt_convert.verification.levels.record import beside_faults
             from modelopt_convert.verification.subject import device_of
             from modelopt_convert.verification.transformer import prewarm_kernels, verify_opened
@@ -162,7 +163,7 @@ class VerifyCommand:
                     if device is not None and options.prewarm:
                         found[prefix] = prewarm_kernels(reader, against, options, device, progress)
                         continue
-                    calibrated = calibration.of(names[prefix]) if calibration is not None else None
+                    calibrated = calibration.of(*names[prefix]) if calibration is not None else None
                     mine = replace(options, calibrated=calibrated)
                     with self._clock.timed("verify"):
                         found[prefix] = verify_opened(

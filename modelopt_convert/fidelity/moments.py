@@ -99,7 +99,11 @@ class Kept:
 
 
 class KeptCompensations:
-    """What is finished: each input is a part on disk, behind the runs."""
+    """What is finished: each input is a part on disk, behind the runs.
+
+    Attributes:
+        names: Of the inputs.
+    """
 
     def __init__(self, parts: Parts, first: int, inputs: Sequence[str], settings: Mapping[str, Any]) -> None:
         """Look at nothing yet.
@@ -110,7 +114,8 @@ class KeptCompensations:
             inputs: The modules that they are named after.
             settings: Of the whole calibration.
         """
-        self._parts, self._first, self._settings = parts, first, settings
+        self.names = tuple(inputs)
+        self._parts, self._settings = parts, settings
         self._numbers = {name: number for number, name in enumerate(inputs, first)}
         self._damping: dict[str, float] = {}
         self._lengths: dict[str, tuple[int, int]] = {}

@@ -275,6 +275,8 @@ class _Comparison:
     def swept(self) -> _Attempt | None:
         """The attempt under the reading in which all bytes are those of a rule of mopt's own; None if there is none.
 
+        A calibration can be made up so that its rule gives anything. So what comes of one has to be near, too.
+
         The rule is run again on the base, rounded to BF16 as a build rounds it: nothing that a record says is needed.
         Those of a calibration come first, where one is at hand: they prove more.
         """
@@ -295,9 +297,15 @@ class _Comparison:
                     break
             else:
                 found = dataclasses.replace(self.attempt(reading, cast, to_the_end=True), swept=rule)
-                if self.is_scaled(found):  # else BF16 is not what the global scale was made of
+                is_free = rule in OF_CALIBRATION and not self.is_near(reading)
+                if self.is_scaled(found) and not is_free:  # else BF16 is not what the global scale was made of
                     return found
         return None
+
+    def is_near(self, reading: Layout) -> bool:
+        """Whether all rows, and every tile of 128 rows, are within the limits of weights that are near."""
+        sums, limit = self.nearness(reading), self.due.max_error
+        return sums.whole.closeness().within(limit) and sums.worst_strip() <= limit
 
     def amax(self, cast: str) -> float:
         """Largest magnitude of the base."""

@@ -61,7 +61,7 @@ class StagingDir:
         *,
         overwrite: bool,
         need_bytes: int,
-        overwrite_foreign: bool = False,
+        overwrite_foreign: bool | None = False,
         copies: Iterable[str] = (),
     ) -> None:
         """Nothing is touched yet; see ``__enter__``.
@@ -77,7 +77,7 @@ class StagingDir:
         self.output = canonical_output(output)
         self.published: Published | None = None
         self._inputs = tuple(inputs)
-        self._consent = {"overwrite": overwrite, "overwrite_foreign": overwrite_foreign}
+        self._overwrite, self._overwrite_foreign = overwrite, overwrite_foreign
         self._need_bytes = need_bytes
         self._copies = tuple(copies)
         self._number = ""  # of this run, in the names of all that it may leave
@@ -106,7 +106,9 @@ class StagingDir:
                 self._beside.sweep_stages(self.path)
                 self._beside.recover()
                 self._beside.sweep_markers()
-                self._standing = check_output_allowed(self.output, self._inputs, **self._consent)
+                self._standing = check_output_allowed(
+                    self.output, self._inputs, overwrite=self._overwrite, overwrite_foreign=self._overwrite_foreign
+                )
                 if self._standing is not None:
                     self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
                 self.check_space(self._need_bytes)

@@ -23,7 +23,7 @@ _MAX_NAME_BYTES = 255  # the longest file name on every Linux file system in use
 
 
 def check_output_allowed(
-    output: Path, inputs: Sequence[Path], *, overwrite: bool, overwrite_foreign: bool = False
+    output: Path, inputs: Sequence[Path], *, overwrite: bool, overwrite_foreign: bool | None = False
 ) -> Standing | None:
     """Refuse an OUT that must not be written; called before any tensor is read, and again once the run holds OUT.
 
@@ -31,7 +31,7 @@ def check_output_allowed(
         output: Where the checkpoint shall stand.
         inputs: What is read: OUT may not be one, lie in one, or hold one.
         overwrite: The user's consent to replace what is known to be a checkpoint.
-        overwrite_foreign: The user's consent to lose what else it holds, too.
+        overwrite_foreign: The user's consent to lose what else it holds, too; None where no flag asks for it.
 
     Returns:
         What stands there and would be replaced, if anything does.
@@ -60,7 +60,9 @@ def check_output_allowed(
             output,
             f"holds what no record of mopt lists, or what is not as recorded: {in_words(standing.foreign)}",
             "foreign",
-            "move it away, give another OUT, or --overwrite-foreign to lose it with the old checkpoint",
+            "move it away, or give another OUT"
+            if overwrite_foreign is None
+            else "move it away, give another OUT, or --overwrite-foreign to lose it with the old checkpoint",
         )
     return standing
 

@@ -190,7 +190,10 @@ def _weights(folder: Path, record: Mapping[str, Any], plain: set[str], indexes: 
     tensors: Mapping[str, str] = record["digests"]["tensors"]
     named = _named(folder / indexes[0]) if indexes else {name for name in plain if name.endswith(".safetensors")}
     headers = {name: header for name in sorted(plain & named) if (header := _header(folder, name)) is not None}
-    if not indexes:  # one file then; a second that says the same of itself makes the number of tensors wrong
+    shards = record["digests"].get("shards")
+    if not indexes and isinstance(shards, list) and len(shards) > 1:  # of a calibration
+        headers = {name: header for name, header in headers.items() if name in shards}
+    elif not indexes:  # one file then; a second that says the same of itself makes the number of tensors wrong
         headers = {name: header for name, header in headers.items() if header.tensors.keys() == tensors.keys()}
     infos = [info for header in headers.values() for info in header.tensors.values()]
     now = headers_digest(infos, [header.metadata for header in headers.values()])

@@ -56,6 +56,10 @@ class Parts:
                 hint="move it away, or give another --output",
             )
 
+    def numbers(self) -> set[int]:
+        """Of the parts that are there, whole or not."""
+        return {int(name.removeprefix("part-")) for name in os.listdir(self.path) if name.startswith("part-")}
+
     def read(self, number: int) -> bytes | None:
         """A part; None where it is not finished, or not whole."""
         try:

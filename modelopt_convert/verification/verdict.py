@@ -136,8 +136,8 @@ def _remedied(found: VerifyReport) -> str:
         )
     if found.proof == NEAR_WORDS:
         return (
-            "the report names every module; --calibration CALIB proves a build with --weights gptq; build or export it "
-            "again, or --accept-near to pass what is not proven"
+            "the report names every module; the CALIB that it was built with, as --calibration, proves a build with "
+            "--weights gptq; build or export it again, or --accept-near to pass what is not proven"
         )
     return "the report names every module; build or export it again"
 

@@ -196,7 +196,7 @@ TASKS = (
         "what is read is what calibration.json names",
         "if (found := digest_of(raw)) != digest:",
         "if (found := digest_of(raw)) is None:",
-        "test_what_is_said_of_compensations_is_held_against_the_file",
+        "test_a_compensation_that_is_read_is_the_one_that_was_written",
     ),
     _gptq(
         "checkpoint/calibration.py",
@@ -225,6 +225,34 @@ TASKS = (
         'if said["settings"] != self._settings or said["name"] != name:',
         "if False:",
         "test_parts_of_another_calibration_are_not_mixed_in",
+    ),
+    _gptq(
+        "proof/nvfp4.py",
+        "a calibration that is made up",
+        "is_free = rule in OF_CALIBRATION and not self.is_near(reading)",
+        "is_free = False",
+        "test_a_calibration_that_is_made_up_proves_nothing",
+    ),
+    _gptq(
+        "checkpoint/calibration.py",
+        "an amax that is not the stored one",
+        "if stored != (None if amax is None else _float32(amax)):",
+        "if False:",
+        "test_what_is_said_of_a_calibration_is_held_against_its_files",
+    ),
+    _gptq(
+        "stage/ownership.py",
+        "a calibration of two files is ours",
+        "if not indexes and isinstance(shards, list) and len(shards) > 1:",
+        "if False:",
+        "test_it_is_replaced_and_nothing_else_is",
+    ),
+    _gptq(
+        "commands/calibrate.py",
+        "what was kept for --gptq is not thrown away",
+        "if not request.gptq and any(number >= runs.count for number in kept.numbers()):",
+        "if False:",
+        "test_what_was_kept_for_it_is_not_thrown_away",
     ),
     _gptq(
         "proof/nvfp4.py",

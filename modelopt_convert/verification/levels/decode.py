@@ -138,6 +138,8 @@ def judge_modules(
         try:
             found = _judge(subject, base, module, common, options, max_error, stopped)
         except (InputError, ValueError) as error:
+            if isinstance(error, InputError) and error.code.startswith("calibration."):
+                raise  # of CALIB, and not of this module
             return str(error) if module.name in str(error) else f"{module.name}: {error}"
         advance(module.rows * module.columns)
         return found

@@ -3,17 +3,23 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from calibrated import LOOK, TINY, calibrate, damage, edit_calibration
+from safetensors.torch import load_file, save_file
 from support import Outcome, Tensors, copy, edit, load, packed_in, run_mopt, tree
 from torch import Tensor, nn
 from verify_support import verify
 
 from modelopt_convert.checkpoint.calibration import read_calibration
+from modelopt_convert.checkpoint.record import digest_of
 from modelopt_convert.formats.nvfp4.codes import decode_e2m1, unpack_e2m1
+from modelopt_convert.run.errors import InputError
 
 RULE = "GPTQ under a sweep weighted by a calibration"
 PACKED = "transformer_blocks.0.attn.to_q"
@@ -112,7 +118,7 @@ def test_with_its_calibration_it_is_reproduced(made: tuple[Path, Outcome], calib
 
 def test_without_it_weights_are_near(made: tuple[Path, Outcome], calib: Path, tmp_path: Path) -> None:
     found = verify(made[0], *CPU, "--base", TINY)
-    assert found.exit_code == 1 and found.report is not None and "--calibration CALIB" in found.report["error"]["hint"]
+    assert found.exit_code == 1 and found.report is not None and "as --calibration" in found.report["error"]["hint"]
     assert {one["verdict"] for one in found.report["verify"]["modules"].values()} == {"near"}
     assert verify(made[0], *CPU, "--base", TINY, "--accept-near").exit_code == 0
     bare = without_record(edit(made[0], tmp_path / "bare", None))  # of the same inputs, and without what GPTQ needs
@@ -251,3 +257,114 @@ def test_moments_that_cannot_be_taken_are_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("modelopt_convert.formats.nvfp4.gptq.MOST_COLUMNS", 64)
     found = calibrate(tmp_path / "calib", "--gptq")
     assert found.exit_code == 3 and found.error_code == "calibrate.moments" and "at most 64 columns" in found.message
+
+
+def forge(calib: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A CALIB whose compensations are others, with every digest right."""
+    bad = copy(calib, folder)
+    tensors = load_file(bad / "compensations.safetensors")
+    change(tensors)
+    save_file(tensors, bad / "compensations.safetensors", {"format": "pt"})
+
+    def tell(said: dict) -> None:  # type: ignore[type-arg]
+        for name, one in said["compensations"].items():
+            for key, ending in (("panels", "compensation"), ("exponents", "compensation_exponents")):
+                one[key] = digest_of(tensors[f"{name}.{ending}"].numpy().tobytes())
+
+    return edit_calibration(bad, tell)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_calibration_that_is_made_up_proves_nothing(calib_gptq: Path, tmp_path: Path, seed: int) -> None:
+    """Whoever publishes weights and CALIB chooses both: what comes of it has to be near as well."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, one in tensors.items():
+            if seed == 0 and name.endswith("_exponents"):
+                one += 10
+            elif seed == 1 and not name.endswith("_exponents"):
+                one.fill_(-32768)
+            elif seed == 2 and name.endswith("_exponents"):
+                one.fill_(32767)
+            elif seed == 3 and not name.endswith("_exponents"):
+                one.copy_(torch.randint(-32767, 32767, one.shape, generator=draw).short())
+
+    forged = forge(calib_gptq, tmp_path / "forged", change)
+    assert build(forged, tmp_path / "none").exit_code == 1 and not (tmp_path / "none").exists()
+    assert build(forged, tmp_path / "out", "--verify", "off").exit_code == 0
+    found = verify(tmp_path / "out", *CPU, "--base", TINY, "--calibration", forged)
+    assert found.exit_code == 1 and found.report is not None
+    assert "reproduced" not in {one["verdict"] for one in found.report["verify"]["modules"].values()}
+
+
+def test_a_compensation_that_is_read_is_the_one_that_was_written(
+    made: tuple[Path, Outcome], calib_gptq: Path, tmp_path: Path
+) -> None:
+    bad = copy(calib_gptq, tmp_path / "bad")
+    path = bad / "compensations.safetensors"
+    raw = bytearray(path.read_bytes())
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    said = json.loads((bad / "calibration.json").read_text())["transformers"]["transformer"]["modules"][PACKED]
+    name = f"{said['compensation']}.compensation"
+    raw[8 + int.from_bytes(raw[:8], "little") + header[name]["data_offsets"][0] + 5] ^= 4
+    path.write_bytes(raw)
+    for found in (
+        build(bad, tmp_path / "out", "--verify", "off"),
+        verify(made[0], *CPU, "--base", TINY, "--calibration", bad),
+    ):
+        assert found.exit_code == 3 and found.error_code == "calibration.damaged" and repr(name) in found.message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["prompts"].pop("count"),
+        lambda said: said.update(runs=1.5),
+        lambda said: said.update(seeds="x"),
+        lambda said: said.update(steps=None),
+        lambda said: said.update(devices=5),
+        lambda said: said.update(pipeline={"commit": 5}),
+        lambda said: said.update(compensations=1.5),
+        lambda said: said["transformers"]["transformer"]["modules"][PACKED].update(amax=2.0**63),
+        lambda said: said["transformers"]["transformer"]["modules"][PACKED].update(amax=1e300),
+        lambda said: said["transformers"]["transformer"]["modules"][PACKED].update(n=0),
+    ],
+)
+def test_what_is_said_of_a_calibration_is_held_against_its_files(
+    calib_gptq: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    bad = edit_calibration(copy(calib_gptq, tmp_path / "bad"), change)
+    found = build(bad, tmp_path / "out")
+    assert (found.exit_code, found.error_code) == (3, "calibration.damaged"), found.message
+    assert str(bad) in found.message and not (tmp_path / "out").exists()
+
+
+def test_it_is_replaced_and_nothing_else_is(calib_gptq: Path, tmp_path: Path) -> None:
+    output = copy(calib_gptq, tmp_path / "calib")
+    assert calibrate(output, "--gptq", "--overwrite").exit_code == 0 and tree(output) == tree(calib_gptq)
+    (output / "notes.txt").write_text("mine")
+    found = calibrate(output, "--gptq", "--overwrite")
+    assert found.exit_code == 4 and "notes.txt" in found.message and "stats.safetensors" not in found.message
+    (output / "notes.txt").unlink()
+    assert calibrate(output, "--overwrite").exit_code == 0 and not (output / "compensations.safetensors").exists()
+
+
+def test_what_was_kept_for_it_is_not_thrown_away(tmp_path: Path) -> None:
+    part = calibrate(tmp_path / "calib", "--gptq", "--share", "1/1")
+    assert part.report is not None and "4 of 4 runs and 34 of 34 inputs for --gptq" in str(part.report["warnings"])
+    kept = {path.name for path in (tmp_path / "calib.parts").iterdir()}
+    found = calibrate(tmp_path / "calib")
+    assert found.exit_code == 4 and found.error_code == "calibrate.other_runs" and "--gptq" in found.message
+    assert {path.name for path in (tmp_path / "calib.parts").iterdir()} == kept
+
+
+def test_of_two_transformers_the_base_says_which(calib_gptq: Path, tmp_path: Path) -> None:
+    """Names of folders are the user's: the base's is the pipeline's own."""
+    one = read_calibration(calib_gptq)
+    both = replace(one, transformers={name: one.transformers["transformer"] for name in ("transformer", "other")})
+    assert both.of("other", "transformer") is both.transformers["other"]
+    assert both.of("mine", "transformer") is both.transformers["transformer"]
+    with pytest.raises(InputError, match="expected a calibration of mine or yours, found those of transformer, other"):
+        both.of("mine", "yours")

@@ -126,7 +126,7 @@ def test_workers_and_pieces_change_no_byte(
 
 
 def test_another_calibration_is_refused_by_name(weighted: tuple[Path, Outcome], calib: Path, tmp_path: Path) -> None:
-    other = edit_calibration(copy(calib, tmp_path / "other"), lambda said: said.update(prompts="0" * 32))
+    other = edit_calibration(copy(calib, tmp_path / "other"), lambda said: said["prompts"].update(sha256="0" * 32))
     found = verify(weighted[0], *CPU, "--base", TINY, "--calibration", other)
     assert found.exit_code == 3 and found.error_code == "calibration.other"
     assert str(other) in found.message and read_calibration(calib).digest[:12] in found.message
