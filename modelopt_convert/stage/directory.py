@@ -11,6 +11,7 @@ import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -77,7 +78,9 @@ class StagingDir:
         self.output = canonical_output(output)
         self.published: Published | None = None
         self._inputs = tuple(inputs)
-        self._overwrite, self._overwrite_foreign = overwrite, overwrite_foreign
+        self._check_output = partial(
+            check_output_allowed, self.output, self._inputs, overwrite=overwrite, overwrite_foreign=overwrite_foreign
+        )
         self._need_bytes = need_bytes
         self._copies = tuple(copies)
         self._number = ""  # of this run, in the names of all that it may leave
@@ -106,9 +109,7 @@ class StagingDir:
                 self._beside.sweep_stages(self.path)
                 self._beside.recover()
                 self._beside.sweep_markers()
-                self._standing = check_output_allowed(
-                    self.output, self._inputs, overwrite=self._overwrite, overwrite_foreign=self._overwrite_foreign
-                )
+                self._standing = self._check_output()
                 if self._standing is not None:
                     self._replaced = os.open(self.output, os.O_PATH | os.O_NOFOLLOW)
                 self.check_space(self._need_bytes)

@@ -139,7 +139,7 @@ OWNED = (
     _of(
         "directory",
         "OUT is checked after recovery",
-        "self._standing = check_output_allowed(self.output, self._inputs, **self._consent)",
+        "self._standing = self._check_output()",
         "pass",
         f"{_STAGING}test_a_swap_cut_in_two_is_rolled_back",
     ),

@@ -124,8 +124,8 @@ TASKS = (
     Mutant(
         "proof/nvfp4.py",
         "a sweep in BF16 under a scale that BF16 reaches",
-        "if self.is_scaled(found):  # else",
-        "if True:  # else",
+        "if self.is_scaled(found) and not is_free:  # else",
+        "if not is_free:  # else",
         ("proof/test_judgement.py::test_a_sweep_under_a_scale_that_bf16_does_not_reach_is_no_proof",),
     ),
     Mutant(
