@@ -10,8 +10,8 @@ export of it, FLUX.1-dev at full width with fewer blocks.
 A plain download fetches the ranges that the build from both fetched, over as many connections, into a file. The start
 of a command is what it takes, right before it, for a FLUX.1 of one block of each kind and an eighth of the width on a
 line without a limit. A share is the bytes served, by the seconds without the start, by the limit. The bytes of one pass
-are those that a build with sampled rows takes; what is beyond them is for the proof. A line is idle while it has nothing
-to send, between the first byte and the last: also while a command starts.
+are those that a build with sampled rows takes; what is beyond them is for the proof. A line is idle while it has
+nothing to send, between the first byte and the last: also while a command starts.
 """
 
 import argparse
@@ -263,7 +263,8 @@ class Result:
         self.tails.append(time.monotonic() - served.last)
         self.served = served
         done = f"{seconds:.2f} s with {start:.2f} s of start, {served.bytes / 1e9:.3f} GB"
-        return f"{done}, {self.shares[-1]:.3f} of the line, idle {self.idles[-1]:.2f} s, after the last byte {self.tails[-1]:.2f} s"
+        done = f"{done}, {self.shares[-1]:.3f} of the line"
+        return f"{done}, idle {self.idles[-1]:.2f} s, after the last byte {self.tails[-1]:.2f} s"
 
 
 class Bench:
