@@ -15,7 +15,7 @@ from modelopt_convert.commands.requests import BuildRequest
 from modelopt_convert.formats.format import WEIGHTS_WORDS
 from modelopt_convert.formats.layout import Layout
 from modelopt_convert.plan.plan import BuildPlan
-from modelopt_convert.plan.prediction import num_bytes, proof_readings
+from modelopt_convert.plan.prediction import grown, num_bytes, proof_readings, step_readings, whole_readings
 from modelopt_convert.report.report import ClippedReport, ModuleReport, ProofReport
 from modelopt_convert.report.words import (
     CALIBRATED_WORDS,
@@ -82,7 +82,10 @@ def prove_part(opened: Opened, plan: BuildPlan, request: BuildRequest, progress:
     readings = {role: list(proof_readings(plan, role, one.tensors)) for role, one in opened.readers.items()}
     progress.begin(f"prove {opened.prefix}".rstrip("/ "), sum(map(num_bytes, readings.values())))
     for role, reader in opened.readers.items():
-        reader.prefetch(readings[role])
+        later = list(step_readings(plan.steps, role, reader.tensors))
+        if request.proof == "all":
+            later += whole_readings(plan, role, reader.tensors)
+        reader.prefetch(grown(readings[role], later))
     proof = prove(
         export,
         opened.base,

@@ -87,6 +87,17 @@ def test_only_the_bytes_needed_are_fetched_and_none_twice(
     assert not any(one.authorized for one in filled.requests("/_cdn/"))
 
 
+def test_rows_of_a_weight_that_is_fetched_whole_are_not_asked_for_one_by_one(
+    filled: LoopbackHub, tmp_path: Path
+) -> None:
+    counts = {}
+    for proof in ("sampled", "all"):
+        filled.log.clear()
+        assert build_from_hub(tmp_path / proof, "--proof", proof).exit_code == 0
+        counts[proof] = len(filled.requests("/_cdn/.*-0000"))  # of the base, which has shards
+    assert counts["all"] * 4 < counts["sampled"]
+
+
 @pytest.mark.parametrize(("proof", "told"), [("all", "5.8 MB of 5.8 MB"), ("sampled", "4.3 MB of 5.8 MB")])
 def test_a_dry_run_says_how_much_would_be_fetched(filled: LoopbackHub, tmp_path: Path, proof: str, told: str) -> None:
     """Also what the comparison of all bytes needs."""

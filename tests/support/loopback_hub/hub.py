@@ -56,9 +56,11 @@ class LoopbackHub:
         log: All requests since the last reset, but for what the Hub asks itself.
         multipart_over: LFS objects above this size are asked for in parts of this size; 0 for never.
         xet: Which Xet there is: ``off``, ``http``, or ``local``, where clients write to a folder.
+        line: Waits for its turn with so many bytes of a body, before they are sent; None for a line without a limit.
     """
 
     def __init__(self, root: Path) -> None:
+        self.line: Callable[[int], None] | None = None
         self._server = _Server(self)
         port = self._server.server_port
         self.url = f"http://127.0.0.1:{port}"

@@ -200,6 +200,8 @@ class Plumbing(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
             self.connection.shutdown(2)
             raise ConnectionResetError("cut by a fault")
+        if self.hub.line is not None:
+            self.hub.line(len(data))
         # Counted first: a client that has read the last byte may look at the log at once.
         self.request_log.num_out += len(data)
         self.wfile.write(data)
