@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from root import ROOT
+from safetensors.torch import load_file, save_file
 from support import Outcome, run_mopt
+from torch import Tensor
 
+from modelopt_convert.checkpoint.calibration import file_digest
 from modelopt_convert.checkpoint.header import TensorSpec, parse_header
 from modelopt_convert.checkpoint.record import digest_of, write_record
 from modelopt_convert.checkpoint.strict_json import json_bytes
@@ -54,6 +58,27 @@ def edit_calibration(folder: Path, change: Callable[[dict[str, Any]], object]) -
     record = write_record("calibrate", {}, tensors=digests, files=files, headers=headers)
     (folder / "mopt.json").write_bytes(record)
     return folder
+
+
+def edit_whole(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change calibration.json, and have the statistics follow: a calibration of another run."""
+    said = json.loads((folder / "calibration.json").read_text())
+    change(said)
+    stats, path, made = load_file(folder / "stats.safetensors"), folder / "stats.safetensors", dict[str, Tensor]()
+    for name, one in said["transformers"].items():
+        prefix = f"{name}/" if len(said["transformers"]) > 1 else ""
+        for module, kept in one["modules"].items():
+            if kept["amax"] is not None:
+                made |= {f"{prefix}{module}.{part}": stats[f"{module}.{part}"] for part in ("mean_square", "histogram")}
+                made[f"{prefix}{module}.amax"] = torch.tensor(kept["amax"])
+    save_file(made, path, {"format": "pt"})
+    said["stats_xxh3_128"] = file_digest(path)
+
+    def put(before: dict[str, Any]) -> None:
+        before.clear()
+        before.update(said)
+
+    return edit_calibration(folder, put)
 
 
 def damage(folder: Path, draw: random.Random) -> str:
