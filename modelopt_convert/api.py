@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypeVar, get_args
 
 import modelopt_convert
 from modelopt_convert.checkpoint.location import Location, parse_location
+from modelopt_convert.commands.drawing_requests import AdviseRequest, CalibrateRequest, CompareRequest
 from modelopt_convert.commands.flags import Request, check_value, flags_of
 from modelopt_convert.commands.requests import (
-    AdviseRequest,
     BuildNvfp4Request,
     BuildRequest,
-    CalibrateRequest,
-    CompareRequest,
     ConvertFp8Request,
     ConvertRequest,
     InspectRequest,

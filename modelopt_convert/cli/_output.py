@@ -17,12 +17,10 @@ from modelopt_convert.api import command_of
 from modelopt_convert.cli._console import drop, reader_may_leave
 from modelopt_convert.cli._options import Telling
 from modelopt_convert.cli._text import Tone, painted, table_lines, wrapped
+from modelopt_convert.commands.drawing_requests import AdviseRequest, CalibrateRequest, CompareRequest
 from modelopt_convert.commands.flags import Request
 from modelopt_convert.commands.requests import (
-    AdviseRequest,
     BuildRequest,
-    CalibrateRequest,
-    CompareRequest,
     PushRequest,
     RewriteRequest,
     VerifyRequest,

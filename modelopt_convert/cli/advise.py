@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from modelopt_convert.cli._options import from_request
-from modelopt_convert.commands.requests import AdviseRequest
+from modelopt_convert.commands.drawing_requests import AdviseRequest
 from modelopt_convert.formats.table import FORMATS
 
 if TYPE_CHECKING:

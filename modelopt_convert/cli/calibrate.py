@@ -4,7 +4,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from modelopt_convert.cli._options import from_request
-from modelopt_convert.commands.requests import CalibrateRequest
+from modelopt_convert.commands.drawing_requests import CalibrateRequest
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from modelopt_convert.cli._options import from_request
-from modelopt_convert.commands.requests import CompareRequest
+from modelopt_convert.commands.drawing_requests import CompareRequest
 
 if TYPE_CHECKING:
     from modelopt_convert.cli._output import Output

@@ -27,7 +27,7 @@ from modelopt_convert.commands.command import (
     versions,
     warnings_of,
 )
-from modelopt_convert.commands.requests import AdviseRequest
+from modelopt_convert.commands.drawing_requests import AdviseRequest
 from modelopt_convert.formats.table import FORMATS
 from modelopt_convert.plan.from_base import plan_quantized
 from modelopt_convert.plan.plan import BuildPlan, Keeps

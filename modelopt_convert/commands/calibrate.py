@@ -30,7 +30,7 @@ from modelopt_convert.commands.command import (
     versions,
     warnings_of,
 )
-from modelopt_convert.commands.requests import CalibrateRequest
+from modelopt_convert.commands.drawing_requests import CalibrateRequest
 from modelopt_convert.plan.inputs import check_merged, check_unquantized
 from modelopt_convert.report.calibrate import CalibrationReport
 from modelopt_convert.report.report import Report
@@ -195,7 +195,9 @@ class CalibrateCommand:
             left = compensations.missing((1, 1)) if compensations is not None else []
             if runs.done < runs.count or left or request.share is not None:
                 self._tell(runs, len(missing))
-                found.warned.append(("calibrate.unmerged", _unmerged(runs, compensations, gptq=request.gptq)))
+                found.warned.append(
+                    ("calibrate.unmerged", _unmerged(runs, compensations, len(left), gptq=request.gptq))
+                )
                 return
             with found.clock.timed("merge"):
                 merged = runs.merged()
@@ -419,11 +421,11 @@ def _advancing(num_bytes: int, progress: Progress) -> "Callable[[int, Tensor], N
     return after_step
 
 
-def _unmerged(runs: "KeptRuns", compensations: "KeptCompensations | None", *, gptq: bool) -> str:
+def _unmerged(runs: "KeptRuns", compensations: "KeptCompensations | None", left: int, *, gptq: bool) -> str:
     more, also = ", after the same shares once more for --gptq," if gptq else "", ""
     if compensations is not None:
         count = len(compensations.names)
-        more, also = "", f" and {count - len(compensations.missing((1, 1)))} of {count} inputs for --gptq"
+        more, also = "", f" and {count - left} of {count} inputs for --gptq"
     return (
         f"{runs.done} of {runs.count} runs{also} are done, and kept in {runs.parts.path}; once all are there{more} the "
         "same command without --share merges them"

@@ -19,7 +19,7 @@ from modelopt_convert.commands.command import (
     versions,
     warnings_of,
 )
-from modelopt_convert.commands.requests import CompareRequest
+from modelopt_convert.commands.drawing_requests import CompareRequest
 from modelopt_convert.fidelity.prompts import read_prompts
 from modelopt_convert.fidelity.thresholds import LEAST_PAIRS
 from modelopt_convert.plan.inputs import check_roles

@@ -141,11 +141,14 @@ class KeptCompensations:
             InputError: ``calibrate.moments``.
             StorageError: The disk failed.
         """
+        damping = 0.0
         try:
             for least in DAMPING:
+                if least <= damping:  # of a matrix that is singular by rounding: it was tried
+                    continue
                 found, damping = compensation(moments.double(), least)
                 here = found.to(moments.device)
-                if damping > least or all(stays_near(*one, here) for one in weights()):
+                if all(stays_near(*one, here) for one in weights()):
                     break
         except ValueError as error:
             raise InputError(

@@ -30,7 +30,7 @@ FIDELITY = (
         (f"{_ADVISE}test_a_psnr_is_reached_by_the_bound_that_compare_asks_for",),
     ),
     Mutant(
-        "commands/requests.py",
+        "commands/drawing_requests.py",
         "advise knows the formats",
         "if self.format not in FORMATS:",
         "if False:",

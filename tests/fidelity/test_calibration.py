@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from modelopt_convert.fidelity import moments
 from modelopt_convert.fidelity.calibration import BINS, Watch
 from modelopt_convert.fidelity.runs import Run, merged, read_run, run_of
+from modelopt_convert.formats.nvfp4.gptq import Compensation
 from modelopt_convert.run.errors import InputError
+from modelopt_convert.stage.resumable import Parts
 
 SHAPES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=1, max_size=3)
 
@@ -103,8 +106,6 @@ def test_runs_together_are_the_largest_and_the_mean() -> None:
 
 
 def test_what_no_run_wrote_is_no_run(tmp_path: Path) -> None:
-    from modelopt_convert.stage.resumable import Parts
-
     parts = Parts(tmp_path / "calib")
     parts.open()
     parts.put(3, _run(1).to_bytes())
@@ -116,3 +117,20 @@ def test_what_no_run_wrote_is_no_run(tmp_path: Path) -> None:
         assert parts.read(3) is None
     parts.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_are_damped_until_weights_stay_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the matrix itself asked for more than the least damping."""
+    parts, tried = Parts(tmp_path / "calib"), list[float]()
+    parts.open()
+
+    def compensated(_: torch.Tensor, least: float) -> tuple[Compensation, float]:
+        tried.append(max(least, 0.1))  # singular below
+        return Compensation(torch.zeros(64, dtype=torch.int16), torch.zeros(8, dtype=torch.int16)), tried[-1]
+
+    monkeypatch.setattr(moments, "compensation", compensated)
+    monkeypatch.setattr(moments, "stays_near", lambda *_: tried[-1] >= 0.3)
+    kept = moments.KeptCompensations(parts, 3, ["a"], {})
+    kept.keep("a", torch.eye(8), lambda: [(torch.ones(16, 8), torch.ones(8))])
+    found = kept.read("a")
+    assert found is not None and found.damping == 0.3 and tried == [0.1, 0.3]

@@ -8,7 +8,7 @@ from calibrated import TINY
 from support import run_mopt
 
 from modelopt_convert.commands.called import command_line
-from modelopt_convert.commands.requests import CompareRequest
+from modelopt_convert.commands.drawing_requests import CompareRequest
 from modelopt_convert.run.errors import UsageError
 
 
