@@ -125,7 +125,8 @@ def test_no_room_asks_which_format_it_is() -> None:
     known = {f"modelopt_convert.verification.gemm.backends.{name}" for name in backends}
     # What a conversion loses, and what proves it, is another thing in each format.
     known |= {f"modelopt_convert.commands.convert.{name}" for name in ("inexact", "plan", "proof", "restored_config")}
-    known |= {"modelopt_convert.commands.requests", *(f"modelopt_convert.formats.{name}.format" for name in FORMATS)}
+    known |= {f"modelopt_convert.commands.{name}" for name in ("requests", "drawing_requests")}  # their defaults
+    known |= {*(f"modelopt_convert.formats.{name}.format" for name in FORMATS)}
     assert {module for module in said if room(module) not in ("dialects", "engines")} == known
 
 
